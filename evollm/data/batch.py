@@ -1,0 +1,135 @@
+"""The one batch type: preference pairs as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evollm.errors import DataError
+
+IntArray = NDArray[np.int64]
+
+FIELDS = ("input_ids", "prompt_lengths", "chosen_lengths", "rejected_lengths")
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """One preference pair; both sides continue the same prompt tokens.
+
+    Attributes:
+        prompt_ids: (P,) token ids, at least one.
+        chosen_ids: (C,) token ids of the preferred completion, ending in one EOS.
+        rejected_ids: (R,) token ids of the other completion, ending in one EOS.
+    """
+
+    prompt_ids: IntArray
+    chosen_ids: IntArray
+    rejected_ids: IntArray
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the pair with the prompt counted once."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longer of the two sequences prompt + completion."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """B preference pairs; row i holds `prompt | chosen | rejected | padding`.
+
+    Attributes:
+        input_ids: (B, L) token ids. Padding is recognised by the lengths, never by its id.
+        prompt_lengths: (B,) tokens of each prompt.
+        chosen_lengths: (B,) tokens of each chosen completion, EOS included.
+        rejected_lengths: (B,) tokens of each rejected completion, EOS included.
+    """
+
+    input_ids: IntArray
+    prompt_lengths: IntArray
+    chosen_lengths: IntArray
+    rejected_lengths: IntArray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[TokenizedPair]) -> PreferenceBatch:
+        """Lay pairs out as rows, padded with zeros to the longest row."""
+        input_ids = np.zeros((len(pairs), max(pair.num_tokens for pair in pairs)), dtype=np.int64)
+        for row, pair in zip(input_ids, pairs, strict=True):
+            row[: pair.num_tokens] = np.concatenate([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
+        return cls(
+            input_ids=input_ids,
+            prompt_lengths=np.array([len(pair.prompt_ids) for pair in pairs], dtype=np.int64),
+            chosen_lengths=np.array([len(pair.chosen_ids) for pair in pairs], dtype=np.int64),
+            rejected_lengths=np.array([len(pair.rejected_ids) for pair in pairs], dtype=np.int64),
+        )
+
+    @classmethod
+    def from_experiences(cls, experiences: PreferenceBatch | Mapping[str, Any]) -> PreferenceBatch:
+        """Accept a batch, or an observation of `PreferenceGym` (its absent rows are left out).
+
+        Raises:
+            DataError: A key is missing or no row holds a pair.
+        """
+        if isinstance(experiences, PreferenceBatch):
+            return experiences
+        missing = [name for name in FIELDS if name not in experiences]
+        if missing:
+            raise DataError("experiences", sorted(experiences), f"lacks {missing}; pass a PreferenceGym observation")
+        arrays = {name: np.asarray(experiences[name], dtype=np.int64) for name in FIELDS}
+        present = arrays["prompt_lengths"] > 0
+        if not present.any():
+            raise DataError("experiences", "no pair", "the observation after an epoch's end is empty: call env.reset()")
+        return cls(**{name: array[present] for name, array in arrays.items()})
+
+    def to_observation(self, num_rows: int, row_length: int) -> dict[str, IntArray]:
+        """Pad with zeros to the fixed shapes of an observation space.
+
+        Returns:
+            `input_ids` (num_rows, row_length) and three lengths (num_rows,); an absent row has lengths 0.
+        """
+        input_ids = np.zeros((num_rows, row_length), dtype=np.int64)
+        input_ids[: len(self), : self.input_ids.shape[1]] = self.input_ids
+        lengths = {name: np.zeros(num_rows, dtype=np.int64) for name in FIELDS[1:]}
+        for name, padded in lengths.items():
+            padded[: len(self)] = getattr(self, name)
+        return {"input_ids": input_ids, **lengths}
+
+    def pair(self, row: int) -> TokenizedPair:
+        """Row `row` without its padding."""
+        start, end = self.prompt_lengths[row], self.prompt_lengths[row] + self.chosen_lengths[row]
+        ids = self.input_ids[row]
+        return TokenizedPair(ids[:start], ids[start:end], ids[end : end + self.rejected_lengths[row]])
+
+    def split(self, size: int | None) -> Iterator[PreferenceBatch]:
+        """Cut into consecutive batches of at most `size` pairs (None: one batch)."""
+        size = size or len(self)
+        for start in range(0, len(self), size):
+            yield self.select(slice(start, start + size))
+
+    def select(self, rows: slice | Sequence[int]) -> PreferenceBatch:
+        """The batch of these rows, without columns that only other rows needed."""
+        lengths = [getattr(self, name)[rows] for name in FIELDS[1:]]
+        longest = int(sum(lengths).max())
+        return PreferenceBatch(self.input_ids[rows][:, :longest], *lengths)
+
+    def keys(self) -> list[bytes]:
+        """One digest for each pair, of its token ids and lengths: equal pairs have equal keys."""
+        keys = []
+        for row in range(len(self)):
+            pair = self.pair(row)
+            digest = hashlib.blake2b(digest_size=16)
+            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+                digest.update(len(ids).to_bytes(8, "little") + np.ascontiguousarray(ids).tobytes())
+            keys.append(digest.digest())
+        return keys

@@ -1,0 +1,73 @@
+"""What became of a dataset's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from evollm.data.batch import PreferenceBatch, TokenizedPair
+
+FIRST_ROWS = 5
+# A batch is padded to its longest pair: digests of a whole split at once would take its size times that.
+PAIRS_PER_DIGEST_CALL = 256
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """How many rows of a dataset became pairs, and why the others did not.
+
+    Attributes:
+        name: The split, such as "train".
+        kept: Pairs that are used.
+        dropped: For each reason how many rows it cost, and the positions of the first of them in the user's dataset.
+        prompts_cut: Kept pairs whose prompt lost tokens on its left to fit `max_context_length`.
+    """
+
+    name: str
+    kept: int
+    dropped: Mapping[str, tuple[int, tuple[int, ...]]]
+    prompts_cut: int = 0
+
+    @classmethod
+    def from_rows(
+        cls, name: str, kept: int, dropped_rows: Mapping[str, Sequence[int]], prompts_cut: int = 0
+    ) -> DataReport:
+        """Count the rows that were dropped, and keep the first few positions of each reason."""
+        dropped = {reason: (len(rows), tuple(sorted(rows)[:FIRST_ROWS])) for reason, rows in dropped_rows.items()}
+        return cls(name, kept, dropped, prompts_cut)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that were dropped, for whatever reason."""
+        return sum(count for count, _ in self.dropped.values())
+
+    def __str__(self) -> str:
+        parts = [f"{_counted(self.kept, 'pair')} kept"]
+        if self.dropped:
+            reasons = "; ".join(
+                f"{count} {reason}: {_listed(count, rows)}" for reason, (count, rows) in self.dropped.items()
+            )
+            parts.append(f"{self.num_dropped} dropped ({reasons})")
+        if self.prompts_cut:
+            parts.append(f"{_counted(self.prompts_cut, 'prompt')} cut")
+        return f"{self.name}: {', '.join(parts)}"
+
+
+def count_seen(pairs: Sequence[TokenizedPair], others: Sequence[TokenizedPair]) -> int:
+    """How many of the pairs are, token for token, among the others."""
+    seen = set(_keys(others))
+    return sum(key in seen for key in _keys(pairs))
+
+
+def _keys(pairs: Sequence[TokenizedPair]) -> list[bytes]:
+    parts = (pairs[start : start + PAIRS_PER_DIGEST_CALL] for start in range(0, len(pairs), PAIRS_PER_DIGEST_CALL))
+    return [key for part in parts for key in PreferenceBatch.from_pairs(part).keys()]  # noqa: SIM118 - not a mapping
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _listed(count: int, rows: Sequence[int]) -> str:
+    numbers = ", ".join(map(str, rows))
+    return f"{'row' if count == 1 else 'rows'} {numbers}{', ...' if count > len(rows) else ''}"

@@ -1,0 +1,329 @@
+"""Preference pairs of text or messages -> token ids, once and for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+
+from evollm.data.batch import IntArray, TokenizedPair
+from evollm.data.report import DataReport
+from evollm.data.sources import (
+    EMPTY_COMPLETION,
+    SAME_COMPLETIONS,
+    ChatPair,
+    DroppedRows,
+    Message,
+    TextPair,
+    read_pairs,
+    shared_length,
+)
+from evollm.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids: TypeAlias = list[int]
+
+PAIRS_PER_CALL = 512
+# Tokenizers that know no limit state one of about 1e30.
+LARGEST_REAL_LIMIT = 10**9
+
+NO_PROMPT = "no prompt token"
+TOO_LONG = "longer than max_context_length"
+TOO_SHORT = "shorter than min_completion_length"
+TEMPLATE_REFUSES = "refused by the chat template"
+
+
+@dataclass
+class TokenizedSplit:
+    """What tokenisation made of some pairs.
+
+    Attributes:
+        pairs: The pairs that fit, in the order of their rows.
+        dropped: For each reason the positions of the rows that were dropped.
+        prompts_cut: Pairs whose prompt was cut from the left.
+        shortest_overlong: The smallest `max_context_length` that would take one of the pairs that were too long for the
+            given one; None when none was.
+    """
+
+    pairs: list[TokenizedPair] = field(default_factory=list)
+    dropped: DroppedRows = field(default_factory=dict)
+    prompts_cut: int = 0
+    shortest_overlong: int | None = None
+
+    def drop(self, reason: str, row: int) -> None:
+        """Note that a row is not used."""
+        self.dropped.setdefault(reason, []).append(row)
+
+
+def load_pairs(
+    dataset: object,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    max_context_length: int | None = None,
+    min_completion_length: int | None = None,
+) -> tuple[list[TokenizedPair], DataReport]:
+    """Turn a dataset of preference pairs into token ids.
+
+    Args:
+        dataset: See [`evollm.data.sources.read_pairs`][].
+        tokenizer: The model's tokenizer; it needs an EOS token, and a chat template when the dataset holds messages.
+        name: The split, such as "train"; messages speak of `train_dataset`.
+        max_context_length: Most tokens of prompt + longer completion. Longer prompts are cut from the left; pairs whose
+            completion does not fit are dropped. None: what the tokenizer states, if it states a limit.
+        min_completion_length: Pairs with a completion of fewer tokens, EOS included, are dropped.
+
+    Returns:
+        The pairs in the dataset's order, and a report of what was dropped or cut.
+
+    Raises:
+        ConfigurationError: A length is out of range or the tokenizer has no EOS token.
+        DataError: The dataset cannot be read, lacks a column, or holds no usable pair.
+    """
+    check_whole_number("max_context_length", max_context_length, minimum=2)
+    check_whole_number("min_completion_length", min_completion_length, minimum=1)
+    argument = f"{name}_dataset"
+    limit = _context_limit(tokenizer) if max_context_length is None else max_context_length
+    raw_pairs, dropped = read_pairs(dataset, argument)
+    split = tokenize_pairs(
+        raw_pairs, tokenizer, max_context_length=limit, min_completion_length=min_completion_length or 1
+    )
+    for reason, rows in split.dropped.items():
+        dropped.setdefault(reason, []).extend(rows)
+    report = DataReport.from_rows(name, len(split.pairs), dropped, split.prompts_cut)
+    if split.pairs:
+        return split.pairs, report
+    if split.shortest_overlong is None:
+        raise DataError(argument, f"{report.num_dropped} rows", f"no usable pair ({report}); correct the rows")
+    origin = " (tokenizer.model_max_length)" if max_context_length is None else ""
+    raise DataError(
+        "max_context_length",
+        limit,
+        f"no pair of {argument} fits into this length{origin}: {report}; the shortest that would do for one of them is "
+        f"{split.shortest_overlong}",
+    )
+
+
+def tokenize_pairs(
+    pairs: Sequence[TextPair | ChatPair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_context_length: int | None = None,
+    min_completion_length: int = 1,
+) -> TokenizedSplit:
+    """Tokenise pairs in batches.
+
+    Both sides of a pair get the same prompt ids: the longest token prefix that prompt, prompt + chosen and prompt +
+    rejected share. A token that spans the boundary thereby belongs to the completions, and the ids of prompt +
+    completion are those of the whole text. A sequence starts with one BOS if the tokenizer puts one in front of plain
+    text (or the template brought one), and each completion ends with one EOS.
+
+    Args:
+        pairs: Pairs of strings, or of messages for the tokenizer's chat template.
+        tokenizer: The model's tokenizer.
+        max_context_length: Most tokens of prompt + longer completion; None: no limit.
+        min_completion_length: Fewest tokens of a completion, EOS included.
+
+    Raises:
+        ConfigurationError: The tokenizer has no EOS token.
+        DataError: There are messages and the tokenizer has no chat template.
+    """
+    marks = _Marks.of(tokenizer)
+    split = TokenizedSplit()
+    for text, (prompt_text, *completions) in _encode_pairs(_as_text(pairs, tokenizer, split), tokenizer):
+        prompt, (chosen, rejected) = marks.one_bos(prompt_text), map(marks.one_eos, completions)
+        reason = _fault(prompt, chosen, rejected, min_completion_length)
+        if reason is None:
+            pair = TokenizedPair(*(np.array(ids, dtype=np.int64) for ids in (prompt, chosen, rejected)))
+            reason = _fit_into(split, pair, max_context_length, marks.bos_id)
+        if reason is not None:
+            split.drop(reason, text.row)
+    return split
+
+
+def check_whole_number(name: str, value: object, minimum: int, *, optional: bool = True) -> None:
+    """Check an argument that counts something.
+
+    Raises:
+        ConfigurationError: It is not a whole number of at least `minimum` (nor None, where that is allowed).
+    """
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        raise ConfigurationError(name, value, f"pass a whole number >= {minimum}{' or None' if optional else ''}")
+
+
+def _context_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    stated = tokenizer.model_max_length
+    return int(stated) if stated is not None and stated < LARGEST_REAL_LIMIT else None
+
+
+# ------------------------------------------------------------------------------------------------------- text to ids
+
+
+def _as_text(
+    pairs: Sequence[TextPair | ChatPair], tokenizer: PreTrainedTokenizerBase, split: TokenizedSplit
+) -> Iterator[TextPair]:
+    for pair in pairs:
+        if isinstance(pair, TextPair):
+            yield pair
+            continue
+        try:
+            yield render_chat(pair, tokenizer)
+        except TemplateError as error:
+            split.drop(f"{TEMPLATE_REFUSES} ({error})", pair.row)
+
+
+def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> TextPair:
+    """Write messages out as the model's chat template has them.
+
+    The prompt is what the prompt with its generation prompt and both conversations have in common, so that a template
+    that writes the generation prompt unlike a real turn costs no text.
+
+    Raises:
+        DataError: The tokenizer has no chat template.
+        TemplateError: The template does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            "tokenizer.chat_template",
+            None,
+            "the dataset holds chat messages; take the tokenizer of an instruct model, set tokenizer.chat_template, or "
+            "hand in strings",
+        )
+
+    def render(messages: Sequence[Message], generation: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
+
+    chosen, rejected = (render([*pair.prompt, *side]) for side in (pair.chosen, pair.rejected))
+    end = shared_length(render(pair.prompt, generation=True), chosen, rejected)
+    return TextPair(pair.row, chosen[:end], chosen[end:], rejected[end:])
+
+
+def _encode_pairs(
+    texts: Iterator[TextPair], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[TextPair, tuple[Ids, Ids, Ids]]]:
+    while chunk := list(islice(texts, PAIRS_PER_CALL)):
+        encoded = iter(_encode([text for pair in chunk for text in _whole_texts(pair)], tokenizer))
+        for pair, *whole in zip(chunk, encoded, encoded, encoded, strict=True):
+            yield pair, _at_shared_prompt(pair, *whole, tokenizer=tokenizer)
+
+
+def _whole_texts(pair: TextPair) -> tuple[str, str, str]:
+    return pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected
+
+
+def _at_shared_prompt(
+    pair: TextPair, prompt: Ids, chosen: Ids, rejected: Ids, *, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Ids, Ids, Ids]:
+    end = shared_length(prompt, chosen, rejected)
+    if end:
+        return prompt[:end], chosen[end:], rejected[end:]
+    # The prompt's only token merges with a completion: better another tokenisation than a pair without a prompt.
+    chosen, rejected = _encode([pair.chosen, pair.rejected], tokenizer)
+    return prompt, chosen, rejected
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
+    # verbose=False: the warning about the model's length is not for texts that are cut afterwards.
+    encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [list(ids) for ids in encoding["input_ids"]]
+
+
+# ---------------------------------------------------------------------------------------------------- BOS, EOS, lengths
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """The tokens that open a text and close a completion.
+
+    Attributes:
+        bos_id: The BOS id, if there is one.
+        adds_bos: Whether the tokenizer puts a BOS in front of plain text by itself.
+        eos_id: The EOS id; it may be the id of BOS or padding too.
+        is_whitespace: Tells whether a token stands for whitespace only.
+    """
+
+    bos_id: int | None
+    adds_bos: bool
+    eos_id: int
+    is_whitespace: Callable[[int], bool]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Marks:
+        if tokenizer.eos_token_id is None:
+            raise ConfigurationError(
+                "tokenizer.eos_token",
+                None,
+                "a completion needs an end: set tokenizer.eos_token to the model's EOS token",
+            )
+        bos_id = tokenizer.bos_token_id
+        return cls(
+            bos_id=bos_id,
+            adds_bos=bos_id is not None and list(tokenizer("a")["input_ids"])[:1] == [bos_id],
+            eos_id=tokenizer.eos_token_id,
+            is_whitespace=lru_cache(maxsize=None)(lambda token: not str(tokenizer.decode([token])).strip()),
+        )
+
+    def one_bos(self, ids: Ids) -> Ids:
+        """A prompt's ids behind a single BOS, if the tokenizer adds one; a template may have brought its own."""
+        if not self.adds_bos:
+            return ids
+        brought = next((place for place, token in enumerate(ids) if token != self.bos_id), len(ids))
+        return [cast("int", self.bos_id), *ids[brought:]]
+
+    def one_eos(self, ids: Ids) -> Ids:
+        """A completion's ids up to its final EOS, without what follows that; a missing one is appended."""
+        tail = len(ids)
+        while tail and (ids[tail - 1] == self.eos_id or self.is_whitespace(ids[tail - 1])):
+            tail -= 1
+        end = next((place for place in range(tail, len(ids)) if ids[place] == self.eos_id), len(ids))
+        return [*ids[:end], self.eos_id]
+
+
+def _fault(prompt: Ids, chosen: Ids, rejected: Ids, min_completion_length: int) -> str | None:
+    """Why these ids make no pair, if they do not."""
+    shortest = min(len(chosen), len(rejected))
+    if chosen == rejected:
+        return SAME_COMPLETIONS
+    if shortest == 1:  # the EOS
+        return EMPTY_COMPLETION
+    if not prompt:
+        return NO_PROMPT
+    return TOO_SHORT if shortest < min_completion_length else None
+
+
+def _fit_into(split: TokenizedSplit, pair: TokenizedPair, limit: int | None, bos_id: int | None) -> str | None:
+    """Add a pair to the split, its prompt cut if need be; the reason when it cannot be made to fit."""
+    if limit is not None and pair.longest_sequence > limit:
+        needed = shortest_context(pair, bos_id)
+        if needed > limit:
+            split.shortest_overlong = min(needed, split.shortest_overlong or needed)
+            return TOO_LONG
+        pair = cut_prompt(pair, pair.longest_sequence - limit, bos_id)
+        split.prompts_cut += 1
+    split.pairs.append(pair)
+    return None
+
+
+def shortest_context(pair: TokenizedPair, bos_id: int | None) -> int:
+    """Tokens of the longer completion, one prompt token and the BOS, if the prompt has one."""
+    kept_of_prompt = min(len(pair.prompt_ids), 1 + _opens_with(pair.prompt_ids, bos_id))
+    return pair.longest_sequence - len(pair.prompt_ids) + kept_of_prompt
+
+
+def cut_prompt(pair: TokenizedPair, excess: int, bos_id: int | None) -> TokenizedPair:
+    """Take `excess` tokens out of the prompt's left end, behind its BOS."""
+    start = _opens_with(pair.prompt_ids, bos_id)
+    return replace(pair, prompt_ids=np.delete(pair.prompt_ids, slice(start, start + excess)))
+
+
+def _opens_with(ids: IntArray, bos_id: int | None) -> int:
+    return int(bos_id is not None and ids[0] == bos_id)
