@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from evollm.errors import CheckpointError, ConfigurationError, DivergedError
+from evollm.hpo import (
+    Birth,
+    EvolutionPlan,
+    Evolver,
+    HyperparameterConfig,
+    Member,
+    Mutation,
+    Mutations,
+    RLParameter,
+    TournamentSelection,
+    ancestry,
+    carry_out,
+    plan_evolution,
+)
+
+CONFIG = HyperparameterConfig(lr=RLParameter(min=1e-7, max=1e-4), beta=RLParameter(min=0.01, max=1.0))
+
+
+def members(fitnesses: Sequence[float] = (0.5, 0.9, 0.7, 0.6)) -> list[Member]:
+    return [Member(i, (fitness, 0.0), {"lr": 1e-5 * (i + 1), "beta": 0.1}) for i, fitness in enumerate(fitnesses)]
+
+
+def plan(population: list[Member], seed: int = 0, *, next_index: int = 4, **settings: object) -> EvolutionPlan:
+    arguments: dict[str, object] = {"tournament": TournamentSelection(), "mutations": Mutations(), "hp_config": CONFIG}
+    return plan_evolution(
+        population,
+        generation=0,
+        next_index=next_index,
+        tournament_rng=np.random.default_rng([seed, 0]),
+        mutation_rng=np.random.default_rng([seed, 1]),
+        **{**arguments, **settings},  # type: ignore[arg-type]
+    )
+
+
+def test_the_elite_comes_first_unmutated_under_its_own_index() -> None:
+    for seed in range(50):
+        made = plan(members(), seed, mutations=Mutations(0.0, 1.0))
+        assert made.elite == 1
+        assert made.births[0] == Birth(1, 1, (), True, {"lr": 2e-5, "beta": 0.1})
+        assert [birth.elite for birth in made.births[1:]] == [False] * 3
+
+
+def test_every_other_slot_gets_an_index_that_was_never_used() -> None:
+    assert [birth.index for birth in plan(members(), next_index=11).births] == [1, 11, 12, 13]
+
+
+def test_a_child_has_its_parents_values_but_for_its_mutations() -> None:
+    population = members()
+    for seed in range(50):
+        for birth in plan(population, seed).births:
+            assert birth.parent is not None
+            expected = dict(population[birth.parent].hyperparameters)
+            for mutation in birth.mutations:
+                assert mutation.before == expected[mutation.name]
+                expected[mutation.name] = mutation.after
+            assert birth.hyperparameters == expected
+
+
+def test_without_elitism_the_best_is_reported_but_nobody_is_kept() -> None:
+    made = plan(members(), tournament=TournamentSelection(elitism=False))
+    assert made.elite == 1
+    assert [birth.index for birth in made.births] == [4, 5, 6, 7]
+    assert not any(birth.elite for birth in made.births)
+
+
+def test_without_a_config_nothing_mutates() -> None:
+    made = plan(members(), hp_config=None, mutations=Mutations(0.0, 1.0))
+    assert [birth.mutations for birth in made.births] == [()] * 4
+
+
+def test_a_diverged_agent_is_neither_elite_nor_parent() -> None:
+    for seed in range(100):
+        made = plan(members((math.nan, 0.2, math.inf, 0.1)), seed)
+        assert made.elite == 1
+        assert {birth.parent for birth in made.births} <= {1, 3}
+
+
+def test_a_population_that_diverged_as_a_whole_raises() -> None:
+    with pytest.raises(DivergedError):
+        plan(members([math.nan] * 4))
+
+
+def test_equal_inputs_give_equal_plans_whatever_the_global_state() -> None:
+    made = []
+    for global_seed in (0, 1):
+        random.seed(global_seed)
+        np.random.seed(global_seed)
+        before = random.getstate(), np.random.get_state()[1].tolist()
+        made.append([plan(members(), seed) for seed in range(10)])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert made[0] == made[1]
+    assert made[0][0] != made[0][1]
+
+
+def test_a_plan_does_not_follow_later_changes_of_its_agents() -> None:
+    values = {"lr": 1e-5, "beta": 0.1}
+    made = plan([Member(i, (0.5,), values) for i in range(4)], mutations=Mutations(1.0, 0.0))
+    values["lr"] = 7.0
+    assert {birth.hyperparameters["lr"] for birth in made.births} == {1e-5}
+
+
+def test_a_population_of_another_size_names_both_sizes() -> None:
+    with pytest.raises(ConfigurationError, match=r"population_size=4.*3 agents"):
+        plan(members((0.1, 0.2, 0.3)))
+
+
+def test_an_index_that_is_taken_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"next_index=3.*3"):
+        plan(members(), next_index=3)
+    with pytest.raises(ConfigurationError, match=r"index=\[0, 0, 0, 0\]"):
+        plan([Member(0, (0.5,), {"lr": 1e-5, "beta": 0.1})] * 4)
+
+
+def evolve(evolver: Evolver, generations: int, population: list[Member] | None = None) -> list[EvolutionPlan]:
+    """Evolve agents whose fitness is their lr; the plans of each generation."""
+    population, plans = population or members(), []
+    for generation in range(generations):
+        plans.append(evolver.plan(population, CONFIG, generation))
+        population = [
+            Member(birth.index, (birth.hyperparameters["lr"],), birth.hyperparameters) for birth in plans[-1].births
+        ]
+    return plans
+
+
+def evolver() -> Evolver:
+    return Evolver(TournamentSelection(), Mutations())
+
+
+def test_equal_seeds_give_equal_lineages_and_other_seeds_others() -> None:
+    assert evolve(evolver(), 6) == evolve(evolver(), 6)
+    assert evolve(evolver(), 6) != evolve(Evolver(TournamentSelection(rand_seed=1), Mutations()), 6)
+    assert evolve(evolver(), 6) != evolve(Evolver(TournamentSelection(), Mutations(rand_seed=1)), 6)
+
+
+def test_equal_seeds_of_tournament_and_mutations_are_two_streams() -> None:
+    state = evolver().state_dict()
+    assert state["tournament_rng"]["state"] != state["mutation_rng"]["state"]
+
+
+def test_indices_are_unique_over_a_run() -> None:
+    born = [birth.index for made in evolve(evolver(), 8) for birth in made.births if not birth.elite]
+    assert len(born) == len(set(born)) == 8 * 3
+    assert min(born) == 4
+
+
+def test_an_index_is_not_given_again_after_its_agent_left() -> None:
+    """Agents 0 to 3, of which 3 dies: without a memory the next new agent would be 3 again."""
+    used = evolver()
+    used.plan(members(), CONFIG, 0)
+    again = used.plan(members(), CONFIG, 1)
+    assert [birth.index for birth in again.births] == [1, 7, 8, 9]
+
+
+def test_an_evolver_continues_from_its_state_in_json() -> None:
+    whole = evolve(evolver(), 6)
+    first = evolver()
+    evolve(first, 3)
+    second = Evolver(TournamentSelection(rand_seed=9), Mutations(rand_seed=9))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    population = [
+        Member(birth.index, (birth.hyperparameters["lr"],), birth.hyperparameters) for birth in whole[2].births
+    ]
+    resumed = [made.births for made in evolve(second, 3, population)]
+    assert resumed == [made.births for made in whole[3:]]
+
+
+@pytest.mark.parametrize("broken", [{}, {"next_index": 1, "tournament_rng": None, "mutation_rng": None}])
+def test_a_state_from_elsewhere_is_refused_and_changes_nothing(broken: dict[str, object]) -> None:
+    used = evolver()
+    before = used.state_dict()
+    with pytest.raises(CheckpointError, match="state of evolution"):
+        used.load_state_dict(broken)
+    assert used.state_dict() == before
+
+
+def test_the_ancestry_of_a_run_ends_at_the_agents_own_values() -> None:
+    plans = evolve(evolver(), 6)
+    for last in plans[-1].births:
+        line = ancestry(plans, last.index)
+        assert len(line) == 7
+        assert line[0].parent is None
+        assert line[0].hyperparameters == members()[line[0].index].hyperparameters
+        assert line[-1] == last
+        assert all(child.parent == parent.index for parent, child in pairwise(line))
+
+
+class FakeAgent:
+    """An agent that is nothing but a weight and hyperparameters, and writes down what happens to it."""
+
+    def __init__(self, index: int, weight: str, values: dict[str, float], events: list[str]) -> None:
+        self.index, self.weight, self.values, self.events = index, weight, values, events
+        self.alive = True
+
+    def hyperparameter_values(self) -> dict[str, float]:
+        return dict(self.values)
+
+    def clone(self, index: int) -> FakeAgent:
+        self.events.append(f"clone {self.index} as {index}")
+        return FakeAgent(index, self.weight, dict(self.values), self.events)
+
+    def set_hyperparameters(self, values: Mapping[str, float]) -> None:
+        self.events.append(f"set {self.index}")
+        self.values = dict(values)
+
+    def release(self) -> None:
+        self.events.append(f"release {self.index}")
+        self.alive = False
+
+
+def lr_of(index: int) -> float:
+    return 1e-5 * (index + 1)
+
+
+def population() -> list[FakeAgent]:
+    events: list[str] = []
+    return [FakeAgent(i, f"weight of {i}", {"lr": lr_of(i)}, events) for i in range(4)]
+
+
+def birth(index: int, parent: int, lr: float | None = None) -> Birth:
+    inherited = lr_of(parent)
+    changes = () if lr is None else (Mutation("lr", inherited, lr, lr / inherited),)
+    return Birth(index, parent, changes, index == parent, {"lr": inherited if lr is None else lr})
+
+
+def plan_of(*births: Birth) -> EvolutionPlan:
+    return EvolutionPlan(0, births[0].parent or 0, {i: (0.5,) for i in range(4)}, births)
+
+
+def test_agents_without_a_child_are_released_before_anything_is_cloned() -> None:
+    agents = population()
+    carry_out(plan_of(birth(1, 1), birth(4, 1), birth(5, 2), birth(6, 2)), agents)
+    assert agents[0].events == [
+        "release 0",
+        "release 3",
+        "clone 1 as 4",
+        "set 4",
+        "clone 2 as 5",
+        "set 5",
+        "set 6",
+    ]
+
+
+def test_the_kept_elite_is_the_same_object_and_nothing_in_it_is_touched() -> None:
+    agents = population()
+    after = carry_out(plan_of(birth(1, 1), birth(4, 1, 9e-5), birth(5, 1), birth(6, 1)), agents)
+    assert after[0] is agents[1]
+    assert (after[0].index, after[0].values, after[0].alive) == (1, {"lr": 2e-5}, True)
+    assert "set 1" not in agents[0].events
+
+
+def test_the_next_generation_is_in_slot_order_with_the_weights_and_values_of_the_plan() -> None:
+    after = carry_out(plan_of(birth(2, 2), birth(4, 0, 9e-5), birth(5, 3), birth(6, 0)), population())
+    assert [agent.index for agent in after] == [2, 4, 5, 6]
+    assert [agent.weight for agent in after] == ["weight of 2", "weight of 0", "weight of 3", "weight of 0"]
+    assert [agent.values["lr"] for agent in after] == [lr_of(2), 9e-5, lr_of(3), lr_of(0)]
+
+
+def test_the_last_child_of_a_parent_that_leaves_takes_over_its_object() -> None:
+    agents = population()
+    after = carry_out(plan_of(birth(2, 2), birth(4, 0, 9e-5), birth(5, 3), birth(6, 0)), agents)
+    assert after[3] is agents[0]
+    assert after[2] is agents[3]
+    assert after[1] is not agents[0]
+    assert [event for event in agents[0].events if event.startswith("clone")] == ["clone 0 as 4"]
+
+
+def test_a_parents_object_is_unchanged_until_its_last_clone_was_taken() -> None:
+    agents = population()
+    after = carry_out(plan_of(birth(4, 0, 9e-5), birth(5, 0), birth(6, 0, 8e-5), birth(7, 0, 7e-5)), agents)
+    assert agents[0].events[-5:] == ["clone 0 as 5", "set 5", "clone 0 as 6", "set 6", "set 7"]
+    assert [agent.values["lr"] for agent in after] == [9e-5, 1e-5, 8e-5, 7e-5]
+
+
+def test_no_object_appears_twice_and_nobody_alive_is_lost() -> None:
+    for seed in range(100):
+        agents = population()
+        values = [Member(agent.index, (0.5 + seed % 3,), agent.hyperparameter_values()) for agent in agents]
+        made = plan(values, seed, hp_config=HyperparameterConfig(lr=CONFIG["lr"]))
+        after = carry_out(made, agents)
+        assert len({id(agent) for agent in after}) == 4
+        assert all(agent.alive for agent in after)
+        assert all(agent in after for agent in agents if agent.alive)
+        assert [(agent.index, agent.values) for agent in after] == [(b.index, b.hyperparameters) for b in made.births]
+
+
+@pytest.mark.parametrize(
+    "births",
+    [
+        (birth(1, 1), birth(4, 9), birth(5, 1), birth(6, 1)),
+        (birth(1, 1), Birth(4, None, (), False, {"lr": 1e-5}), birth(5, 1), birth(6, 1)),
+    ],
+)
+def test_a_plan_with_a_parent_from_elsewhere_is_refused_and_nothing_happens(births: tuple[Birth, ...]) -> None:
+    agents = population()
+    with pytest.raises(ConfigurationError, match="population="):
+        carry_out(plan_of(*births), agents)
+    assert agents[0].events == []
+
+
+def test_a_plan_is_carried_out_once_and_only_on_its_own_population() -> None:
+    made = plan_of(birth(1, 1), birth(4, 1), birth(5, 1), birth(6, 1))
+    after = carry_out(made, population())
+    with pytest.raises(ConfigurationError, match=r"population=\[1, 4, 5, 6\].*\[0, 1, 2, 3\]"):
+        carry_out(made, after)
