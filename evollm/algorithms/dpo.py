@@ -1,0 +1,444 @@
+"""Direct Preference Optimization (Rafailov et al., arXiv 2305.18290)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig
+from transformers import PreTrainedModel
+from typing_extensions import Self
+
+from evollm.algorithms.core import ACTOR, REFERENCE
+from evollm.algorithms.interface import EvolvableAlgorithm
+from evollm.algorithms.losses import dpo_sigmoid_loss, token_mean_nll
+from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, require_count, require_number
+from evollm.checkpoints.agent import read_agent_folder
+from evollm.data.batch import PreferenceBatch
+from evollm.errors import ConfigurationError
+from evollm.hpo.fitness import Evaluation
+from evollm.hpo.hyperparameters import HyperparameterConfig
+from evollm.models import SharedBase, completion_logprobs, load_base_model
+from evollm.models.logprobs import PairLogprobs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from gymnasium import spaces
+
+    from evollm.llm_envs import PreferenceGym
+
+
+@dataclass(frozen=True)
+class DPOHyperparameters(Hyperparameters):
+    """The plain data of a DPO agent that evolution may change.
+
+    Attributes:
+        beta: Strength of the pull towards the reference.
+        nll_alpha: Weight of the negative log-likelihood of the chosen completions; 0 leaves it out.
+    """
+
+    beta: float = 0.1
+    nll_alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("beta", self.beta, positive=True)
+        require_number("nll_alpha", self.nll_alpha, positive=False)
+
+
+class DPO(EvolvableAlgorithm):
+    """A DPO agent: an `actor` and a `reference` adapter on a base that it shares with others.
+
+    Agents built on the same model object share it; `DPO.population` builds several at once. The model is put into
+    evaluation mode and stays there, so that dropout never separates the policy from its reference.
+
+    Args:
+        observation_space: That of the environment; kept as an attribute.
+        action_space: That of the environment; kept as an attribute.
+        pad_token_id: Kept for compatibility; padding is recognised by lengths.
+        pad_token: Likewise.
+        model_name: Hub name or folder of the base, instead of `actor_network`.
+        actor_network: The base as a loaded causal language model, without adapters. LoRA layers are put into it.
+        model_config: Keyword arguments for `from_pretrained`, with `model_name`.
+        hp_config: Which hyperparameters mutate, and within which bounds; None: none.
+        index: Number of the agent in its population.
+        batch_size: At most so many pairs for one optimizer step; a larger batch makes several steps.
+        lr: Learning rate of AdamW (weight decay 0).
+        beta: DPO's beta, the strength of the pull towards the reference.
+        nll_alpha: Weight of the negative log-likelihood on chosen completions; 0 leaves it out.
+        max_grad_norm: 2-norm to which a longer gradient is scaled down.
+        update_epochs: Passes over each batch that `learn` is given.
+        calc_position_embeddings: Pass explicit position ids rather than leave them to the model.
+        micro_batch_size_per_gpu: Pairs in one forward pass; gradients accumulate to the same update. None: all.
+        device: `cpu`, `cuda`, ...; an accelerator's device comes first.
+        lora_config: `peft.LoraConfig`; by default rank 16, alpha 32, on all linear layers.
+        accelerator: Of a single process; more are not supported in this version.
+        wrap: Accepted for compatibility; nothing is wrapped in a single process.
+        clone: Accepted for compatibility; use the method `clone`.
+        seed: Seeds the adapter's initialisation and the agent's own generator.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        torch_compiler: A mode of `torch.compile` for the base's forward pass.
+        use_liger_loss: Not used in this version: warns and goes on with the standard loss.
+        use_separate_reference_adapter: False takes the base without adapter as the reference.
+
+    Raises:
+        ConfigurationError: An argument cannot work; the message names it, its value and the fix.
+    """
+
+    algorithm: ClassVar[str] = "DPO"
+
+    beta = Evolvable[float]()
+    nll_alpha = Evolvable[float]()
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any] | None = None,
+        action_space: spaces.Space[Any] | None = None,
+        *,
+        pad_token_id: int | None = None,
+        pad_token: str | None = None,
+        model_name: str | None = None,
+        actor_network: PreTrainedModel | None = None,
+        model_config: Mapping[str, Any] | None = None,
+        hp_config: HyperparameterConfig | None = None,
+        index: int = 0,
+        batch_size: int = 16,
+        lr: float = 5e-6,
+        beta: float = 0.1,
+        nll_alpha: float = 1.0,
+        max_grad_norm: float = 0.1,
+        update_epochs: int = 1,
+        calc_position_embeddings: bool = True,
+        micro_batch_size_per_gpu: int | None = None,
+        device: str | torch.device = "cpu",
+        lora_config: LoraConfig | None = None,
+        accelerator: Accelerator | None = None,
+        wrap: bool = True,
+        clone: bool = False,
+        seed: int = 42,
+        gradient_checkpointing: bool = True,
+        torch_compiler: str | None = None,
+        use_liger_loss: bool = False,
+        use_separate_reference_adapter: bool = True,
+    ) -> None:
+        del wrap, clone
+        settings = AgentSettings(
+            seed=seed,
+            micro_batch_size_per_gpu=micro_batch_size_per_gpu,
+            gradient_checkpointing=gradient_checkpointing,
+            calc_position_embeddings=calc_position_embeddings,
+            use_separate_reference_adapter=use_separate_reference_adapter,
+            pad_token_id=pad_token_id,
+            pad_token=pad_token,
+            torch_compiler=torch_compiler,
+        )
+        hyperparameters = DPOHyperparameters(
+            lr=lr,
+            beta=beta,
+            nll_alpha=nll_alpha,
+            max_grad_norm=max_grad_norm,
+            batch_size=batch_size,
+            update_epochs=update_epochs,
+        )
+        if use_liger_loss:
+            warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=2)
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self.accelerator = accelerator
+        super().__init__(
+            base=_shared_base(model_name, actor_network, model_config, _single_process_device(accelerator, device)),
+            lora_config=lora_config
+            or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            settings=settings,
+            hyperparameters=hyperparameters,
+            hp_config=hp_config,
+            index=index,
+        )
+        if torch_compiler is not None:
+            self.recompile()
+
+    def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
+        if not self.settings.use_separate_reference_adapter:
+            return {REFERENCE: None}
+        return {REFERENCE: self.base.copy_adapter(actor, REFERENCE, trainable=False)}
+
+    @classmethod
+    def population(
+        cls,
+        size: int,
+        observation_space: spaces.Space[Any] | None = None,
+        action_space: spaces.Space[Any] | None = None,
+        wrapper_cls: type[Any] | None = None,
+        wrapper_kwargs: Mapping[str, Any] | None = None,
+        *,
+        sample_hyperparameters: bool = True,
+        **kwargs: Any,
+    ) -> list[Self]:
+        """Build `size` agents on one base, with the same first weights.
+
+        Args:
+            size: Number of agents.
+            observation_space: As for one agent.
+            action_space: As for one agent.
+            wrapper_cls: Called with each agent, and `wrapper_kwargs`; the results are returned instead.
+            wrapper_kwargs: Keyword arguments for `wrapper_cls`.
+            sample_hyperparameters: With an `hp_config`, agent 0 keeps the given values and the others start from
+                log-uniform draws inside the declared bounds. False: all start from the given values.
+            **kwargs: As for one agent.
+
+        Raises:
+            ConfigurationError: As for one agent, or `size` is below 1.
+        """
+        require_count("size", size)
+        first = cls(observation_space, action_space, **kwargs)
+        agents = [first] + [first.clone(index=first.index + offset) for offset in range(1, size)]
+        if first.hp_config is not None and sample_hyperparameters:
+            rng = np.random.default_rng(first.settings.seed)
+            for agent in agents[1:]:
+                agent.set_hyperparameters(first.hp_config.sample(rng))
+        if wrapper_cls is None:
+            return agents
+        return [wrapper_cls(agent, **(wrapper_kwargs or {})) for agent in agents]
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        device: str | torch.device = "cpu",
+        accelerator: Accelerator | None = None,
+        actor_network: PreTrainedModel | None = None,
+    ) -> Self:
+        """Rebuild an agent from a folder that `save_checkpoint` wrote.
+
+        Args:
+            path: The folder.
+            device: Where to put the base.
+            accelerator: As for the constructor.
+            actor_network: The base; by default it is loaded by the name that the checkpoint states.
+
+        Raises:
+            CheckpointError: The folder is missing or damaged.
+            ConfigurationError: The base has no name to load it by, or cannot be loaded.
+        """
+        folder = read_agent_folder(path)
+        attributes = folder.attributes
+        if actor_network is None and not attributes["base_name"]:
+            raise ConfigurationError("actor_network", None, f"{path} names no base model: pass the one it was tuned on")
+        agent = cls(
+            actor_network=actor_network,
+            model_name=None if actor_network is not None else attributes["base_name"],
+            lora_config=folder.adapter(ACTOR).config,
+            device=device,
+            accelerator=accelerator,
+            **attributes["settings"],
+            **attributes["hyperparameters"],
+        )
+        agent.load_checkpoint(path, load_optimizer=folder.optimizer is not None)
+        return agent
+
+    def learn(self, experiences: PreferenceBatch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
+        """Update the actor on a batch of pairs, `update_epochs` times.
+
+        The loss is the mean over pairs of -log sigmoid(beta * margin), plus `nll_alpha` times the mean negative
+        log-likelihood of the chosen tokens. Whatever the micro-batch, both means are over the whole optimizer batch.
+
+        Args:
+            experiences: A batch, or an observation of `PreferenceGym`.
+            training: False computes the metrics and changes nothing.
+
+        Returns:
+            Means over the optimizer steps, of the policy before each: `mean_loss`, `mean_chosen_reward`,
+            `mean_rejected_reward`, and by the names of TRL `loss`, `grad_norm`, `learning_rate`, `nll_loss`,
+            `logps/chosen`, `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
+            `rewards/margins`. Log-probs are sums over tokens in nats; a reward is beta times a log-ratio.
+        """
+        batch = PreferenceBatch.from_experiences(experiences)
+        steps = [
+            self._step(part, training=training)
+            for _ in range(self.update_epochs if training else 1)
+            for part in batch.split(self.batch_size)
+        ]
+        if training:
+            self.steps += 1
+        weights = [num_pairs for num_pairs, _ in steps]
+        metrics = {name: float(np.average([step[name] for _, step in steps], weights=weights)) for name in steps[0][1]}
+        return {
+            "mean_loss": metrics["loss"],
+            "mean_chosen_reward": metrics["rewards/chosen"],
+            "mean_rejected_reward": metrics["rewards/rejected"],
+            **metrics,
+        }
+
+    def _step(self, batch: PreferenceBatch, *, training: bool) -> tuple[int, dict[str, float]]:
+        """One optimizer step; returns the number of pairs and the metrics."""
+        reference = self.reference_logprobs(batch)
+        num_chosen_tokens = int(batch.chosen_lengths.sum())
+        policy_parts, loss_sum, nll_sum, position = [], 0.0, 0.0, 0
+        for micro in batch.split(self.settings.micro_batch_size_per_gpu):
+            rows = slice(position, position + len(micro))
+            position += len(micro)
+            # The backward pass belongs inside: it recomputes checkpointed layers.
+            with torch.set_grad_enabled(training), self._active(ACTOR, training=training):
+                policy = self._forward(micro)
+                losses = dpo_sigmoid_loss(
+                    policy.chosen - reference.chosen[rows].to(policy.chosen),
+                    policy.rejected - reference.rejected[rows].to(policy.rejected),
+                    self.beta,
+                )
+                nll = token_mean_nll(policy.chosen, num_chosen_tokens)
+                loss = losses.sum() / len(batch)
+                if self.nll_alpha > 0:
+                    loss = loss + self.nll_alpha * nll
+                if training:
+                    loss.backward()
+            loss_sum += loss.item()
+            nll_sum += nll.item()
+            policy_parts.append(PairLogprobs(policy.chosen.detach(), policy.rejected.detach()))
+
+        policy = PairLogprobs.concatenate(policy_parts)
+        metrics = {"loss": loss_sum, "nll_loss": nll_sum, "learning_rate": self.lr}
+        metrics |= _pair_metrics(policy, reference, self.beta)
+        metrics["grad_norm"] = self._apply_gradient(loss_sum) if training else 0.0
+        return len(batch), metrics
+
+    def _apply_gradient(self, loss: float) -> float:
+        """Clip, step and clear; returns the norm before clipping. An update that is not finite is left out."""
+        parameters = self.actor_parameters()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        if np.isfinite(loss) and np.isfinite(grad_norm):
+            self.optimizer.step()
+        else:
+            self.diverged = True
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def reference_logprobs(self, batch: PreferenceBatch) -> PairLogprobs:
+        """Log-probs of the batch's pairs under the reference, computed once for each reference and pair.
+
+        Returns:
+            (B,) float64 tensors on the CPU.
+        """
+        name = self.adapter(REFERENCE)
+
+        def compute(missing: PreferenceBatch) -> PairLogprobs:
+            return self._logprobs(missing, REFERENCE)
+
+        return self.base.reference_cache.get(self.base.fingerprint(name), batch, compute)
+
+    @torch.no_grad()
+    def _logprobs(self, batch: PreferenceBatch, role: str) -> PairLogprobs:
+        with self._active(role, training=False):
+            parts = [self._forward(micro) for micro in batch.split(self.settings.micro_batch_size_per_gpu)]
+        return PairLogprobs.concatenate(parts)
+
+    def _active(self, role: str, *, training: bool) -> Any:
+        checkpointing = training and self.settings.gradient_checkpointing
+        return self.base.active(self.adapter(role), gradient_checkpointing=checkpointing)
+
+    def _forward(self, batch: PreferenceBatch) -> PairLogprobs:
+        return completion_logprobs(
+            self.base.network, batch, self.device, explicit_positions=self.settings.calc_position_embeddings
+        )
+
+    def margins(self, batch: PreferenceBatch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Log-ratios of the chosen and of the rejected completions, (B,) and (B,), free of beta."""
+        policy, reference = self._logprobs(batch, ACTOR), self.reference_logprobs(batch)
+        chosen = policy.chosen.double().cpu() - reference.chosen
+        rejected = policy.rejected.double().cpu() - reference.rejected
+        return chosen.numpy(), rejected.numpy()
+
+    def get_action(self, obs: PreferenceBatch | Mapping[str, Any], *args: Any, **kwargs: Any) -> NDArray[np.float32]:
+        """The margin that the agent gives to each pair of an observation, (num_rows,), 0 for absent rows."""
+        del args, kwargs
+        rows = len(obs) if isinstance(obs, PreferenceBatch) else len(obs["prompt_lengths"])
+        chosen, rejected = self.margins(batch := PreferenceBatch.from_experiences(obs))
+        present = np.ones(rows, bool) if isinstance(obs, PreferenceBatch) else np.asarray(obs["prompt_lengths"]) > 0
+        action = np.zeros(rows, dtype=np.float32)
+        action[np.flatnonzero(present)[: len(batch)]] = chosen - rejected
+        return action
+
+    def evaluate(self, env: PreferenceGym, split: str = "test") -> Evaluation:
+        """Score the agent on every pair of a fixed split.
+
+        Args:
+            env: The environment.
+            split: `test` (the selection pairs) or `final`.
+
+        Returns:
+            The log-ratios of each pair, in the order of the split.
+        """
+        num_pairs = len(env.test_pairs if split == "test" else env.final_pairs)
+        chosen, rejected = np.zeros(num_pairs), np.zeros(num_pairs)
+        for positions, batch in env.eval_batches(split):
+            chosen[positions], rejected[positions] = self.margins(batch)
+        return Evaluation(chosen_logratios=chosen, rejected_logratios=rejected)
+
+    def test(self, env: PreferenceGym, loop: int = 1, *args: Any, **kwargs: Any) -> NDArray[np.float64]:
+        """Preference accuracy on the environment's held-out pairs; ties count half. It is appended to `fitness`.
+
+        Args:
+            env: The environment.
+            loop: Passes over the pairs; the score is their mean (without dropout they are all the same).
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Returns:
+            The score, a 0-dimensional array in [0, 1].
+        """
+        del args, kwargs
+        require_count("loop", loop)
+        score = np.mean([self.evaluate(env).accuracy for _ in range(loop)])
+        self.fitness.append(float(score))
+        return np.asarray(score)
+
+
+def _pair_metrics(policy: PairLogprobs, reference: PairLogprobs, beta: float) -> dict[str, float]:
+    """TRL's metrics, as means over the batch's pairs."""
+    chosen, rejected = policy.chosen.double().cpu(), policy.rejected.double().cpu()
+    chosen_rewards, rejected_rewards = beta * (chosen - reference.chosen), beta * (rejected - reference.rejected)
+    margins = chosen_rewards - rejected_rewards
+    return {
+        "logps/chosen": chosen.mean().item(),
+        "logps/rejected": rejected.mean().item(),
+        "rewards/chosen": chosen_rewards.mean().item(),
+        "rewards/rejected": rejected_rewards.mean().item(),
+        "rewards/accuracies": (margins > 0).double().mean().item(),
+        "rewards/margins": margins.mean().item(),
+    }
+
+
+def _single_process_device(accelerator: Accelerator | None, device: str | torch.device) -> torch.device:
+    if accelerator is None:
+        return torch.device(device)
+    if accelerator.num_processes > 1:
+        raise ConfigurationError(
+            "accelerator.num_processes",
+            accelerator.num_processes,
+            "several processes are not supported in this version",
+        )
+    return cast(torch.device, accelerator.device)
+
+
+def _shared_base(
+    model_name: str | None,
+    actor_network: PreTrainedModel | None,
+    model_config: Mapping[str, Any] | None,
+    device: torch.device,
+) -> SharedBase:
+    if (model_name is None) == (actor_network is None):
+        given = None if model_name is None else model_name
+        raise ConfigurationError("model_name", given, "pass either model_name or actor_network")
+    if actor_network is None:
+        assert model_name is not None
+        actor_network = load_base_model(model_name, model_config)
+    elif model_config is not None:
+        raise ConfigurationError("model_config", model_config, "belongs to model_name; a loaded model has its own")
+    base = SharedBase.of(actor_network)
+    if base.device != device and not hasattr(actor_network, "hf_device_map"):
+        actor_network.to(device)  # type: ignore[arg-type]
+    return base

@@ -1,0 +1,151 @@
+"""Methods that scripts written for other evolutionary RL libraries call on an agent.
+
+Nothing in evollm depends on them. They are here so that such a script keeps running, and they do what their names
+say for an agent whose only network is an adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gymnasium import spaces
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from evollm.algorithms.core import LLMAgent
+from evollm.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class CosineLRScheduleConfig:
+    """A linear warm-up followed by a cosine to zero.
+
+    Attributes:
+        num_epochs: Calls of `scheduler.step()` that the schedule spans.
+        warmup_proportion: Share of them that warms up, in [0, 1).
+    """
+
+    num_epochs: int
+    warmup_proportion: float = 0.05
+
+
+@dataclass(frozen=True)
+class NetworkGroup:
+    """Names of the attributes that hold an agent's networks."""
+
+    eval_network: str
+    shared_networks: tuple[str, ...] = ()
+    policy: bool = False
+
+
+class EvolvableAlgorithm(LLMAgent):
+    """An agent with the methods that such scripts call."""
+
+    training = True
+
+    def get_policy(self) -> PeftModel:
+        """The base with this agent's actor active."""
+        self.use_adapter("actor")
+        return self.base.peft_model
+
+    def evolvable_attributes(self, networks_only: bool = False) -> dict[str, Any]:
+        """The actor, and the optimizer unless only networks are asked for."""
+        networks: dict[str, Any] = {"actor": self.get_policy()}
+        return networks if networks_only else {**networks, "optimizer": self.optimizer}
+
+    @staticmethod
+    def inspect_attributes(agent: LLMAgent, input_args_only: bool = False) -> dict[str, Any]:
+        """The public attributes that are no networks, or those of them that the constructor takes too."""
+        names = {name for name in vars(agent) if not name.startswith("_")} - {"optimizer", "base"}
+        values = {name: getattr(agent, name) for name in sorted(names)} | agent.hyperparameter_values()
+        if not input_args_only:
+            return values
+        arguments = inspect.signature(type(agent).__init__).parameters
+        return {name: value for name, value in values.items() if name in arguments}
+
+    def set_training_mode(self, training: bool) -> None:
+        """Record the mode. Dropout stays off in both: policy and reference are always compared."""
+        self.training = training
+
+    def to_device(self, *experiences: Any) -> tuple[Any, ...]:
+        """Move tensors, alone or in dictionaries or tuples, to the agent's device."""
+
+        def move(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return item.to(self.device)
+            if isinstance(item, dict):
+                return {key: move(value) for key, value in item.items()}
+            return tuple(move(value) for value in item) if isinstance(item, tuple) else item
+
+        return tuple(move(experience) for experience in experiences)
+
+    def preprocess_observation(self, observation: Any) -> Any:
+        """Give the observation back: a batch of pairs needs no preprocessing."""
+        return observation
+
+    def recompile(self) -> None:
+        """Compile the base's forward pass again, in the mode `torch_compiler`; without a mode do nothing."""
+        if self.settings.torch_compiler is not None:
+            self.base.compile(self.settings.torch_compiler)
+
+    def register_network_group(self, group: NetworkGroup) -> None:
+        """Check that a group's networks exist. Which ones evolve is fixed here: the actor."""
+        for name in (group.eval_network, *group.shared_networks):
+            if name not in ("actor", "reference"):
+                raise ConfigurationError("group", name, "is not a network of this agent: actor, reference")
+
+    def reinit_optimizers(self, optimizer: Any = None) -> None:
+        """Start the optimizer afresh: no moments, step 0. There is only one, so `optimizer` makes no difference."""
+        del optimizer
+        self.optimizer = self._new_optimizer()
+
+    @staticmethod
+    def update_lr(
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        accelerator: Accelerator | None = None,
+        scheduler_config: CosineLRScheduleConfig | None = None,
+    ) -> tuple[Accelerator | None, SequentialLR | None]:
+        """Set an optimizer's learning rate, keeping its moments.
+
+        Returns:
+            The accelerator as given, and the scheduler that the configuration asks for, for the caller to step.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if scheduler_config is None:
+            return accelerator, None
+        warmup = max(1, round(scheduler_config.num_epochs * scheduler_config.warmup_proportion))
+        schedulers = [
+            LinearLR(optimizer, start_factor=0.01, total_iters=warmup),
+            CosineAnnealingLR(optimizer, T_max=max(1, scheduler_config.num_epochs - warmup)),
+        ]
+        return accelerator, SequentialLR(optimizer, schedulers, milestones=[warmup])
+
+    @staticmethod
+    def get_state_dim(observation_space: spaces.Space[Any]) -> tuple[Any, ...]:
+        """Shape of an observation; for a dictionary or tuple, one shape for each part."""
+        return _shape_of(observation_space)
+
+    @staticmethod
+    def get_action_dim(action_space: spaces.Space[Any]) -> tuple[Any, ...]:
+        """Shape of an action; for a dictionary or tuple, one shape for each part."""
+        return _shape_of(action_space)
+
+
+def _shape_of(space: spaces.Space[Any]) -> tuple[Any, ...]:
+    if isinstance(space, spaces.Dict):
+        return tuple(_shape_of(part) for part in space.spaces.values())
+    if isinstance(space, spaces.Tuple):
+        return tuple(_shape_of(part) for part in space.spaces)
+    if isinstance(space, spaces.Discrete):
+        return (int(space.n),)
+    assert space.shape is not None
+    return space.shape

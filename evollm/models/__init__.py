@@ -1,0 +1,8 @@
+"""The frozen base model, the adapters on it, and the log-probabilities that they give."""
+
+from evollm.models.loading import load_base_model
+from evollm.models.logprobs import completion_logprobs
+from evollm.models.reference_cache import ReferenceCache
+from evollm.models.shared_base import AdapterState, SharedBase
+
+__all__ = ["AdapterState", "ReferenceCache", "SharedBase", "completion_logprobs", "load_base_model"]

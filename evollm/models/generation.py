@@ -1,0 +1,45 @@
+"""Greedy answers, to see what tuning has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from evollm.data.batch import IntArray
+from evollm.models.shared_base import SharedBase
+
+
+def greedy_answers(
+    base: SharedBase, adapter: str | None, prompts: Sequence[IntArray], tokenizer: Any, max_new_tokens: int = 64
+) -> list[str]:
+    """Continue each prompt with the likeliest tokens.
+
+    Args:
+        base: The shared base.
+        adapter: Name of the adapter that answers; None: the base itself.
+        prompts: Token ids, (P_i,) each.
+        tokenizer: Turns the answers into text; its EOS ends them.
+        max_new_tokens: Longest answer, in tokens.
+
+    Returns:
+        The answers without their prompts and special tokens.
+    """
+    answers = []
+    with base.active(adapter) as network, torch.no_grad():
+        for prompt in prompts:
+            input_ids = torch.from_numpy(prompt).to(base.device).unsqueeze(0)  # (1, P)
+            output = cast(Any, network).generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            answers.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip())
+    return answers

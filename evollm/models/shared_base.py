@@ -1,0 +1,299 @@
+"""One frozen base model and the LoRA adapters of a whole population on it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from evollm.errors import ConfigurationError
+from evollm.models.checkpointing import checkpoint_layers
+from evollm.models.reference_cache import ReferenceCache
+
+# These initialisations rewrite the base's own weights, which every other adapter stands on.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_ATTRIBUTE = "_evollm_shared_base"
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """An adapter apart from any model.
+
+    Attributes:
+        config: Its LoRA configuration.
+        tensors: Its weights, named as PEFT names them in a saved adapter.
+    """
+
+    config: LoraConfig
+    tensors: Mapping[str, Tensor]
+
+
+class SharedBase:
+    """The frozen base with its adapters, each known by a name of its own.
+
+    An adapter may have several owners (the references of a fresh population are one and the same): whoever needs it
+    calls `retain`, whoever is done calls `release`, and the last release frees it. Trainable adapters require
+    gradients and all others do not, whichever adapter is active.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ConfigurationError(
+                "actor_network",
+                type(model).__name__,
+                "already carries adapters; pass the plain base model, and the LoRA settings as lora_config "
+                "(an adapter that was trained before: model.merge_and_unload() first)",
+            )
+        self.network = model
+        self.reference_cache = ReferenceCache()
+        self._peft: PeftModel | None = None
+        self._owners: Counter[str] = Counter()
+        self._trainable: set[str] = set()
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._active: str | None = None
+        self._created = 0
+        self._checkpointing = False
+        self._can_checkpoint: bool | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> SharedBase:
+        """The shared base of this model: the same object for every agent that is built on the model."""
+        base = getattr(model, _ATTRIBUTE, None)
+        if not isinstance(base, cls):
+            base = cls(model)
+            # Past nn.Module's own __setattr__, which would take a holder of modules into account.
+            model.__dict__[_ATTRIBUTE] = base
+        return base
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base's input embeddings are."""
+        return self._embeddings.weight.device
+
+    @property
+    def name(self) -> str:
+        """The name or path that the base was loaded from, "" if it never had one."""
+        return str(getattr(self.network.config, "_name_or_path", "") or "")
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the base was made for, in tokens, where its configuration says."""
+        positions = getattr(self.network.config, "max_position_embeddings", None)
+        return int(positions) if positions else None
+
+    @property
+    def num_embeddings(self) -> int:
+        """How many token ids the base can take."""
+        return int(self._embeddings.weight.shape[0])
+
+    @property
+    def _embeddings(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.network.get_input_embeddings())
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The PEFT model that holds the adapters; there is one as soon as there is an adapter."""
+        if self._peft is None:
+            raise ConfigurationError("actor_network", self.name, "has no adapter yet: build an agent on it first")
+        return self._peft
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all adapters."""
+        return list(self._parameters)
+
+    def add_adapter(self, role: str, config: LoraConfig, *, trainable: bool, seed: int = 0) -> str:
+        """Add a freshly initialised adapter, owned by the caller.
+
+        Args:
+            role: `actor` or `reference`; the adapter's name begins with it.
+            config: Its LoRA configuration; it is copied.
+            trainable: Whether its parameters require gradients.
+            seed: Seed of its initialisation; the global generators are left as they were.
+
+        Raises:
+            ConfigurationError: The configuration matches no module or would change the base.
+        """
+        _check_config(config)
+        config = copy.deepcopy(config)
+        name = f"{role}-{self._created}"
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            # PEFT asks transformers by names that those deprecate: nothing that a user of evollm can act on.
+            warnings.simplefilter("ignore", FutureWarning)
+            try:
+                if self._peft is None:
+                    # The model is handed over in evaluation mode and stays there: dropout is off for policy and
+                    # reference alike, or their difference would be noise.
+                    self.network.eval()
+                    self._peft = get_peft_model(self.network, config, adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, config)
+            except ValueError as error:
+                raise ConfigurationError("lora_config.target_modules", config.target_modules, str(error)) from error
+        assert self._peft is not None
+        self._peft.eval()
+        self._created += 1
+        self._parameters[name] = _parameters_of(self._peft, name)
+        self._owners[name] = 1
+        if trainable:
+            self._trainable.add(name)
+        self._activate(name)
+        return name
+
+    def copy_adapter(self, source: str, role: str, *, trainable: bool) -> str:
+        """Add an adapter with the weights of `source`, owned by the caller."""
+        name = self.add_adapter(role, self.config(source), trainable=trainable)
+        with torch.no_grad():
+            for key, parameter in self._parameters[name].items():
+                parameter.copy_(self._parameters[source][key])
+        return name
+
+    def retain(self, name: str) -> str:
+        """Take a share in an adapter; give it back with `release`."""
+        self._owners[name] += 1
+        return name
+
+    def release(self, name: str) -> None:
+        """Give a share in an adapter back; the last one frees its memory."""
+        self._owners[name] -= 1
+        if self._owners[name] > 0:
+            return
+        del self._owners[name], self._parameters[name]
+        self._trainable.discard(name)
+        self._fingerprints.pop(name, None)
+        if self._active == name:
+            # PEFT picks a new active adapter with a warning; moved away from here there is nothing to warn of.
+            self._activate(next(iter(self._parameters), None))
+        self.peft_model.delete_adapter(name)
+
+    def config(self, name: str) -> LoraConfig:
+        """The LoRA configuration of an adapter."""
+        config = self.peft_model.peft_config[name]
+        assert isinstance(config, LoraConfig)
+        return config
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's own parameters, by their name without the adapter's."""
+        return self._parameters[name]
+
+    def export(self, name: str) -> AdapterState:
+        """A copy of an adapter on the CPU, named as PEFT saves it."""
+        tensors = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
+        copies = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+        return AdapterState(copy.deepcopy(self.config(name)), copies)
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite an adapter's weights in place.
+
+        Raises:
+            ConfigurationError: Names or shapes are not those of the adapter.
+        """
+        own = self.export(name).tensors
+        wrong = sorted(set(own) ^ set(tensors)) or [key for key in own if own[key].shape != tensors[key].shape]
+        if wrong:
+            raise ConfigurationError("adapter weights", wrong[:3], f"do not fit adapter {name}: other names or shapes")
+        set_peft_model_state_dict(self.peft_model, dict(tensors), adapter_name=name)
+        self._fingerprints.pop(name, None)
+
+    def fingerprint(self, name: str | None) -> str:
+        """Digest of a frozen adapter's weights and configuration; None is the base without adapter."""
+        if name is None:
+            return "base"
+        if name in self._trainable:
+            raise ConfigurationError("adapter", name, "is trainable: only a frozen adapter has a lasting fingerprint")
+        if name not in self._fingerprints:
+            config = self.config(name)
+            digest = hashlib.sha256(repr((config.r, config.lora_alpha, config.use_rslora)).encode())
+            for key, parameter in sorted(self._parameters[name].items()):
+                digest.update(key.encode() + _bytes_of(parameter))
+            self._fingerprints[name] = digest.hexdigest()
+        return self._fingerprints[name]
+
+    def use(self, name: str | None) -> None:
+        """Make an adapter the active one until further notice; None switches all adapters off."""
+        if name != self._active:
+            self._activate(name)
+
+    @contextmanager
+    def active(self, name: str | None, *, gradient_checkpointing: bool = False) -> Iterator[PreTrainedModel]:
+        """The base with one adapter active; what was active before is so again afterwards, also after an error."""
+        before, before_checkpointing = self._active, self._checkpointing
+        if gradient_checkpointing:
+            self._prepare_checkpointing()
+        try:
+            self.use(name)
+            self._checkpointing = gradient_checkpointing
+            yield self.network
+        finally:
+            self._checkpointing = before_checkpointing
+            self.use(before)
+
+    def supports_checkpointing(self) -> bool:
+        """Whether the base declares layers whose activations can be recomputed."""
+        self._prepare_checkpointing()
+        return bool(self._can_checkpoint)
+
+    def compile(self, mode: str) -> None:
+        """Compile the base's forward pass with `torch.compile` in this mode."""
+        self.network.compile(mode=mode)
+
+    def _prepare_checkpointing(self) -> None:
+        if self._can_checkpoint is None:
+            layers = checkpoint_layers(self.network, lambda: self._checkpointing, lambda: self.active(self._active))
+            self._can_checkpoint = layers > 0
+
+    def _activate(self, name: str | None) -> None:
+        tuner = cast(Any, self.peft_model.base_model)
+        if name is None:
+            tuner.disable_adapter_layers()
+        else:
+            if self._active is None:
+                tuner.enable_adapter_layers()
+            self.peft_model.set_adapter(name)
+        self._active = name
+        # PEFT makes the active adapter trainable and freezes the others; here that depends on the role alone.
+        for adapter, parameters in self._parameters.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(adapter in self._trainable)
+
+
+def _check_config(config: LoraConfig) -> None:
+    if not isinstance(config, LoraConfig):
+        raise ConfigurationError("lora_config", type(config).__name__, "must be a peft.LoraConfig")
+    initialisation = config.init_lora_weights
+    if isinstance(initialisation, str) and initialisation.lower().startswith(_CHANGES_BASE):
+        raise ConfigurationError(
+            "lora_config.init_lora_weights",
+            initialisation,
+            "rewrites the shared base's weights; use True or 'gaussian'",
+        )
+    if config.bias != "none":
+        raise ConfigurationError("lora_config.bias", config.bias, "trains the shared base's own biases; use 'none'")
+
+
+def _parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+    """The parameters whose dotted path has the adapter's name as a segment, under that path without it."""
+    found = {}
+    for path, parameter in model.named_parameters():
+        segments = path.split(".")
+        if name in segments:
+            segments.remove(name)
+            found[".".join(segments)] = parameter
+    return found
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
