@@ -1,0 +1,35 @@
+"""evollm: preference-tune language models with a population of DPO agents on one shared base."""
+
+from evollm.algorithms import DPO
+from evollm.checkpoints import save_llm_checkpoint
+from evollm.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    DivergedError,
+    EvoLLMError,
+    MissingExtraError,
+)
+from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
+from evollm.llm_envs import PreferenceGym
+from evollm.training import Callback, finetune_llm_preference
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPO",
+    "Callback",
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "DivergedError",
+    "EvoLLMError",
+    "HyperparameterConfig",
+    "MissingExtraError",
+    "Mutations",
+    "PreferenceGym",
+    "RLParameter",
+    "TournamentSelection",
+    "finetune_llm_preference",
+    "save_llm_checkpoint",
+]

@@ -1,0 +1,156 @@
+"""What a person sees: a progress bar, a table for each generation, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import rich.console
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from evollm.hpo import Birth, Evaluation, format_value
+from evollm.training.callbacks import Callback, Checkpointed, Evaluated, Evolved, RunEnded, RunStarted, StepDone
+
+SHOWN = ("lr", "beta", "nll_alpha")
+
+
+class Console(Callback):
+    """Prints to the terminal.
+
+    Args:
+        console: Where to print, by default standard output.
+    """
+
+    def __init__(self, console: rich.console.Console | None = None) -> None:
+        self._console = console or rich.console.Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._births: dict[int, Birth] = {}
+        self._losses: dict[int, float] = {}
+
+    def on_start(self, event: RunStarted) -> None:
+        """Say what is about to happen and start the bar."""
+        self._births = {birth.index: birth for birth in event.founders}
+        agents = f"{len(self._births)} agent{'s' if len(self._births) > 1 else ''}"
+        data = event.config["data"]
+        for report in data["reports"]:
+            self._print(escape(report))
+        self._print(
+            f"{agents} on one base, {event.total_steps} steps of {data['batch_size']} pairs; run folder {event.run_dir}"
+        )
+        self._task = self._progress.add_task("training", total=event.total_steps)
+        self._progress.start()
+
+    def on_step(self, event: StepDone) -> None:
+        """Move the bar."""
+        self._losses |= {index: metrics["loss"] for index, metrics in event.metrics.items()}
+        assert self._task is not None
+        loss = min(self._losses[index] for index in event.metrics)
+        self._progress.update(self._task, completed=event.step, description=f"training, lowest loss {loss:.3f}")
+
+    def on_evaluation(self, event: Evaluated) -> None:
+        """Print the table of a generation."""
+        self._print(generation_table(event, self._births, self._losses))
+
+    def on_evolution(self, event: Evolved) -> None:
+        """Say who came from whom."""
+        self._births = {birth.index: birth for birth in event.plan.births}
+        for birth in event.plan.births:
+            self._print(f"  agent {birth.index} <- {birth.parent}  {escape(_origin(birth))}", soft_wrap=True)
+
+    def on_checkpoint(self, event: Checkpointed) -> None:
+        """Say where the population was saved."""
+        self._print(f"step {event.step}: population saved in {event.path}")
+
+    def on_end(self, event: RunEnded) -> None:
+        """Print the result."""
+        self.close()
+        if event.before is not None and event.after is not None:
+            self._print(score_lines(event.split, event.before, event.after))
+        for sample in event.samples:
+            self._print(f"\n[bold]{escape(sample.prompt)}[/bold]")
+            self._print(
+                f"  [dim]before:[/dim] {escape(sample.before)}\n  [green]after:[/green]  {escape(sample.after)}"
+            )
+        if event.best_path is not None:
+            self._print(f"\nBest adapter: {event.best_path / 'actor'}", soft_wrap=True)
+            line = f'model = PeftModel.from_pretrained(base_model, "{event.best_path / "actor"}")'
+            self._print(f"Load it with: [bold]{escape(line)}[/bold]", soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+    def _print(self, what: object, *, soft_wrap: bool = False) -> None:
+        self._console.print(what, soft_wrap=soft_wrap, highlight=False)
+
+
+def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapping[int, float]) -> Table:
+    """One row for each agent, the fittest first and marked."""
+    table = Table(title=f"generation {event.generation}, step {event.step}", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("agent", "parent", *SHOWN, "accuracy", "margin", "loss"):
+        table.add_column(name, justify="right")
+    for index in _best_first(event):
+        parent, values = births[index].parent, event.agents[index]
+        evaluation = event.evaluations.get(index)
+        scores = (
+            ("diverged", "") if evaluation is None else (f"{evaluation.accuracy:.3f}", f"{evaluation.mean_margin:+.2f}")
+        )
+        table.add_row(
+            f"* {index}" if index == event.best else str(index),
+            "" if parent is None else str(parent),
+            *(format_value(values[name]) if name in values else "" for name in SHOWN),
+            *scores,
+            f"{losses[index]:.3f}" if index in losses else "",
+            style="bold" if index == event.best else None,
+        )
+    table.caption = "* the elite"
+    return table
+
+
+def score_lines(split: str, before: Evaluation, after: Evaluation) -> str:
+    """The two scores, and what they were measured on."""
+    pairs = len(after.margins)
+    lines = (
+        f"\nHeld-out accuracy on {pairs} {'final' if split == 'final' else 'selection'} pairs: "
+        f"[bold]{before.accuracy:.3f} -> {after.accuracy:.3f}[/bold] "
+        f"(margin {before.mean_margin:+.2f} -> {after.mean_margin:+.2f} nats)"
+    )
+    if split != "final":
+        lines += (
+            "\nThe fittest agent was chosen on these very pairs; pass final_dataset to the gym for an unbiased score."
+        )
+    return lines
+
+
+def _best_first(event: Evaluated) -> list[int]:
+    def key(index: int) -> tuple[bool, tuple[float, ...]]:
+        return index in event.evaluations, event.fitnesses[index]
+
+    return sorted(event.fitnesses, key=key, reverse=True)
+
+
+def _origin(birth: Birth) -> str:
+    if birth.elite:
+        return "elite, kept as it is"
+    return ", ".join(str(mutation) for mutation in birth.mutations) or "copy"

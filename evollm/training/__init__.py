@@ -1,0 +1,6 @@
+"""The training loop."""
+
+from evollm.training.callbacks import Callback
+from evollm.training.train_llm import finetune_llm_preference
+
+__all__ = ["Callback", "finetune_llm_preference"]

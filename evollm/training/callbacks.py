@@ -1,0 +1,147 @@
+"""What happens during a run, as events, and what hangs off it, as callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evollm.algorithms.dpo import DPO
+from evollm.hpo import Birth, Evaluation, EvolutionPlan, Fitness
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Everything is checked; no batch has been served yet.
+
+    Attributes:
+        run_dir: The run folder.
+        config: Settings of the run as JSON values.
+        founders: The agents of the first generation.
+        total_steps: Steps of the whole run; a step is one batch for every agent.
+    """
+
+    run_dir: Path
+    config: Mapping[str, Any]
+    founders: Sequence[Birth]
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """Every agent has learnt from one batch.
+
+    Attributes:
+        step: Steps done.
+        epoch: Epochs done.
+        metrics: What `learn` returned, by agent; a diverged agent is missing.
+    """
+
+    step: int
+    epoch: int
+    metrics: Mapping[int, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Every agent has been scored on the same pairs.
+
+    Attributes:
+        step: Steps done.
+        generation: Evolutions done.
+        evaluations: What each agent makes of each selection pair; a diverged agent is missing.
+        fitnesses: The fitness of every agent, not finite for a diverged one.
+        best: Index of the fittest agent.
+        agents: Hyperparameters of every agent.
+    """
+
+    step: int
+    generation: int
+    evaluations: Mapping[int, Evaluation]
+    fitnesses: Mapping[int, Fitness]
+    best: int
+    agents: Mapping[int, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Evolved:
+    """A plan has been carried out.
+
+    Attributes:
+        step: Steps done.
+        plan: Who came from whom, and what mutated.
+    """
+
+    step: int
+    plan: EvolutionPlan
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """The population has been saved.
+
+    Attributes:
+        step: Steps done.
+        path: Folder with one subfolder for each agent.
+    """
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class SampleAnswer:
+    """What the model says to one prompt before and after tuning."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The run is over.
+
+    Attributes:
+        step: Steps done.
+        best: The fittest agent.
+        best_path: Folder of its checkpoint, None when it was not to be saved.
+        split: The pairs of the two scores, `final` or `test`; "" when there are none.
+        before: Score of the first agent before training.
+        after: Score of the fittest agent.
+        samples: Answers before and after.
+    """
+
+    step: int
+    best: DPO
+    best_path: Path | None
+    split: str
+    before: Evaluation | None
+    after: Evaluation | None
+    samples: Sequence[SampleAnswer]
+
+
+class Callback:
+    """Override what you want to hear of. Callbacks are called in the order in which they were given."""
+
+    def on_start(self, event: RunStarted) -> None:
+        """The run begins."""
+
+    def on_step(self, event: StepDone) -> None:
+        """A step is done."""
+
+    def on_evaluation(self, event: Evaluated) -> None:
+        """The population has been scored."""
+
+    def on_evolution(self, event: Evolved) -> None:
+        """A generation has given way to the next."""
+
+    def on_checkpoint(self, event: Checkpointed) -> None:
+        """The population has been saved."""
+
+    def on_end(self, event: RunEnded) -> None:
+        """The run is over."""
+
+    def close(self) -> None:
+        """Release files and threads; called once however the run ends, also after an error."""
