@@ -51,6 +51,11 @@ class TextPair:
     chosen: str
     rejected: str
 
+    @property
+    def question(self) -> str:
+        """The prompt as a person would read it."""
+        return self.prompt.strip()
+
 
 @dataclass(frozen=True)
 class ChatPair:
@@ -67,6 +72,11 @@ class ChatPair:
     prompt: Sequence[Message]
     chosen: Sequence[Message]
     rejected: Sequence[Message]
+
+    @property
+    def question(self) -> str:
+        """The prompt's last message, as a person would read it."""
+        return str(self.prompt[-1]["content"]).strip()
 
 
 class _UnusableRowError(Exception):

@@ -12,7 +12,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from evollm.data.batch import IntArray, TokenizedPair
-from evollm.data.report import DataReport
+from evollm.data.report import FIRST_QUESTIONS, DataReport
 from evollm.data.sources import (
     EMPTY_COMPLETION,
     SAME_COMPLETIONS,
@@ -97,7 +97,9 @@ def load_pairs(
     )
     for reason, rows in split.dropped.items():
         dropped.setdefault(reason, []).extend(rows)
-    report = DataReport.from_rows(name, len(split.pairs), dropped, split.prompts_cut)
+    unused = {row for rows in dropped.values() for row in rows}
+    questions = islice((pair.question for pair in raw_pairs if pair.row not in unused), FIRST_QUESTIONS)
+    report = DataReport.from_rows(name, len(split.pairs), dropped, split.prompts_cut, tuple(questions))
     if split.pairs:
         return split.pairs, report
     if split.shortest_overlong is None:

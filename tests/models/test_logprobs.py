@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.models import ReferenceCache, completion_logprobs
+from evollm.models.logprobs import PairLogprobs
+
+CPU = torch.device("cpu")
+
+
+def by_hand(network: nn.Module, prompt: np.ndarray, completion: np.ndarray) -> float:
+    """One sequence by itself: log_softmax over the full logits, summed over the completion's tokens."""
+    ids = torch.from_numpy(np.concatenate([prompt, completion])).unsqueeze(0)
+    with torch.no_grad():
+        logprobs = network(ids).logits.double().log_softmax(dim=-1)[0]
+    positions = range(len(prompt) - 1, ids.shape[1] - 1)
+    return sum(logprobs[position, ids[0, position + 1]].item() for position in positions)
+
+
+@pytest.fixture
+def network(make_model) -> nn.Module:
+    return make_model(dtype=torch.float64).eval()
+
+
+class PlainSignature(nn.Module):
+    """A model that gives all logits or none."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return self.network(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("explicit_positions", [True, False])
+def test_log_probs_equal_those_of_each_sequence_by_itself(network, gym, explicit_positions: bool) -> None:
+    batch = gym.next_batch()
+    with torch.no_grad():
+        found = completion_logprobs(network, batch, CPU, explicit_positions=explicit_positions)
+    for row in range(len(batch)):
+        pair = batch.pair(row)
+        assert found.chosen[row].item() == pytest.approx(by_hand(network, pair.prompt_ids, pair.chosen_ids), abs=1e-10)
+        rejected = by_hand(network, pair.prompt_ids, pair.rejected_ids)
+        assert found.rejected[row].item() == pytest.approx(rejected, abs=1e-10)
+
+
+def test_a_model_that_cannot_leave_logits_out_gives_the_same(network, gym) -> None:
+    batch = gym.next_batch()
+    with torch.no_grad():
+        expected = completion_logprobs(network, batch, CPU)
+        found = completion_logprobs(PlainSignature(network), batch, CPU)
+    torch.testing.assert_close(found.chosen, expected.chosen, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.rejected, expected.rejected, rtol=0, atol=1e-10)
+
+
+def test_a_pair_has_the_same_log_probs_in_any_batch(network, gym) -> None:
+    batch = gym.next_batch()
+    with torch.no_grad():
+        together = completion_logprobs(network, batch, CPU).rejected
+        apart = torch.cat([completion_logprobs(network, part, CPU).rejected for part in batch.split(1)])
+    torch.testing.assert_close(apart, together, rtol=0, atol=1e-10)
+
+
+def test_sums_of_a_bfloat16_model_are_finer_than_bfloat16(make_model, gym) -> None:
+    batch = gym.next_batch()
+    with torch.no_grad():
+        sums = completion_logprobs(make_model(dtype=torch.bfloat16).eval(), batch, CPU).rejected
+    assert sums.dtype == torch.float32
+    assert not torch.equal(sums, sums.bfloat16().float())
+
+
+def test_a_reference_is_computed_once_for_each_pair(gym) -> None:
+    cache, asked = ReferenceCache(), []
+
+    def compute(batch: PreferenceBatch) -> PairLogprobs:
+        asked.append(len(batch))
+        return PairLogprobs(-torch.tensor(batch.chosen_lengths).float(), -torch.tensor(batch.rejected_lengths).float())
+
+    first, second = gym.next_batch(), gym.next_batch()
+    mixed = PreferenceBatch.from_pairs([first.pair(1), second.pair(0)])
+    cache.get("a", first, compute)
+    found = cache.get("a", mixed, compute)
+    assert asked == [4, 1]
+    assert found.chosen.tolist() == [-first.chosen_lengths[1], -second.chosen_lengths[0]]
+    cache.get("b", first, compute)
+    assert asked == [4, 1, 4]
+    assert len(cache) == 9
+    cache.keep_only(["b"])
+    assert len(cache) == 4
+
+
+def test_keys_of_pairs_depend_on_where_the_prompt_ends() -> None:
+    ids = np.arange(6)
+    one = PreferenceBatch.from_pairs([TokenizedPair(ids[:2], ids[2:4], ids[4:])])
+    other = PreferenceBatch.from_pairs([TokenizedPair(ids[:1], ids[1:4], ids[4:])])
+    assert one.keys() != other.keys()

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from snapshots import adapter_bits, base_bits
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from evollm import ConfigurationError
+from evollm.data.batch import PreferenceBatch
+from evollm.models import SharedBase, completion_logprobs
+
+
+@pytest.fixture
+def batch(gym) -> PreferenceBatch:
+    return gym.next_batch()
+
+
+def perturb(base: SharedBase, name: str, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in base.parameters(name).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def logps(base: SharedBase, name: str | None, batch: PreferenceBatch) -> torch.Tensor:
+    with base.active(name) as network, torch.no_grad():
+        return completion_logprobs(network, batch, base.device).chosen
+
+
+def test_the_same_model_object_gives_the_same_base(make_model) -> None:
+    model = make_model()
+    assert SharedBase.of(model) is SharedBase.of(model)
+    assert SharedBase.of(model) is not SharedBase.of(make_model())
+
+
+def test_adding_an_adapter_leaves_base_and_global_generator_as_they_were(make_model, lora) -> None:
+    base = SharedBase.of(make_model())
+    before, state = base_bits(base), torch.get_rng_state()
+    base.add_adapter("actor", lora, trainable=True, seed=3)
+    assert base_bits(base) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_seed_decides_the_first_weights(make_model, lora) -> None:
+    base = SharedBase.of(make_model())
+    names = [base.add_adapter("actor", lora, trainable=True, seed=seed) for seed in (1, 1, 2)]
+    bits = adapter_bits(base)
+    assert bits[names[0]] == bits[names[1]] != bits[names[2]]
+
+
+def test_a_fresh_adapter_computes_what_the_base_computes(make_model, lora, batch) -> None:
+    base = SharedBase.of(make_model())
+    name = base.add_adapter("actor", lora, trainable=True)
+    assert torch.equal(logps(base, name, batch), logps(base, None, batch))
+    perturb(base, name)
+    assert not torch.allclose(logps(base, name, batch), logps(base, None, batch))
+
+
+def test_only_trainable_adapters_require_gradients_whichever_is_active(make_model, lora) -> None:
+    base = SharedBase.of(make_model())
+    actor = base.add_adapter("actor", lora, trainable=True)
+    reference = base.copy_adapter(actor, "reference", trainable=False)
+    other = base.copy_adapter(actor, "actor", trainable=True)
+    for active in (reference, actor, None, other, reference):
+        base.use(active)
+        for name in base.adapters:
+            assert {p.requires_grad for p in base.parameters(name).values()} == {name != reference}
+        trainable = sum(parameter.requires_grad for parameter in base.network.parameters())
+        assert trainable == len(base.parameters(actor)) + len(base.parameters(other))
+
+
+def test_active_restores_what_was_active_before_also_after_an_error(make_model, lora, batch) -> None:
+    base = SharedBase.of(make_model())
+    first = base.add_adapter("actor", lora, trainable=True)
+    second = base.copy_adapter(first, "actor", trainable=True)
+    perturb(base, first)
+    base.use(first)
+    with torch.no_grad():
+        expected = completion_logprobs(base.network, batch, base.device).chosen
+    with pytest.raises(RuntimeError), base.active(second), base.active(None):
+        raise RuntimeError
+    with torch.no_grad():
+        assert torch.equal(completion_logprobs(base.network, batch, base.device).chosen, expected)
+
+
+def test_the_last_release_frees_an_adapter_without_a_warning(make_model, lora, batch) -> None:
+    base = SharedBase.of(make_model())
+    kept = base.add_adapter("actor", lora, trainable=True)
+    shared = base.copy_adapter(kept, "reference", trainable=False)
+    base.retain(shared)
+    before = sum(parameter.numel() for parameter in base.network.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base.release(shared)
+        assert shared in base.adapters
+        base.use(shared)
+        base.release(shared)
+    assert base.adapters == [kept]
+    freed = before - sum(parameter.numel() for parameter in base.network.parameters())
+    assert freed == sum(parameter.numel() for parameter in base.parameters(kept).values())
+    assert torch.isfinite(logps(base, kept, batch)).all()
+
+
+def test_adapters_are_float32_on_a_bfloat16_base_and_log_probs_are_too(make_model, lora, batch) -> None:
+    base = SharedBase.of(make_model(dtype=torch.bfloat16))
+    name = base.add_adapter("actor", lora, trainable=True)
+    assert {parameter.dtype for parameter in base.parameters(name).values()} == {torch.float32}
+    assert logps(base, name, batch).dtype == torch.float32
+
+
+def gradients(
+    base: SharedBase, name: str, other: str, batch: PreferenceBatch, *, recompute: bool
+) -> list[torch.Tensor]:
+    """Gradients of `name` when the backward pass runs while `other` is the active adapter."""
+    with base.active(name, gradient_checkpointing=recompute) as network:
+        loss = completion_logprobs(network, batch, base.device).chosen.sum()
+    base.use(other)
+    loss.backward()
+    found = [parameter.grad.clone() for parameter in base.parameters(name).values()]
+    for parameter in base.network.parameters():
+        parameter.grad = None
+    return found
+
+
+def test_checkpointed_layers_recompute_with_the_adapter_of_their_forward_pass(make_model, lora, batch) -> None:
+    base = SharedBase.of(make_model(dtype=torch.float64))
+    name = base.add_adapter("actor", lora, trainable=True)
+    other = base.copy_adapter(name, "actor", trainable=True)
+    perturb(base, name, seed=1)
+    perturb(base, other, seed=2)
+    plain = gradients(base, name, other, batch, recompute=False)
+    recomputed = gradients(base, name, other, batch, recompute=True)
+    for expected, found in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_checkpointing_really_recomputes(make_model, lora, batch) -> None:
+    base = SharedBase.of(make_model())
+    name = base.add_adapter("actor", lora, trainable=True)
+    calls: list[int] = []
+    base.network.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    for recompute in (False, True):
+        calls.clear()
+        gradients(base, name, name, batch, recompute=recompute)
+        assert len(calls) == 1 + recompute
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_stays_off_in_training(tokenizer, batch, recompute: bool) -> None:
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5, attn_pdrop=0.5
+    )
+    base = SharedBase.of(GPT2LMHeadModel(config))
+    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    name = base.add_adapter("actor", lora, trainable=True)
+    perturb(base, name)
+    with base.active(name, gradient_checkpointing=recompute) as network:
+        first, second = (completion_logprobs(network, batch, base.device).chosen for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_fingerprints_tell_weights_apart_and_know_equal_ones(make_model, lora) -> None:
+    base = SharedBase.of(make_model())
+    actor = base.add_adapter("actor", lora, trainable=True)
+    first, second = (base.copy_adapter(actor, "reference", trainable=False) for _ in range(2))
+    assert base.fingerprint(first) == base.fingerprint(second) != base.fingerprint(None)
+    perturb(base, actor)
+    changed = base.copy_adapter(actor, "reference", trainable=False)
+    assert base.fingerprint(changed) != base.fingerprint(first)
+    with pytest.raises(ConfigurationError, match="trainable"):
+        base.fingerprint(actor)
+
+
+def test_weights_that_do_not_fit_are_refused_and_nothing_changes(make_model, lora) -> None:
+    base = SharedBase.of(make_model())
+    name = base.add_adapter("actor", lora, trainable=True)
+    before = adapter_bits(base)
+    tensors = dict(base.export(name).tensors)
+    key = next(iter(tensors))
+    with pytest.raises(ConfigurationError, match="do not fit"):
+        base.load(name, {**tensors, key: torch.zeros(1, 1)})
+    with pytest.raises(ConfigurationError, match="do not fit"):
+        base.load(name, {"unknown": torch.zeros(1)})
+    assert adapter_bits(base) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"target_modules": ["no_such_layer"]}, "target_modules"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"bias": "lora_only"}, "bias"),
+    ],
+)
+def test_a_lora_config_that_cannot_work_is_refused(make_model, changes, field) -> None:
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes})
+    base = SharedBase.of(make_model())
+    with pytest.raises(ConfigurationError, match=f"lora_config.{field}"):
+        base.add_adapter("actor", config, trainable=True)
+
+
+def test_a_model_that_carries_adapters_already_is_refused(make_model, lora) -> None:
+    with pytest.raises(ConfigurationError, match="actor_network"):
+        SharedBase.of(get_peft_model(make_model(), lora))

@@ -1,0 +1,33 @@
+"""Bits of adapters and bases, to compare before and after."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from evollm import DPO
+from evollm.models import SharedBase
+
+
+def digest(tensors: list[Tensor]) -> str:
+    bits = hashlib.sha256()
+    for tensor in tensors:
+        bits.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return bits.hexdigest()
+
+
+def adapter_bits(base: SharedBase) -> dict[str, str]:
+    """Digest of every adapter on the base, by name."""
+    return {name: digest(list(base.parameters(name).values())) for name in base.adapters}
+
+
+def actor_bits(agent: DPO) -> str:
+    return digest(list(agent.actor_parameters()))
+
+
+def base_bits(base: SharedBase) -> str:
+    """Digest of the base's own weights, adapters left out."""
+    adapters = {id(parameter) for name in base.adapters for parameter in base.parameters(name).values()}
+    return digest([parameter for parameter in base.network.parameters() if id(parameter) not in adapters])

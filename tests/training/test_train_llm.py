@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_rows
+from datasets import Dataset
+from peft import PeftModel
+from snapshots import actor_bits, adapter_bits, base_bits
+
+from evollm import (
+    DPO,
+    Callback,
+    ConfigurationError,
+    DivergedError,
+    EvoLLMError,
+    HyperparameterConfig,
+    Mutations,
+    PreferenceGym,
+    RLParameter,
+    TournamentSelection,
+    finetune_llm_preference,
+    save_llm_checkpoint,
+)
+from evollm.hpo import Evaluation
+
+HP_CONFIG = HyperparameterConfig(
+    lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5), nll_alpha=RLParameter(0.01, 1.0)
+)
+
+
+@pytest.fixture
+def evolution() -> dict[str, object]:
+    return {"tournament": TournamentSelection(2, True, 4, rand_seed=3), "mutation": Mutations(0.2, 0.8, rand_seed=5)}
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> dict[str, object]:
+    return {"run_dir": tmp_path / "run", "verbose": False, "num_sample_answers": 0}
+
+
+class Record(Callback):
+    def __init__(self) -> None:
+        self.events: list[tuple[str, object]] = []
+
+    def __getattribute__(self, name: str):
+        if name.startswith("on_"):
+            return lambda event: self.events.append((name, event))
+        return super().__getattribute__(name)
+
+    def steps(self, name: str) -> list[int]:
+        return [event.step for kind, event in self.events if kind == name]
+
+
+def test_the_example_of_the_seed_page_runs_as_written(make_model, tokenizer, tmp_path, monkeypatch) -> None:
+    """The page's script with a local model and dataset in place of the hub's."""
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    accelerator = Accelerator()
+    raw_dataset = Dataset.from_list(make_rows(40)).shuffle(seed=42)
+    train_test_split = raw_dataset.train_test_split(test_size=0.1)
+    train_dataset = train_test_split["train"]
+    test_dataset = train_test_split["test"]
+    env = PreferenceGym(
+        train_dataset=train_dataset,
+        test_dataset=test_dataset,
+        tokenizer=tokenizer,
+        data_batch_size_per_gpu=16,
+        accelerator=accelerator,
+    )
+    agent = DPO(
+        env.observation_space,
+        env.action_space,
+        actor_network=model,
+        pad_token_id=tokenizer.eos_token_id,
+        pad_token=tokenizer.eos_token,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        batch_size=32,
+        lr=0.000005,
+        beta=0.001,
+        update_epochs=1,
+        seed=42,
+        accelerator=accelerator,
+    )
+    finetune_llm_preference(
+        [agent],
+        env,
+        num_epochs=1,
+        checkpoint_steps=250,
+        accelerator=accelerator,
+    )
+    save_llm_checkpoint(agent, "path/to/checkpoint")
+    PeftModel.from_pretrained(make_model(), "path/to/checkpoint")
+
+
+def test_a_population_of_one_equals_a_plain_loop_over_learn_bit_for_bit(make_agent, tokenizer, quiet) -> None:
+    def env() -> PreferenceGym:
+        return PreferenceGym(make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4)
+
+    tuned, looped = make_agent(), make_agent()
+    finetune_llm_preference([tuned], env(), num_epochs=2, evaluation_interval=2, **quiet)
+    batches = env()
+    for _ in range(2 * len(batches)):
+        looped.learn(batches.next_batch())
+    assert actor_bits(tuned) == actor_bits(looped)
+
+
+def run_population(make_population, tokenizer, evolution, run_dir: Path, **changes) -> list[DPO]:
+    env = PreferenceGym(make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4)
+    arguments = {"num_epochs": 3, "verbose": False, "num_sample_answers": 0, **evolution, **changes}
+    population = make_population(4, hp_config=HP_CONFIG)
+    return finetune_llm_preference(population, env, run_dir=run_dir, **arguments)[0]
+
+
+def test_the_same_seed_twice_gives_identical_lineage_and_elite_bits(
+    make_population, tokenizer, evolution, tmp_path
+) -> None:
+    bits = []
+    for name in ("first", "second"):
+        population = run_population(make_population, tokenizer, evolution, tmp_path / name)
+        bits.append([actor_bits(agent) for agent in population])
+        # Whatever else draws from the global generators makes no difference.
+        torch.rand(3)
+        np.random.rand(3)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert bits[0] == bits[1]
+    for name in ("lineage.jsonl", "metrics.jsonl", "elite/actor/adapter_model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_the_run_evolves_between_epochs_and_keeps_the_elite(make_population, tokenizer, evolution, tmp_path) -> None:
+    record = Record()
+    population = run_population(make_population, tokenizer, evolution, tmp_path / "run", callbacks=[record])
+    assert record.steps("on_step") == list(range(1, 10))
+    assert record.steps("on_evaluation") == [3, 6, 9]
+    assert record.steps("on_evolution") == [3, 6]
+    plans = [event.plan for kind, event in record.events if kind == "on_evolution"]
+    assert [plan.births[0].index for plan in plans] == [plan.elite for plan in plans]
+    assert plans[0].births[0].mutations == ()
+    for agent in population:
+        assert 1e-4 <= agent.lr <= 1e-2
+        assert 0.05 <= agent.beta <= 0.5
+    lines = [json.loads(line) for line in (tmp_path / "run/lineage.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["founders", "evolution", "evolution"]
+
+
+def test_every_unit_is_a_step(make_population, tokenizer, evolution, tmp_path) -> None:
+    record = Record()
+    run_population(
+        make_population,
+        tokenizer,
+        evolution,
+        tmp_path / "run",
+        callbacks=[record],
+        max_steps=8,
+        evo_steps=4,
+        evaluation_interval=3,
+        checkpoint_steps=5,
+    )
+    assert record.steps("on_step")[-1] == 8
+    assert record.steps("on_evaluation") == [3, 4, 6, 8]
+    assert record.steps("on_evolution") == [4]
+    assert record.steps("on_checkpoint") == [5]
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-000005"]
+
+
+def test_a_population_never_holds_more_adapters_than_its_size_and_one_reference(
+    make_population, tokenizer, evolution, tmp_path
+) -> None:
+    population = run_population(make_population, tokenizer, evolution, tmp_path / "run")
+    assert len(population[0].base.adapters) == 5
+
+
+def test_eight_agents_hold_one_base(make_population, gym, quiet) -> None:
+    population = make_population(8)
+    before = base_bits(population[0].base)
+    finetune_llm_preference(population, gym, max_steps=2, **quiet)
+    base = population[0].base
+    adapters = {id(p) for name in base.adapters for p in base.parameters(name).values()}
+    models = {id(agent.base.network): agent.base.network for agent in population}
+    storages = {
+        parameter.untyped_storage().data_ptr()
+        for model in models.values()
+        for parameter in model.parameters()
+        if id(parameter) not in adapters
+    }
+    plain = {p.untyped_storage().data_ptr() for p in make_population(1)[0].base.network.model.parameters()}
+    assert len(models) == 1
+    # One storage for each of the base's own parameters: 2 layers of 9, embedding, final norm and head.
+    assert len(storages) == 2 * 9 + 3
+    assert len(plain) > 0
+    assert base_bits(base) == before
+
+
+class BreakAgent(Callback):
+    """Makes the loss of one agent NaN from a step on."""
+
+    def __init__(self, agent: DPO, step: int) -> None:
+        self.agent, self.step = agent, step
+
+    def on_step(self, event) -> None:
+        if event.step == self.step:
+            with torch.no_grad():
+                self.agent.actor_parameters()[0].fill_(float("nan"))
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_a_nan_in_one_agent_leaves_the_others_as_in_a_run_without_it(make_population, tokenizer, quiet, broken) -> None:
+    def env() -> PreferenceGym:
+        return PreferenceGym(make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4)
+
+    population = make_population(4, hp_config=HP_CONFIG)
+    victim = population[broken]
+    finetune_llm_preference(population, env(), num_epochs=1, callbacks=[BreakAgent(victim, 1)], **quiet)
+    alone = make_population(4, hp_config=HP_CONFIG)
+    finetune_llm_preference(
+        [agent for agent in alone if agent.index != broken],
+        env(),
+        num_epochs=1,
+        **{**quiet, "run_dir": quiet["run_dir"].with_name("without")},
+    )
+    assert victim.diverged
+    for agent, other in zip(population, alone, strict=True):
+        if agent is not victim:
+            assert actor_bits(agent) == actor_bits(other)
+            assert not agent.diverged
+
+
+def test_a_diverged_agent_is_culled_and_never_a_parent(make_population, tokenizer, evolution, tmp_path) -> None:
+    env = PreferenceGym(make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4)
+    population = make_population(4, hp_config=HP_CONFIG)
+    record = Record()
+    population, fitnesses = finetune_llm_preference(
+        population,
+        env,
+        num_epochs=2,
+        run_dir=tmp_path / "run",
+        verbose=False,
+        callbacks=[BreakAgent(population[0], 1), record],
+        **evolution,
+    )
+    (plan,) = [event.plan for kind, event in record.events if kind == "on_evolution"]
+    assert 0 not in [birth.parent for birth in plan.births]
+    assert 0 not in [agent.index for agent in population]
+    assert np.isfinite(fitnesses).all()
+    assert all(torch.isfinite(parameter).all() for agent in population for parameter in agent.actor_parameters())
+
+
+def test_a_run_in_which_all_diverge_stops_and_says_so(make_agent, gym, quiet) -> None:
+    agent = make_agent()
+    with pytest.raises(DivergedError, match="lower lr or beta"):
+        finetune_llm_preference([agent], gym, max_steps=5, callbacks=[BreakAgent(agent, 1)], **quiet)
+
+
+def test_a_fitness_of_the_users_decides(make_population, tokenizer, evolution, tmp_path) -> None:
+    def prefer_small_steps(evaluation: Evaluation) -> float:
+        return -abs(evaluation.mean_margin)
+
+    record = Record()
+    run_population(
+        make_population, tokenizer, evolution, tmp_path / "run", callbacks=[record], fitness=prefer_small_steps
+    )
+    first = next(event for kind, event in record.events if kind == "on_evaluation")
+    smallest = min(first.evaluations, key=lambda index: abs(first.evaluations[index].mean_margin))
+    assert first.best == smallest
+
+
+def test_the_reference_follows_the_actor_when_asked_to(make_agent, gym, quiet) -> None:
+    fixed, following = make_agent(), make_agent()
+    before = adapter_bits(fixed.base)[fixed.adapter("reference")]
+    state = gym.state_dict()
+    finetune_llm_preference([fixed], gym, num_epochs=2, **quiet)
+    assert adapter_bits(fixed.base)[fixed.adapter("reference")] == before
+    gym.load_state_dict(state)
+    run_dir = quiet["run_dir"].with_name("following")
+    finetune_llm_preference(
+        [following], gym, num_epochs=2, update_reference_each_epoch=True, **{**quiet, "run_dir": run_dir}
+    )
+    assert following.reference_update_tracker == 1
+    assert adapter_bits(following.base)[following.adapter("reference")] != before
+    assert actor_bits(fixed) != actor_bits(following)
+
+
+def test_without_held_out_pairs_one_agent_still_trains(make_agent, tokenizer, quiet) -> None:
+    env = PreferenceGym(make_rows(8), None, tokenizer, data_batch_size_per_gpu=4)
+    agent = make_agent()
+    population, fitnesses = finetune_llm_preference([agent], env, **quiet)
+    assert population == [agent]
+    assert agent.steps == 2
+    assert np.isnan(fitnesses).all()
+
+
+def bad_run(make_population, tokenizer, **changes):
+    """Arguments of a run of four with one thing wrong."""
+    rows = changes.pop("rows", make_rows(12))
+    test_rows = changes.pop("test_rows", make_rows(6, 12))
+    env = PreferenceGym(rows, test_rows, tokenizer, data_batch_size_per_gpu=4)
+    population = changes.pop("population", None) or make_population(4, hp_config=HP_CONFIG)
+    arguments = {"tournament": TournamentSelection(2, True, 4), "mutation": Mutations(), **changes}
+    return population, env, arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tournament": TournamentSelection(2, True, 5)}, "population_size"),
+        ({"tournament": None}, "tournament=None"),
+        ({"mutation": None}, "mutation=None"),
+        ({"test_rows": None}, "test_dataset"),
+        ({"num_epochs": 0}, "num_epochs=0"),
+        ({"evo_steps": -1}, "evo_steps=-1"),
+        ({"max_steps": 2.5}, "max_steps=2.5"),
+        ({"num_sample_answers": -1}, "num_sample_answers=-1"),
+        ({"rows": [{**row, "prompt": "word " * 400} for row in make_rows(4)]}, "max_context_length"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_it_trains(
+    make_population, tokenizer, tmp_path, changes, named
+) -> None:
+    population, env, arguments = bad_run(make_population, tokenizer, **changes)
+    before = adapter_bits(population[0].base)
+    with pytest.raises(EvoLLMError) as caught:
+        finetune_llm_preference(population, env, run_dir=tmp_path / "run", verbose=False, **arguments)
+    assert named in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert adapter_bits(population[0].base) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_agents_of_different_bases_are_refused(make_agent, gym, quiet) -> None:
+    with pytest.raises(ConfigurationError, match="different bases"):
+        finetune_llm_preference([make_agent(index=0), make_agent(index=1)], gym, **quiet)
+
+
+def test_an_empty_population_and_equal_indices_are_refused(make_agent, gym, quiet) -> None:
+    with pytest.raises(ConfigurationError, match=r"pop=\[\]"):
+        finetune_llm_preference([], gym, **quiet)
+    agent = make_agent()
+    with pytest.raises(ConfigurationError, match="index"):
+        finetune_llm_preference([agent, agent.clone()], gym, **quiet)
+
+
+def test_a_folder_with_another_run_is_not_written_into(make_agent, gym, quiet) -> None:
+    finetune_llm_preference([make_agent()], gym, max_steps=1, **quiet)
+    before = (quiet["run_dir"] / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigurationError, match="run_dir"):
+        finetune_llm_preference([make_agent()], gym, max_steps=1, **quiet)
+    assert (quiet["run_dir"] / "metrics.jsonl").read_bytes() == before
