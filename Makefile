@@ -33,7 +33,7 @@ types: $(VENV)/.installed
 imports: $(VENV)/.installed
 	$(BIN)/lint-imports
 
-unit: $(VENV)/.installed
+unit: $(VENV)/.model
 	$(BIN)/python -m pytest
 
 clean:

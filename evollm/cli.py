@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Teach SmolLM2-135M-Instruct to answer briefly, with a population of DPO agents that evolves.",
     )
     demo.add_argument("--population", type=int, default=4, help="number of agents (default: %(default)s)")
-    demo.add_argument("--generations", type=int, default=3, help="epochs, one generation each (default: %(default)s)")
+    demo.add_argument("--generations", type=int, default=3, help="number of generations (default: %(default)s)")
     demo.add_argument("--run-dir", help="run folder (default: a new one in evollm-runs)")
     demo.add_argument("--seed", type=int, default=42, help="of data order, adapters, evolution (default: %(default)s)")
     demo.set_defaults(run=_demo)

@@ -16,6 +16,10 @@ from evollm.llm_envs import PreferenceGym
 from evollm.training import finetune_llm_preference
 
 SPLITS = ("train", "selection", "final")
+BATCH_SIZE = 6
+STEPS_PER_GENERATION = 3
+# Enough to tell agents apart; each costs a forward pass for every agent and generation.
+SELECTION_PAIRS = 24
 
 
 def demo_pairs(split: str) -> list[dict[str, Any]]:
@@ -35,7 +39,7 @@ def run_demo(
 
     Args:
         population: Number of agents, at least 2.
-        generations: Number of epochs, with an evolution between each two.
+        generations: Number of generations, with an evolution between each two.
         run_dir: Run folder, by default a new one in `evollm-runs`.
         seed: Seeds data order, adapters and evolution.
 
@@ -46,18 +50,25 @@ def run_demo(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     train, selection, final = (demo_pairs(split) for split in SPLITS)
-    env = PreferenceGym(train, selection, tokenizer, data_batch_size_per_gpu=8, seed=seed, final_dataset=final)
+    env = PreferenceGym(
+        train,
+        selection[:SELECTION_PAIRS],
+        tokenizer,
+        data_batch_size_per_gpu=BATCH_SIZE,
+        seed=seed,
+        final_dataset=final,
+    )
     agents = DPO.population(
         population,
         env.observation_space,
         env.action_space,
         actor_network=model,
-        lr=2e-4,
+        lr=1e-4,
         beta=0.1,
         nll_alpha=0.1,
         max_grad_norm=1.0,
         hp_config=HyperparameterConfig(
-            lr=RLParameter(min=5e-5, max=2e-3),
+            lr=RLParameter(min=3e-5, max=1e-3),
             beta=RLParameter(min=0.03, max=0.5),
             nll_alpha=RLParameter(min=0.01, max=1),
         ),
@@ -67,7 +78,8 @@ def run_demo(
     return finetune_llm_preference(
         agents,
         env,
-        num_epochs=generations,
+        max_steps=generations * STEPS_PER_GENERATION,
+        evo_steps=STEPS_PER_GENERATION,
         tournament=TournamentSelection(tournament_size=2, elitism=True, population_size=population, rand_seed=seed),
         mutation=Mutations(no_mutation=0.2, rl_hp=0.8, rand_seed=seed),
         run_dir=run_dir,

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from snapshots import actor_bits, adapter_bits
+
+from evollm import DPO, CheckpointError, ConfigurationError, HyperparameterConfig, RLParameter, save_llm_checkpoint
+from evollm.checkpoints import replace_folder
+from evollm.models import completion_logprobs
+
+
+@pytest.fixture
+def trained(make_agent, gym) -> DPO:
+    agent = make_agent(index=3, hp_config=HyperparameterConfig(lr=RLParameter(1e-5, 1e-2)))
+    for _ in range(2):
+        agent.learn(gym.next_batch())
+    agent.test(gym)
+    agent.lr = 2e-3
+    agent.rng.random(5)
+    return agent
+
+
+def logps(network: torch.nn.Module, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return completion_logprobs(network.eval(), batch, torch.device("cpu")).chosen
+
+
+def test_the_folder_has_the_layout_of_the_seed_page(trained, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    found = sorted(str(path.relative_to(tmp_path / "agent")) for path in (tmp_path / "agent").rglob("*.*"))
+    assert found == [
+        "actor/adapter_config.json",
+        "actor/adapter_model.safetensors",
+        "attributes.pt",
+        "reference/adapter_config.json",
+        "reference/adapter_model.safetensors",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["agent"]
+
+
+def test_peft_loads_each_role_and_gives_the_same_log_probs(trained, make_model, gym, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    batch = gym.next_batch()
+    for role in ("actor", "reference"):
+        loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "agent" / role))
+        with trained.select_adapter(role):
+            expected = logps(trained.base.network, batch)
+        torch.testing.assert_close(logps(loaded.get_base_model(), batch), expected, rtol=0, atol=1e-6)
+
+
+def test_save_llm_checkpoint_writes_the_actor_alone(trained, make_model, gym, tmp_path) -> None:
+    save_llm_checkpoint(trained, tmp_path / "deploy")
+    assert sorted(path.name for path in (tmp_path / "deploy").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    batch = gym.next_batch()
+    loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "deploy"))
+    with trained.select_adapter("actor"):
+        expected = logps(trained.base.network, batch)
+    torch.testing.assert_close(logps(loaded.get_base_model(), batch), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["load_checkpoint", "load"])
+def test_a_resumed_agent_goes_on_bit_for_bit(trained, make_agent, make_model, gym, tmp_path, how: str) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    if how == "load":
+        resumed = DPO.load(str(tmp_path / "agent"), actor_network=make_model())
+    else:
+        resumed = make_agent(seed=7)
+        resumed.load_checkpoint(str(tmp_path / "agent"))
+    assert (resumed.index, resumed.lr, resumed.fitness, resumed.steps) == (3, 2e-3, trained.fitness, 2)
+    assert resumed.rng.random() == trained.rng.random()
+    for _ in range(2):
+        batch = gym.next_batch()
+        assert resumed.learn(batch) == trained.learn(batch)
+    assert actor_bits(resumed) == actor_bits(trained)
+
+
+def test_load_finds_the_base_by_the_name_it_was_loaded_from(make_model, lora, gym, tmp_path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    agent = DPO(model_name=str(tmp_path / "base"), lora_config=lora, lr=1e-3)
+    agent.learn(gym.next_batch())
+    agent.save_checkpoint(str(tmp_path / "agent"))
+    assert actor_bits(DPO.load(str(tmp_path / "agent"))) == actor_bits(agent)
+
+
+def test_without_a_name_load_asks_for_the_base(trained, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    with pytest.raises(ConfigurationError, match="actor_network"):
+        DPO.load(str(tmp_path / "agent"))
+
+
+def test_a_resume_restores_the_reference_and_a_next_stage_takes_the_actor(trained, make_agent, gym, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    batch = gym.next_batch()
+    resumed, staged = make_agent(), make_agent()
+    resumed.load_checkpoint(str(tmp_path / "agent"))
+    staged.load_checkpoint(str(tmp_path / "agent"), overwrite_reference_adapter=True)
+    assert resumed.margins(batch)[0].tolist() == trained.margins(batch)[0].tolist() != [0.0] * len(batch)
+    assert staged.margins(batch)[0].tolist() == [0.0] * len(batch)
+
+
+def test_loading_into_one_agent_leaves_the_reference_of_the_others(trained, make_population, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    first, second = make_population(2)
+    before = adapter_bits(first.base)
+    first.load_checkpoint(str(tmp_path / "agent"), overwrite_reference_adapter=True)
+    after = adapter_bits(first.base)
+    for name in (second.actor_adapter, second.adapter("reference")):
+        assert after[name] == before[name]
+
+
+def test_without_optimizer_state_a_warning_is_given_and_moments_start_afresh(trained, make_agent, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"), save_optimizer=False)
+    agent = make_agent()
+    with pytest.warns(UserWarning, match="no optimizer state"):
+        agent.load_checkpoint(str(tmp_path / "agent"))
+    assert not agent.optimizer.state
+
+
+def test_load_optimizer_false_keeps_the_live_optimizer(trained, make_agent, gym, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    agent = make_agent()
+    agent.learn(gym.next_batch())
+    moments = [state["exp_avg"].clone() for state in agent.optimizer.state.values()]
+    agent.load_checkpoint(str(tmp_path / "agent"), load_optimizer=False)
+    for before, state in zip(moments, agent.optimizer.state.values(), strict=True):
+        assert torch.equal(before, state["exp_avg"])
+
+
+def test_another_lora_config_is_refused_with_each_field_that_differs(trained, make_agent, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    other = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    agent = make_agent(lora_config=other)
+    before = actor_bits(agent)
+    with pytest.raises(ValueError, match="lora_config") as caught:
+        agent.load_checkpoint(str(tmp_path / "agent"))
+    assert "r: 8 here, 4 in the checkpoint" in str(caught.value)
+    assert "target_modules" in str(caught.value)
+    assert actor_bits(agent) == before
+
+
+def test_what_this_version_cannot_do_is_refused(trained, tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match="lora_only"):
+        trained.save_checkpoint(str(tmp_path / "agent"), lora_only=False)
+    with pytest.raises(ConfigurationError, match="merge_lora_configs"):
+        trained.load_checkpoint(str(tmp_path / "agent"), merge_lora_configs=True)
+
+
+class Malicious:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_pickle_in_place_of_the_attributes_is_refused_and_not_run(trained, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    mark = tmp_path / "ran"
+    (tmp_path / "agent" / "attributes.pt").write_bytes(pickle.dumps(Malicious(mark)))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        trained.load_checkpoint(str(tmp_path / "agent"))
+    torch.save({"algorithm": Malicious(mark)}, tmp_path / "agent" / "attributes.pt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        trained.load_checkpoint(str(tmp_path / "agent"))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("missing", ["attributes.pt", "actor/adapter_model.safetensors", "actor/adapter_config.json"])
+def test_a_missing_file_is_an_evollm_error(trained, tmp_path, missing: str) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    (tmp_path / "agent" / missing).unlink()
+    with pytest.raises(CheckpointError):
+        trained.load_checkpoint(str(tmp_path / "agent"))
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path) -> None:
+    target = tmp_path / "folder"
+    with replace_folder(target) as folder:
+        (folder / "a").write_text("first")
+
+    def fail() -> None:
+        with replace_folder(target) as folder:
+            (folder / "a").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (target / "a").read_text() == "first"
+    with replace_folder(target) as folder:
+        (folder / "b").write_text("second")
+    assert sorted(path.name for path in target.iterdir()) == ["b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
