@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -82,7 +83,7 @@ class DPO(EvolvableAlgorithm):
         clone: Accepted for compatibility; use the method `clone`.
         seed: Seeds the adapter's initialisation and the agent's own generator.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        torch_compiler: A mode of `torch.compile` for the base's forward pass.
+        torch_compiler: A mode of `torch.compile` for the base's layers, such as `default`.
         use_liger_loss: Not used in this version: warns and goes on with the standard loss.
         use_separate_reference_adapter: False takes the base without adapter as the reference.
 
@@ -336,7 +337,7 @@ class DPO(EvolvableAlgorithm):
             parts = [self._forward(micro) for micro in batch.split(self.settings.micro_batch_size_per_gpu)]
         return PairLogprobs.concatenate(parts)
 
-    def _active(self, role: str, *, training: bool) -> Any:
+    def _active(self, role: str, *, training: bool) -> AbstractContextManager[PreTrainedModel]:
         checkpointing = training and self.settings.gradient_checkpointing
         return self.base.active(self.adapter(role), gradient_checkpointing=checkpointing)
 
@@ -355,11 +356,13 @@ class DPO(EvolvableAlgorithm):
     def get_action(self, obs: PreferenceBatch | Mapping[str, Any], *args: Any, **kwargs: Any) -> NDArray[np.float32]:
         """The margin that the agent gives to each pair of an observation, (num_rows,), 0 for absent rows."""
         del args, kwargs
-        rows = len(obs) if isinstance(obs, PreferenceBatch) else len(obs["prompt_lengths"])
-        chosen, rejected = self.margins(batch := PreferenceBatch.from_experiences(obs))
-        present = np.ones(rows, bool) if isinstance(obs, PreferenceBatch) else np.asarray(obs["prompt_lengths"]) > 0
-        action = np.zeros(rows, dtype=np.float32)
-        action[np.flatnonzero(present)[: len(batch)]] = chosen - rejected
+        chosen, rejected = self.margins(PreferenceBatch.from_experiences(obs))
+        margins = (chosen - rejected).astype(np.float32)
+        if isinstance(obs, PreferenceBatch):
+            return margins
+        present = np.asarray(obs["prompt_lengths"]) > 0
+        action = np.zeros(len(present), dtype=np.float32)
+        action[present] = margins
         return action
 
     def evaluate(self, env: PreferenceGym, split: str = "test") -> Evaluation:

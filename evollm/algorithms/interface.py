@@ -91,7 +91,7 @@ class EvolvableAlgorithm(LLMAgent):
         return observation
 
     def recompile(self) -> None:
-        """Compile the base's forward pass again, in the mode `torch_compiler`; without a mode do nothing."""
+        """Compile the base's layers again, in the mode `torch_compiler`; without a mode do nothing."""
         if self.settings.torch_compiler is not None:
             self.base.compile(self.settings.torch_compiler)
 

@@ -90,7 +90,7 @@ def write_adapter(folder: Path, state: AdapterState, base_name: str) -> None:
     """Write one adapter as `PeftModel.from_pretrained` reads it."""
     folder.mkdir(exist_ok=True)
     config = copy.deepcopy(state.config)
-    config.base_model_name_or_path = base_name
+    config.base_model_name_or_path = base_name or None
     config.inference_mode = True
     config.save_pretrained(str(folder))
     save_file(dict(state.tensors), folder / WEIGHTS, metadata={"format": "pt"})

@@ -15,6 +15,10 @@ from evollm.hpo.lineage import Birth, EvolutionPlan
 from evollm.hpo.mutation import Mutations, mutate
 from evollm.hpo.tournament import TournamentSelection, check_population, select_parents
 
+# All agents see the same batches, so two children of one parent with the same hyperparameters would be one agent
+# computed twice. A child that is such a twin is mutated anew, this often at most.
+ATTEMPTS = 10
+
 AgentT = TypeVar("AgentT", bound="EvolvableAgent")
 
 
@@ -93,11 +97,28 @@ def plan_evolution(
     elite = members[elite_position]
     births = [Birth(elite.index, elite.index, (), True, dict(elite.hyperparameters))] if tournament.elitism else []
     for index, position in enumerate(parent_positions, start=next_index):
-        parent = members[position]
-        changes = mutate(parent.hyperparameters, hp_config, mutations, mutation_rng)
-        values = {**parent.hyperparameters, **{change.name: change.after for change in changes}}
-        births.append(Birth(index, parent.index, changes, False, values))
+        for _ in range(ATTEMPTS):
+            child = _child(index, members[position], hp_config, mutations, mutation_rng)
+            if not any(_are_twins(child, other) for other in births):
+                break
+        births.append(child)
     return EvolutionPlan(generation, elite.index, fitnesses, tuple(births))
+
+
+def _child(
+    index: int,
+    parent: Member,
+    hp_config: HyperparameterConfig | None,
+    mutations: Mutations,
+    rng: np.random.Generator,
+) -> Birth:
+    changes = mutate(parent.hyperparameters, hp_config, mutations, rng)
+    values = {**parent.hyperparameters, **{change.name: change.after for change in changes}}
+    return Birth(index, parent.index, changes, False, values)
+
+
+def _are_twins(one: Birth, other: Birth) -> bool:
+    return one.parent == other.parent and one.hyperparameters == other.hyperparameters
 
 
 def _check_indices(indices: Sequence[int], next_index: int) -> None:

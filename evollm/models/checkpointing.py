@@ -1,7 +1,8 @@
-"""Gradient checkpointing that recomputes with the adapter of its forward pass.
+"""The repeated layers of a model: recomputed in the backward pass, or compiled, with any adapter.
 
-The switch of transformers only works in training mode, which would turn dropout on, and recomputes with whatever
-adapter is active when the backward pass runs. Both are wrong for several adapters on one base.
+The checkpointing of transformers only works in training mode, which would turn dropout on, and recomputes with
+whatever adapter is active when the backward pass runs. Both are wrong for several adapters on one base. Compilation
+is for each layer by itself, inside its checkpoint: the compiler cannot trace a checkpoint that switches adapters.
 """
 
 from __future__ import annotations
@@ -18,30 +19,37 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 
-def checkpoint_layers(model: nn.Module, enabled: Callable[[], bool], recompute_context: ContextFactory) -> int:
-    """Make the model's repeated layers recompute their activations in the backward pass.
+class LayerForward:
+    """Stands in for a layer's `forward`.
 
     Args:
-        model: A transformers model.
-        enabled: Asked at each forward pass; False leaves that pass alone.
+        layer: The layer, whose forward pass is replaced.
+        enabled: Asked at each forward pass; True checkpoints it.
         recompute_context: Called in the forward pass; the context that it returns is entered by the recomputation.
-
-    Returns:
-        How many layers can be checkpointed; 0 when the model declares none.
     """
+
+    def __init__(self, layer: nn.Module, enabled: Callable[[], bool], recompute_context: ContextFactory) -> None:
+        self._plain: Callable[..., Any] = layer.forward
+        self._forward = self._plain
+        self._enabled = enabled
+        self._recompute_context = recompute_context
+        layer.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer, checkpointed where that is enabled."""
+        if not (self._enabled() and torch.is_grad_enabled()):
+            return self._forward(*args, **kwargs)
+        context = self._recompute_context()
+        return checkpoint(
+            self._forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), context), **kwargs
+        )
+
+    def compile(self, **options: Any) -> None:
+        """Compile the layer with `torch.compile` and these options."""
+        self._forward = torch.compile(self._plain, **options)
+
+
+def wrap_layers(model: nn.Module, enabled: Callable[[], bool], recompute_context: ContextFactory) -> list[LayerForward]:
+    """Replace the forward pass of every layer that the model declares as checkpointable; see `LayerForward`."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.forward = _checkpointed(layer.forward, enabled, recompute_context)
-    return len(layers)
-
-
-def _checkpointed(
-    forward: Callable[..., Any], enabled: Callable[[], bool], recompute_context: ContextFactory
-) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not (enabled() and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        context = recompute_context()
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), context), **kwargs)
-
-    return run
+    return [LayerForward(layer, enabled, recompute_context) for layer in layers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -43,10 +43,9 @@ class ReferenceCache:
         sums = torch.tensor([entries[key] for key in keys], dtype=torch.float64)
         return PairLogprobs(chosen=sums[:, 0], rejected=sums[:, 1])
 
-    def keep_only(self, references: Sequence[str]) -> None:
-        """Forget the log-probs of references that no agent uses any more."""
-        for reference in set(self._entries) - set(references):
-            del self._entries[reference]
+    def forget(self, reference: str) -> None:
+        """Drop the log-probs of a reference that is no more."""
+        self._entries.pop(reference, None)
 
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._entries.values())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
-from evollm.models.checkpointing import checkpoint_layers
+from evollm.models.checkpointing import wrap_layers
 from evollm.models.reference_cache import ReferenceCache
 
 # These initialisations rewrite the base's own weights, which every other adapter stands on.
@@ -65,7 +65,7 @@ class SharedBase:
         self._active: str | None = None
         self._created = 0
         self._checkpointing = False
-        self._can_checkpoint: bool | None = None
+        self._layers = wrap_layers(model, lambda: self._checkpointing, lambda: self.active(self._active))
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> SharedBase:
@@ -128,6 +128,8 @@ class SharedBase:
         """
         _check_config(config)
         config = copy.deepcopy(config)
+        # That of another run's base, perhaps; PEFT fills in this one's.
+        config.base_model_name_or_path = None
         name = f"{role}-{self._created}"
         with torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(seed)
@@ -173,7 +175,7 @@ class SharedBase:
             return
         del self._owners[name], self._parameters[name]
         self._trainable.discard(name)
-        self._fingerprints.pop(name, None)
+        self._forget_fingerprint(name)
         if self._active == name:
             # PEFT picks a new active adapter with a warning; moved away from here there is nothing to warn of.
             self._activate(next(iter(self._parameters), None))
@@ -206,7 +208,7 @@ class SharedBase:
         if wrong:
             raise ConfigurationError("adapter weights", wrong[:3], f"do not fit adapter {name}: other names or shapes")
         set_peft_model_state_dict(self.peft_model, dict(tensors), adapter_name=name)
-        self._fingerprints.pop(name, None)
+        self._forget_fingerprint(name)
 
     def fingerprint(self, name: str | None) -> str:
         """Digest of a frozen adapter's weights and configuration; None is the base without adapter."""
@@ -231,8 +233,6 @@ class SharedBase:
     def active(self, name: str | None, *, gradient_checkpointing: bool = False) -> Iterator[PreTrainedModel]:
         """The base with one adapter active; what was active before is so again afterwards, also after an error."""
         before, before_checkpointing = self._active, self._checkpointing
-        if gradient_checkpointing:
-            self._prepare_checkpointing()
         try:
             self.use(name)
             self._checkpointing = gradient_checkpointing
@@ -241,19 +241,16 @@ class SharedBase:
             self._checkpointing = before_checkpointing
             self.use(before)
 
-    def supports_checkpointing(self) -> bool:
-        """Whether the base declares layers whose activations can be recomputed."""
-        self._prepare_checkpointing()
-        return bool(self._can_checkpoint)
+    def compile(self, mode: str, backend: str = "inductor") -> None:
+        """Compile the repeated layers of the base with `torch.compile`, each by itself."""
+        for layer in self._layers:
+            layer.compile(mode=mode, backend=backend)
 
-    def compile(self, mode: str) -> None:
-        """Compile the base's forward pass with `torch.compile` in this mode."""
-        self.network.compile(mode=mode)
-
-    def _prepare_checkpointing(self) -> None:
-        if self._can_checkpoint is None:
-            layers = checkpoint_layers(self.network, lambda: self._checkpointing, lambda: self.active(self._active))
-            self._can_checkpoint = layers > 0
+    def _forget_fingerprint(self, name: str) -> None:
+        """Weights have changed or gone, and with them the log-probs that nobody else's weights give."""
+        fingerprint = self._fingerprints.pop(name, None)
+        if fingerprint is not None and fingerprint not in self._fingerprints.values():
+            self.reference_cache.forget(fingerprint)
 
     def _activate(self, name: str | None) -> None:
         tuner = cast(Any, self.peft_model.base_model)

@@ -86,7 +86,7 @@ class Console(Callback):
         """Print the result."""
         self.close()
         if event.before is not None and event.after is not None:
-            self._print(score_lines(event.split, event.before, event.after))
+            self._print(score_lines(event.split, event.before, event.after), soft_wrap=True)
         for sample in event.samples:
             self._print(f"\n[bold]{escape(sample.prompt)}[/bold]")
             self._print(

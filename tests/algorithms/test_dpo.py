@@ -150,10 +150,21 @@ def test_updating_one_agents_reference_leaves_the_others_theirs(make_population,
     assert adapter_bits(first.base)[shared] == before
     chosen, rejected = first.margins(batch)
     assert np.abs(chosen).max() == np.abs(rejected).max() == 0.0
+    assert len(first.base.reference_cache) == 2 * len(batch)
     first.learn(batch)
     kept = first.adapter("reference")
     first.set_reference_policy(1)
     assert first.adapter("reference") == kept
+
+
+def test_log_probs_of_a_reference_that_is_gone_are_forgotten(make_agent, gym) -> None:
+    agent, batch = make_agent(), gym.next_batch()
+    for epoch in (1, 2):
+        agent.learn(batch)
+        agent.set_reference_policy(epoch)
+        assert len(agent.base.reference_cache) == 0
+    agent.margins(batch)
+    assert len(agent.base.reference_cache) == len(batch)
 
 
 def test_the_base_as_reference_gives_the_same_run(make_agent, gym) -> None:

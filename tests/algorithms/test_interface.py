@@ -90,10 +90,10 @@ def test_the_mode_and_an_observation_pass_through(make_agent, gym) -> None:
 
 
 def test_a_compiled_base_gives_the_losses_of_the_plain_one(make_agent, gym) -> None:
-    """The `eager` backend traces without generating code: the adapters' switches must survive the tracing."""
+    """The backend traces forward and backward without generating code: the adapters' switches must survive that."""
     batches = [gym.next_batch() for _ in range(2)]
     plain, compiled = make_agent(), make_agent()
-    compiled.base.network.compile(backend="eager", dynamic=True)
+    compiled.base.compile("default", backend="aot_eager")
     for batch in batches:
         assert compiled.learn(batch)["loss"] == pytest.approx(plain.learn(batch)["loss"], rel=1e-5)
     assert compiled.evaluate(gym).accuracy == plain.evaluate(gym).accuracy

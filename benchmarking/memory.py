@@ -1,0 +1,84 @@
+"""How much more memory does a population take than one agent?
+
+Trains 1 and N agents for two steps, each in a process of its own, and compares the peaks:
+
+    python benchmarking/memory.py
+
+`--model` takes another model folder; the default is the demo's model (`make demo` installs it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from evollm import DPO, PreferenceGym
+from evollm.demo import demo_model, demo_pairs
+
+MIB = 2**20
+
+
+def measure(model_folder: str, agents: int, batch_size: int) -> dict[str, float]:
+    """Train `agents` agents for two steps in this process; sizes in MiB."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    base_size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    env = PreferenceGym(demo_pairs("train"), None, tokenizer, data_batch_size_per_gpu=batch_size)
+    population = DPO.population(agents, actor_network=model, lr=1e-4, gradient_checkpointing=False)
+    for _ in range(2):
+        batch = env.next_batch()
+        for agent in population:
+            agent.learn(batch)
+    base = population[0].base
+    adapters = {id(p): p for name in base.adapters for p in base.parameters(name).values()}
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters() if id(p) not in adapters}
+    return {
+        "agents": agents,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB,
+        "base_mib": base_size / MIB,
+        "base_storages": len(storages),
+        "adapter_mib": sum(p.numel() * p.element_size() for p in population[0].actor_parameters()) / MIB,
+    }
+
+
+def main() -> None:
+    """Measure each size in a fresh process and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model folder (default: the demo's)")
+    parser.add_argument("--agents", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    model = options.model or str(demo_model())
+    if options.measure:
+        transformers_logging.disable_progress_bar()
+        print(json.dumps(measure(model, options.measure, options.batch_size)))
+        return
+    rows = []
+    for agents in (1, options.agents):
+        command = [sys.executable, __file__, "--model", model, "--measure", str(agents)]
+        command += ["--batch-size", str(options.batch_size)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append(json.loads(output.splitlines()[-1]))
+    one, many = rows
+    print(
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}; batch {options.batch_size}"
+    )
+    print(f"base {one['base_mib']:.0f} MiB in {many['base_storages']} storages with {many['agents']} agents", end=" ")
+    print(f"({one['base_storages']} with one); an adapter {one['adapter_mib']:.1f} MiB")
+    for row in rows:
+        print(f"{row['agents']:>3} agents: peak {row['peak_mib']:.0f} MiB")
+    more = (many["peak_mib"] - one["peak_mib"]) / (many["agents"] - 1)
+    print(f"peak ratio {many['peak_mib'] / one['peak_mib']:.2f}; each further agent {more:.0f} MiB", end=" ")
+    print(f"= {more / one['adapter_mib']:.1f} adapters (weights and two moments are 3)")
+
+
+if __name__ == "__main__":
+    main()
