@@ -70,6 +70,10 @@ class LLMAgent(ABC):
         index: int,
     ) -> None:
         if hp_config is not None:
+            if not isinstance(hp_config, HyperparameterConfig):
+                raise ConfigurationError(
+                    "hp_config", hp_config, "must be HyperparameterConfig(lr=RLParameter(...), ...)"
+                )
             hp_config.validate(asdict(hyperparameters), known=list(asdict(hyperparameters)))
         self.base = base
         self.device = base.device

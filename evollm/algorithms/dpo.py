@@ -234,6 +234,7 @@ class DPO(EvolvableAlgorithm):
             actor_network=actor_network,
             model_name=None if actor_network is not None else attributes["base_name"],
             lora_config=folder.adapter(ACTOR).config,
+            hp_config=attributes["hp_config"] and HyperparameterConfig.from_dict(attributes["hp_config"]),
             device=device,
             accelerator=accelerator,
             **attributes["settings"],

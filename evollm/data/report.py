@@ -8,9 +8,21 @@ from dataclasses import dataclass
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 
 FIRST_ROWS = 5
-FIRST_QUESTIONS = 8
 # A batch is padded to its longest pair: digests of a whole split at once would take its size times that.
 PAIRS_PER_DIGEST_CALL = 256
+
+
+@dataclass(frozen=True)
+class Example:
+    """The prompt of one pair as a person would read it.
+
+    Attributes:
+        position: The pair's position among the kept ones.
+        question: The prompt, or its last message.
+    """
+
+    position: int
+    question: str
 
 
 @dataclass(frozen=True)
@@ -22,14 +34,14 @@ class DataReport:
         kept: Pairs that are used.
         dropped: For each reason how many rows it cost, and the positions of the first of them in the user's dataset.
         prompts_cut: Kept pairs whose prompt lost tokens on its left to fit `max_context_length`.
-        first_questions: The prompts of the first kept pairs, to show to a person.
+        examples: Some of the kept pairs' prompts, spread over the dataset, to show to a person.
     """
 
     name: str
     kept: int
     dropped: Mapping[str, tuple[int, tuple[int, ...]]]
     prompts_cut: int = 0
-    first_questions: tuple[str, ...] = ()
+    examples: tuple[Example, ...] = ()
 
     @classmethod
     def from_rows(
@@ -38,11 +50,11 @@ class DataReport:
         kept: int,
         dropped_rows: Mapping[str, Sequence[int]],
         prompts_cut: int = 0,
-        first_questions: Sequence[str] = (),
+        examples: Sequence[Example] = (),
     ) -> DataReport:
         """Count the rows that were dropped, and keep the first few positions of each reason."""
         dropped = {reason: (len(rows), tuple(sorted(rows)[:FIRST_ROWS])) for reason, rows in dropped_rows.items()}
-        return cls(name, kept, dropped, prompts_cut, tuple(first_questions))
+        return cls(name, kept, dropped, prompts_cut, tuple(examples))
 
     @property
     def num_dropped(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from evollm.data.batch import IntArray, TokenizedPair
-from evollm.data.report import FIRST_QUESTIONS, DataReport
+from evollm.data.report import DataReport, Example
 from evollm.data.sources import (
     EMPTY_COMPLETION,
     SAME_COMPLETIONS,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Ids: TypeAlias = list[int]
 
 PAIRS_PER_CALL = 512
+NUM_EXAMPLES = 12
 # Tokenizers that know no limit state one of about 1e30.
 LARGEST_REAL_LIMIT = 10**9
 
@@ -98,8 +99,10 @@ def load_pairs(
     for reason, rows in split.dropped.items():
         dropped.setdefault(reason, []).extend(rows)
     unused = {row for rows in dropped.values() for row in rows}
-    questions = islice((pair.question for pair in raw_pairs if pair.row not in unused), FIRST_QUESTIONS)
-    report = DataReport.from_rows(name, len(split.pairs), dropped, split.prompts_cut, tuple(questions))
+    kept = [pair for pair in raw_pairs if pair.row not in unused]
+    places = sorted({number * len(kept) // NUM_EXAMPLES for number in range(NUM_EXAMPLES)}) if kept else []
+    examples = [Example(place, kept[place].question) for place in places]
+    report = DataReport.from_rows(name, len(split.pairs), dropped, split.prompts_cut, examples)
     if split.pairs:
         return split.pairs, report
     if split.shortest_overlong is None:

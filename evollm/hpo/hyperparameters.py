@@ -119,6 +119,11 @@ class RLParameter:
             "dtype": self.dtype.__name__,
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RLParameter:
+        """Read what `to_dict` wrote."""
+        return cls(**{**data, "dtype": int if data["dtype"] == "int" else float})
+
 
 class HyperparameterConfig(Mapping[str, RLParameter]):
     """The hyperparameters that evolve, by name; an immutable mapping in the order of declaration.
@@ -190,6 +195,11 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return the fields of every parameter as plain JSON values."""
         return {name: parameter.to_dict() for name, parameter in self.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> HyperparameterConfig:
+        """Read what `to_dict` wrote."""
+        return cls(**{name: RLParameter.from_dict(fields) for name, fields in data.items()})
 
 
 def _unknown_name_fix(name: str, known: Collection[str]) -> str:

@@ -280,12 +280,15 @@ class PreferenceRun:
         split = self._final_split()
         if not split:
             return []
-        questions = self.env.reports[split].first_questions[: self.options.num_sample_answers]
-        pairs = (self.env.final_pairs if split == "final" else self.env.test_pairs)[: len(questions)]
+        examples = self.env.reports[split].examples
+        wanted = min(self.options.num_sample_answers, len(examples))
+        examples = tuple(examples[number * len(examples) // wanted] for number in range(wanted))
+        pairs = self.env.final_pairs if split == "final" else self.env.test_pairs
+        prompts = [pairs[example.position].prompt_ids for example in examples]
         before, after = (
-            greedy_answers(best.base, best.adapter(role), [pair.prompt_ids for pair in pairs], self.env.tokenizer)
-            for role in (REFERENCE, ACTOR)
+            greedy_answers(best.base, best.adapter(role), prompts, self.env.tokenizer) for role in (REFERENCE, ACTOR)
         )
+        questions = [example.question for example in examples]
         return [SampleAnswer(*texts) for texts in zip(questions, before, after, strict=True)]
 
     def _tell(self, what: str, event: object) -> None:

@@ -308,6 +308,7 @@ def test_a_wrapper_is_put_around_each_agent(make_population) -> None:
         ({"actor_network": None}, "model_name=None"),
         ({"model_name": "x"}, "model_name='x'"),
         ({"model_config": {"dtype": "float32"}}, "model_config="),
+        ({"hp_config": {"lr": (1e-5, 1e-2)}}, "hp_config="),
         ({"hp_config": HyperparameterConfig(learning_rate=RLParameter(1e-5, 1e-2))}, "lr"),
         ({"hp_config": HyperparameterConfig(lr=RLParameter(1e-5, 1e-4))}, "lr=0.001"),
     ],

@@ -75,6 +75,8 @@ def test_a_resumed_agent_goes_on_bit_for_bit(trained, make_agent, make_model, gy
         resumed = make_agent(seed=7)
         resumed.load_checkpoint(str(tmp_path / "agent"))
     assert (resumed.index, resumed.lr, resumed.fitness, resumed.steps) == (3, 2e-3, trained.fitness, 2)
+    if how == "load":
+        assert dict(resumed.hp_config) == dict(trained.hp_config)
     assert resumed.rng.random() == trained.rng.random()
     for _ in range(2):
         batch = gym.next_batch()

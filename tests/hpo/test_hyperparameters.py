@@ -173,6 +173,15 @@ def test_a_config_becomes_strict_json() -> None:
     assert written["lr"] == {"min": 1e-7, "max": 1e-4, "shrink_factor": 0.8, "grow_factor": 1.2, "dtype": "float"}
 
 
+def test_a_config_comes_back_from_json() -> None:
+    settings = HyperparameterConfig(
+        batch_size=RLParameter(min=2, max=8, dtype=int), lr=RLParameter(min=1e-7, max=1e-4, shrink_factor=0.5)
+    )
+    read = HyperparameterConfig.from_dict(json.loads(json.dumps(settings.to_dict())))
+    assert dict(read) == dict(settings)
+    assert list(read) == list(settings)
+
+
 def test_values_at_the_bounds_are_valid() -> None:
     config().validate({"lr": 1e-7, "beta": 1.0, "nll_alpha": 0.0}, known=("lr", "beta", "nll_alpha"))
 
