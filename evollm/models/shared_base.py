@@ -137,15 +137,13 @@ class SharedBase:
             warnings.simplefilter("ignore", FutureWarning)
             try:
                 if self._peft is None:
-                    # The model is handed over in evaluation mode and stays there: dropout is off for policy and
-                    # reference alike, or their difference would be noise.
-                    self.network.eval()
                     self._peft = get_peft_model(self.network, config, adapter_name=name)
                 else:
                     self._peft.add_adapter(name, config)
             except ValueError as error:
                 raise ConfigurationError("lora_config.target_modules", config.target_modules, str(error)) from error
         assert self._peft is not None
+        # The new adapter's own dropout.
         self._peft.eval()
         self._created += 1
         self._parameters[name] = _parameters_of(self._peft, name)
@@ -233,6 +231,9 @@ class SharedBase:
     def active(self, name: str | None, *, gradient_checkpointing: bool = False) -> Iterator[PreTrainedModel]:
         """The base with one adapter active; what was active before is so again afterwards, also after an error."""
         before, before_checkpointing = self._active, self._checkpointing
+        if self.network.training:
+            # Dropout is off for policy and reference alike, or their difference would be noise.
+            self.network.eval()
         try:
             self.use(name)
             self._checkpointing = gradient_checkpointing

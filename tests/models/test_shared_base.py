@@ -149,14 +149,18 @@ def test_checkpointing_really_recomputes(make_model, lora, batch) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_dropout_stays_off_in_training(tokenizer, batch, recompute: bool) -> None:
+@pytest.mark.parametrize("user_trains", [False, True])
+def test_dropout_stays_off_in_training(tokenizer, batch, recompute: bool, user_trains: bool) -> None:
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5, attn_pdrop=0.5
     )
-    base = SharedBase.of(GPT2LMHeadModel(config))
+    base = SharedBase.of(GPT2LMHeadModel(config).eval())
     lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    name = base.add_adapter("actor", lora, trainable=True)
+    first = base.add_adapter("actor", lora, trainable=True)
+    name = base.copy_adapter(first, "actor", trainable=True)
     perturb(base, name)
+    if user_trains:
+        base.network.train()
     with base.active(name, gradient_checkpointing=recompute) as network:
         first, second = (completion_logprobs(network, batch, base.device).chosen for _ in range(2))
     assert torch.equal(first, second)

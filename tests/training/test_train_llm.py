@@ -215,7 +215,8 @@ def test_a_nan_in_one_agent_leaves_the_others_as_in_a_run_without_it(make_popula
 
     population = make_population(4, hp_config=HP_CONFIG)
     victim = population[broken]
-    finetune_llm_preference(population, env(), num_epochs=1, callbacks=[BreakAgent(victim, 1)], **quiet)
+    record = Record()
+    finetune_llm_preference(population, env(), num_epochs=1, callbacks=[BreakAgent(victim, 1), record], **quiet)
     alone = make_population(4, hp_config=HP_CONFIG)
     finetune_llm_preference(
         [agent for agent in alone if agent.index != broken],
@@ -224,6 +225,8 @@ def test_a_nan_in_one_agent_leaves_the_others_as_in_a_run_without_it(make_popula
         **{**quiet, "run_dir": quiet["run_dir"].with_name("without")},
     )
     assert victim.diverged
+    learnt = [broken in event.metrics for kind, event in record.events if kind == "on_step"]
+    assert learnt == [True, True, False]
     for agent, other in zip(population, alone, strict=True):
         if agent is not victim:
             assert actor_bits(agent) == actor_bits(other)
