@@ -18,12 +18,15 @@ from typing_extensions import Self
 
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
 from evollm.checkpoints.agent import AgentFolder, check_same_lora, read_agent_folder, write_agent_folder
+from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState, SharedBase
 
 ACTOR = "actor"
 REFERENCE = "reference"
+# Stands for the reference that an agent has itself, where the name of another adapter could be given.
+OWN = "its own reference"
 
 # Clones of an agent hold the same objects under these names, and copies of all other attributes ...
 _SHARED = frozenset(
@@ -69,6 +72,7 @@ class LLMAgent(ABC):
         hp_config: HyperparameterConfig | None,
         index: int,
     ) -> None:
+        index = whole_number("index", index, 0)
         if hp_config is not None:
             if not isinstance(hp_config, HyperparameterConfig):
                 raise ConfigurationError(
@@ -87,7 +91,7 @@ class LLMAgent(ABC):
         self.diverged = False
         self.reference_update_tracker = 0
         self.rng = np.random.default_rng(settings.seed)
-        self._mutation_hooks: tuple[Callable[[], None], ...] = ()
+        self._mutation_hooks: tuple[Callable[[LLMAgent], None], ...] = ()
 
         actor = base.add_adapter(ACTOR, lora_config, trainable=True, seed=settings.seed)
         self._adapters: dict[str, str | None] = {ACTOR: actor, **self._frozen_adapters(actor)}
@@ -109,6 +113,8 @@ class LLMAgent(ABC):
         Raises:
             ConfigurationError: The agent has no such role.
         """
+        if not self._adapters:
+            raise ConfigurationError("agent", self.index, "was released: it left its population")
         if role not in self._adapters:
             raise ConfigurationError("adapter_name", role, f"is not a role of {self.algorithm}: {list(self._adapters)}")
         return self._adapters[role]
@@ -171,7 +177,7 @@ class LLMAgent(ABC):
             if name is not None:
                 self.base.release(name)
         self._adapters.clear()
-        del self.optimizer
+        self.optimizer.state.clear()
 
     # Evolution
 
@@ -196,10 +202,10 @@ class LLMAgent(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         for hook in self._mutation_hooks:
-            hook()
+            hook(self)
 
-    def register_mutation_hook(self, hook: Callable[[], None]) -> None:
-        """Call `hook()` after every change of this agent's hyperparameters."""
+    def register_mutation_hook(self, hook: Callable[[LLMAgent], None]) -> None:
+        """Call `hook(agent)` after every change of hyperparameters, of this agent and of its later clones."""
         self._mutation_hooks += (hook,)
 
     def clone(self, index: int | None = None, wrap: bool = True) -> Self:
@@ -238,7 +244,7 @@ class LLMAgent(ABC):
 
     # Checkpoints
 
-    def save_checkpoint(self, path: str, lora_only: bool = True, save_optimizer: bool = True) -> None:
+    def save_checkpoint(self, path: str, lora_only: bool = True, save_optimizer: bool = True, **kwargs: Any) -> None:
         """Write the agent into a folder: one subfolder for each adapter, and `attributes.pt`.
 
         Each subfolder loads with `PeftModel.from_pretrained(base, path + "/actor")`. The folder appears whole or not
@@ -248,7 +254,12 @@ class LLMAgent(ABC):
             path: Folder to write.
             lora_only: Leave the base's weights out. False is not supported in this version.
             save_optimizer: Include the optimizer's moments, to resume from.
+            **kwargs: Ignored.
+
+        Raises:
+            ConfigurationError: Something else lies at `path`, or `lora_only` is False.
         """
+        del kwargs
         if not lora_only:
             raise ConfigurationError("lora_only", lora_only, "full-model checkpoints are not supported in this version")
         adapters = {role: self.base.export(name) for role, name in self._adapters.items() if name is not None}
@@ -289,9 +300,13 @@ class LLMAgent(ABC):
         if overwrite_reference_adapter is None:
             overwrite_reference_adapter = not is_resume
 
+        has_reference = self._adapters.get(REFERENCE) is not None
+        if has_reference:
+            # Looked up before anything is changed: it may be missing.
+            saved_reference = saved_actor if overwrite_reference_adapter else folder.adapter(REFERENCE)
         self.base.load(self.actor_adapter, saved_actor.tensors)
-        if self._adapters.get(REFERENCE) is not None:
-            self._replace_reference(saved_actor if overwrite_reference_adapter else folder.adapter(REFERENCE))
+        if has_reference:
+            self._replace_reference(saved_reference)
         if is_resume:
             self._restore_attributes(folder.attributes)
         if load_optimizer:

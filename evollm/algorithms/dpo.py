@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -15,11 +14,12 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from evollm.algorithms.core import ACTOR, REFERENCE
+from evollm.algorithms.core import ACTOR, OWN, REFERENCE
 from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.losses import dpo_sigmoid_loss, token_mean_nll
-from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, require_count, require_number
+from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
 from evollm.checkpoints.agent import read_agent_folder
+from evollm.checks import finite_number, positive_number, single_process, whole_number
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import Evaluation
@@ -48,8 +48,10 @@ class DPOHyperparameters(Hyperparameters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("beta", self.beta, positive=True)
-        require_number("nll_alpha", self.nll_alpha, positive=False)
+        object.__setattr__(self, "beta", float(positive_number("beta", self.beta)))
+        object.__setattr__(self, "nll_alpha", float(finite_number("nll_alpha", self.nll_alpha)))
+        if self.nll_alpha < 0:
+            raise ConfigurationError("nll_alpha", self.nll_alpha, "must not be negative; 0 leaves the term out")
 
 
 class DPO(EvolvableAlgorithm):
@@ -148,11 +150,17 @@ class DPO(EvolvableAlgorithm):
         )
         if use_liger_loss:
             warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=2)
+        if lora_config is not None and getattr(lora_config, "lora_dropout", None):
+            warnings.warn(
+                f"lora_dropout={lora_config.lora_dropout} has no effect: DPO compares policy and reference without it",
+                UserWarning,
+                stacklevel=2,
+            )
         self.observation_space = observation_space
         self.action_space = action_space
         self.accelerator = accelerator
         super().__init__(
-            base=_shared_base(model_name, actor_network, model_config, _single_process_device(accelerator, device)),
+            base=_shared_base(model_name, actor_network, model_config, _device_of(accelerator, device)),
             lora_config=lora_config
             or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
             settings=settings,
@@ -195,7 +203,7 @@ class DPO(EvolvableAlgorithm):
         Raises:
             ConfigurationError: As for one agent, or `size` is below 1.
         """
-        require_count("size", size)
+        whole_number("size", size, 1)
         first = cls(observation_space, action_space, **kwargs)
         agents = [first] + [first.clone(index=first.index + offset) for offset in range(1, size)]
         if first.hp_config is not None and sample_hyperparameters:
@@ -213,6 +221,7 @@ class DPO(EvolvableAlgorithm):
         device: str | torch.device = "cpu",
         accelerator: Accelerator | None = None,
         actor_network: PreTrainedModel | None = None,
+        model_config: Mapping[str, Any] | None = None,
     ) -> Self:
         """Rebuild an agent from a folder that `save_checkpoint` wrote.
 
@@ -221,6 +230,7 @@ class DPO(EvolvableAlgorithm):
             device: Where to put the base.
             accelerator: As for the constructor.
             actor_network: The base; by default it is loaded by the name that the checkpoint states.
+            model_config: Keyword arguments for `from_pretrained`, with which the base is loaded by its name.
 
         Raises:
             CheckpointError: The folder is missing or damaged.
@@ -233,6 +243,7 @@ class DPO(EvolvableAlgorithm):
         agent = cls(
             actor_network=actor_network,
             model_name=None if actor_network is not None else attributes["base_name"],
+            model_config=model_config,
             lora_config=folder.adapter(ACTOR).config,
             hp_config=attributes["hp_config"] and HyperparameterConfig.from_dict(attributes["hp_config"]),
             device=device,
@@ -260,11 +271,11 @@ class DPO(EvolvableAlgorithm):
             `rewards/margins`. Log-probs are sums over tokens in nats; a reward is beta times a log-ratio.
         """
         batch = PreferenceBatch.from_experiences(experiences)
-        steps = [
-            self._step(part, training=training)
-            for _ in range(self.update_epochs if training else 1)
-            for part in batch.split(self.batch_size)
-        ]
+        steps = []
+        for part in list(batch.split(self.batch_size)) * (self.update_epochs if training else 1):
+            steps.append(self._step(part, training=training))
+            if training and self.diverged:
+                break
         if training:
             self.steps += 1
         weights = [num_pairs for num_pairs, _ in steps]
@@ -280,12 +291,16 @@ class DPO(EvolvableAlgorithm):
         """One optimizer step; returns the number of pairs and the metrics."""
         reference = self.reference_logprobs(batch)
         num_chosen_tokens = int(batch.chosen_lengths.sum())
+        recompute = training and self.settings.gradient_checkpointing
         policy_parts, loss_sum, nll_sum, position = [], 0.0, 0.0, 0
         for micro in batch.split(self.settings.micro_batch_size_per_gpu):
             rows = slice(position, position + len(micro))
             position += len(micro)
             # The backward pass belongs inside: it recomputes checkpointed layers.
-            with torch.set_grad_enabled(training), self._active(ACTOR, training=training):
+            with (
+                torch.set_grad_enabled(training),
+                self.base.active(self.actor_adapter, gradient_checkpointing=recompute),
+            ):
                 policy = self._forward(micro)
                 losses = dpo_sigmoid_loss(
                     policy.chosen - reference.chosen[rows].to(policy.chosen),
@@ -319,45 +334,47 @@ class DPO(EvolvableAlgorithm):
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def reference_logprobs(self, batch: PreferenceBatch) -> PairLogprobs:
-        """Log-probs of the batch's pairs under the reference, computed once for each reference and pair.
+    def reference_logprobs(self, batch: PreferenceBatch, reference: str | None = OWN) -> PairLogprobs:
+        """Log-probs of the batch's pairs under a reference, computed once for each reference and pair.
+
+        Args:
+            batch: B pairs.
+            reference: Name of a frozen adapter, None for the base without adapter; by default the agent's own.
 
         Returns:
             (B,) float64 tensors on the CPU.
         """
-        name = self.adapter(REFERENCE)
+        name = self.adapter(REFERENCE) if reference == OWN else reference
 
         def compute(missing: PreferenceBatch) -> PairLogprobs:
-            return self._logprobs(missing, REFERENCE)
+            return self._logprobs(missing, name)
 
         return self.base.reference_cache.get(self.base.fingerprint(name), batch, compute)
 
     @torch.no_grad()
-    def _logprobs(self, batch: PreferenceBatch, role: str) -> PairLogprobs:
-        with self._active(role, training=False):
+    def _logprobs(self, batch: PreferenceBatch, adapter: str | None) -> PairLogprobs:
+        with self.base.active(adapter):
             parts = [self._forward(micro) for micro in batch.split(self.settings.micro_batch_size_per_gpu)]
         return PairLogprobs.concatenate(parts)
-
-    def _active(self, role: str, *, training: bool) -> AbstractContextManager[PreTrainedModel]:
-        checkpointing = training and self.settings.gradient_checkpointing
-        return self.base.active(self.adapter(role), gradient_checkpointing=checkpointing)
 
     def _forward(self, batch: PreferenceBatch) -> PairLogprobs:
         return completion_logprobs(
             self.base.network, batch, self.device, explicit_positions=self.settings.calc_position_embeddings
         )
 
-    def margins(self, batch: PreferenceBatch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def logratios(
+        self, batch: PreferenceBatch, reference: str | None = OWN
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Log-ratios of the chosen and of the rejected completions, (B,) and (B,), free of beta."""
-        policy, reference = self._logprobs(batch, ACTOR), self.reference_logprobs(batch)
-        chosen = policy.chosen.double().cpu() - reference.chosen
-        rejected = policy.rejected.double().cpu() - reference.rejected
+        policy, frozen = self._logprobs(batch, self.actor_adapter), self.reference_logprobs(batch, reference)
+        chosen = policy.chosen.double().cpu() - frozen.chosen
+        rejected = policy.rejected.double().cpu() - frozen.rejected
         return chosen.numpy(), rejected.numpy()
 
     def get_action(self, obs: PreferenceBatch | Mapping[str, Any], *args: Any, **kwargs: Any) -> NDArray[np.float32]:
         """The margin that the agent gives to each pair of an observation, (num_rows,), 0 for absent rows."""
         del args, kwargs
-        chosen, rejected = self.margins(PreferenceBatch.from_experiences(obs))
+        chosen, rejected = self.logratios(PreferenceBatch.from_experiences(obs))
         margins = (chosen - rejected).astype(np.float32)
         if isinstance(obs, PreferenceBatch):
             return margins
@@ -366,12 +383,13 @@ class DPO(EvolvableAlgorithm):
         action[present] = margins
         return action
 
-    def evaluate(self, env: PreferenceGym, split: str = "test") -> Evaluation:
+    def evaluate(self, env: PreferenceGym, split: str = "test", reference: str | None = OWN) -> Evaluation:
         """Score the agent on every pair of a fixed split.
 
         Args:
             env: The environment.
             split: `test` (the selection pairs) or `final`.
+            reference: What the log-ratios are to: the name of a frozen adapter, by default the agent's reference.
 
         Returns:
             The log-ratios of each pair, in the order of the split.
@@ -379,7 +397,7 @@ class DPO(EvolvableAlgorithm):
         num_pairs = len(env.test_pairs if split == "test" else env.final_pairs)
         chosen, rejected = np.zeros(num_pairs), np.zeros(num_pairs)
         for positions, batch in env.eval_batches(split):
-            chosen[positions], rejected[positions] = self.margins(batch)
+            chosen[positions], rejected[positions] = self.logratios(batch, reference)
         return Evaluation(chosen_logratios=chosen, rejected_logratios=rejected)
 
     def test(self, env: PreferenceGym, loop: int = 1, *args: Any, **kwargs: Any) -> NDArray[np.float64]:
@@ -395,7 +413,7 @@ class DPO(EvolvableAlgorithm):
             The score, a 0-dimensional array in [0, 1].
         """
         del args, kwargs
-        require_count("loop", loop)
+        whole_number("loop", loop, 1)
         score = np.mean([self.evaluate(env).accuracy for _ in range(loop)])
         self.fitness.append(float(score))
         return np.asarray(score)
@@ -416,16 +434,22 @@ def _pair_metrics(policy: PairLogprobs, reference: PairLogprobs, beta: float) ->
     }
 
 
-def _single_process_device(accelerator: Accelerator | None, device: str | torch.device) -> torch.device:
-    if accelerator is None:
-        return torch.device(device)
-    if accelerator.num_processes > 1:
-        raise ConfigurationError(
-            "accelerator.num_processes",
-            accelerator.num_processes,
-            "several processes are not supported in this version",
-        )
-    return cast(torch.device, accelerator.device)
+def _device_of(accelerator: Accelerator | None, device: str | torch.device) -> torch.device:
+    single_process(accelerator)
+    if accelerator is not None:
+        if accelerator.mixed_precision != "no":
+            warnings.warn(
+                f"mixed_precision={accelerator.mixed_precision!r} has no effect: load the base in the precision to use",
+                UserWarning,
+                stacklevel=3,
+            )
+        return cast(torch.device, accelerator.device)
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigurationError("device", device, f"cannot be used here: {error}") from error
+    return found
 
 
 def _shared_base(
@@ -443,6 +467,5 @@ def _shared_base(
     elif model_config is not None:
         raise ConfigurationError("model_config", model_config, "belongs to model_name; a loaded model has its own")
     base = SharedBase.of(actor_network)
-    if base.device != device and not hasattr(actor_network, "hf_device_map"):
-        actor_network.to(device)  # type: ignore[arg-type]
+    base.move_to(device)
     return base

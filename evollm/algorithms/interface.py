@@ -109,17 +109,18 @@ class EvolvableAlgorithm(LLMAgent):
     @staticmethod
     def update_lr(
         optimizer: torch.optim.Optimizer,
-        lr: float,
+        lr: float | tuple[float, float],
         accelerator: Accelerator | None = None,
         scheduler_config: CosineLRScheduleConfig | None = None,
     ) -> tuple[Accelerator | None, SequentialLR | None]:
-        """Set an optimizer's learning rate, keeping its moments.
+        """Set an optimizer's learning rate, keeping its moments; of a pair (actor, critic) the actor's.
 
         Returns:
             The accelerator as given, and the scheduler that the configuration asks for, for the caller to step.
         """
+        actor_lr = lr[0] if isinstance(lr, tuple) else lr
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = actor_lr
         if scheduler_config is None:
             return accelerator, None
         warmup = max(1, round(scheduler_config.num_epochs * scheduler_config.warmup_proportion))
@@ -140,7 +141,9 @@ class EvolvableAlgorithm(LLMAgent):
         return _shape_of(action_space)
 
 
-def _shape_of(space: spaces.Space[Any]) -> tuple[Any, ...]:
+def _shape_of(space: spaces.Space[Any] | list[spaces.Space[Any]]) -> tuple[Any, ...]:
+    if isinstance(space, list):
+        return tuple(_shape_of(part) for part in space)
     if isinstance(space, spaces.Dict):
         return tuple(_shape_of(part) for part in space.spaces.values())
     if isinstance(space, spaces.Tuple):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, overload
 
+from evollm.checks import optional_whole_number, positive_number, switch, whole_number
 from evollm.errors import ConfigurationError
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,13 @@ class AgentSettings:
     torch_compiler: str | None = None
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size_per_gpu is not None:
-            require_count("micro_batch_size_per_gpu", self.micro_batch_size_per_gpu)
+        micro_batch = optional_whole_number("micro_batch_size_per_gpu", self.micro_batch_size_per_gpu, 1)
+        object.__setattr__(self, "micro_batch_size_per_gpu", micro_batch)
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
+        for name in ("gradient_checkpointing", "calc_position_embeddings", "use_separate_reference_adapter"):
+            switch(name, getattr(self, name))
+        if self.torch_compiler is not None and self.torch_compiler not in COMPILE_MODES:
+            raise ConfigurationError("torch_compiler", self.torch_compiler, f"must be None or one of {COMPILE_MODES}")
 
 
 @dataclass(frozen=True)
@@ -44,23 +51,11 @@ class Hyperparameters:
     update_epochs: int = 1
 
     def __post_init__(self) -> None:
-        require_number("lr", self.lr, positive=True)
-        require_number("max_grad_norm", self.max_grad_norm, positive=True)
-        require_count("batch_size", self.batch_size)
-        require_count("update_epochs", self.update_epochs)
-
-
-def require_number(name: str, value: object, *, positive: bool) -> None:
-    """Raise unless the value is a finite number, above zero (`positive`) or not below it."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < 0 or (positive and value == 0):  # type: ignore[operator]
-        raise ConfigurationError(name, value, f"must be a finite number {'> 0' if positive else '>= 0'}")
-
-
-def require_count(name: str, value: object) -> None:
-    """Raise unless the value is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigurationError(name, value, "must be a whole number >= 1")
+        # Plain Python numbers: a checkpoint holds nothing else.
+        for name in ("lr", "max_grad_norm"):
+            object.__setattr__(self, name, float(positive_number(name, getattr(self, name))))
+        for name in ("batch_size", "update_epochs"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
 
 
 T = TypeVar("T")

@@ -21,9 +21,21 @@ from evollm.models import AdapterState, SharedBase
 ATTRIBUTES = "attributes.pt"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+REQUIRED = frozenset({"algorithm", "base_name", "hyperparameters", "settings", "hp_config"})
 
 # Fields of a LoRA configuration that say where it came from, not what it computes.
-_NOT_COMPARED = frozenset({"base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version"})
+_NOT_COMPARED = frozenset(
+    {
+        "base_model_name_or_path",
+        "inference_mode",
+        "revision",
+        "auto_mapping",
+        "peft_version",
+        "task_type",
+        "init_lora_weights",
+        "lora_dropout",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,8 @@ def read_agent_folder(path: str | Path) -> AgentFolder:
         adapters = {folder.parent.name: _read_adapter(folder.parent) for folder in sorted(path.glob(f"*/{CONFIG}"))}
     except (pickle.UnpicklingError, SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(attributes, dict) or not attributes.keys() >= REQUIRED:
+        raise CheckpointError(f"{path}: {ATTRIBUTES} is not an agent's, it lacks some of {sorted(REQUIRED)}")
     return AgentFolder(adapters, attributes, attributes.pop("optimizer", None))
 
 

@@ -83,10 +83,14 @@ class PreferenceBatch:
         """
         if isinstance(experiences, PreferenceBatch):
             return experiences
+        if not isinstance(experiences, Mapping):
+            raise DataError(
+                "experiences", type(experiences).__name__, "pass a batch or an observation of PreferenceGym"
+            )
         missing = [name for name in FIELDS if name not in experiences]
         if missing:
             raise DataError("experiences", sorted(experiences), f"lacks {missing}; pass a PreferenceGym observation")
-        arrays = {name: np.asarray(experiences[name], dtype=np.int64) for name in FIELDS}
+        arrays = {name: _as_array(experiences[name]) for name in FIELDS}
         present = arrays["prompt_lengths"] > 0
         if not present.any():
             raise DataError("experiences", "no pair", "the observation after an epoch's end is empty: call env.reset()")
@@ -133,3 +137,8 @@ class PreferenceBatch:
                 digest.update(len(ids).to_bytes(8, "little") + np.ascontiguousarray(ids).tobytes())
             keys.append(digest.digest())
         return keys
+
+
+def _as_array(values: Any) -> IntArray:
+    """The values as integers in main memory, wherever a tensor of them lies."""
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=np.int64)

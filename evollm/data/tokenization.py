@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import numpy as np
 from jinja2.exceptions import TemplateError
 
+from evollm.checks import optional_whole_number
 from evollm.data.batch import IntArray, TokenizedPair
 from evollm.data.report import DataReport, Example
 from evollm.data.sources import (
@@ -88,8 +89,8 @@ def load_pairs(
         ConfigurationError: A length is out of range or the tokenizer has no EOS token.
         DataError: The dataset cannot be read, lacks a column, or holds no usable pair.
     """
-    check_whole_number("max_context_length", max_context_length, minimum=2)
-    check_whole_number("min_completion_length", min_completion_length, minimum=1)
+    max_context_length = optional_whole_number("max_context_length", max_context_length, 2)
+    min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1)
     argument = f"{name}_dataset"
     limit = _context_limit(tokenizer) if max_context_length is None else max_context_length
     raw_pairs, dropped = read_pairs(dataset, argument)
@@ -151,18 +152,6 @@ def tokenize_pairs(
         if reason is not None:
             split.drop(reason, text.row)
     return split
-
-
-def check_whole_number(name: str, value: object, minimum: int, *, optional: bool = True) -> None:
-    """Check an argument that counts something.
-
-    Raises:
-        ConfigurationError: It is not a whole number of at least `minimum` (nor None, where that is allowed).
-    """
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-        raise ConfigurationError(name, value, f"pass a whole number >= {minimum}{' or None' if optional else ''}")
 
 
 def _context_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -16,7 +16,7 @@ from evollm.hpo.mutation import Mutations, mutate
 from evollm.hpo.tournament import TournamentSelection, check_population, select_parents
 
 # All agents see the same batches, so two children of one parent with the same hyperparameters would be one agent
-# computed twice. A child that is such a twin is mutated anew, this often at most.
+# computed twice. A mutated child that is such a twin is drawn anew, this often at most.
 ATTEMPTS = 10
 
 AgentT = TypeVar("AgentT", bound="EvolvableAgent")
@@ -99,7 +99,7 @@ def plan_evolution(
     for index, position in enumerate(parent_positions, start=next_index):
         for _ in range(ATTEMPTS):
             child = _child(index, members[position], hp_config, mutations, mutation_rng)
-            if not any(_are_twins(child, other) for other in births):
+            if not child.mutations or not any(_are_twins(child, other) for other in births):
                 break
         births.append(child)
     return EvolutionPlan(generation, elite.index, fitnesses, tuple(births))

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from evollm.checks import finite_number
 from evollm.errors import ConfigurationError
-from evollm.hpo._checks import finite_number
 
 FACTOR_DIGITS = 3
 
@@ -213,6 +213,11 @@ def _check_value(name: str, value: object, parameter: RLParameter) -> None:
     bounds = f"[{parameter.min!r}, {parameter.max!r}]"
     if not parameter.min <= number <= parameter.max:
         fix = f"lies outside its bounds {bounds}; start within them or widen the RLParameter"
+        raise ConfigurationError(name, value, fix)
+    if isinstance(value, int) and parameter.dtype is not int:
+        fix = (
+            f"is a whole number, and a mutation would break it: declare RLParameter({parameter.min!r}, ..., dtype=int)"
+        )
         raise ConfigurationError(name, value, fix)
     if parameter.dtype is int and number != int(number):
         raise ConfigurationError(name, value, f"must be a whole number within {bounds} because its dtype is int")

@@ -8,8 +8,8 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 
 import numpy as np
 
+from evollm.checks import finite_number, whole_number
 from evollm.errors import ConfigurationError
-from evollm.hpo._checks import finite_number, whole_number
 from evollm.hpo.hyperparameters import HyperparameterConfig
 
 PLAIN_FROM, PLAIN_BELOW = 1e-3, 1e4

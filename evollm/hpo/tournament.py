@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evollm.checks import whole_number
 from evollm.errors import ConfigurationError, DivergedError
-from evollm.hpo._checks import whole_number
 from evollm.hpo.fitness import Fitness, is_finite, rank
 
 

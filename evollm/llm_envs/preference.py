@@ -16,9 +16,10 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
+from evollm.checks import optional_whole_number, single_process, whole_number
 from evollm.data.batch import FIELDS, IntArray, PreferenceBatch, TokenizedPair
 from evollm.data.report import DataReport, count_seen
-from evollm.data.tokenization import check_whole_number, load_pairs
+from evollm.data.tokenization import load_pairs
 from evollm.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -97,12 +98,12 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
         *,
         final_dataset: object | None = None,
     ) -> None:
-        check_whole_number("data_batch_size_per_gpu", data_batch_size_per_gpu, minimum=1, optional=False)
-        check_whole_number("seed", seed, minimum=0, optional=False)
-        _check_one_process(accelerator)
+        single_process(accelerator)
+        if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+            raise ConfigurationError("tokenizer", tokenizer, "must be the model's tokenizer, loaded by AutoTokenizer")
         self.tokenizer = tokenizer
-        self.data_batch_size_per_gpu = int(data_batch_size_per_gpu)
-        self.seed = int(seed)
+        self.data_batch_size_per_gpu = whole_number("data_batch_size_per_gpu", data_batch_size_per_gpu, 1)
+        self.seed = whole_number("seed", seed, 0)
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, list[TokenizedPair]] = {}
         for split, dataset in zip(SPLITS, (train_dataset, test_dataset, final_dataset), strict=True):
@@ -116,7 +117,7 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
                     min_completion_length=min_completion_length,
                 )
         _warn_of_overlap(self._pairs)
-        all_pairs = [pair for pairs in self._pairs.values() for pair in pairs]
+        all_pairs = self.all_pairs
         self.longest_sequence = max(pair.longest_sequence for pair in all_pairs)
         self._row_length = max(pair.num_tokens for pair in all_pairs)
         self._training = _Position()
@@ -141,6 +142,11 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
         return self._pairs["final"]
 
     @property
+    def all_pairs(self) -> list[TokenizedPair]:
+        """The tokenised pairs of all splits."""
+        return [pair for pairs in self._pairs.values() for pair in pairs]
+
+    @property
     def num_epochs(self) -> int:
         """Training epochs that lie behind, the current one once its last batch was served (and scored by `step`)."""
         position = self._training
@@ -163,12 +169,12 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
         Returns:
             The first observation, and `{"epoch", "index"}` of its batch.
         """
-        check_whole_number("seed", seed, minimum=0)
+        seed = optional_whole_number("seed", seed, 0)
         super().reset(seed=seed)
         if seed is not None:
             self._position = _Position()
             if self._evaluation is None:
-                self.seed = int(seed)
+                self.seed = seed
         elif self._position.index:
             self._position = _Position(self._position.epoch + 1)
         return self._observe_next()
@@ -238,9 +244,8 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
         Raises:
             ConfigurationError: There is no such split, it is empty, or the size is below 1.
         """
-        check_whole_number("batch_size", batch_size, minimum=1)
         pairs = self._evaluation_pairs(split)
-        size = int(batch_size or self.data_batch_size_per_gpu)
+        size = optional_whole_number("batch_size", batch_size, 1) or self.data_batch_size_per_gpu
         order = np.argsort([pair.num_tokens for pair in pairs], kind="stable")
         chunks = (order[start : start + size] for start in range(0, len(pairs), size))
         return ((rows, PreferenceBatch.from_pairs([pairs[row] for row in rows])) for rows in chunks)
@@ -343,22 +348,12 @@ def _observation_space(num_rows: int, row_length: int, largest_id: int) -> space
     return cast("spaces.Space[Observation]", space)
 
 
-def _check_one_process(accelerator: Any | None) -> None:
-    processes = getattr(accelerator, "num_processes", 1)
-    if processes > 1:
-        raise ConfigurationError(
-            "accelerator.num_processes",
-            processes,
-            "several processes are not supported in this version; start one process",
-        )
-
-
 def _check_state(state: Mapping[str, Any], present: Mapping[str, Any], num_batches: int) -> None:
     if not isinstance(state, Mapping) or set(state) != STATE_KEYS:
         keys = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ConfigurationError("state", keys, f"pass what state_dict() gave; its keys are {sorted(STATE_KEYS)}")
     for name in ("seed", "epoch", "index"):
-        check_whole_number(f"state[{name!r}]", state[name], minimum=0, optional=False)
+        whole_number(f"state[{name!r}]", state[name], 0)
     if state["index"] > num_batches:
         raise ConfigurationError("state['index']", state["index"], f"an epoch has {num_batches} batches")
     if not isinstance(state["awaiting_action"], bool) or (state["awaiting_action"] and not state["index"]):

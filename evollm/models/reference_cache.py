@@ -47,5 +47,9 @@ class ReferenceCache:
         """Drop the log-probs of a reference that is no more."""
         self._entries.pop(reference, None)
 
+    def clear(self) -> None:
+        """Drop everything."""
+        self._entries.clear()
+
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._entries.values())

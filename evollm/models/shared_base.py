@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,8 +23,12 @@ from evollm.errors import ConfigurationError
 from evollm.models.checkpointing import wrap_layers
 from evollm.models.reference_cache import ReferenceCache
 
-# These initialisations rewrite the base's own weights, which every other adapter stands on.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+# The others rewrite the base's own weights, which every other adapter stands on, or need data.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# Fields of a configuration that say where an adapter came from, not what it computes.
+_PROVENANCE = frozenset({"base_model_name_or_path", "inference_mode", "revision", "peft_version", "init_lora_weights"})
+# Options that work on the base itself, or through hooks for which the base would have to be called by PEFT.
+_UNSUPPORTED = ("modules_to_save", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 _ATTRIBUTE = "_evollm_shared_base"
 
 
@@ -48,6 +54,12 @@ class SharedBase:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, PreTrainedModel | PeftModel):
+            raise ConfigurationError(
+                "actor_network",
+                type(model).__name__,
+                "must be a causal language model of transformers (or use model_name)",
+            )
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ConfigurationError(
                 "actor_network",
@@ -131,7 +143,8 @@ class SharedBase:
         # That of another run's base, perhaps; PEFT fills in this one's.
         config.base_model_name_or_path = None
         name = f"{role}-{self._created}"
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             torch.manual_seed(seed)
             # PEFT asks transformers by names that those deprecate: nothing that a user of evollm can act on.
             warnings.simplefilter("ignore", FutureWarning)
@@ -140,8 +153,10 @@ class SharedBase:
                     self._peft = get_peft_model(self.network, config, adapter_name=name)
                 else:
                     self._peft.add_adapter(name, config)
-            except ValueError as error:
-                raise ConfigurationError("lora_config.target_modules", config.target_modules, str(error)) from error
+            except (ValueError, re.error) as error:
+                raise ConfigurationError(
+                    "lora_config.target_modules", config.target_modules, f"PEFT cannot apply {config!r}: {error}"
+                ) from error
         assert self._peft is not None
         # The new adapter's own dropout.
         self._peft.eval()
@@ -215,12 +230,28 @@ class SharedBase:
         if name in self._trainable:
             raise ConfigurationError("adapter", name, "is trainable: only a frozen adapter has a lasting fingerprint")
         if name not in self._fingerprints:
-            config = self.config(name)
-            digest = hashlib.sha256(repr((config.r, config.lora_alpha, config.use_rslora)).encode())
+            settings = {
+                key: value for key, value in cast(Any, self.config(name)).to_dict().items() if key not in _PROVENANCE
+            }
+            digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=_jsonable).encode())
             for key, parameter in sorted(self._parameters[name].items()):
                 digest.update(key.encode() + _bytes_of(parameter))
             self._fingerprints[name] = digest.hexdigest()
         return self._fingerprints[name]
+
+    def move_to(self, device: torch.device) -> None:
+        """Put the base on a device, unless it was loaded with a device map.
+
+        Raises:
+            ConfigurationError: Agents live on the base already, on another device.
+        """
+        if hasattr(self.network, "hf_device_map") or torch.empty(0, device=device).device == self.device:
+            return
+        if self.adapters:
+            raise ConfigurationError(
+                "device", str(device), f"the base's other agents are on {self.device}: use that one"
+            )
+        cast(nn.Module, self.network).to(device)
 
     def use(self, name: str | None) -> None:
         """Make an adapter the active one until further notice; None switches all adapters off."""
@@ -271,13 +302,15 @@ class SharedBase:
 def _check_config(config: LoraConfig) -> None:
     if not isinstance(config, LoraConfig):
         raise ConfigurationError("lora_config", type(config).__name__, "must be a peft.LoraConfig")
-    initialisation = config.init_lora_weights
-    if isinstance(initialisation, str) and initialisation.lower().startswith(_CHANGES_BASE):
+    if config.init_lora_weights not in _INITIALISATIONS:
         raise ConfigurationError(
             "lora_config.init_lora_weights",
-            initialisation,
-            "rewrites the shared base's weights; use True or 'gaussian'",
+            config.init_lora_weights,
+            f"rewrites the base or needs data; use one of {_INITIALISATIONS}",
         )
+    for option in _UNSUPPORTED:
+        if getattr(config, option, None):
+            raise ConfigurationError(f"lora_config.{option}", getattr(config, option), "does not work on a shared base")
     if config.bias != "none":
         raise ConfigurationError("lora_config.bias", config.bias, "trains the shared base's own biases; use 'none'")
 
@@ -295,3 +328,7 @@ def _parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
 
 def _bytes_of(tensor: Tensor) -> bytes:
     return bytes(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _jsonable(value: object) -> object:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)

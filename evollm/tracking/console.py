@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import rich.console
 from rich.box import SIMPLE_HEAD
@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from evollm.hpo import Birth, Evaluation, format_value
+from evollm.hpo import Birth, Evaluation, EvolutionPlan, ancestry, format_value, rank
 from evollm.training.callbacks import Callback, Checkpointed, Evaluated, Evolved, RunEnded, RunStarted, StepDone
 
 SHOWN = ("lr", "beta", "nll_alpha")
@@ -47,6 +47,7 @@ class Console(Callback):
         self._task: TaskID | None = None
         self._births: dict[int, Birth] = {}
         self._losses: dict[int, float] = {}
+        self._plans: list[EvolutionPlan] = []
 
     def on_start(self, event: RunStarted) -> None:
         """Say what is about to happen and start the bar."""
@@ -74,6 +75,7 @@ class Console(Callback):
 
     def on_evolution(self, event: Evolved) -> None:
         """Say who came from whom."""
+        self._plans.append(event.plan)
         self._births = {birth.index: birth for birth in event.plan.births}
         for birth in event.plan.births:
             self._print(f"  agent {birth.index} <- {birth.parent}  {escape(_origin(birth))}", soft_wrap=True)
@@ -87,6 +89,8 @@ class Console(Callback):
         self.close()
         if event.before is not None and event.after is not None:
             self._print(score_lines(event.split, event.before, event.after), soft_wrap=True)
+        if self._plans:
+            self._print("Its line: " + schedule_line(ancestry(self._plans, event.best.index)), soft_wrap=True)
         for sample in event.samples:
             self._print(f"\n[bold]{escape(sample.prompt)}[/bold]")
             self._print(
@@ -128,6 +132,16 @@ def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapp
     return table
 
 
+def schedule_line(line: Sequence[Birth]) -> str:
+    """The hyperparameters of an agent's line, founder first; a kept elite goes on with the same ones."""
+    generations = [
+        f"agent {birth.index} ({', '.join(f'{name} {format_value(birth.hyperparameters[name])}' for name in SHOWN)})"
+        for birth in line
+        if not birth.elite
+    ]
+    return " -> ".join(generations)
+
+
 def score_lines(split: str, before: Evaluation, after: Evaluation) -> str:
     """The two scores, and what they were measured on."""
     pairs = len(after.margins)
@@ -144,10 +158,8 @@ def score_lines(split: str, before: Evaluation, after: Evaluation) -> str:
 
 
 def _best_first(event: Evaluated) -> list[int]:
-    def key(index: int) -> tuple[bool, tuple[float, ...]]:
-        return index in event.evaluations, event.fitnesses[index]
-
-    return sorted(event.fitnesses, key=key, reverse=True)
+    indices = list(event.fitnesses)
+    return [indices[position] for position in rank([event.fitnesses[index] for index in indices])]
 
 
 def _origin(birth: Birth) -> str:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from evollm.algorithms.dpo import DPO
-from evollm.algorithms.settings import require_count
+from evollm.checkpoints.files import check_replaceable
+from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, check_population
 from evollm.llm_envs import PreferenceGym
+from evollm.training.callbacks import Callback
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,13 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "max_steps", "evo_steps", "evaluation_interval", "checkpoint_steps"):
-            if getattr(self, name) is not None:
-                require_count(name, getattr(self, name))
+            object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
+        object.__setattr__(self, "num_sample_answers", whole_number("num_sample_answers", self.num_sample_answers, 0))
+        for name in ("update_reference_each_epoch", "save_elite"):
+            switch(name, getattr(self, name))
+        for name, kind in (("tournament", TournamentSelection), ("mutation", Mutations)):
+            if not isinstance(getattr(self, name), kind | None):
+                raise ConfigurationError(name, getattr(self, name), f"must be {kind.__name__}(...) or None")
         if (self.tournament is None) != (self.mutation is None):
             name = "mutation" if self.mutation is None else "tournament"
             raise ConfigurationError(
@@ -43,8 +52,6 @@ class RunOptions:
             )
         if self.evo_steps is not None and self.tournament is None:
             raise ConfigurationError("evo_steps", self.evo_steps, "needs a tournament and a mutation")
-        if not isinstance(self.num_sample_answers, int) or self.num_sample_answers < 0:
-            raise ConfigurationError("num_sample_answers", self.num_sample_answers, "must be a whole number >= 0")
 
     @property
     def evolves(self) -> bool:
@@ -110,16 +117,20 @@ def check_run(population: Sequence[DPO], env: PreferenceGym, options: RunOptions
     Raises:
         ConfigurationError: The population, the environment and the options do not fit together.
     """
-    if not population:
-        raise ConfigurationError("pop", list(population), "is empty: pass at least one agent")
+    _check_types(population, env)
     if len({id(agent.base) for agent in population}) > 1:
         names = sorted({agent.base.name for agent in population})
         raise ConfigurationError("pop", names, "agents of different bases: build all on one, with DPO.population")
     indices = [agent.index for agent in population]
     if len(set(indices)) != len(indices):
         raise ConfigurationError("index", indices, "two agents have the same number: give each its own index")
+    if options.update_reference_each_epoch and any(agent.adapter("reference") is None for agent in population):
+        raise ConfigurationError(
+            "update_reference_each_epoch", True, "the reference is the base itself: use_separate_reference_adapter=True"
+        )
     if options.tournament is not None:
         check_population(options.tournament, len(population))
+        _check_evolution(population, Schedule.of(options, env))
         if not env.test_pairs:
             raise ConfigurationError(
                 "test_dataset", None, "evolution needs held-out pairs: pass a test_dataset to the gym"
@@ -132,23 +143,79 @@ def check_run(population: Sequence[DPO], env: PreferenceGym, options: RunOptions
             f"pairs are longer than the base's {limit} positions: pass {limit} to the gym",
         )
     vocabulary = population[0].base.num_embeddings
-    if len(env.tokenizer) > vocabulary:
+    largest = max(int(ids.max()) for pair in env.all_pairs for ids in vars(pair).values())
+    if largest >= vocabulary:
+        fix = f"the base knows {vocabulary} tokens and the pairs hold id {largest}: use the base's own tokenizer"
+        raise ConfigurationError("tokenizer", type(env.tokenizer).__name__, fix)
+
+
+def _check_types(population: Sequence[DPO], env: PreferenceGym) -> None:
+    if not isinstance(population, Sequence) or not population:
+        raise ConfigurationError("pop", population, "must be a list of at least one agent: [agent]")
+    for agent in population:
+        if not isinstance(agent, DPO):
+            raise ConfigurationError("pop", type(agent).__name__, "is not a DPO agent; of a wrapper pass what it wraps")
+    if not isinstance(env, PreferenceGym):
+        raise ConfigurationError("env", type(env).__name__, "must be a PreferenceGym")
+
+
+def _check_evolution(population: Sequence[DPO], schedule: Schedule) -> None:
+    if schedule.evolve_every is not None and schedule.evolve_every >= schedule.total:
         raise ConfigurationError(
-            "tokenizer",
-            len(env.tokenizer),
-            f"has more tokens than the base's {vocabulary} embeddings: use the base's own",
+            "evo_steps",
+            schedule.evolve_every,
+            f"the run ends after {schedule.total} steps, before it could evolve: lower evo_steps, or raise num_epochs",
         )
+    config = population[0].hp_config
+    for agent in population:
+        if agent.hp_config != config:
+            raise ConfigurationError(
+                "hp_config", agent.hp_config, f"agent {agent.index}'s differs from the first agent's"
+            )
+        if config is not None:
+            values = agent.hyperparameter_values()
+            config.validate(values, known=list(values))
 
 
-def check_run_dir(run_dir: Path) -> Path:
-    """Refuse a folder that another run has written to.
+@dataclass(frozen=True)
+class RunPaths:
+    """Where a run writes.
 
-    Raises:
-        ConfigurationError: There is a run in the folder.
+    Attributes:
+        run_dir: The run folder.
+        checkpoints: Folder for checkpoints of the population.
+        elite: Folder for the fittest agent.
     """
-    if (run_dir / "config.json").exists():
-        raise ConfigurationError("run_dir", str(run_dir), "holds another run: give a new folder, or move that one away")
-    return run_dir
+
+    run_dir: Path
+    checkpoints: Path
+    elite: Path
+
+    @classmethod
+    def of(cls, run_dir: object, checkpoints: object, elite: object) -> RunPaths:
+        """Fill in the defaults and refuse folders that hold something else.
+
+        Raises:
+            ConfigurationError: No path, a folder with another run, or one in which nothing but an agent may lie.
+        """
+        folder = new_run_dir() if run_dir is None else _path("run_dir", run_dir)
+        if (folder / "config.json").exists():
+            raise ConfigurationError("run_dir", str(folder), "holds another run: give a new folder, or move that away")
+        paths = cls(
+            run_dir=folder,
+            checkpoints=folder / "checkpoints" if checkpoints is None else _path("checkpoint_path", checkpoints),
+            elite=folder / "elite" if elite is None else _path("elite_path", elite),
+        )
+        if paths.elite.resolve() in (paths.run_dir.resolve(), paths.checkpoints.resolve()):
+            raise ConfigurationError("elite_path", str(paths.elite), "must be a folder of its own")
+        check_replaceable("elite_path", paths.elite)
+        return paths
+
+
+def _path(name: str, value: object) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigurationError(name, value, "must be a path")
+    return Path(value)
 
 
 def new_run_dir() -> Path:
@@ -156,16 +223,31 @@ def new_run_dir() -> Path:
     return Path("evollm-runs") / datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
 
 
+def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
+    """Refuse what is no callback.
+
+    Raises:
+        ConfigurationError: Something in the list, or the list itself, is something else.
+    """
+    wrong = (
+        [item for item in callbacks if not isinstance(item, Callback)] if isinstance(callbacks, Sequence) else callbacks
+    )
+    if wrong:
+        raise ConfigurationError("callbacks", wrong, "must be a list of instances of children of evollm.Callback")
+    return callbacks
+
+
 def describe_run(
     population: Sequence[DPO], env: PreferenceGym, options: RunOptions, schedule: Schedule
 ) -> dict[str, Any]:
-    """Everything that a run depends on, as JSON values."""
+    """What a run is made of, as JSON values."""
     first = population[0]
     lora = first.base.config(first.actor_adapter)
     return {
         "base": first.base.name,
-        "lora": {name: getattr(lora, name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
-        | {"target_modules": sorted(lora.target_modules or [])},
+        "base_dtype": str(first.base.network.dtype),
+        "device": str(first.device),
+        "lora": json.loads(json.dumps(cast(Any, lora).to_dict(), default=_jsonable)),
         "settings": asdict(first.settings),
         "hp_config": first.hp_config.to_dict() if first.hp_config else None,
         "agents": {agent.index: agent.hyperparameter_values() for agent in population},
@@ -179,3 +261,7 @@ def describe_run(
         "versions": {name: version(name) for name in ("evollm", "torch", "transformers", "peft", "datasets")}
         | {"python": platform.python_version()},
     }
+
+
+def _jsonable(value: object) -> object:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from evollm.algorithms.dpo import DPO
 from evollm.data.batch import PreferenceBatch
-from evollm.errors import DivergedError
+from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import Evaluation, Fitness, as_fitness
 from evollm.llm_envs import PreferenceGym
 
@@ -14,6 +16,19 @@ FitnessFunction = Callable[[Evaluation], object]
 
 # Neither a number nor comparable: the worst fitness there is.
 DIVERGED_FITNESS: Fitness = (float("nan"),)
+
+
+def check_fitness(fitness: object) -> None:
+    """Try a fitness function on the evaluation of an untuned agent, before any training.
+
+    Raises:
+        ConfigurationError: It cannot be called, or returns something else than numbers.
+    """
+    if not callable(fitness):
+        raise ConfigurationError(
+            "fitness", fitness, "must be a function from an Evaluation to a number or a tuple of them"
+        )
+    as_fitness(fitness(Evaluation(np.zeros(2), np.zeros(2))))
 
 
 def learn_all(population: Sequence[DPO], batch: PreferenceBatch) -> dict[int, dict[str, float]]:
@@ -32,9 +47,9 @@ def learn_all(population: Sequence[DPO], batch: PreferenceBatch) -> dict[int, di
     return metrics
 
 
-def evaluate_all(population: Sequence[DPO], env: PreferenceGym) -> dict[int, Evaluation]:
-    """Score every agent that has not diverged on the same selection pairs."""
-    return {agent.index: agent.evaluate(env) for agent in population if not agent.diverged}
+def evaluate_all(population: Sequence[DPO], env: PreferenceGym, reference: str | None) -> dict[int, Evaluation]:
+    """Score every agent that has not diverged on the same selection pairs, against this reference."""
+    return {agent.index: agent.evaluate(env, reference=reference) for agent in population if not agent.diverged}
 
 
 def fitnesses_of(

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evollm.algorithms.core import ACTOR, REFERENCE
+from evollm.algorithms.core import OWN, REFERENCE
 from evollm.algorithms.dpo import DPO
-from evollm.errors import ConfigurationError, DivergedError
+from evollm.checks import single_process
+from evollm.errors import DivergedError
 from evollm.hpo import (
     Birth,
     Evaluation,
@@ -35,8 +36,8 @@ from evollm.training.callbacks import (
     SampleAnswer,
     StepDone,
 )
-from evollm.training.options import RunOptions, Schedule, check_run, check_run_dir, describe_run, new_run_dir
-from evollm.training.population_step import FitnessFunction, evaluate_all, fitnesses_of, learn_all
+from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run, describe_run
+from evollm.training.population_step import FitnessFunction, check_fitness, evaluate_all, fitnesses_of, learn_all
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,7 +73,8 @@ def finetune_llm_preference(
     on the same held-out pairs.
 
     Args:
-        pop: The agents, on one base. A list of one is an ordinary DPO run.
+        pop: The agents, on one base. A list of one is an ordinary DPO run. Evolution uses a population up: agents that
+            leave are released and others get new numbers, so go on with the population that is returned.
         env: Serves the batches; the run begins at its present position.
         num_epochs: Passes over the training pairs; 1 when `max_steps` is not given either.
         max_steps: Steps at most, whatever `num_epochs` says.
@@ -83,7 +85,8 @@ def finetune_llm_preference(
         mutation: Mutates the children.
         fitness: From an `Evaluation` to a number or a tuple of numbers, larger is better. The default is the
             preference accuracy, then the mean margin; neither contains beta.
-        update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last.
+        update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay
+            relative to the first agent's reference at the start.
         run_dir: Run folder, by default a new one in `evollm-runs`.
         checkpoint_steps: Steps between two checkpoints of the whole population; None: none.
         checkpoint_path: Where they go, by default `checkpoints` in the run folder.
@@ -117,28 +120,14 @@ def finetune_llm_preference(
         num_sample_answers=num_sample_answers,
     )
     check_run(pop, env, options)
-    if accelerator is not None and accelerator.num_processes > 1:
-        raise ConfigurationError(
-            "accelerator.num_processes",
-            accelerator.num_processes,
-            "several processes are not supported in this version",
-        )
-    folder = new_run_dir() if run_dir is None else check_run_dir(Path(run_dir))
-    listeners: list[Callback] = [RunFolder(), *callbacks]
+    check_fitness(fitness)
+    single_process(accelerator)
+    paths = RunPaths.of(run_dir, checkpoint_path, elite_path)
+    listeners: list[Callback] = [RunFolder(), *check_callbacks(callbacks)]
     listeners += [Console()] if verbose else []
     listeners += [TensorBoard()] if tensorboard else []
     listeners += [WeightsAndBiases()] if wb else []
-    run = PreferenceRun(
-        pop,
-        env,
-        options,
-        fitness=fitness,
-        run_dir=folder,
-        checkpoint_path=Path(checkpoint_path or folder / "checkpoints"),
-        elite_path=Path(elite_path or folder / "elite"),
-        callbacks=listeners,
-    )
-    return run.train()
+    return PreferenceRun(pop, env, options, paths, fitness, listeners).train()
 
 
 class PreferenceRun:
@@ -148,10 +137,8 @@ class PreferenceRun:
         population: The agents.
         env: Serves the batches.
         options: What was asked for, checked.
+        paths: Where it writes.
         fitness: Scores an evaluation.
-        run_dir: Run folder.
-        checkpoint_path: Folder for checkpoints of the population.
-        elite_path: Folder for the fittest agent.
         callbacks: Told of every event.
     """
 
@@ -160,11 +147,8 @@ class PreferenceRun:
         population: Sequence[DPO],
         env: PreferenceGym,
         options: RunOptions,
-        *,
+        paths: RunPaths,
         fitness: FitnessFunction,
-        run_dir: Path,
-        checkpoint_path: Path,
-        elite_path: Path,
         callbacks: Sequence[Callback],
     ) -> None:
         self.population = list(population)
@@ -172,10 +156,13 @@ class PreferenceRun:
         self.options = options
         self.schedule = Schedule.of(options, env)
         self.fitness = fitness
-        self.run_dir = run_dir
-        self.checkpoint_path = checkpoint_path
-        self.elite_path = elite_path
+        self.paths = paths
         self.callbacks = callbacks
+        self.base = self.population[0].base
+        # What scores are measured against. Where references move, all agents and epochs need one that stays.
+        self.yardstick: str | None = OWN
+        if options.update_reference_each_epoch:
+            self.yardstick = self.base.retain(str(self.population[0].adapter(REFERENCE)))
         self.step = 0
         self.generation = 0
         self.fitnesses: dict[int, Fitness] = {}
@@ -185,10 +172,13 @@ class PreferenceRun:
 
     def train(self) -> tuple[list[DPO], list[float]]:
         """Run to the end; see `finetune_llm_preference`."""
+        # Entries carry the rounding of the batches that they were computed in: a run starts from none, so that its bits
+        # do not depend on what ran before it on the same base.
+        self.base.reference_cache.clear()
         try:
             config = describe_run(self.population, self.env, self.options, self.schedule)
             founders = [_founder(agent) for agent in self.population]
-            self._tell("on_start", RunStarted(self.run_dir, config, founders, self.schedule.total))
+            self._tell("on_start", RunStarted(self.paths.run_dir, config, founders, self.schedule.total))
             before = self._final_score(self.population[0])
             while self.step < self.schedule.total:
                 self._train_step()
@@ -204,6 +194,8 @@ class PreferenceRun:
         finally:
             for callback in self.callbacks:
                 callback.close()
+            if self.yardstick is not None and self.yardstick != OWN:
+                self.base.release(self.yardstick)
         scores = [self.fitnesses.get(agent.index, (float("nan"),))[0] for agent in self.population]
         return self.population, scores
 
@@ -213,7 +205,7 @@ class PreferenceRun:
         self._tell("on_step", StepDone(self.step, self.env.num_epochs, metrics))
 
     def _evaluate(self) -> None:
-        evaluations = evaluate_all(self.population, self.env)
+        evaluations = evaluate_all(self.population, self.env, self.yardstick)
         self.fitnesses = fitnesses_of(self.population, evaluations, self.fitness)
         for agent in self.population:
             agent.fitness.append(self.fitnesses[agent.index][0])
@@ -234,10 +226,10 @@ class PreferenceRun:
     def _end_epoch(self) -> None:
         if self.options.update_reference_each_epoch:
             for agent in self.population:
-                agent.set_reference_policy(self.env.num_epochs)
+                agent.set_reference_policy(agent.reference_update_tracker + 1)
 
     def _checkpoint(self) -> None:
-        folder = self.checkpoint_path / f"step-{self.step:06d}"
+        folder = self.paths.checkpoints / f"step-{self.step:06d}"
         for agent in self.population:
             agent.save_checkpoint(str(folder / f"agent-{agent.index}"))
         self._tell("on_checkpoint", Checkpointed(self.step, folder))
@@ -245,11 +237,11 @@ class PreferenceRun:
     def _finish(self, before: Evaluation | None) -> None:
         best = self._best()
         if self.options.save_elite:
-            best.save_checkpoint(str(self.elite_path))
+            best.save_checkpoint(str(self.paths.elite))
         ended = RunEnded(
             step=self.step,
             best=best,
-            best_path=self.elite_path if self.options.save_elite else None,
+            best_path=self.paths.elite if self.options.save_elite else None,
             split=self._final_split(),
             before=before,
             after=self._final_score(best),
@@ -258,9 +250,9 @@ class PreferenceRun:
         self._tell("on_end", ended)
 
     def _best(self) -> DPO:
-        """The fittest agent; the first when nothing could be evaluated."""
+        """The fittest agent; when nothing could be evaluated, the first that has not diverged."""
         if not self.fitnesses:
-            return self.population[0]
+            return next(agent for agent in self.population if not agent.diverged)
         fitnesses = [self.fitnesses[agent.index] for agent in self.population]
         best = rank(fitnesses)[0]
         if not is_finite(fitnesses[best]):
@@ -274,7 +266,7 @@ class PreferenceRun:
 
     def _final_score(self, agent: DPO) -> Evaluation | None:
         split = self._final_split()
-        return agent.evaluate(self.env, split) if split else None
+        return agent.evaluate(self.env, split, self.yardstick) if split else None
 
     def _samples(self, best: DPO) -> list[SampleAnswer]:
         split = self._final_split()
@@ -285,8 +277,10 @@ class PreferenceRun:
         examples = tuple(examples[number * len(examples) // wanted] for number in range(wanted))
         pairs = self.env.final_pairs if split == "final" else self.env.test_pairs
         prompts = [pairs[example.position].prompt_ids for example in examples]
+        reference = best.adapter(REFERENCE) if self.yardstick == OWN else self.yardstick
         before, after = (
-            greedy_answers(best.base, best.adapter(role), prompts, self.env.tokenizer) for role in (REFERENCE, ACTOR)
+            greedy_answers(self.base, adapter, prompts, self.env.tokenizer)
+            for adapter in (reference, best.actor_adapter)
         )
         questions = [example.question for example in examples]
         return [SampleAnswer(*texts) for texts in zip(questions, before, after, strict=True)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows
+from peft import LoraConfig
 from snapshots import actor_bits, adapter_bits, base_bits
 
 from evollm import DPO, ConfigurationError, HyperparameterConfig, PreferenceGym, RLParameter
@@ -36,7 +37,7 @@ def test_loss_and_rewards_are_true_means_over_the_pairs(make_agent, gym) -> None
     batch = gym.next_batch()
     agent = make_agent(beta=0.3, nll_alpha=0.7)
     agent.learn(batch)
-    chosen, rejected = agent.margins(batch)
+    chosen, rejected = agent.logratios(batch)
     tokens = batch.chosen_lengths.sum()
     metrics = agent.learn(batch)
     nll = -metrics["logps/chosen"] * len(batch) / tokens
@@ -148,7 +149,7 @@ def test_updating_one_agents_reference_leaves_the_others_theirs(make_population,
     first.set_reference_policy(1)
     assert second.adapter("reference") == shared != first.adapter("reference")
     assert adapter_bits(first.base)[shared] == before
-    chosen, rejected = first.margins(batch)
+    chosen, rejected = first.logratios(batch)
     assert np.abs(chosen).max() == np.abs(rejected).max() == 0.0
     assert len(first.base.reference_cache) == 2 * len(batch)
     first.learn(batch)
@@ -163,7 +164,7 @@ def test_log_probs_of_a_reference_that_is_gone_are_forgotten(make_agent, gym) ->
         agent.learn(batch)
         agent.set_reference_policy(epoch)
         assert len(agent.base.reference_cache) == 0
-    agent.margins(batch)
+    agent.logratios(batch)
     assert len(agent.base.reference_cache) == len(batch)
 
 
@@ -213,11 +214,12 @@ def test_setting_a_hyperparameter_reaches_the_optimizer_and_keeps_its_moments(ma
     agent.learn(gym.next_batch())
     moments = [state["exp_avg"].clone() for state in agent.optimizer.state.values()]
     heard = []
-    agent.register_mutation_hook(lambda: heard.append(agent.lr))
+    agent.register_mutation_hook(lambda changed: heard.append((changed.index, changed.lr)))
     agent.lr = 2e-3
     agent.lr = 2e-3
     assert [group["lr"] for group in agent.optimizer.param_groups] == [2e-3]
-    assert heard == [2e-3]
+    agent.clone(index=4).lr = 3e-3
+    assert heard == [(0, 2e-3), (4, 3e-3)]
     for before, state in zip(moments, agent.optimizer.state.values(), strict=True):
         assert torch.equal(before, state["exp_avg"])
 
@@ -248,7 +250,7 @@ def test_evaluation_keeps_the_order_of_the_split(make_agent, tokenizer) -> None:
         agent.learn(env.next_batch())
     together = agent.evaluate(env).margins
     for position, pair in enumerate(env.test_pairs):
-        chosen, rejected = agent.margins(PreferenceBatch.from_pairs([pair]))
+        chosen, rejected = agent.logratios(PreferenceBatch.from_pairs([pair]))
         assert together[position] == pytest.approx((chosen - rejected)[0], abs=1e-4)
 
 
@@ -306,6 +308,16 @@ def test_a_wrapper_is_put_around_each_agent(make_population) -> None:
         ({"update_epochs": 1.5}, "update_epochs=1.5"),
         ({"micro_batch_size_per_gpu": 0}, "micro_batch_size_per_gpu=0"),
         ({"actor_network": None}, "model_name=None"),
+        ({"actor_network": "gpt2"}, "actor_network='str'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": None}, "seed=None"),
+        ({"index": "a"}, "index='a'"),
+        ({"device": "gpu"}, "device='gpu'"),
+        ({"device": 7.5}, "device=7.5"),
+        ({"accelerator": "x"}, "accelerator='x'"),
+        ({"torch_compiler": "bogus"}, "torch_compiler='bogus'"),
+        ({"gradient_checkpointing": "no"}, "gradient_checkpointing='no'"),
+        ({"lora_config": {"r": 4}}, "lora_config='dict'"),
         ({"model_name": "x"}, "model_name='x'"),
         ({"model_config": {"dtype": "float32"}}, "model_config="),
         ({"hp_config": {"lr": (1e-5, 1e-2)}}, "hp_config="),
@@ -327,6 +339,23 @@ def test_a_population_of_nobody_is_refused(make_population) -> None:
 def test_an_unknown_model_name_is_an_evollm_error(tmp_path) -> None:
     with pytest.raises(ConfigurationError, match="model_name"):
         DPO(model_name=str(tmp_path / "nothing-here"))
+
+
+def test_settings_without_effect_are_said_to_have_none(make_agent) -> None:
+    dropout = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="lora_dropout=0.1 has no effect"):
+        make_agent(lora_config=dropout)
+
+
+def test_agents_with_other_scaling_do_not_share_reference_log_probs(make_model, gym) -> None:
+    """Both references hold the same random weights; `alpha_pattern` alone tells them apart."""
+    model, batch = make_model(), gym.next_batch()
+    for pattern in ({}, {"q_proj": 64}):
+        config = LoraConfig(
+            r=4, alpha_pattern=pattern, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM"
+        )
+        agent = DPO(actor_network=model, lora_config=config)
+        assert agent.learn(batch, training=False)["rewards/margins"] == 0.0
 
 
 def test_liger_is_said_to_have_no_effect(make_agent) -> None:

@@ -4,6 +4,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -104,8 +105,8 @@ def test_a_resume_restores_the_reference_and_a_next_stage_takes_the_actor(traine
     resumed, staged = make_agent(), make_agent()
     resumed.load_checkpoint(str(tmp_path / "agent"))
     staged.load_checkpoint(str(tmp_path / "agent"), overwrite_reference_adapter=True)
-    assert resumed.margins(batch)[0].tolist() == trained.margins(batch)[0].tolist() != [0.0] * len(batch)
-    assert staged.margins(batch)[0].tolist() == [0.0] * len(batch)
+    assert resumed.logratios(batch)[0].tolist() == trained.logratios(batch)[0].tolist() != [0.0] * len(batch)
+    assert staged.logratios(batch)[0].tolist() == [0.0] * len(batch)
 
 
 def test_loading_into_one_agent_leaves_the_reference_of_the_others(trained, make_population, tmp_path) -> None:
@@ -186,17 +187,59 @@ def test_a_missing_file_is_an_evollm_error(trained, tmp_path, missing: str) -> N
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path) -> None:
     target = tmp_path / "folder"
     with replace_folder(target) as folder:
-        (folder / "a").write_text("first")
+        (folder / "attributes.pt").write_text("first")
 
     def fail() -> None:
         with replace_folder(target) as folder:
-            (folder / "a").write_text("half")
+            (folder / "attributes.pt").write_text("half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    assert (target / "a").read_text() == "first"
+    assert (target / "attributes.pt").read_text() == "first"
     with replace_folder(target) as folder:
-        (folder / "b").write_text("second")
-    assert sorted(path.name for path in target.iterdir()) == ["b"]
+        (folder / "adapter_config.json").write_text("second")
+    assert sorted(path.name for path in target.iterdir()) == ["adapter_config.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+
+
+def test_nothing_but_an_agent_or_adapter_is_ever_replaced(trained, tmp_path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "work", tmp_path / "file"):
+        with pytest.raises(ConfigurationError, match="would be lost"):
+            trained.save_checkpoint(str(path))
+        with pytest.raises(ConfigurationError, match="would be lost"):
+            save_llm_checkpoint(trained, path)
+    assert (tmp_path / "work" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    trained.save_checkpoint(str(tmp_path / "empty"))
+
+
+def test_numpy_numbers_are_saved_as_plain_ones(make_agent, make_model, tmp_path) -> None:
+    agent = make_agent(
+        lr=np.float64(1e-3), beta=np.float32(0.5), batch_size=np.int64(4), seed=np.int64(1), index=np.int64(2)
+    )
+    agent.save_checkpoint(str(tmp_path / "agent"))
+    loaded = DPO.load(str(tmp_path / "agent"), actor_network=make_model())
+    assert (loaded.index, loaded.batch_size, loaded.beta, loaded.lr) == (2, 4, 0.5, 1e-3)
+
+
+def test_a_checkpoint_without_reference_is_refused_before_anything_changes(make_agent, gym, tmp_path) -> None:
+    source = make_agent(use_separate_reference_adapter=False)
+    source.learn(gym.next_batch())
+    source.save_checkpoint(str(tmp_path / "agent"))
+    agent = make_agent()
+    before = actor_bits(agent)
+    with pytest.raises(CheckpointError, match="no reference adapter"):
+        agent.load_checkpoint(str(tmp_path / "agent"))
+    assert actor_bits(agent) == before
+
+
+def test_attributes_of_something_else_are_refused(trained, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    for content in ({"lr": 1}, torch.zeros(2)):
+        torch.save(content, tmp_path / "agent" / "attributes.pt")
+        with pytest.raises(CheckpointError, match="is not an agent's"):
+            trained.load_checkpoint(str(tmp_path / "agent"))

@@ -152,7 +152,7 @@ def test_the_keywords_of_other_libraries_are_accepted_and_the_unused_not_kept() 
         ({"rl_hp": math.nan}, "rl_hp=nan.*finite"),
         ({"rl_hp": "0.7"}, "rl_hp='0.7'.*number"),
         ({"no_mutation": 0, "rl_hp": 0}, "no_mutation=0.*rl_hp are both 0"),
-        ({"rand_seed": 1.5}, "rand_seed=1.5.*integer"),
+        ({"rand_seed": 1.5}, "rand_seed=1.5.*whole number"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(arguments: dict[str, object], words: str) -> None:

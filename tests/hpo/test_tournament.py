@@ -82,12 +82,12 @@ def test_a_population_of_one_keeps_its_agent() -> None:
     [
         ({"tournament_size": 5, "population_size": 4}, "tournament_size=5.*population_size=4"),
         ({"population_size": 0}, "population_size=0.*at least 1"),
-        ({"population_size": 4.0}, "population_size=4.0.*integer"),
+        ({"population_size": 4.0}, "population_size=4.0.*whole number"),
         ({"tournament_size": 0}, "tournament_size=0.*at least 1"),
-        ({"tournament_size": True}, "tournament_size=True.*integer"),
+        ({"tournament_size": True}, "tournament_size=True.*whole number"),
         ({"elitism": 1}, "elitism=1.*True or False"),
         ({"rand_seed": -1}, "rand_seed=-1.*at least 0"),
-        ({"rand_seed": None}, "rand_seed=None.*integer"),
+        ({"rand_seed": None}, "rand_seed=None.*whole number"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(arguments: dict[str, object], words: str) -> None:

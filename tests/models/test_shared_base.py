@@ -197,6 +197,9 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(make_model, lor
         ({"target_modules": ["no_such_layer"]}, "target_modules"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"bias": "lora_only"}, "bias"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": "["}, "target_modules"),
     ],
 )
 def test_a_lora_config_that_cannot_work_is_refused(make_model, changes, field) -> None:

@@ -1,0 +1,82 @@
+"""Checks of single arguments; each returns the value as a plain Python one."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from evollm.errors import ConfigurationError
+
+
+def finite_number(field: str, value: object) -> float:
+    """Return `value` as a Python float; int stays int.
+
+    Raises:
+        ConfigurationError: If it is not a number, a bool, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        hint = "; YAML reads 1e-5 as text, write 1.0e-5" if isinstance(value, str) else ""
+        raise ConfigurationError(field, value, f"must be a number{hint}")
+    if not math.isfinite(value):
+        raise ConfigurationError(field, value, "must be finite")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def positive_number(field: str, value: object) -> float:
+    """Return `value` as a Python number above 0.
+
+    Raises:
+        ConfigurationError: If it is not a finite number above 0.
+    """
+    number = finite_number(field, value)
+    if number <= 0:
+        raise ConfigurationError(field, value, "must be above 0")
+    return number
+
+
+def whole_number(field: str, value: object, minimum: int) -> int:
+    """Return `value` as a Python int.
+
+    Raises:
+        ConfigurationError: If it is not an integer or lies below `minimum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ConfigurationError(field, value, f"must be a whole number of at least {minimum}")
+    return int(value)
+
+
+def optional_whole_number(field: str, value: object, minimum: int) -> int | None:
+    """Return `value` as a Python int, or None.
+
+    Raises:
+        ConfigurationError: If it is neither None nor an integer of at least `minimum`.
+    """
+    return None if value is None else whole_number(field, value, minimum)
+
+
+def switch(field: str, value: object) -> bool:
+    """Return `value`, which is True or False.
+
+    Raises:
+        ConfigurationError: If it is anything else, such as the text "no".
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(field, value, "must be True or False")
+    return value
+
+
+def single_process(accelerator: Any) -> None:
+    """Check that an accelerator, if there is one, runs one process.
+
+    Raises:
+        ConfigurationError: If it is no accelerator, or runs several processes.
+    """
+    if accelerator is None:
+        return
+    processes = getattr(accelerator, "num_processes", None)
+    if processes is None:
+        raise ConfigurationError("accelerator", accelerator, "must be an accelerate.Accelerator or None")
+    if processes > 1:
+        fix = "several processes are not supported in this version: start one"
+        raise ConfigurationError("accelerator.num_processes", processes, fix)

@@ -1,0 +1,1 @@
+"""Names where scripts written for other evolutionary RL libraries look for them."""
