@@ -170,7 +170,7 @@ class DPO(EvolvableAlgorithm):
         )
         if gradient_checkpointing and not self.base.can_checkpoint:
             warnings.warn(
-                f"gradient_checkpointing=True has no effect: {type(self.base.network).__name__} declares no layers for it",
+                "gradient_checkpointing=True has no effect: the base declares no layers for it",
                 UserWarning,
                 stacklevel=2,
             )

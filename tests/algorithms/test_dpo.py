@@ -8,6 +8,7 @@ import torch
 from conftest import make_rows
 from peft import LoraConfig
 from snapshots import actor_bits, adapter_bits, base_bits
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from evollm import DPO, ConfigurationError, HyperparameterConfig, PreferenceGym, RLParameter
 from evollm.data.batch import PreferenceBatch
@@ -345,6 +346,16 @@ def test_settings_without_effect_are_said_to_have_none(make_agent) -> None:
     dropout = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.warns(UserWarning, match="lora_dropout=0.1 has no effect"):
         make_agent(lora_config=dropout)
+
+
+def test_a_base_whose_layers_cannot_be_checkpointed_is_said_to_be_one(make_agent, tokenizer, gym) -> None:
+    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=1, n_head=2)
+    lora = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="gradient_checkpointing=True has no effect"):
+        agent = make_agent(actor_network=OpenAIGPTLMHeadModel(config), lora_config=lora)
+    batch = gym.next_batch()
+    losses = [agent.learn(batch)["loss"] for _ in range(3)]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_agents_with_other_scaling_do_not_share_reference_log_probs(make_model, gym) -> None:
