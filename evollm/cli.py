@@ -49,5 +49,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(options: argparse.Namespace) -> None:
     start = time.monotonic()
+    print(
+        "SmolLM2-135M-Instruct learns to answer briefly. The first run converts the model, which takes half a minute."
+    )
     run_demo(options.population, options.generations, options.run_dir, options.seed)
     print(f"\nThe demo took {time.monotonic() - start:.0f} s.")

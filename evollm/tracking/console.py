@@ -57,7 +57,8 @@ class Console(Callback):
         for report in data["reports"]:
             self._print(escape(report))
         self._print(
-            f"{agents} on one base, {event.total_steps} steps of {data['batch_size']} pairs; run folder {event.run_dir}"
+            f"{agents} on one base, {event.total_steps} steps of {data['batch_size']} pairs; folder {event.run_dir}",
+            soft_wrap=True,
         )
         self._task = self._progress.add_task("training", total=event.total_steps)
         self._progress.start()
