@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,14 +17,16 @@ from typing_extensions import Self
 from evollm.algorithms.core import ACTOR, OWN, REFERENCE
 from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.losses import dpo_sigmoid_loss, token_mean_nll
+from evollm.algorithms.metrics import pair_metrics
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
 from evollm.checkpoints.agent import read_agent_folder
-from evollm.checks import finite_number, positive_number, single_process, whole_number
+from evollm.checks import finite_number, positive_number, whole_number
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import Evaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
-from evollm.models import SharedBase, completion_logprobs, load_base_model
+from evollm.models import completion_logprobs
+from evollm.models.loading import shared_base, usable_device
 from evollm.models.logprobs import PairLogprobs
 
 if TYPE_CHECKING:
@@ -160,7 +162,7 @@ class DPO(EvolvableAlgorithm):
         self.action_space = action_space
         self.accelerator = accelerator
         super().__init__(
-            base=_shared_base(model_name, actor_network, model_config, _device_of(accelerator, device)),
+            base=shared_base(model_name, actor_network, model_config, usable_device(accelerator, device)),
             lora_config=lora_config
             or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
             settings=settings,
@@ -325,7 +327,7 @@ class DPO(EvolvableAlgorithm):
 
         policy = PairLogprobs.concatenate(policy_parts)
         metrics = {"loss": loss_sum, "nll_loss": nll_sum, "learning_rate": self.lr}
-        metrics |= _pair_metrics(policy, reference, self.beta)
+        metrics |= pair_metrics(policy, reference, self.beta)
         metrics["grad_norm"] = self._apply_gradient(loss_sum) if training else 0.0
         return len(batch), metrics
 
@@ -423,55 +425,3 @@ class DPO(EvolvableAlgorithm):
         score = np.mean([self.evaluate(env).accuracy for _ in range(loop)])
         self.fitness.append(float(score))
         return np.asarray(score)
-
-
-def _pair_metrics(policy: PairLogprobs, reference: PairLogprobs, beta: float) -> dict[str, float]:
-    """TRL's metrics, as means over the batch's pairs."""
-    chosen, rejected = policy.chosen.double().cpu(), policy.rejected.double().cpu()
-    chosen_rewards, rejected_rewards = beta * (chosen - reference.chosen), beta * (rejected - reference.rejected)
-    margins = chosen_rewards - rejected_rewards
-    return {
-        "logps/chosen": chosen.mean().item(),
-        "logps/rejected": rejected.mean().item(),
-        "rewards/chosen": chosen_rewards.mean().item(),
-        "rewards/rejected": rejected_rewards.mean().item(),
-        "rewards/accuracies": (margins > 0).double().mean().item(),
-        "rewards/margins": margins.mean().item(),
-    }
-
-
-def _device_of(accelerator: Accelerator | None, device: str | torch.device) -> torch.device:
-    single_process(accelerator)
-    if accelerator is not None:
-        if accelerator.mixed_precision != "no":
-            warnings.warn(
-                f"mixed_precision={accelerator.mixed_precision!r} has no effect: load the base in the precision to use",
-                UserWarning,
-                stacklevel=3,
-            )
-        return cast(torch.device, accelerator.device)
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise ConfigurationError("device", device, f"cannot be used here: {error}") from error
-    return found
-
-
-def _shared_base(
-    model_name: str | None,
-    actor_network: PreTrainedModel | None,
-    model_config: Mapping[str, Any] | None,
-    device: torch.device,
-) -> SharedBase:
-    if (model_name is None) == (actor_network is None):
-        given = None if model_name is None else model_name
-        raise ConfigurationError("model_name", given, "pass either model_name or actor_network")
-    if actor_network is None:
-        assert model_name is not None
-        actor_network = load_base_model(model_name, model_config)
-    elif model_config is not None:
-        raise ConfigurationError("model_config", model_config, "belongs to model_name; a loaded model has its own")
-    base = SharedBase.of(actor_network)
-    base.move_to(device)
-    return base

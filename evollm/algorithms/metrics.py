@@ -1,0 +1,30 @@
+"""What training reports, by the names that TRL gave it."""
+
+from __future__ import annotations
+
+from evollm.models.logprobs import PairLogprobs
+
+
+def pair_metrics(policy: PairLogprobs, reference: PairLogprobs, beta: float) -> dict[str, float]:
+    """Means over a batch's pairs.
+
+    Args:
+        policy: (B,) sums of the policy.
+        reference: (B,) sums of the reference, float64 on the CPU.
+        beta: DPO's beta.
+
+    Returns:
+        `logps/chosen` and `logps/rejected` in nats; `rewards/chosen`, `rewards/rejected`, `rewards/margins`, which are
+        beta times log-ratios; `rewards/accuracies`, the share with a margin above 0.
+    """
+    chosen, rejected = policy.chosen.double().cpu(), policy.rejected.double().cpu()
+    chosen_rewards, rejected_rewards = beta * (chosen - reference.chosen), beta * (rejected - reference.rejected)
+    margins = chosen_rewards - rejected_rewards
+    return {
+        "logps/chosen": chosen.mean().item(),
+        "logps/rejected": rejected.mean().item(),
+        "rewards/chosen": chosen_rewards.mean().item(),
+        "rewards/rejected": rejected_rewards.mean().item(),
+        "rewards/accuracies": (margins > 0).double().mean().item(),
+        "rewards/margins": margins.mean().item(),
+    }
