@@ -116,7 +116,8 @@ def read_agent_folder(path: str | Path) -> AgentFolder:
     """
     path = Path(path)
     if not (path / ATTRIBUTES).is_file():
-        raise CheckpointError(f"{path} is not an agent's checkpoint: it has no {ATTRIBUTES}")
+        fault = f"it has no {ATTRIBUTES}" if path.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{path} is not an agent's checkpoint: {fault}")
     try:
         attributes = torch.load(path / ATTRIBUTES, map_location="cpu", weights_only=True)
         adapters = {folder.parent.name: _read_adapter(folder.parent) for folder in sorted(path.glob(f"*/{CONFIG}"))}

@@ -21,6 +21,8 @@ DroppedRows: TypeAlias = dict[str, list[int]]
 
 REQUIRED_COLUMNS = ("chosen", "rejected")
 COLUMNS = ("prompt", *REQUIRED_COLUMNS)
+# Names under which other datasets keep the prompt: read past, they would leave pairs without their question.
+PROMPT_ALIASES = ("question", "instruction", "query", "input", "prompts", "context")
 JSON_LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json")
 ASSISTANT_MARKER = "\n\nAssistant:"
 # Whatever a model is given, not what it answers: a completion cannot start with one of these.
@@ -235,6 +237,9 @@ def _require_columns(columns: Iterable[str], field: str) -> None:
             f"columns {seen}",
             f"lacks {' and '.join(missing)}; rename its columns to chosen and rejected (and prompt, if there is one)",
         )
+    alias = next((name for name in PROMPT_ALIASES if name in seen and "prompt" not in seen), None)
+    if alias is not None:
+        raise DataError(field, f"columns {seen}", f"has a column {alias!r} that would not be used; rename it to prompt")
 
 
 def _describe(dataset: object) -> str:

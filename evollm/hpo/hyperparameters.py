@@ -16,6 +16,10 @@ from evollm.errors import ConfigurationError
 FACTOR_DIGITS = 3
 
 
+# What other libraries call them.
+ALIASES = {"learning_rate": "lr", "rpo_alpha": "nll_alpha", "train_batch_size": "batch_size"}
+
+
 @dataclass(frozen=True)
 class RLParameter:
     """Bounds of one hyperparameter and how far one mutation moves it.
@@ -203,7 +207,7 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
 
 
 def _unknown_name_fix(name: str, known: Collection[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    nearest = [ALIASES[name]] if ALIASES.get(name) in known else difflib.get_close_matches(name, known, 1, cutoff=0.0)
     hint = f"; the nearest known name is {nearest[0]!r}" if nearest else ""
     return f"is not a hyperparameter that can evolve{hint}; known are {', '.join(sorted(known)) or 'none'}"
 

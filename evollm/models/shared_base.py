@@ -57,7 +57,7 @@ class SharedBase:
         if not isinstance(model, PreTrainedModel | PeftModel):
             raise ConfigurationError(
                 "actor_network",
-                type(model).__name__,
+                model if isinstance(model, str) else type(model).__name__,
                 "must be a causal language model of transformers (or use model_name)",
             )
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import rich.console
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -67,8 +68,8 @@ class Console(Callback):
         """Move the bar."""
         self._losses |= {index: metrics["loss"] for index, metrics in event.metrics.items()}
         assert self._task is not None
-        loss = min(self._losses[index] for index in event.metrics)
-        self._progress.update(self._task, completed=event.step, description=f"training, lowest loss {loss:.3f}")
+        best = max(metrics["rewards/accuracies"] for metrics in event.metrics.values())
+        self._progress.update(self._task, completed=event.step, description=f"training, best batch accuracy {best:.2f}")
 
     def on_evaluation(self, event: Evaluated) -> None:
         """Print the table of a generation."""
@@ -89,14 +90,14 @@ class Console(Callback):
         """Print the result."""
         self.close()
         if event.before is not None and event.after is not None:
-            self._print(score_lines(event.split, event.before, event.after), soft_wrap=True)
+            lines = score_lines(event.split, event.before, event.after, chosen_by_score=len(self._births) > 1)
+            self._print(lines, soft_wrap=True)
         if self._plans:
             self._print("Its line: " + schedule_line(ancestry(self._plans, event.best.index)), soft_wrap=True)
         for sample in event.samples:
             self._print(f"\n[bold]{escape(sample.prompt)}[/bold]")
-            self._print(
-                f"  [dim]before:[/dim] {escape(sample.before)}\n  [green]after:[/green]  {escape(sample.after)}"
-            )
+            for label, answer in (("[dim]before:[/dim]", sample.before), ("[green]after:[/green]", sample.after)):
+                self._print(Padding(f"{label} {escape(answer) or '(empty)'}", (0, 0, 0, 2)))
         if event.best_path is not None:
             self._print(f"\nBest adapter: {event.best_path / 'actor'}", soft_wrap=True)
             line = f'model = PeftModel.from_pretrained(base_model, "{event.best_path / "actor"}")'
@@ -143,7 +144,7 @@ def schedule_line(line: Sequence[Birth]) -> str:
     return " -> ".join(generations)
 
 
-def score_lines(split: str, before: Evaluation, after: Evaluation) -> str:
+def score_lines(split: str, before: Evaluation, after: Evaluation, *, chosen_by_score: bool) -> str:
     """The two scores, and what they were measured on."""
     pairs = len(after.margins)
     lines = (
@@ -151,7 +152,7 @@ def score_lines(split: str, before: Evaluation, after: Evaluation) -> str:
         f"[bold]{before.accuracy:.3f} -> {after.accuracy:.3f}[/bold] "
         f"(margin {before.mean_margin:+.2f} -> {after.mean_margin:+.2f} nats)"
     )
-    if split != "final":
+    if split != "final" and chosen_by_score:
         lines += (
             "\nThe fittest agent was chosen on these very pairs; pass final_dataset to the gym for an unbiased score."
         )

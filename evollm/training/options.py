@@ -48,7 +48,9 @@ class RunOptions:
         if (self.tournament is None) != (self.mutation is None):
             name = "mutation" if self.mutation is None else "tournament"
             raise ConfigurationError(
-                name, None, "evolution needs both a tournament and a mutation; pass both or neither"
+                name,
+                None,
+                "evolution needs tournament=TournamentSelection(...) and mutation=Mutations(...), or neither",
             )
         if self.evo_steps is not None and self.tournament is None:
             raise ConfigurationError("evo_steps", self.evo_steps, "needs a tournament and a mutation")
@@ -130,11 +132,11 @@ def check_run(population: Sequence[DPO], env: PreferenceGym, options: RunOptions
         )
     if options.tournament is not None:
         check_population(options.tournament, len(population))
-        _check_evolution(population, Schedule.of(options, env))
         if not env.test_pairs:
             raise ConfigurationError(
                 "test_dataset", None, "evolution needs held-out pairs: pass a test_dataset to the gym"
             )
+        _check_evolution(population, options, Schedule.of(options, env))
     longest, limit = env.longest_sequence, population[0].base.max_positions
     if limit is not None and longest > limit:
         raise ConfigurationError(
@@ -146,7 +148,7 @@ def check_run(population: Sequence[DPO], env: PreferenceGym, options: RunOptions
     largest = max(int(ids.max()) for pair in env.all_pairs for ids in vars(pair).values())
     if largest >= vocabulary:
         fix = f"the base knows {vocabulary} tokens and the pairs hold id {largest}: use the base's own tokenizer"
-        raise ConfigurationError("tokenizer", type(env.tokenizer).__name__, fix)
+        raise ConfigurationError("tokenizer", getattr(env.tokenizer, "name_or_path", type(env.tokenizer).__name__), fix)
 
 
 def _check_types(population: Sequence[DPO], env: PreferenceGym) -> None:
@@ -159,14 +161,17 @@ def _check_types(population: Sequence[DPO], env: PreferenceGym) -> None:
         raise ConfigurationError("env", type(env).__name__, "must be a PreferenceGym")
 
 
-def _check_evolution(population: Sequence[DPO], schedule: Schedule) -> None:
+def _check_evolution(population: Sequence[DPO], options: RunOptions, schedule: Schedule) -> None:
     if schedule.evolve_every is not None and schedule.evolve_every >= schedule.total:
-        raise ConfigurationError(
-            "evo_steps",
-            schedule.evolve_every,
-            f"the run ends after {schedule.total} steps, before it could evolve: lower evo_steps, or raise num_epochs",
-        )
+        if options.evo_steps is None:
+            fix = "evolution comes between epochs: use at least 2, or give evo_steps"
+            raise ConfigurationError("num_epochs", options.num_epochs or 1, fix)
+        fix = f"the run ends after {schedule.total} steps, before it could evolve: lower evo_steps, or raise num_epochs"
+        raise ConfigurationError("evo_steps", options.evo_steps, fix)
     config = population[0].hp_config
+    if config is None and options.mutation is not None and options.mutation.rl_hp > 0:
+        fix = "a mutation has nothing to change: build the agents with hp_config=HyperparameterConfig(lr=...)"
+        raise ConfigurationError("hp_config", None, fix)
     for agent in population:
         if agent.hp_config != config:
             raise ConfigurationError(

@@ -309,7 +309,7 @@ def test_a_wrapper_is_put_around_each_agent(make_population) -> None:
         ({"update_epochs": 1.5}, "update_epochs=1.5"),
         ({"micro_batch_size_per_gpu": 0}, "micro_batch_size_per_gpu=0"),
         ({"actor_network": None}, "model_name=None"),
-        ({"actor_network": "gpt2"}, "actor_network='str'"),
+        ({"actor_network": "gpt2"}, "actor_network='gpt2'"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": None}, "seed=None"),
         ({"index": "a"}, "index='a'"),

@@ -262,3 +262,12 @@ def test_dropped_rows_are_numbered_by_their_position(container: str) -> None:
     pairs, dropped = read_pairs(CONTAINERS[container](rows), "data")
     assert [pair.row for pair in pairs] == [0, 2]
     assert dropped == {"chosen is missing": [1], "rejected is missing": [3], EMPTY_COMPLETION: [4]}
+
+
+@pytest.mark.parametrize("alias", ["question", "instruction"])
+def test_a_prompt_under_another_name_is_not_left_out_silently(alias: str) -> None:
+    rows = [{alias: "Is it?", "chosen": "yes", "rejected": "no"}]
+    with pytest.raises(DataError, match=f"column '{alias}' that would not be used; rename it to prompt"):
+        read_pairs(rows, "train_dataset")
+    pairs, _ = read_pairs([{"prompt": "Is it really?", **rows[0]}], "train_dataset")
+    assert pairs[0].prompt == "Is it really?"

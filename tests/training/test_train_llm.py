@@ -273,7 +273,8 @@ def bad_run(make_population, tokenizer, **changes):
         ({"num_sample_answers": -1}, "num_sample_answers=-1"),
         ({"tournament": 4}, "tournament=4"),
         ({"mutation": 4}, "mutation=4"),
-        ({"num_epochs": 1}, "evo_steps=3: the run ends after 3 steps"),
+        ({"num_epochs": 1}, "num_epochs=1: evolution comes between epochs"),
+        ({"num_epochs": 1, "test_rows": None}, "test_dataset"),
         ({"evo_steps": 100}, "evo_steps=100: the run ends after 9 steps"),
         ({"fitness": "accuracy"}, "fitness='accuracy'"),
         ({"fitness": lambda evaluation: [1]}, "fitness=[1]"),
@@ -341,10 +342,18 @@ def test_an_agent_without_a_list_and_a_wrapped_one_are_refused(make_agent, gym, 
 
 def test_agents_that_would_mutate_differently_are_refused(make_model, make_agent, tokenizer, quiet) -> None:
     model = make_model()
-    population = [make_agent(actor_network=model, index=i, hp_config=HP_CONFIG if i else None) for i in range(4)]
+    population = [make_agent(actor_network=model, index=i, hp_config=None if i == 1 else HP_CONFIG) for i in range(4)]
     _, env, arguments = bad_run(None, tokenizer, population=population)
     with pytest.raises(ConfigurationError, match="agent 1's differs"):
         finetune_llm_preference(population, env, **{**quiet, **arguments})
+
+
+def test_a_mutation_with_nothing_to_change_is_refused(make_population, tokenizer, quiet) -> None:
+    population, env, arguments = bad_run(make_population, tokenizer, population=make_population(4))
+    with pytest.raises(ConfigurationError, match="hp_config=None"):
+        finetune_llm_preference(population, env, **{**quiet, **arguments})
+    only_selection = {**arguments, "mutation": Mutations(1.0, 0.0)}
+    assert len(finetune_llm_preference(population, env, **{**quiet, **only_selection})[0]) == 4
 
 
 def test_a_whole_number_may_only_mutate_as_one(make_agent) -> None:
