@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_the_run_folder_holds_config_metrics_lineage_and_elite(make_population, 
     config = json.loads((folder / "config.json").read_text())
     assert config["schedule"]["total"] == 3
     assert config["lora"]["r"] == 4
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["torch"] == version("torch")
     lines = read(folder / "metrics.jsonl")
     assert [line["kind"] for line in lines].count("step") == 2 * 2 + 1
     assert [line["kind"] for line in lines].count("evaluation") == 2
