@@ -17,25 +17,15 @@ from safetensors.torch import load_file, save_file
 from evollm.checkpoints.files import replace_folder
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models import AdapterState, SharedBase
+from evollm.models.shared_base import LORA_PROVENANCE
 
 ATTRIBUTES = "attributes.pt"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 REQUIRED = frozenset({"algorithm", "base_name", "hyperparameters", "settings", "hp_config"})
 
-# Fields of a LoRA configuration that say where it came from, not what it computes.
-_NOT_COMPARED = frozenset(
-    {
-        "base_model_name_or_path",
-        "inference_mode",
-        "revision",
-        "auto_mapping",
-        "peft_version",
-        "task_type",
-        "init_lora_weights",
-        "lora_dropout",
-    }
-)
+# Fields that may differ between two LoRA configurations that compute the same.
+_NOT_COMPARED = LORA_PROVENANCE | {"auto_mapping", "task_type", "lora_dropout"}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from evollm.models.reference_cache import ReferenceCache
 # The others rewrite the base's own weights, which every other adapter stands on, or need data.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # Fields of a configuration that say where an adapter came from, not what it computes.
-_PROVENANCE = frozenset({"base_model_name_or_path", "inference_mode", "revision", "peft_version", "init_lora_weights"})
+LORA_PROVENANCE = frozenset(
+    {"base_model_name_or_path", "inference_mode", "revision", "peft_version", "init_lora_weights"}
+)
 # Options that work on the base itself, or through hooks for which the base would have to be called by PEFT.
 _UNSUPPORTED = ("modules_to_save", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 _ATTRIBUTE = "_evollm_shared_base"
@@ -230,10 +232,9 @@ class SharedBase:
         if name in self._trainable:
             raise ConfigurationError("adapter", name, "is trainable: only a frozen adapter has a lasting fingerprint")
         if name not in self._fingerprints:
-            settings = {
-                key: value for key, value in cast(Any, self.config(name)).to_dict().items() if key not in _PROVENANCE
-            }
-            digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=_jsonable).encode())
+            settings = lora_settings(self.config(name))
+            computing = {key: value for key, value in settings.items() if key not in LORA_PROVENANCE}
+            digest = hashlib.sha256(json.dumps(computing, sort_keys=True).encode())
             for key, parameter in sorted(self._parameters[name].items()):
                 digest.update(key.encode() + _bytes_of(parameter))
             self._fingerprints[name] = digest.hexdigest()
@@ -333,6 +334,12 @@ def _parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
 
 def _bytes_of(tensor: Tensor) -> bytes:
     return bytes(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def lora_settings(config: LoraConfig) -> dict[str, Any]:
+    """A LoRA configuration as JSON values; sets become sorted lists."""
+    settings: dict[str, Any] = json.loads(json.dumps(cast(Any, config).to_dict(), default=_jsonable))
+    return settings
 
 
 def _jsonable(value: object) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from evollm.algorithms.dpo import DPO
 from evollm.checkpoints.files import check_replaceable
@@ -18,6 +17,7 @@ from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, check_population
 from evollm.llm_envs import PreferenceGym
+from evollm.models.shared_base import lora_settings
 from evollm.training.callbacks import Callback
 
 
@@ -247,12 +247,11 @@ def describe_run(
 ) -> dict[str, Any]:
     """What a run is made of, as JSON values."""
     first = population[0]
-    lora = first.base.config(first.actor_adapter)
     return {
         "base": first.base.name,
         "base_dtype": str(first.base.network.dtype),
         "device": str(first.device),
-        "lora": json.loads(json.dumps(cast(Any, lora).to_dict(), default=_jsonable)),
+        "lora": lora_settings(first.base.config(first.actor_adapter)),
         "settings": asdict(first.settings),
         "hp_config": first.hp_config.to_dict() if first.hp_config else None,
         "agents": {agent.index: agent.hyperparameter_values() for agent in population},
@@ -266,7 +265,3 @@ def describe_run(
         "versions": {name: version(name) for name in ("evollm", "torch", "transformers", "peft", "datasets")}
         | {"python": platform.python_version()},
     }
-
-
-def _jsonable(value: object) -> object:
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)
