@@ -22,6 +22,7 @@ from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState, SharedBase
+from evollm.models.engine import PassOptions
 
 ACTOR = "actor"
 REFERENCE = "reference"
@@ -125,6 +126,16 @@ class LLMAgent(ABC):
         name = self.adapter(ACTOR)
         assert name is not None
         return name
+
+    @property
+    def pass_options(self) -> PassOptions:
+        """How the agent goes through the base."""
+        return PassOptions(
+            token_budget=self.settings.token_budget,
+            max_pairs=self.settings.micro_batch_size_per_gpu,
+            explicit_positions=self.settings.calc_position_embeddings,
+            gradient_checkpointing=self.settings.gradient_checkpointing,
+        )
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The parameters that training changes."""

@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from evollm.algorithms.core import ACTOR, OWN, REFERENCE
+from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together, reference_logprobs
 from evollm.algorithms.interface import EvolvableAlgorithm
-from evollm.algorithms.losses import dpo_sigmoid_loss, token_mean_nll
-from evollm.algorithms.metrics import pair_metrics
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.checks import finite_number, positive_number, whole_number
@@ -25,7 +24,6 @@ from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import Evaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
-from evollm.models import completion_logprobs
 from evollm.models.loading import shared_base, usable_device
 from evollm.models.logprobs import PairLogprobs
 
@@ -79,7 +77,7 @@ class DPO(EvolvableAlgorithm):
         max_grad_norm: 2-norm to which a longer gradient is scaled down.
         update_epochs: Passes over each batch that `learn` is given.
         calc_position_embeddings: Pass explicit position ids rather than leave them to the model.
-        micro_batch_size_per_gpu: Pairs in one forward pass; gradients accumulate to the same update. None: all.
+        micro_batch_size_per_gpu: At most so many pairs in one forward pass; gradients accumulate to the same update.
         device: `cpu`, `cuda`, ...; an accelerator's device comes first.
         lora_config: `peft.LoraConfig`; by default rank 16, alpha 32, on all linear layers.
         accelerator: Of a single process; more are not supported in this version.
@@ -90,6 +88,8 @@ class DPO(EvolvableAlgorithm):
         torch_compiler: A mode of `torch.compile` for the base's layers, such as `default`.
         use_liger_loss: Not used in this version: warns and goes on with the standard loss.
         use_separate_reference_adapter: False takes the base without adapter as the reference.
+        token_budget: Most tokens in one forward pass, of all members that share it. None: what the device and its free
+            memory suggest. The update is the same up to rounding; give it for the same bits on another machine.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it, its value and the fix.
@@ -130,6 +130,7 @@ class DPO(EvolvableAlgorithm):
         torch_compiler: str | None = None,
         use_liger_loss: bool = False,
         use_separate_reference_adapter: bool = True,
+        token_budget: int | None = None,
     ) -> None:
         del wrap, clone
         settings = AgentSettings(
@@ -141,6 +142,7 @@ class DPO(EvolvableAlgorithm):
             pad_token_id=pad_token_id,
             pad_token=pad_token,
             torch_compiler=torch_compiler,
+            token_budget=token_budget,
         )
         hyperparameters = DPOHyperparameters(
             lr=lr,
@@ -278,69 +280,7 @@ class DPO(EvolvableAlgorithm):
             `logps/chosen`, `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
             `rewards/margins`. Log-probs are sums over tokens in nats; a reward is beta times a log-ratio.
         """
-        batch = PreferenceBatch.from_experiences(experiences)
-        steps = []
-        for part in list(batch.split(self.batch_size)) * (self.update_epochs if training else 1):
-            steps.append(self._step(part, training=training))
-            if training and self.diverged:
-                break
-        if training:
-            self.steps += 1
-        weights = [num_pairs for num_pairs, _ in steps]
-        metrics = {name: float(np.average([step[name] for _, step in steps], weights=weights)) for name in steps[0][1]}
-        return {
-            "mean_loss": metrics["loss"],
-            "mean_chosen_reward": metrics["rewards/chosen"],
-            "mean_rejected_reward": metrics["rewards/rejected"],
-            **metrics,
-        }
-
-    def _step(self, batch: PreferenceBatch, *, training: bool) -> tuple[int, dict[str, float]]:
-        """One optimizer step; returns the number of pairs and the metrics."""
-        reference = self.reference_logprobs(batch)
-        num_chosen_tokens = int(batch.chosen_lengths.sum())
-        recompute = training and self.settings.gradient_checkpointing
-        policy_parts, loss_sum, nll_sum, position = [], 0.0, 0.0, 0
-        for micro in batch.split(self.settings.micro_batch_size_per_gpu):
-            rows = slice(position, position + len(micro))
-            position += len(micro)
-            # The backward pass belongs inside: it recomputes checkpointed layers.
-            with (
-                torch.set_grad_enabled(training),
-                self.base.active(self.actor_adapter, gradient_checkpointing=recompute),
-            ):
-                policy = self._forward(micro)
-                losses = dpo_sigmoid_loss(
-                    policy.chosen - reference.chosen[rows].to(policy.chosen),
-                    policy.rejected - reference.rejected[rows].to(policy.rejected),
-                    self.beta,
-                )
-                nll = token_mean_nll(policy.chosen, num_chosen_tokens)
-                loss = losses.sum() / len(batch)
-                if self.nll_alpha > 0:
-                    loss = loss + self.nll_alpha * nll
-                if training:
-                    loss.backward()
-            loss_sum += loss.item()
-            nll_sum += nll.item()
-            policy_parts.append(PairLogprobs(policy.chosen.detach(), policy.rejected.detach()))
-
-        policy = PairLogprobs.concatenate(policy_parts)
-        metrics = {"loss": loss_sum, "nll_loss": nll_sum, "learning_rate": self.lr}
-        metrics |= pair_metrics(policy, reference, self.beta)
-        metrics["grad_norm"] = self._apply_gradient(loss_sum) if training else 0.0
-        return len(batch), metrics
-
-    def _apply_gradient(self, loss: float) -> float:
-        """Clip, step and clear; returns the norm before clipping. An update that is not finite is left out."""
-        parameters = self.actor_parameters()
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
-        if np.isfinite(loss) and np.isfinite(grad_norm):
-            self.optimizer.step()
-        else:
-            self.diverged = True
-        self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        return learn_together([self], PreferenceBatch.from_experiences(experiences), training=training)[0]
 
     def reference_logprobs(self, batch: PreferenceBatch, reference: str | None = OWN) -> PairLogprobs:
         """Log-probs of the batch's pairs under a reference, computed once for each reference and pair.
@@ -352,31 +292,13 @@ class DPO(EvolvableAlgorithm):
         Returns:
             (B,) float64 tensors on the CPU.
         """
-        name = self.adapter(REFERENCE) if reference == OWN else reference
-
-        def compute(missing: PreferenceBatch) -> PairLogprobs:
-            return self._logprobs(missing, name)
-
-        return self.base.reference_cache.get(self.base.fingerprint(name), batch, compute)
-
-    @torch.no_grad()
-    def _logprobs(self, batch: PreferenceBatch, adapter: str | None) -> PairLogprobs:
-        with self.base.active(adapter):
-            parts = [self._forward(micro) for micro in batch.split(self.settings.micro_batch_size_per_gpu)]
-        return PairLogprobs.concatenate(parts)
-
-    def _forward(self, batch: PreferenceBatch) -> PairLogprobs:
-        return completion_logprobs(
-            self.base.network, batch, self.device, explicit_positions=self.settings.calc_position_embeddings
-        )
+        return reference_logprobs([self], batch, reference)[0]
 
     def logratios(
         self, batch: PreferenceBatch, reference: str | None = OWN
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Log-ratios of the chosen and of the rejected completions, (B,) and (B,), free of beta."""
-        policy, frozen = self._logprobs(batch, self.actor_adapter), self.reference_logprobs(batch, reference)
-        chosen = policy.chosen.double().cpu() - frozen.chosen
-        rejected = policy.rejected.double().cpu() - frozen.rejected
+        chosen, rejected = logratios_together([self], batch, reference)[0]
         return chosen.numpy(), rejected.numpy()
 
     def get_action(self, obs: PreferenceBatch | Mapping[str, Any], *args: Any, **kwargs: Any) -> NDArray[np.float32]:
@@ -402,11 +324,7 @@ class DPO(EvolvableAlgorithm):
         Returns:
             The log-ratios of each pair, in the order of the split.
         """
-        num_pairs = len(env.test_pairs if split == "test" else env.final_pairs)
-        chosen, rejected = np.zeros(num_pairs), np.zeros(num_pairs)
-        for positions, batch in env.eval_batches(split):
-            chosen[positions], rejected[positions] = self.logratios(batch, reference)
-        return Evaluation(chosen_logratios=chosen, rejected_logratios=rejected)
+        return evaluate_together([self], env, split, reference)[0]
 
     def test(self, env: PreferenceGym, loop: int = 1, *args: Any, **kwargs: Any) -> NDArray[np.float64]:
         """Preference accuracy on the environment's held-out pairs; ties count half. It is appended to `fitness`.

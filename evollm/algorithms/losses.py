@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+NEGLIGIBLE = 1e-12
+
 
 def dpo_sigmoid_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
     """The DPO loss of each pair, -log sigmoid(beta * margin) (Rafailov et al., arXiv 2305.18290, equation 7).
@@ -31,3 +33,16 @@ def token_mean_nll(chosen_logprobs: Tensor, num_chosen_tokens: int) -> Tensor:
         A scalar in nats per token.
     """
     return -chosen_logprobs.sum() / num_chosen_tokens
+
+
+def quiet_gradient(logprobs: Tensor) -> Tensor:
+    """The same log-probs; gradients below 1e-12 become 0 on their way back.
+
+    Where beta times the margin is large, a loss saturates and its gradient shrinks exponentially. The backward pass
+    then fills with denormal numbers, with which a CPU is many times slower. Adam's epsilon (1e-8) hides such gradients.
+    """
+    if logprobs.requires_grad:
+        # A new tensor, so that nothing happens to gradients that reach the given one by another way.
+        logprobs = logprobs.view_as(logprobs)
+        logprobs.register_hook(lambda grad: grad.masked_fill(grad.abs() < NEGLIGIBLE, 0.0))
+    return logprobs

@@ -23,10 +23,11 @@ class AgentSettings:
     pad_token_id: int | None = None
     pad_token: str | None = None
     torch_compiler: str | None = None
+    token_budget: int | None = None
 
     def __post_init__(self) -> None:
-        micro_batch = optional_whole_number("micro_batch_size_per_gpu", self.micro_batch_size_per_gpu, 1)
-        object.__setattr__(self, "micro_batch_size_per_gpu", micro_batch)
+        for name in ("micro_batch_size_per_gpu", "token_budget"):
+            object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
         for name in ("gradient_checkpointing", "calc_position_embeddings", "use_separate_reference_adapter"):
             switch(name, getattr(self, name))

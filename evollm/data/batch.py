@@ -61,6 +61,16 @@ class PreferenceBatch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def num_tokens(self) -> IntArray:
+        """(B,) tokens of each pair, the prompt counted once."""
+        return self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence prompt + completion."""
+        return int((self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)).max())
+
     @classmethod
     def from_pairs(cls, pairs: Sequence[TokenizedPair]) -> PreferenceBatch:
         """Lay pairs out as rows, padded with zeros to the longest row."""

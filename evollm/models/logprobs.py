@@ -1,15 +1,19 @@
-"""Log-probabilities of completions: the plain layout, which every faster one has to reproduce."""
+"""Log-probs of completions: by the plain layout, which every faster one has to reproduce, and by packed pairs."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from evollm.data.batch import IntArray, PreferenceBatch
+from evollm.models.head import token_logprobs
+from evollm.models.packing import PackedPairs
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,12 @@ class PairLogprobs:
     rejected: Tensor
 
     @classmethod
-    def concatenate(cls, parts: list[PairLogprobs]) -> PairLogprobs:
-        """Join the pairs of several batches in order."""
-        return cls(torch.cat([part.chosen for part in parts]), torch.cat([part.rejected for part in parts]))
+    def join(cls, parts: Sequence[PairLogprobs], rows: Sequence[Sequence[int]]) -> PairLogprobs:
+        """Put the pairs of several parts, each with the rows that it holds, into the order of the rows."""
+        order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable")).to(parts[0].chosen.device)
+        return cls(
+            torch.cat([part.chosen for part in parts])[order], torch.cat([part.rejected for part in parts])[order]
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,12 @@ def two_sequences(batch: PreferenceBatch) -> SequenceLayout:
 
 
 def completion_logprobs(
-    network: nn.Module, batch: PreferenceBatch, device: torch.device, *, explicit_positions: bool = True
+    network: nn.Module,
+    batch: PreferenceBatch,
+    device: torch.device,
+    *,
+    explicit_positions: bool = True,
+    tiled_head: bool = False,
 ) -> PairLogprobs:
     """Sum the log-probabilities of each completion's tokens given all tokens before them.
 
@@ -78,38 +90,86 @@ def completion_logprobs(
         batch: B pairs.
         device: Where the network is.
         explicit_positions: Pass `position_ids` rather than leave them to the model.
+        tiled_head: Apply the head to tiles of the completions' hidden states; see `evollm.models.head`.
 
     Returns:
         Two sums for each pair; differentiable where gradients are enabled.
     """
     layout = two_sequences(batch)
-    first, last = _predicting_columns(layout)
     input_ids = torch.from_numpy(layout.input_ids).to(device)
-    parameters = inspect.signature(network.forward).parameters
-    inputs: dict[str, object] = {
+    inputs: dict[str, Any] = {
         "input_ids": input_ids,
         "attention_mask": torch.from_numpy(layout.attention_mask).to(device),
         "use_cache": False,
     }
-    if explicit_positions and "position_ids" in parameters:
+    if explicit_positions and "position_ids" in inspect.signature(network.forward).parameters:
         inputs["position_ids"] = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
-    if "logits_to_keep" in parameters:
-        inputs["logits_to_keep"] = torch.arange(first, last, device=device)
-        logits = network(**inputs).logits  # (2B, last - first, V)
-    else:
-        logits = network(**inputs).logits[:, first:last]
 
-    mask = torch.from_numpy(layout.completion_mask[:, first:last]).to(device)
-    token_logprobs = _token_logprobs(logits, input_ids[:, first + 1 : last + 1])
-    # where() rather than a product: an infinite log-prob in the padding must not turn the sum into NaN.
-    sums = torch.where(mask, token_logprobs, token_logprobs.new_zeros(())).sum(dim=1)
+    mask = torch.from_numpy(layout.completion_mask).to(device)
+    if tiled_head:
+        hidden = _hidden_states(network, inputs)[:, :-1][mask]  # (C, D)
+        head = _head(network)
+        found = token_logprobs(hidden, head.weight, head.bias, input_ids[:, 1:][mask])
+        sizes = layout.completion_mask.sum(axis=1).tolist()
+        sums = torch.stack([part.sum() for part in found.split(sizes)])
+    else:
+        columns = torch.from_numpy(np.flatnonzero(layout.completion_mask.any(axis=0))).to(device)
+        token_sums = _token_logprobs(_logits(network, inputs, columns), input_ids[:, columns + 1])
+        # where() rather than a product: an infinite log-prob in the padding must not turn the sum into NaN.
+        sums = torch.where(mask[:, columns], token_sums, token_sums.new_zeros(())).sum(dim=1)
     return PairLogprobs(chosen=sums[: len(batch)], rejected=sums[len(batch) :])
 
 
-def _predicting_columns(layout: SequenceLayout) -> tuple[int, int]:
-    """First and one past the last column that predicts a completion token in any row."""
-    columns = np.flatnonzero(layout.completion_mask.any(axis=0))
-    return int(columns[0]), int(columns[-1]) + 1
+def packed_logprobs(
+    network: nn.Module, packed: PackedPairs, num_members: int, *, tiled_head: bool
+) -> list[PairLogprobs]:
+    """The same for packed pairs and each of M members, whose rows have been routed.
+
+    Returns:
+        (B,) sums for each member.
+    """
+    inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+    if tiled_head:
+        hidden = _hidden_states(network, inputs).index_select(1, packed.predicting)  # (M, C, D)
+        head = _head(network)
+        targets = packed.targets.repeat(num_members)
+        found = token_logprobs(hidden.flatten(0, 1), head.weight, head.bias, targets).view(num_members, -1)
+    else:
+        logits = _logits(network, inputs, packed.predicting)  # (M, C, V)
+        found = _token_logprobs(logits, packed.targets.expand(num_members, -1))
+    sizes = [size for pair in packed.lengths for size in (pair.chosen, pair.rejected)]
+    # Sums of slices, not an index_add: that adds in any order on a GPU.
+    sums = torch.stack([part.sum(dim=1) for part in found.split(sizes, dim=1)], dim=1)  # (M, 2B)
+    return [PairLogprobs(chosen=row[0::2], rejected=row[1::2]) for row in sums]
+
+
+def _hidden_states(network: Any, inputs: dict[str, Any]) -> Tensor:
+    """(rows, T, D) the last hidden states, as the head gets them."""
+    hidden = network.base_model(**inputs).last_hidden_state
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _head(network: Any) -> nn.Linear:
+    """The head as a plain linear layer; an adapter on it, for one, is none.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    head = network.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise TypeError(f"the head is a {type(head).__name__}")
+    return head
+
+
+def _logits(network: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Tensor:
+    """(rows, columns, V) the network's own logits at these columns."""
+    if "logits_to_keep" not in inspect.signature(network.forward).parameters:
+        logits = network(**inputs).logits[:, columns]
+    else:
+        logits = network(**inputs, logits_to_keep=columns).logits
+    assert isinstance(logits, Tensor)
+    return logits
 
 
 def _token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:

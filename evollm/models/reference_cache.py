@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from evollm.data.batch import PreferenceBatch
+from evollm.errors import CheckpointError
 from evollm.models.logprobs import PairLogprobs
+
+# From pairs and positions of references to each one's log-probs of these pairs.
+Compute = Callable[[PreferenceBatch, Sequence[int]], list[PairLogprobs]]
+
+_KEY_BYTES = 16
 
 
 class ReferenceCache:
@@ -19,28 +30,32 @@ class ReferenceCache:
     def __init__(self) -> None:
         self._entries: dict[str, dict[bytes, tuple[float, float]]] = {}
 
-    def get(
-        self, reference: str, batch: PreferenceBatch, compute: Callable[[PreferenceBatch], PairLogprobs]
-    ) -> PairLogprobs:
-        """Log-probs of every pair of the batch, computing those that are not known.
+    def get(self, references: Sequence[str], batch: PreferenceBatch, compute: Compute) -> list[PairLogprobs]:
+        """Log-probs of every pair of the batch under each reference, computing those that are not known.
 
         Args:
-            reference: Fingerprint of the reference's weights.
+            references: Fingerprints of the references' weights, all different.
             batch: B pairs.
-            compute: Gives the log-probs of the pairs that are missing; called at most once.
+            compute: Gives the log-probs of the pairs that are missing; called once for references that miss the same.
 
         Returns:
-            (B,) float64 tensors on the CPU: float64 holds any sum exactly, whatever dtype it was computed in.
+            (B,) float64 tensors on the CPU for each: float64 holds any sum exactly, whatever it was computed in.
         """
-        entries = self._entries.setdefault(reference, {})
         keys = batch.keys()
-        missing = [row for row, key in enumerate(keys) if key not in entries]
-        if missing:
-            computed = compute(batch.select(missing))
-            chosen, rejected = computed.chosen.tolist(), computed.rejected.tolist()
-            for row, chosen_sum, rejected_sum in zip(missing, chosen, rejected, strict=True):
-                entries[keys[row]] = (chosen_sum, rejected_sum)
-        sums = torch.tensor([entries[key] for key in keys], dtype=torch.float64)
+        lacking: dict[tuple[int, ...], list[int]] = {}
+        for number, reference in enumerate(references):
+            entries = self._entries.setdefault(reference, {})
+            missing = tuple(row for row, key in enumerate(keys) if key not in entries)
+            if missing:
+                lacking.setdefault(missing, []).append(number)
+        for rows, numbers in lacking.items():
+            for number, computed in zip(numbers, compute(batch.select(list(rows)), numbers), strict=True):
+                sums = zip(computed.chosen.tolist(), computed.rejected.tolist(), strict=True)
+                self._entries[references[number]].update(zip((keys[row] for row in rows), sums, strict=True))
+        return [self._lookup(reference, keys) for reference in references]
+
+    def _lookup(self, reference: str, keys: Sequence[bytes]) -> PairLogprobs:
+        sums = torch.tensor([self._entries[reference][key] for key in keys], dtype=torch.float64)
         return PairLogprobs(chosen=sums[:, 0], rejected=sums[:, 1])
 
     def forget(self, reference: str) -> None:
@@ -50,6 +65,35 @@ class ReferenceCache:
     def clear(self) -> None:
         """Drop everything."""
         self._entries.clear()
+
+    def save(self, path: Path) -> None:
+        """Write all entries into one safetensors file: for each reference the pairs' digests and their two sums."""
+        tensors = {}
+        for number, entries in enumerate(self._entries.values()):
+            digests = np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(-1, _KEY_BYTES)
+            tensors[f"pairs-{number}"] = torch.from_numpy(digests.copy())  # (n, 16)
+            tensors[f"sums-{number}"] = torch.tensor(list(entries.values()), dtype=torch.float64).view(-1, 2)  # (n, 2)
+        beside = path.with_name(f"{path.name}.new")
+        save_file(tensors, beside, metadata={"references": json.dumps(list(self._entries))})
+        beside.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Add the entries that `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing or damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                for number, reference in enumerate(json.loads(file.metadata()["references"])):
+                    digests = file.get_tensor(f"pairs-{number}").numpy()
+                    sums = file.get_tensor(f"sums-{number}").tolist()
+                    entries = self._entries.setdefault(reference, {})
+                    entries.update(
+                        (digest.tobytes(), (pair[0], pair[1])) for digest, pair in zip(digests, sums, strict=True)
+                    )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read as reference log-probs: {error}") from error
 
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._entries.values())

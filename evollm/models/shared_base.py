@@ -9,7 +9,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
-from evollm.models.checkpointing import wrap_layers
+from evollm.models.attention import PairLayout, current_layout, packed_attention
+from evollm.models.layers import FanOut, LayerStack
 from evollm.models.reference_cache import ReferenceCache
+from evollm.models.routing import AdapterRouter
 
 # The others rewrite the base's own weights, which every other adapter stands on, or need data.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
@@ -78,8 +80,8 @@ class SharedBase:
         self._fingerprints: dict[str, str] = {}
         self._active: str | None = None
         self._created = 0
-        self._checkpointing = False
-        self._layers = wrap_layers(model, lambda: self._checkpointing, lambda: self.active(self._active))
+        self.router = AdapterRouter()
+        self.layers = LayerStack(model, self._same_again)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> SharedBase:
@@ -124,6 +126,11 @@ class SharedBase:
         return self._peft
 
     @property
+    def active_adapter(self) -> str | None:
+        """The name of the adapter in use; None: the base without adapter."""
+        return self._active
+
+    @property
     def adapters(self) -> list[str]:
         """The names of all adapters."""
         return list(self._parameters)
@@ -160,6 +167,7 @@ class SharedBase:
                     "lora_config.target_modules", config.target_modules, f"PEFT cannot apply {config!r}: {error}"
                 ) from error
         assert self._peft is not None
+        self.router.take_over(self._peft)
         # The new adapter's own dropout.
         self._peft.eval()
         self._created += 1
@@ -262,27 +270,45 @@ class SharedBase:
     @contextmanager
     def active(self, name: str | None, *, gradient_checkpointing: bool = False) -> Iterator[PreTrainedModel]:
         """The base with one adapter active; what was active before is so again afterwards, also after an error."""
-        before, before_checkpointing = self._active, self._checkpointing
+        before, before_checkpointing = self._active, self.layers.checkpointing
         if self.network.training:
             # Dropout is off for policy and reference alike, or their difference would be noise.
             self.network.eval()
         try:
             self.use(name)
-            self._checkpointing = gradient_checkpointing
+            self.layers.checkpointing = gradient_checkpointing
             yield self.network
         finally:
-            self._checkpointing = before_checkpointing
+            self.layers.checkpointing = before_checkpointing
             self.use(before)
+
+    @contextmanager
+    def packed(self, layout: PairLayout, fan_out: FanOut | None) -> Iterator[None]:
+        """Rows are packed pairs inside the block; see `PackedPairs` and `FanOut`."""
+        before, self.layers.fan_out = self.layers.fan_out, fan_out
+        try:
+            with packed_attention(self.network.config, layout):
+                yield
+        finally:
+            self.layers.fan_out = before
+
+    @contextmanager
+    def _as(self, adapter: str | None, members: tuple[str, ...] | None, layout: PairLayout | None) -> Iterator[None]:
+        with self.active(adapter), self.router.route(members), packed_attention(self.network.config, layout):
+            yield
+
+    def _same_again(self) -> AbstractContextManager[None]:
+        """What a checkpointed layer is recomputed in: the adapters and the layout of its forward pass."""
+        return self._as(self._active, self.router.members, current_layout())
 
     @property
     def can_checkpoint(self) -> bool:
         """Whether the base declares layers whose activations can be recomputed."""
-        return bool(self._layers)
+        return len(self.layers) > 0
 
     def compile(self, mode: str, backend: str = "inductor") -> None:
         """Compile the repeated layers of the base with `torch.compile`, each by itself."""
-        for layer in self._layers:
-            layer.compile(mode=mode, backend=backend)
+        self.layers.compile(mode=mode, backend=backend)
 
     def _forget_fingerprint(self, name: str) -> None:
         """Weights have changed or gone, and with them the log-probs that nobody else's weights give."""

@@ -1,4 +1,4 @@
-"""One batch for every agent."""
+"""One batch for every agent, through the base together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from evollm.algorithms.dpo import DPO
+from evollm.algorithms.dpo_step import evaluate_together, learn_together
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import Evaluation, Fitness, as_fitness
@@ -40,7 +41,8 @@ def learn_all(population: Sequence[DPO], batch: PreferenceBatch) -> dict[int, di
     Raises:
         DivergedError: No agent is left.
     """
-    metrics = {agent.index: agent.learn(batch) for agent in population if not agent.diverged}
+    going = [agent for agent in population if not agent.diverged]
+    metrics = {agent.index: found for agent, found in zip(going, learn_together(going, batch), strict=True)}
     if all(agent.diverged for agent in population):
         values = ", ".join(f"agent {agent.index}: {agent.hyperparameter_values()}" for agent in population)
         raise DivergedError(f"every agent's loss or gradient is not finite; lower lr or beta ({values})")
@@ -49,7 +51,9 @@ def learn_all(population: Sequence[DPO], batch: PreferenceBatch) -> dict[int, di
 
 def evaluate_all(population: Sequence[DPO], env: PreferenceGym, reference: str | None) -> dict[int, Evaluation]:
     """Score every agent that has not diverged on the same selection pairs, against this reference."""
-    return {agent.index: agent.evaluate(env, reference=reference) for agent in population if not agent.diverged}
+    going = [agent for agent in population if not agent.diverged]
+    evaluations = evaluate_together(going, env, reference=reference)
+    return {agent.index: evaluation for agent, evaluation in zip(going, evaluations, strict=True)}
 
 
 def fitnesses_of(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -77,21 +79,22 @@ def test_sums_of_a_bfloat16_model_are_finer_than_bfloat16(make_model, gym) -> No
 def test_a_reference_is_computed_once_for_each_pair(gym) -> None:
     cache, asked = ReferenceCache(), []
 
-    def compute(batch: PreferenceBatch) -> PairLogprobs:
-        asked.append(len(batch))
-        return PairLogprobs(-torch.tensor(batch.chosen_lengths).float(), -torch.tensor(batch.rejected_lengths).float())
+    def compute(batch: PreferenceBatch, numbers: Sequence[int]) -> list[PairLogprobs]:
+        asked.append((len(batch), list(numbers)))
+        lengths = -torch.tensor(batch.chosen_lengths).float(), -torch.tensor(batch.rejected_lengths).float()
+        return [PairLogprobs(*lengths)] * len(numbers)
 
     first, second = gym.next_batch(), gym.next_batch()
     mixed = PreferenceBatch.from_pairs([first.pair(1), second.pair(0)])
-    cache.get("a", first, compute)
-    found = cache.get("a", mixed, compute)
-    assert asked == [4, 1]
+    cache.get(["a"], first, compute)
+    (found,) = cache.get(["a"], mixed, compute)
+    assert asked == [(4, [0]), (1, [0])]
     assert found.chosen.tolist() == [-first.chosen_lengths[1], -second.chosen_lengths[0]]
-    cache.get("b", first, compute)
-    assert asked == [4, 1, 4]
-    assert len(cache) == 9
+    cache.get(["a", "b", "c"], first, compute)
+    assert asked[2:] == [(4, [1, 2])]
+    assert len(cache) == 13
     cache.forget("a")
-    assert len(cache) == 4
+    assert len(cache) == 8
 
 
 def test_keys_of_pairs_depend_on_where_the_prompt_ends() -> None:

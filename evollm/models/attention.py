@@ -1,0 +1,209 @@
+"""Attention within packed pairs: each side sees its prompt and itself, nothing else, and no square mask is built.
+
+A pair's prompt and chosen side are one causal sequence; its rejected side continues the same prompt. Registered with
+transformers as an attention implementation of its own, so that it serves every model whose layers ask for theirs by
+name. That it does is not taken for granted: see `evollm.models.probe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from evollm.models.packing import PairLengths
+
+PAIR_ATTENTION = "evollm_pairs"
+# What models pass besides the tensors and has no bearing on the scores when it is None or absent.
+_CHANGES_SCORES = ("s_aux", "position_bias", "head_mask")
+
+
+class UnsupportedAttentionError(RuntimeError):
+    """A model asks for something that attention within packed pairs does not do."""
+
+
+class PairLayout:
+    """Where the pairs of a packed row begin and end, and the masks that follow, made once for all layers."""
+
+    def __init__(self, lengths: tuple[PairLengths, ...], device: torch.device) -> None:
+        self.lengths = lengths
+        self._device = device
+        self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+        self._varlen: _VarlenIndices | None = None
+
+    def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
+        """(queries, keys) True where the last `queries` of `keys` positions see another; None: plain causal."""
+        known = (queries, keys, window)
+        if known not in self._masks:
+            if queries == keys and (window is None or window >= keys):
+                self._masks[known] = None
+            else:
+                offset = keys - queries
+                seen = torch.ones(queries, keys, dtype=torch.bool, device=self._device).tril(offset)
+                self._masks[known] = seen if window is None else seen.triu(offset - window + 1)
+        return self._masks[known]
+
+    @property
+    def varlen(self) -> _VarlenIndices:
+        """The same for kernels that take sequences of any length."""
+        if self._varlen is None:
+            self._varlen = _VarlenIndices(self.lengths, self._device)
+        return self._varlen
+
+
+# Set for the time of a forward and backward pass. Not a context variable: autograd's own threads must see it too.
+_current: PairLayout | None = None
+
+
+@contextmanager
+def packed_attention(config: Any, layout: PairLayout | None) -> Iterator[None]:
+    """Let the attention of the model with this configuration follow a layout inside the block; None changes nothing."""
+    global _current
+    if layout is None:
+        yield
+        return
+    before, implementation = _current, config._attn_implementation
+    _current, config._attn_implementation = layout, PAIR_ATTENTION
+    try:
+        yield
+    finally:
+        _current, config._attn_implementation = before, implementation
+
+
+def current_layout() -> PairLayout | None:
+    """The layout that attention follows at present."""
+    return _current
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def pair_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of M rows of N packed tokens, by the interface of transformers.
+
+    Args:
+        module: The attention layer.
+        query: (M, H, N, D).
+        key: (M, K, N, D), H a multiple of K.
+        value: (M, K, N, D).
+        attention_mask: None.
+        scaling: Factor of the scores, by default 1 / sqrt(D).
+        sliding_window: Positions that a token sees, itself included; None: all before it.
+        softcap: Scores become softcap * tanh(score / softcap).
+        **others: What changes the scores is refused.
+
+    Returns:
+        (M, N, H, D) and None.
+    """
+    layout = _current
+    asked = [name for name in _CHANGES_SCORES if others.get(name) is not None]
+    if layout is None or asked or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise UnsupportedAttentionError(f"attention within pairs cannot follow {asked or 'this mask'}")
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None:
+        return layout.varlen.attend(query, key, value, scaling, sliding_window), None
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    # split() rather than slices: its backward pass is one cat() where each slice's would fill a whole tensor.
+    sizes = [size for pair in layout.lengths for size in (pair.prompt + pair.chosen, pair.rejected)]
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    parts = []
+    for number, pair in enumerate(layout.lengths):
+        first, second = 2 * number, 2 * number + 1
+        prompt_keys, prompt_values = keys[first][:, :, : pair.prompt], values[first][:, :, : pair.prompt]
+        keys_seen = (keys[first], torch.cat([prompt_keys, keys[second]], dim=2))
+        values_seen = (values[first], torch.cat([prompt_values, values[second]], dim=2))
+        for asking, seen, seen_values in zip((queries[first], queries[second]), keys_seen, values_seen, strict=True):
+            mask = layout.mask(asking.shape[2], seen.shape[2], sliding_window)
+            parts.append(_attend(asking, seen, seen_values, mask, scaling, softcap).transpose(1, 2))
+    return torch.cat(parts, dim=1), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """One sequence; mask None is plain causal."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+
+
+class _VarlenIndices:
+    """The two sides of each pair as sequences of a variable-length kernel, which masks from the lower right corner.
+
+    Queries stay where they are: prompt and chosen side are one sequence of queries, the rejected side another. Only
+    keys and values are gathered, as `prompt | chosen | prompt | rejected`.
+    """
+
+    def __init__(self, lengths: tuple[PairLengths, ...], device: torch.device) -> None:
+        columns, query_ends, key_ends = [], [0], [0]
+        start = 0
+        for pair in lengths:
+            middle, end = start + pair.prompt + pair.chosen, start + sum(pair)
+            columns += [torch.arange(start, middle), torch.arange(start, start + pair.prompt)]
+            columns += [torch.arange(middle, end)]
+            for queries, keys in ((middle - start, middle - start), (pair.rejected, pair.prompt + pair.rejected)):
+                query_ends.append(query_ends[-1] + queries)
+                key_ends.append(key_ends[-1] + keys)
+            start = end
+        self._columns = torch.cat(columns).to(device)
+        self._query_ends = torch.tensor(query_ends)
+        self._key_ends = torch.tensor(key_ends)
+        self._ends: dict[int, tuple[Tensor, Tensor]] = {}
+        self._longest = tuple(int(ends.diff().max()) for ends in (self._query_ends, self._key_ends))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
+    ) -> Tensor:
+        """(M, H, N, D) queries -> (M, N, H, D), by the flash kernel."""
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - loads a CUDA library
+
+        members, _, num_tokens, _ = query.shape
+        gathered = (tensor.transpose(1, 2).index_select(1, self._columns) for tensor in (key, value))
+        keys, values = (tensor.reshape(-1, *tensor.shape[2:]) for tensor in gathered)
+        queries = query.transpose(1, 2).reshape(-1, query.shape[1], query.shape[3])
+        query_ends, key_ends = self._all_ends(members, query.device)
+        output = varlen_attn(
+            queries,
+            keys,
+            values,
+            query_ends,
+            key_ends,
+            *self._longest,
+            scale=scaling,
+            window_size=(-1, 0) if sliding_window is None else (sliding_window - 1, 0),
+            enable_gqa=keys.shape[1] != queries.shape[1],
+        )
+        assert isinstance(output, Tensor)
+        return output.view(members, num_tokens, *output.shape[1:])
+
+    def _all_ends(self, members: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if members not in self._ends:
+            query_ends, key_ends = (
+                torch.cat([ends[:1]] + [ends[1:] + member * int(ends[-1]) for member in range(members)])
+                for ends in (self._query_ends, self._key_ends)
+            )
+            self._ends[members] = (query_ends.int().to(device), key_ends.int().to(device))
+        return self._ends[members]
+
+
+AttentionInterface.register(PAIR_ATTENTION, pair_attention)

@@ -1,0 +1,227 @@
+"""Log-probs of many members in few passes through the base, by the fastest path that has proved itself."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from evollm.data.batch import PreferenceBatch
+from evollm.models.attention import PairLayout
+from evollm.models.budget import count_saved_bytes, default_budget
+from evollm.models.grouping import balanced_groups, padded_groups
+from evollm.models.layers import FanOut
+from evollm.models.logprobs import PairLogprobs, completion_logprobs, packed_logprobs
+from evollm.models.packing import PackedPairs
+from evollm.models.probe import FastPaths, first_adapted_layer, probe
+from evollm.models.shared_base import LORA_PROVENANCE, SharedBase, lora_settings
+
+# (members, rows, log-probs of each member for these rows) -> the sum of the members' losses on them.
+MemberLoss = Callable[[Sequence[int], Sequence[int], list[PairLogprobs]], torch.Tensor]
+
+_ATTRIBUTE = "_evollm_engine"
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How the members of a population go through the base; the same for all of them.
+
+    Attributes:
+        token_budget: Most tokens in a pass, over all its members; a pair that is longer has a pass of its own. None:
+            what suits the device and its free memory.
+        max_pairs: Most pairs of one member in a pass; None: no bound.
+        explicit_positions: Whether position ids are passed; without them pairs cannot share their prompt.
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    token_budget: int | None = None
+    max_pairs: int | None = None
+    explicit_positions: bool = True
+    gradient_checkpointing: bool = False
+
+
+class Engine:
+    """Takes members through the base that they share; `Engine.of(base)` gives the base's one engine.
+
+    Attributes:
+        base: The base.
+        paths: For each LoRA configuration that was used, which fast paths its members take, and up to which length.
+    """
+
+    def __init__(self, base: SharedBase) -> None:
+        self.base = base
+        self.paths: dict[str, FastPaths] = {}
+        self._budgets: dict[tuple[bool, bool], int] = {}
+        self._said: set[str] = set()
+
+    @classmethod
+    def of(cls, base: SharedBase) -> Engine:
+        """The engine of a base."""
+        engine = getattr(base, _ATTRIBUTE, None)
+        if not isinstance(engine, cls):
+            engine = cls(base)
+            setattr(base, _ATTRIBUTE, engine)
+        return engine
+
+    @torch.no_grad()
+    def logprobs(
+        self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions
+    ) -> list[PairLogprobs]:
+        """The log-probs of a batch's pairs under each member.
+
+        Args:
+            batch: B pairs.
+            members: Names of adapters; None: the base without adapter.
+            options: How they go through the base.
+
+        Returns:
+            (B,) sums for each member, on the base's device.
+        """
+        options = replace(options, gradient_checkpointing=False)
+        return self._run(batch, members, options, loss=None)
+
+    def backward(
+        self, batch: PreferenceBatch, members: Sequence[str], options: PassOptions, loss: MemberLoss
+    ) -> list[PairLogprobs]:
+        """The same, and add the gradient of the members' losses to their parameters'.
+
+        Args:
+            batch: B pairs.
+            members: Names of trainable adapters.
+            options: How they go through the base.
+            loss: From positions of members, of pairs in the batch, and their log-probs, to the sum of these members'
+                losses on these pairs. Called once for each pass.
+        """
+        return self._run(batch, members, options, loss)
+
+    def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:
+        """The fast paths that all these members may take with pairs of up to `length` tokens; others are probed."""
+        configs = {_identity(self.base, name): name for name in members if name is not None}
+        if None in members:
+            # The base by itself is probed together with an adapter; there is always one.
+            configs.setdefault(_identity(self.base, self.base.adapters[0]), self.base.adapters[0])
+        found = FastPaths(longest=length)
+        for identity, name in configs.items():
+            known = self.paths.get(identity)
+            if known is None or (known.any and length > known.longest):
+                self.paths[identity] = known = probe(self.base, self.base.config(name), length)
+                for reason in known.reasons:
+                    self._say(reason)
+            found = found & known
+        return found
+
+    def _run(
+        self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, loss: MemberLoss | None
+    ) -> list[PairLogprobs]:
+        paths = self.prepare(members, batch.longest_sequence)
+        if not options.explicit_positions:
+            paths = replace(paths, shared_prompt=False)
+        budget = options.token_budget or self._default_budget(batch, members, options, paths, training=loss is not None)
+        parts: list[list[PairLogprobs]] = [[] for _ in members]
+        groups = _groups(batch, budget, options.max_pairs, paths)
+        for rows in groups:
+            few = _FewPairs(self.base, batch.select(rows), members, paths)
+            for numbers in few.passes(budget):
+                with few.forward(numbers, options) as logprobs:
+                    if loss is not None:
+                        # Inside the block, since it recomputes checkpointed layers.
+                        loss(numbers, rows, logprobs).backward()
+                for number, part in zip(numbers, logprobs, strict=True):
+                    parts[number].append(PairLogprobs(part.chosen.detach(), part.rejected.detach()))
+        return [PairLogprobs.join(member_parts, groups) for member_parts in parts]
+
+    def _default_budget(
+        self,
+        batch: PreferenceBatch,
+        members: Sequence[str | None],
+        options: PassOptions,
+        paths: FastPaths,
+        *,
+        training: bool,
+    ) -> int:
+        """The budget for this kind of pass, found at the first of its kind and kept."""
+        kind = (training, options.gradient_checkpointing)
+        if kind not in self._budgets:
+            smallest = batch.select([int(np.argmin(batch.num_tokens))])
+            few = _FewPairs(self.base, smallest, members, paths)
+            with count_saved_bytes() as saved, few.forward([0], options):
+                pass
+            per_token = saved.total / int(smallest.num_tokens.sum())
+            self._budgets[kind] = default_budget(self.base, per_token, training=training, tiled=paths.tiled_head)
+        return self._budgets[kind]
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"{self.base.name or 'the base'}: {reason}", UserWarning, stacklevel=2)
+
+
+def _groups(batch: PreferenceBatch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:
+    """Rows that go through the base together."""
+    if paths.shared_prompt:
+        return balanced_groups(batch.num_tokens.tolist(), budget, max_pairs)
+    # Two padded sequences for each pair.
+    longest = batch.prompt_lengths + np.maximum(batch.chosen_lengths, batch.rejected_lengths)
+    return padded_groups((2 * longest).tolist(), budget, max_pairs)
+
+
+class _FewPairs:
+    """The pairs of one pass, laid out once, and the members that go through the base with them."""
+
+    def __init__(
+        self, base: SharedBase, batch: PreferenceBatch, members: Sequence[str | None], paths: FastPaths
+    ) -> None:
+        self._base = base
+        self._batch = batch
+        self._members = members
+        self._paths = paths
+        self._packed = PackedPairs.of(batch, base.device) if paths.shared_prompt else None
+        self._layout = PairLayout(self._packed.lengths, base.device) if self._packed else None
+        first = first_adapted_layer(base, [name for name in members if name is not None])
+        self._fan_out = FanOut(first, 1) if self._packed and first is not None else None
+
+    def passes(self, budget: int) -> list[Sequence[int]]:
+        """Positions of the members of each pass: as many as the budget holds, evenly."""
+        together = 1
+        if self._paths.stacking and self._fan_out is not None:
+            together = max(1, budget // int(self._batch.num_tokens.sum()))
+        count = -(-len(self._members) // together)
+        return [part.tolist() for part in np.array_split(np.arange(len(self._members)), count)]
+
+    @contextmanager
+    def forward(self, numbers: Sequence[int], options: PassOptions) -> Iterator[list[PairLogprobs]]:
+        """The log-probs of these members, inside a block in which their gradients can be computed."""
+        base, paths = self._base, self._paths
+        names = [self._members[number] for number in numbers]
+        routes = tuple(name for name in names if name is not None) if paths.stacking else ()
+        with ExitStack() as stack:
+            network = stack.enter_context(base.active(names[0], gradient_checkpointing=options.gradient_checkpointing))
+            stack.enter_context(base.router.route(routes or None))
+            if self._packed is None or self._layout is None:
+                yield [
+                    completion_logprobs(
+                        network,
+                        self._batch,
+                        base.device,
+                        explicit_positions=options.explicit_positions,
+                        tiled_head=paths.tiled_head,
+                    )
+                ]
+                return
+            # Without an adapter there are no members to part.
+            fan_out = self._fan_out if names[0] is not None else None
+            if fan_out is not None:
+                fan_out.members = len(names)
+            stack.enter_context(base.packed(self._layout, fan_out))
+            yield packed_logprobs(network, self._packed, len(names), tiled_head=paths.tiled_head)
+
+
+def _identity(base: SharedBase, name: str) -> str:
+    """What of an adapter's configuration decides how it is computed."""
+    settings = {key: value for key, value in lora_settings(base.config(name)).items() if key not in LORA_PROVENANCE}
+    return json.dumps(settings, sort_keys=True)

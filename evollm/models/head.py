@@ -1,0 +1,61 @@
+"""Token log-probs from hidden states, without the logits of all tokens in memory at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+# Bytes of float32 logits in one tile: large enough for full speed, small beside the activations.
+TILE_BYTES = 128 * 2**20
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Log softmax(hidden W^T + bias) at the targets.
+
+    Logits exist a tile at a time. Where a gradient is wanted, the forward pass also computes each token's gradient with
+    respect to its hidden state, W[y] - sum_v p_v W[v], which the backward pass only has to scale: nothing is
+    recomputed, and D numbers a token are kept instead of V. The head is frozen and gets no gradient.
+
+    Args:
+        hidden: (n, D) hidden states.
+        weight: (V, D) of the head.
+        bias: (V,) or None.
+        targets: (n,) token ids.
+
+    Returns:
+        (n,) log-probs, at least in float32.
+    """
+    result = _TokenLogprobs.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        differentiable = ctx.needs_input_grad[0]
+        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        gradient = torch.empty(hidden.shape if differentiable else 0, dtype=wide, device=hidden.device)
+        tile = max(1, TILE_BYTES // (4 * len(weight)))
+        for start in range(0, len(hidden), tile):
+            rows = slice(start, start + tile)
+            wanted = targets[rows].unsqueeze(1)
+            logits = linear(hidden[rows], weight, bias).to(wide)
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            logprobs[rows] = (logits.gather(1, wanted) - normaliser).squeeze(1)
+            if differentiable:
+                probabilities = logits.sub_(normaliser).exp_().to(weight.dtype)
+                gradient[rows] = weight[targets[rows]] - probabilities @ weight
+        if differentiable:
+            ctx.save_for_backward(gradient)
+            ctx.dtype = hidden.dtype
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_outputs[0].unsqueeze(1)).to(ctx.dtype), None, None, None
