@@ -156,8 +156,10 @@ class Engine:
         return self._budgets[kind]
 
     def _say(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
+        # The figures in brackets differ from one LoRA configuration to the next; what follows from them does not.
+        what = reason.split(" (", maxsplit=1)[0]
+        if what not in self._said:
+            self._said.add(what)
             warnings.warn(f"{self.base.name or 'the base'}: {reason}", UserWarning, stacklevel=2)
 
 
@@ -188,7 +190,7 @@ class _FewPairs:
     def passes(self, budget: int) -> list[Sequence[int]]:
         """Positions of the members of each pass: as many as the budget holds, evenly."""
         together = 1
-        if self._paths.stacking and self._fan_out is not None:
+        if self._paths.stacking and self._fan_out is not None and None not in self._members:
             together = max(1, budget // int(self._batch.num_tokens.sum()))
         count = -(-len(self._members) // together)
         return [part.tolist() for part in np.array_split(np.arange(len(self._members)), count)]

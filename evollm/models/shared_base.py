@@ -172,6 +172,9 @@ class SharedBase:
         self._peft.eval()
         self._created += 1
         self._parameters[name] = _parameters_of(self._peft, name)
+        wide = torch.promote_types(self.network.dtype, torch.float32)
+        for parameter in self._parameters[name].values():
+            parameter.data = parameter.data.to(wide)
         self._owners[name] = 1
         if trainable:
             self._trainable.add(name)

@@ -1,0 +1,364 @@
+"""The fast paths compute what the plain one computes: two padded sequences a pair, one member after the other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, make_family
+from peft import LoraConfig
+from torch import Tensor
+
+from evollm import DPO
+from evollm.algorithms.dpo_step import learn_together, logratios_together
+from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.models import attention, packing
+from evollm.models.engine import Engine, PassOptions
+from evollm.models.logprobs import PairLogprobs
+from evollm.models.probe import FastPaths
+
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+# What a member of a mixed population has of its own.
+MIXED: list[dict[str, Any]] = [
+    {"rank": 4, "alpha": 8, "lr": 1e-3, "beta": 0.1, "nll_alpha": 0.5},
+    {"rank": 2, "alpha": 16, "lr": 3e-3, "beta": 0.5, "nll_alpha": 0.0},
+    {"rank": 8, "alpha": 4, "lr": 1e-4, "beta": 0.05, "nll_alpha": 1.0},
+    {"rank": 4, "alpha": 32, "lr": 2e-2, "beta": 2.0, "nll_alpha": 0.1},
+]
+SHAPES = [(9, 5, 3), (3, 1, 12), (14, 7, 7), (1, 2, 2), (6, 11, 1)]
+
+
+def make_batch(seed: int = 0, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> PreferenceBatch:
+    """Random tokens; the sides of some pairs are longer than the small models' windows."""
+    rng = np.random.default_rng(seed)
+    pairs = [TokenizedPair(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in shapes]
+    return PreferenceBatch.from_pairs(pairs)
+
+
+def make_agents(model: Any, members: Sequence[dict[str, Any]] = MIXED, targets: Any = None, **shared: Any) -> list[DPO]:
+    agents = []
+    for index, member in enumerate(members):
+        values = dict(member)
+        lora = LoraConfig(
+            r=values.pop("rank"),
+            lora_alpha=values.pop("alpha"),
+            target_modules=targets or ["q_proj", "v_proj", "down_proj"],
+            # As after some training: without it B is 0, and A gets no gradient.
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )
+        agents.append(DPO(actor_network=model, lora_config=lora, index=index, seed=index, **values, **shared))
+    return agents
+
+
+def only_plain(agent: DPO) -> None:
+    """Let the base of this agent take no fast path from now on."""
+    Engine.of(agent.base).prepare = lambda members, length: FastPaths(False, False, False, length)  # type: ignore
+
+
+def state_of(agent: DPO) -> list[Tensor]:
+    """Weights and moments."""
+    moments = [agent.optimizer.state[p] for p in agent.actor_parameters()]
+    return [p.detach() for p in agent.actor_parameters()] + [
+        m[key] for m in moments for key in ("exp_avg", "exp_avg_sq")
+    ]
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("members", [MIXED, MIXED[:1]], ids=["four", "one"])
+def test_stacked_members_learn_as_they_do_one_after_the_other(members, gradient_checkpointing: bool) -> None:
+    """Five steps in float64, mixed ranks, alphas and hyperparameters; the second run takes no fast path at all."""
+    results = []
+    for plain in (False, True):
+        agents = make_agents(make_family("llama"), members, gradient_checkpointing=gradient_checkpointing)
+        if plain:
+            only_plain(agents[0])
+        metrics = [learn_together(agents, make_batch(seed)) for seed in range(5)]
+        results.append((metrics, [state_of(agent) for agent in agents]))
+    (fast_metrics, fast_states), (plain_metrics, plain_states) = results
+    for fast, plain_ones in zip(fast_metrics, plain_metrics, strict=True):
+        for found, expected in zip(fast, plain_ones, strict=True):
+            assert found == pytest.approx(expected, rel=0, abs=1e-10)
+    torch.testing.assert_close(fast_states, plain_states, **EXACT)
+
+
+def test_stacked_gradients_are_the_members_own() -> None:
+    gradients = []
+    for plain in (False, True):
+        agents = make_agents(make_family("llama"))
+        if plain:
+            only_plain(agents[0])
+        gradients.append(backward(agents, make_batch()))
+    torch.testing.assert_close(gradients[0], gradients[1], **EXACT)
+    assert all(float(gradient.abs().max()) > 1e-4 for gradient in gradients[0])
+
+
+def backward(agents: Sequence[DPO], batch: PreferenceBatch, options: PassOptions | None = None) -> list[Tensor]:
+    """The gradient of a loss in which every log-prob has another weight."""
+
+    def loss(members: Sequence[int], rows: Sequence[int], policies: list[PairLogprobs]) -> Tensor:
+        weights = torch.tensor(rows) + 1.0
+        parts = [p.chosen - 0.3 * p.rejected for p in policies]
+        return torch.stack([((m + 1) * weights * part).sum() for m, part in zip(members, parts, strict=True)]).sum()
+
+    Engine.of(agents[0].base).backward(batch, [agent.actor_adapter for agent in agents], options or PassOptions(), loss)
+    return [p.grad.clone() for agent in agents for p in agent.actor_parameters()]
+
+
+def test_members_share_the_pass_and_a_nan_stays_with_its_own() -> None:
+    """The others are bit for bit those of the same pass with a healthy member in that place."""
+    states = []
+    for broken in (False, True):
+        agents = make_agents(make_family("llama"))
+        assert Engine.of(agents[0].base).prepare([a.actor_adapter for a in agents], 30).stacking
+        learn_together(agents, make_batch(0))
+        if broken:
+            with torch.no_grad():
+                agents[2].actor_parameters()[0].fill_(float("nan"))
+        learn_together(agents, make_batch(1))
+        assert [agent.diverged for agent in agents] == [False, False, broken, False]
+        states.append([state_of(agent) for agent in agents if agent.index != 2])
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_a_member_that_was_never_there_changes_nothing() -> None:
+    states = []
+    for numbers in ([0, 1, 2, 3], [0, 1, 3]):
+        agents = make_agents(make_family("llama"))
+        agents = [agents[number] for number in numbers]
+        for seed in range(3):
+            learn_together(agents, make_batch(seed))
+        states.append([state_of(agent) for agent in agents if agent.index != 2])
+    torch.testing.assert_close(states[0], states[1], **EXACT)
+
+
+@pytest.mark.parametrize("token_budget", [1, 20, 40, 100, 10_000])
+@pytest.mark.parametrize("max_pairs", [None, 1, 2])
+def test_any_token_budget_gives_the_same_result(token_budget: int, max_pairs: int | None) -> None:
+    agents = make_agents(make_family("llama"))
+    expected = backward(agents, make_batch())
+    for parameter in (p for agent in agents for p in agent.actor_parameters()):
+        parameter.grad = None
+    found = backward(agents, make_batch(), PassOptions(token_budget=token_budget, max_pairs=max_pairs))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_no_pass_has_more_tokens_than_the_budget(monkeypatch) -> None:
+    sizes = []
+    original = packing.PackedPairs.of.__func__
+
+    def record(cls: type, batch: PreferenceBatch, device: torch.device) -> packing.PackedPairs:
+        sizes.append(int(batch.num_tokens.sum()))
+        return original(cls, batch, device)
+
+    agents = make_agents(make_family("llama"))
+    engine, names, batch = Engine.of(agents[0].base), [a.actor_adapter for a in agents], make_batch()
+    engine.prepare(names, batch.longest_sequence)
+    monkeypatch.setattr(packing.PackedPairs, "of", classmethod(record))
+    engine.logprobs(batch, names, PassOptions(token_budget=30))
+    assert sum(sizes) == batch.num_tokens.sum()
+    assert max(sizes) <= 30
+
+
+FAST = FastPaths(True, True, True)
+# What the probe is known to find; a model that is not here may find anything, as long as it is right.
+EXPECTED = {name: FAST for name in FAMILIES} | {
+    "gemma2": FastPaths(True, False, True),
+    "openai-gpt": FastPaths(False, True, False),
+}
+TARGETS = {
+    "gpt2": ["c_attn", "c_proj"],
+    "openai-gpt": ["c_attn", "c_proj"],
+    "gpt-neox": ["query_key_value", "dense_4h_to_h"],
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_log_probs_and_gradients_of_two_plain_sequences(family: str) -> None:
+    results, batch = [], make_batch()
+    for plain in (False, True):
+        agents = make_agents(make_family(family), targets=TARGETS.get(family), gradient_checkpointing=False)
+        engine, names = Engine.of(agents[0].base), [agent.actor_adapter for agent in agents]
+        if plain:
+            only_plain(agents[0])
+        else:
+            paths = engine.prepare(names, batch.longest_sequence)
+            expected = EXPECTED[family]
+            assert (paths.shared_prompt, paths.tiled_head, paths.stacking) == (
+                expected.shared_prompt,
+                expected.tiled_head,
+                expected.stacking,
+            ), paths.reasons
+        logprobs = engine.logprobs(batch, [*names, None], PassOptions())
+        results.append(([(found.chosen, found.rejected) for found in logprobs], backward(agents, batch)))
+    exact = EXACT if agents[0].base.network.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(results[0], results[1], **exact)
+
+
+def test_a_base_that_cannot_share_prompts_is_said_to_be_one_once() -> None:
+    agents = make_agents(make_family("openai-gpt"), targets=["c_attn"], gradient_checkpointing=False)
+    with pytest.warns(UserWarning, match="chosen and rejected side do not share their prompt"):
+        learn_together(agents, make_batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn_together(agents, make_batch())
+
+
+@pytest.mark.parametrize(
+    ("breakage", "lost"),
+    [("positions", "shared_prompt"), ("leak", "shared_prompt"), ("routes", "stacking"), ("head", "tiled_head")],
+)
+def test_a_path_that_is_wrong_is_not_taken(monkeypatch, breakage: str, lost: str) -> None:
+    """Each fast path made wrong in turn: the probe has to see it, and the results stay right."""
+    batch, expected = make_batch(), None
+    agents = make_agents(make_family("llama"))
+    only_plain(agents[0])
+    expected = [torch.stack(ratios) for ratios in logratios_together(agents, batch)]
+
+    agents = make_agents(make_family("llama"))
+    break_path(monkeypatch, breakage)
+    with pytest.warns(UserWarning, match="off by"):
+        paths = Engine.of(agents[0].base).prepare([a.actor_adapter for a in agents], batch.longest_sequence)
+    assert not getattr(paths, lost)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [torch.stack(ratios) for ratios in logratios_together(agents, batch)]
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def break_path(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
+    from evollm.models import logprobs, routing  # noqa: PLC0415
+
+    if breakage == "positions":
+        original: Callable[..., Any] = packing.PackedPairs.of.__func__
+
+        def shifted(cls: type, batch: PreferenceBatch, device: torch.device) -> packing.PackedPairs:
+            packed = original(cls, batch, device)
+            packed.position_ids[0, -batch.rejected_lengths[-1] :] += 1
+            return packed
+
+        monkeypatch.setattr(packing.PackedPairs, "of", classmethod(shifted))
+    elif breakage == "leak":
+        mask = attention.PairLayout.mask
+
+        def leaking(self: attention.PairLayout, queries: int, keys: int, window: int | None) -> Tensor | None:
+            found = mask(self, queries, keys, window)
+            return None if found is None else torch.ones_like(found)
+
+        monkeypatch.setattr(attention.PairLayout, "mask", leaking)
+    elif breakage == "routes":
+        stacked = routing._stacked_weights
+        monkeypatch.setattr(
+            routing, "_stacked_weights", lambda *args: tuple(weights.flip(0) for weights in stacked(*args))
+        )
+    else:
+        monkeypatch.setattr(logprobs, "token_logprobs", lambda *args: -args[0].pow(2).sum(dim=1))
+
+
+def test_a_probe_vouches_for_no_longer_pair_than_it_tried() -> None:
+    agent = make_agents(make_family("llama"), MIXED[:1])[0]
+    engine = Engine.of(agent.base)
+    assert engine.prepare([agent.actor_adapter], 40).shared_prompt
+    (known,) = engine.paths.values()
+    assert known.longest == 64
+    engine.prepare([agent.actor_adapter], 65)
+    (known,) = engine.paths.values()
+    assert known.longest == 128
+
+
+def test_a_probe_leaves_nothing_behind() -> None:
+    agent = make_agents(make_family("llama"), MIXED[:1])[0]
+    before = agent.base.adapters
+    Engine.of(agent.base).prepare([agent.actor_adapter], 40)
+    assert agent.base.adapters == before
+    assert agent.base.active_adapter == agent.actor_adapter
+
+
+@pytest.mark.parametrize("variant", [{"use_dora": True}, {"lora_bias": True}])
+def test_other_variants_of_lora_go_one_by_one_and_are_right(variant: dict[str, bool]) -> None:
+    results, batch = [], make_batch()
+    for plain in (False, True):
+        model = make_family("llama")
+        lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **variant)
+        agents = [DPO(actor_network=model, lora_config=lora, index=index, lr=1e-2) for index in range(3)]
+        if plain:
+            only_plain(agents[0])
+            learn_together(agents, batch)
+        else:
+            with pytest.warns(UserWarning, match="members go one by one"):
+                learn_together(agents, batch)
+        results.append([state_of(agent) for agent in agents])
+    torch.testing.assert_close(results[0], results[1], **EXACT)
+
+
+def test_members_on_other_modules_share_a_pass() -> None:
+    results, batch = [], make_batch()
+    for plain in (False, True):
+        model = make_family("llama")
+        agents = [
+            make_agents(model, MIXED[:1], targets=["q_proj"])[0],
+            make_agents(model, MIXED[1:2], targets=["up_proj", "q_proj"])[0],
+        ]
+        if plain:
+            only_plain(agents[0])
+        results.append(backward(agents, batch))
+    torch.testing.assert_close(results[0], results[1], **EXACT)
+
+
+def test_layers_below_the_first_adapter_run_once_for_all_members() -> None:
+    calls = [0, 0]
+    results = []
+    for plain in (False, True):
+        model = make_family("llama")
+        lora = LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
+        agents = [DPO(actor_network=model, lora_config=lora, index=index, seed=index) for index in range(4)]
+        engine, names = Engine.of(agents[0].base), [agent.actor_adapter for agent in agents]
+        batch = make_batch()
+        if plain:
+            only_plain(agents[0])
+        engine.prepare(names, batch.longest_sequence)
+        calls[:] = [0, 0]
+        hooks = [
+            layer.mlp.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
+            for number, layer in enumerate(model.model.layers)
+        ]
+        # Two members in a pass, so two passes.
+        options = PassOptions(token_budget=2 * int(batch.num_tokens.sum()))
+        engine.logprobs(batch, names, options)
+        if not plain:
+            assert calls == [1, 2]
+        for hook in hooks:
+            hook.remove()
+        results.append(backward(agents, batch, options))
+    torch.testing.assert_close(results[0], results[1], **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_members_share_a_quantised_base(tokenizer, gym, kind: str, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    settings = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(tmp_path)
+    quantised = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    gradients, batch = [], gym.next_batch()
+    for plain in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=BitsAndBytesConfig(**quantised), device_map="cpu", dtype=torch.float32
+        )
+        agents = make_agents(model, MIXED[:3], gradient_checkpointing=False)
+        if plain:
+            only_plain(agents[0])
+        else:
+            paths = Engine.of(agents[0].base).prepare([a.actor_adapter for a in agents], batch.longest_sequence)
+            # LLM.int8() treats columns with outliers apart, so that a row depends on the rows beside it.
+            assert paths.stacking == (kind == "nf4")
+        gradients.append(backward(agents, batch))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)

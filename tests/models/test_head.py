@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evollm.models import head
+from evollm.models.head import token_logprobs
+
+VOCABULARY, WIDTH, COUNT = 50, 12, 23
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, WIDTH, generator=generator).to(dtype) for size in (COUNT, VOCABULARY))
+    bias = torch.randn(VOCABULARY, generator=generator).to(dtype)
+    return hidden.requires_grad_(), weight, bias, torch.randint(VOCABULARY, (COUNT,), generator=generator)
+
+
+@pytest.mark.parametrize("rows_in_a_tile", [1, 4, 23, 100])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_tiled_log_probs_are_those_of_log_softmax(monkeypatch, rows_in_a_tile: int, with_bias: bool) -> None:
+    monkeypatch.setattr(head, "TILE_BYTES", rows_in_a_tile * 4 * VOCABULARY)
+    hidden, weight, bias, targets = inputs()
+    used = bias if with_bias else None
+    upstream = torch.linspace(-2, 3, COUNT, dtype=torch.float64)
+
+    found = token_logprobs(hidden, weight, used, targets)
+    (gradient,) = torch.autograd.grad((found * upstream).sum(), hidden)
+    logits = torch.nn.functional.linear(hidden, weight, used)
+    expected = logits.log_softmax(dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    (expected_gradient,) = torch.autograd.grad((expected * upstream).sum(), hidden)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
+
+
+def test_log_probs_of_a_bfloat16_head_are_float32() -> None:
+    hidden, weight, _, targets = inputs(torch.bfloat16)
+    found = token_logprobs(hidden, weight, None, targets)
+    logits = torch.nn.functional.linear(hidden, weight).double()
+    expected = logits.log_softmax(dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    found.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_nothing_is_kept_for_a_gradient_that_nobody_wants() -> None:
+    hidden, weight, _, targets = inputs()
+    with torch.no_grad():
+        assert not token_logprobs(hidden, weight, None, targets).requires_grad
