@@ -1,10 +1,15 @@
-"""How much more memory does a population take than one agent?
+"""How much more memory does a population take than one agent, and than what it has to hold?
 
-Trains 1 and N agents for two steps, each in a process of its own, and compares the peaks:
+Trains 1 and N agents for two steps, each in a process of its own, and compares the peaks, with each other and with
+
+    base + agents x 16 bytes x adapter parameters (weight, gradient, two moments) + activations of one pass
+
+What the interpreter and its libraries take before the model is loaded is left out of both.
 
     python benchmarking/memory.py
 
-`--model` takes another model folder; the default is the demo's model (`make demo` installs it).
+`--model` takes another model folder; the default is the demo's model (`make demo` installs it). The peers' peaks are
+in throughput.py.
 """
 
 from __future__ import annotations
@@ -16,32 +21,46 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
+import psutil
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from evollm import DPO, PreferenceGym
+from evollm.algorithms.dpo_step import learn_together
+from evollm.data.batch import PreferenceBatch
 from evollm.demo import demo_model, demo_pairs
+from evollm.models.budget import count_saved_bytes
+from evollm.models.engine import Engine
 
 MIB = 2**20
 
 
 def measure(model_folder: str, agents: int, batch_size: int) -> dict[str, float]:
     """Train `agents` agents for two steps in this process; sizes in MiB."""
+    before = psutil.Process().memory_info().rss / MIB
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     base_size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     env = PreferenceGym(demo_pairs("train"), None, tokenizer, data_batch_size_per_gpu=batch_size)
     population = DPO.population(agents, actor_network=model, lr=1e-4, gradient_checkpointing=False)
     for _ in range(2):
-        batch = env.next_batch()
-        for agent in population:
-            agent.learn(batch)
+        learn_together(population, env.next_batch())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
     base = population[0].base
+    # A pass as full as the budget allows, by itself.
+    (budget,) = (tokens for (training, _), tokens in Engine.of(base)._budgets.items() if training)
+    few = PreferenceBatch.from_pairs(env.train_pairs)
+    few = few.select(list(range(int((np.cumsum(few.num_tokens) <= budget).sum()))))
+    with count_saved_bytes() as saved:
+        population[0].learn(few)
     adapters = {id(p): p for name in base.adapters for p in base.parameters(name).values()}
     storages = {p.untyped_storage().data_ptr() for p in model.parameters() if id(p) not in adapters}
     return {
         "agents": agents,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB,
+        "peak_mib": peak - before,
+        "activations_mib": saved.total * budget / int(few.num_tokens.sum()) / MIB,
+        "tokens": budget,
         "base_mib": base_size / MIB,
         "base_storages": len(storages),
         "adapter_mib": sum(p.numel() * p.element_size() for p in population[0].actor_parameters()) / MIB,
@@ -53,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder (default: the demo's)")
     parser.add_argument("--agents", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     model = options.model or str(demo_model())
@@ -74,10 +93,14 @@ def main() -> None:
     print(f"base {one['base_mib']:.0f} MiB in {many['base_storages']} storages with {many['agents']} agents", end=" ")
     print(f"({one['base_storages']} with one); an adapter {one['adapter_mib']:.1f} MiB")
     for row in rows:
-        print(f"{row['agents']:>3} agents: peak {row['peak_mib']:.0f} MiB")
+        held = row["base_mib"] + 4 * row["agents"] * row["adapter_mib"] + row["activations_mib"]
+        print(
+            f"{row['agents']:>3} agents: peak {row['peak_mib']:.0f} MiB, {row['peak_mib'] / held:.2f} x what they hold: "
+            f"{held:.0f} MiB, of which activations of {row['tokens']} tokens {row['activations_mib']:.0f}"
+        )
     more = (many["peak_mib"] - one["peak_mib"]) / (many["agents"] - 1)
     print(f"peak ratio {many['peak_mib'] / one['peak_mib']:.2f}; each further agent {more:.0f} MiB", end=" ")
-    print(f"= {more / one['adapter_mib']:.1f} adapters (weights and two moments are 3)")
+    print(f"= {more / one['adapter_mib']:.1f} adapters (weight, gradient and two moments are 4)")
 
 
 if __name__ == "__main__":

@@ -311,7 +311,8 @@ class SharedBase:
 
     def compile(self, mode: str, backend: str = "inductor") -> None:
         """Compile the repeated layers of the base with `torch.compile`, each by itself."""
-        self.layers.compile(mode=mode, backend=backend)
+        # Packed rows have another length in every batch.
+        self.layers.compile(mode=mode, backend=backend, dynamic=True)
 
     def _forget_fingerprint(self, name: str) -> None:
         """Weights have changed or gone, and with them the log-probs that nobody else's weights give."""

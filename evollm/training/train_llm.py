@@ -229,12 +229,19 @@ class PreferenceRun:
                 agent.set_reference_policy(agent.reference_update_tracker + 1)
 
     def _checkpoint(self) -> None:
+        self._keep_reference_logprobs()
         folder = self.paths.checkpoints / f"step-{self.step:06d}"
         for agent in self.population:
             agent.save_checkpoint(str(folder / f"agent-{agent.index}"))
         self._tell("on_checkpoint", Checkpointed(self.step, folder))
 
+    def _keep_reference_logprobs(self) -> None:
+        """A run that goes on from its folder need not compute them again."""
+        self.paths.run_dir.mkdir(parents=True, exist_ok=True)
+        self.base.reference_cache.save(self.paths.run_dir / "reference_logprobs.safetensors")
+
     def _finish(self, before: Evaluation | None) -> None:
+        self._keep_reference_logprobs()
         best = self._best()
         if self.options.save_elite:
             best.save_checkpoint(str(self.paths.elite))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from evollm import CheckpointError
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models import ReferenceCache, completion_logprobs
 from evollm.models.logprobs import PairLogprobs
@@ -95,6 +96,38 @@ def test_a_reference_is_computed_once_for_each_pair(gym) -> None:
     assert len(cache) == 13
     cache.forget("a")
     assert len(cache) == 8
+
+
+def test_reference_log_probs_kept_in_a_file_are_not_computed_again(gym, tmp_path) -> None:
+    batch = gym.next_batch()
+
+    def compute(missing: PreferenceBatch, numbers: Sequence[int]) -> list[PairLogprobs]:
+        assert len(missing) == len(batch)
+        return [PairLogprobs(torch.rand(len(missing)) + number, torch.rand(len(missing))) for number in numbers]
+
+    def refuse(missing: PreferenceBatch, numbers: Sequence[int]) -> list[PairLogprobs]:
+        raise AssertionError("known pairs were computed again")
+
+    cache, again = ReferenceCache(), ReferenceCache()
+    expected = cache.get(["a", "b"], batch, compute)
+    cache.save(tmp_path / "kept.safetensors")
+    again.load(tmp_path / "kept.safetensors")
+    found = again.get(["b", "a"], batch, refuse)
+    for one, other in zip(expected, reversed(found), strict=True):
+        assert torch.equal(one.chosen, other.chosen)
+        assert torch.equal(one.rejected, other.rejected)
+    ReferenceCache().save(tmp_path / "empty.safetensors")
+    again.load(tmp_path / "empty.safetensors")
+    assert len(again) == 2 * len(batch)
+
+
+def test_a_damaged_file_of_reference_log_probs_is_an_evollm_error(tmp_path) -> None:
+    damaged = tmp_path / "kept.safetensors"
+    damaged.write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match=str(damaged)):
+        ReferenceCache().load(damaged)
+    with pytest.raises(CheckpointError, match="missing"):
+        ReferenceCache().load(tmp_path / "missing")
 
 
 def test_keys_of_pairs_depend_on_where_the_prompt_ends() -> None:

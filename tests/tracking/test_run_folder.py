@@ -34,7 +34,13 @@ def test_the_run_folder_holds_config_metrics_lineage_and_elite(make_population, 
     population = make_population(2)
     finetune_llm_preference(population, env, run_dir=tmp_path / "run", verbose=False, callbacks=[Break(population[1])])
     folder = tmp_path / "run"
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "elite", "lineage.jsonl", "metrics.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "elite",
+        "lineage.jsonl",
+        "metrics.jsonl",
+        "reference_logprobs.safetensors",
+    ]
     config = json.loads((folder / "config.json").read_text())
     assert config["schedule"]["total"] == 3
     assert config["lora"]["r"] == 4

@@ -1,0 +1,54 @@
+"""The benchmarks run, at a toy size and without the peers; their figures at this size say nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_rows
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarking"
+
+
+@pytest.fixture
+def model_folder(make_model, tokenizer, tmp_path) -> Path:
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_throughput_reports_rates_phases_and_the_share_of_the_floor(model_folder, tmp_path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
+    sizes = ["--num-pairs", 16, "--batch-size", 4, "--population", 3, "--out", tmp_path]
+    output = run("throughput.py", "--pairs", pairs, "--model", model_folder, "--without-peers", *sizes)
+    assert "evollm, 3 members" in output
+    results = json.loads((tmp_path / "throughput.json").read_text())["results"]
+    assert [result["member_pairs"] for result in results] == [48, 16, 48, 16]
+    assert set(results[0]["seconds_phases"]) == {"forward", "backward", "reference", "optimizer", "evaluation"}
+    assert all(0 < result["share_of_floor"] < 1 for result in results)
+
+
+def test_scaling_measures_members_together_and_in_a_loop(model_folder, tmp_path) -> None:
+    run("scaling.py", "--model", model_folder, "--populations", 2, "--out", tmp_path)
+    results = json.loads((tmp_path / "scaling.json").read_text())["results"]
+    assert [(result["members"], result["together"]) for result in results[:2]] == [(2, True), (2, False)]
+    assert all(result["rate"] > 0 for result in results)
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu_at_toy_size(tmp_path) -> None:
+    output = run("gpu.py", "--toy", "--steps", 1, "--members", 2, "--batch-sizes", 2, "--out", tmp_path)
+    assert "CPU, toy size" in output
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert [result["case"] for result in results][:3] == ["together", "in a loop", "one"]
