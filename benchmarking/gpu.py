@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from transformers.utils import logging as transformers_logging
 
 from evollm.data.batch import PreferenceBatch
+from evollm.models.engine import Engine
 
 VOCABULARY = 151_936
 # As published with Qwen2.5: hidden size, feed-forward size, layers, heads, key-value heads, tied head.
@@ -98,7 +99,12 @@ def run(
 def population_rate(model: Any, members: int, batches: Sequence[PreferenceBatch], *, together: bool) -> Measured:
     """Evollm's."""
     agents = make_population(model, members, gradient_checkpointing=False, device=model.device)
-    return measure(agents, batches, together=together)
+    result = measure(agents, batches, together=together)
+    for paths in Engine.of(agents[0].base).paths.values():
+        if paths.reasons:
+            # A figure of the slow path must not pass for one of the fast path.
+            print(f"not on the fast paths: {paths.reasons}")
+    return result
 
 
 def trl_rate(model: Any, batches: Sequence[PreferenceBatch], device: torch.device) -> Measured:

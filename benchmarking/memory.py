@@ -95,7 +95,7 @@ def main() -> None:
     for row in rows:
         held = row["base_mib"] + 4 * row["agents"] * row["adapter_mib"] + row["activations_mib"]
         print(
-            f"{row['agents']:>3} agents: peak {row['peak_mib']:.0f} MiB, {row['peak_mib'] / held:.2f} x what they hold: "
+            f"{row['agents']:>3} agents: peak {row['peak_mib']:.0f} MiB, {row['peak_mib'] / held:.2f} x the sum: "
             f"{held:.0f} MiB, of which activations of {row['tokens']} tokens {row['activations_mib']:.0f}"
         )
     more = (many["peak_mib"] - one["peak_mib"]) / (many["agents"] - 1)

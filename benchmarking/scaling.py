@@ -39,7 +39,7 @@ def main() -> None:
         return
     options.model = options.model or str(demo_model())
     cases = [{"members": n, "together": together} for n in options.populations for together in (True, False)]
-    cases += [{"members": 4, "together": True, "shape": shape} for shape in SHAPES]
+    cases += [{"members": 4, "together": True, "shape": shape} for shape in SHAPES if not options.populations_only]
     results = []
     print(f"{machine()}, {date.today()}, batch {options.batch_size}")
     print(f"{'members':>8}{'':>12}{'prompt/chosen/rejected':>24}{'member-pairs/s':>16}{'GFLOP/s':>9}{'peak MiB':>10}")
@@ -79,6 +79,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder (default: the demo's)")
     parser.add_argument("--populations", type=int, nargs="+", default=POPULATIONS)
+    parser.add_argument("--populations-only", action="store_true", help="leave the other lengths out")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

@@ -110,9 +110,10 @@ def main() -> None:
     rate = sum(rates) / len(rates)
     training = seconds - phases.seconds["reference"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    spent = dict(phases.seconds)
     started = time.perf_counter()
     dpo_step.evaluate_together(agents, env)
-    evaluation = time.perf_counter() - started
+    spent["evaluation"] = time.perf_counter() - started
     result = {
         "library": "evollm",
         "versions": {name: version(name) for name in ("evollm", "torch", "transformers", "peft")},
@@ -122,9 +123,9 @@ def main() -> None:
         "epochs": options.epochs,
         "member_pairs": len(agents) * len(env.train_pairs) * options.epochs,
         "seconds_total": seconds,
-        "seconds_reference": phases.seconds["reference"],
+        "seconds_reference": spent["reference"],
         "seconds_probe": seconds_probe,
-        "seconds_phases": {**phases.seconds, "evaluation": evaluation},
+        "seconds_phases": spent,
         "evaluated_member_pairs": len(agents) * len(env.test_pairs),
         "gemm_gflops": rate / 1e9,
         "share_of_floor": operations / rate / training,

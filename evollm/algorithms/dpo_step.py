@@ -16,6 +16,7 @@ from evollm.algorithms.core import OWN, REFERENCE
 from evollm.algorithms.losses import dpo_sigmoid_loss, quiet_gradient, token_mean_nll
 from evollm.algorithms.metrics import pair_metrics
 from evollm.data.batch import PreferenceBatch
+from evollm.errors import DivergedError
 from evollm.hpo.fitness import Evaluation
 from evollm.models.engine import Engine
 from evollm.models.logprobs import PairLogprobs
@@ -29,13 +30,21 @@ def learn_together(agents: Sequence[DPO], batch: PreferenceBatch, *, training: b
     """Update each agent's actor on the same batch; see `DPO.learn`.
 
     Args:
-        agents: Agents of one base, none of them diverged.
+        agents: Agents of one base.
         batch: B pairs.
         training: False computes the metrics and changes nothing.
 
     Returns:
         The metrics of `DPO.learn` for each agent.
+
+    Raises:
+        DivergedError: An agent has diverged before and cannot learn any more.
     """
+    diverged = [agent.index for agent in agents if agent.diverged]
+    if training and diverged:
+        raise DivergedError(
+            f"agents {diverged} have diverged: they learn no more; go on from a checkpoint, with a lower lr or beta"
+        )
     steps: dict[int, list[tuple[int, dict[str, float]]]] = {id(agent): [] for agent in agents}
     for together in _alike(agents):
         first = together[0]
@@ -162,10 +171,12 @@ def _allocate_gradients(parameters: Sequence[nn.Parameter]) -> None:
     Allocated one by one in the backward pass they come to lie between activations, and the memory that those leave
     behind is in pieces: with four members the peak was half as high again.
     """
-    block = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
-    block = block.to(parameters[0].device)
-    for parameter, piece in zip(parameters, block.split([parameter.numel() for parameter in parameters]), strict=True):
-        parameter.grad = piece.view_as(parameter)
+    for device in {parameter.device for parameter in parameters}:
+        here = [parameter for parameter in parameters if parameter.device == device]
+        sizes = [parameter.numel() for parameter in here]
+        block = torch.zeros(sum(sizes), dtype=here[0].dtype, device=device)
+        for parameter, piece in zip(here, block.split(sizes), strict=True):
+            parameter.grad = piece.view_as(parameter)
 
 
 def _apply_gradient(agent: DPO, loss: float) -> float:

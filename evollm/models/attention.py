@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AttentionInterface
 from evollm.models.packing import PairLengths
 
 PAIR_ATTENTION = "evollm_pairs"
-# What models pass besides the tensors and has no bearing on the scores when it is None or absent.
+# Arguments that change the scores unless they are None. The probe finds what this list does not know.
 _CHANGES_SCORES = ("s_aux", "position_bias", "head_mask")
 
 
@@ -67,12 +68,15 @@ def packed_attention(config: Any, layout: PairLayout | None) -> Iterator[None]:
     if layout is None:
         yield
         return
-    before, implementation = _current, config._attn_implementation
+    before, implementations = _current, {"": config._attn_implementation}
+    for name in config.sub_configs:
+        # The setter reaches into sub-configurations, which may each have had another.
+        implementations[name] = getattr(getattr(config, name, None), "_attn_implementation", None)
     _current, config._attn_implementation = layout, PAIR_ATTENTION
     try:
         yield
     finally:
-        _current, config._attn_implementation = before, implementation
+        _current, config._attn_implementation = before, implementations
 
 
 def current_layout() -> PairLayout | None:
@@ -103,7 +107,7 @@ def pair_attention(
         scaling: Factor of the scores, by default 1 / sqrt(D).
         sliding_window: Positions that a token sees, itself included; None: all before it.
         softcap: Scores become softcap * tanh(score / softcap).
-        **others: What changes the scores is refused.
+        **others: Those known to change the scores are refused.
 
     Returns:
         (M, N, H, D) and None.
@@ -112,7 +116,7 @@ def pair_attention(
     asked = [name for name in _CHANGES_SCORES if others.get(name) is not None]
     if layout is None or asked or attention_mask is not None or not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError(f"attention within pairs cannot follow {asked or 'this mask'}")
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None:
+    if softcap is None and _has_varlen_kernel(query.device, query.dtype, query.shape[-1]):
         return layout.varlen.attend(query, key, value, scaling, sliding_window), None
 
     groups = query.shape[1] // key.shape[1]
@@ -145,6 +149,22 @@ def _attend(
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+
+
+@lru_cache
+def _has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether torch's variable-length flash kernel takes such heads here: tried once, on a few numbers."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - loads a CUDA library
+
+        states = torch.zeros(4, 2, head_size, device=device, dtype=dtype)
+        ends = torch.tensor([0, 4], device=device, dtype=torch.int32)
+        varlen_attn(states, states, states, ends, ends, 4, 4, scale=1.0, window_size=(2, 0), enable_gqa=True)
+    except (ImportError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
 
 
 class _VarlenIndices:

@@ -18,7 +18,7 @@ from evollm.models.grouping import balanced_groups, padded_groups
 from evollm.models.layers import FanOut
 from evollm.models.logprobs import PairLogprobs, completion_logprobs, packed_logprobs
 from evollm.models.packing import PackedPairs
-from evollm.models.probe import FastPaths, first_adapted_layer, probe
+from evollm.models.probe import FastPaths, probe
 from evollm.models.shared_base import LORA_PROVENANCE, SharedBase, lora_settings
 
 # (members, rows, log-probs of each member for these rows) -> the sum of the members' losses on them.
@@ -56,7 +56,7 @@ class Engine:
     def __init__(self, base: SharedBase) -> None:
         self.base = base
         self.paths: dict[str, FastPaths] = {}
-        self._budgets: dict[tuple[bool, bool], int] = {}
+        self._budgets: dict[tuple[bool, bool, bool], int] = {}
         self._said: set[str] = set()
 
     @classmethod
@@ -145,13 +145,14 @@ class Engine:
         training: bool,
     ) -> int:
         """The budget for this kind of pass, found at the first of its kind and kept."""
-        kind = (training, options.gradient_checkpointing)
+        kind = (training, options.gradient_checkpointing, paths.tiled_head)
         if kind not in self._budgets:
-            smallest = batch.select([int(np.argmin(batch.num_tokens))])
-            few = _FewPairs(self.base, smallest, members, paths)
+            # The longest: what a pass saves once, the members' stacked weights, should weigh little.
+            longest = batch.select([int(np.argmax(batch.num_tokens))])
+            few = _FewPairs(self.base, longest, members, paths)
             with count_saved_bytes() as saved, few.forward([0], options):
                 pass
-            per_token = saved.total / int(smallest.num_tokens.sum())
+            per_token = saved.total / int(longest.num_tokens.sum())
             self._budgets[kind] = default_budget(self.base, per_token, training=training, tiled=paths.tiled_head)
         return self._budgets[kind]
 
@@ -184,7 +185,7 @@ class _FewPairs:
         self._paths = paths
         self._packed = PackedPairs.of(batch, base.device) if paths.shared_prompt else None
         self._layout = PairLayout(self._packed.lengths, base.device) if self._packed else None
-        first = first_adapted_layer(base, [name for name in members if name is not None])
+        first = base.first_adapted_layer([name for name in members if name is not None])
         self._fan_out = FanOut(first, 1) if self._packed and first is not None else None
 
     def passes(self, budget: int) -> list[Sequence[int]]:

@@ -48,8 +48,10 @@ class _TokenLogprobs(torch.autograd.Function):
             normaliser = logits.logsumexp(dim=1, keepdim=True)
             logprobs[rows] = (logits.gather(1, wanted) - normaliser).squeeze(1)
             if differentiable:
-                probabilities = logits.sub_(normaliser).exp_().to(weight.dtype)
-                gradient[rows] = weight[targets[rows]] - probabilities @ weight
+                # Rounded after the subtraction: where p is nearly 1, W[y] - sum p W would be a difference of equals.
+                excess = logits.sub_(normaliser).exp_()
+                excess.scatter_add_(1, wanted, excess.new_full(wanted.shape, -1.0))
+                gradient[rows] = -(excess.to(weight.dtype) @ weight).to(wide)
         if differentiable:
             ctx.save_for_backward(gradient)
             ctx.dtype = hidden.dtype

@@ -98,7 +98,13 @@ class _LayerForward:
             return self._forward(*args, **kwargs)
         context = self._stack.recompute_context()
         return checkpoint(
-            self._forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), context), **kwargs
+            self._forward,
+            *args,
+            use_reentrant=False,
+            # Nothing in evaluation mode draws numbers.
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), context),
+            **kwargs,
         )
 
     def compile(self, **options: Any) -> None:

@@ -82,7 +82,7 @@ def probe(base: SharedBase, config: LoraConfig, length: int) -> FastPaths:
     both = PreferenceBatch.from_pairs([long.pair(0), short.pair(0)])
     trial = _Trial(bound=_TOLERANCE.get(base.network.dtype, max(_TOLERANCE.values())) * _COMPLETION)
     with _random_adapters(base, config) as members:
-        plain = _log_probs_apart(base, members, short, apart=10 * trial.bound)
+        plain = _log_probs_apart(base, members, short, apart=2 * trial.bound)
         if plain is None:
             reason = "no fast path is taken (adapters with random weights hardly change its log-probs)"
             return FastPaths(False, False, False, longest, (reason,))
@@ -99,9 +99,10 @@ def probe(base: SharedBase, config: LoraConfig, length: int) -> FastPaths:
         if not base.router.can_route(base.network, members):
             trial.reasons.append("members go one by one (its adapters are not plain LoRA on linear layers)")
         elif shared:
+            # The second pass enters where the members part, with what the first one left there.
             stacking = trial.agrees(
                 "members go one by one",
-                lambda: torch.cat(_packed(base, members, short, tiled_head=tiled, routed=True)),
+                lambda: torch.cat(_packed(base, members, short, tiled_head=tiled, routed=True, passes=2)),
                 torch.cat(plain),
             )
     return FastPaths(shared, tiled, stacking, longest, tuple(trial.reasons))
@@ -146,15 +147,6 @@ def _log_probs_apart(
     return None
 
 
-def first_adapted_layer(base: SharedBase, adapters: Sequence[str]) -> int | None:
-    """Index of the first repeated layer that holds one of these adapters; None: there is none."""
-    adapted = {id(parameter) for name in adapters for parameter in base.parameters(name).values()}
-    for index, layer in enumerate(base.layers.modules):
-        if any(id(parameter) in adapted for parameter in layer.parameters()):
-            return index
-    return None
-
-
 def _plain(base: SharedBase, adapter: str, batch: PreferenceBatch, *, tiled_head: bool = False) -> Tensor:
     """(B, 2) by the plain layout and PEFT's own forward pass."""
     with base.active(adapter) as network:
@@ -162,18 +154,26 @@ def _plain(base: SharedBase, adapter: str, batch: PreferenceBatch, *, tiled_head
 
 
 def _packed(
-    base: SharedBase, members: tuple[str, ...], batch: PreferenceBatch, *, tiled_head: bool, routed: bool = False
+    base: SharedBase,
+    members: tuple[str, ...],
+    batch: PreferenceBatch,
+    *,
+    tiled_head: bool,
+    routed: bool = False,
+    passes: int = 1,
 ) -> list[Tensor]:
-    """(B, 2) for each member by packed pairs."""
+    """(B, 2) for each member by packed pairs, of the last of some equal passes."""
     packed = PackedPairs.of(batch, base.device)
-    first = first_adapted_layer(base, members)
+    first = base.first_adapted_layer(members)
     fan_out = None if first is None else FanOut(first, len(members))
     with (
         base.active(members[0]) as network,
         base.router.route(members if routed else None),
         base.packed(PairLayout(packed.lengths, base.device), fan_out),
     ):
-        return [_sums(found) for found in packed_logprobs(network, packed, len(members), tiled_head=tiled_head)]
+        for _ in range(passes):
+            found = packed_logprobs(network, packed, len(members), tiled_head=tiled_head)
+        return [_sums(member) for member in found]
 
 
 def _sums(found: PairLogprobs) -> Tensor:
@@ -198,8 +198,10 @@ def _random_pairs(vocabulary: int, longest: int) -> tuple[TokenizedPair, Tokeniz
 def _random_adapters(base: SharedBase, config: LoraConfig) -> Iterator[tuple[str, str]]:
     """Two frozen adapters, for as long as the block lasts."""
     before = base.active_adapter
-    names = [base.add_adapter("probe", config, trainable=False, seed=seed) for seed in (1, 2)]
+    names: list[str] = []
     try:
+        names += [base.add_adapter("probe", config, trainable=False, seed=1)]
+        names += [base.add_adapter("probe", config, trainable=False, seed=2)]
         yield names[0], names[1]
     finally:
         base.use(before)

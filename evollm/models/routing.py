@@ -71,7 +71,7 @@ class _RoutedForward:
         down, up = _stacked_weights(layer, members, x.dtype)
         blocks = x.reshape(len(members), -1, x.shape[-1])  # (M, n, D)
         base = layer.base_layer
-        if type(base) is nn.Linear and not args and not kwargs:
+        if _is_plain_linear(base) and not args and not kwargs:
             output = self._as_tensor(_LoraLinear.apply(blocks, base.weight, base.bias, down, up))  # type: ignore[no-untyped-call]
             return output.view(*x.shape[:-1], output.shape[-1])
         output = self._as_tensor(base(x, *args, **kwargs))
@@ -119,6 +119,17 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = torch.matmul(grad, weight).baddbmm_(grad_inner, down)
         return grad_x, None, None, torch.bmm(grad_inner.transpose(1, 2), x), torch.bmm(grad.transpose(1, 2), inner)
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """A linear layer whose product can be taken without calling it: no quantised weight, no hooks of the user's."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.is_floating_point()
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
 
 
 def _is_routable(module: nn.Module) -> bool:

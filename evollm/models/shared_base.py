@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -216,6 +216,19 @@ class SharedBase:
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's own parameters, by their name without the adapter's."""
         return self._parameters[name]
+
+    def first_adapted_layer(self, names: Sequence[str]) -> int | None:
+        """Index of the first repeated layer that holds one of these adapters.
+
+        None: there is none, or an adapter reaches in front of the layers, to the embeddings for example.
+        """
+        adapted = {id(parameter) for name in names for parameter in self._parameters[name].values()}
+        held = [{id(parameter) for parameter in layer.parameters()} for layer in self.layers.modules]
+        head = self.network.get_output_embeddings()
+        behind = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        if adapted - behind.union(*held):
+            return None
+        return next((index for index, parameters in enumerate(held) if parameters & adapted), None)
 
     def export(self, name: str) -> AdapterState:
         """A copy of an adapter on the CPU, named as PEFT saves it."""

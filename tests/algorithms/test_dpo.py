@@ -10,7 +10,7 @@ from peft import LoraConfig
 from snapshots import actor_bits, adapter_bits, base_bits
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
-from evollm import DPO, ConfigurationError, HyperparameterConfig, PreferenceGym, RLParameter
+from evollm import DPO, ConfigurationError, DivergedError, HyperparameterConfig, PreferenceGym, RLParameter
 from evollm.data.batch import PreferenceBatch
 from evollm.hpo import preference_fitness
 
@@ -384,5 +384,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were(make_agent, g
     metrics = agent.learn(gym.next_batch())
     assert math.isnan(metrics["loss"])
     assert agent.diverged
+    with pytest.raises(DivergedError, match=r"agents \[0\] have diverged"):
+        agent.learn(gym.next_batch())
     assert actor_bits(agent) == before
     assert all(parameter.grad is None for parameter in agent.actor_parameters())

@@ -310,6 +310,19 @@ def test_members_on_other_modules_share_a_pass() -> None:
     torch.testing.assert_close(results[0], results[1], **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_members_with_adapters_on_the_embeddings_do_not_share_them() -> None:
+    """Nothing in front of the layers is the same for all members then."""
+    results, batch = [], make_batch()
+    for plain in (False, True):
+        agents = make_agents(make_family("llama"), targets=["embed_tokens", "q_proj"], gradient_checkpointing=False)
+        if plain:
+            only_plain(agents[0])
+        ratios = [torch.stack(found) for found in logratios_together(agents, batch)]
+        results.append((ratios, backward(agents, batch)))
+    torch.testing.assert_close(results[0], results[1], **EXACT)
+
+
 def test_layers_below_the_first_adapter_run_once_for_all_members() -> None:
     calls = [0, 0]
     results = []

@@ -49,3 +49,18 @@ def test_nothing_is_kept_for_a_gradient_that_nobody_wants() -> None:
     hidden, weight, _, targets = inputs()
     with torch.no_grad():
         assert not token_logprobs(hidden, weight, None, targets).requires_grad
+
+
+def test_the_gradient_of_a_confident_bfloat16_head_is_not_noise() -> None:
+    """p is 0.998 or so: with p rounded to 1 before the subtraction nothing would be left of 1 - p."""
+    _, weight, _, targets = inputs(torch.bfloat16)
+    confident = (weight[targets].float() * 1.2).bfloat16().detach().requires_grad_()
+    found = token_logprobs(confident, weight, None, targets)
+    assert float(found.exp().median()) > 0.99
+    (gradient,) = torch.autograd.grad(found.sum(), confident)
+    logits = torch.nn.functional.linear(confident, weight).float()
+    excess = torch.nn.functional.one_hot(targets, VOCABULARY) - logits.softmax(dim=1)
+    expected = excess @ weight.float()
+    error = (gradient.float() - expected).norm(dim=1) / expected.norm(dim=1)
+    # A few tokens are so sure that float32 itself cannot tell p from 1.
+    assert float(error.median()) < 0.01
