@@ -31,25 +31,23 @@ from evollm.algorithms.dpo_step import learn_together
 from evollm.data.batch import PreferenceBatch
 from evollm.demo import demo_model, demo_pairs
 from evollm.models.budget import count_saved_bytes
-from evollm.models.engine import Engine
 
 MIB = 2**20
 
 
-def measure(model_folder: str, agents: int, batch_size: int) -> dict[str, float]:
+def measure(model_folder: str, agents: int, batch_size: int, budget: int) -> dict[str, float]:
     """Train `agents` agents for two steps in this process; sizes in MiB."""
     before = psutil.Process().memory_info().rss / MIB
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     base_size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     env = PreferenceGym(demo_pairs("train"), None, tokenizer, data_batch_size_per_gpu=batch_size)
-    population = DPO.population(agents, actor_network=model, lr=1e-4, gradient_checkpointing=False)
+    population = DPO.population(agents, actor_network=model, lr=1e-4, gradient_checkpointing=False, token_budget=budget)
     for _ in range(2):
         learn_together(population, env.next_batch())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
     base = population[0].base
     # A pass as full as the budget allows, by itself.
-    (budget,) = (tokens for (training, _), tokens in Engine.of(base)._budgets.items() if training)
     few = PreferenceBatch.from_pairs(env.train_pairs)
     few = few.select(list(range(int((np.cumsum(few.num_tokens) <= budget).sum()))))
     with count_saved_bytes() as saved:
@@ -73,17 +71,18 @@ def main() -> None:
     parser.add_argument("--model", help="model folder (default: the demo's)")
     parser.add_argument("--agents", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--token-budget", type=int, default=1024, help="the default on a CPU")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     model = options.model or str(demo_model())
     if options.measure:
         transformers_logging.disable_progress_bar()
-        print(json.dumps(measure(model, options.measure, options.batch_size)))
+        print(json.dumps(measure(model, options.measure, options.batch_size, options.token_budget)))
         return
     rows = []
     for agents in (1, options.agents):
         command = [sys.executable, __file__, "--model", model, "--measure", str(agents)]
-        command += ["--batch-size", str(options.batch_size)]
+        command += ["--batch-size", str(options.batch_size), "--token-budget", str(options.token_budget)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
     one, many = rows
