@@ -120,7 +120,8 @@ def pair_attention(
         return layout.varlen.attend(query, key, value, scaling, sliding_window), None
 
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    # Kernels for the CPU share key heads among query heads by themselves; CUDA's for float32 do not.
+    if groups > 1 and (query.device.type != "cpu" or softcap is not None):
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     # split() rather than slices: its backward pass is one cat() where each slice's would fill a whole tensor.
     sizes = [size for pair in layout.lengths for size in (pair.prompt + pair.chosen, pair.rejected)]
@@ -142,7 +143,10 @@ def _attend(
 ) -> Tensor:
     """One sequence; mask None is plain causal."""
     if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        shared = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=shared
+        )
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
