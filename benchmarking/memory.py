@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
 
 import numpy as np
 import psutil
+from throughput import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -86,9 +86,7 @@ def main() -> None:
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
     one, many = rows
-    print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}; batch {options.batch_size}"
-    )
+    print(f"{machine()}; batch {options.batch_size}")
     print(f"base {one['base_mib']:.0f} MiB in {many['base_storages']} storages with {many['agents']} agents", end=" ")
     print(f"({one['base_storages']} with one); an adapter {one['adapter_mib']:.1f} MiB")
     for row in rows:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def plot(table: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def machine() -> str:
-    """Processor, cores and Python."""
+    """Processor, cores, Python and the allocator, where another than the C library's is preloaded."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -164,7 +165,9 @@ def machine() -> str:
             line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         name = f"{names[0]}, {len(names)} cores" if names else name
-    return f"{name}, Python {platform.python_version()}"
+    preloaded = os.environ.get("LD_PRELOAD")
+    allocator = f", {Path(preloaded).name}" if preloaded else ""
+    return f"{name}, Python {platform.python_version()}{allocator}"
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
