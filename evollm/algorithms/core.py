@@ -17,9 +17,10 @@ from torch import nn
 from typing_extensions import Self
 
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
-from evollm.checkpoints.agent import AgentFolder, check_same_lora, read_agent_folder, write_agent_folder
+from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
+from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
 from evollm.checks import whole_number
-from evollm.errors import ConfigurationError
+from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState, SharedBase
 from evollm.models.engine import PassOptions
@@ -173,13 +174,11 @@ class LLMAgent(ABC):
         self.reference_update_tracker = reference_update_tracker
 
     def _replace_reference(self, state: AdapterState) -> None:
-        """Give the agent a reference of its own; the old one may be other agents' too and is not written to."""
+        """Change the reference, to another agent's if it has these weights; the old one is not written to."""
         before = self.adapter(REFERENCE)
         assert before is not None
-        name = self.base.add_adapter(REFERENCE, state.config, trainable=False)
-        self.base.load(name, state.tensors)
+        self._adapters[REFERENCE] = self.base.frozen_adapter(state, REFERENCE)
         self.base.use(self.actor_adapter)
-        self._adapters[REFERENCE] = name
         self.base.release(before)
 
     def release(self) -> None:
@@ -263,19 +262,22 @@ class LLMAgent(ABC):
 
         Args:
             path: Folder to write.
-            lora_only: Leave the base's weights out. False is not supported in this version.
+            lora_only: Leave the base's weights out. False adds them as a transformers model, in the subfolder `base`,
+                from which `load` takes them: the folder then stands by itself.
             save_optimizer: Include the optimizer's moments, to resume from.
             **kwargs: Ignored.
 
         Raises:
-            ConfigurationError: Something else lies at `path`, or `lora_only` is False.
+            ConfigurationError: Something else lies at `path`, or `lora_only` is False and the base is quantised.
         """
         del kwargs
-        if not lora_only:
-            raise ConfigurationError("lora_only", lora_only, "full-model checkpoints are not supported in this version")
+        base = None if lora_only else self.base
+        write_agent_folder(path, self.to_folder(save_optimizer), base_name=self.base.name, base=base)
+
+    def to_folder(self, save_optimizer: bool = True) -> AgentFolder:
+        """What `save_checkpoint` writes."""
         adapters = {role: self.base.export(name) for role, name in self._adapters.items() if name is not None}
-        optimizer = self.optimizer.state_dict() if save_optimizer else None
-        write_agent_folder(path, AgentFolder(adapters, self._attributes(), optimizer), base_name=self.base.name)
+        return AgentFolder(adapters, self._attributes(), self.optimizer.state_dict() if save_optimizer else None)
 
     def load_checkpoint(
         self,
@@ -284,6 +286,7 @@ class LLMAgent(ABC):
         overwrite_reference_adapter: bool | None = None,
         overwrite_critic_adapter: bool = True,
         merge_lora_configs: bool = False,
+        check_base: bool = True,
     ) -> None:
         """Restore the agent from a folder that `save_checkpoint` wrote.
 
@@ -295,16 +298,64 @@ class LLMAgent(ABC):
                 False restores the saved reference (a resume). None: a resume when the checkpoint is of the same
                 algorithm, the next stage otherwise.
             overwrite_critic_adapter: Accepted for compatibility; this agent has no critic.
-            merge_lora_configs: Reconcile different LoRA configurations. Not supported in this version.
+            merge_lora_configs: Where the LoRA configurations differ, rebuild the agent's adapters with the larger rank,
+                the union of the target modules and, with a warning, its own values of other fields. The loaded
+                adapters compute what they computed; the optimizer starts afresh.
+            check_base: Refuse a checkpoint that was saved on another base.
 
         Raises:
-            CheckpointError: The folder is missing or incomplete.
+            CheckpointError: The folder is missing, damaged, or from another base.
             ConfigurationError: The LoRA configurations differ; the message lists each field.
         """
         del overwrite_critic_adapter
-        if merge_lora_configs:
-            raise ConfigurationError("merge_lora_configs", True, "is not supported in this version")
         folder = read_agent_folder(path)
+        if check_base and folder.attributes["base_fingerprint"] != self.base.weights_fingerprint:
+            saved_on = folder.attributes["base_name"] or "a base without a name"
+            raise CheckpointError(
+                f"{path} was saved on another base ({saved_on}) than {self.base.name or 'this one'}: its adapters mean "
+                "nothing here. The same model in another dtype or quantised counts as another: check_base=False"
+            )
+        if merge_lora_configs:
+            folder = self._merged(folder)
+        self.load_folder(folder, load_optimizer, overwrite_reference_adapter, source=path)
+
+    def _merged(self, folder: AgentFolder) -> AgentFolder:
+        """The folder's adapters in the shapes of a merged LoRA configuration, which this agent's get too."""
+        current, saved = self.base.config(self.actor_adapter), folder.adapter(ACTOR).config
+        if not differing_fields(current, saved):
+            return folder
+        merged, overruled = merge_lora_configs(current, saved)
+        if overruled:
+            warnings.warn(
+                f"LoRA configurations differ in {overruled}: the agent's values hold, not the checkpoint's",
+                UserWarning,
+                stacklevel=3,
+            )
+        name = self.base.add_adapter(ACTOR, merged, trainable=True, seed=self.settings.seed)
+        fresh = self.base.export(name)
+        try:
+            adapters = {
+                role: AdapterState(fresh.config, pad_adapter(state, fresh)) for role, state in folder.adapters.items()
+            }
+        except ConfigurationError:
+            self.base.use(self.actor_adapter)
+            self.base.release(name)
+            raise
+        self.base.release(self.actor_adapter)
+        self._adapters[ACTOR] = name
+        self.lora_config = merged
+        self.base.use(name)
+        self.optimizer = self._new_optimizer()
+        return replace(folder, adapters=adapters, optimizer=None)
+
+    def load_folder(
+        self,
+        folder: AgentFolder,
+        load_optimizer: bool = True,
+        overwrite_reference_adapter: bool | None = None,
+        source: object = "the checkpoint",
+    ) -> None:
+        """What `load_checkpoint` does once a folder is read; `source` says where it came from."""
         saved_actor = folder.adapter(ACTOR)
         check_same_lora(self.base.config(self.actor_adapter), saved_actor.config)
         is_resume = folder.attributes["algorithm"] == self.algorithm
@@ -321,12 +372,13 @@ class LLMAgent(ABC):
         if is_resume:
             self._restore_attributes(folder.attributes)
         if load_optimizer:
-            self._load_optimizer(folder.optimizer, path)
+            self._load_optimizer(folder.optimizer, source)
 
     def _attributes(self) -> dict[str, Any]:
         return {
             "algorithm": self.algorithm,
             "base_name": self.base.name,
+            "base_fingerprint": self.base.weights_fingerprint,
             "index": self.index,
             "hyperparameters": asdict(self.hyperparameters),
             "settings": asdict(self.settings),
@@ -344,13 +396,13 @@ class LLMAgent(ABC):
         self.rng.bit_generator.state = attributes["rng"]
         self.set_hyperparameters(attributes["hyperparameters"])
 
-    def _load_optimizer(self, state: Mapping[str, Any] | None, path: str) -> None:
+    def _load_optimizer(self, state: Mapping[str, Any] | None, source: object) -> None:
         self.optimizer = self._new_optimizer()
         if state is None:
             warnings.warn(
-                f"{path} holds no optimizer state (save_optimizer=False): training goes on with a fresh optimizer",
+                f"{source} holds no optimizer state for these adapters: training goes on with a fresh optimizer",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             return
         self.optimizer.load_state_dict(dict(state))

@@ -239,7 +239,8 @@ class DPO(EvolvableAlgorithm):
             path: The folder.
             device: Where to put the base.
             accelerator: As for the constructor.
-            actor_network: The base; by default it is loaded by the name that the checkpoint states.
+            actor_network: The base; by default it is the checkpoint's own (`lora_only=False`), else it is loaded by the
+                name that the checkpoint states.
             model_config: Keyword arguments for `from_pretrained`, with which the base is loaded by its name.
 
         Raises:
@@ -248,11 +249,12 @@ class DPO(EvolvableAlgorithm):
         """
         folder = read_agent_folder(path)
         attributes = folder.attributes
-        if actor_network is None and not attributes["base_name"]:
+        base_name = str(folder.base or attributes["base_name"])
+        if actor_network is None and not base_name:
             raise ConfigurationError("actor_network", None, f"{path} names no base model: pass the one it was tuned on")
         agent = cls(
             actor_network=actor_network,
-            model_name=None if actor_network is not None else attributes["base_name"],
+            model_name=None if actor_network is not None else base_name,
             model_config=model_config,
             lora_config=folder.adapter(ACTOR).config,
             hp_config=attributes["hp_config"] and HyperparameterConfig.from_dict(attributes["hp_config"]),

@@ -1,6 +1,19 @@
 """State on disk: never half there, and never code."""
 
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, save_llm_checkpoint, write_agent_folder
-from evollm.checkpoints.files import replace_folder
+from evollm.checkpoints.files import only_writer, replace_folder
+from evollm.checkpoints.run import Population, newest_population, prune_populations, read_population, write_population
 
-__all__ = ["AgentFolder", "read_agent_folder", "replace_folder", "save_llm_checkpoint", "write_agent_folder"]
+__all__ = [
+    "AgentFolder",
+    "Population",
+    "newest_population",
+    "only_writer",
+    "prune_populations",
+    "read_agent_folder",
+    "read_population",
+    "replace_folder",
+    "save_llm_checkpoint",
+    "write_agent_folder",
+    "write_population",
+]

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from evollm.checkpoints.files import replace_folder
-from evollm.errors import CheckpointError, ConfigurationError
+from evollm.checkpoints.files import existing_folder, replace_folder, verify
+from evollm.errors import CheckpointError
 from evollm.models import AdapterState, SharedBase
-from evollm.models.shared_base import LORA_PROVENANCE
 
 ATTRIBUTES = "attributes.pt"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-REQUIRED = frozenset({"algorithm", "base_name", "hyperparameters", "settings", "hp_config"})
-
-# Fields that may differ between two LoRA configurations that compute the same.
-_NOT_COMPARED = LORA_PROVENANCE | {"auto_mapping", "task_type", "lora_dropout"}
+BASE = "base"
+REQUIRED = frozenset({"algorithm", "base_name", "base_fingerprint", "hyperparameters", "settings", "hp_config"})
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,13 @@ class AgentFolder:
         adapters: The adapters by role; one subfolder each.
         attributes: Plain data: algorithm, hyperparameters, counters, generator state.
         optimizer: State of the optimizer, None when it was not saved.
+        base: Folder of the base's weights, None when they were not saved.
     """
 
     adapters: Mapping[str, AdapterState]
     attributes: Mapping[str, Any]
     optimizer: Mapping[str, Any] | None
+    base: Path | None = None
 
     def adapter(self, role: str) -> AdapterState:
         """The adapter in this role.
@@ -53,18 +53,29 @@ class AgentFolder:
         return self.adapters[role]
 
 
-def write_agent_folder(path: str | Path, agent: AgentFolder, base_name: str) -> None:
+def write_agent_folder(path: str | Path, agent: AgentFolder, base_name: str, base: SharedBase | None = None) -> None:
     """Write a checkpoint folder; it appears whole or not at all.
 
     Args:
         path: Folder to write or replace.
         agent: What to write.
         base_name: Name or path of the base model, for whoever loads an adapter.
+        base: Write its weights too, into the subfolder `base`; None: leave them out.
     """
     with replace_folder(path) as folder:
-        for role, state in agent.adapters.items():
-            write_adapter(folder / role, state, base_name)
-        torch.save({**agent.attributes, "optimizer": agent.optimizer}, folder / ATTRIBUTES)
+        write_agent(folder, agent, base_name)
+        if base is not None:
+            base.save_weights(folder / BASE)
+
+
+def write_agent(folder: Path, agent: AgentFolder, base_name: str) -> None:
+    """Write what a checkpoint folder of one agent holds into an existing folder."""
+    for role, state in agent.adapters.items():
+        write_adapter(folder / role, state, base_name)
+    # Through memory, so that a full disk is an OSError; torch's own writer raises something else.
+    data = io.BytesIO()
+    torch.save({**agent.attributes, "optimizer": agent.optimizer}, data)
+    (folder / ATTRIBUTES).write_bytes(data.getbuffer())
 
 
 class HasActor(Protocol):
@@ -95,50 +106,35 @@ def write_adapter(folder: Path, state: AdapterState, base_name: str) -> None:
     config.base_model_name_or_path = base_name or None
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    save_file(dict(state.tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(save(dict(state.tensors), metadata={"format": "pt"}))
 
 
 def read_agent_folder(path: str | Path) -> AgentFolder:
     """Read a checkpoint folder without running anything that is in it.
 
     Raises:
-        CheckpointError: The folder, or a file of it, is missing, damaged or not plain data.
+        CheckpointError: The folder, or a file of it, is missing, damaged or not plain data; the message names it.
     """
-    path = Path(path)
+    path = existing_folder(Path(path))
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not an agent's checkpoint: there is no such folder")
+    verify(path)
     if not (path / ATTRIBUTES).is_file():
-        fault = f"it has no {ATTRIBUTES}" if path.is_dir() else "there is no such folder"
-        raise CheckpointError(f"{path} is not an agent's checkpoint: {fault}")
+        raise CheckpointError(f"{path} is not an agent's checkpoint: it has no {ATTRIBUTES}")
     try:
         attributes = torch.load(path / ATTRIBUTES, map_location="cpu", weights_only=True)
-        adapters = {folder.parent.name: _read_adapter(folder.parent) for folder in sorted(path.glob(f"*/{CONFIG}"))}
+        adapters = {folder.parent.name: read_adapter(folder.parent) for folder in sorted(path.glob(f"*/{CONFIG}"))}
     except (pickle.UnpicklingError, SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(attributes, dict) or not attributes.keys() >= REQUIRED:
         raise CheckpointError(f"{path}: {ATTRIBUTES} is not an agent's, it lacks some of {sorted(REQUIRED)}")
-    return AgentFolder(adapters, attributes, attributes.pop("optimizer", None))
+    base = path / BASE if (path / BASE).is_dir() else None
+    return AgentFolder(adapters, attributes, attributes.pop("optimizer", None), base)
 
 
-def _read_adapter(folder: Path) -> AdapterState:
+def read_adapter(folder: Path) -> AdapterState:
+    """Read one adapter as PEFT saves it."""
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise CheckpointError(f"{folder} holds a {type(config).__name__}, not a LoRA adapter")
     return AdapterState(config, load_file(folder / WEIGHTS))
-
-
-def check_same_lora(current: LoraConfig, saved: LoraConfig) -> None:
-    """Raise unless two LoRA configurations compute the same.
-
-    Raises:
-        ConfigurationError: They differ; the message lists each field with both values.
-    """
-    differing = [
-        f"{field.name}: {getattr(current, field.name)!r} here, {getattr(saved, field.name)!r} in the checkpoint"
-        for field in fields(current)
-        if field.name not in _NOT_COMPARED and getattr(current, field.name) != getattr(saved, field.name, None)
-    ]
-    if differing:
-        raise ConfigurationError(
-            "lora_config",
-            "differs from the checkpoint's",
-            f"build the agent with the same one ({'; '.join(differing)})",
-        )

@@ -1,22 +1,32 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and say whether they still are.
+
+A folder is written aside, listed in a manifest with a sha256 sum for each file, flushed to disk and renamed. The sums
+are what finds a changed bit: neither safetensors nor torch does.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evollm.errors import ConfigurationError
+from filelock import FileLock, Timeout
 
+from evollm.errors import CheckpointError, ConfigurationError
+
+MANIFEST = "manifest.json"
 # A folder that holds none of these is not evollm's to replace.
-MARKS = ("attributes.pt", "adapter_config.json")
+MARKS = ("attributes.pt", "adapter_config.json", "population.json")
+_LOCK = ".lock"
+_CHUNK = 2**22
 
 
 def check_replaceable(field: str, path: Path) -> None:
-    """Refuse a path at which something lies that is not a saved agent or adapter.
+    """Refuse a path at which something lies that is not a saved agent, adapter or population.
 
     Raises:
         ConfigurationError: A file, or a folder with other content.
@@ -31,38 +41,155 @@ def check_replaceable(field: str, path: Path) -> None:
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Give a new empty folder to write into, and put it in the place of `path` when the block ends without an error.
 
-    The folder is made beside `path`, so that the rename stays on one file system. After an error nothing has changed.
+    The folder lies beside `path`, so that the rename stays on one file system. After an error nothing has changed; if
+    the process dies, `path` is the old folder or the new one, but for the moment between two renames, when the old one
+    is where `existing_folder` finds it.
 
     Raises:
-        ConfigurationError: Something lies at `path` that is not a saved agent or adapter.
+        ConfigurationError: Something lies at `path` that is not a saved agent, adapter or population.
+        CheckpointError: Another process is writing to `path`.
+        OSError: The disk is full, for example.
     """
     if not isinstance(path, str | os.PathLike):
         raise ConfigurationError("path", path, "must be a path")
     path = Path(path)
     check_replaceable("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    staging = path.with_name(f".{path.name}.new")
+    staging.mkdir(exist_ok=True)
+    with only_writer(staging, what=path):
+        try:
+            # Left by a process that died.
+            for leftover in staging.iterdir():
+                if leftover.name != _LOCK:
+                    _remove(leftover)
+            yield staging
+            (staging / _LOCK).unlink()
+            seal(staging)
+            _swap(staging, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(folder: Path, what: Path) -> Iterator[None]:
+    """Keep other processes from writing into an existing folder during the block; a dead process keeps nobody out.
+
+    Raises:
+        CheckpointError: Another process is in such a block; the message names `what`.
+    """
+    lock = FileLock(str(folder / _LOCK))
     try:
-        # mkdtemp makes folders that only their owner can read.
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        _swap(staging, path)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(f"another process is writing to {what}: wait for it, or give another folder") from None
+    try:
+        yield
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        lock.release()
 
 
-def _swap(staging: Path, path: Path) -> None:
-    """Rename `staging` to `path`; a folder that was there is deleted once it has made way."""
-    if not path.exists():
-        staging.rename(path)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-    path.rename(retired / "old")
-    staging.rename(path)
+def seal(folder: Path) -> None:
+    """List the files of a folder with their sums in its manifest, and flush everything to disk."""
+    files: dict[str, dict[str, object]] = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        if file != folder / MANIFEST:
+            files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
+            _flush(file)
+    (folder / MANIFEST).write_text(_manifest_text(files), encoding="utf-8")
+    _flush(folder / MANIFEST)
+    for inner in [folder, *(inner for inner in folder.rglob("*") if inner.is_dir())]:
+        _flush(inner)
+
+
+def verify(folder: Path) -> None:
+    """Compare every file of a folder with its manifest.
+
+    Raises:
+        CheckpointError: The manifest or a file is missing, cut or changed; the message names it.
+    """
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        files: dict[str, dict[str, object]] = json.loads(text)["files"]
+        unchanged = text == _manifest_text(files)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: {MANIFEST} is missing, so nothing says whether the rest is whole") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged ({error})") from None
+    if not unchanged:
+        raise CheckpointError(f"{folder}: {MANIFEST} has changed since it was written")
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{folder}: {name} has {file.stat().st_size} bytes of {expected['bytes']}")
+        if _digest(file) != expected["sha256"]:
+            raise CheckpointError(f"{folder}: {name} is not what was saved (its sha256 sum differs)")
+
+
+def existing_folder(path: Path) -> Path:
+    """Where the folder that was written to `path` is: there, or set aside by a process that died while replacing it."""
+    retired = _retired(path)
+    return retired if retired.is_dir() and not path.exists() else path
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; if the process dies meanwhile, what is left has a name that nobody takes for the folder."""
+    retired = _retired(path)
+    _remove(retired)
+    path.rename(retired)
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _swap(staging: Path, path: Path) -> None:
+    """Rename `staging` to `path`; a folder that was there is deleted once the new one is on disk."""
+    retired = _retired(path)
+    if path.exists():
+        _remove(retired)
+        path.rename(retired)
+    try:
+        staging.rename(path)
+    except OSError:
+        if retired.exists():
+            retired.rename(path)
+        raise
+    _flush(path.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _retired(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _manifest_text(files: dict[str, dict[str, object]]) -> str:
+    listed = json.dumps(files, sort_keys=True)
+    # A sum of its own: a changed letter in a name must not pass for a missing file.
+    own = hashlib.sha256(listed.encode()).hexdigest()
+    return json.dumps({"files": files, "format": 1, "sha256": own}, indent=1) + "\n"
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder on disk, not only in the system's memory."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

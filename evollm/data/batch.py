@@ -41,6 +41,13 @@ class TokenizedPair:
         """Tokens of the longer of the two sequences prompt + completion."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
+    def key(self) -> bytes:
+        """Digest of the token ids and lengths: equal pairs have equal keys."""
+        digest = hashlib.blake2b(digest_size=16)
+        for ids in (self.prompt_ids, self.chosen_ids, self.rejected_ids):
+            digest.update(len(ids).to_bytes(8, "little") + np.ascontiguousarray(ids).tobytes())
+        return digest.digest()
+
 
 @dataclass(frozen=True)
 class PreferenceBatch:
@@ -139,14 +146,7 @@ class PreferenceBatch:
 
     def keys(self) -> list[bytes]:
         """One digest for each pair, of its token ids and lengths: equal pairs have equal keys."""
-        keys = []
-        for row in range(len(self)):
-            pair = self.pair(row)
-            digest = hashlib.blake2b(digest_size=16)
-            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
-                digest.update(len(ids).to_bytes(8, "little") + np.ascontiguousarray(ids).tobytes())
-            keys.append(digest.digest())
-        return keys
+        return [self.pair(row).key() for row in range(len(self))]
 
 
 def _as_array(values: Any) -> IntArray:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,12 @@ from evollm.data.batch import PreferenceBatch
 from evollm.models.attention import PairLayout
 from evollm.models.budget import count_saved_bytes, default_budget
 from evollm.models.grouping import balanced_groups, padded_groups
+from evollm.models.identity import computing_settings
 from evollm.models.layers import FanOut
 from evollm.models.logprobs import PairLogprobs, completion_logprobs, packed_logprobs
 from evollm.models.packing import PackedPairs
 from evollm.models.probe import FastPaths, probe
-from evollm.models.shared_base import LORA_PROVENANCE, SharedBase, lora_settings
+from evollm.models.shared_base import SharedBase
 
 # (members, rows, log-probs of each member for these rows) -> the sum of the members' losses on them.
 MemberLoss = Callable[[Sequence[int], Sequence[int], list[PairLogprobs]], torch.Tensor]
@@ -135,6 +137,14 @@ class Engine:
                     parts[number].append(PairLogprobs(part.chosen.detach(), part.rejected.detach()))
         return [PairLogprobs.join(member_parts, groups) for member_parts in parts]
 
+    def state_dict(self) -> list[list[Any]]:
+        """The default budgets found so far, ready for JSON: the bits of a run depend on them."""
+        return [[*kind, budget] for kind, budget in self._budgets.items()]
+
+    def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
+        """Use these default budgets, whatever memory is free at present."""
+        self._budgets = {(bool(one), bool(two), bool(three)): int(budget) for one, two, three, budget in state}
+
     def _default_budget(
         self,
         batch: PreferenceBatch,
@@ -226,5 +236,4 @@ class _FewPairs:
 
 def _identity(base: SharedBase, name: str) -> str:
     """What of an adapter's configuration decides how it is computed."""
-    settings = {key: value for key, value in lora_settings(base.config(name)).items() if key not in LORA_PROVENANCE}
-    return json.dumps(settings, sort_keys=True)
+    return json.dumps(computing_settings(base.config(name)), sort_keys=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import CheckpointError
@@ -73,9 +73,12 @@ class ReferenceCache:
             digests = np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(-1, _KEY_BYTES)
             tensors[f"pairs-{number}"] = torch.from_numpy(digests.copy())  # (n, 16)
             tensors[f"sums-{number}"] = torch.tensor(list(entries.values()), dtype=torch.float64).view(-1, 2)  # (n, 2)
-        beside = path.with_name(f"{path.name}.new")
-        save_file(tensors, beside, metadata={"references": json.dumps(list(self._entries))})
-        beside.replace(path)
+        path.write_bytes(save(tensors, metadata={"references": json.dumps(list(self._entries))}))
+
+    def update(self, other: ReferenceCache) -> None:
+        """Add another cache's entries."""
+        for reference, entries in other._entries.items():
+            self._entries.setdefault(reference, {}).update(entries)
 
     def load(self, path: Path) -> None:
         """Add the entries that `save` wrote.

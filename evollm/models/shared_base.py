@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,16 +20,13 @@ from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
 from evollm.models.attention import PairLayout, current_layout, packed_attention
+from evollm.models.identity import adapter_fingerprint, computing_settings, weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
 from evollm.models.reference_cache import ReferenceCache
 from evollm.models.routing import AdapterRouter
 
 # The others rewrite the base's own weights, which every other adapter stands on, or need data.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-# Fields of a configuration that say where an adapter came from, not what it computes.
-LORA_PROVENANCE = frozenset(
-    {"base_model_name_or_path", "inference_mode", "revision", "peft_version", "init_lora_weights"}
-)
 # Options that work on the base itself, or through hooks for which the base would have to be called by PEFT.
 _UNSUPPORTED = ("modules_to_save", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 _ATTRIBUTE = "_evollm_shared_base"
@@ -72,6 +68,7 @@ class SharedBase:
                 "(an adapter that was trained before: model.merge_and_unload() first)",
             )
         self.network = model
+        self.weights_fingerprint = weights_fingerprint(model)
         self.reference_cache = ReferenceCache()
         self._peft: PeftModel | None = None
         self._owners: Counter[str] = Counter()
@@ -236,6 +233,42 @@ class SharedBase:
         copies = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
         return AdapterState(copy.deepcopy(self.config(name)), copies)
 
+    def frozen_adapter(self, state: AdapterState, role: str) -> str:
+        """Name of a frozen adapter with this configuration and these weights, new or not, owned by the caller."""
+        name = self._find_frozen(state)
+        if name is not None:
+            return self.retain(name)
+        name = self.add_adapter(role, state.config, trainable=False)
+        self.load(name, state.tensors)
+        return name
+
+    def _find_frozen(self, state: AdapterState) -> str | None:
+        wanted = computing_settings(state.config)
+        for name in self._parameters:
+            if name not in self._trainable and computing_settings(self.config(name)) == wanted:
+                own = self.export(name).tensors
+                if own.keys() == state.tensors.keys() and all(torch.equal(own[key], state.tensors[key]) for key in own):
+                    return name
+        return None
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the base without adapters as `from_pretrained` reads it.
+
+        Raises:
+            ConfigurationError: The base is quantised.
+        """
+        if getattr(self.network, "is_quantized", False):
+            raise ConfigurationError(
+                "lora_only", False, "the base is quantised: save the adapters alone and load it from where it came"
+            )
+        adapters = {id(parameter) for name in self._parameters for parameter in self._parameters[name].values()}
+        weights = {
+            name.replace(".base_layer.", "."): tensor.detach()
+            for name, tensor in self.network.state_dict(keep_vars=True).items()
+            if id(tensor) not in adapters
+        }
+        self.network.save_pretrained(folder, state_dict=weights)
+
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite an adapter's weights in place.
 
@@ -256,12 +289,7 @@ class SharedBase:
         if name in self._trainable:
             raise ConfigurationError("adapter", name, "is trainable: only a frozen adapter has a lasting fingerprint")
         if name not in self._fingerprints:
-            settings = lora_settings(self.config(name))
-            computing = {key: value for key, value in settings.items() if key not in LORA_PROVENANCE}
-            digest = hashlib.sha256(json.dumps(computing, sort_keys=True).encode())
-            for key, parameter in sorted(self._parameters[name].items()):
-                digest.update(key.encode() + _bytes_of(parameter))
-            self._fingerprints[name] = digest.hexdigest()
+            self._fingerprints[name] = adapter_fingerprint(self.config(name), self._parameters[name])
         return self._fingerprints[name]
 
     def move_to(self, device: torch.device) -> None:
@@ -373,17 +401,3 @@ def _parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
             segments.remove(name)
             found[".".join(segments)] = parameter
     return found
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-
-
-def lora_settings(config: LoraConfig) -> dict[str, Any]:
-    """A LoRA configuration as JSON values; sets become sorted lists."""
-    settings: dict[str, Any] = json.loads(json.dumps(cast(Any, config).to_dict(), default=_jsonable))
-    return settings
-
-
-def _jsonable(value: object) -> object:
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from snapshots import actor_bits, adapter_bits
+from transformers import AutoModelForCausalLM
 
 from evollm import DPO, CheckpointError, ConfigurationError, HyperparameterConfig, RLParameter, save_llm_checkpoint
 from evollm.checkpoints import replace_folder
+from evollm.checkpoints.files import MANIFEST, seal
 from evollm.models import completion_logprobs
 
 
@@ -38,6 +41,7 @@ def test_the_folder_has_the_layout_of_the_seed_page(trained, tmp_path) -> None:
         "actor/adapter_config.json",
         "actor/adapter_model.safetensors",
         "attributes.pt",
+        MANIFEST,
         "reference/adapter_config.json",
         "reference/adapter_model.safetensors",
     ]
@@ -59,6 +63,7 @@ def test_save_llm_checkpoint_writes_the_actor_alone(trained, make_model, gym, tm
     assert sorted(path.name for path in (tmp_path / "deploy").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        MANIFEST,
     ]
     batch = gym.next_batch()
     loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "deploy"))
@@ -127,6 +132,19 @@ def test_without_optimizer_state_a_warning_is_given_and_moments_start_afresh(tra
     assert not agent.optimizer.state
 
 
+def test_another_base_is_refused(trained, make_agent, make_model, gym, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    agent = make_agent(actor_network=make_model(seed=1))
+    before = actor_bits(agent)
+    with pytest.raises(CheckpointError, match="saved on another base"):
+        agent.load_checkpoint(str(tmp_path / "agent"))
+    with pytest.raises(CheckpointError, match="saved on another base"):
+        DPO.load(str(tmp_path / "agent"), actor_network=make_model(seed=1))
+    assert actor_bits(agent) == before
+    agent.load_checkpoint(str(tmp_path / "agent"), check_base=False)
+    assert actor_bits(agent) == actor_bits(trained)
+
+
 def test_load_optimizer_false_keeps_the_live_optimizer(trained, make_agent, gym, tmp_path) -> None:
     trained.save_checkpoint(str(tmp_path / "agent"))
     agent = make_agent()
@@ -149,11 +167,76 @@ def test_another_lora_config_is_refused_with_each_field_that_differs(trained, ma
     assert actor_bits(agent) == before
 
 
-def test_what_this_version_cannot_do_is_refused(trained, tmp_path) -> None:
-    with pytest.raises(ConfigurationError, match="lora_only"):
-        trained.save_checkpoint(str(tmp_path / "agent"), lora_only=False)
-    with pytest.raises(ConfigurationError, match="merge_lora_configs"):
-        trained.load_checkpoint(str(tmp_path / "agent"), merge_lora_configs=True)
+def merged_setup(make_agent, rank: int, alpha: int, modules: list[str]) -> DPO:
+    return make_agent(lora_config=LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "modules"),
+    [(8, 16, ["q_proj", "v_proj", "down_proj"]), (2, 4, ["q_proj"]), (8, 4, ["o_proj", "q_proj"])],
+)
+def test_merged_lora_configs_compute_what_was_saved(trained, make_agent, gym, tmp_path, rank, alpha, modules) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    agent, batch = merged_setup(make_agent, rank, alpha, modules), gym.next_batch()
+    agent.learn(batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        agent.load_checkpoint(str(tmp_path / "agent"), merge_lora_configs=True)
+    said = [str(warning.message) for warning in caught]
+    assert any("no optimizer state" in text for text in said)
+    assert any("['lora_alpha']" in text for text in said) == (alpha != 8)
+    config = agent.base.config(agent.actor_adapter)
+    assert config.r == max(rank, 4)
+    assert set(config.target_modules) == {"q_proj", "v_proj", "down_proj", *modules}
+    for mine, theirs in zip(agent.logratios(batch), trained.logratios(batch), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    # Everything can learn: B is zero where it was padded, A is not, and a new module's A follows its B.
+    for _ in range(2):
+        agent.learn(batch)
+    gradients = [state["exp_avg"].abs().sum() for state in agent.optimizer.state.values()]
+    assert all(gradient > 0 for gradient in gradients)
+    agent.save_checkpoint(str(tmp_path / "again"))
+    assert len(agent.base.adapters) == 2
+
+
+def test_merging_what_has_no_union_is_refused_and_changes_nothing(trained, make_agent, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    agent = make_agent(lora_config=LoraConfig(r=4, target_modules=".*q_proj", task_type="CAUSAL_LM"))
+    before = adapter_bits(agent.base)
+    with pytest.raises(ConfigurationError, match="has no union"):
+        agent.load_checkpoint(str(tmp_path / "agent"), merge_lora_configs=True)
+    patterned = LoraConfig(r=8, target_modules=["q_proj"], rank_pattern={"q_proj": 2}, task_type="CAUSAL_LM")
+    other = make_agent(lora_config=patterned)
+    with pytest.warns(match="rank_pattern"), pytest.raises(ConfigurationError, match="cannot be merged"):
+        other.load_checkpoint(str(tmp_path / "agent"), merge_lora_configs=True)
+    assert adapter_bits(agent.base) == before
+    assert len(other.base.adapters) == 2
+
+
+@pytest.mark.parametrize("save_optimizer", [True, False])
+@pytest.mark.parametrize("lora_only", [True, False])
+def test_each_cell_of_the_grid_goes_on_bit_for_bit(
+    trained, make_model, gym, tmp_path, lora_only: bool, save_optimizer: bool
+) -> None:
+    path = tmp_path / "agent"
+    trained.save_checkpoint(str(path), lora_only=lora_only, save_optimizer=save_optimizer)
+    assert (path / "base").is_dir() != lora_only
+    resumed = DPO.load(str(path), actor_network=make_model() if lora_only else None)
+    assert bool(resumed.optimizer.state) == save_optimizer
+    if not save_optimizer:
+        trained.optimizer = trained._new_optimizer()
+    for _ in range(2):
+        batch = gym.next_batch()
+        assert resumed.learn(batch) == trained.learn(batch)
+    assert actor_bits(resumed) == actor_bits(trained)
+
+
+def test_a_saved_base_is_a_plain_transformers_model_without_adapters(trained, make_model, gym, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"), lora_only=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "agent" / "base")
+    expected = make_model().state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 class Malicious:
@@ -168,9 +251,11 @@ def test_a_pickle_in_place_of_the_attributes_is_refused_and_not_run(trained, tmp
     trained.save_checkpoint(str(tmp_path / "agent"))
     mark = tmp_path / "ran"
     (tmp_path / "agent" / "attributes.pt").write_bytes(pickle.dumps(Malicious(mark)))
+    seal(tmp_path / "agent")
     with pytest.raises(CheckpointError, match="cannot be read"):
         trained.load_checkpoint(str(tmp_path / "agent"))
     torch.save({"algorithm": Malicious(mark)}, tmp_path / "agent" / "attributes.pt")
+    seal(tmp_path / "agent")
     with pytest.raises(CheckpointError, match="cannot be read"):
         trained.load_checkpoint(str(tmp_path / "agent"))
     assert not mark.exists()
@@ -180,7 +265,7 @@ def test_a_pickle_in_place_of_the_attributes_is_refused_and_not_run(trained, tmp
 def test_a_missing_file_is_an_evollm_error(trained, tmp_path, missing: str) -> None:
     trained.save_checkpoint(str(tmp_path / "agent"))
     (tmp_path / "agent" / missing).unlink()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=missing):
         trained.load_checkpoint(str(tmp_path / "agent"))
 
 
@@ -199,7 +284,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path) -> None:
     assert (target / "attributes.pt").read_text() == "first"
     with replace_folder(target) as folder:
         (folder / "adapter_config.json").write_text("second")
-    assert sorted(path.name for path in target.iterdir()) == ["adapter_config.json"]
+    assert sorted(path.name for path in target.iterdir()) == ["adapter_config.json", MANIFEST]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
 
 
@@ -241,5 +326,6 @@ def test_attributes_of_something_else_are_refused(trained, tmp_path) -> None:
     trained.save_checkpoint(str(tmp_path / "agent"))
     for content in ({"lr": 1}, torch.zeros(2)):
         torch.save(content, tmp_path / "agent" / "attributes.pt")
+        seal(tmp_path / "agent")
         with pytest.raises(CheckpointError, match="is not an agent's"):
             trained.load_checkpoint(str(tmp_path / "agent"))

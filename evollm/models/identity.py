@@ -1,0 +1,58 @@
+"""What makes two adapters or two bases the same: settings that compute the same, and digests of weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+# Fields of a configuration that say where an adapter came from, not what it computes.
+LORA_PROVENANCE = frozenset(
+    {"base_model_name_or_path", "inference_mode", "revision", "peft_version", "init_lora_weights"}
+)
+# Of each tensor; all of them would take long with large models.
+_SAMPLED_VALUES = 256
+
+
+def lora_settings(config: LoraConfig) -> dict[str, Any]:
+    """A LoRA configuration as JSON values; sets become sorted lists."""
+    settings: dict[str, Any] = json.loads(json.dumps(cast(Any, config).to_dict(), default=_jsonable))
+    return settings
+
+
+def computing_settings(config: LoraConfig) -> dict[str, Any]:
+    """The settings that decide what an adapter computes."""
+    return {key: value for key, value in lora_settings(config).items() if key not in LORA_PROVENANCE}
+
+
+def _jsonable(value: object) -> object:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def adapter_fingerprint(config: LoraConfig, parameters: Mapping[str, Tensor]) -> str:
+    """Digest of an adapter's weights and of the settings that decide what it computes."""
+    digest = hashlib.sha256(json.dumps(computing_settings(config), sort_keys=True).encode())
+    for key, parameter in sorted(parameters.items()):
+        digest.update(key.encode() + _bytes_of(parameter))
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Digest that tells a model from others: name, shape, type and some evenly spaced values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            if not tensor.is_meta:
+                values = tensor.detach().reshape(-1)
+                digest.update(_bytes_of(values[:: max(1, len(values) // _SAMPLED_VALUES)]))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
