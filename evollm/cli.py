@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from transformers.utils import logging as transformers_logging
 
 from evollm import __version__
-from evollm.demo import run_demo
+from evollm.demo import resume_demo, run_demo
 from evollm.errors import EvoLLMError
 
 
@@ -44,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--run-dir", help="run folder (default: a new one in evollm-runs)")
     demo.add_argument("--seed", type=int, default=42, help="of data order, adapters, evolution (default: %(default)s)")
     demo.set_defaults(run=_demo)
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a run that was interrupted",
+        description="Go on with an interrupted run from its newest whole checkpoint; it ends with the same bits.",
+    )
+    resume.add_argument("run_dir", help="run folder")
+    resume.set_defaults(run=lambda options: resume_demo(options.run_dir))
     return parser
 
 

@@ -12,10 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evollm.algorithms import DPO
 from evollm.checks import whole_number
 from evollm.demo.model import demo_model
+from evollm.errors import ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import PreferenceGym
 from evollm.training import finetune_llm_preference
+from evollm.training.options import new_run_dir
 
+# What a run of the demo was started with, for whoever resumes it.
+STARTED = "demo.json"
 SPLITS = ("train", "selection", "final")
 BATCH_SIZE = 6
 STEPS_PER_GENERATION = 3
@@ -34,7 +38,11 @@ def demo_pairs(split: str) -> list[dict[str, Any]]:
 
 
 def run_demo(
-    population: int = 4, generations: int = 3, run_dir: str | Path | None = None, seed: int = 42
+    population: int = 4,
+    generations: int = 3,
+    run_dir: str | Path | None = None,
+    seed: int = 42,
+    resume_from_checkpoint: str | Path | None = None,
 ) -> tuple[list[DPO], list[float]]:
     """Teach a 135M-parameter model to answer briefly, and find the hyperparameters for it.
 
@@ -43,6 +51,7 @@ def run_demo(
         generations: Number of generations, at least 2, with an evolution between each two.
         run_dir: Run folder, by default a new one in `evollm-runs`.
         seed: Seeds data order, adapters and evolution.
+        resume_from_checkpoint: Folder of a demo that was interrupted, to go on with it.
 
     Returns:
         What `finetune_llm_preference` returns.
@@ -51,6 +60,11 @@ def run_demo(
     whole_number("population", population, 2)
     whole_number("generations", generations, 2)
     whole_number("seed", seed, 0)
+    run_dir = Path(run_dir) if run_dir is not None else new_run_dir()
+    if resume_from_checkpoint is None and not (run_dir / "config.json").exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        started = {"population": population, "generations": generations, "seed": seed}
+        (run_dir / STARTED).write_text(json.dumps(started) + "\n")
     folder = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -87,5 +101,23 @@ def run_demo(
         evo_steps=STEPS_PER_GENERATION,
         tournament=TournamentSelection(tournament_size=2, elitism=True, population_size=population, rand_seed=seed),
         mutation=Mutations(no_mutation=0.2, rl_hp=0.8, rand_seed=seed),
-        run_dir=run_dir,
+        run_dir=run_dir if resume_from_checkpoint is None else None,
+        resume_from_checkpoint=resume_from_checkpoint,
     )
+
+
+def resume_demo(run_dir: str | Path) -> tuple[list[DPO], list[float]]:
+    """Go on with a demo that was interrupted.
+
+    Raises:
+        ConfigurationError: The folder holds no run of the demo.
+    """
+    try:
+        started = json.loads((Path(run_dir) / STARTED).read_text())
+    except (OSError, ValueError) as error:
+        fix = (
+            "is no run that a command began; one that a script began is resumed by the script, with "
+            f"finetune_llm_preference(..., resume_from_checkpoint=...) ({error})"
+        )
+        raise ConfigurationError("run_dir", str(run_dir), fix) from error
+    return run_demo(**started, resume_from_checkpoint=run_dir)

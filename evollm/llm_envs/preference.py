@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -145,6 +146,16 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
     def all_pairs(self) -> list[TokenizedPair]:
         """The tokenised pairs of all splits."""
         return [pair for pairs in self._pairs.values() for pair in pairs]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the token ids of all pairs in their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for split, pairs in self._pairs.items():
+            digest.update(f"{split} {len(pairs)}".encode())
+            for pair in pairs:
+                digest.update(pair.key())
+        return digest.hexdigest()
 
     @property
     def num_epochs(self) -> int:

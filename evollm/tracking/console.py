@@ -53,6 +53,8 @@ class Console(Callback):
     def on_start(self, event: RunStarted) -> None:
         """Say what is about to happen and start the bar."""
         self._births = {birth.index: birth for birth in event.founders}
+        for plan in event.plans:
+            self._follow(plan)
         agents = f"{len(self._births)} agent{'s' if len(self._births) > 1 else ''}"
         data = event.config["data"]
         for report in data["reports"]:
@@ -61,7 +63,9 @@ class Console(Callback):
             f"{agents} on one base, {event.total_steps} steps of {data['batch_size']} pairs; folder {event.run_dir}",
             soft_wrap=True,
         )
-        self._task = self._progress.add_task("training", total=event.total_steps)
+        if event.step:
+            self._print(f"resumed after step {event.step}")
+        self._task = self._progress.add_task("training", total=event.total_steps, completed=event.step)
         self._progress.start()
 
     def on_step(self, event: StepDone) -> None:
@@ -77,10 +81,13 @@ class Console(Callback):
 
     def on_evolution(self, event: Evolved) -> None:
         """Say who came from whom."""
-        self._plans.append(event.plan)
-        self._births = {birth.index: birth for birth in event.plan.births}
+        self._follow(event.plan)
         for birth in event.plan.births:
             self._print(f"  agent {birth.index} <- {birth.parent}  {escape(_origin(birth))}", soft_wrap=True)
+
+    def _follow(self, plan: EvolutionPlan) -> None:
+        self._plans.append(plan)
+        self._births = {birth.index: birth for birth in plan.births}
 
     def on_checkpoint(self, event: Checkpointed) -> None:
         """Say where the population was saved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ class RunFolder(Callback):
         self._folder: Path | None = None
 
     def on_start(self, event: RunStarted) -> None:
-        """Create the folder and write the settings."""
+        """Create the folder and write the settings; of a resumed run keep what happened up to its checkpoint."""
         event.run_dir.mkdir(parents=True, exist_ok=True)
         self._folder = event.run_dir
-        (event.run_dir / "config.json").write_text(json.dumps(_strict(event.config), indent=2) + "\n")
-        self._append("lineage.jsonl", kind="founders", births=[birth.to_dict() for birth in event.founders])
+        _replace(event.run_dir / "config.json", json.dumps(_strict(event.config), indent=2) + "\n")
+        for name in ("metrics.jsonl", "lineage.jsonl"):
+            self._keep_until(event.step, name)
+        if event.step == 0:
+            self._append("lineage.jsonl", kind="founders", births=[birth.to_dict() for birth in event.founders])
 
     def on_step(self, event: StepDone) -> None:
         """Write one line for each agent."""
@@ -66,8 +70,34 @@ class RunFolder(Callback):
 
     def _append(self, name: str, **values: Any) -> None:
         assert self._folder is not None
-        with (self._folder / name).open("a") as file:
-            file.write(json.dumps(_strict(values), allow_nan=False) + "\n")
+        try:
+            with (self._folder / name).open("a") as file:
+                file.write(json.dumps(_strict(values), allow_nan=False) + "\n")
+        except OSError as error:
+            warnings.warn(f"a line of {name} is lost: {error}; the run goes on", UserWarning, stacklevel=2)
+
+    def _keep_until(self, step: int, name: str) -> None:
+        """Drop lines of later steps, the end of a run that goes on, and a line that was cut short."""
+        assert self._folder is not None
+        path = self._folder / name
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            if step > 0 and values.get("step", 0) <= step and values["kind"] != "end":
+                kept.append(line)
+        _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def _strict(value: Any) -> Any:

@@ -50,7 +50,9 @@ class TensorBoard(_Scalars):
     def on_start(self, event: RunStarted) -> None:
         """Open the event file."""
         module = importlib.import_module("torch.utils.tensorboard")
-        self._writer = module.SummaryWriter(str(event.run_dir / "tensorboard"))
+        # What a resumed run had written after its checkpoint comes again.
+        purge = event.step + 1 if event.step else None
+        self._writer = module.SummaryWriter(str(event.run_dir / "tensorboard"), purge_step=purge)
 
     def write(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Write scalars."""

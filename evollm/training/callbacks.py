@@ -20,12 +20,16 @@ class RunStarted:
         config: Settings of the run as JSON values.
         founders: The agents of the first generation.
         total_steps: Steps of the whole run; a step is one batch for every agent.
+        step: Steps done before, 0 unless the run is resumed.
+        plans: Evolutions done before.
     """
 
     run_dir: Path
     config: Mapping[str, Any]
     founders: Sequence[Birth]
     total_steps: int
+    step: int = 0
+    plans: Sequence[EvolutionPlan] = ()
 
 
 @dataclass(frozen=True)

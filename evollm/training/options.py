@@ -17,7 +17,7 @@ from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, check_population
 from evollm.llm_envs import PreferenceGym
-from evollm.models.shared_base import lora_settings
+from evollm.models.identity import computing_settings
 from evollm.training.callbacks import Callback
 
 
@@ -30,6 +30,7 @@ class RunOptions:
     evo_steps: int | None
     evaluation_interval: int | None
     checkpoint_steps: int | None
+    keep_last: int | None
     tournament: TournamentSelection | None
     mutation: Mutations | None
     update_reference_each_epoch: bool
@@ -37,8 +38,11 @@ class RunOptions:
     num_sample_answers: int
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "max_steps", "evo_steps", "evaluation_interval", "checkpoint_steps"):
+        for name in ("num_epochs", "max_steps", "evo_steps", "evaluation_interval", "keep_last"):
             object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
+        object.__setattr__(
+            self, "checkpoint_steps", optional_whole_number("checkpoint_steps", self.checkpoint_steps, 0)
+        )
         object.__setattr__(self, "num_sample_answers", whole_number("num_sample_answers", self.num_sample_answers, 0))
         for name in ("update_reference_each_epoch", "save_elite"):
             switch(name, getattr(self, name))
@@ -70,18 +74,18 @@ class Schedule:
         epoch: Steps of an epoch.
         evolve_every: Steps between two evolutions, None: never.
         evaluate_every: Steps between two evaluations, None: never.
-        checkpoint_every: Steps between two checkpoints, None: never.
+        checkpoint_every: Steps between two checkpoints, 0: never.
     """
 
     total: int
     epoch: int
     evolve_every: int | None
     evaluate_every: int | None
-    checkpoint_every: int | None
+    checkpoint_every: int
 
     @classmethod
     def of(cls, options: RunOptions, env: PreferenceGym) -> Schedule:
-        """Fill in the defaults: one epoch, evolution and evaluation after each epoch."""
+        """Fill in the defaults: one epoch; evolution, evaluation and a checkpoint after each epoch."""
         epoch = len(env)
         limits = [options.max_steps, options.num_epochs and options.num_epochs * epoch]
         evolve_every = (options.evo_steps or epoch) if options.evolves else None
@@ -91,7 +95,9 @@ class Schedule:
             epoch=epoch,
             evolve_every=evolve_every,
             evaluate_every=evaluate_every if env.test_pairs else None,
-            checkpoint_every=options.checkpoint_steps,
+            checkpoint_every=options.checkpoint_steps
+            if options.checkpoint_steps is not None
+            else evolve_every or epoch,
         )
 
     def evolves_at(self, step: int) -> bool:
@@ -105,8 +111,8 @@ class Schedule:
         return _due(self.evaluate_every, step) or self.evolves_at(step) or step == self.total
 
     def checkpoints_at(self, step: int) -> bool:
-        """Whether the population is saved at this step."""
-        return _due(self.checkpoint_every, step)
+        """Whether the population is saved at this step; at the end in any case, unless there are no checkpoints."""
+        return bool(self.checkpoint_every) and (_due(self.checkpoint_every, step) or step == self.total)
 
 
 def _due(interval: int | None, step: int) -> bool:
@@ -197,15 +203,27 @@ class RunPaths:
     elite: Path
 
     @classmethod
-    def of(cls, run_dir: object, checkpoints: object, elite: object) -> RunPaths:
+    def of(cls, run_dir: object, checkpoints: object, elite: object, resume: object = None) -> RunPaths:
         """Fill in the defaults and refuse folders that hold something else.
 
         Raises:
-            ConfigurationError: No path, a folder with another run, or one in which nothing but an agent may lie.
+            ConfigurationError: No path, a folder with another run, a folder to resume that holds none, or one in which
+                nothing but an agent may lie.
         """
-        folder = new_run_dir() if run_dir is None else _path("run_dir", run_dir)
-        if (folder / "config.json").exists():
-            raise ConfigurationError("run_dir", str(folder), "holds another run: give a new folder, or move that away")
+        if resume is not None:
+            folder = _path("resume_from_checkpoint", resume)
+            if run_dir is not None and _path("run_dir", run_dir).resolve() != folder.resolve():
+                raise ConfigurationError("run_dir", str(run_dir), "is not the run to resume: leave it out")
+            if not (folder / "config.json").is_file():
+                raise ConfigurationError(
+                    "resume_from_checkpoint", str(folder), "is no run folder: no config.json in it"
+                )
+        else:
+            folder = new_run_dir() if run_dir is None else _path("run_dir", run_dir)
+        if resume is None and (folder / "config.json").exists():
+            raise ConfigurationError(
+                "run_dir", str(folder), "holds another run: resume it with resume_from_checkpoint, or give a new folder"
+            )
         paths = cls(
             run_dir=folder,
             checkpoints=folder / "checkpoints" if checkpoints is None else _path("checkpoint_path", checkpoints),
@@ -250,8 +268,9 @@ def describe_run(
     return {
         "base": first.base.name,
         "base_dtype": str(first.base.network.dtype),
+        "base_fingerprint": first.base.weights_fingerprint,
         "device": str(first.device),
-        "lora": lora_settings(first.base.config(first.actor_adapter)),
+        "lora": computing_settings(first.base.config(first.actor_adapter)),
         "settings": asdict(first.settings),
         "hp_config": first.hp_config.to_dict() if first.hp_config else None,
         "agents": {agent.index: agent.hyperparameter_values() for agent in population},
@@ -260,6 +279,7 @@ def describe_run(
         "data": {
             "batch_size": env.data_batch_size_per_gpu,
             "reports": [str(report) for report in env.reports.values()],
+            "fingerprint": env.fingerprint,
             "position": env.state_dict(),
         },
         "versions": {name: version(name) for name in ("evollm", "torch", "transformers", "peft", "datasets")}

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evollm.algorithms.core import OWN, REFERENCE
 from evollm.algorithms.dpo import DPO
+from evollm.checkpoints import (
+    Population,
+    newest_population,
+    only_writer,
+    prune_populations,
+    read_population,
+    write_population,
+)
 from evollm.checks import single_process
-from evollm.errors import DivergedError
+from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import (
     Birth,
     Evaluation,
     Evolver,
-    Fitness,
     Member,
     Mutations,
     TournamentSelection,
@@ -24,6 +32,7 @@ from evollm.hpo import (
     rank,
 )
 from evollm.llm_envs import PreferenceGym
+from evollm.models.engine import Engine
 from evollm.models.generation import greedy_answers
 from evollm.tracking import Console, RunFolder, TensorBoard, WeightsAndBiases
 from evollm.training.callbacks import (
@@ -38,6 +47,8 @@ from evollm.training.callbacks import (
 )
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run, describe_run
 from evollm.training.population_step import FitnessFunction, check_fitness, evaluate_all, fitnesses_of, learn_all
+from evollm.training.state import Progress, check_same_run, global_generators, set_global_generators
+from evollm.training.stopping import StopSignals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,9 +68,11 @@ def finetune_llm_preference(
     update_reference_each_epoch: bool = False,
     run_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
+    keep_last: int | None = 2,
     checkpoint_path: str | Path | None = None,
     save_elite: bool = True,
     elite_path: str | Path | None = None,
+    resume_from_checkpoint: str | Path | None = None,
     num_sample_answers: int = 3,
     callbacks: Sequence[Callback] = (),
     accelerator: Accelerator | None = None,
@@ -88,10 +101,15 @@ def finetune_llm_preference(
         update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay
             relative to the first agent's reference at the start.
         run_dir: Run folder, by default a new one in `evollm-runs`.
-        checkpoint_steps: Steps between two checkpoints of the whole population; None: none.
+        checkpoint_steps: Steps between two checkpoints of the whole population; there is one at the end, too. By
+            default those between two evolutions, else an epoch; 0: none.
+        keep_last: Checkpoints to keep, the newest; None: all.
         checkpoint_path: Where they go, by default `checkpoints` in the run folder.
         save_elite: Save the fittest agent at the end.
         elite_path: Where it goes, by default `elite` in the run folder.
+        resume_from_checkpoint: Folder of a run that was interrupted, to go on from its newest whole checkpoint with the
+            same bits. Agents, gym and arguments must be made as they were for that run: their state is replaced. A
+            larger `num_epochs` or `max_steps` goes on with a run that had ended.
         num_sample_answers: Held-out prompts to answer before and after, for the eye.
         callbacks: Further callbacks.
         accelerator: Of a single process; more are not supported in this version.
@@ -105,6 +123,7 @@ def finetune_llm_preference(
 
     Raises:
         ConfigurationError: Something cannot work; found before any training.
+        CheckpointError: Every checkpoint of the run to resume is damaged, or another process writes to the folder.
         DivergedError: Every agent's loss or gradient has become NaN or infinite.
     """
     options = RunOptions(
@@ -113,6 +132,7 @@ def finetune_llm_preference(
         evo_steps=evo_steps,
         evaluation_interval=evaluation_interval,
         checkpoint_steps=checkpoint_steps,
+        keep_last=keep_last,
         tournament=tournament,
         mutation=mutation,
         update_reference_each_epoch=update_reference_each_epoch,
@@ -122,12 +142,17 @@ def finetune_llm_preference(
     check_run(pop, env, options)
     check_fitness(fitness)
     single_process(accelerator)
-    paths = RunPaths.of(run_dir, checkpoint_path, elite_path)
+    paths = RunPaths.of(run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
     listeners: list[Callback] = [RunFolder(), *check_callbacks(callbacks)]
     listeners += [Console()] if verbose else []
     listeners += [TensorBoard()] if tensorboard else []
     listeners += [WeightsAndBiases()] if wb else []
-    return PreferenceRun(pop, env, options, paths, fitness, listeners).train()
+    run = PreferenceRun(pop, env, options, paths, fitness, listeners)
+    paths.run_dir.mkdir(parents=True, exist_ok=True)
+    with only_writer(paths.run_dir, what=paths.run_dir):
+        if resume_from_checkpoint is not None:
+            run.resume()
+        return run.train()
 
 
 class PreferenceRun:
@@ -163,64 +188,108 @@ class PreferenceRun:
         self.yardstick: str | None = OWN
         if options.update_reference_each_epoch:
             self.yardstick = self.base.retain(str(self.population[0].adapter(REFERENCE)))
-        self.step = 0
-        self.generation = 0
-        self.fitnesses: dict[int, Fitness] = {}
+        self.config = describe_run(self.population, env, options, self.schedule)
+        self.progress = Progress([_founder(agent) for agent in self.population])
         self.evolver: Evolver | None = None
         if options.tournament is not None and options.mutation is not None:
             self.evolver = Evolver(options.tournament, options.mutation)
-
-    def train(self) -> tuple[list[DPO], list[float]]:
-        """Run to the end; see `finetune_llm_preference`."""
         # Entries carry the rounding of the batches that they were computed in: a run starts from none, so that its bits
         # do not depend on what ran before it on the same base.
         self.base.reference_cache.clear()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
+
+    def train(self) -> tuple[list[DPO], list[float]]:
+        """Run to the end; see `finetune_llm_preference`."""
+        progress = self.progress
         try:
-            config = describe_run(self.population, self.env, self.options, self.schedule)
-            founders = [_founder(agent) for agent in self.population]
-            self._tell("on_start", RunStarted(self.paths.run_dir, config, founders, self.schedule.total))
-            before = self._final_score(self.population[0])
-            while self.step < self.schedule.total:
-                self._train_step()
-                if self.schedule.evaluates_at(self.step):
-                    self._evaluate()
-                if self.schedule.evolves_at(self.step):
-                    self._evolve()
-                if self.step % self.schedule.epoch == 0 and self.step < self.schedule.total:
-                    self._end_epoch()
-                if self.schedule.checkpoints_at(self.step):
-                    self._checkpoint()
-            self._finish(before)
+            with StopSignals() as stop:
+                config, total = self.config, self.schedule.total
+                started = RunStarted(
+                    self.paths.run_dir, config, progress.founders, total, progress.step, tuple(progress.plans)
+                )
+                self._tell("on_start", started)
+                if self.step == 0:
+                    progress.before = self._final_score(self.population[0])
+                while self.step < total:
+                    self._train_step()
+                    if self.schedule.evaluates_at(self.step):
+                        self._evaluate()
+                    if self.schedule.evolves_at(self.step):
+                        self._evolve()
+                    if self.step % self.schedule.epoch == 0 and self.step < total:
+                        self._end_epoch()
+                    if self.schedule.checkpoints_at(self.step) or stop.received is not None:
+                        self._checkpoint()
+                    if stop.received is not None:
+                        stop.stop()
+                self._finish()
         finally:
             for callback in self.callbacks:
                 callback.close()
             if self.yardstick is not None and self.yardstick != OWN:
                 self.base.release(self.yardstick)
-        scores = [self.fitnesses.get(agent.index, (float("nan"),))[0] for agent in self.population]
+        scores = [progress.fitnesses.get(agent.index, (float("nan"),))[0] for agent in self.population]
         return self.population, scores
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint of the run folder; without any the run starts from its beginning.
+
+        Raises:
+            CheckpointError: Every checkpoint is damaged.
+            ConfigurationError: The run began with other settings.
+        """
+        path = newest_population(self.paths.checkpoints)
+        if path is None:
+            warnings.warn(f"{self.paths.run_dir} holds no checkpoint: it starts anew", UserWarning, stacklevel=3)
+            return
+        saved = read_population(path)
+        check_same_run(saved.state.get("config", {}), self.config)
+        progress = Progress.from_dict(saved.state, saved.tensors)
+        if progress.step > self.schedule.total:
+            fix = f"the checkpoint has {progress.step} steps already: give a larger num_epochs or max_steps"
+            raise ConfigurationError("max_steps", self.schedule.total, fix)
+        self.progress = progress
+        for agent, folder in zip(self.population, saved.agents, strict=True):
+            agent.load_folder(folder, overwrite_reference_adapter=False)
+        if saved.yardstick is not None:
+            self.base.release(str(self.yardstick))
+            self.yardstick = self.base.frozen_adapter(saved.yardstick, REFERENCE)
+        if self.evolver is not None:
+            self.evolver.load_state_dict(saved.state["evolver"])
+        self.env.load_state_dict(saved.state["env"])
+        Engine.of(self.base).load_state_dict(saved.state["budgets"])
+        self.base.reference_cache.update(saved.reference_logprobs)
+        set_global_generators(saved.state["generators"])
 
     def _train_step(self) -> None:
         metrics = learn_all(self.population, self.env.next_batch())
-        self.step += 1
+        self.progress.step += 1
         self._tell("on_step", StepDone(self.step, self.env.num_epochs, metrics))
 
     def _evaluate(self) -> None:
         evaluations = evaluate_all(self.population, self.env, self.yardstick)
-        self.fitnesses = fitnesses_of(self.population, evaluations, self.fitness)
+        self.progress.fitnesses = fitnesses_of(self.population, evaluations, self.fitness)
         for agent in self.population:
-            agent.fitness.append(self.fitnesses[agent.index][0])
+            agent.fitness.append(self.progress.fitnesses[agent.index][0])
         agents = {agent.index: agent.hyperparameter_values() for agent in self.population}
-        event = Evaluated(self.step, self.generation, evaluations, self.fitnesses, self._best().index, agents)
+        event = Evaluated(
+            self.step, self.progress.generation, evaluations, self.progress.fitnesses, self._best().index, agents
+        )
         self._tell("on_evaluation", event)
 
     def _evolve(self) -> None:
         assert self.evolver is not None
         members = [
-            Member(agent.index, self.fitnesses[agent.index], agent.hyperparameter_values()) for agent in self.population
+            Member(agent.index, self.progress.fitnesses[agent.index], agent.hyperparameter_values())
+            for agent in self.population
         ]
-        plan = self.evolver.plan(members, self.population[0].hp_config, self.generation)
+        plan = self.evolver.plan(members, self.population[0].hp_config, self.progress.generation)
         self.population = carry_out(plan, self.population)
-        self.generation += 1
+        self.progress.plans.append(plan)
         self._tell("on_evolution", Evolved(self.step, plan))
 
     def _end_epoch(self) -> None:
@@ -229,19 +298,39 @@ class PreferenceRun:
                 agent.set_reference_policy(agent.reference_update_tracker + 1)
 
     def _checkpoint(self) -> None:
-        self._keep_reference_logprobs()
         folder = self.paths.checkpoints / f"step-{self.step:06d}"
-        for agent in self.population:
-            agent.save_checkpoint(str(folder / f"agent-{agent.index}"))
+        try:
+            write_population(folder, self._saved(), self.base.name)
+            if self.options.keep_last is not None:
+                prune_populations(folder.parent, self.options.keep_last, newest=folder)
+        except OSError as error:
+            warnings.warn(
+                f"step {self.step} could not be saved: {error}; the run goes on, and earlier checkpoints are intact",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
         self._tell("on_checkpoint", Checkpointed(self.step, folder))
 
-    def _keep_reference_logprobs(self) -> None:
-        """A run that goes on from its folder need not compute them again."""
-        self.paths.run_dir.mkdir(parents=True, exist_ok=True)
-        self.base.reference_cache.save(self.paths.run_dir / "reference_logprobs.safetensors")
+    def _saved(self) -> Population:
+        state = {
+            **self.progress.to_dict(),
+            "config": self.config,
+            "env": self.env.state_dict(),
+            "evolver": self.evolver.state_dict() if self.evolver else None,
+            "budgets": Engine.of(self.base).state_dict(),
+            "generators": global_generators(),
+        }
+        moves = self.yardstick is not None and self.yardstick != OWN
+        return Population(
+            [agent.to_folder() for agent in self.population],
+            state,
+            self.progress.tensors(),
+            self.base.export(str(self.yardstick)) if moves else None,
+            self.base.reference_cache,
+        )
 
-    def _finish(self, before: Evaluation | None) -> None:
-        self._keep_reference_logprobs()
+    def _finish(self) -> None:
         best = self._best()
         if self.options.save_elite:
             best.save_checkpoint(str(self.paths.elite))
@@ -250,7 +339,7 @@ class PreferenceRun:
             best=best,
             best_path=self.paths.elite if self.options.save_elite else None,
             split=self._final_split(),
-            before=before,
+            before=self.progress.before,
             after=self._final_score(best),
             samples=self._samples(best),
         )
@@ -258,12 +347,12 @@ class PreferenceRun:
 
     def _best(self) -> DPO:
         """The fittest agent; when nothing could be evaluated, the first that has not diverged."""
-        if not self.fitnesses:
+        if not self.progress.fitnesses:
             return next(agent for agent in self.population if not agent.diverged)
-        fitnesses = [self.fitnesses[agent.index] for agent in self.population]
+        fitnesses = [self.progress.fitnesses[agent.index] for agent in self.population]
         best = rank(fitnesses)[0]
         if not is_finite(fitnesses[best]):
-            raise DivergedError(f"no agent has a finite fitness: {self.fitnesses}")
+            raise DivergedError(f"no agent has a finite fitness: {self.progress.fitnesses}")
         return self.population[best]
 
     def _final_split(self) -> str:

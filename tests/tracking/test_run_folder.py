@@ -35,11 +35,12 @@ def test_the_run_folder_holds_config_metrics_lineage_and_elite(make_population, 
     finetune_llm_preference(population, env, run_dir=tmp_path / "run", verbose=False, callbacks=[Break(population[1])])
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "checkpoints",
         "config.json",
         "elite",
         "lineage.jsonl",
         "metrics.jsonl",
-        "reference_logprobs.safetensors",
     ]
     config = json.loads((folder / "config.json").read_text())
     assert config["schedule"]["total"] == 3

@@ -119,8 +119,8 @@ def test_every_unit_is_a_step(make_population, tokenizer, evolution, tmp_path) -
     assert record.steps("on_step")[-1] == 8
     assert record.steps("on_evaluation") == [3, 4, 6, 8]
     assert record.steps("on_evolution") == [4]
-    assert record.steps("on_checkpoint") == [5]
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-000005"]
+    assert record.steps("on_checkpoint") == [5, 8]
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-000005", "step-000008"]
 
 
 def test_a_population_never_holds_more_adapters_than_its_size_and_one_reference(

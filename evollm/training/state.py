@@ -1,0 +1,162 @@
+"""How far a run has come, as plain data, and what a resumed run must have in common with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evollm.errors import CheckpointError, ConfigurationError
+from evollm.hpo import Birth, Evaluation, EvolutionPlan, Fitness
+
+# Settings that a resumed run may change: how long it goes on, and what it writes.
+_MAY_CHANGE = {
+    "options": {"num_epochs", "max_steps", "checkpoint_steps", "keep_last", "save_elite", "num_sample_answers"},
+    "schedule": {"total", "checkpoint_every"},
+    # Restored, wherever the gym stands now.
+    "data": {"position"},
+}
+_NOT_COMPARED = {"versions"}
+_BEFORE = ("before_chosen", "before_rejected")
+
+
+@dataclass
+class Progress:
+    """What has happened in a run.
+
+    Attributes:
+        founders: The first generation.
+        before: Score of the first agent before training, None when there is nothing to score it on.
+        step: Steps done; a step is one batch for every agent.
+        plans: The evolutions done.
+        fitnesses: The last fitness of every agent.
+    """
+
+    founders: list[Birth]
+    before: Evaluation | None = None
+    step: int = 0
+    plans: list[EvolutionPlan] = field(default_factory=list)
+    fitnesses: dict[int, Fitness] = field(default_factory=dict)
+
+    @property
+    def generation(self) -> int:
+        """Evolutions done."""
+        return len(self.plans)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but `before`, as strict JSON values."""
+        return {
+            "step": self.step,
+            "founders": [birth.to_dict() for birth in self.founders],
+            "plans": [plan.to_dict() for plan in self.plans],
+            "fitnesses": {
+                str(index): [part if math.isfinite(part) else str(part) for part in fitness]
+                for index, fitness in self.fitnesses.items()
+            },
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The log-ratios of `before`, which JSON is too narrow for."""
+        if self.before is None:
+            return {}
+        ratios = (self.before.chosen_logratios, self.before.rejected_logratios)
+        return {name: torch.tensor(values) for name, values in zip(_BEFORE, ratios, strict=True)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progress:
+        """Read what `to_dict` and `tensors` gave.
+
+        Raises:
+            CheckpointError: Something is missing or of another kind.
+        """
+        try:
+            return cls(
+                founders=[Birth.from_dict(birth) for birth in data["founders"]],
+                before=Evaluation(*(tensors[name].numpy() for name in _BEFORE)) if tensors else None,
+                step=int(data["step"]),
+                plans=[EvolutionPlan.from_dict(plan) for plan in data["plans"]],
+                fitnesses={
+                    int(index): tuple(float(part) for part in fitness) for index, fitness in data["fitnesses"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the progress of the run is incomplete or from elsewhere: {error!r}") from error
+
+
+def global_generators() -> dict[str, Any]:
+    """States of the generators that a user's own functions may draw from, ready for JSON."""
+    kind, words, *position = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(words).tolist(), *position],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def set_global_generators(state: Mapping[str, Any]) -> None:
+    """Go on where `global_generators` was called.
+
+    Raises:
+        CheckpointError: This is no such state.
+    """
+    try:
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(tuple(state["numpy"]))
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([torch.tensor(one, dtype=torch.uint8) for one in state["cuda"]])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the states of the random generators are incomplete: {error!r}") from error
+
+
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings, data, agents or another base than the run began with.
+
+    Args:
+        saved: What `describe_run` gave when the run began.
+        current: What it gives now.
+
+    Raises:
+        ConfigurationError: They differ in more than the length of the run; the message lists each difference.
+    """
+    differing = [
+        f"{name}: {before!r} then, {now!r} now"
+        for name, before, now in _differences(_comparable(saved), _comparable(current), "")
+    ]
+    if differing:
+        raise ConfigurationError(
+            "resume_from_checkpoint",
+            "other settings",
+            f"the run began with others; give those, or start a new run ({'; '.join(differing)})",
+        )
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    plain = json.loads(json.dumps(config, default=str))
+    return {
+        section: {key: value for key, value in content.items() if key not in _MAY_CHANGE[section]}
+        if section in _MAY_CHANGE
+        else content
+        for section, content in plain.items()
+        if section not in _NOT_COMPARED
+    }
+
+
+def _differences(before: Any, now: Any, name: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            difference
+            for key in keys
+            for difference in _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if before == now else [(name, before, now)]
