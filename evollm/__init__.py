@@ -1,7 +1,7 @@
 """evollm: preference-tune language models with a population of DPO agents on one shared base."""
 
 from evollm.algorithms import DPO
-from evollm.checkpoints import save_llm_checkpoint
+from evollm.checkpoints import save_llm_checkpoint, save_merged_model
 from evollm.errors import (
     CheckpointError,
     ConfigurationError,
@@ -32,4 +32,5 @@ __all__ = [
     "TournamentSelection",
     "finetune_llm_preference",
     "save_llm_checkpoint",
+    "save_merged_model",
 ]

@@ -1,6 +1,7 @@
 """State on disk: never half there, and never code."""
 
-from evollm.checkpoints.agent import AgentFolder, read_agent_folder, save_llm_checkpoint, write_agent_folder
+from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
+from evollm.checkpoints.export import save_llm_checkpoint, save_merged_model
 from evollm.checkpoints.files import only_writer, replace_folder
 from evollm.checkpoints.run import Population, newest_population, prune_populations, read_population, write_population
 
@@ -14,6 +15,7 @@ __all__ = [
     "read_population",
     "replace_folder",
     "save_llm_checkpoint",
+    "save_merged_model",
     "write_agent_folder",
     "write_population",
 ]

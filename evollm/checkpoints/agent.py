@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -76,27 +76,6 @@ def write_agent(folder: Path, agent: AgentFolder, base_name: str) -> None:
     data = io.BytesIO()
     torch.save({**agent.attributes, "optimizer": agent.optimizer}, data)
     (folder / ATTRIBUTES).write_bytes(data.getbuffer())
-
-
-class HasActor(Protocol):
-    """An agent, as far as its actor goes."""
-
-    base: SharedBase
-
-    @property
-    def actor_adapter(self) -> str:
-        """Name of the actor on the base."""
-
-
-def save_llm_checkpoint(agent: HasActor, path: str | Path) -> None:
-    """Write an agent's tuned adapter alone, to deploy: `PeftModel.from_pretrained(base_model, path)` loads it.
-
-    Args:
-        agent: The agent.
-        path: Folder to write or replace.
-    """
-    with replace_folder(path) as folder:
-        write_adapter(folder, agent.base.export(agent.actor_adapter), agent.base.name)
 
 
 def write_adapter(folder: Path, state: AdapterState, base_name: str) -> None:

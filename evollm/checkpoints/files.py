@@ -26,14 +26,14 @@ _CHUNK = 2**22
 
 
 def check_replaceable(field: str, path: Path) -> None:
-    """Refuse a path at which something lies that is not a saved agent, adapter or population.
+    """Refuse a path at which something lies that evollm did not write.
 
     Raises:
         ConfigurationError: A file, or a folder with other content.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not path.is_dir() or not any((path / mark).is_file() for mark in MARKS):
+    if not path.is_dir() or not (any((path / mark).is_file() for mark in MARKS) or _is_sealed(path)):
         raise ConfigurationError(field, str(path), "holds something else, which would be lost: give another folder")
 
 
@@ -126,6 +126,15 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder}: {name} has {file.stat().st_size} bytes of {expected['bytes']}")
         if _digest(file) != expected["sha256"]:
             raise CheckpointError(f"{folder}: {name} is not what was saved (its sha256 sum differs)")
+
+
+def _is_sealed(folder: Path) -> bool:
+    """Whether a manifest of evollm's lies in a folder; other programs give their files that name too."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.keys() == {"files", "format", "sha256"}
 
 
 def existing_folder(path: Path) -> Path:

@@ -36,7 +36,7 @@ class AdapterRouter:
         return all(
             module in self._layers and _is_plain(module, adapters)
             for module in model.modules()
-            if isinstance(module, BaseTunerLayer) and _holds_any(module, adapters)
+            if isinstance(module, BaseTunerLayer) and holds_any(module, adapters)
         )
 
     @contextmanager
@@ -139,7 +139,8 @@ def _is_routable(module: nn.Module) -> bool:
     )
 
 
-def _holds_any(layer: Any, adapters: Sequence[str]) -> bool:
+def holds_any(layer: Any, adapters: Sequence[str]) -> bool:
+    """Whether a PEFT layer holds weights of one of these adapters."""
     held = set().union(*(getattr(layer, name, {}) for name in layer.adapter_layer_names))
     return any(name in held for name in adapters)
 

@@ -22,6 +22,7 @@ from evollm.errors import ConfigurationError
 from evollm.models.attention import PairLayout, current_layout, packed_attention
 from evollm.models.identity import adapter_fingerprint, computing_settings, weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
+from evollm.models.merging import merged_weights
 from evollm.models.reference_cache import ReferenceCache
 from evollm.models.routing import AdapterRouter
 
@@ -251,22 +252,23 @@ class SharedBase:
                     return name
         return None
 
-    def save_weights(self, folder: Path) -> None:
-        """Write the base without adapters as `from_pretrained` reads it.
+    def save_weights(self, folder: Path, merged: str | None = None) -> None:
+        """Write the base as `from_pretrained` reads it, without adapters or with one of them merged into its weights.
 
         Raises:
-            ConfigurationError: The base is quantised.
+            ConfigurationError: The base is quantised, or the adapter cannot be merged.
         """
         if getattr(self.network, "is_quantized", False):
-            raise ConfigurationError(
-                "lora_only", False, "the base is quantised: save the adapters alone and load it from where it came"
-            )
+            fix = "is quantised and cannot be written: save the adapters alone, and load the base from where it came"
+            raise ConfigurationError("base", self.name, fix)
         adapters = {id(parameter) for name in self._parameters for parameter in self._parameters[name].values()}
         weights = {
             name.replace(".base_layer.", "."): tensor.detach()
             for name, tensor in self.network.state_dict(keep_vars=True).items()
             if id(tensor) not in adapters
         }
+        if merged is not None:
+            weights |= merged_weights(self.network, merged)
         self.network.save_pretrained(folder, state_dict=weights)
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:

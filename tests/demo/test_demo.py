@@ -78,6 +78,12 @@ def test_the_demo_runs_end_to_end_on_a_small_model(make_model, tokenizer, tmp_pa
     output = capsys.readouterr().out
     assert "generation 1" in output
     assert "Held-out accuracy on 64 final pairs: 0.500" in output
+    elite = (tmp_path / "run" / "elite" / "actor" / "adapter_model.safetensors").read_bytes()
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert "resumed after step 6" in capsys.readouterr().out
+    assert (tmp_path / "run" / "elite" / "actor" / "adapter_model.safetensors").read_bytes() == elite
+    assert main(["resume", str(tmp_path)]) == 1
+    assert "is no run that a command began" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "run" / "lineage.jsonl").read_text().splitlines()]
     assert len(lines[1]["births"]) == 4
 

@@ -1,0 +1,59 @@
+"""What leaves evollm: an adapter by itself, or the base with the adapter merged into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from evollm.checkpoints.agent import write_adapter
+from evollm.checkpoints.card import model_card
+from evollm.checkpoints.files import replace_folder
+from evollm.models import SharedBase
+
+
+class HasActor(Protocol):
+    """An agent, as far as its actor goes."""
+
+    base: SharedBase
+
+    @property
+    def actor_adapter(self) -> str:
+        """Name of the actor on the base."""
+
+
+def save_llm_checkpoint(agent: HasActor, path: str | Path) -> None:
+    """Write an agent's tuned adapter alone, to deploy: `PeftModel.from_pretrained(base_model, path)` loads it.
+
+    Args:
+        agent: The agent.
+        path: Folder to write or replace.
+    """
+    with replace_folder(path) as folder:
+        write_adapter(folder, agent.base.export(agent.actor_adapter), agent.base.name)
+
+
+def save_merged_model(
+    agent: HasActor, path: str | Path, tokenizer: Any | None = None, run_dir: str | Path | None = None
+) -> None:
+    """Write the base with an agent's adapter merged into it: `AutoModelForCausalLM.from_pretrained(path)` loads it.
+
+    The base in memory stays as it is; the merged weights need as much memory once more while they are written.
+
+    Args:
+        agent: The agent.
+        path: Folder to write or replace.
+        tokenizer: Written beside the model, with its chat template.
+        run_dir: The run that tuned the agent; with it the folder gets a model card that states data, schedule of
+            hyperparameters and scores.
+
+    Raises:
+        ConfigurationError: The base is quantised, the adapter is no plain LoRA, or it reaches tied weights.
+        CheckpointError: The run folder cannot be read.
+    """
+    card = None if run_dir is None else model_card(Path(run_dir), agent.base.name)
+    with replace_folder(path) as folder:
+        agent.base.save_weights(folder, merged=agent.actor_adapter)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_rows
+from peft import LoraConfig
+from snapshots import base_bits
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from evollm import (
+    DPO,
+    CheckpointError,
+    ConfigurationError,
+    HyperparameterConfig,
+    Mutations,
+    PreferenceGym,
+    RLParameter,
+    TournamentSelection,
+    finetune_llm_preference,
+    save_llm_checkpoint,
+    save_merged_model,
+)
+
+# Everything that somebody needs who has never heard of evollm; it prints the log-probs of some tokens.
+ELSEWHERE = """
+import json, sys
+sys.modules["evollm"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+if len(sys.argv) > 2:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, sys.argv[2])
+with torch.no_grad():
+    logits = model.eval()(torch.arange(5, 25).view(1, -1)).logits
+print(json.dumps(logits.double().log_softmax(-1)[0, :, ::7].tolist()))
+"""
+
+
+def elsewhere(*folders: Path) -> torch.Tensor:
+    """Log-probs that a fresh process computes with transformers and PEFT alone."""
+    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, *map(str, folders)]
+    return torch.tensor(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def here(agent: DPO) -> torch.Tensor:
+    with agent.select_adapter("actor"), torch.no_grad():
+        logits = agent.base.network(torch.arange(5, 25).view(1, -1)).logits
+    return logits.double().log_softmax(-1)[0, :, ::7]
+
+
+@pytest.fixture
+def trained(make_agent, gym) -> DPO:
+    agent = make_agent()
+    for _ in range(3):
+        agent.learn(gym.next_batch())
+    return agent
+
+
+def test_an_exported_adapter_and_a_merged_model_load_without_evollm_and_give_the_same_log_probs(
+    trained, make_model, tokenizer, tmp_path
+) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    before = base_bits(trained.base)
+    save_llm_checkpoint(trained, tmp_path / "adapter")
+    save_merged_model(trained, tmp_path / "merged", tokenizer)
+    save_merged_model(trained, tmp_path / "merged", tokenizer)
+    assert base_bits(trained.base) == before
+    expected = here(trained)
+    untuned = elsewhere(tmp_path / "base")
+    assert (untuned - expected).abs().max() > 1e-3
+    assert (elsewhere(tmp_path / "base", tmp_path / "adapter") - expected).abs().max() < 1e-6
+    assert (elsewhere(tmp_path / "merged") - expected).abs().max() < 1e-4
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_a_model_of_conv1d_layers_is_merged_too(gym, tokenizer, tmp_path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    lora = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    agent = DPO(actor_network=GPT2LMHeadModel(config), lora_config=lora, lr=1e-2)
+    agent.learn(gym.next_batch())
+    save_merged_model(agent, tmp_path / "merged")
+    assert (elsewhere(tmp_path / "merged") - here(agent)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("lora", "fault"),
+    [
+        (LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), "no plain LoRA"),
+        (LoraConfig(r=4, target_modules=["embed_tokens"]), "is tied to another module"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_and_leaves_nothing_behind(
+    make_agent, make_model, tmp_path, lora, fault
+) -> None:
+    agent = make_agent(lora_config=lora, actor_network=make_model(tie_word_embeddings=True))
+    with pytest.raises(ConfigurationError, match=fault):
+        save_merged_model(agent, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_card_states_data_schedule_and_scores(make_population, tokenizer, tmp_path) -> None:
+    env = PreferenceGym(
+        make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4, final_dataset=make_rows(4, 30)
+    )
+    population = make_population(2, hp_config=HyperparameterConfig(lr=RLParameter(1e-4, 1e-2)))
+    run = tmp_path / "run"
+    population, _ = finetune_llm_preference(
+        population,
+        env,
+        num_epochs=2,
+        tournament=TournamentSelection(2, True, 2, rand_seed=3),
+        mutation=Mutations(0, 1, rand_seed=5),
+        run_dir=run,
+        verbose=False,
+    )
+    end = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    best = next(agent for agent in population if agent.index == end["best"])
+    save_merged_model(best, tmp_path / "merged", tokenizer, run_dir=run)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"| preference accuracy | {end['before_accuracy']:.3f} | {end['after_accuracy']:.3f} |" in card
+    assert "- train: 12 pairs kept" in card
+    assert "2 agents, 6 steps of 4 pairs" in card
+    assert f"| 1 | {best.index} |" in card
+    assert "LoRA: rank 4, alpha 8, on `down_proj`, `q_proj`, `v_proj`." in card
+    assert str(tmp_path) not in card
+
+
+def test_a_card_without_a_finished_run_is_refused(trained, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="is not the folder of a run"):
+        save_merged_model(trained, tmp_path / "merged", run_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
