@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
 
 from evollm.errors import ConfigurationError
 
@@ -64,19 +63,3 @@ def switch(field: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ConfigurationError(field, value, "must be True or False")
     return value
-
-
-def single_process(accelerator: Any) -> None:
-    """Check that an accelerator, if there is one, runs one process.
-
-    Raises:
-        ConfigurationError: If it is no accelerator, or runs several processes.
-    """
-    if accelerator is None:
-        return
-    processes = getattr(accelerator, "num_processes", None)
-    if processes is None:
-        raise ConfigurationError("accelerator", accelerator, "must be an accelerate.Accelerator or None")
-    if processes > 1:
-        fix = "several processes are not supported in this version: start one"
-        raise ConfigurationError("accelerator.num_processes", processes, fix)

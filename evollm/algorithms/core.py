@@ -24,6 +24,7 @@ from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState, SharedBase
 from evollm.models.engine import PassOptions
+from evollm.processes import Processes
 
 ACTOR = "actor"
 REFERENCE = "reference"
@@ -258,7 +259,7 @@ class LLMAgent(ABC):
         """Write the agent into a folder: one subfolder for each adapter, and `attributes.pt`.
 
         Each subfolder loads with `PeftModel.from_pretrained(base, path + "/actor")`. The folder appears whole or not
-        at all; one that was there is replaced.
+        at all; one that was there is replaced. Of several processes the main one writes and the others wait.
 
         Args:
             path: Folder to write.
@@ -272,7 +273,10 @@ class LLMAgent(ABC):
         """
         del kwargs
         base = None if lora_only else self.base
-        write_agent_folder(path, self.to_folder(save_optimizer), base_name=self.base.name, base=base)
+        processes = Processes.present()
+        if processes.is_main:
+            write_agent_folder(path, self.to_folder(save_optimizer), base_name=self.base.name, base=base)
+        processes.wait()
 
     def to_folder(self, save_optimizer: bool = True) -> AgentFolder:
         """What `save_checkpoint` writes."""

@@ -70,7 +70,7 @@ class DPO(EvolvableAlgorithm):
         model_config: Keyword arguments for `from_pretrained`, with `model_name`.
         hp_config: Which hyperparameters mutate, and within which bounds; None: none.
         index: Number of the agent in its population.
-        batch_size: At most so many pairs for one optimizer step; a larger batch makes several steps.
+        batch_size: At most so many pairs for one optimizer step; a larger batch, of all processes, makes several steps.
         lr: Learning rate of AdamW (weight decay 0).
         beta: DPO's beta, the strength of the pull towards the reference.
         nll_alpha: Weight of the negative log-likelihood on chosen completions; 0 leaves it out.
@@ -80,7 +80,7 @@ class DPO(EvolvableAlgorithm):
         micro_batch_size_per_gpu: At most so many pairs in one forward pass; gradients accumulate to the same update.
         device: `cpu`, `cuda`, ...; an accelerator's device comes first.
         lora_config: `peft.LoraConfig`; by default rank 16, alpha 32, on all linear layers.
-        accelerator: Of a single process; more are not supported in this version.
+        accelerator: Of one process, or of several that each compute a share of every batch.
         wrap: Accepted for compatibility; nothing is wrapped in a single process.
         clone: Accepted for compatibility; use the method `clone`.
         seed: Seeds the adapter's initialisation and the agent's own generator.

@@ -20,6 +20,7 @@ from evollm.errors import DivergedError
 from evollm.hpo.fitness import Evaluation
 from evollm.models.engine import Engine
 from evollm.models.logprobs import PairLogprobs
+from evollm.processes import Processes
 
 if TYPE_CHECKING:
     from evollm.algorithms.dpo import DPO
@@ -149,9 +150,10 @@ def _step(agents: Sequence[DPO], batch: PreferenceBatch, *, training: bool) -> l
         return torch.stack(losses).sum()
 
     if training:
-        for agent in agents:
-            _allocate_gradients(agent.actor_parameters())
+        blocks = [block for agent in agents for block in _allocate_gradients(agent.actor_parameters())]
         policies = engine.backward(batch, actors, options, sum_of_losses)
+        for block in blocks:
+            Processes.present().add_up(block)
     else:
         policies = engine.logprobs(batch, actors, options)
     all_rows = range(len(batch))
@@ -165,18 +167,21 @@ def _step(agents: Sequence[DPO], batch: PreferenceBatch, *, training: bool) -> l
     return results
 
 
-def _allocate_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Put the parameters' gradients, all zero, into one block of memory.
+def _allocate_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Put the parameters' gradients, all zero, into one block of memory for each device; returns the blocks.
 
     Allocated one by one in the backward pass they come to lie between activations, and the memory that those leave
     behind is in pieces: with four members the peak was half as high again.
     """
-    for device in {parameter.device for parameter in parameters}:
+    blocks = []
+    for device in sorted({parameter.device for parameter in parameters}, key=str):
         here = [parameter for parameter in parameters if parameter.device == device]
         sizes = [parameter.numel() for parameter in here]
         block = torch.zeros(sum(sizes), dtype=here[0].dtype, device=device)
         for parameter, piece in zip(here, block.split(sizes), strict=True):
             parameter.grad = piece.view_as(parameter)
+        blocks.append(block)
+    return blocks
 
 
 def _apply_gradient(agent: DPO, loss: float) -> float:

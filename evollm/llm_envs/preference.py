@@ -17,11 +17,12 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
-from evollm.checks import optional_whole_number, single_process, whole_number
+from evollm.checks import optional_whole_number, whole_number
 from evollm.data.batch import FIELDS, IntArray, PreferenceBatch, TokenizedPair
 from evollm.data.report import DataReport, count_seen
 from evollm.data.tokenization import load_pairs
 from evollm.errors import ConfigurationError
+from evollm.processes import check_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,8 +68,8 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
         train_dataset: Pairs to train on; see [`evollm.data.sources.read_pairs`][] for what may be passed.
         test_dataset: Pairs that agents are selected by, or None.
         tokenizer: The model's tokenizer.
-        data_batch_size_per_gpu: B, the pairs in a batch.
-        accelerator: An `accelerate.Accelerator` of one process, or None.
+        data_batch_size_per_gpu: Pairs in a batch for each process; B is that times the processes.
+        accelerator: An `accelerate.Accelerator`, or None.
         max_context_length: Most tokens of prompt + longer completion; None: what the tokenizer states.
         min_completion_length: Fewest tokens of a completion, EOS included; None: no bound.
         seed: Seed of the order.
@@ -76,6 +77,7 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
 
     Attributes:
         tokenizer, seed, data_batch_size_per_gpu: As given; `reset(seed=...)` sets another seed.
+        batch_size: B, the pairs in a batch.
         reports: For each split what became of its rows.
         longest_sequence: Most tokens of a prompt + completion in any split.
 
@@ -99,11 +101,13 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
         *,
         final_dataset: object | None = None,
     ) -> None:
-        single_process(accelerator)
+        processes = check_processes(accelerator)
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
             raise ConfigurationError("tokenizer", tokenizer, "must be the model's tokenizer, loaded by AutoTokenizer")
         self.tokenizer = tokenizer
         self.data_batch_size_per_gpu = whole_number("data_batch_size_per_gpu", data_batch_size_per_gpu, 1)
+        # Every process is served the whole batch; the agents divide it among themselves.
+        self.batch_size = self.data_batch_size_per_gpu * processes.size
         self.seed = whole_number("seed", seed, 0)
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, list[TokenizedPair]] = {}
@@ -124,8 +128,8 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
         self._training = _Position()
         self._evaluation: _Position | None = None
         largest_id = max(len(tokenizer) - 1, *(int(ids.max()) for pair in all_pairs for ids in vars(pair).values()))
-        self.observation_space = _observation_space(self.data_batch_size_per_gpu, self._row_length, largest_id)
-        self.action_space = spaces.Box(-np.inf, np.inf, (self.data_batch_size_per_gpu,), np.float32)
+        self.observation_space = _observation_space(self.batch_size, self._row_length, largest_id)
+        self.action_space = spaces.Box(-np.inf, np.inf, (self.batch_size,), np.float32)
 
     @property
     def train_pairs(self) -> list[TokenizedPair]:
@@ -214,7 +218,7 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
             return observation, reward, False, False, info
         self._position = replace(position, awaiting_action=False)
         info = {"epoch": position.epoch, "index": position.index}
-        return NO_PAIRS.to_observation(self.data_batch_size_per_gpu, self._row_length), reward, True, False, info
+        return NO_PAIRS.to_observation(self.batch_size, self._row_length), reward, True, False, info
 
     # ------------------------------------------------------------------------------------------------------- batches
 
@@ -256,7 +260,7 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
             ConfigurationError: There is no such split, it is empty, or the size is below 1.
         """
         pairs = self._evaluation_pairs(split)
-        size = optional_whole_number("batch_size", batch_size, 1) or self.data_batch_size_per_gpu
+        size = optional_whole_number("batch_size", batch_size, 1) or self.batch_size
         order = np.argsort([pair.num_tokens for pair in pairs], kind="stable")
         chunks = (order[start : start + size] for start in range(0, len(pairs), size))
         return ((rows, PreferenceBatch.from_pairs([pairs[row] for row in rows])) for rows in chunks)
@@ -272,7 +276,7 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
             "index": position.index,
             "awaiting_action": position.awaiting_action,
             "num_pairs": len(self.train_pairs),
-            "batch_size": self.data_batch_size_per_gpu,
+            "batch_size": self.batch_size,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,11 +308,11 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
             self._evaluation = position
 
     def _num_batches(self, split: str) -> int:
-        return -(-len(self._pairs[split]) // self.data_batch_size_per_gpu)
+        return -(-len(self._pairs[split]) // self.batch_size)
 
     def _rows(self, epoch: int, index: int) -> IntArray:
         """Positions, in the split that is served, of the pairs of an epoch's batch `index`."""
-        count, size = len(self._pairs[self._split]), self.data_batch_size_per_gpu
+        count, size = len(self._pairs[self._split]), self.batch_size
         order = _epoch_order(self.seed, epoch, count) if self._evaluation is None else np.arange(count)
         return order[index * size : (index + 1) * size]
 
@@ -323,7 +327,7 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
     def _observe_next(self) -> tuple[Observation, Info]:
         batch = self._serve(awaiting_action=True)
         info = {"epoch": self._position.epoch, "index": self._position.index - 1}
-        return batch.to_observation(self.data_batch_size_per_gpu, self._row_length), info
+        return batch.to_observation(self.batch_size, self._row_length), info
 
     def _evaluation_pairs(self, split: str) -> list[TokenizedPair]:
         if split not in SPLITS[1:]:
@@ -335,12 +339,12 @@ class PreferenceGym(gymnasium.Env[Observation, FloatArray]):
         return self._pairs[split]
 
     def _margins(self, action: object) -> NDArray[Any]:
-        fix = f"pass {self.data_batch_size_per_gpu} numbers, the margin of each pair"
+        fix = f"pass {self.batch_size} numbers, the margin of each pair"
         try:
             margins = np.asarray(action)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError("action", type(action).__name__, f"{fix} ({error})") from None
-        if margins.dtype.kind not in "iuf" or margins.shape != (self.data_batch_size_per_gpu,):
+        if margins.dtype.kind not in "iuf" or margins.shape != (self.batch_size,):
             raise ConfigurationError("action", f"{margins.dtype} of shape {margins.shape}", fix)
         return margins
 

@@ -22,6 +22,7 @@ from evollm.models.logprobs import PairLogprobs, completion_logprobs, packed_log
 from evollm.models.packing import PackedPairs
 from evollm.models.probe import FastPaths, probe
 from evollm.models.shared_base import SharedBase
+from evollm.processes import Processes
 
 # (members, rows, log-probs of each member for these rows) -> the sum of the members' losses on them.
 MemberLoss = Callable[[Sequence[int], Sequence[int], list[PairLogprobs]], torch.Tensor]
@@ -120,12 +121,31 @@ class Engine:
     def _run(
         self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, loss: MemberLoss | None
     ) -> list[PairLogprobs]:
+        """All pairs, each in one of the processes; every process gets all results."""
         paths = self.prepare(members, batch.longest_sequence)
         if not options.explicit_positions:
             paths = replace(paths, shared_prompt=False)
         budget = options.token_budget or self._default_budget(batch, members, options, paths, training=loss is not None)
+        processes = Processes.present()
+        if processes.size == 1:
+            return self._run_here(batch, range(len(batch)), members, options, paths, budget, loss)
+        own = processes.share(len(batch))
+        results = self._run_here(batch, own, members, options, paths, budget, loss) if own else [None] * len(members)
+        return [_from_everywhere(result, own, len(batch), self.base.device, processes) for result in results]
+
+    def _run_here(
+        self,
+        batch: PreferenceBatch,
+        own: Sequence[int],
+        members: Sequence[str | None],
+        options: PassOptions,
+        paths: FastPaths,
+        budget: int,
+        loss: MemberLoss | None,
+    ) -> list[PairLogprobs]:
+        """The pairs of these rows, in their order."""
         parts: list[list[PairLogprobs]] = [[] for _ in members]
-        groups = _groups(batch, budget, options.max_pairs, paths)
+        groups = [[own[row] for row in rows] for rows in _groups(batch.select(own), budget, options.max_pairs, paths)]
         for rows in groups:
             few = _FewPairs(self.base, batch.select(rows), members, paths)
             for numbers in few.passes(budget):
@@ -163,7 +183,8 @@ class Engine:
             with count_saved_bytes() as saved, few.forward([0], options):
                 pass
             per_token = saved.total / int(longest.num_tokens.sum())
-            self._budgets[kind] = default_budget(self.base, per_token, training=training, tiled=paths.tiled_head)
+            budget = default_budget(self.base, per_token, training=training, tiled=paths.tiled_head)
+            self._budgets[kind] = Processes.present().smallest(budget)
         return self._budgets[kind]
 
     def _say(self, reason: str) -> None:
@@ -172,6 +193,17 @@ class Engine:
         if what not in self._said:
             self._said.add(what)
             warnings.warn(f"{self.base.name or 'the base'}: {reason}", UserWarning, stacklevel=2)
+
+
+def _from_everywhere(
+    result: PairLogprobs | None, own: Sequence[int], count: int, device: torch.device, processes: Processes
+) -> PairLogprobs:
+    """The log-probs of all pairs, of which each process has its own."""
+    sums = torch.zeros(2, count, dtype=torch.float64, device=device)
+    if result is not None:
+        sums[:, list(own)] = torch.stack([result.chosen, result.rejected]).double()
+    processes.add_up(sums)
+    return PairLogprobs(*sums)
 
 
 def _groups(batch: PreferenceBatch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from evollm.checks import single_process
 from evollm.errors import ConfigurationError
 from evollm.models.shared_base import SharedBase
+from evollm.processes import check_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,7 +40,7 @@ def usable_device(accelerator: Accelerator | None, device: str | torch.device) -
     Raises:
         ConfigurationError: Several processes, or a device that is not there.
     """
-    single_process(accelerator)
+    check_processes(accelerator)
     if accelerator is not None:
         if accelerator.mixed_precision != "no":
             warnings.warn(

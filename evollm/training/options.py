@@ -277,7 +277,7 @@ def describe_run(
         "options": asdict(options),
         "schedule": asdict(schedule),
         "data": {
-            "batch_size": env.data_batch_size_per_gpu,
+            "batch_size": env.batch_size,
             "reports": [str(report) for report in env.reports.values()],
             "fingerprint": env.fingerprint,
             "position": env.state_dict(),

@@ -10,6 +10,8 @@ from typing import Any
 
 from typing_extensions import Self
 
+from evollm.processes import Processes
+
 
 class StopSignals:
     """Remembers a SIGTERM or Ctrl-C that comes inside the block; a second one stops at once.
@@ -42,13 +44,17 @@ class StopSignals:
         self.received = number
         print("evollm: saving after this step, then stopping; once more stops at once", file=sys.stderr, flush=True)
 
-    def stop(self) -> None:
+    def received_anywhere(self) -> int:
+        """Number of the signal if any of the processes got one, else 0; all must ask at the same moment."""
+        return -Processes.present().smallest(-(self.received or 0))
+
+    def stop(self, number: int) -> None:
         """End the program as the signal would have.
 
         Raises:
             KeyboardInterrupt: It was Ctrl-C.
             SystemExit: It was SIGTERM; with the exit status that shells give to it.
         """
-        if self.received == signal.SIGINT:
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)

@@ -289,7 +289,7 @@ def test_arguments_out_of_range_are_refused_by_name(arguments: dict[str, Any]) -
         make_gym(**arguments)
 
 
-def test_several_processes_are_refused_and_one_is_accepted() -> None:
+def test_a_process_that_is_not_connected_to_the_others_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"accelerator\.num_processes=2"):
         make_gym(accelerator=SimpleNamespace(num_processes=2))
     make_gym(accelerator=SimpleNamespace(num_processes=1))

@@ -1,0 +1,124 @@
+"""Several processes: what they share, and checks that they were launched as they seem to be.
+
+Every process holds the base, all adapters and all optimizers, and sees the same batches. Each computes a share of the
+pairs; log-probs and gradients are added up, and all that follows is the same everywhere. Adapters are small: one sum
+over a block of gradients for each agent and step is nearly all that travels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from evollm.errors import ConfigurationError
+
+_LAUNCH = (
+    "launch with `torchrun --nproc_per_node N script.py`, and make agents and gym with accelerator=Accelerator(), "
+    'on a CPU Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])'
+)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: Its number, from 0.
+        size: How many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def present(cls) -> Processes:
+        """As torch.distributed was set up; one process without it."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def share(self, count: int) -> list[int]:
+        """Which of `count` rows this process computes."""
+        return list(range(self.rank, count, self.size))
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all processes, the same bits everywhere."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def smallest(self, value: int) -> int:
+        """The smallest of the processes' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, device=_device())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor)
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, JSON values only."""
+        if self.size == 1:
+            return value
+        # Text, not pickles: nothing that is received can run.
+        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=_device())
+        length = torch.tensor(len(data), device=_device())
+        dist.broadcast(length, src=0)
+        if not self.is_main:
+            data = torch.empty(int(length), dtype=torch.uint8, device=_device())
+        dist.broadcast(data, src=0)
+        return json.loads(bytes(data.tolist()))
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def _device() -> torch.device:
+    """Where the processes exchange tensors."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def check_processes(accelerator: Any) -> Processes:
+    """Find launches that would train apart while they seem to train together.
+
+    Args:
+        accelerator: An `accelerate.Accelerator` or None.
+
+    Returns:
+        The processes.
+
+    Raises:
+        ConfigurationError: It is no accelerator, runs something else than data parallelism, or knows of other processes
+            than were launched.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator is None:
+        if launched > 1 and Processes.present().size == 1:
+            raise ConfigurationError("accelerator", None, f"{launched} processes were launched: {_LAUNCH}")
+        return Processes.present()
+    known = getattr(accelerator, "num_processes", None)
+    if known is None:
+        raise ConfigurationError("accelerator", accelerator, "must be an accelerate.Accelerator or None")
+    kind = str(getattr(getattr(accelerator, "distributed_type", None), "value", "NO"))
+    asked_for = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP") or asked_for:
+        fix = f"is not supported in this version: adapters are small, use plain data parallelism; {_LAUNCH}"
+        raise ConfigurationError("accelerator.distributed_type", "DEEPSPEED" if asked_for else kind, fix)
+    present = Processes.present()
+    if known != present.size or launched != present.size:
+        fix = (
+            f"{launched} processes were launched and {present.size} are connected, so each would train alone: {_LAUNCH}"
+        )
+        raise ConfigurationError("accelerator.num_processes", known, fix)
+    return present

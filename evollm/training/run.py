@@ -1,0 +1,285 @@
+"""A run: batches, population step, fitness, evolution, checkpoints, in this order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from evollm.algorithms.core import OWN, REFERENCE
+from evollm.algorithms.dpo import DPO
+from evollm.checkpoints import (
+    Population,
+    newest_population,
+    prune_populations,
+    read_population,
+    write_population,
+)
+from evollm.errors import ConfigurationError, DivergedError
+from evollm.hpo import Birth, Evaluation, Evolver, Member, carry_out, is_finite, rank
+from evollm.llm_envs import PreferenceGym
+from evollm.models.engine import Engine
+from evollm.models.generation import greedy_answers
+from evollm.processes import Processes
+from evollm.training.callbacks import (
+    Callback,
+    Checkpointed,
+    Evaluated,
+    Evolved,
+    RunEnded,
+    RunStarted,
+    SampleAnswer,
+    StepDone,
+)
+from evollm.training.options import RunOptions, RunPaths, Schedule, describe_run
+from evollm.training.population_step import FitnessFunction, evaluate_all, fitnesses_of, learn_all
+from evollm.training.state import Progress, check_same_run, global_generators, set_global_generators
+from evollm.training.stopping import StopSignals
+
+
+class PreferenceRun:
+    """The state of a run, and the phases that `train` goes through.
+
+    Args:
+        population: The agents.
+        env: Serves the batches.
+        options: What was asked for, checked.
+        paths: Where it writes.
+        fitness: Scores an evaluation.
+        callbacks: Told of every event.
+    """
+
+    def __init__(
+        self,
+        population: Sequence[DPO],
+        env: PreferenceGym,
+        options: RunOptions,
+        paths: RunPaths,
+        fitness: FitnessFunction,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.population = list(population)
+        self.env = env
+        self.options = options
+        self.schedule = Schedule.of(options, env)
+        self.fitness = fitness
+        self.paths = paths
+        self.callbacks = callbacks
+        self.base = self.population[0].base
+        # What scores are measured against. Where references move, all agents and epochs need one that stays.
+        self.yardstick: str | None = OWN
+        if options.update_reference_each_epoch:
+            self.yardstick = self.base.retain(str(self.population[0].adapter(REFERENCE)))
+        self.config = describe_run(self.population, env, options, self.schedule)
+        self.progress = Progress([_founder(agent) for agent in self.population])
+        self.evolver: Evolver | None = None
+        if options.tournament is not None and options.mutation is not None:
+            self.evolver = Evolver(options.tournament, options.mutation)
+        # Entries carry the rounding of the batches that they were computed in: a run starts from none, so that its bits
+        # do not depend on what ran before it on the same base.
+        self.base.reference_cache.clear()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
+
+    def train(self) -> tuple[list[DPO], list[float]]:
+        """Run to the end; see `finetune_llm_preference`."""
+        progress = self.progress
+        try:
+            with StopSignals() as stop:
+                config, total = self.config, self.schedule.total
+                started = RunStarted(
+                    self.paths.run_dir, config, progress.founders, total, progress.step, tuple(progress.plans)
+                )
+                self._tell("on_start", started)
+                if self.step == 0:
+                    progress.before = self._final_score(self.population[0])
+                while self.step < total:
+                    self._train_step()
+                    if self.schedule.evaluates_at(self.step):
+                        self._evaluate()
+                    if self.schedule.evolves_at(self.step):
+                        self._evolve()
+                    if self.step % self.schedule.epoch == 0 and self.step < total:
+                        self._end_epoch()
+                    number = stop.received_anywhere()
+                    if self.schedule.checkpoints_at(self.step) or number:
+                        self._checkpoint()
+                    if number:
+                        stop.stop(number)
+                self._finish()
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+            if self.yardstick is not None and self.yardstick != OWN:
+                self.base.release(self.yardstick)
+        scores = [progress.fitnesses.get(agent.index, (float("nan"),))[0] for agent in self.population]
+        return self.population, scores
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint of the run folder; without any the run starts from its beginning.
+
+        Raises:
+            CheckpointError: Every checkpoint is damaged.
+            ConfigurationError: The run began with other settings.
+        """
+        # The main process is the one that is told of damaged ones.
+        processes = Processes.present()
+        found = processes.from_main(str(newest_population(self.paths.checkpoints) or "") if processes.is_main else "")
+        path = Path(found)
+        if not found:
+            warnings.warn(f"{self.paths.run_dir} holds no checkpoint: it starts anew", UserWarning, stacklevel=3)
+            return
+        saved = read_population(path)
+        check_same_run(saved.state.get("config", {}), self.config)
+        progress = Progress.from_dict(saved.state, saved.tensors)
+        if progress.step > self.schedule.total:
+            fix = f"the checkpoint has {progress.step} steps already: give a larger num_epochs or max_steps"
+            raise ConfigurationError("max_steps", self.schedule.total, fix)
+        self.progress = progress
+        for agent, folder in zip(self.population, saved.agents, strict=True):
+            agent.load_folder(folder, overwrite_reference_adapter=False)
+        if saved.yardstick is not None:
+            self.base.release(str(self.yardstick))
+            self.yardstick = self.base.frozen_adapter(saved.yardstick, REFERENCE)
+        if self.evolver is not None:
+            self.evolver.load_state_dict(saved.state["evolver"])
+        self.env.load_state_dict(saved.state["env"])
+        Engine.of(self.base).load_state_dict(saved.state["budgets"])
+        self.base.reference_cache.update(saved.reference_logprobs)
+        set_global_generators(saved.state["generators"])
+
+    def _train_step(self) -> None:
+        metrics = learn_all(self.population, self.env.next_batch())
+        self.progress.step += 1
+        self._tell("on_step", StepDone(self.step, self.env.num_epochs, metrics))
+
+    def _evaluate(self) -> None:
+        evaluations = evaluate_all(self.population, self.env, self.yardstick)
+        fitnesses = fitnesses_of(self.population, evaluations, self.fitness)
+        # The main process decides: a user's own function need not give the same everywhere.
+        decided = Processes.present().from_main({str(index): fitness for index, fitness in fitnesses.items()})
+        self.progress.fitnesses = {int(index): tuple(fitness) for index, fitness in decided.items()}
+        for agent in self.population:
+            agent.fitness.append(self.progress.fitnesses[agent.index][0])
+        agents = {agent.index: agent.hyperparameter_values() for agent in self.population}
+        event = Evaluated(
+            self.step, self.progress.generation, evaluations, self.progress.fitnesses, self._best().index, agents
+        )
+        self._tell("on_evaluation", event)
+
+    def _evolve(self) -> None:
+        assert self.evolver is not None
+        members = [
+            Member(agent.index, self.progress.fitnesses[agent.index], agent.hyperparameter_values())
+            for agent in self.population
+        ]
+        plan = self.evolver.plan(members, self.population[0].hp_config, self.progress.generation)
+        self.population = carry_out(plan, self.population)
+        self.progress.plans.append(plan)
+        self._tell("on_evolution", Evolved(self.step, plan))
+
+    def _end_epoch(self) -> None:
+        if self.options.update_reference_each_epoch:
+            for agent in self.population:
+                agent.set_reference_policy(agent.reference_update_tracker + 1)
+
+    def _checkpoint(self) -> None:
+        folder = self.paths.checkpoints / f"step-{self.step:06d}"
+        processes = Processes.present()
+        if processes.is_main:
+            self._write_checkpoint(folder)
+        processes.wait()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        try:
+            write_population(folder, self._saved(), self.base.name)
+            if self.options.keep_last is not None:
+                prune_populations(folder.parent, self.options.keep_last, newest=folder)
+        except OSError as error:
+            warnings.warn(
+                f"step {self.step} could not be saved: {error}; the run goes on, and earlier checkpoints are intact",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+        self._tell("on_checkpoint", Checkpointed(self.step, folder))
+
+    def _saved(self) -> Population:
+        state = {
+            **self.progress.to_dict(),
+            "config": self.config,
+            "env": self.env.state_dict(),
+            "evolver": self.evolver.state_dict() if self.evolver else None,
+            "budgets": Engine.of(self.base).state_dict(),
+            "generators": global_generators(),
+        }
+        moves = self.yardstick is not None and self.yardstick != OWN
+        return Population(
+            [agent.to_folder() for agent in self.population],
+            state,
+            self.progress.tensors(),
+            self.base.export(str(self.yardstick)) if moves else None,
+            self.base.reference_cache,
+        )
+
+    def _finish(self) -> None:
+        best = self._best()
+        if self.options.save_elite:
+            best.save_checkpoint(str(self.paths.elite))
+        ended = RunEnded(
+            step=self.step,
+            best=best,
+            best_path=self.paths.elite if self.options.save_elite else None,
+            split=self._final_split(),
+            before=self.progress.before,
+            after=self._final_score(best),
+            samples=self._samples(best),
+        )
+        self._tell("on_end", ended)
+
+    def _best(self) -> DPO:
+        """The fittest agent; when nothing could be evaluated, the first that has not diverged."""
+        if not self.progress.fitnesses:
+            return next(agent for agent in self.population if not agent.diverged)
+        fitnesses = [self.progress.fitnesses[agent.index] for agent in self.population]
+        best = rank(fitnesses)[0]
+        if not is_finite(fitnesses[best]):
+            raise DivergedError(f"no agent has a finite fitness: {self.progress.fitnesses}")
+        return self.population[best]
+
+    def _final_split(self) -> str:
+        if self.env.final_pairs:
+            return "final"
+        return "test" if self.env.test_pairs else ""
+
+    def _final_score(self, agent: DPO) -> Evaluation | None:
+        split = self._final_split()
+        return agent.evaluate(self.env, split, self.yardstick) if split else None
+
+    def _samples(self, best: DPO) -> list[SampleAnswer]:
+        split = self._final_split()
+        if not split or not Processes.present().is_main:
+            return []
+        examples = self.env.reports[split].examples
+        wanted = min(self.options.num_sample_answers, len(examples))
+        examples = tuple(examples[number * len(examples) // wanted] for number in range(wanted))
+        pairs = self.env.final_pairs if split == "final" else self.env.test_pairs
+        prompts = [pairs[example.position].prompt_ids for example in examples]
+        reference = best.adapter(REFERENCE) if self.yardstick == OWN else self.yardstick
+        before, after = (
+            greedy_answers(self.base, adapter, prompts, self.env.tokenizer)
+            for adapter in (reference, best.actor_adapter)
+        )
+        questions = [example.question for example in examples]
+        return [SampleAnswer(*texts) for texts in zip(questions, before, after, strict=True)]
+
+    def _tell(self, what: str, event: object) -> None:
+        for callback in self.callbacks:
+            getattr(callback, what)(event)
+
+
+def _founder(agent: DPO) -> Birth:
+    return Birth(agent.index, None, (), elite=False, hyperparameters=agent.hyperparameter_values())

@@ -1,0 +1,85 @@
+"""Train a small population in however many processes this was launched with; what `tests/test_processes.py` runs.
+
+torchrun --nproc_per_node 2 tests/parallel_run.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from conftest import make_rows
+from peft import LoraConfig
+from tokenizers_for_tests import make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evollm import (
+    DPO,
+    HyperparameterConfig,
+    Mutations,
+    PreferenceGym,
+    RLParameter,
+    TournamentSelection,
+    finetune_llm_preference,
+)
+
+PAIRS_IN_A_BATCH = 4
+
+
+def main() -> None:
+    """Train, or resume, and let the main process write what the others hold too."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder, max_steps = Path(sys.argv[1]), int(sys.argv[2])
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    tokenizer = make_tokenizer(adds_bos=True)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    env = PreferenceGym(
+        make_rows(13),
+        make_rows(5, 13),
+        tokenizer,
+        data_batch_size_per_gpu=PAIRS_IN_A_BATCH // accelerator.num_processes,
+        accelerator=accelerator,
+    )
+    population = DPO.population(
+        3,
+        actor_network=LlamaForCausalLM(config),
+        lora_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+        lr=1e-3,
+        hp_config=HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5)),
+        accelerator=accelerator,
+    )
+    where = {"resume_from_checkpoint": folder} if (folder / "config.json").exists() else {"run_dir": folder}
+    population, scores = finetune_llm_preference(
+        population,
+        env,
+        max_steps=max_steps,
+        evo_steps=2,
+        evaluation_interval=1,
+        checkpoint_steps=1,
+        tournament=TournamentSelection(2, True, 3, rand_seed=3),
+        mutation=Mutations(0.2, 0.8, rand_seed=5),
+        num_sample_answers=0,
+        verbose=False,
+        accelerator=accelerator,
+        **where,
+    )
+    held = [[float(value) for p in agent.actor_parameters() for value in p.detach().flatten()] for agent in population]
+    (folder / f"held-{accelerator.process_index}.json").write_text(json.dumps({"actors": held, "scores": scores}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from evollm import ConfigurationError
+from evollm.processes import Processes, check_processes
+
+SCRIPT = Path(__file__).with_name("parallel_run.py")
+
+
+def launch(processes: int, folder: Path, max_steps: int = 6) -> list[dict[str, list]]:
+    """Run the script; returns what each process held at the end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    python_path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(folder), str(max_steps)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"held-{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, list[dict[str, list]], list[dict[str, list]]]:
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, launch(1, folder / "one"), launch(2, folder / "two")
+
+
+def test_two_processes_end_with_the_adapters_of_one_and_the_same_lineage(runs) -> None:
+    folder, (one,), (first, second) = runs
+    assert first == second
+    for mine, theirs in zip(one["actors"], first["actors"], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+    lineages = [_without_margins(folder / name / "lineage.jsonl") for name in ("one", "two")]
+    assert lineages[0] == lineages[1]
+    assert len(lineages[0]) == 3
+
+
+def _without_margins(path: Path) -> list[dict]:
+    """Who came from whom with which values; mean margins differ by rounding."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "fitnesses"} for line in lines]
+
+
+def test_two_processes_resume_with_the_same_bits(runs, tmp_path) -> None:
+    _, _, whole = runs
+    launch(2, tmp_path / "cut", max_steps=3)
+    assert launch(2, tmp_path / "cut") == whole
+
+
+def test_one_process_resumes_what_two_began(runs, tmp_path) -> None:
+    _, (one,), _ = runs
+    launch(2, tmp_path / "cut", max_steps=3)
+    (resumed,) = launch(1, tmp_path / "cut")
+    for mine, theirs in zip(one["actors"], resumed["actors"], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch) -> None:
+    def accelerator(processes: int, kind: str = "MULTI_CPU") -> SimpleNamespace:
+        return SimpleNamespace(num_processes=processes, distributed_type=SimpleNamespace(value=kind))
+
+    assert check_processes(None) == check_processes(accelerator(1, "NO")) == Processes(0, 1)
+    with pytest.raises(ConfigurationError, match=r"must be an accelerate\.Accelerator"):
+        check_processes("two")
+    with pytest.raises(ConfigurationError, match=r"num_processes=2: 1 processes were launched"):
+        check_processes(accelerator(2))
+    with pytest.raises(ConfigurationError, match="distributed_type='DEEPSPEED': is not supported"):
+        check_processes(accelerator(1, "DEEPSPEED"))
+    with pytest.raises(ConfigurationError, match="distributed_type='FSDP'"):
+        check_processes(accelerator(1, "FSDP"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="2 processes were launched: launch with `torchrun"):
+        check_processes(None)
+    with pytest.raises(ConfigurationError, match="2 processes were launched and 1 are connected"):
+        check_processes(accelerator(1, "NO"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigurationError, match="distributed_type='DEEPSPEED'"):
+        check_processes(accelerator(2))
