@@ -1,7 +1,7 @@
 """evollm: preference-tune language models with a population of DPO agents on one shared base."""
 
 from evollm.algorithms import DPO
-from evollm.checkpoints import save_llm_checkpoint, save_merged_model
+from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.errors import (
     CheckpointError,
     ConfigurationError,
@@ -12,6 +12,7 @@ from evollm.errors import (
 )
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import PreferenceGym
+from evollm.models import PolicyArchive, load_policy_archive
 from evollm.training import Callback, finetune_llm_preference
 
 __version__ = "0.1.0"
@@ -27,10 +28,13 @@ __all__ = [
     "HyperparameterConfig",
     "MissingExtraError",
     "Mutations",
+    "PolicyArchive",
     "PreferenceGym",
     "RLParameter",
     "TournamentSelection",
     "finetune_llm_preference",
+    "load_policy_archive",
     "save_llm_checkpoint",
     "save_merged_model",
+    "save_policy_archive",
 ]

@@ -381,8 +381,7 @@ class LLMAgent(ABC):
     def _attributes(self) -> dict[str, Any]:
         return {
             "algorithm": self.algorithm,
-            "base_name": self.base.name,
-            "base_fingerprint": self.base.weights_fingerprint,
+            **self.base.origin(),
             "index": self.index,
             "hyperparameters": asdict(self.hyperparameters),
             "settings": asdict(self.settings),

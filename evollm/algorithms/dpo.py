@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import Evaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
-from evollm.models.loading import shared_base, usable_device
+from evollm.models.loading import reloadable, shared_base, usable_device
 from evollm.models.logprobs import PairLogprobs
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class DPO(EvolvableAlgorithm):
         model_name: Hub name or folder of the base, instead of `actor_network`.
         actor_network: The base as a loaded causal language model, without adapters. LoRA layers are put into it.
         model_config: Keyword arguments for `from_pretrained`, with `model_name`.
+        archive: A `policy.pt` of the original DPO repository: its weights become the base's, for actor and reference
+            alike. An `actor_network` is overwritten; see `load_policy_archive`.
         hp_config: Which hyperparameters mutate, and within which bounds; None: none.
         index: Number of the agent in its population.
         batch_size: At most so many pairs for one optimizer step; a larger batch, of all processes, makes several steps.
@@ -110,6 +113,7 @@ class DPO(EvolvableAlgorithm):
         model_name: str | None = None,
         actor_network: PreTrainedModel | None = None,
         model_config: Mapping[str, Any] | None = None,
+        archive: str | Path | None = None,
         hp_config: HyperparameterConfig | None = None,
         index: int = 0,
         batch_size: int = 16,
@@ -164,7 +168,7 @@ class DPO(EvolvableAlgorithm):
         self.action_space = action_space
         self.accelerator = accelerator
         super().__init__(
-            base=shared_base(model_name, actor_network, model_config, usable_device(accelerator, device)),
+            base=shared_base(model_name, actor_network, model_config, usable_device(accelerator, device), archive),
             lora_config=lora_config
             or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
             settings=settings,
@@ -232,6 +236,7 @@ class DPO(EvolvableAlgorithm):
         accelerator: Accelerator | None = None,
         actor_network: PreTrainedModel | None = None,
         model_config: Mapping[str, Any] | None = None,
+        archive: str | Path | None = None,
     ) -> Self:
         """Rebuild an agent from a folder that `save_checkpoint` wrote.
 
@@ -241,21 +246,29 @@ class DPO(EvolvableAlgorithm):
             accelerator: As for the constructor.
             actor_network: The base; by default it is the checkpoint's own (`lora_only=False`), else it is loaded by the
                 name that the checkpoint states.
-            model_config: Keyword arguments for `from_pretrained`, with which the base is loaded by its name.
+            model_config: Keyword arguments for `from_pretrained`, with which the base is loaded by its name. None: of
+                those that it was first loaded with, the ones that choose weights and their type (`dtype`, `revision`,
+                ...). A checkpoint decides neither on custom code nor on quantisation.
+            archive: A policy archive for the base that is given or loaded by its name. None: of a base loaded by its
+                name, that of the first loading.
 
         Raises:
-            CheckpointError: The folder is missing or damaged.
+            CheckpointError: The folder or the archive is missing or damaged, or the base is another.
             ConfigurationError: The base has no name to load it by, or cannot be loaded.
         """
         folder = read_agent_folder(path)
         attributes = folder.attributes
         base_name = str(folder.base or attributes["base_name"])
+        if actor_network is None and folder.base is None:
+            model_config = reloadable(attributes.get("model_config") or {}) if model_config is None else model_config
+            archive = archive or attributes.get("archive")
         if actor_network is None and not base_name:
             raise ConfigurationError("actor_network", None, f"{path} names no base model: pass the one it was tuned on")
         agent = cls(
             actor_network=actor_network,
             model_name=None if actor_network is not None else base_name,
             model_config=model_config,
+            archive=archive,
             lora_config=folder.adapter(ACTOR).config,
             hp_config=attributes["hp_config"] and HyperparameterConfig.from_dict(attributes["hp_config"]),
             device=device,

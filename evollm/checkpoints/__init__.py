@@ -1,6 +1,7 @@
 """State on disk: never half there, and never code."""
 
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
+from evollm.checkpoints.archive import save_policy_archive
 from evollm.checkpoints.export import save_llm_checkpoint, save_merged_model
 from evollm.checkpoints.files import only_writer, replace_folder
 from evollm.checkpoints.run import Population, newest_population, prune_populations, read_population, write_population
@@ -16,6 +17,7 @@ __all__ = [
     "replace_folder",
     "save_llm_checkpoint",
     "save_merged_model",
+    "save_policy_archive",
     "write_agent_folder",
     "write_population",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save
 from evollm.checkpoints.files import existing_folder, replace_folder, verify
 from evollm.errors import CheckpointError
 from evollm.models import AdapterState, SharedBase
+from evollm.plain_data import read_plain
 
 ATTRIBUTES = "attributes.pt"
 WEIGHTS = "adapter_model.safetensors"
@@ -100,10 +100,10 @@ def read_agent_folder(path: str | Path) -> AgentFolder:
     verify(path)
     if not (path / ATTRIBUTES).is_file():
         raise CheckpointError(f"{path} is not an agent's checkpoint: it has no {ATTRIBUTES}")
+    attributes = read_plain(path / ATTRIBUTES)
     try:
-        attributes = torch.load(path / ATTRIBUTES, map_location="cpu", weights_only=True)
         adapters = {folder.parent.name: read_adapter(folder.parent) for folder in sorted(path.glob(f"*/{CONFIG}"))}
-    except (pickle.UnpicklingError, SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(attributes, dict) or not attributes.keys() >= REQUIRED:
         raise CheckpointError(f"{path}: {ATTRIBUTES} is not an agent's, it lacks some of {sorted(REQUIRED)}")

@@ -50,10 +50,44 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         CheckpointError: Another process is writing to `path`.
         OSError: The disk is full, for example.
     """
+    path = _as_path(path)
+    check_replaceable("path", path)
+    with _staging(path) as staging:
+        yield staging
+        (staging / _LOCK).unlink()
+        seal(staging)
+        _swap(staging, path)
+
+
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+    """Give the path of a new file to write, and put it in the place of `path` when the block ends without an error.
+
+    After an error nothing has changed; if the process dies, `path` is the old file or the new one. A lone file has no
+    manifest.
+
+    Raises:
+        CheckpointError: Another process is writing to `path`.
+        OSError: The disk is full, for example.
+    """
+    path = _as_path(path)
+    with _staging(path) as staging:
+        file = staging / path.name
+        yield file
+        _flush(file)
+        file.replace(path)
+        _flush(path.parent)
+
+
+def _as_path(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise ConfigurationError("path", path, "must be a path")
-    path = Path(path)
-    check_replaceable("path", path)
+    return Path(path)
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, on the same file system, that one process at a time has; it is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.new")
     staging.mkdir(exist_ok=True)
@@ -64,9 +98,6 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
                 if leftover.name != _LOCK:
                     _remove(leftover)
             yield staging
-            (staging / _LOCK).unlink()
-            seal(staging)
-            _swap(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from evollm.errors import ConfigurationError
+from evollm.models.archive import PolicyArchive, copy_state, note_archive, read_policy_archive
+from evollm.models.requirements import check_plain_model
 from evollm.models.shared_base import SharedBase
 from evollm.processes import check_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_RELOADABLE = frozenset(
+    {"attn_implementation", "dtype", "gguf_file", "revision", "subfolder", "torch_dtype", "variant"}
+)
+_ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
+
+
+def reloadable(model_config: Mapping[str, Any]) -> dict[str, str]:
+    """The part of `model_config` that a checkpoint keeps, and that is taken from it, so that its base loads alike.
+
+    Only what chooses among the weights of a name and their type: a checkpoint must not be able to ask for code of
+    somebody else's (`trust_remote_code`, kernels by name), and must not hold a password (`token`).
+    """
+    kept = {}
+    for name in _RELOADABLE & model_config.keys():
+        value = model_config[name]
+        if isinstance(value, torch.dtype):
+            value = str(value).removeprefix("torch.")
+        if isinstance(value, str) and (name != "attn_implementation" or value in _ATTENTION):
+            kept[name] = value
+    return kept
 
 
 def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -29,9 +55,42 @@ def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) ->
     """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **(model_config or {}))
+    except pickle.UnpicklingError:
+        # The library's own reason explains how to run what the file holds.
+        fix = "its weights are a pickle that holds more than tensors, and was not run: take a model with safetensors"
+        raise ConfigurationError("model_name", name, fix) from None
     except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError("model_name", name, f"cannot be loaded as a causal language model: {error}") from error
     return model
+
+
+def load_policy_archive(path: str | Path, model: PreTrainedModel) -> PolicyArchive:
+    """Put the weights of a `policy.pt` of the original DPO repository into a model, before agents are built on it.
+
+    The weights are cast to the types that the model has. `DPO(..., archive=path)` does the same.
+
+    Args:
+        path: The file: a dict with `step_idx`, `state` (all weights by their name) and `metrics`.
+        model: A causal language model without adapters, of the architecture that the archive was trained from.
+
+    Returns:
+        What the archive says beside its weights; agents on the model have it as `agent.base.archive`.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or not plain data, or does not fit the model, which is as it was.
+        ConfigurationError: The model is none, or agents or adapters have been built on it.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigurationError("archive", path, "must be the path of a policy.pt")
+    if SharedBase.on(model) is not None:
+        raise ConfigurationError(
+            "archive", str(path), "agents have been built on this model, whose weights they need: load the model anew"
+        )
+    check_plain_model("model", model)
+    archive, state = read_policy_archive(path)
+    copy_state(path, state, model)
+    note_archive(model, archive)
+    return archive
 
 
 def usable_device(accelerator: Accelerator | None, device: str | torch.device) -> torch.device:
@@ -62,11 +121,13 @@ def shared_base(
     actor_network: PreTrainedModel | None,
     model_config: Mapping[str, Any] | None,
     device: torch.device,
+    archive: str | Path | None = None,
 ) -> SharedBase:
-    """The shared base of a model that is given, or loaded by name.
+    """The shared base of a model that is given or loaded by name, with the weights of a policy archive if there is one.
 
     Raises:
         ConfigurationError: Both or neither are given, or the model cannot be loaded or moved.
+        CheckpointError: The archive cannot be read, or does not fit the model.
     """
     if (model_name is None) == (actor_network is None):
         raise ConfigurationError("model_name", model_name, "pass either model_name or actor_network")
@@ -75,6 +136,10 @@ def shared_base(
         actor_network = load_base_model(model_name, model_config)
     elif model_config is not None:
         raise ConfigurationError("model_config", model_config, "belongs to model_name; a loaded model has its own")
+    if archive is not None:
+        load_policy_archive(archive, actor_network)
     base = SharedBase.of(actor_network)
+    if model_config is not None:
+        base.model_config = reloadable(model_config)
     base.move_to(device)
     return base

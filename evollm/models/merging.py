@@ -42,5 +42,8 @@ def merged_weights(model: nn.Module, adapter: str) -> dict[str, Tensor]:
             raise ConfigurationError("lora_config.target_modules", path, fix)
         change = layer.get_delta_weight(adapter)
         wide = torch.promote_types(weight.dtype, change.dtype)
-        merged[f"{path}.weight"] = (weight.to(wide) + change.to(weight.device, wide)).to(weight.dtype)
+        change = change.to(weight.device, wide)
+        total = (weight.to(wide) + change).to(weight.dtype)
+        # An untrained adapter leaves every bit: -0 + 0 would be +0.
+        merged[f"{path}.weight"] = torch.where(change == 0, weight, total)
     return merged

@@ -14,22 +14,19 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
+from evollm.models.archive import PolicyArchive, loaded_archive
 from evollm.models.attention import PairLayout, current_layout, packed_attention
 from evollm.models.identity import adapter_fingerprint, computing_settings, weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
 from evollm.models.merging import merged_weights
 from evollm.models.reference_cache import ReferenceCache
+from evollm.models.requirements import check_lora_config, check_plain_model
 from evollm.models.routing import AdapterRouter
 
-# The others rewrite the base's own weights, which every other adapter stands on, or need data.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-# Options that work on the base itself, or through hooks for which the base would have to be called by PEFT.
-_UNSUPPORTED = ("modules_to_save", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 _ATTRIBUTE = "_evollm_shared_base"
 
 
@@ -55,20 +52,9 @@ class SharedBase:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if not isinstance(model, PreTrainedModel | PeftModel):
-            raise ConfigurationError(
-                "actor_network",
-                model if isinstance(model, str) else type(model).__name__,
-                "must be a causal language model of transformers (or use model_name)",
-            )
-        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ConfigurationError(
-                "actor_network",
-                type(model).__name__,
-                "already carries adapters; pass the plain base model, and the LoRA settings as lora_config "
-                "(an adapter that was trained before: model.merge_and_unload() first)",
-            )
+        check_plain_model("actor_network", model)
         self.network = model
+        self.model_config: Mapping[str, str] = {}
         self.weights_fingerprint = weights_fingerprint(model)
         self.reference_cache = ReferenceCache()
         self._peft: PeftModel | None = None
@@ -84,12 +70,18 @@ class SharedBase:
     @classmethod
     def of(cls, model: PreTrainedModel) -> SharedBase:
         """The shared base of this model: the same object for every agent that is built on the model."""
-        base = getattr(model, _ATTRIBUTE, None)
-        if not isinstance(base, cls):
+        base = cls.on(model)
+        if base is None:
             base = cls(model)
             # Past nn.Module's own __setattr__, which would take a holder of modules into account.
             model.__dict__[_ATTRIBUTE] = base
         return base
+
+    @classmethod
+    def on(cls, model: PreTrainedModel) -> SharedBase | None:
+        """The shared base of this model if there is one."""
+        base = getattr(model, _ATTRIBUTE, None)
+        return base if isinstance(base, cls) else None
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +92,20 @@ class SharedBase:
     def name(self) -> str:
         """The name or path that the base was loaded from, "" if it never had one."""
         return str(getattr(self.network.config, "_name_or_path", "") or "")
+
+    @property
+    def archive(self) -> PolicyArchive | None:
+        """What the policy archive says that the weights came from, None if they came from the model's own files."""
+        return loaded_archive(self.network)
+
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint says of its base: plain data, from which `DPO.load` finds it again."""
+        return {
+            "base_name": self.name,
+            "base_fingerprint": self.weights_fingerprint,
+            "model_config": dict(self.model_config),
+            "archive": None if self.archive is None else self.archive.path,
+        }
 
     @property
     def max_positions(self) -> int | None:
@@ -145,7 +151,7 @@ class SharedBase:
         Raises:
             ConfigurationError: The configuration matches no module or would change the base.
         """
-        _check_config(config)
+        check_lora_config(config)
         config = copy.deepcopy(config)
         # That of another run's base, perhaps; PEFT fills in this one's.
         config.base_model_name_or_path = None
@@ -258,6 +264,10 @@ class SharedBase:
         Raises:
             ConfigurationError: The base is quantised, or the adapter cannot be merged.
         """
+        self.network.save_pretrained(folder, state_dict=self.state(merged))
+
+    def state(self, merged: str | None = None) -> dict[str, Tensor]:
+        """The base's own weights, by their names in the model without adapters, not copied; see `save_weights`."""
         if getattr(self.network, "is_quantized", False):
             fix = "is quantised and cannot be written: save the adapters alone, and load the base from where it came"
             raise ConfigurationError("base", self.name, fix)
@@ -267,9 +277,7 @@ class SharedBase:
             for name, tensor in self.network.state_dict(keep_vars=True).items()
             if id(tensor) not in adapters
         }
-        if merged is not None:
-            weights |= merged_weights(self.network, merged)
-        self.network.save_pretrained(folder, state_dict=weights)
+        return weights if merged is None else weights | merged_weights(self.network, merged)
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite an adapter's weights in place.
@@ -376,22 +384,6 @@ class SharedBase:
         for adapter, parameters in self._parameters.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(adapter in self._trainable)
-
-
-def _check_config(config: LoraConfig) -> None:
-    if not isinstance(config, LoraConfig):
-        raise ConfigurationError("lora_config", type(config).__name__, "must be a peft.LoraConfig")
-    if config.init_lora_weights not in _INITIALISATIONS:
-        raise ConfigurationError(
-            "lora_config.init_lora_weights",
-            config.init_lora_weights,
-            f"rewrites the base or needs data; use one of {_INITIALISATIONS}",
-        )
-    for option in _UNSUPPORTED:
-        if getattr(config, option, None):
-            raise ConfigurationError(f"lora_config.{option}", getattr(config, option), "does not work on a shared base")
-    if config.bias != "none":
-        raise ConfigurationError("lora_config.bias", config.bias, "trains the shared base's own biases; use 'none'")
 
 
 def _parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:

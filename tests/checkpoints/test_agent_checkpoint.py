@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import warnings
@@ -9,10 +10,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from snapshots import actor_bits, adapter_bits
+from snapshots import actor_bits, adapter_bits, base_bits
 from transformers import AutoModelForCausalLM
 
-from evollm import DPO, CheckpointError, ConfigurationError, HyperparameterConfig, RLParameter, save_llm_checkpoint
+from evollm import (
+    DPO,
+    CheckpointError,
+    ConfigurationError,
+    EvoLLMError,
+    HyperparameterConfig,
+    RLParameter,
+    save_llm_checkpoint,
+)
 from evollm.checkpoints import replace_folder
 from evollm.checkpoints.files import MANIFEST, seal
 from evollm.models import completion_logprobs
@@ -259,6 +268,103 @@ def test_a_pickle_in_place_of_the_attributes_is_refused_and_not_run(trained, tmp
     with pytest.raises(CheckpointError, match="cannot be read"):
         trained.load_checkpoint(str(tmp_path / "agent"))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("lora_only", [True, False])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (("optimizer",), "Nothing of it was run"),
+        (("optimizer", "state", 0, "exp_avg"), "Nothing of it was run"),
+        (("optimizer", "param_groups", 0, "lr"), "Nothing of it was run"),
+        (("settings", "seed"), "Nothing of it was run"),
+        (("rng",), "Nothing of it was run"),
+        ("actor/adapter_model.safetensors", "cannot be read"),
+        ("reference/adapter_config.json", "cannot be read"),
+    ],
+)
+def test_code_anywhere_in_a_checkpoint_is_refused_and_not_run_under_a_right_manifest(
+    trained, make_model, tmp_path, place, said: str, lora_only: bool
+) -> None:
+    path, mark, before = tmp_path / "agent", tmp_path / "ran", actor_bits(trained)
+    trained.save_checkpoint(str(path), lora_only=lora_only)
+    if isinstance(place, str):
+        torch.save(Malicious(mark), path / place)
+    else:
+        # Everything but one value is what evollm wrote.
+        attributes = torch.load(path / "attributes.pt", weights_only=True)
+        holder = attributes
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = Malicious(mark)
+        torch.save(attributes, path / "attributes.pt")
+        torch.load(path / "attributes.pt", weights_only=False)
+        assert mark.is_dir()
+        mark.rmdir()
+    seal(path)
+    for load_optimizer in (True, False):
+        with pytest.raises(CheckpointError, match=said):
+            trained.load_checkpoint(str(path), load_optimizer=load_optimizer)
+    with pytest.raises(CheckpointError, match=said):
+        DPO.load(str(path), actor_network=make_model())
+    assert not mark.exists()
+    assert actor_bits(trained) == before
+
+
+@pytest.mark.parametrize("trap", ["weights", "code"])
+def test_a_saved_base_that_would_run_code_is_refused_and_not_run(trained, tmp_path, trap: str) -> None:
+    path, mark = tmp_path / "agent", tmp_path / "ran"
+    trained.save_checkpoint(str(path), lora_only=False)
+    if trap == "weights":
+        (path / "base" / "model.safetensors").unlink()
+        torch.save(Malicious(mark), path / "base" / "pytorch_model.bin")
+    else:
+        config = json.loads((path / "base" / "config.json").read_text())
+        config |= {"model_type": "trap", "auto_map": {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"}}
+        (path / "base" / "config.json").write_text(json.dumps(config))
+        (path / "base" / "trap.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Trap: pass\n")
+        attributes = torch.load(path / "attributes.pt", weights_only=True)
+        attributes["model_config"] = {"trust_remote_code": True}
+        torch.save(attributes, path / "attributes.pt")
+    seal(path)
+    with pytest.raises(EvoLLMError):
+        DPO.load(str(path))
+    assert not mark.exists()
+
+
+def test_a_checkpoint_that_names_a_base_cannot_ask_for_its_code(trained, make_model, tmp_path) -> None:
+    mark, base = tmp_path / "ran", tmp_path / "base"
+    make_model().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "trap", "auto_map": {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "trap.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Trap: pass\n")
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    attributes = torch.load(tmp_path / "agent" / "attributes.pt", weights_only=True)
+    attributes |= {"base_name": str(base), "model_config": {"trust_remote_code": True}}
+    torch.save(attributes, tmp_path / "agent" / "attributes.pt")
+    seal(tmp_path / "agent")
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        DPO.load(str(tmp_path / "agent"))
+    assert not mark.exists()
+
+
+def test_a_base_found_by_its_name_has_the_type_that_it_was_first_loaded_in(make_model, lora, tmp_path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    asked = {"dtype": torch.bfloat16, "attn_implementation": "eager", "token": "secret", "trust_remote_code": True}
+    agent = DPO(model_name=str(tmp_path / "base"), model_config=asked, lora_config=lora)
+    agent.save_checkpoint(str(tmp_path / "agent"))
+    kept = torch.load(tmp_path / "agent" / "attributes.pt", weights_only=True)["model_config"]
+    assert kept == {"dtype": "bfloat16", "attn_implementation": "eager"}
+    loaded = DPO.load(str(tmp_path / "agent"))
+    assert loaded.base.network.dtype == torch.bfloat16
+    assert loaded.base.network.config._attn_implementation == "eager"
+    assert base_bits(loaded.base) == base_bits(agent.base)
+    # And is kept once more.
+    loaded.save_checkpoint(str(tmp_path / "again"))
+    assert base_bits(DPO.load(str(tmp_path / "again")).base) == base_bits(agent.base)
+    with pytest.raises(CheckpointError, match="saved on another base"):
+        DPO.load(str(tmp_path / "agent"), model_config={"dtype": "float32"})
 
 
 @pytest.mark.parametrize("missing", ["attributes.pt", "actor/adapter_model.safetensors", "actor/adapter_config.json"])

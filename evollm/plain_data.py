@@ -1,0 +1,59 @@
+"""Files of `torch.save` that hold data: tensors, numbers, strings, dicts and lists, and nothing that would run."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evollm.errors import CheckpointError
+
+PLAIN = "tensors, numbers, strings, dicts and lists"
+_LEAVES = (Tensor, str, int, float, bool, type(None))
+
+
+def read_plain(path: Path, *, mapped: bool = False) -> Any:
+    """Read a file of `torch.save` without running anything that is in it; tensors are on the CPU.
+
+    There is no other way in: what this refuses is not read by evollm.
+
+    Args:
+        path: The file.
+        mapped: Leave the tensors in the file where its format allows it, for a caller that copies them: they take
+            memory only while they are used.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or holds something that is not plain data.
+    """
+    try:
+        # The format before torch 1.6 is no archive and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        # Of torch's own message only the name: the rest explains how to run what the file holds.
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it holds {name[1]}" if name else "it holds something else"
+        raise CheckpointError(
+            f"{path} cannot be read: {what}, and evollm reads {PLAIN} only. Nothing of it was run"
+        ) from None
+    except Exception as error:  # A damaged pickle raises whatever its bytes happen to ask for.
+        raise CheckpointError(f"{path} cannot be read: {error or type(error).__name__}") from error
+    strange = foreign_type(content)
+    if strange is not None:
+        raise CheckpointError(f"{path} cannot be read: it holds a {strange}, and evollm reads {PLAIN} only")
+    return content
+
+
+def foreign_type(value: object) -> str | None:
+    """Name of a type in a nested value that is not plain data, None if there is none."""
+    if isinstance(value, _LEAVES):
+        return None
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if not isinstance(value, list | tuple):
+        return type(value).__name__
+    return next((strange for strange in map(foreign_type, value) if strange is not None), None)
