@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,10 @@ from evollm import (
 
 # Everything that somebody needs who has never heard of evollm; it prints the log-probs of some tokens.
 ELSEWHERE = """
-import json, sys
-sys.modules["evollm"] = None
+import importlib.metadata, importlib.util, json, sys
+sys.path.append(sys.argv.pop(1))
+assert importlib.util.find_spec("evollm") is None, "evollm can be imported"
+assert not list(importlib.metadata.distributions(name="evollm")), "evollm is installed"
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -38,14 +42,29 @@ if len(sys.argv) > 2:
     model = PeftModel.from_pretrained(model, sys.argv[2])
 with torch.no_grad():
     logits = model.eval()(torch.arange(5, 25).view(1, -1)).logits
+assert not [name for name in sys.modules if name.partition(".")[0] == "evollm"], "evollm was imported"
 print(json.dumps(logits.double().log_softmax(-1)[0, :, ::7].tolist()))
 """
 
 
-def elsewhere(*folders: Path) -> torch.Tensor:
-    """Log-probs that a fresh process computes with transformers and PEFT alone."""
-    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, *map(str, folders)]
-    return torch.tensor(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory) -> Callable[..., torch.Tensor]:
+    """Log-probs that a process computes in an environment with everything that is installed here but evollm."""
+    site = tmp_path_factory.mktemp("site-packages")
+    for installed in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
+        for entry in installed.iterdir():
+            # A .pth file could lead to evollm's sources.
+            if "evollm" not in entry.name and entry.suffix != ".pth":
+                (site / entry.name).symlink_to(entry)
+
+    def logps(*folders: Path) -> torch.Tensor:
+        # Isolated, and without this environment's own site-packages: nothing is found but the standard library.
+        command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", ELSEWHERE, str(site), *map(str, folders)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return torch.tensor(json.loads(done.stdout))
+
+    return logps
 
 
 def here(agent: DPO) -> torch.Tensor:
@@ -63,7 +82,7 @@ def trained(make_agent, gym) -> DPO:
 
 
 def test_an_exported_adapter_and_a_merged_model_load_without_evollm_and_give_the_same_log_probs(
-    trained, make_model, tokenizer, tmp_path
+    trained, make_model, tokenizer, elsewhere, tmp_path
 ) -> None:
     make_model().save_pretrained(tmp_path / "base")
     before = base_bits(trained.base)
@@ -75,12 +94,15 @@ def test_an_exported_adapter_and_a_merged_model_load_without_evollm_and_give_the
     untuned = elsewhere(tmp_path / "base")
     assert (untuned - expected).abs().max() > 1e-3
     assert (elsewhere(tmp_path / "base", tmp_path / "adapter") - expected).abs().max() < 1e-6
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    assert (elsewhere(tmp_path / "base", tmp_path / "agent" / "actor") - expected).abs().max() < 1e-6
+    assert torch.equal(elsewhere(tmp_path / "base", tmp_path / "agent" / "reference"), untuned)
     assert (elsewhere(tmp_path / "merged") - expected).abs().max() < 1e-4
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
-def test_a_model_of_conv1d_layers_is_merged_too(gym, tokenizer, tmp_path) -> None:
+def test_a_model_of_conv1d_layers_is_merged_too(gym, tokenizer, elsewhere, tmp_path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256)
     lora = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
