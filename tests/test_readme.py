@@ -19,7 +19,7 @@ def test_the_python_of_the_readme_runs(make_model, tokenizer, tmp_path, monkeypa
     for name, rows in (("train", make_rows(8)), ("test", make_rows(4, 8)), ("final", make_rows(4, 12))):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     namespace: dict[str, object] = {}
     for block in blocks:
         assert "HuggingFaceTB/SmolLM2-135M-Instruct" in README
