@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from evollm import DPO, PreferenceGym
-from evollm.algorithms import dpo_step
+from evollm.algorithms import dpo_step, step
 from evollm.data.batch import PreferenceBatch
 from evollm.models.engine import Engine
 
@@ -96,7 +96,7 @@ def main() -> None:
     phases.wrap(dpo_step, "learn_together", "forward")
     phases.wrap(dpo_step, "reference_logprobs", "reference")
     phases.wrap(torch.Tensor, "backward", "backward")
-    phases.wrap(dpo_step, "_apply_gradient", "optimizer")
+    phases.wrap(step, "_apply_gradient", "optimizer")
     seconds, operations, rates, losses = 0.0, 0.0, [], []
     for _ in range(options.epochs):
         for batch in batches:

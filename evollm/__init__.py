@@ -1,6 +1,6 @@
-"""evollm: preference-tune language models with a population of DPO agents on one shared base."""
+"""evollm: tune language models with a population of SFT or DPO agents on one shared base."""
 
-from evollm.algorithms import DPO
+from evollm.algorithms import DPO, SFT
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.errors import (
     CheckpointError,
@@ -11,14 +11,15 @@ from evollm.errors import (
     MissingExtraError,
 )
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
-from evollm.llm_envs import PreferenceGym
+from evollm.llm_envs import PreferenceGym, SFTGym
 from evollm.models import PolicyArchive, load_policy_archive
-from evollm.training import Callback, finetune_llm_preference
+from evollm.training import Callback, finetune_llm_preference, finetune_llm_sft
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DPO",
+    "SFT",
     "Callback",
     "CheckpointError",
     "ConfigurationError",
@@ -31,8 +32,10 @@ __all__ = [
     "PolicyArchive",
     "PreferenceGym",
     "RLParameter",
+    "SFTGym",
     "TournamentSelection",
     "finetune_llm_preference",
+    "finetune_llm_sft",
     "load_policy_archive",
     "save_llm_checkpoint",
     "save_merged_model",

@@ -27,7 +27,7 @@ class ConfigurationError(EvoLLMError, ValueError):
 
 
 class DataError(ConfigurationError):
-    """A dataset cannot be turned into preference pairs."""
+    """A dataset cannot be turned into preference pairs or examples, or holds what is meant for another stage."""
 
 
 class CheckpointError(EvoLLMError):

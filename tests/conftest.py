@@ -9,7 +9,7 @@ from peft import LoraConfig
 from tokenizers_for_tests import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evollm import DPO, PreferenceGym
+from evollm import DPO, SFT, PreferenceGym, SFTGym
 
 torch.set_num_threads(2)
 
@@ -63,6 +63,38 @@ def make_rows(count: int, skip: int = 0) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def make_examples(count: int, skip: int = 0) -> list[dict[str, str]]:
+    """The prompts and chosen completions of `make_rows`."""
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in make_rows(count, skip)]
+
+
+@pytest.fixture
+def sft_gym(tokenizer: PreTrainedTokenizerFast) -> SFTGym:
+    return SFTGym(make_examples(12), make_examples(6, 12), tokenizer, data_batch_size_per_gpu=4)
+
+
+@pytest.fixture
+def make_sft(make_model: Callable[..., LlamaForCausalLM], lora: LoraConfig) -> Callable[..., SFT]:
+    """An agent on a base of its own, unless `actor_network` says otherwise."""
+
+    def make(**arguments: Any) -> SFT:
+        arguments.setdefault("actor_network", make_model())
+        return SFT(**{"lora_config": lora, "lr": 1e-3, **arguments})
+
+    return make
+
+
+@pytest.fixture
+def make_sft_population(make_model: Callable[..., LlamaForCausalLM], lora: LoraConfig) -> Callable[..., list[SFT]]:
+    """Agents on one base."""
+
+    def make(size: int, **arguments: Any) -> list[SFT]:
+        arguments.setdefault("actor_network", make_model())
+        return SFT.population(size, **{"lora_config": lora, "lr": 1e-3, **arguments})
+
+    return make
 
 
 @pytest.fixture

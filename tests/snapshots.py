@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from evollm import DPO
+from evollm.algorithms import LLMAgent
 from evollm.models import SharedBase
 
 
@@ -23,7 +23,7 @@ def adapter_bits(base: SharedBase) -> dict[str, str]:
     return {name: digest(list(base.parameters(name).values())) for name in base.adapters}
 
 
-def actor_bits(agent: DPO) -> str:
+def actor_bits(agent: LLMAgent) -> str:
     return digest(list(agent.actor_parameters()))
 
 

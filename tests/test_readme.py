@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from conftest import make_rows
+from conftest import make_examples, make_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,8 +18,10 @@ def test_the_python_of_the_readme_runs(make_model, tokenizer, tmp_path, monkeypa
     tokenizer.save_pretrained(folder)
     for name, rows in (("train", make_rows(8)), ("test", make_rows(4, 8)), ("final", make_rows(4, 12))):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rows in (("examples", make_examples(8)), ("test-examples", make_examples(4, 8))):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     namespace: dict[str, object] = {}
     for block in blocks:
         assert "HuggingFaceTB/SmolLM2-135M-Instruct" in README

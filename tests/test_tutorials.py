@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_rows
+import torch
+from conftest import make_examples, make_rows
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,3 +48,20 @@ def test_several_processes_train_as_the_readme_launches_them(small, tmp_path) ->
     output = run([torchrun, *words, *sizes], tmp_path / "here")
     assert output.count("Held-out accuracy") == 1
     assert len(json.loads((tmp_path / "here/several-processes/metrics.jsonl").read_text().splitlines()[0])) > 1
+
+
+def test_sft_then_dpo_runs_three_stages_each_from_the_one_before(small, tmp_path) -> None:
+    files = {"sft": make_examples(16), "preferences": make_rows(16)}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = [f"--model={small['model']}", "--steps=2", *(f"--{name}={tmp_path / name}.jsonl" for name in files)]
+    output = run([sys.executable, str(ROOT / "tutorials/sft_then_dpo.py"), *sizes], tmp_path / "here")
+    assert output.count("Held-out loss on 8 selection examples") == 1
+    assert output.count("Held-out accuracy on 8 selection pairs: 0.500 ->") == 2
+    stages = tmp_path / "here/stages"
+    for before, after in (("sft", "dpo-1"), ("dpo-1", "dpo-2")):
+        actor, reference = (
+            load_file(stages / run / "elite" / role / "adapter_model.safetensors")
+            for run, role in ((before, "actor"), (after, "reference"))
+        )
+        assert all(torch.equal(tensor, actor[name]) for name, tensor in reference.items())

@@ -3,5 +3,6 @@
 from evollm.algorithms.core import LLMAgent
 from evollm.algorithms.dpo import DPO, DPOHyperparameters
 from evollm.algorithms.settings import AgentSettings
+from evollm.algorithms.sft import SFT
 
-__all__ = ["DPO", "AgentSettings", "DPOHyperparameters", "LLMAgent"]
+__all__ = ["DPO", "SFT", "AgentSettings", "DPOHyperparameters", "LLMAgent"]

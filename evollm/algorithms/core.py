@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -17,14 +17,15 @@ from torch import nn
 from typing_extensions import Self
 
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
-from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
-from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
 from evollm.checks import whole_number
-from evollm.errors import CheckpointError, ConfigurationError
+from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState, SharedBase
 from evollm.models.engine import PassOptions
-from evollm.processes import Processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from gymnasium import spaces
 
 ACTOR = "actor"
 REFERENCE = "reference"
@@ -46,15 +47,19 @@ class LLMAgent(ABC):
 
     Args:
         base: The shared base.
-        lora_config: LoRA configuration of its adapters.
+        lora_config: LoRA configuration of its adapters; None: rank 16, alpha 32, on all linear layers.
         settings: What no mutation changes.
         hyperparameters: What evolution may change.
         hp_config: Which of them it does change, and within which bounds; None: none.
         index: The agent's number in its population.
+        observation_space: Kept as an attribute.
+        action_space: Kept as an attribute.
+        accelerator: Kept as an attribute.
 
     Attributes:
         fitness: The scores of `test`, oldest first.
         steps: Batches that the agent has learnt from.
+        num_tokens: Tokens that it has learnt from, a prompt that two sides share counted once.
         diverged: Whether a loss or gradient was not finite; the agent has skipped that update.
         rng: The agent's own generator, cloned and saved with it, for subclasses and hooks that draw numbers.
     """
@@ -69,11 +74,15 @@ class LLMAgent(ABC):
     def __init__(
         self,
         base: SharedBase,
-        lora_config: LoraConfig,
+        lora_config: LoraConfig | None,
         settings: AgentSettings,
         hyperparameters: Hyperparameters,
         hp_config: HyperparameterConfig | None,
         index: int,
+        *,
+        observation_space: spaces.Space[Any] | None,
+        action_space: spaces.Space[Any] | None,
+        accelerator: Accelerator | None,
     ) -> None:
         index = whole_number("index", index, 0)
         if hp_config is not None:
@@ -82,6 +91,18 @@ class LLMAgent(ABC):
                     "hp_config", hp_config, "must be HyperparameterConfig(lr=RLParameter(...), ...)"
                 )
             hp_config.validate(asdict(hyperparameters), known=list(asdict(hyperparameters)))
+        if lora_config is None:
+            lora_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        elif getattr(lora_config, "lora_dropout", None):
+            # Two frames up the agent is made.
+            warnings.warn(
+                f"lora_dropout={lora_config.lora_dropout} has no effect: the base stays in evaluation mode",
+                UserWarning,
+                stacklevel=3,
+            )
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self.accelerator = accelerator
         self.base = base
         self.device = base.device
         self.lora_config = lora_config
@@ -91,6 +112,7 @@ class LLMAgent(ABC):
         self.index = index
         self.fitness: list[float] = []
         self.steps = 0
+        self.num_tokens = 0
         self.diverged = False
         self.reference_update_tracker = 0
         self.rng = np.random.default_rng(settings.seed)
@@ -100,6 +122,14 @@ class LLMAgent(ABC):
         self._adapters: dict[str, str | None] = {ACTOR: actor, **self._frozen_adapters(actor)}
         base.use(actor)
         self.optimizer = self._new_optimizer()
+        if settings.gradient_checkpointing and not base.can_checkpoint:
+            warnings.warn(
+                "gradient_checkpointing=True has no effect: the base declares no layers for it",
+                UserWarning,
+                stacklevel=3,
+            )
+        if settings.torch_compiler is not None:
+            base.compile(settings.torch_compiler)
 
     @abstractmethod
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
@@ -192,6 +222,45 @@ class LLMAgent(ABC):
 
     # Evolution
 
+    @classmethod
+    def population(
+        cls,
+        size: int,
+        observation_space: spaces.Space[Any] | None = None,
+        action_space: spaces.Space[Any] | None = None,
+        wrapper_cls: type[Any] | None = None,
+        wrapper_kwargs: Mapping[str, Any] | None = None,
+        *,
+        sample_hyperparameters: bool = True,
+        **kwargs: Any,
+    ) -> list[Self]:
+        """Build `size` agents on one base, with the same first weights.
+
+        Args:
+            size: Number of agents.
+            observation_space: As for one agent.
+            action_space: As for one agent.
+            wrapper_cls: Called with each agent, and `wrapper_kwargs`; the results are returned instead.
+            wrapper_kwargs: Keyword arguments for `wrapper_cls`.
+            sample_hyperparameters: With an `hp_config`, agent 0 keeps the given values and the others start from
+                log-uniform draws inside the declared bounds. False: all start from the given values.
+            **kwargs: As for one agent.
+
+        Raises:
+            ConfigurationError: As for one agent, or `size` is below 1.
+        """
+        whole_number("size", size, 1)
+        arguments: dict[str, Any] = {"observation_space": observation_space, "action_space": action_space, **kwargs}
+        first = cls(**arguments)
+        agents = [first] + [first.clone(index=first.index + offset) for offset in range(1, size)]
+        if first.hp_config is not None and sample_hyperparameters:
+            rng = np.random.default_rng(first.settings.seed)
+            for agent in agents[1:]:
+                agent.set_hyperparameters(first.hp_config.sample(rng))
+        if wrapper_cls is None:
+            return agents
+        return [wrapper_cls(agent, **(wrapper_kwargs or {})) for agent in agents]
+
     def hyperparameter_values(self) -> dict[str, float]:
         """The hyperparameters by name."""
         return asdict(self.hyperparameters)
@@ -252,162 +321,3 @@ class LLMAgent(ABC):
             elif name not in _NETWORKS:
                 setattr(clone, name, copy.deepcopy(value))
         return clone
-
-    # Checkpoints
-
-    def save_checkpoint(self, path: str, lora_only: bool = True, save_optimizer: bool = True, **kwargs: Any) -> None:
-        """Write the agent into a folder: one subfolder for each adapter, and `attributes.pt`.
-
-        Each subfolder loads with `PeftModel.from_pretrained(base, path + "/actor")`. The folder appears whole or not
-        at all; one that was there is replaced. Of several processes the main one writes and the others wait.
-
-        Args:
-            path: Folder to write.
-            lora_only: Leave the base's weights out. False adds them as a transformers model, in the subfolder `base`,
-                from which `load` takes them: the folder then stands by itself.
-            save_optimizer: Include the optimizer's moments, to resume from.
-            **kwargs: Ignored.
-
-        Raises:
-            ConfigurationError: Something else lies at `path`, or `lora_only` is False and the base is quantised.
-        """
-        del kwargs
-        base = None if lora_only else self.base
-        processes = Processes.present()
-        if processes.is_main:
-            write_agent_folder(path, self.to_folder(save_optimizer), base_name=self.base.name, base=base)
-        processes.wait()
-
-    def to_folder(self, save_optimizer: bool = True) -> AgentFolder:
-        """What `save_checkpoint` writes."""
-        adapters = {role: self.base.export(name) for role, name in self._adapters.items() if name is not None}
-        return AgentFolder(adapters, self._attributes(), self.optimizer.state_dict() if save_optimizer else None)
-
-    def load_checkpoint(
-        self,
-        path: str,
-        load_optimizer: bool = True,
-        overwrite_reference_adapter: bool | None = None,
-        overwrite_critic_adapter: bool = True,
-        merge_lora_configs: bool = False,
-        check_base: bool = True,
-    ) -> None:
-        """Restore the agent from a folder that `save_checkpoint` wrote.
-
-        Args:
-            path: The folder.
-            load_optimizer: Also restore the optimizer's moments; with none saved, warn and start afresh. False keeps
-                the live optimizer.
-            overwrite_reference_adapter: True copies the loaded actor onto the reference (the next stage of a chain),
-                False restores the saved reference (a resume). None: a resume when the checkpoint is of the same
-                algorithm, the next stage otherwise.
-            overwrite_critic_adapter: Accepted for compatibility; this agent has no critic.
-            merge_lora_configs: Where the LoRA configurations differ, rebuild the agent's adapters with the larger rank,
-                the union of the target modules and, with a warning, its own values of other fields. The loaded
-                adapters compute what they computed; the optimizer starts afresh.
-            check_base: Refuse a checkpoint that was saved on another base.
-
-        Raises:
-            CheckpointError: The folder is missing, damaged, or from another base.
-            ConfigurationError: The LoRA configurations differ; the message lists each field.
-        """
-        del overwrite_critic_adapter
-        folder = read_agent_folder(path)
-        if check_base and folder.attributes["base_fingerprint"] != self.base.weights_fingerprint:
-            saved_on = folder.attributes["base_name"] or "a base without a name"
-            raise CheckpointError(
-                f"{path} was saved on another base ({saved_on}) than {self.base.name or 'this one'}: its adapters mean "
-                "nothing here. The same model in another dtype or quantised counts as another: check_base=False"
-            )
-        if merge_lora_configs:
-            folder = self._merged(folder)
-        self.load_folder(folder, load_optimizer, overwrite_reference_adapter, source=path)
-
-    def _merged(self, folder: AgentFolder) -> AgentFolder:
-        """The folder's adapters in the shapes of a merged LoRA configuration, which this agent's get too."""
-        current, saved = self.base.config(self.actor_adapter), folder.adapter(ACTOR).config
-        if not differing_fields(current, saved):
-            return folder
-        merged, overruled = merge_lora_configs(current, saved)
-        if overruled:
-            warnings.warn(
-                f"LoRA configurations differ in {overruled}: the agent's values hold, not the checkpoint's",
-                UserWarning,
-                stacklevel=3,
-            )
-        name = self.base.add_adapter(ACTOR, merged, trainable=True, seed=self.settings.seed)
-        fresh = self.base.export(name)
-        try:
-            adapters = {
-                role: AdapterState(fresh.config, pad_adapter(state, fresh)) for role, state in folder.adapters.items()
-            }
-        except ConfigurationError:
-            self.base.use(self.actor_adapter)
-            self.base.release(name)
-            raise
-        self.base.release(self.actor_adapter)
-        self._adapters[ACTOR] = name
-        self.lora_config = merged
-        self.base.use(name)
-        self.optimizer = self._new_optimizer()
-        return replace(folder, adapters=adapters, optimizer=None)
-
-    def load_folder(
-        self,
-        folder: AgentFolder,
-        load_optimizer: bool = True,
-        overwrite_reference_adapter: bool | None = None,
-        source: object = "the checkpoint",
-    ) -> None:
-        """What `load_checkpoint` does once a folder is read; `source` says where it came from."""
-        saved_actor = folder.adapter(ACTOR)
-        check_same_lora(self.base.config(self.actor_adapter), saved_actor.config)
-        is_resume = folder.attributes["algorithm"] == self.algorithm
-        if overwrite_reference_adapter is None:
-            overwrite_reference_adapter = not is_resume
-
-        has_reference = self._adapters.get(REFERENCE) is not None
-        if has_reference:
-            # Looked up before anything is changed: it may be missing.
-            saved_reference = saved_actor if overwrite_reference_adapter else folder.adapter(REFERENCE)
-        self.base.load(self.actor_adapter, saved_actor.tensors)
-        if has_reference:
-            self._replace_reference(saved_reference)
-        if is_resume:
-            self._restore_attributes(folder.attributes)
-        if load_optimizer:
-            self._load_optimizer(folder.optimizer, source)
-
-    def _attributes(self) -> dict[str, Any]:
-        return {
-            "algorithm": self.algorithm,
-            **self.base.origin(),
-            "index": self.index,
-            "hyperparameters": asdict(self.hyperparameters),
-            "settings": asdict(self.settings),
-            "hp_config": self.hp_config.to_dict() if self.hp_config else None,
-            "fitness": list(self.fitness),
-            "steps": self.steps,
-            "diverged": self.diverged,
-            "reference_update_tracker": self.reference_update_tracker,
-            "rng": self.rng.bit_generator.state,
-        }
-
-    def _restore_attributes(self, attributes: Mapping[str, Any]) -> None:
-        for name in ("index", "fitness", "steps", "diverged", "reference_update_tracker"):
-            setattr(self, name, copy.copy(attributes[name]))
-        self.rng.bit_generator.state = attributes["rng"]
-        self.set_hyperparameters(attributes["hyperparameters"])
-
-    def _load_optimizer(self, state: Mapping[str, Any] | None, source: object) -> None:
-        self.optimizer = self._new_optimizer()
-        if state is None:
-            warnings.warn(
-                f"{source} holds no optimizer state for these adapters: training goes on with a fresh optimizer",
-                UserWarning,
-                stacklevel=4,
-            )
-            return
-        self.optimizer.load_state_dict(dict(state))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr

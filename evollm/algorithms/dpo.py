@@ -13,19 +13,17 @@ import torch
 from numpy.typing import NDArray
 from peft import LoraConfig
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
-from evollm.algorithms.core import ACTOR, OWN, REFERENCE
+from evollm.algorithms.core import OWN, REFERENCE
 from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together, reference_logprobs
 from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
-from evollm.checkpoints.agent import read_agent_folder
 from evollm.checks import finite_number, positive_number, whole_number
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import Evaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
-from evollm.models.loading import reloadable, shared_base, usable_device
+from evollm.models.loading import shared_base, usable_device
 from evollm.models.logprobs import PairLogprobs
 
 if TYPE_CHECKING:
@@ -158,126 +156,22 @@ class DPO(EvolvableAlgorithm):
         )
         if use_liger_loss:
             warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=2)
-        if lora_config is not None and getattr(lora_config, "lora_dropout", None):
-            warnings.warn(
-                f"lora_dropout={lora_config.lora_dropout} has no effect: DPO compares policy and reference without it",
-                UserWarning,
-                stacklevel=2,
-            )
-        self.observation_space = observation_space
-        self.action_space = action_space
-        self.accelerator = accelerator
         super().__init__(
             base=shared_base(model_name, actor_network, model_config, usable_device(accelerator, device), archive),
-            lora_config=lora_config
-            or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            lora_config=lora_config,
             settings=settings,
             hyperparameters=hyperparameters,
             hp_config=hp_config,
             index=index,
+            observation_space=observation_space,
+            action_space=action_space,
+            accelerator=accelerator,
         )
-        if gradient_checkpointing and not self.base.can_checkpoint:
-            warnings.warn(
-                "gradient_checkpointing=True has no effect: the base declares no layers for it",
-                UserWarning,
-                stacklevel=2,
-            )
-        if torch_compiler is not None:
-            self.recompile()
 
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
         if not self.settings.use_separate_reference_adapter:
             return {REFERENCE: None}
         return {REFERENCE: self.base.copy_adapter(actor, REFERENCE, trainable=False)}
-
-    @classmethod
-    def population(
-        cls,
-        size: int,
-        observation_space: spaces.Space[Any] | None = None,
-        action_space: spaces.Space[Any] | None = None,
-        wrapper_cls: type[Any] | None = None,
-        wrapper_kwargs: Mapping[str, Any] | None = None,
-        *,
-        sample_hyperparameters: bool = True,
-        **kwargs: Any,
-    ) -> list[Self]:
-        """Build `size` agents on one base, with the same first weights.
-
-        Args:
-            size: Number of agents.
-            observation_space: As for one agent.
-            action_space: As for one agent.
-            wrapper_cls: Called with each agent, and `wrapper_kwargs`; the results are returned instead.
-            wrapper_kwargs: Keyword arguments for `wrapper_cls`.
-            sample_hyperparameters: With an `hp_config`, agent 0 keeps the given values and the others start from
-                log-uniform draws inside the declared bounds. False: all start from the given values.
-            **kwargs: As for one agent.
-
-        Raises:
-            ConfigurationError: As for one agent, or `size` is below 1.
-        """
-        whole_number("size", size, 1)
-        first = cls(observation_space, action_space, **kwargs)
-        agents = [first] + [first.clone(index=first.index + offset) for offset in range(1, size)]
-        if first.hp_config is not None and sample_hyperparameters:
-            rng = np.random.default_rng(first.settings.seed)
-            for agent in agents[1:]:
-                agent.set_hyperparameters(first.hp_config.sample(rng))
-        if wrapper_cls is None:
-            return agents
-        return [wrapper_cls(agent, **(wrapper_kwargs or {})) for agent in agents]
-
-    @classmethod
-    def load(
-        cls,
-        path: str,
-        device: str | torch.device = "cpu",
-        accelerator: Accelerator | None = None,
-        actor_network: PreTrainedModel | None = None,
-        model_config: Mapping[str, Any] | None = None,
-        archive: str | Path | None = None,
-    ) -> Self:
-        """Rebuild an agent from a folder that `save_checkpoint` wrote.
-
-        Args:
-            path: The folder.
-            device: Where to put the base.
-            accelerator: As for the constructor.
-            actor_network: The base; by default it is the checkpoint's own (`lora_only=False`), else it is loaded by the
-                name that the checkpoint states.
-            model_config: Keyword arguments for `from_pretrained`, with which the base is loaded by its name. None: of
-                those that it was first loaded with, the ones that choose weights and their type (`dtype`, `revision`,
-                ...). A checkpoint decides neither on custom code nor on quantisation.
-            archive: A policy archive for the base that is given or loaded by its name. None: of a base loaded by its
-                name, that of the first loading.
-
-        Raises:
-            CheckpointError: The folder or the archive is missing or damaged, or the base is another.
-            ConfigurationError: The base has no name to load it by, or cannot be loaded.
-        """
-        folder = read_agent_folder(path)
-        attributes = folder.attributes
-        base_name = str(folder.base or attributes["base_name"])
-        if actor_network is None and folder.base is None:
-            model_config = reloadable(attributes.get("model_config") or {}) if model_config is None else model_config
-            archive = archive or attributes.get("archive")
-        if actor_network is None and not base_name:
-            raise ConfigurationError("actor_network", None, f"{path} names no base model: pass the one it was tuned on")
-        agent = cls(
-            actor_network=actor_network,
-            model_name=None if actor_network is not None else base_name,
-            model_config=model_config,
-            archive=archive,
-            lora_config=folder.adapter(ACTOR).config,
-            hp_config=attributes["hp_config"] and HyperparameterConfig.from_dict(attributes["hp_config"]),
-            device=device,
-            accelerator=accelerator,
-            **attributes["settings"],
-            **attributes["hyperparameters"],
-        )
-        agent.load_checkpoint(path, load_optimizer=folder.optimizer is not None)
-        return agent
 
     def learn(self, experiences: PreferenceBatch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
         """Update the actor on a batch of pairs, `update_epochs` times.
@@ -293,7 +187,7 @@ class DPO(EvolvableAlgorithm):
             Means over the optimizer steps, of the policy before each: `mean_loss`, `mean_chosen_reward`,
             `mean_rejected_reward`, and by the names of TRL `loss`, `grad_norm`, `learning_rate`, `nll_loss`,
             `logps/chosen`, `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
-            `rewards/margins`. Log-probs are sums over tokens in nats; a reward is beta times a log-ratio.
+            `rewards/margins`, `num_tokens`. Log-probs are sums over tokens in nats; a reward is beta times a log-ratio.
         """
         return learn_together([self], PreferenceBatch.from_experiences(experiences), training=training)[0]
 

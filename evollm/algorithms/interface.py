@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from evollm.algorithms.core import LLMAgent
+from evollm.algorithms.saving import SavableAgent
 from evollm.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class NetworkGroup:
     policy: bool = False
 
 
-class EvolvableAlgorithm(LLMAgent):
+class EvolvableAlgorithm(SavableAgent):
     """An agent with the methods that such scripts call."""
 
     training = True

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evollm.errors import CheckpointError
 from evollm.hpo import Birth, EvolutionPlan, ancestry, format_value
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """How a card speaks of a kind of run."""
+
+    title: str
+    method: str
+    tags: str
+    rows: str
+
+
+_STAGES = {
+    "DPO": _Stage("tuned on preferences", "Direct Preference Optimization", "dpo, preference-tuning", "pairs"),
+    "SFT": _Stage("tuned on completions", "supervised fine-tuning", "sft", "examples"),
+}
+_SCORES = {
+    "accuracy": "preference accuracy",
+    "mean_margin": "mean margin (nats)",
+    "loss": "loss (nats per completion token)",
+    "perplexity": "perplexity",
+}
 
 
 def model_card(run_dir: Path, base_name: str) -> str:
@@ -32,14 +55,16 @@ def model_card(run_dir: Path, base_name: str) -> str:
     # A path on somebody's machine says nothing to others.
     hub_name = base_name if base_name and not Path(base_name).exists() else ""
     front = ["---", *([f"base_model: {hub_name}"] if hub_name else []), "library_name: transformers"]
-    front += ["tags: [dpo, preference-tuning, lora, evollm]", "---"]
+    stage = _STAGES[config["algorithm"]]
+    front += [f"tags: [{stage.tags}, lora, evollm]", "---"]
     lines = [
         *front,
         "",
-        f"# {hub_name or 'A language model'}, tuned on preferences",
+        f"# {hub_name or 'A language model'}, {stage.title}",
         "",
-        f"Tuned with Direct Preference Optimization by evollm {config['versions']['evollm']}: "
-        f"{len(config['agents'])} agents, {config['schedule']['total']} steps of {config['data']['batch_size']} pairs.",
+        f"Tuned with {stage.method} by evollm {config['versions']['evollm']}: "
+        f"{len(config['agents'])} agents, {config['schedule']['total']} steps of "
+        f"{config['data']['batch_size']} {stage.rows}.",
         "",
         "## Data",
         "",
@@ -48,7 +73,7 @@ def model_card(run_dir: Path, base_name: str) -> str:
         "",
         "## Scores",
         "",
-        *_scores(end),
+        *_scores(end, stage.rows),
         "",
         "## Hyperparameters",
         "",
@@ -60,15 +85,14 @@ def model_card(run_dir: Path, base_name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _scores(end: Mapping[str, Any]) -> list[str]:
-    if "after_accuracy" not in end:
-        return ["No held-out pairs were given."]
-    pairs = (
-        "pairs that nothing was selected by" if end["split"] == "final" else "the pairs that agents were selected by"
-    )
-    lines = [f"On {pairs}:", "", "| | before | after |", "|---|---|---|"]
-    names = (("accuracy", "preference accuracy"), ("mean_margin", "mean margin (nats)"))
-    for key, name in names:
+def _scores(end: Mapping[str, Any], rows: str) -> list[str]:
+    found = {key: name for key, name in _SCORES.items() if f"after_{key}" in end}
+    if not found:
+        return [f"No held-out {rows} were given."]
+    final = end["split"] == "final"
+    on = f"{rows} that nothing was selected by" if final else f"the {rows} that agents were selected by"
+    lines = [f"On {on}:", "", "| | before | after |", "|---|---|---|"]
+    for key, name in found.items():
         lines.append(f"| {name} | {float(end[f'before_{key}']):.3f} | {float(end[f'after_{key}']):.3f} |")
     return lines
 

@@ -1,10 +1,12 @@
-"""Rows of preference pairs to token ids."""
+"""Rows of preference pairs, or of examples, to token ids."""
 
 from __future__ import annotations
 
 from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.examples import read_examples
 from evollm.data.report import DataReport
-from evollm.data.sources import ChatPair, TextPair, read_pairs
+from evollm.data.rows import ChatPair, TextPair
+from evollm.data.sources import read_pairs
 from evollm.data.tokenization import load_pairs, tokenize_pairs
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "TextPair",
     "TokenizedPair",
     "load_pairs",
+    "read_examples",
     "read_pairs",
     "tokenize_pairs",
 ]

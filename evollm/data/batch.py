@@ -1,10 +1,10 @@
-"""The one batch type: preference pairs as token ids."""
+"""The one batch type: preference pairs as token ids. An SFT example is a pair without a rejected side."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,22 @@ FIELDS = ("input_ids", "prompt_lengths", "chosen_lengths", "rejected_lengths")
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """One preference pair; both sides continue the same prompt tokens.
+    """One preference pair; both sides continue the same prompt tokens. An SFT example has no rejected side.
 
     Attributes:
         prompt_ids: (P,) token ids, at least one.
         chosen_ids: (C,) token ids of the preferred completion, ending in one EOS.
-        rejected_ids: (R,) token ids of the other completion, ending in one EOS.
+        rejected_ids: (R,) token ids of the other completion, ending in one EOS; R is 0 for an SFT example.
     """
 
     prompt_ids: IntArray
     chosen_ids: IntArray
-    rejected_ids: IntArray
+    rejected_ids: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @property
+    def token_ids(self) -> IntArray:
+        """(P + C + R,) all ids: `prompt | chosen | rejected`."""
+        return np.concatenate([self.prompt_ids, self.chosen_ids, self.rejected_ids])
 
     @property
     def num_tokens(self) -> int:
@@ -57,7 +62,7 @@ class PreferenceBatch:
         input_ids: (B, L) token ids. Padding is recognised by the lengths, never by its id.
         prompt_lengths: (B,) tokens of each prompt.
         chosen_lengths: (B,) tokens of each chosen completion, EOS included.
-        rejected_lengths: (B,) tokens of each rejected completion, EOS included.
+        rejected_lengths: (B,) tokens of each rejected completion, EOS included; 0 for SFT examples.
     """
 
     input_ids: IntArray
@@ -83,7 +88,7 @@ class PreferenceBatch:
         """Lay pairs out as rows, padded with zeros to the longest row."""
         input_ids = np.zeros((len(pairs), max(pair.num_tokens for pair in pairs)), dtype=np.int64)
         for row, pair in zip(input_ids, pairs, strict=True):
-            row[: pair.num_tokens] = np.concatenate([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
+            row[: pair.num_tokens] = pair.token_ids
         return cls(
             input_ids=input_ids,
             prompt_lengths=np.array([len(pair.prompt_ids) for pair in pairs], dtype=np.int64),
@@ -93,7 +98,7 @@ class PreferenceBatch:
 
     @classmethod
     def from_experiences(cls, experiences: PreferenceBatch | Mapping[str, Any]) -> PreferenceBatch:
-        """Accept a batch, or an observation of `PreferenceGym` (its absent rows are left out).
+        """Accept a batch, or an observation of a gym (its absent rows are left out).
 
         Raises:
             DataError: A key is missing or no row holds a pair.
@@ -101,12 +106,10 @@ class PreferenceBatch:
         if isinstance(experiences, PreferenceBatch):
             return experiences
         if not isinstance(experiences, Mapping):
-            raise DataError(
-                "experiences", type(experiences).__name__, "pass a batch or an observation of PreferenceGym"
-            )
+            raise DataError("experiences", type(experiences).__name__, "pass a batch or an observation of the gym")
         missing = [name for name in FIELDS if name not in experiences]
         if missing:
-            raise DataError("experiences", sorted(experiences), f"lacks {missing}; pass a PreferenceGym observation")
+            raise DataError("experiences", sorted(experiences), f"lacks {missing}; pass an observation of the gym")
         arrays = {name: _as_array(experiences[name]) for name in FIELDS}
         present = arrays["prompt_lengths"] > 0
         if not present.any():

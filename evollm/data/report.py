@@ -35,6 +35,7 @@ class DataReport:
         dropped: For each reason how many rows it cost, and the positions of the first of them in the user's dataset.
         prompts_cut: Kept pairs whose prompt lost tokens on its left to fit `max_context_length`.
         examples: Some of the kept pairs' prompts, spread over the dataset, to show to a person.
+        noun: What a pair is called: that of an SFT dataset is an "example".
     """
 
     name: str
@@ -42,6 +43,7 @@ class DataReport:
     dropped: Mapping[str, tuple[int, tuple[int, ...]]]
     prompts_cut: int = 0
     examples: tuple[Example, ...] = ()
+    noun: str = "pair"
 
     @classmethod
     def from_rows(
@@ -51,10 +53,11 @@ class DataReport:
         dropped_rows: Mapping[str, Sequence[int]],
         prompts_cut: int = 0,
         examples: Sequence[Example] = (),
+        noun: str = "pair",
     ) -> DataReport:
         """Count the rows that were dropped, and keep the first few positions of each reason."""
         dropped = {reason: (len(rows), tuple(sorted(rows)[:FIRST_ROWS])) for reason, rows in dropped_rows.items()}
-        return cls(name, kept, dropped, prompts_cut, tuple(examples))
+        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun)
 
     @property
     def num_dropped(self) -> int:
@@ -62,7 +65,7 @@ class DataReport:
         return sum(count for count, _ in self.dropped.values())
 
     def __str__(self) -> str:
-        parts = [f"{_counted(self.kept, 'pair')} kept"]
+        parts = [f"{_counted(self.kept, self.noun)} kept"]
         if self.dropped:
             reasons = "; ".join(
                 f"{count} {reason}: {_listed(count, rows)}" for reason, (count, rows) in self.dropped.items()

@@ -1,4 +1,4 @@
-"""Preference pairs of text or messages -> token ids, once and for all."""
+"""Pairs and examples of text or messages -> token ids, once and for all."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jinja2.exceptions import TemplateError
 from evollm.checks import optional_whole_number
 from evollm.data.batch import IntArray, TokenizedPair
 from evollm.data.report import DataReport, Example
-from evollm.data.sources import (
+from evollm.data.rows import (
     EMPTY_COMPLETION,
-    SAME_COMPLETIONS,
     ChatPair,
     DroppedRows,
     Message,
+    RowFormat,
     TextPair,
-    read_pairs,
-    shared_length,
+    read_dataset,
 )
+from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -71,16 +71,18 @@ def load_pairs(
     name: str,
     max_context_length: int | None = None,
     min_completion_length: int | None = None,
+    row_format: RowFormat = PAIRS,
 ) -> tuple[list[TokenizedPair], DataReport]:
-    """Turn a dataset of preference pairs into token ids.
+    """Turn a dataset of preference pairs, or of examples, into token ids.
 
     Args:
-        dataset: See [`evollm.data.sources.read_pairs`][].
+        dataset: See [`evollm.data.sources.read_pairs`][] and [`evollm.data.examples.read_examples`][].
         tokenizer: The model's tokenizer; it needs an EOS token, and a chat template when the dataset holds messages.
         name: The split, such as "train"; messages speak of `train_dataset`.
         max_context_length: Most tokens of prompt + longer completion. Longer prompts are cut from the left; pairs whose
             completion does not fit are dropped. None: what the tokenizer states, if it states a limit.
         min_completion_length: Pairs with a completion of fewer tokens, EOS included, are dropped.
+        row_format: What the rows look like: `PAIRS`, or `EXAMPLES`, which become pairs without a rejected side.
 
     Returns:
         The pairs in the dataset's order, and a report of what was dropped or cut.
@@ -93,7 +95,7 @@ def load_pairs(
     min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1)
     argument = f"{name}_dataset"
     limit = _context_limit(tokenizer) if max_context_length is None else max_context_length
-    raw_pairs, dropped = read_pairs(dataset, argument)
+    raw_pairs, dropped = read_dataset(dataset, argument, row_format)
     split = tokenize_pairs(
         raw_pairs, tokenizer, max_context_length=limit, min_completion_length=min_completion_length or 1
     )
@@ -103,17 +105,19 @@ def load_pairs(
     kept = [pair for pair in raw_pairs if pair.row not in unused]
     places = sorted({number * len(kept) // NUM_EXAMPLES for number in range(NUM_EXAMPLES)}) if kept else []
     examples = [Example(place, kept[place].question) for place in places]
-    report = DataReport.from_rows(name, len(split.pairs), dropped, split.prompts_cut, examples)
+    report = DataReport.from_rows(name, len(split.pairs), dropped, split.prompts_cut, examples, row_format.noun)
     if split.pairs:
         return split.pairs, report
     if split.shortest_overlong is None:
-        raise DataError(argument, f"{report.num_dropped} rows", f"no usable pair ({report}); correct the rows")
+        raise DataError(
+            argument, f"{report.num_dropped} rows", f"no usable {row_format.noun} ({report}); correct the rows"
+        )
     origin = " (tokenizer.model_max_length)" if max_context_length is None else ""
     raise DataError(
         "max_context_length",
         limit,
-        f"no pair of {argument} fits into this length{origin}: {report}; the shortest that would do for one of them is "
-        f"{split.shortest_overlong}",
+        f"no {row_format.noun} of {argument} fits into this length{origin}: {report}; the shortest that would do for "
+        f"one of them is {split.shortest_overlong}",
     )
 
 
@@ -126,10 +130,10 @@ def tokenize_pairs(
 ) -> TokenizedSplit:
     """Tokenise pairs in batches.
 
-    Both sides of a pair get the same prompt ids: the longest token prefix that prompt, prompt + chosen and prompt +
-    rejected share. A token that spans the boundary thereby belongs to the completions, and the ids of prompt +
-    completion are those of the whole text. A sequence starts with one BOS if the tokenizer puts one in front of plain
-    text (or the template brought one), and each completion ends with one EOS.
+    All sides of a pair get the same prompt ids: the longest token prefix that prompt, prompt + chosen and, if there is
+    one, prompt + rejected share. A token that spans the boundary thereby belongs to the completions, and the ids of
+    prompt + completion are those of the whole text. A sequence starts with one BOS if the tokenizer puts one in front
+    of plain text (or the template brought one), and each completion ends with one EOS.
 
     Args:
         pairs: Pairs of strings, or of messages for the tokenizer's chat template.
@@ -144,10 +148,10 @@ def tokenize_pairs(
     marks = _Marks.of(tokenizer)
     split = TokenizedSplit()
     for text, (prompt_text, *completions) in _encode_pairs(_as_text(pairs, tokenizer, split), tokenizer):
-        prompt, (chosen, rejected) = marks.one_bos(prompt_text), map(marks.one_eos, completions)
-        reason = _fault(prompt, chosen, rejected, min_completion_length)
+        prompt, sides = marks.one_bos(prompt_text), [marks.one_eos(ids) for ids in completions]
+        reason = _fault(prompt, sides, min_completion_length)
         if reason is None:
-            pair = TokenizedPair(*(np.array(ids, dtype=np.int64) for ids in (prompt, chosen, rejected)))
+            pair = TokenizedPair(*(np.array(ids, dtype=np.int64) for ids in (prompt, *sides)))
             reason = _fit_into(split, pair, max_context_length, marks.bos_id)
         if reason is not None:
             split.drop(reason, text.row)
@@ -178,7 +182,7 @@ def _as_text(
 def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> TextPair:
     """Write messages out as the model's chat template has them.
 
-    The prompt is what the prompt with its generation prompt and both conversations have in common, so that a template
+    The prompt is what the prompt with its generation prompt and all conversations have in common, so that a template
     that writes the generation prompt unlike a real turn costs no text.
 
     Raises:
@@ -196,33 +200,33 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> TextPair:
     def render(messages: Sequence[Message], generation: bool = False) -> str:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
 
-    chosen, rejected = (render([*pair.prompt, *side]) for side in (pair.chosen, pair.rejected))
-    end = shared_length(render(pair.prompt, generation=True), chosen, rejected)
-    return TextPair(pair.row, chosen[:end], chosen[end:], rejected[end:])
+    wholes = [render([*pair.prompt, *side]) for side in pair.completions]
+    end = shared_length(render(pair.prompt, generation=True), *wholes)
+    return TextPair(pair.row, wholes[0][:end], *(whole[end:] for whole in wholes))
 
 
 def _encode_pairs(
     texts: Iterator[TextPair], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[TextPair, tuple[Ids, Ids, Ids]]]:
+) -> Iterator[tuple[TextPair, tuple[Ids, ...]]]:
+    """Each pair with the ids of its prompt and of its completions."""
     while chunk := list(islice(texts, PAIRS_PER_CALL)):
         encoded = iter(_encode([text for pair in chunk for text in _whole_texts(pair)], tokenizer))
-        for pair, *whole in zip(chunk, encoded, encoded, encoded, strict=True):
-            yield pair, _at_shared_prompt(pair, *whole, tokenizer=tokenizer)
+        for pair in chunk:
+            whole = list(islice(encoded, len(_whole_texts(pair))))
+            yield pair, _at_shared_prompt(pair, whole, tokenizer)
 
 
-def _whole_texts(pair: TextPair) -> tuple[str, str, str]:
-    return pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected
+def _whole_texts(pair: TextPair) -> list[str]:
+    return [pair.prompt, *(pair.prompt + completion for completion in pair.completions)]
 
 
-def _at_shared_prompt(
-    pair: TextPair, prompt: Ids, chosen: Ids, rejected: Ids, *, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Ids, Ids, Ids]:
-    end = shared_length(prompt, chosen, rejected)
+def _at_shared_prompt(pair: TextPair, whole: list[Ids], tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, ...]:
+    prompt, *sides = whole
+    end = shared_length(*whole)
     if end:
-        return prompt[:end], chosen[end:], rejected[end:]
+        return prompt[:end], *(ids[end:] for ids in sides)
     # The prompt's only token merges with a completion: better another tokenisation than a pair without a prompt.
-    chosen, rejected = _encode([pair.chosen, pair.rejected], tokenizer)
-    return prompt, chosen, rejected
+    return prompt, *_encode(list(pair.completions), tokenizer)
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
@@ -282,10 +286,10 @@ class _Marks:
         return [*ids[:end], self.eos_id]
 
 
-def _fault(prompt: Ids, chosen: Ids, rejected: Ids, min_completion_length: int) -> str | None:
+def _fault(prompt: Ids, completions: list[Ids], min_completion_length: int) -> str | None:
     """Why these ids make no pair, if they do not."""
-    shortest = min(len(chosen), len(rejected))
-    if chosen == rejected:
+    shortest = min(map(len, completions))
+    if completions[0] in completions[1:]:
         return SAME_COMPLETIONS
     if shortest == 1:  # the EOS
         return EMPTY_COMPLETION

@@ -1,13 +1,24 @@
 """Evolution of hyperparameters: fitness, selection, mutation, lineage. Knows agents only through `EvolvableAgent`."""
 
 from evollm.hpo.evolution import EvolvableAgent, Evolver, Member, carry_out, plan_evolution
-from evollm.hpo.fitness import Evaluation, Fitness, as_fitness, is_finite, preference_fitness, rank
+from evollm.hpo.fitness import (
+    AnyEvaluation,
+    Evaluation,
+    Fitness,
+    LikelihoodEvaluation,
+    as_fitness,
+    is_finite,
+    likelihood_fitness,
+    preference_fitness,
+    rank,
+)
 from evollm.hpo.hyperparameters import HyperparameterConfig, RLParameter
 from evollm.hpo.lineage import Birth, EvolutionPlan, ancestry
 from evollm.hpo.mutation import Mutation, Mutations, format_value, mutate
 from evollm.hpo.tournament import TournamentSelection, check_population, select_parents
 
 __all__ = [
+    "AnyEvaluation",
     "Birth",
     "Evaluation",
     "EvolutionPlan",
@@ -15,6 +26,7 @@ __all__ = [
     "Evolver",
     "Fitness",
     "HyperparameterConfig",
+    "LikelihoodEvaluation",
     "Member",
     "Mutation",
     "Mutations",
@@ -26,6 +38,7 @@ __all__ = [
     "check_population",
     "format_value",
     "is_finite",
+    "likelihood_fitness",
     "mutate",
     "plan_evolution",
     "preference_fitness",

@@ -36,15 +36,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         """Take read-only float64 copies and check their shapes."""
-        for field in ("chosen_logratios", "rejected_logratios"):
-            values = np.array(getattr(self, field), dtype=np.float64)
-            values.flags.writeable = False
-            object.__setattr__(self, field, values)
-            if values.ndim != 1 or values.size == 0:
-                raise ConfigurationError(f"{field}.shape", values.shape, "must be (n,) with n >= 1 held-out pairs")
-        if self.chosen_logratios.shape != self.rejected_logratios.shape:
-            fix = f"must equal rejected_logratios.shape={self.rejected_logratios.shape}: one of each for every pair"
-            raise ConfigurationError("chosen_logratios.shape", self.chosen_logratios.shape, fix)
+        _take_vectors(self, "chosen_logratios", "rejected_logratios")
 
     @property
     def margins(self) -> FloatArray:
@@ -62,6 +54,70 @@ class Evaluation:
         """Mean of the margins, in nats."""
         with np.errstate(invalid="ignore"):
             return float(self.margins.mean())
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What is reported of it, by name."""
+        return {"accuracy": self.accuracy, "mean_margin": self.mean_margin}
+
+
+@dataclass(frozen=True, eq=False)
+class LikelihoodEvaluation:
+    """What the current policy makes of n held-out examples.
+
+    Attributes:
+        logprobs: (n,) log pi of each completion, summed over its tokens, in nats.
+        num_tokens: (n,) tokens of each completion, EOS included.
+
+    Raises:
+        ConfigurationError: If there is no example, or the two are not vectors of the same length.
+    """
+
+    logprobs: FloatArray
+    num_tokens: FloatArray
+
+    def __post_init__(self) -> None:
+        """Take read-only float64 copies and check their shapes."""
+        _take_vectors(self, "logprobs", "num_tokens")
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of a completion token, over all tokens, in nats."""
+        return -float(self.logprobs.sum() / self.num_tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.loss))
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What is reported of it, by name."""
+        return {"loss": self.loss, "perplexity": self.perplexity}
+
+
+AnyEvaluation: TypeAlias = Evaluation | LikelihoodEvaluation
+
+
+def _take_vectors(evaluation: object, first: str, second: str) -> None:
+    """Make two fields of an evaluation read-only float64 vectors of the same length."""
+    for field in (first, second):
+        values = np.array(getattr(evaluation, field), dtype=np.float64)
+        values.flags.writeable = False
+        object.__setattr__(evaluation, field, values)
+        if values.ndim != 1 or values.size == 0:
+            raise ConfigurationError(f"{field}.shape", values.shape, "must be (n,) with n >= 1 held-out rows")
+    shapes = [getattr(evaluation, field).shape for field in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ConfigurationError(
+            f"{first}.shape", shapes[0], f"must equal {second}.shape={shapes[1]}: one for each row"
+        )
+
+
+def likelihood_fitness(evaluation: LikelihoodEvaluation) -> Fitness:
+    """Return (minus the loss,): the default fitness of SFT. It contains nothing that evolution changes."""
+    return (-evaluation.loss,)
 
 
 def preference_fitness(evaluation: Evaluation) -> Fitness:

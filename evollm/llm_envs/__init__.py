@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from evollm.llm_envs.dataset_gym import DatasetGym
 from evollm.llm_envs.preference import PreferenceGym
+from evollm.llm_envs.sft import SFTGym
 
-__all__ = ["PreferenceGym"]
+__all__ = ["DatasetGym", "PreferenceGym", "SFTGym"]

@@ -129,12 +129,14 @@ def pair_attention(
     parts = []
     for number, pair in enumerate(layout.lengths):
         first, second = 2 * number, 2 * number + 1
-        prompt_keys, prompt_values = keys[first][:, :, : pair.prompt], values[first][:, :, : pair.prompt]
-        keys_seen = (keys[first], torch.cat([prompt_keys, keys[second]], dim=2))
-        values_seen = (values[first], torch.cat([prompt_values, values[second]], dim=2))
-        for asking, seen, seen_values in zip((queries[first], queries[second]), keys_seen, values_seen, strict=True):
-            mask = layout.mask(asking.shape[2], seen.shape[2], sliding_window)
-            parts.append(_attend(asking, seen, seen_values, mask, scaling, softcap).transpose(1, 2))
+        sequences = [(queries[first], keys[first], values[first])]
+        if pair.rejected:
+            prompt_keys, prompt_values = keys[first][:, :, : pair.prompt], values[first][:, :, : pair.prompt]
+            seen = torch.cat([prompt_keys, keys[second]], dim=2), torch.cat([prompt_values, values[second]], dim=2)
+            sequences.append((queries[second], *seen))
+        for asking, seen_keys, seen_values in sequences:
+            mask = layout.mask(asking.shape[2], seen_keys.shape[2], sliding_window)
+            parts.append(_attend(asking, seen_keys, seen_values, mask, scaling, softcap).transpose(1, 2))
     return torch.cat(parts, dim=1), None
 
 
@@ -183,9 +185,12 @@ class _VarlenIndices:
         start = 0
         for pair in lengths:
             middle, end = start + pair.prompt + pair.chosen, start + sum(pair)
-            columns += [torch.arange(start, middle), torch.arange(start, start + pair.prompt)]
-            columns += [torch.arange(middle, end)]
-            for queries, keys in ((middle - start, middle - start), (pair.rejected, pair.prompt + pair.rejected)):
+            columns.append(torch.arange(start, middle))
+            sequences = [(middle - start, middle - start)]
+            if pair.rejected:
+                columns += [torch.arange(start, start + pair.prompt), torch.arange(middle, end)]
+                sequences.append((pair.rejected, pair.prompt + pair.rejected))
+            for queries, keys in sequences:
                 query_ends.append(query_ends[-1] + queries)
                 key_ends.append(key_ends[-1] + keys)
             start = end

@@ -210,9 +210,10 @@ def _groups(batch: PreferenceBatch, budget: int, max_pairs: int | None, paths: F
     """Rows that go through the base together."""
     if paths.shared_prompt:
         return balanced_groups(batch.num_tokens.tolist(), budget, max_pairs)
-    # Two padded sequences for each pair.
+    # Two padded sequences for each pair, one for an SFT example.
     longest = batch.prompt_lengths + np.maximum(batch.chosen_lengths, batch.rejected_lengths)
-    return padded_groups((2 * longest).tolist(), budget, max_pairs)
+    sequences = 1 + (batch.rejected_lengths > 0)
+    return padded_groups((sequences * longest).tolist(), budget, max_pairs)
 
 
 class _FewPairs:

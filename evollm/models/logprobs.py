@@ -22,7 +22,7 @@ class PairLogprobs:
 
     Attributes:
         chosen: (B,) log pi(chosen | prompt), in nats.
-        rejected: (B,) log pi(rejected | prompt), in nats.
+        rejected: (B,) log pi(rejected | prompt), in nats; 0 where there is no rejected side.
     """
 
     chosen: Tensor
@@ -39,26 +39,29 @@ class PairLogprobs:
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Both sides of B pairs as 2B sequences: the chosen ones first, padded on the right.
+    """The sides of B pairs as S sequences: the B chosen ones, then those rejected ones that are not empty.
 
     Attributes:
-        input_ids: (2B, T) token ids.
-        attention_mask: (2B, T) 1 where there is a token.
-        completion_mask: (2B, T - 1) True where position t predicts a completion's token t + 1.
+        input_ids: (S, T) token ids, padded on the right.
+        attention_mask: (S, T) 1 where there is a token.
+        completion_mask: (S, T - 1) True where position t predicts a completion's token t + 1.
+        rejected_rows: (S - B,) the pairs that the rejected sequences belong to.
     """
 
     input_ids: IntArray
     attention_mask: IntArray
     completion_mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    rejected_rows: IntArray
 
 
 def two_sequences(batch: PreferenceBatch) -> SequenceLayout:
-    """Lay each pair out as two sequences, prompt + chosen and prompt + rejected."""
+    """Lay each pair out as two sequences, prompt + chosen and prompt + rejected; an SFT example as one."""
     pairs = [batch.pair(row) for row in range(len(batch))]
+    rejected_rows = np.flatnonzero(batch.rejected_lengths)
     sequences = [np.concatenate([pair.prompt_ids, pair.chosen_ids]) for pair in pairs]
-    sequences += [np.concatenate([pair.prompt_ids, pair.rejected_ids]) for pair in pairs]
+    sequences += [np.concatenate([pairs[row].prompt_ids, pairs[row].rejected_ids]) for row in rejected_rows]
     lengths = np.array([len(sequence) for sequence in sequences])
-    prompt_lengths = np.tile(batch.prompt_lengths, 2)
+    prompt_lengths = np.concatenate([batch.prompt_lengths, batch.prompt_lengths[rejected_rows]])
 
     input_ids = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
     for row, sequence in zip(input_ids, sequences, strict=True):
@@ -69,6 +72,7 @@ def two_sequences(batch: PreferenceBatch) -> SequenceLayout:
         input_ids=input_ids,
         attention_mask=(columns < lengths[:, None]).astype(np.int64),
         completion_mask=(targets >= prompt_lengths[:, None]) & (targets < lengths[:, None]),
+        rejected_rows=rejected_rows,
     )
 
 
@@ -117,7 +121,9 @@ def completion_logprobs(
         token_sums = _token_logprobs(_logits(network, inputs, columns), input_ids[:, columns + 1])
         # where() rather than a product: an infinite log-prob in the padding must not turn the sum into NaN.
         sums = torch.where(mask[:, columns], token_sums, token_sums.new_zeros(())).sum(dim=1)
-    return PairLogprobs(chosen=sums[: len(batch)], rejected=sums[len(batch) :])
+    rejected = sums.new_zeros(len(batch))
+    rejected = rejected.index_copy(0, torch.from_numpy(layout.rejected_rows).to(device), sums[len(batch) :])
+    return PairLogprobs(chosen=sums[: len(batch)], rejected=rejected)
 
 
 def packed_logprobs(

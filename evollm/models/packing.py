@@ -25,8 +25,9 @@ class PairLengths(NamedTuple):
 class PackedPairs:
     """B pairs, one after another in one row of N tokens: `prompt | chosen | rejected | prompt | chosen | ...`.
 
-    The rejected side's positions begin again where the prompt ends, and the prompt's last token predicts the first
-    token of both sides. Which tokens see which is up to the attention; see `evollm.models.attention`.
+    A rejected side may be empty: an SFT example has none. Its positions begin again where the prompt ends, and the
+    prompt's last token predicts the first token of both sides. Which tokens see which is up to the attention; see
+    `evollm.models.attention`.
 
     Attributes:
         lengths: (B,) the lengths of each pair's parts.
@@ -58,7 +59,8 @@ class PackedPairs:
             end = middle + size.rejected
             ids += [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
             positions += [_range(0, size.prompt + size.chosen), _range(size.prompt, size.prompt + size.rejected)]
-            predicting += [_range(fork - 1, middle - 1), _range(fork - 1, fork), _range(middle, end - 1)]
+            predicting += [_range(fork - 1, middle - 1), _range(fork - 1, fork)[: size.rejected]]
+            predicting += [_range(middle, end - 1)]
             targets += [pair.chosen_ids, pair.rejected_ids]
             lengths.append(size)
             start = end

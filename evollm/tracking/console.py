@@ -19,10 +19,26 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from evollm.hpo import Birth, Evaluation, EvolutionPlan, ancestry, format_value, rank
+from evollm.hpo import (
+    AnyEvaluation,
+    Birth,
+    Evaluation,
+    EvolutionPlan,
+    LikelihoodEvaluation,
+    ancestry,
+    format_value,
+    rank,
+)
 from evollm.training.callbacks import Callback, Checkpointed, Evaluated, Evolved, RunEnded, RunStarted, StepDone
 
 SHOWN = ("lr", "beta", "nll_alpha")
+# How a score is headed and written.
+SCORES = {
+    "accuracy": ("accuracy", ".3f"),
+    "mean_margin": ("margin", "+.2f"),
+    "loss": ("held-out loss", ".4f"),
+    "perplexity": ("perplexity", ".2f"),
+}
 
 
 class Console(Callback):
@@ -60,7 +76,8 @@ class Console(Callback):
         for report in data["reports"]:
             self._print(escape(report))
         self._print(
-            f"{agents} on one base, {event.total_steps} steps of {data['batch_size']} pairs; folder {event.run_dir}",
+            f"{agents} on one base, {event.total_steps} steps of {data['batch_size']} "
+            f"{data.get('noun', 'pair')}s; folder {event.run_dir}",
             soft_wrap=True,
         )
         if event.step:
@@ -72,8 +89,12 @@ class Console(Callback):
         """Move the bar."""
         self._losses |= {index: metrics["loss"] for index, metrics in event.metrics.items()}
         assert self._task is not None
-        best = max(metrics["rewards/accuracies"] for metrics in event.metrics.values())
-        self._progress.update(self._task, completed=event.step, description=f"training, best batch accuracy {best:.2f}")
+        found = list(event.metrics.values())
+        if "rewards/accuracies" in found[0]:
+            best = f"best batch accuracy {max(metrics['rewards/accuracies'] for metrics in found):.2f}"
+        else:
+            best = f"lowest batch loss {min(metrics['loss'] for metrics in found):.3f}"
+        self._progress.update(self._task, completed=event.step, description=f"training, {best}")
 
     def on_evaluation(self, event: Evaluated) -> None:
         """Print the table of a generation."""
@@ -121,18 +142,21 @@ class Console(Callback):
 def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapping[int, float]) -> Table:
     """One row for each agent, the fittest first and marked."""
     table = Table(title=f"generation {event.generation}, step {event.step}", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("agent", "parent", *SHOWN, "accuracy", "margin", "loss"):
+    shown = [name for name in SHOWN if any(name in values for values in event.agents.values())]
+    evaluated = next(iter(event.evaluations.values()), None)
+    scored = ("accuracy", "mean_margin") if evaluated is None else tuple(evaluated.scores)
+    for name in ("agent", "parent", *shown, *(SCORES[name][0] for name in scored), "loss"):
         table.add_column(name, justify="right")
     for index in _best_first(event):
         parent, values = births[index].parent, event.agents[index]
         evaluation = event.evaluations.get(index)
-        scores = (
-            ("diverged", "") if evaluation is None else (f"{evaluation.accuracy:.3f}", f"{evaluation.mean_margin:+.2f}")
-        )
+        scores = ["diverged", *[""] * (len(scored) - 1)]
+        if evaluation is not None:
+            scores = [format(value, SCORES[name][1]) for name, value in evaluation.scores.items()]
         table.add_row(
             f"* {index}" if index == event.best else str(index),
             "" if parent is None else str(parent),
-            *(format_value(values[name]) if name in values else "" for name in SHOWN),
+            *(format_value(values[name]) if name in values else "" for name in shown),
             *scores,
             f"{losses[index]:.3f}" if index in losses else "",
             style="bold" if index == event.best else None,
@@ -143,25 +167,37 @@ def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapp
 
 def schedule_line(line: Sequence[Birth]) -> str:
     """The hyperparameters of an agent's line, founder first; a kept elite goes on with the same ones."""
-    generations = [
-        f"agent {birth.index} ({', '.join(f'{name} {format_value(birth.hyperparameters[name])}' for name in SHOWN)})"
-        for birth in line
-        if not birth.elite
-    ]
+    generations = [f"agent {birth.index} ({', '.join(_values(birth))})" for birth in line if not birth.elite]
     return " -> ".join(generations)
 
 
-def score_lines(split: str, before: Evaluation, after: Evaluation, *, chosen_by_score: bool) -> str:
+def _values(birth: Birth) -> list[str]:
+    values = birth.hyperparameters
+    return [f"{name} {format_value(values[name])}" for name in SHOWN if name in values]
+
+
+def score_lines(split: str, before: AnyEvaluation, after: AnyEvaluation, *, chosen_by_score: bool) -> str:
     """The two scores, and what they were measured on."""
-    pairs = len(after.margins)
-    lines = (
-        f"\nHeld-out accuracy on {pairs} {'final' if split == 'final' else 'selection'} pairs: "
-        f"[bold]{before.accuracy:.3f} -> {after.accuracy:.3f}[/bold] "
-        f"(margin {before.mean_margin:+.2f} -> {after.mean_margin:+.2f} nats)"
-    )
+    kind = "final" if split == "final" else "selection"
+    if isinstance(before, Evaluation) and isinstance(after, Evaluation):
+        noun = "pairs"
+        lines = (
+            f"\nHeld-out accuracy on {len(after.margins)} {kind} pairs: "
+            f"[bold]{before.accuracy:.3f} -> {after.accuracy:.3f}[/bold] "
+            f"(margin {before.mean_margin:+.2f} -> {after.mean_margin:+.2f} nats)"
+        )
+    else:
+        assert isinstance(before, LikelihoodEvaluation)
+        assert isinstance(after, LikelihoodEvaluation)
+        noun = "examples"
+        lines = (
+            f"\nHeld-out loss on {len(after.logprobs)} {kind} examples: "
+            f"[bold]{before.loss:.4f} -> {after.loss:.4f}[/bold] nats per token "
+            f"(perplexity {before.perplexity:.2f} -> {after.perplexity:.2f})"
+        )
     if split != "final" and chosen_by_score:
         lines += (
-            "\nThe fittest agent was chosen on these very pairs; pass final_dataset to the gym for an unbiased score."
+            f"\nThe fittest agent was chosen on these very {noun}; pass final_dataset to the gym for an unbiased score."
         )
     return lines
 

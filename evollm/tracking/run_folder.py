@@ -41,8 +41,7 @@ class RunFolder(Callback):
         for index, fitness in event.fitnesses.items():
             line: dict[str, Any] = {"step": event.step, "generation": event.generation, "agent": index}
             if index in event.evaluations:
-                evaluation = event.evaluations[index]
-                line |= {"accuracy": evaluation.accuracy, "mean_margin": evaluation.mean_margin}
+                line |= event.evaluations[index].scores
             self._append("metrics.jsonl", kind="evaluation", **line, fitness=list(fitness), **event.agents[index])
 
     def on_evolution(self, event: Evolved) -> None:
@@ -52,10 +51,10 @@ class RunFolder(Callback):
     def on_end(self, event: RunEnded) -> None:
         """Write the two scores and the sample answers."""
         scores = {
-            f"{name}_{key}": getattr(score, key)
+            f"{name}_{key}": value
             for name, score in (("before", event.before), ("after", event.after))
             if score is not None
-            for key in ("accuracy", "mean_margin")
+            for key, value in score.scores.items()
         }
         samples = [vars(sample) for sample in event.samples]
         self._append(

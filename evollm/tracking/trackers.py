@@ -26,9 +26,9 @@ class _Scalars(Callback):
             self.write(f"agent_{index}", metrics, event.step)
 
     def on_evaluation(self, event: Evaluated) -> None:
-        """Write accuracy, margin and hyperparameters of every agent."""
+        """Write the held-out scores and the hyperparameters of every agent."""
         for index, evaluation in event.evaluations.items():
-            scores = {"eval_accuracy": evaluation.accuracy, "eval_margin": evaluation.mean_margin}
+            scores = {f"eval_{name.removeprefix('mean_')}": value for name, value in evaluation.scores.items()}
             self.write(f"agent_{index}", scores | dict(event.agents[index]), event.step)
 
     def write(self, group: str, values: Mapping[str, float], step: int) -> None:

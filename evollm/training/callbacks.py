@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evollm.algorithms.dpo import DPO
-from evollm.hpo import Birth, Evaluation, EvolutionPlan, Fitness
+from evollm.algorithms.saving import SavableAgent
+from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Evaluated:
     Attributes:
         step: Steps done.
         generation: Evolutions done.
-        evaluations: What each agent makes of each selection pair; a diverged agent is missing.
+        evaluations: What each agent makes of each held-out pair or example; a diverged agent is missing.
         fitnesses: The fitness of every agent, not finite for a diverged one.
         best: Index of the fittest agent.
         agents: Hyperparameters of every agent.
@@ -62,7 +62,7 @@ class Evaluated:
 
     step: int
     generation: int
-    evaluations: Mapping[int, Evaluation]
+    evaluations: Mapping[int, AnyEvaluation]
     fitnesses: Mapping[int, Fitness]
     best: int
     agents: Mapping[int, Mapping[str, float]]
@@ -118,11 +118,11 @@ class RunEnded:
     """
 
     step: int
-    best: DPO
+    best: SavableAgent
     best_path: Path | None
     split: str
-    before: Evaluation | None
-    after: Evaluation | None
+    before: AnyEvaluation | None
+    after: AnyEvaluation | None
     samples: Sequence[SampleAnswer]
 
 

@@ -11,19 +11,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evollm.algorithms.dpo import DPO
+from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints.files import check_replaceable
 from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, check_population
-from evollm.llm_envs import PreferenceGym
+from evollm.llm_envs import DatasetGym
 from evollm.models.identity import computing_settings
 from evollm.training.callbacks import Callback
+from evollm.training.stages import Stage
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What `finetune_llm_preference` was asked for; it documents each field."""
+    """What `finetune_llm_preference` or `finetune_llm_sft` was asked for; they document each field."""
 
     num_epochs: int | None
     max_steps: int | None
@@ -84,7 +85,7 @@ class Schedule:
     checkpoint_every: int
 
     @classmethod
-    def of(cls, options: RunOptions, env: PreferenceGym) -> Schedule:
+    def of(cls, options: RunOptions, env: DatasetGym) -> Schedule:
         """Fill in the defaults: one epoch; evolution, evaluation and a checkpoint after each epoch."""
         epoch = len(env)
         limits = [options.max_steps, options.num_epochs and options.num_epochs * epoch]
@@ -119,13 +120,13 @@ def _due(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def check_run(population: Sequence[DPO], env: PreferenceGym, options: RunOptions) -> None:
+def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunOptions, stage: Stage) -> None:
     """Find what cannot work before any training time is spent.
 
     Raises:
         ConfigurationError: The population, the environment and the options do not fit together.
     """
-    _check_types(population, env)
+    _check_types(population, env, stage)
     if len({id(agent.base) for agent in population}) > 1:
         names = sorted({agent.base.name for agent in population})
         raise ConfigurationError("pop", names, "agents of different bases: build all on one, with DPO.population")
@@ -140,7 +141,7 @@ def check_run(population: Sequence[DPO], env: PreferenceGym, options: RunOptions
         check_population(options.tournament, len(population))
         if not env.test_pairs:
             raise ConfigurationError(
-                "test_dataset", None, "evolution needs held-out pairs: pass a test_dataset to the gym"
+                "test_dataset", None, "evolution needs held-out rows: pass a test_dataset to the gym"
             )
         _check_evolution(population, options, Schedule.of(options, env))
     longest, limit = env.longest_sequence, population[0].base.max_positions
@@ -148,26 +149,26 @@ def check_run(population: Sequence[DPO], env: PreferenceGym, options: RunOptions
         raise ConfigurationError(
             "max_context_length",
             longest,
-            f"pairs are longer than the base's {limit} positions: pass {limit} to the gym",
+            f"texts are longer than the base's {limit} positions: pass {limit} to the gym",
         )
     vocabulary = population[0].base.num_embeddings
-    largest = max(int(ids.max()) for pair in env.all_pairs for ids in vars(pair).values())
-    if largest >= vocabulary:
-        fix = f"the base knows {vocabulary} tokens and the pairs hold id {largest}: use the base's own tokenizer"
+    if env.largest_id >= vocabulary:
+        fix = f"the base knows {vocabulary} tokens and the data hold id {env.largest_id}: use the base's own tokenizer"
         raise ConfigurationError("tokenizer", getattr(env.tokenizer, "name_or_path", type(env.tokenizer).__name__), fix)
 
 
-def _check_types(population: Sequence[DPO], env: PreferenceGym) -> None:
+def _check_types(population: Sequence[SavableAgent], env: DatasetGym, stage: Stage) -> None:
     if not isinstance(population, Sequence) or not population:
         raise ConfigurationError("pop", population, "must be a list of at least one agent: [agent]")
     for agent in population:
-        if not isinstance(agent, DPO):
-            raise ConfigurationError("pop", type(agent).__name__, "is not a DPO agent; of a wrapper pass what it wraps")
-    if not isinstance(env, PreferenceGym):
-        raise ConfigurationError("env", type(env).__name__, "must be a PreferenceGym")
+        if not isinstance(agent, stage.agent):
+            wanted = f"is not a {stage.agent.__name__} agent, which {stage.loop} tunes"
+            raise ConfigurationError("pop", type(agent).__name__, f"{wanted}; of a wrapper pass what it wraps")
+    if not isinstance(env, stage.env):
+        raise ConfigurationError("env", type(env).__name__, f"must be a {stage.env.__name__} for {stage.loop}")
 
 
-def _check_evolution(population: Sequence[DPO], options: RunOptions, schedule: Schedule) -> None:
+def _check_evolution(population: Sequence[SavableAgent], options: RunOptions, schedule: Schedule) -> None:
     if schedule.evolve_every is not None and schedule.evolve_every >= schedule.total:
         if options.evo_steps is None:
             fix = "evolution comes between epochs: use at least 2, or give evo_steps"
@@ -261,11 +262,12 @@ def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
 
 
 def describe_run(
-    population: Sequence[DPO], env: PreferenceGym, options: RunOptions, schedule: Schedule
+    population: Sequence[SavableAgent], env: DatasetGym, options: RunOptions, schedule: Schedule
 ) -> dict[str, Any]:
     """What a run is made of, as JSON values."""
     first = population[0]
     return {
+        "algorithm": first.algorithm,
         "base": first.base.name,
         "base_dtype": str(first.base.network.dtype),
         "base_fingerprint": first.base.weights_fingerprint,
@@ -278,6 +280,7 @@ def describe_run(
         "schedule": asdict(schedule),
         "data": {
             "batch_size": env.batch_size,
+            "noun": env.row_format.noun,
             "reports": [str(report) for report in env.reports.values()],
             "fingerprint": env.fingerprint,
             "position": env.state_dict(),

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
-
-from evollm.algorithms.dpo import DPO
-from evollm.algorithms.dpo_step import evaluate_together, learn_together
+from evollm.algorithms.saving import SavableAgent
+from evollm.algorithms.step import levers_of
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError, DivergedError
-from evollm.hpo import Evaluation, Fitness, as_fitness
-from evollm.llm_envs import PreferenceGym
+from evollm.hpo import AnyEvaluation, Fitness, as_fitness
+from evollm.llm_envs import DatasetGym
+from evollm.training.stages import Stage, stage_of
 
-FitnessFunction = Callable[[Evaluation], object]
+# From the evaluation of its stage to a number or a tuple of numbers.
+FitnessFunction = Callable[[Any], object]
 
 # Neither a number nor comparable: the worst fitness there is.
 DIVERGED_FITNESS: Fitness = (float("nan"),)
 
 
-def check_fitness(fitness: object) -> None:
+def check_fitness(fitness: object, stage: Stage) -> None:
     """Try a fitness function on the evaluation of an untuned agent, before any training.
 
     Raises:
@@ -29,10 +30,10 @@ def check_fitness(fitness: object) -> None:
         raise ConfigurationError(
             "fitness", fitness, "must be a function from an Evaluation to a number or a tuple of them"
         )
-    as_fitness(fitness(Evaluation(np.zeros(2), np.zeros(2))))
+    as_fitness(fitness(stage.trial))
 
 
-def learn_all(population: Sequence[DPO], batch: PreferenceBatch) -> dict[int, dict[str, float]]:
+def learn_all(population: Sequence[SavableAgent], batch: PreferenceBatch) -> dict[int, dict[str, float]]:
     """Let every agent learn from the same batch.
 
     Returns:
@@ -42,22 +43,25 @@ def learn_all(population: Sequence[DPO], batch: PreferenceBatch) -> dict[int, di
         DivergedError: No agent is left.
     """
     going = [agent for agent in population if not agent.diverged]
-    metrics = {agent.index: found for agent, found in zip(going, learn_together(going, batch), strict=True)}
+    learnt = stage_of(population[0]).learn(going, batch)
+    metrics = {agent.index: found for agent, found in zip(going, learnt, strict=True)}
     if all(agent.diverged for agent in population):
         values = ", ".join(f"agent {agent.index}: {agent.hyperparameter_values()}" for agent in population)
-        raise DivergedError(f"every agent's loss or gradient is not finite; lower lr or beta ({values})")
+        raise DivergedError(f"every agent's loss or gradient is not finite; lower {levers_of(population)} ({values})")
     return metrics
 
 
-def evaluate_all(population: Sequence[DPO], env: PreferenceGym, reference: str | None) -> dict[int, Evaluation]:
-    """Score every agent that has not diverged on the same selection pairs, against this reference."""
+def evaluate_all(
+    population: Sequence[SavableAgent], env: DatasetGym, reference: str | None
+) -> dict[int, AnyEvaluation]:
+    """Score every agent that has not diverged on the same held-out rows, against this reference where it has one."""
     going = [agent for agent in population if not agent.diverged]
-    evaluations = evaluate_together(going, env, reference=reference)
+    evaluations = stage_of(population[0]).evaluate(going, env, "test", reference)
     return {agent.index: evaluation for agent, evaluation in zip(going, evaluations, strict=True)}
 
 
 def fitnesses_of(
-    population: Sequence[DPO], evaluations: dict[int, Evaluation], fitness: FitnessFunction
+    population: Sequence[SavableAgent], evaluations: dict[int, AnyEvaluation], fitness: FitnessFunction
 ) -> dict[int, Fitness]:
     """The fitness of every agent; that of a diverged one is not finite."""
     return {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from evollm.algorithms.core import OWN, REFERENCE
-from evollm.algorithms.dpo import DPO
+from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import (
     Population,
     newest_population,
@@ -16,8 +17,8 @@ from evollm.checkpoints import (
     write_population,
 )
 from evollm.errors import ConfigurationError, DivergedError
-from evollm.hpo import Birth, Evaluation, Evolver, Member, carry_out, is_finite, rank
-from evollm.llm_envs import PreferenceGym
+from evollm.hpo import AnyEvaluation, Birth, Evolver, Member, carry_out, is_finite, rank
+from evollm.llm_envs import DatasetGym
 from evollm.models.engine import Engine
 from evollm.models.generation import greedy_answers
 from evollm.processes import Processes
@@ -33,11 +34,14 @@ from evollm.training.callbacks import (
 )
 from evollm.training.options import RunOptions, RunPaths, Schedule, describe_run
 from evollm.training.population_step import FitnessFunction, evaluate_all, fitnesses_of, learn_all
+from evollm.training.stages import stage_of
 from evollm.training.state import Progress, check_same_run, global_generators, set_global_generators
 from evollm.training.stopping import StopSignals
 
+A = TypeVar("A", bound=SavableAgent)
 
-class PreferenceRun:
+
+class Run(Generic[A]):
     """The state of a run, and the phases that `train` goes through.
 
     Args:
@@ -51,14 +55,15 @@ class PreferenceRun:
 
     def __init__(
         self,
-        population: Sequence[DPO],
-        env: PreferenceGym,
+        population: Sequence[A],
+        env: DatasetGym,
         options: RunOptions,
         paths: RunPaths,
         fitness: FitnessFunction,
         callbacks: Sequence[Callback],
     ) -> None:
         self.population = list(population)
+        self.stage = stage_of(self.population[0])
         self.env = env
         self.options = options
         self.schedule = Schedule.of(options, env)
@@ -84,8 +89,8 @@ class PreferenceRun:
         """Steps done."""
         return self.progress.step
 
-    def train(self) -> tuple[list[DPO], list[float]]:
-        """Run to the end; see `finetune_llm_preference`."""
+    def train(self) -> tuple[list[A], list[float]]:
+        """Run to the end; see `finetune_llm_preference` and `finetune_llm_sft`."""
         progress = self.progress
         try:
             with StopSignals() as stop:
@@ -240,7 +245,7 @@ class PreferenceRun:
         )
         self._tell("on_end", ended)
 
-    def _best(self) -> DPO:
+    def _best(self) -> A:
         """The fittest agent; when nothing could be evaluated, the first that has not diverged."""
         if not self.progress.fitnesses:
             return next(agent for agent in self.population if not agent.diverged)
@@ -255,11 +260,11 @@ class PreferenceRun:
             return "final"
         return "test" if self.env.test_pairs else ""
 
-    def _final_score(self, agent: DPO) -> Evaluation | None:
+    def _final_score(self, agent: A) -> AnyEvaluation | None:
         split = self._final_split()
-        return agent.evaluate(self.env, split, self.yardstick) if split else None
+        return self.stage.evaluate([agent], self.env, split, self.yardstick)[0] if split else None
 
-    def _samples(self, best: DPO) -> list[SampleAnswer]:
+    def _samples(self, best: A) -> list[SampleAnswer]:
         split = self._final_split()
         if not split or not Processes.present().is_main:
             return []
@@ -268,10 +273,12 @@ class PreferenceRun:
         examples = tuple(examples[number * len(examples) // wanted] for number in range(wanted))
         pairs = self.env.final_pairs if split == "final" else self.env.test_pairs
         prompts = [pairs[example.position].prompt_ids for example in examples]
-        reference = best.adapter(REFERENCE) if self.yardstick == OWN else self.yardstick
+        before_tuning = self.yardstick
+        if before_tuning == OWN:
+            before_tuning = best.adapter(REFERENCE) if self.stage.has_reference else None
         before, after = (
             greedy_answers(self.base, adapter, prompts, self.env.tokenizer)
-            for adapter in (reference, best.actor_adapter)
+            for adapter in (before_tuning, best.actor_adapter)
         )
         questions = [example.question for example in examples]
         return [SampleAnswer(*texts) for texts in zip(questions, before, after, strict=True)]
@@ -281,5 +288,5 @@ class PreferenceRun:
             getattr(callback, what)(event)
 
 
-def _founder(agent: DPO) -> Birth:
+def _founder(agent: SavableAgent) -> Birth:
     return Birth(agent.index, None, (), elite=False, hyperparameters=agent.hyperparameter_values())

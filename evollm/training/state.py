@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.hpo import Birth, Evaluation, EvolutionPlan, Fitness
+from evollm.hpo import AnyEvaluation, Birth, Evaluation, EvolutionPlan, Fitness, LikelihoodEvaluation
 
 # Settings that a resumed run may change: how long it goes on, and what it writes.
 _MAY_CHANGE = {
@@ -24,7 +24,11 @@ _MAY_CHANGE = {
     "data": {"position"},
 }
 _NOT_COMPARED = {"versions"}
-_BEFORE = ("before_chosen", "before_rejected")
+# The two vectors of `before` in a checkpoint, by the kind of evaluation.
+_BEFORE: dict[tuple[str, str], type[AnyEvaluation]] = {
+    ("chosen_logratios", "rejected_logratios"): Evaluation,
+    ("logprobs", "num_tokens"): LikelihoodEvaluation,
+}
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Progress:
     """
 
     founders: list[Birth]
-    before: Evaluation | None = None
+    before: AnyEvaluation | None = None
     step: int = 0
     plans: list[EvolutionPlan] = field(default_factory=list)
     fitnesses: dict[int, Fitness] = field(default_factory=dict)
@@ -63,11 +67,11 @@ class Progress:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The log-ratios of `before`, which JSON is too narrow for."""
+        """The vectors of `before`, which JSON is too narrow for."""
         if self.before is None:
             return {}
-        ratios = (self.before.chosen_logratios, self.before.rejected_logratios)
-        return {name: torch.tensor(values) for name, values in zip(_BEFORE, ratios, strict=True)}
+        names = next(names for names, kind in _BEFORE.items() if isinstance(self.before, kind))
+        return {f"before_{name}": torch.tensor(getattr(self.before, name)) for name in names}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progress:
@@ -79,15 +83,22 @@ class Progress:
         try:
             return cls(
                 founders=[Birth.from_dict(birth) for birth in data["founders"]],
-                before=Evaluation(*(tensors[name].numpy() for name in _BEFORE)) if tensors else None,
+                before=_read_before(tensors),
                 step=int(data["step"]),
                 plans=[EvolutionPlan.from_dict(plan) for plan in data["plans"]],
                 fitnesses={
                     int(index): tuple(float(part) for part in fitness) for index, fitness in data["fitnesses"].items()
                 },
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise CheckpointError(f"the progress of the run is incomplete or from elsewhere: {error!r}") from error
+
+
+def _read_before(tensors: Mapping[str, Tensor]) -> AnyEvaluation | None:
+    if not tensors:
+        return None
+    first, second, kind = next((*names, kind) for names, kind in _BEFORE.items() if f"before_{names[0]}" in tensors)
+    return kind(tensors[f"before_{first}"].numpy(), tensors[f"before_{second}"].numpy())
 
 
 def global_generators() -> dict[str, Any]:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from evollm.algorithms.dpo import DPO
+from evollm.algorithms.saving import SavableAgent
+from evollm.algorithms.sft import SFT
 from evollm.checkpoints import only_writer
-from evollm.hpo import Mutations, TournamentSelection, preference_fitness
-from evollm.llm_envs import PreferenceGym
-from evollm.processes import check_processes
+from evollm.hpo import Mutations, TournamentSelection, likelihood_fitness, preference_fitness
+from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
+from evollm.processes import Processes, check_processes
 from evollm.tracking import Console, RunFolder, TensorBoard, WeightsAndBiases
 from evollm.training.callbacks import Callback
 from evollm.training.options import RunOptions, RunPaths, check_callbacks, check_run, new_run_dir
 from evollm.training.population_step import FitnessFunction, check_fitness
-from evollm.training.run import PreferenceRun
+from evollm.training.run import Run
+from evollm.training.stages import COMPLETION, PREFERENCE, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+A = TypeVar("A", bound=SavableAgent)
 
 
 def finetune_llm_preference(
@@ -108,24 +114,161 @@ def finetune_llm_preference(
         save_elite=save_elite,
         num_sample_answers=num_sample_answers,
     )
-    check_run(pop, env, options)
-    check_fitness(fitness)
+    return _finetune(
+        PREFERENCE,
+        pop,
+        env,
+        options,
+        fitness,
+        _Places(run_dir, checkpoint_path, elite_path, resume_from_checkpoint),
+        accelerator,
+        _Listeners(callbacks, wb, tensorboard, verbose),
+    )
+
+
+def finetune_llm_sft(
+    pop: Sequence[SFT],
+    env: SFTGym,
+    *,
+    num_epochs: int | None = None,
+    max_steps: int | None = None,
+    evo_steps: int | None = None,
+    evaluation_interval: int | None = None,
+    tournament: TournamentSelection | None = None,
+    mutation: Mutations | None = None,
+    fitness: FitnessFunction = likelihood_fitness,
+    run_dir: str | Path | None = None,
+    checkpoint_steps: int | None = None,
+    keep_last: int | None = 2,
+    checkpoint_path: str | Path | None = None,
+    save_elite: bool = True,
+    elite_path: str | Path | None = None,
+    resume_from_checkpoint: str | Path | None = None,
+    num_sample_answers: int = 3,
+    callbacks: Sequence[Callback] = (),
+    accelerator: Accelerator | None = None,
+    wb: bool = False,
+    tensorboard: bool = False,
+    verbose: bool = True,
+) -> tuple[list[SFT], list[float]]:
+    """Tune a population on completions, and let it evolve: the stage before preferences.
+
+    The loop is that of `finetune_llm_preference`, whose arguments these are; those that differ:
+
+    Args:
+        pop: SFT agents, on one base. A list of one is an ordinary SFT run. Go on with the population that is returned.
+        env: Serves the batches; the run begins at its present position.
+        num_epochs: As for preferences, as are all that follow but `fitness`.
+        max_steps: As for preferences.
+        evo_steps: As for preferences.
+        evaluation_interval: As for preferences.
+        tournament: As for preferences.
+        mutation: As for preferences.
+        fitness: From a `LikelihoodEvaluation` to a number or a tuple of numbers, larger is better. The default is minus
+            the mean negative log-likelihood of a held-out completion token.
+        run_dir: As for preferences.
+        checkpoint_steps: As for preferences.
+        keep_last: As for preferences.
+        checkpoint_path: As for preferences.
+        save_elite: As for preferences.
+        elite_path: As for preferences; a DPO agent's `load_checkpoint` takes the folder for its next stage.
+        resume_from_checkpoint: As for preferences.
+        num_sample_answers: As for preferences; the answers before are those of the base.
+        callbacks: As for preferences.
+        accelerator: As for preferences.
+        wb: As for preferences.
+        tensorboard: As for preferences.
+        verbose: As for preferences.
+
+    Returns:
+        The population after the run, and for each agent the first component of its last fitness: with the default
+        fitness minus its held-out loss, in nats per token. NaN for a diverged agent, and for all when there is nothing
+        to evaluate on.
+
+    Raises:
+        ConfigurationError: Something cannot work; found before any training.
+        CheckpointError: Every checkpoint of the run to resume is damaged, or another process writes to the folder.
+        DivergedError: Every agent's loss or gradient has become NaN or infinite.
+    """
+    options = RunOptions(
+        num_epochs=num_epochs,
+        max_steps=max_steps,
+        evo_steps=evo_steps,
+        evaluation_interval=evaluation_interval,
+        checkpoint_steps=checkpoint_steps,
+        keep_last=keep_last,
+        tournament=tournament,
+        mutation=mutation,
+        update_reference_each_epoch=False,
+        save_elite=save_elite,
+        num_sample_answers=num_sample_answers,
+    )
+    return _finetune(
+        COMPLETION,
+        pop,
+        env,
+        options,
+        fitness,
+        _Places(run_dir, checkpoint_path, elite_path, resume_from_checkpoint),
+        accelerator,
+        _Listeners(callbacks, wb, tensorboard, verbose),
+    )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a run writes and where it goes on from, as it was given."""
+
+    run_dir: str | Path | None
+    checkpoints: str | Path | None
+    elite: str | Path | None
+    resume: str | Path | None
+
+
+@dataclass(frozen=True)
+class _Listeners:
+    """Who hears of a run, as it was given."""
+
+    callbacks: Sequence[Callback]
+    wb: bool
+    tensorboard: bool
+    verbose: bool
+
+    def callbacks_of(self, processes: Processes) -> list[Callback]:
+        """All callbacks of this process; the main one writes."""
+        listeners = list(check_callbacks(self.callbacks))
+        if processes.is_main:
+            listeners = [RunFolder(), *listeners]
+            listeners += [Console()] if self.verbose else []
+            listeners += [TensorBoard()] if self.tensorboard else []
+            listeners += [WeightsAndBiases()] if self.wb else []
+        return listeners
+
+
+def _finetune(
+    stage: Stage,
+    pop: Sequence[A],
+    env: DatasetGym,
+    options: RunOptions,
+    fitness: FitnessFunction,
+    places: _Places,
+    accelerator: Accelerator | None,
+    listeners: _Listeners,
+) -> tuple[list[A], list[float]]:
+    """Check everything, then run."""
+    check_run(pop, env, options, stage)
+    check_fitness(fitness, stage)
     processes = check_processes(accelerator)
-    if run_dir is None and resume_from_checkpoint is None:
+    run_dir = places.run_dir
+    if run_dir is None and places.resume is None:
         # Its name is the time, which differs a little between processes.
         run_dir = processes.from_main(str(new_run_dir()))
-    paths = RunPaths.of(run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
+    paths = RunPaths.of(run_dir, places.checkpoints, places.elite, places.resume)
     # Before the main process writes into the folder that others still check.
     processes.wait()
-    listeners = list(check_callbacks(callbacks))
-    if processes.is_main:
-        listeners = [RunFolder(), *listeners]
-        listeners += [Console()] if verbose else []
-        listeners += [TensorBoard()] if tensorboard else []
-        listeners += [WeightsAndBiases()] if wb else []
-    run = PreferenceRun(pop, env, options, paths, fitness, listeners)
+    run = Run(pop, env, options, paths, fitness, listeners.callbacks_of(processes))
     paths.run_dir.mkdir(parents=True, exist_ok=True)
     with only_writer(paths.run_dir, what=paths.run_dir) if processes.is_main else nullcontext():
-        if resume_from_checkpoint is not None:
+        if places.resume is not None:
             run.resume()
         return run.train()

@@ -12,18 +12,16 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from evollm.data.sources import (
-    DIFFERENT_PROMPTS,
+from evollm.data.rows import (
     EMPTY_COMPLETION,
     INVALID_UNICODE,
     MALFORMED_MESSAGES,
     MIXED_KINDS,
     NO_PROMPT_MESSAGE,
-    SAME_COMPLETIONS,
     ChatPair,
     TextPair,
-    read_pairs,
 )
+from evollm.data.sources import DIFFERENT_PROMPTS, SAME_COMPLETIONS, read_pairs
 from evollm.errors import DataError
 
 ROWS: list[dict[str, Any]] = [

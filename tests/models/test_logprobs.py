@@ -69,6 +69,31 @@ def test_a_pair_has_the_same_log_probs_in_any_batch(network, gym) -> None:
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-10)
 
 
+class CountedRows(PlainSignature):
+    """Notes how many sequences went through the model."""
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        self.rows = len(input_ids)
+        return super().forward(input_ids, attention_mask, use_cache)
+
+
+@pytest.mark.parametrize("tiled_head", [False, True])
+def test_an_empty_rejected_side_has_log_prob_0_and_costs_no_sequence(network, gym, tiled_head: bool) -> None:
+    """Of four pairs the first and the last keep their rejected sides."""
+    batch = gym.next_batch()
+    pairs = [batch.pair(row) for row in range(4)]
+    mixed = [TokenizedPair(p.prompt_ids, p.chosen_ids) if row in (1, 2) else p for row, p in enumerate(pairs)]
+    with torch.no_grad():
+        expected = completion_logprobs(network, batch, CPU)
+        found = completion_logprobs(network, PreferenceBatch.from_pairs(mixed), CPU, tiled_head=tiled_head)
+        counted = CountedRows(network)
+        completion_logprobs(counted, PreferenceBatch.from_pairs(mixed), CPU)
+    torch.testing.assert_close(found.chosen, expected.chosen, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.rejected[[0, 3]], expected.rejected[[0, 3]], rtol=0, atol=1e-10)
+    assert found.rejected[[1, 2]].tolist() == [0.0, 0.0]
+    assert counted.rows == 6
+
+
 def test_sums_of_a_bfloat16_model_are_finer_than_bfloat16(make_model, gym) -> None:
     batch = gym.next_batch()
     with torch.no_grad():

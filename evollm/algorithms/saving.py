@@ -1,0 +1,258 @@
+"""An agent's checkpoints: saved, loaded to resume, loaded as the first weights of a next stage."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+from typing_extensions import Self
+
+from evollm.algorithms.core import ACTOR, REFERENCE, LLMAgent
+from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
+from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
+from evollm.errors import CheckpointError, ConfigurationError
+from evollm.hpo.hyperparameters import HyperparameterConfig
+from evollm.models import AdapterState
+from evollm.models.loading import reloadable
+from evollm.processes import Processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class SavableAgent(LLMAgent):
+    """An agent that can be written to a folder and read from one."""
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        device: str | torch.device = "cpu",
+        accelerator: Accelerator | None = None,
+        actor_network: PreTrainedModel | None = None,
+        model_config: Mapping[str, Any] | None = None,
+        archive: str | Path | None = None,
+    ) -> Self:
+        """Rebuild an agent from a folder that `save_checkpoint` wrote.
+
+        Args:
+            path: The folder.
+            device: Where to put the base.
+            accelerator: As for the constructor.
+            actor_network: The base; by default it is the checkpoint's own (`lora_only=False`), else it is loaded by the
+                name that the checkpoint states.
+            model_config: Keyword arguments for `from_pretrained`, with which the base is loaded by its name. None: of
+                those that it was first loaded with, the ones that choose weights and their type (`dtype`, `revision`,
+                ...). A checkpoint decides neither on custom code nor on quantisation.
+            archive: A policy archive for the base that is given or loaded by its name. None: of a base loaded by its
+                name, that of the first loading.
+
+        Raises:
+            CheckpointError: The folder or the archive is missing or damaged, or the base is another.
+            ConfigurationError: The base has no name to load it by, or cannot be loaded, or the agent is of another
+                algorithm.
+        """
+        folder = read_agent_folder(path)
+        attributes = folder.attributes
+        if attributes["algorithm"] != cls.algorithm:
+            fix = f"{path} holds a {attributes['algorithm']} agent: make one of {cls.algorithm} and use load_checkpoint"
+            raise ConfigurationError("path", path, fix)
+        accepted = inspect.signature(cls.__init__).parameters
+        base_name = str(folder.base or attributes["base_name"])
+        if actor_network is None and folder.base is None:
+            model_config = reloadable(attributes.get("model_config") or {}) if model_config is None else model_config
+            archive = archive or attributes.get("archive")
+        if actor_network is None and not base_name:
+            raise ConfigurationError("actor_network", None, f"{path} names no base model: pass the one it was tuned on")
+        # Fields that the constructor of this algorithm does not take stand at their defaults in its checkpoints.
+        settings = {name: value for name, value in attributes["settings"].items() if name in accepted}
+        arguments: dict[str, Any] = {
+            "actor_network": actor_network,
+            "model_name": None if actor_network is not None else base_name,
+            "model_config": model_config,
+            "archive": archive,
+            "lora_config": folder.adapter(ACTOR).config,
+            "hp_config": attributes["hp_config"] and HyperparameterConfig.from_dict(attributes["hp_config"]),
+            "device": device,
+            "accelerator": accelerator,
+            **settings,
+            **attributes["hyperparameters"],
+        }
+        agent = cls(**arguments)
+        agent.load_checkpoint(path, load_optimizer=folder.optimizer is not None)
+        return agent
+
+    def save_checkpoint(self, path: str, lora_only: bool = True, save_optimizer: bool = True, **kwargs: Any) -> None:
+        """Write the agent into a folder: one subfolder for each adapter, and `attributes.pt`.
+
+        Each subfolder loads with `PeftModel.from_pretrained(base, path + "/actor")`. The folder appears whole or not
+        at all; one that was there is replaced. Of several processes the main one writes and the others wait.
+
+        Args:
+            path: Folder to write.
+            lora_only: Leave the base's weights out. False adds them as a transformers model, in the subfolder `base`,
+                from which `load` takes them: the folder then stands by itself.
+            save_optimizer: Include the optimizer's moments, to resume from.
+            **kwargs: Ignored.
+
+        Raises:
+            ConfigurationError: Something else lies at `path`, or `lora_only` is False and the base is quantised.
+        """
+        del kwargs
+        base = None if lora_only else self.base
+        processes = Processes.present()
+        if processes.is_main:
+            write_agent_folder(path, self.to_folder(save_optimizer), base_name=self.base.name, base=base)
+        processes.wait()
+
+    def to_folder(self, save_optimizer: bool = True) -> AgentFolder:
+        """What `save_checkpoint` writes."""
+        adapters = {role: self.base.export(name) for role, name in self._adapters.items() if name is not None}
+        return AgentFolder(adapters, self._attributes(), self.optimizer.state_dict() if save_optimizer else None)
+
+    def load_checkpoint(
+        self,
+        path: str,
+        load_optimizer: bool = True,
+        overwrite_reference_adapter: bool | None = None,
+        overwrite_critic_adapter: bool = True,
+        merge_lora_configs: bool = False,
+        check_base: bool = True,
+    ) -> None:
+        """Restore the agent from a folder that `save_checkpoint` wrote.
+
+        Args:
+            path: The folder.
+            load_optimizer: A resume also restores the optimizer's moments; with none saved it warns and starts afresh.
+                A next stage starts afresh: moments of another loss, or of one against another reference, would
+                mislead it. False keeps the live optimizer.
+            overwrite_reference_adapter: True: the next stage of a chain. The loaded actor is copied onto the reference,
+                if the agent has one; hyperparameters, counters and optimizer stay the agent's own. False: a resume.
+                The saved reference is restored, and from a checkpoint of the same algorithm all the rest too. None: a
+                resume when the checkpoint is of the same algorithm, the next stage otherwise.
+            overwrite_critic_adapter: Accepted for compatibility; this agent has no critic.
+            merge_lora_configs: Where the LoRA configurations differ, rebuild the agent's adapters with the larger rank,
+                the union of the target modules and, with a warning, its own values of other fields. The loaded
+                adapters compute what they computed; the optimizer starts afresh.
+            check_base: Refuse a checkpoint that was saved on another base.
+
+        Raises:
+            CheckpointError: The folder is missing, damaged, or from another base.
+            ConfigurationError: The LoRA configurations differ; the message lists each field. Or the base itself is the
+                reference, which a next stage cannot change.
+        """
+        del overwrite_critic_adapter
+        folder = read_agent_folder(path)
+        if check_base and folder.attributes["base_fingerprint"] != self.base.weights_fingerprint:
+            saved_on = folder.attributes["base_name"] or "a base without a name"
+            raise CheckpointError(
+                f"{path} was saved on another base ({saved_on}) than {self.base.name or 'this one'}: its adapters mean "
+                "nothing here. The same model in another dtype or quantised counts as another: check_base=False"
+            )
+        if merge_lora_configs:
+            folder = self._merged(folder)
+        self.load_folder(folder, load_optimizer, overwrite_reference_adapter, source=path)
+
+    def _merged(self, folder: AgentFolder) -> AgentFolder:
+        """The folder's adapters in the shapes of a merged LoRA configuration, which this agent's get too."""
+        current, saved = self.base.config(self.actor_adapter), folder.adapter(ACTOR).config
+        if not differing_fields(current, saved):
+            return folder
+        merged, overruled = merge_lora_configs(current, saved)
+        if overruled:
+            warnings.warn(
+                f"LoRA configurations differ in {overruled}: the agent's values hold, not the checkpoint's",
+                UserWarning,
+                stacklevel=3,
+            )
+        name = self.base.add_adapter(ACTOR, merged, trainable=True, seed=self.settings.seed)
+        fresh = self.base.export(name)
+        try:
+            adapters = {
+                role: AdapterState(fresh.config, pad_adapter(state, fresh)) for role, state in folder.adapters.items()
+            }
+        except ConfigurationError:
+            self.base.use(self.actor_adapter)
+            self.base.release(name)
+            raise
+        self.base.release(self.actor_adapter)
+        self._adapters[ACTOR] = name
+        self.lora_config = merged
+        self.base.use(name)
+        self.optimizer = self._new_optimizer()
+        return replace(folder, adapters=adapters, optimizer=None)
+
+    def load_folder(
+        self,
+        folder: AgentFolder,
+        load_optimizer: bool = True,
+        overwrite_reference_adapter: bool | None = None,
+        source: object = "the checkpoint",
+    ) -> None:
+        """What `load_checkpoint` does once a folder is read; `source` says where it came from."""
+        saved_actor = folder.adapter(ACTOR)
+        check_same_lora(self.base.config(self.actor_adapter), saved_actor.config)
+        same_algorithm = folder.attributes["algorithm"] == self.algorithm
+        if overwrite_reference_adapter is None:
+            overwrite_reference_adapter = not same_algorithm
+        is_resume = same_algorithm and not overwrite_reference_adapter
+        if overwrite_reference_adapter and REFERENCE in self._adapters and self._adapters[REFERENCE] is None:
+            fix = "the base itself is the reference and cannot become the checkpoint's actor: build the agent with True"
+            raise ConfigurationError("use_separate_reference_adapter", False, fix)
+
+        has_reference = self._adapters.get(REFERENCE) is not None
+        if has_reference:
+            # Looked up before anything is changed: it may be missing.
+            saved_reference = saved_actor if overwrite_reference_adapter else folder.adapter(REFERENCE)
+        self.base.load(self.actor_adapter, saved_actor.tensors)
+        if has_reference:
+            self._replace_reference(saved_reference)
+        if is_resume:
+            self._restore_attributes(folder.attributes)
+        if load_optimizer and is_resume:
+            self._load_optimizer(folder.optimizer, source)
+        elif load_optimizer:
+            self.optimizer = self._new_optimizer()
+
+    def _attributes(self) -> dict[str, Any]:
+        return {
+            "algorithm": self.algorithm,
+            **self.base.origin(),
+            "index": self.index,
+            "hyperparameters": asdict(self.hyperparameters),
+            "settings": asdict(self.settings),
+            "hp_config": self.hp_config.to_dict() if self.hp_config else None,
+            "fitness": list(self.fitness),
+            "steps": self.steps,
+            "num_tokens": self.num_tokens,
+            "diverged": self.diverged,
+            "reference_update_tracker": self.reference_update_tracker,
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def _restore_attributes(self, attributes: Mapping[str, Any]) -> None:
+        for name in ("index", "fitness", "steps", "diverged", "reference_update_tracker"):
+            setattr(self, name, copy.copy(attributes[name]))
+        self.num_tokens = attributes.get("num_tokens", 0)
+        self.rng.bit_generator.state = attributes["rng"]
+        self.set_hyperparameters(attributes["hyperparameters"])
+
+    def _load_optimizer(self, state: Mapping[str, Any] | None, source: object) -> None:
+        self.optimizer = self._new_optimizer()
+        if state is None:
+            warnings.warn(
+                f"{source} holds no optimizer state for these adapters: training goes on with a fresh optimizer",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+        self.optimizer.load_state_dict(dict(state))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr

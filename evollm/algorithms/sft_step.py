@@ -1,0 +1,73 @@
+"""What SFT agents do, for any number of agents on one base at once: learn and be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from evollm.algorithms.losses import token_mean_nll
+from evollm.algorithms.step import learn_by, policy_logprobs
+from evollm.data.batch import PreferenceBatch
+from evollm.hpo.fitness import LikelihoodEvaluation
+from evollm.models.logprobs import PairLogprobs
+
+if TYPE_CHECKING:
+    from evollm.algorithms.sft import SFT
+    from evollm.llm_envs import DatasetGym
+
+
+@dataclass(frozen=True)
+class SFTObjective:
+    """The loss of `SFT.learn` for one optimizer batch.
+
+    Attributes:
+        weight: Completion tokens of the whole batch.
+    """
+
+    weight: int
+
+    def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
+        """What these rows contribute to the batch's loss."""
+        del rows
+        return token_mean_nll(policy.chosen, self.weight)
+
+    def metrics(self, policy: PairLogprobs) -> dict[str, float]:
+        """See `SFT.learn`."""
+        loss = token_mean_nll(policy.chosen, self.weight).item()
+        return {"mean_loss": loss, "loss": loss}
+
+
+def learn_together(agents: Sequence[SFT], batch: PreferenceBatch, *, training: bool = True) -> list[dict[str, float]]:
+    """Update each agent's actor on the same batch; see `SFT.learn`.
+
+    Args:
+        agents: Agents of one base.
+        batch: B examples.
+        training: False computes the metrics and changes nothing.
+
+    Returns:
+        The metrics of `SFT.learn` for each agent.
+
+    Raises:
+        DivergedError: An agent has diverged before and cannot learn any more.
+    """
+    return learn_by(_objectives, agents, batch, training=training)
+
+
+def _objectives(agents: Sequence[SFT], batch: PreferenceBatch) -> list[SFTObjective]:
+    return [SFTObjective(int(batch.chosen_lengths.sum()))] * len(agents)
+
+
+def evaluate_together(agents: Sequence[SFT], env: DatasetGym, split: str = "test") -> list[LikelihoodEvaluation]:
+    """Score each agent on every example of a fixed split; see `SFT.evaluate`."""
+    examples = env.test_pairs if split == "test" else env.final_pairs
+    logprobs = np.zeros((len(agents), len(examples)))
+    for positions, batch in env.eval_batches(split):
+        for row, policy in enumerate(policy_logprobs(agents, batch)):
+            logprobs[row, positions] = policy.chosen.double().cpu().numpy()
+    num_tokens = np.array([len(example.chosen_ids) for example in examples])
+    return [LikelihoodEvaluation(row, num_tokens) for row in logprobs]

@@ -1,0 +1,385 @@
+"""What every gym does: rows of up to three datasets, served in batches whose order seed, epoch and index determine."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from evollm.checks import optional_whole_number, whole_number
+from evollm.data.batch import FIELDS, IntArray, PreferenceBatch, TokenizedPair
+from evollm.data.report import DataReport, count_seen
+from evollm.data.rows import RowFormat
+from evollm.data.tokenization import load_pairs
+from evollm.errors import ConfigurationError
+from evollm.processes import check_processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Observation: TypeAlias = dict[str, IntArray]
+Info: TypeAlias = dict[str, Any]
+FloatArray: TypeAlias = NDArray[np.float32]
+
+SPLITS = ("train", "test", "final")
+NO_PAIRS = PreferenceBatch(np.zeros((0, 0), np.int64), *(np.zeros(0, np.int64) for _ in FIELDS[1:]))
+STATE_KEYS = frozenset({"seed", "epoch", "index", "awaiting_action", "num_pairs", "batch_size"})
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where an iteration stands.
+
+    Attributes:
+        epoch: The current epoch, from 0.
+        index: Batches of it that were served.
+        awaiting_action: Whether the last of them still waits for `step`.
+    """
+
+    epoch: int = 0
+    index: int = 0
+    awaiting_action: bool = False
+
+
+class DatasetGym(gymnasium.Env[Observation, FloatArray]):
+    """Serves the rows of datasets as batches of pairs; a subclass says what a row is, and what an action earns.
+
+    Its arguments, attributes and errors are those of its subclasses; an SFT example is a pair without a rejected side.
+    The order of epoch e is `np.random.default_rng([seed, e]).permutation(n)`, so that seed, epoch and index say
+    everything about the position.
+
+    Attributes:
+        row_format: What the rows of the datasets look like.
+        largest_action: Upper bound of an action's numbers.
+        largest_id: The largest token id in any split.
+    """
+
+    row_format: ClassVar[RowFormat]
+    largest_action: ClassVar[float] = np.inf
+
+    metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium declares it so
+
+    def __init__(
+        self,
+        train_dataset: object,
+        test_dataset: object | None,
+        tokenizer: PreTrainedTokenizerBase,
+        data_batch_size_per_gpu: int = 8,
+        accelerator: Any | None = None,
+        max_context_length: int | None = None,
+        min_completion_length: int | None = None,
+        seed: int = 42,
+        *,
+        final_dataset: object | None = None,
+    ) -> None:
+        processes = check_processes(accelerator)
+        if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+            raise ConfigurationError("tokenizer", tokenizer, "must be the model's tokenizer, loaded by AutoTokenizer")
+        self.tokenizer = tokenizer
+        self.data_batch_size_per_gpu = whole_number("data_batch_size_per_gpu", data_batch_size_per_gpu, 1)
+        # Every process is served the whole batch; the agents divide it among themselves.
+        self.batch_size = self.data_batch_size_per_gpu * processes.size
+        self.seed = whole_number("seed", seed, 0)
+        self.reports: dict[str, DataReport] = {}
+        self._pairs: dict[str, list[TokenizedPair]] = {}
+        for split, dataset in zip(SPLITS, (train_dataset, test_dataset, final_dataset), strict=True):
+            self._pairs[split] = []
+            if dataset is not None or split == "train":
+                self._pairs[split], self.reports[split] = load_pairs(
+                    dataset,
+                    tokenizer,
+                    name=split,
+                    max_context_length=max_context_length,
+                    min_completion_length=min_completion_length,
+                    row_format=self.row_format,
+                )
+        _warn_of_overlap(self._pairs, self.row_format.noun)
+        all_pairs = self.all_pairs
+        self.longest_sequence = max(pair.longest_sequence for pair in all_pairs)
+        self._row_length = max(pair.num_tokens for pair in all_pairs)
+        self._training = _Position()
+        self._evaluation: _Position | None = None
+        self.largest_id = max(int(pair.token_ids.max()) for pair in all_pairs)
+        largest_id = max(len(tokenizer) - 1, self.largest_id)
+        self.observation_space = _observation_space(self.batch_size, self._row_length, largest_id)
+        self.action_space = spaces.Box(-np.inf, self.largest_action, (self.batch_size,), np.float32)
+
+    @property
+    def train_pairs(self) -> list[TokenizedPair]:
+        """The tokenised training pairs."""
+        return self._pairs["train"]
+
+    @property
+    def test_pairs(self) -> list[TokenizedPair]:
+        """The tokenised selection pairs; empty without a `test_dataset`."""
+        return self._pairs["test"]
+
+    @property
+    def final_pairs(self) -> list[TokenizedPair]:
+        """The tokenised pairs of the final score; empty without a `final_dataset`."""
+        return self._pairs["final"]
+
+    @property
+    def all_pairs(self) -> list[TokenizedPair]:
+        """The tokenised pairs of all splits."""
+        return [pair for pairs in self._pairs.values() for pair in pairs]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the token ids of all pairs in their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for split, pairs in self._pairs.items():
+            digest.update(f"{split} {len(pairs)}".encode())
+            for pair in pairs:
+                digest.update(pair.key())
+        return digest.hexdigest()
+
+    @property
+    def num_epochs(self) -> int:
+        """Training epochs that lie behind, the current one once its last batch was served (and scored by `step`)."""
+        position = self._training
+        whole = position.index == self._num_batches("train") and not position.awaiting_action
+        return position.epoch + int(whole)
+
+    def __len__(self) -> int:
+        """Batches in an epoch; of the selection pairs in `eval_mode`."""
+        return self._num_batches(self._split)
+
+    # ----------------------------------------------------------------------------------------------- gymnasium's API
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
+        """Start an epoch: the next one if the current one was begun, epoch 0 of that seed if a seed is given.
+
+        Args:
+            seed: New seed of the order; in `eval_mode`, where the order is fixed, it changes nothing.
+            options: Not used.
+
+        Returns:
+            The first observation, and `{"epoch", "index"}` of its batch.
+        """
+        seed = optional_whole_number("seed", seed, 0)
+        super().reset(seed=seed)
+        if seed is not None:
+            self._position = _Position()
+            if self._evaluation is None:
+                self.seed = seed
+        elif self._position.index:
+            self._position = _Position(self._position.epoch + 1)
+        return self._observe_next()
+
+    def step(self, action: FloatArray) -> tuple[Observation, float, bool, bool, Info]:
+        """Score the current batch and go on to the next.
+
+        Args:
+            action: (B,) numbers; those of rows without a pair are ignored.
+
+        Returns:
+            The next observation (without any pair at the epoch's end), the reward of the current pairs, whether the
+            epoch has ended, False, and `{"epoch", "index"}` of the next batch.
+
+        Raises:
+            ResetNeeded: No batch waits for an action.
+            ConfigurationError: The action is not B numbers.
+        """
+        position = self._position
+        if not position.awaiting_action:
+            raise ResetNeeded("No batch waits for an action: call reset() first, and again after an epoch's end")
+        rows = self._rows(position.epoch, position.index - 1)
+        numbers = self._numbers(action)[: len(rows)]
+        reward = self._reward(numbers, [self._pairs[self._split][row] for row in rows])
+        if position.index < len(self):
+            observation, info = self._observe_next()
+            return observation, reward, False, False, info
+        self._position = replace(position, awaiting_action=False)
+        info = {"epoch": position.epoch, "index": position.index}
+        return NO_PAIRS.to_observation(self.batch_size, self._row_length), reward, True, False, info
+
+    # ------------------------------------------------------------------------------------------------------- batches
+
+    def next_batch(self) -> PreferenceBatch:
+        """Serve the next batch, of a new epoch if need be; an epoch's last batch may be smaller.
+
+        In `eval_mode` it goes through the selection pairs.
+        """
+        return self._serve(awaiting_action=False)
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[Self]:
+        """Serve the selection pairs in their own order meanwhile; afterwards the training position is as it was before.
+
+        Raises:
+            ConfigurationError: There are no selection pairs.
+        """
+        self._evaluation_pairs("test")
+        before = self._evaluation
+        self._evaluation = _Position()
+        try:
+            yield self
+        finally:
+            self._evaluation = before
+
+    def eval_batches(
+        self, split: str = "test", batch_size: int | None = None
+    ) -> Iterator[tuple[IntArray, PreferenceBatch]]:
+        """Go once through all pairs of a split, those of like length together; the order is always the same.
+
+        Args:
+            split: "test" (the selection pairs) or "final".
+            batch_size: Most pairs in a batch; None: that of training.
+
+        Returns:
+            An iterator over (positions of the batch's pairs in the split, the batch).
+
+        Raises:
+            ConfigurationError: There is no such split, it is empty, or the size is below 1.
+        """
+        pairs = self._evaluation_pairs(split)
+        size = optional_whole_number("batch_size", batch_size, 1) or self.batch_size
+        order = np.argsort([pair.num_tokens for pair in pairs], kind="stable")
+        chunks = (order[start : start + size] for start in range(0, len(pairs), size))
+        return ((rows, PreferenceBatch.from_pairs([pairs[row] for row in rows])) for rows in chunks)
+
+    # ------------------------------------------------------------------------------------------------------ position
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training position and what it refers to, ready for JSON."""
+        position = self._training
+        return {
+            "seed": self.seed,
+            "epoch": position.epoch,
+            "index": position.index,
+            "awaiting_action": position.awaiting_action,
+            "num_pairs": len(self.train_pairs),
+            "batch_size": self.batch_size,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Return to a position: the next batch is the one that would have come then.
+
+        Raises:
+            ConfigurationError: The state lacks or adds a key, holds a value out of range, or belongs to another number
+                of pairs or another batch size.
+        """
+        _check_state(state, self.state_dict(), self._num_batches("train"))
+        self.seed = int(state["seed"])
+        self._training = _Position(int(state["epoch"]), int(state["index"]), bool(state["awaiting_action"]))
+
+    # ------------------------------------------------------------------------------------------------------- private
+
+    @property
+    def _split(self) -> str:
+        return "train" if self._evaluation is None else "test"
+
+    @property
+    def _position(self) -> _Position:
+        return self._training if self._evaluation is None else self._evaluation
+
+    @_position.setter
+    def _position(self, position: _Position) -> None:
+        if self._evaluation is None:
+            self._training = position
+        else:
+            self._evaluation = position
+
+    def _num_batches(self, split: str) -> int:
+        return -(-len(self._pairs[split]) // self.batch_size)
+
+    def _rows(self, epoch: int, index: int) -> IntArray:
+        """Positions, in the split that is served, of the pairs of an epoch's batch `index`."""
+        count, size = len(self._pairs[self._split]), self.batch_size
+        order = _epoch_order(self.seed, epoch, count) if self._evaluation is None else np.arange(count)
+        return order[index * size : (index + 1) * size]
+
+    def _serve(self, awaiting_action: bool) -> PreferenceBatch:
+        position = self._position
+        if position.index == len(self):
+            position = _Position(position.epoch + 1)
+        self._position = _Position(position.epoch, position.index + 1, awaiting_action)
+        pairs = self._pairs[self._split]
+        return PreferenceBatch.from_pairs([pairs[row] for row in self._rows(position.epoch, position.index)])
+
+    def _observe_next(self) -> tuple[Observation, Info]:
+        batch = self._serve(awaiting_action=True)
+        info = {"epoch": self._position.epoch, "index": self._position.index - 1}
+        return batch.to_observation(self.batch_size, self._row_length), info
+
+    def _evaluation_pairs(self, split: str) -> list[TokenizedPair]:
+        if split not in SPLITS[1:]:
+            raise ConfigurationError("split", split, f"evaluate on one of {SPLITS[1:]}")
+        if not self._pairs[split]:
+            raise ConfigurationError(
+                f"{split}_dataset", None, f"{type(self).__name__} needs a {split}_dataset to evaluate on it"
+            )
+        return self._pairs[split]
+
+    @abstractmethod
+    def _reward(self, numbers: NDArray[Any], pairs: Sequence[TokenizedPair]) -> float:
+        """What an action earns: a number for each of these pairs."""
+
+    def _numbers(self, action: object) -> NDArray[Any]:
+        fix = f"pass {self.batch_size} numbers, one for each {self.row_format.noun}"
+        try:
+            numbers = np.asarray(action)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigurationError("action", type(action).__name__, f"{fix} ({error})") from None
+        if numbers.dtype.kind not in "iuf" or numbers.shape != (self.batch_size,):
+            raise ConfigurationError("action", f"{numbers.dtype} of shape {numbers.shape}", fix)
+        return numbers
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, count: int) -> IntArray:
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order.flags.writeable = False
+    return order
+
+
+def _observation_space(num_rows: int, row_length: int, largest_id: int) -> spaces.Space[Observation]:
+    lengths = {name: spaces.Box(0, row_length, (num_rows,), np.int64) for name in FIELDS[1:]}
+    space = spaces.Dict({"input_ids": spaces.Box(0, largest_id, (num_rows, row_length), np.int64), **lengths})
+    # gymnasium types the samples of a Dict as a dictionary of spaces.
+    return cast("spaces.Space[Observation]", space)
+
+
+def _check_state(state: Mapping[str, Any], present: Mapping[str, Any], num_batches: int) -> None:
+    if not isinstance(state, Mapping) or set(state) != STATE_KEYS:
+        keys = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ConfigurationError("state", keys, f"pass what state_dict() gave; its keys are {sorted(STATE_KEYS)}")
+    for name in ("seed", "epoch", "index"):
+        whole_number(f"state[{name!r}]", state[name], 0)
+    if state["index"] > num_batches:
+        raise ConfigurationError("state['index']", state["index"], f"an epoch has {num_batches} batches")
+    if not isinstance(state["awaiting_action"], bool) or (state["awaiting_action"] and not state["index"]):
+        raise ConfigurationError("state['awaiting_action']", state["awaiting_action"], "pass what state_dict() gave")
+    for name in ("num_pairs", "batch_size"):
+        if state[name] != present[name]:
+            raise ConfigurationError(
+                f"state[{name!r}]",
+                state[name],
+                f"this environment has {present[name]}; build it from the same data and sizes",
+            )
+
+
+def _warn_of_overlap(pairs: Mapping[str, Sequence[TokenizedPair]], noun: str) -> None:
+    for first, second in combinations(SPLITS, 2):
+        count = count_seen(pairs[second], pairs[first])
+        if count:
+            warnings.warn(
+                f"{count} of {len(pairs[second])} {noun}s of {second}_dataset are in {first}_dataset too: a score on "
+                f"them says nothing about new {noun}s; split the data by prompt",
+                UserWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,53 @@
+"""Examples for supervised fine-tuning as a gymnasium environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from evollm.data.batch import TokenizedPair
+from evollm.data.examples import EXAMPLES
+from evollm.llm_envs.dataset_gym import DatasetGym
+
+
+class SFTGym(DatasetGym):
+    """Serves examples in batches; an agent acts by giving each completion a log-probability.
+
+    An observation is a batch of B examples, padded to fixed shapes: `input_ids` (B, L) with `prompt | completion` in
+    each row, and `prompt_lengths`, `chosen_lengths` (the completions', EOS included) and `rejected_lengths` (B,), which
+    are 0 for rows without an example; an example is a pair without a rejected side, so that the last are always 0. An
+    action is the log-probability of each completion (B,), summed over its tokens, in nats. The reward is the mean
+    log-probability of a completion token of the examples present. An episode is an epoch.
+
+    Prompts and completions get the token ids that [`evollm.llm_envs.PreferenceGym`][] gives to the same texts. The
+    order of the batches is the same function of seed, epoch and index.
+
+    Args:
+        train_dataset: Examples to train on; see [`evollm.data.examples.read_examples`][] for what may be passed.
+        test_dataset: Examples that agents are selected by, or None.
+        tokenizer: The model's tokenizer.
+        data_batch_size_per_gpu: Examples in a batch for each process; B is that times the processes.
+        accelerator: An `accelerate.Accelerator`, or None.
+        max_context_length: Most tokens of prompt + completion; None: what the tokenizer states.
+        min_completion_length: Fewest tokens of a completion, EOS included; None: no bound.
+        seed: Seed of the order.
+        final_dataset: Examples for the final score, which nothing is selected by, or None.
+
+    Attributes:
+        tokenizer, seed, data_batch_size_per_gpu: As given; `reset(seed=...)` sets another seed.
+        batch_size: B, the examples in a batch.
+        reports: For each split what became of its rows.
+        longest_sequence: Most tokens of a prompt + completion in any split.
+
+    Raises:
+        ConfigurationError: An argument is out of range, or the processes were not launched as they seem to be.
+        DataError: A dataset cannot be read, or holds preference pairs or no usable example.
+    """
+
+    row_format = EXAMPLES
+    largest_action = 0.0
+
+    def _reward(self, numbers: NDArray[Any], pairs: Sequence[TokenizedPair]) -> float:
+        return float(numbers.sum() / sum(len(pair.chosen_ids) for pair in pairs))
