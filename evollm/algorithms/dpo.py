@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,12 +14,13 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from evollm.algorithms.core import OWN, REFERENCE
+from evollm.algorithms.dpo_settings import DPOHyperparameters, DPOSettings, loss_settings, loss_terms
 from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together, reference_logprobs
 from evollm.algorithms.interface import EvolvableAlgorithm
-from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
-from evollm.checks import finite_number, positive_number, whole_number
+from evollm.algorithms.preference_losses import LossSettings
+from evollm.algorithms.settings import Evolvable
+from evollm.checks import whole_number
 from evollm.data.batch import PreferenceBatch
-from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import Evaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models.loading import shared_base, usable_device
@@ -31,26 +31,6 @@ if TYPE_CHECKING:
     from gymnasium import spaces
 
     from evollm.llm_envs import PreferenceGym
-
-
-@dataclass(frozen=True)
-class DPOHyperparameters(Hyperparameters):
-    """The plain data of a DPO agent that evolution may change.
-
-    Attributes:
-        beta: Strength of the pull towards the reference.
-        nll_alpha: Weight of the negative log-likelihood of the chosen completions; 0 leaves it out.
-    """
-
-    beta: float = 0.1
-    nll_alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "beta", float(positive_number("beta", self.beta)))
-        object.__setattr__(self, "nll_alpha", float(finite_number("nll_alpha", self.nll_alpha)))
-        if self.nll_alpha < 0:
-            raise ConfigurationError("nll_alpha", self.nll_alpha, "must not be negative; 0 leaves the term out")
 
 
 class DPO(EvolvableAlgorithm):
@@ -75,6 +55,13 @@ class DPO(EvolvableAlgorithm):
         lr: Learning rate of AdamW (weight decay 0).
         beta: DPO's beta, the strength of the pull towards the reference.
         nll_alpha: Weight of the negative log-likelihood on chosen completions; 0 leaves it out.
+        loss_type: Name of the loss (`evollm.algorithms.preference_losses.LOSSES`), or a list of names whose losses are
+            added up; `simpo` and `orpo` make no use of the reference.
+        loss_weights: With a list of losses the weight of each; None: 1.
+        label_smoothing: Share of the labels that are taken to be wrong, from 0 to below 0.5: `sigmoid`, `robust`,
+            `exo_pair` (above 0), `aot`, `aot_unpaired`.
+        discopop_tau: Temperature of the loss `discopop`.
+        simpo_gamma: Margin of the loss `simpo`, in the units of beta times a mean log-prob.
         max_grad_norm: 2-norm to which a longer gradient is scaled down.
         update_epochs: Passes over each batch that `learn` is given.
         calc_position_embeddings: Pass explicit position ids rather than leave them to the model.
@@ -100,6 +87,10 @@ class DPO(EvolvableAlgorithm):
 
     beta = Evolvable[float]()
     nll_alpha = Evolvable[float]()
+    loss_type = Evolvable["str | Sequence[str]"]()
+    label_smoothing = Evolvable[float]()
+    settings: DPOSettings
+    hyperparameters: DPOHyperparameters
 
     def __init__(
         self,
@@ -118,6 +109,11 @@ class DPO(EvolvableAlgorithm):
         lr: float = 5e-6,
         beta: float = 0.1,
         nll_alpha: float = 1.0,
+        loss_type: str | Sequence[str] = "sigmoid",
+        loss_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
+        simpo_gamma: float = 0.5,
         max_grad_norm: float = 0.1,
         update_epochs: int = 1,
         calc_position_embeddings: bool = True,
@@ -135,7 +131,7 @@ class DPO(EvolvableAlgorithm):
         token_budget: int | None = None,
     ) -> None:
         del wrap, clone
-        settings = AgentSettings(
+        settings = DPOSettings(
             seed=seed,
             micro_batch_size_per_gpu=micro_batch_size_per_gpu,
             gradient_checkpointing=gradient_checkpointing,
@@ -145,15 +141,21 @@ class DPO(EvolvableAlgorithm):
             pad_token=pad_token,
             torch_compiler=torch_compiler,
             token_budget=token_budget,
+            loss_weights=loss_weights,
+            discopop_tau=discopop_tau,
+            simpo_gamma=simpo_gamma,
         )
         hyperparameters = DPOHyperparameters(
             lr=lr,
             beta=beta,
             nll_alpha=nll_alpha,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
             max_grad_norm=max_grad_norm,
             batch_size=batch_size,
             update_epochs=update_epochs,
         )
+        loss_terms(hyperparameters, settings)
         if use_liger_loss:
             warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=2)
         super().__init__(
@@ -167,6 +169,16 @@ class DPO(EvolvableAlgorithm):
             action_space=action_space,
             accelerator=accelerator,
         )
+
+    @property
+    def loss_terms(self) -> tuple[tuple[str, float], ...]:
+        """The losses that are added up, and the weight of each."""
+        return loss_terms(self.hyperparameters, self.settings)
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What the losses depend on."""
+        return loss_settings(self.hyperparameters, self.settings)
 
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
         if not self.settings.use_separate_reference_adapter:

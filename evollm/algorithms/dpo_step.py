@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from evollm.algorithms.core import OWN, REFERENCE
-from evollm.algorithms.losses import dpo_sigmoid_loss, quiet_gradient, token_mean_nll
+from evollm.algorithms.losses import quiet_gradient, token_mean_nll
 from evollm.algorithms.metrics import pair_metrics
+from evollm.algorithms.preference_losses import LOSSES, WHOLE_BATCH, LossSettings, PairScores
 from evollm.algorithms.step import learn_by, policy_logprobs
 from evollm.data.batch import PreferenceBatch
 from evollm.hpo.fitness import Evaluation
@@ -28,21 +30,28 @@ class DPOObjective:
     """The loss of `DPO.learn` for one optimizer batch.
 
     Attributes:
+        batch: B pairs.
         reference: (B,) sums of the reference, float64 on the CPU.
-        beta: DPO's beta.
+        terms: Names of losses and the weight of each.
+        settings: What they depend on.
         nll_alpha: Weight of the negative log-likelihood.
-        num_chosen_tokens: Chosen tokens of the whole batch.
     """
 
+    batch: PreferenceBatch
     reference: PairLogprobs
-    beta: float
+    terms: tuple[tuple[str, float], ...]
+    settings: LossSettings
     nll_alpha: float
-    num_chosen_tokens: int
 
     @property
     def weight(self) -> int:
         """Pairs of the batch."""
         return len(self.reference.chosen)
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether a loss compares pairs with each other, so that a part of the batch has none."""
+        return any(name in WHOLE_BATCH for name, _ in self.terms)
 
     def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
         """What these rows contribute to the batch's loss."""
@@ -51,7 +60,7 @@ class DPOObjective:
     def metrics(self, policy: PairLogprobs) -> dict[str, float]:
         """See `DPO.learn`."""
         loss, nll = (value.item() for value in self._parts(range(self.weight), policy))
-        pairs = pair_metrics(policy, self.reference, self.beta)
+        pairs = pair_metrics(policy, self.reference, self.settings.beta)
         return {
             "mean_loss": loss,
             "mean_chosen_reward": pairs["rewards/chosen"],
@@ -64,13 +73,22 @@ class DPOObjective:
     def _parts(self, rows: Sequence[int], policy: PairLogprobs) -> tuple[Tensor, Tensor]:
         """Loss and negative log-likelihood: what these rows contribute to the batch's means."""
         chosen, rejected = quiet_gradient(policy.chosen), quiet_gradient(policy.rejected)
-        losses = dpo_sigmoid_loss(
-            chosen - self.reference.chosen[rows].to(chosen),
-            rejected - self.reference.rejected[rows].to(rejected),
-            self.beta,
+        num_chosen_tokens = int(self.batch.chosen_lengths.sum())
+        scores = PairScores(
+            chosen=chosen,
+            rejected=rejected,
+            reference_chosen=self.reference.chosen[rows].to(chosen),
+            reference_rejected=self.reference.rejected[rows].to(rejected),
+            chosen_lengths=torch.from_numpy(self.batch.chosen_lengths[list(rows)]).to(chosen),
+            rejected_lengths=torch.from_numpy(self.batch.rejected_lengths[list(rows)]).to(rejected),
+            mean_chosen_length=num_chosen_tokens / self.weight,
         )
-        nll = token_mean_nll(chosen, self.num_chosen_tokens)
-        loss = losses.sum() / self.weight
+        losses = [LOSSES[name](scores, self.settings) for name, _ in self.terms]
+        weighted = [
+            values if weight == 1 else weight * values for values, (_, weight) in zip(losses, self.terms, strict=True)
+        ]
+        loss = torch.stack(weighted).sum(dim=0).sum() / self.weight
+        nll = token_mean_nll(chosen, num_chosen_tokens)
         return (loss + self.nll_alpha * nll if self.nll_alpha > 0 else loss), nll
 
 
@@ -92,11 +110,9 @@ def learn_together(agents: Sequence[DPO], batch: PreferenceBatch, *, training: b
 
 
 def _objectives(agents: Sequence[DPO], batch: PreferenceBatch) -> list[DPOObjective]:
-    num_chosen_tokens = int(batch.chosen_lengths.sum())
-    references = reference_logprobs(agents, batch)
     return [
-        DPOObjective(reference, agent.beta, agent.nll_alpha, num_chosen_tokens)
-        for agent, reference in zip(agents, references, strict=True)
+        DPOObjective(batch, reference, agent.loss_terms, agent.loss_settings, agent.nll_alpha)
+        for agent, reference in zip(agents, reference_logprobs(agents, batch), strict=True)
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +29,7 @@ class SFTObjective:
     """
 
     weight: int
+    whole_batch: ClassVar[bool] = False
 
     def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
         """What these rows contribute to the batch's loss."""

@@ -6,6 +6,7 @@ Agents that share a batch share the passes through the base; loss, clipping, opt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -29,11 +30,42 @@ class Objective(Protocol):
     def weight(self) -> int:
         """Items of the batch that the loss is the mean over."""
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the loss cannot be computed from parts of the batch."""
+
     def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
         """What these rows contribute to the batch's loss, a scalar."""
 
     def metrics(self, policy: PairLogprobs) -> dict[str, float]:
         """What to report of the whole batch; `loss` is among it."""
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """The first-order part of an objective around log-probs that are known: a loss that falls into rows.
+
+    Its gradient is the objective's own, and it can be computed from parts of the batch.
+
+    Attributes:
+        gradient: (B,) derivative of the objective's loss by each log-prob.
+    """
+
+    gradient: PairLogprobs
+
+    @classmethod
+    def of(cls, objective: Objective, policy: PairLogprobs) -> Linearised:
+        """Around the log-probs of the whole batch, (B,)."""
+        known = PairLogprobs(policy.chosen.detach().requires_grad_(), policy.rejected.detach().requires_grad_())
+        with torch.enable_grad():
+            loss = objective.loss(range(len(known.chosen)), known)
+        sides = [known.chosen, known.rejected]
+        return cls(PairLogprobs(*torch.autograd.grad(loss, sides, materialize_grads=True)))
+
+    def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
+        """What these rows contribute."""
+        gradient = self.gradient.chosen[rows].to(policy.chosen), self.gradient.rejected[rows].to(policy.rejected)
+        return (gradient[0] * policy.chosen + gradient[1] * policy.rejected).sum()
 
 
 # From agents that step together and their batch to the objective of each.
@@ -111,8 +143,16 @@ def _step(
     engine, options = Engine.of(agents[0].base), agents[0].pass_options
     actors = [agent.actor_adapter for agent in agents]
 
+    by_rows: dict[int, Objective | Linearised] = dict(enumerate(objectives))
+    whole = [number for number, objective in by_rows.items() if training and objectives[number].whole_batch]
+    if whole:
+        # A forward pass more: how each row counts depends on the log-probs of all.
+        known = engine.logprobs(batch, [actors[number] for number in whole], options)
+        for number, policy in zip(whole, known, strict=True):
+            by_rows[number] = Linearised.of(objectives[number], policy)
+
     def sum_of_losses(members: Sequence[int], rows: Sequence[int], policies: list[PairLogprobs]) -> Tensor:
-        losses = [objectives[member].loss(rows, policy) for member, policy in zip(members, policies, strict=True)]
+        losses = [by_rows[member].loss(rows, policy) for member, policy in zip(members, policies, strict=True)]
         return torch.stack(losses).sum()
 
     if training:

@@ -10,7 +10,7 @@ import numpy as np
 
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.fitness import Fitness
-from evollm.hpo.hyperparameters import HyperparameterConfig
+from evollm.hpo.hyperparameters import HyperparameterConfig, Value
 from evollm.hpo.lineage import Birth, EvolutionPlan
 from evollm.hpo.mutation import Mutations, mutate
 from evollm.hpo.tournament import TournamentSelection, check_population, select_parents
@@ -37,7 +37,7 @@ class EvolvableAgent(Protocol):
     def clone(self: AgentT, index: int) -> AgentT:
         """Return a copy with the same weights, optimizer state, hyperparameters and random state under a new index."""
 
-    def set_hyperparameters(self, values: Mapping[str, float]) -> None:
+    def set_hyperparameters(self, values: Mapping[str, Value]) -> None:
         """Change hyperparameters, and nothing else of the agent."""
 
     def release(self) -> None:
@@ -56,7 +56,7 @@ class Member:
 
     index: int
     fitness: Fitness
-    hyperparameters: Mapping[str, float]
+    hyperparameters: Mapping[str, Value]
 
 
 def plan_evolution(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,37 +16,46 @@ from evollm.errors import ConfigurationError
 FACTOR_DIGITS = 3
 
 
+# A number, or one of the choices of a categorical parameter.
+Value: TypeAlias = float | str
+
 # What other libraries call them.
 ALIASES = {"learning_rate": "lr", "rpo_alpha": "nll_alpha", "train_batch_size": "batch_size"}
 
 
 @dataclass(frozen=True)
 class RLParameter:
-    """Bounds of one hyperparameter and how far one mutation moves it.
+    """Bounds of one hyperparameter and how far one mutation moves it, or the choices that it has.
 
-    A mutation multiplies, as the perturbation of population based training does (arXiv 1711.09846), so that an lr and a
-    beta are varied on the same, logarithmic, scale.
+    A mutation of a number multiplies, as the perturbation of population based training does (arXiv 1711.09846), so
+    that an lr and a beta are varied on the same, logarithmic, scale. One of a categorical parameter takes another of
+    its choices.
 
     Args:
-        min: Smallest value, above 0.
+        min: Smallest value, above 0; None for a categorical parameter.
         max: Largest value.
         shrink_factor: Multiplier of a mutation downwards, between 0 and 1.
         grow_factor: Multiplier of a mutation upwards, above 1.
         dtype: `float`, or `int` for a whole number; the bounds of an `int` are whole numbers too.
+        choices: At least two names, such as `("sigmoid", "ipo")` for `loss_type`, instead of bounds.
 
     Raises:
-        ConfigurationError: If the bounds are reversed, equal or not above 0, a factor points the wrong way, or a number
-            is not finite.
+        ConfigurationError: If the bounds are reversed, equal or not above 0, a factor points the wrong way, a number
+            is not finite, or there are both bounds and choices.
     """
 
-    min: float
-    max: float
+    min: float | None = None
+    max: float | None = None
     shrink_factor: float = 0.8
     grow_factor: float = 1.2
     dtype: type[float] | type[int] = float
+    choices: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Check the fields against each other and turn numpy scalars into Python numbers."""
+        if self.choices is not None:
+            self._check_choices()
+            return
         if self.dtype not in (float, int):
             raise ConfigurationError("dtype", self.dtype, "must be float or int")
         for field in ("min", "max", "shrink_factor", "grow_factor"):
@@ -57,15 +66,24 @@ class RLParameter:
         if self.grow_factor <= 1:
             raise ConfigurationError("grow_factor", self.grow_factor, "must be above 1")
 
+    def _check_choices(self) -> None:
+        if self.min is not None or self.max is not None:
+            raise ConfigurationError("choices", self.choices, "come instead of min and max: leave one of them out")
+        names = () if isinstance(self.choices, str) or not isinstance(self.choices, Sequence) else self.choices
+        if len(set(names)) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):  # noqa: PLR2004
+            raise ConfigurationError("choices", self.choices, "must be at least two different names")
+        object.__setattr__(self, "choices", tuple(names))
+
     def _check_bounds(self) -> None:
-        if self.min <= 0:
+        lowest, highest = self.bounds
+        if lowest <= 0:
             fix = (
                 "must be above 0: mutation multiplies and start values are drawn log-uniformly, so a value could never "
                 "leave 0; write a small positive number"
             )
             raise ConfigurationError("min", self.min, fix)
-        if self.min >= self.max:
-            fix = f"must be below max={self.max!r}; swap reversed bounds, and leave a constant out of the config"
+        if lowest >= highest:
+            fix = f"must be below max={highest!r}; swap reversed bounds, and leave a constant out of the config"
             raise ConfigurationError("min", self.min, fix)
         for field in ("min", "max"):
             bound = getattr(self, field)
@@ -73,39 +91,56 @@ class RLParameter:
                 raise ConfigurationError(field, bound, "must be a whole number because dtype is int")
             object.__setattr__(self, field, self.dtype(bound))
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest value of a number."""
+        assert self.min is not None
+        assert self.max is not None
+        return self.min, self.max
+
     def clip(self, value: float) -> float:
         """Return the value within the bounds that is nearest to `value`, rounded if the dtype is int.
 
         Raises:
             ConfigurationError: If `value` is NaN.
         """
+        lowest, highest = self.bounds
         if math.isnan(value):
-            raise ConfigurationError("value", value, f"must be a number within [{self.min}, {self.max}]")
-        inside = min(max(value, self.min), self.max)
+            raise ConfigurationError("value", value, f"must be a number within [{lowest}, {highest}]")
+        inside = min(max(value, lowest), highest)
         return round(inside) if self.dtype is int else float(inside)
 
-    def sample(self, rng: np.random.Generator) -> float:
-        """Draw a value log-uniformly within the bounds (one draw of `rng`)."""
-        return self.clip(math.exp(rng.uniform(math.log(self.min), math.log(self.max))))
+    def sample(self, rng: np.random.Generator) -> Value:
+        """Draw a value log-uniformly within the bounds, or one of the choices (one draw of `rng`)."""
+        if self.choices is not None:
+            return self.choices[int(rng.integers(len(self.choices)))]
+        lowest, highest = self.bounds
+        return self.clip(math.exp(rng.uniform(math.log(lowest), math.log(highest))))
 
-    def mutate(self, value: float, rng: np.random.Generator) -> tuple[float, float]:
-        """Multiply `value` by the grow or the shrink factor, a fair coin says which, and clip it to the bounds.
+    def mutate(self, value: Value, rng: np.random.Generator) -> tuple[Value, float | None]:
+        """Another of the choices, all equally likely; of a number the product with the grow or the shrink factor.
+
+        A fair coin says which factor, and the product is clipped to the bounds.
 
         At a bound the direction that leads back inside is taken. An int changes by at least 1. Consumes one draw of
         `rng` whatever the value is.
 
         Returns:
             The new value, and the factor that it really changed by: the declared one, or new / old to 3 significant
-            digits where clipping or rounding got in between.
+            digits where clipping or rounding got in between; None for a choice.
 
         Raises:
-            ConfigurationError: If `value` is not a finite number above 0.
+            ConfigurationError: If `value` is not a finite number above 0, or not one of the choices.
         """
-        if finite_number("value", value) <= 0:
-            raise ConfigurationError("value", value, f"cannot be multiplied; use one within [{self.min}, {self.max}]")
+        if self.choices is not None:
+            others = [choice for choice in self.choices if choice != value]
+            return others[int(rng.integers(len(others)))], None
+        value, (lowest, highest) = finite_number("value", value), self.bounds
+        if value <= 0:
+            raise ConfigurationError("value", value, f"cannot be multiplied; use one within [{lowest}, {highest}]")
         grows = bool(rng.integers(2))  # drawn at a bound too, so that later draws do not depend on the value
-        if value <= self.min or value >= self.max:
-            grows = value <= self.min
+        if value <= lowest or value >= highest:
+            grows = value <= lowest
         factor = self.grow_factor if grows else self.shrink_factor
         proposal = value * factor
         if self.dtype is int:  # 2 x 1.2 rounds back to 2: such a parameter would never move
@@ -115,6 +150,8 @@ class RLParameter:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
+        if self.choices is not None:
+            return {"choices": list(self.choices)}
         return {
             "min": self.min,
             "max": self.max,
@@ -126,6 +163,8 @@ class RLParameter:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RLParameter:
         """Read what `to_dict` wrote."""
+        if "choices" in data:
+            return cls(choices=data["choices"])
         return cls(**{**data, "dtype": int if data["dtype"] == "int" else float})
 
 
@@ -174,7 +213,7 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
         """The names in the order of declaration."""
         return tuple(self._parameters)
 
-    def validate(self, values: Mapping[str, float], known: Collection[str]) -> None:
+    def validate(self, values: Mapping[str, Any], known: Collection[str]) -> None:
         """Check the config against an agent, before training starts.
 
         Args:
@@ -191,8 +230,8 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
                 raise ConfigurationError(name, None, "the agent has no value for it; give it one or drop it here")
             _check_value(name, values[name], parameter)
 
-    def sample(self, rng: np.random.Generator) -> dict[str, float]:
-        """Draw every hyperparameter log-uniformly within its bounds; consumes one draw of `rng` for each."""
+    def sample(self, rng: np.random.Generator) -> dict[str, Value]:
+        """Draw every hyperparameter within its bounds or from its choices; consumes one draw of `rng` for each."""
         drawn = {name: self[name].sample(rng) for name in sorted(self)}  # equal configs draw equally, however written
         return {name: drawn[name] for name in self}
 
@@ -213,15 +252,17 @@ def _unknown_name_fix(name: str, known: Collection[str]) -> str:
 
 
 def _check_value(name: str, value: object, parameter: RLParameter) -> None:
-    number = finite_number(name, value)
-    bounds = f"[{parameter.min!r}, {parameter.max!r}]"
-    if not parameter.min <= number <= parameter.max:
+    if parameter.choices is not None:
+        if value not in parameter.choices:
+            raise ConfigurationError(name, value, f"is not one of its choices {parameter.choices}; start with one")
+        return
+    number, (lowest, highest) = finite_number(name, value), parameter.bounds
+    bounds = f"[{lowest!r}, {highest!r}]"
+    if not lowest <= number <= highest:
         fix = f"lies outside its bounds {bounds}; start within them or widen the RLParameter"
         raise ConfigurationError(name, value, fix)
     if isinstance(value, int) and parameter.dtype is not int:
-        fix = (
-            f"is a whole number, and a mutation would break it: declare RLParameter({parameter.min!r}, ..., dtype=int)"
-        )
+        fix = f"is a whole number, and a mutation would break it: declare RLParameter({lowest!r}, ..., dtype=int)"
         raise ConfigurationError(name, value, fix)
     if parameter.dtype is int and number != int(number):
         raise ConfigurationError(name, value, f"must be a whole number within {bounds} because its dtype is int")

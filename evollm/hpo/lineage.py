@@ -10,7 +10,11 @@ from typing import Any
 
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import Fitness
+from evollm.hpo.hyperparameters import Value
 from evollm.hpo.mutation import Mutation
+
+# Strict JSON has no such numbers: they are written as these words.
+_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Birth:
     parent: int | None
     mutations: tuple[Mutation, ...]
     elite: bool
-    hyperparameters: Mapping[str, float]
+    hyperparameters: Mapping[str, Value]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values of strict JSON."""
@@ -129,14 +133,16 @@ def _parent_of(birth: Birth) -> Birth:
     return Birth(birth.parent, None, (), elite=False, hyperparameters={**birth.hyperparameters, **before})
 
 
-def _encode(value: float) -> float | str:
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, str | list):
+        return value
     if isinstance(value, Integral):
         return int(value)
     return float(value) if math.isfinite(value) else str(float(value))
 
 
-def _decode(value: float | str) -> float:
-    return float(value) if isinstance(value, str) else value
+def _decode(value: Any) -> Any:
+    return float(value) if value in _NOT_FINITE else value
 
 
 def _encode_mutation(mutation: Mutation) -> dict[str, Any]:

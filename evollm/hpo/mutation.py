@@ -1,4 +1,4 @@
-"""What changes from parent to child: one hyperparameter, by one factor, or nothing."""
+"""What changes from parent to child: one hyperparameter, by one factor or to another choice, or nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from evollm.checks import finite_number, whole_number
 from evollm.errors import ConfigurationError
-from evollm.hpo.hyperparameters import HyperparameterConfig
+from evollm.hpo.hyperparameters import HyperparameterConfig, Value
 
 PLAIN_FROM, PLAIN_BELOW = 1e-3, 1e4
 
@@ -80,21 +80,26 @@ class Mutation:
         name: The hyperparameter.
         before: The parent's value.
         after: The child's value.
-        factor: What the value was multiplied by, after clipping.
+        factor: What the value was multiplied by, after clipping; None for one of several choices.
     """
 
     name: str
-    before: float
-    after: float
-    factor: float
+    before: Value
+    after: Value
+    factor: float | None
 
     def __str__(self) -> str:
-        """Return such as `lr: 5.0e-6 -(x1.2)-> 6.0e-6`."""
-        return f"{self.name}: {format_value(self.before)} -(x{self.factor:g})-> {format_value(self.after)}"
+        """Return such as `lr: 5.0e-6 -(x1.2)-> 6.0e-6` or `loss_type: sigmoid -> ipo`."""
+        arrow = "->" if self.factor is None else f"-(x{self.factor:g})->"
+        return f"{self.name}: {format_value(self.before)} {arrow} {format_value(self.after)}"
 
 
-def format_value(value: float) -> str:
+def format_value(value: Value | list[str]) -> str:
     """Write a hyperparameter for a person: 5.0e-6 below 1e-3 and from 1e4 on, else plain with up to 4 digits (0.12)."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "+".join(value)
     if not math.isfinite(value):
         return str(value)
     plain = f"{value:.4g}"
@@ -105,12 +110,12 @@ def format_value(value: float) -> str:
 
 
 def mutate(
-    values: Mapping[str, float], config: HyperparameterConfig | None, settings: Mutations, rng: np.random.Generator
+    values: Mapping[str, Value], config: HyperparameterConfig | None, settings: Mutations, rng: np.random.Generator
 ) -> tuple[Mutation, ...]:
     """Draw the mutations of one child.
 
     With probability no_mutation / (no_mutation + rl_hp) there is none; otherwise one hyperparameter of the config, all
-    of them equally likely, is multiplied by its factor.
+    of them equally likely, is multiplied by its factor or takes another of its choices.
 
     Args:
         values: The parent's hyperparameters; those outside the config never change.

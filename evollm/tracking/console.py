@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import rich.console
 from rich.box import SIMPLE_HEAD
@@ -32,6 +33,8 @@ from evollm.hpo import (
 from evollm.training.callbacks import Callback, Checkpointed, Evaluated, Evolved, RunEnded, RunStarted, StepDone
 
 SHOWN = ("lr", "beta", "nll_alpha")
+# Shown too where they are not these.
+USUAL = {"loss_type": "sigmoid", "label_smoothing": 0.0}
 # How a score is headed and written.
 SCORES = {
     "accuracy": ("accuracy", ".3f"),
@@ -142,7 +145,9 @@ class Console(Callback):
 def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapping[int, float]) -> Table:
     """One row for each agent, the fittest first and marked."""
     table = Table(title=f"generation {event.generation}, step {event.step}", title_justify="left", box=SIMPLE_HEAD)
-    shown = [name for name in SHOWN if any(name in values for values in event.agents.values())]
+    shown = [
+        name for name in (*SHOWN, *USUAL) if any(name in _worth_showing(values) for values in event.agents.values())
+    ]
     evaluated = next(iter(event.evaluations.values()), None)
     scored = ("accuracy", "mean_margin") if evaluated is None else tuple(evaluated.scores)
     for name in ("agent", "parent", *shown, *(SCORES[name][0] for name in scored), "loss"):
@@ -173,7 +178,13 @@ def schedule_line(line: Sequence[Birth]) -> str:
 
 def _values(birth: Birth) -> list[str]:
     values = birth.hyperparameters
-    return [f"{name} {format_value(values[name])}" for name in SHOWN if name in values]
+    return [f"{name} {format_value(values[name])}" for name in _worth_showing(values)]
+
+
+def _worth_showing(values: Mapping[str, Any]) -> list[str]:
+    """Names of the hyperparameters that a person wants to see."""
+    unusual = [name for name, usual in USUAL.items() if values.get(name, usual) != usual]
+    return [name for name in SHOWN if name in values] + unusual
 
 
 def score_lines(split: str, before: AnyEvaluation, after: AnyEvaluation, *, chosen_by_score: bool) -> str:

@@ -29,7 +29,8 @@ class _Scalars(Callback):
         """Write the held-out scores and the hyperparameters of every agent."""
         for index, evaluation in event.evaluations.items():
             scores = {f"eval_{name.removeprefix('mean_')}": value for name, value in evaluation.scores.items()}
-            self.write(f"agent_{index}", scores | dict(event.agents[index]), event.step)
+            numbers = {name: value for name, value in event.agents[index].items() if isinstance(value, int | float)}
+            self.write(f"agent_{index}", scores | numbers, event.step)
 
     def write(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Write scalars."""

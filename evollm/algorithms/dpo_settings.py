@@ -1,0 +1,108 @@
+"""The plain data of a DPO agent: what evolution may change, and what it may not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evollm.algorithms.preference_losses import LOSSES, LossSettings
+from evollm.algorithms.settings import AgentSettings, Hyperparameters
+from evollm.checks import finite_number, positive_number
+from evollm.errors import ConfigurationError
+
+MOST_SMOOTHING = 0.5
+
+
+@dataclass(frozen=True)
+class DPOHyperparameters(Hyperparameters):
+    """The plain data of a DPO agent that evolution may change.
+
+    Attributes:
+        beta: Strength of the pull towards the reference.
+        nll_alpha: Weight of the negative log-likelihood of the chosen completions; 0 leaves it out.
+        loss_type: Name of a loss, or several names.
+        label_smoothing: Share of the labels that are taken to be wrong.
+    """
+
+    beta: float = 0.1
+    nll_alpha: float = 1.0
+    loss_type: str | Sequence[str] = "sigmoid"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "beta", float(positive_number("beta", self.beta)))
+        for name in ("nll_alpha", "label_smoothing"):
+            object.__setattr__(self, name, float(finite_number(name, getattr(self, name))))
+        if self.nll_alpha < 0:
+            raise ConfigurationError("nll_alpha", self.nll_alpha, "must not be negative; 0 leaves the term out")
+        names = loss_names(self.loss_type)
+        if not isinstance(self.loss_type, str):
+            object.__setattr__(self, "loss_type", list(names))
+        smallest = "above 0" if "exo_pair" in names else "at least 0"
+        right = self.label_smoothing > 0 if "exo_pair" in names else self.label_smoothing >= 0
+        if not (right and self.label_smoothing < MOST_SMOOTHING):
+            fix = f"must be {smallest} and below {MOST_SMOOTHING} for loss_type={self.loss_type!r}"
+            raise ConfigurationError("label_smoothing", self.label_smoothing, fix)
+
+
+@dataclass(frozen=True)
+class DPOSettings(AgentSettings):
+    """What is the same for all DPO agents of a population and never mutates; `DPO` documents each field."""
+
+    loss_weights: Sequence[float] | None = None
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "discopop_tau", float(positive_number("discopop_tau", self.discopop_tau)))
+        object.__setattr__(self, "simpo_gamma", float(finite_number("simpo_gamma", self.simpo_gamma)))
+        if self.loss_weights is not None:
+            if isinstance(self.loss_weights, str) or not isinstance(self.loss_weights, Sequence):
+                raise ConfigurationError("loss_weights", self.loss_weights, "must be a list of numbers, or None")
+            weights = [float(finite_number("loss_weights", weight)) for weight in self.loss_weights]
+            object.__setattr__(self, "loss_weights", weights)
+
+
+def loss_names(loss_type: object) -> tuple[str, ...]:
+    """The names in a `loss_type`.
+
+    Raises:
+        ConfigurationError: It is no name or list of names, or one of them is not known.
+    """
+    names = (loss_type,) if isinstance(loss_type, str) else loss_type
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigurationError("loss_type", loss_type, f"must be a name or a list of names: {', '.join(LOSSES)}")
+    for name in names:
+        if name not in LOSSES:
+            nearest = difflib.get_close_matches(name, LOSSES, 1, cutoff=0.0)
+            fix = f"{name!r} is not a loss; the nearest is {nearest[0]!r}, known are {', '.join(LOSSES)}"
+            raise ConfigurationError("loss_type", loss_type, fix)
+    return tuple(names)
+
+
+def loss_terms(hyperparameters: DPOHyperparameters, settings: DPOSettings) -> tuple[tuple[str, float], ...]:
+    """Losses and the weight of each, 1 unless weights are given.
+
+    Raises:
+        ConfigurationError: There are not as many weights as losses.
+    """
+    names, weights = loss_names(hyperparameters.loss_type), settings.loss_weights
+    if weights is None:
+        return tuple((name, 1.0) for name in names)
+    if len(weights) != len(names):
+        fix = f"must hold a number for each of loss_type={hyperparameters.loss_type!r}"
+        raise ConfigurationError("loss_weights", weights, fix)
+    return tuple(zip(names, weights, strict=True))
+
+
+def loss_settings(hyperparameters: DPOHyperparameters, settings: DPOSettings) -> LossSettings:
+    """The numbers that the losses depend on."""
+    return LossSettings(
+        beta=hyperparameters.beta,
+        label_smoothing=hyperparameters.label_smoothing,
+        discopop_tau=settings.discopop_tau,
+        simpo_gamma=settings.simpo_gamma,
+    )
