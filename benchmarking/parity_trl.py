@@ -8,7 +8,8 @@ Run it in a virtual environment with the extra `benchmark`:
 
 `--loss-type all` compares every loss that both have, over as many steps each. `--model` and `--pairs` take another
 model folder and another JSONL file (prompt, chosen, rejected as strings, or chosen and rejected alone as in hh-rlhf).
-Exits with 1 when a loss differs by more than 1e-4 or a gradient norm by more than 1e-2, relative.
+Exits with 1 when a loss differs by more than 1e-4 (relative where it is above 1) or a gradient norm by more than 1e-2,
+relative.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def report(ours: Curve, theirs: Curve) -> int:
     print(f"{'step':>4} {'evollm loss':>12} {'TRL loss':>12} {'difference':>11} {'evollm norm':>12} {'TRL norm':>12}")
     worst_loss = worst_norm = 0.0
     for step, ((our_loss, our_norm), (their_loss, their_norm)) in enumerate(zip(ours, theirs, strict=True), start=1):
-        loss_gap, norm_gap = abs(our_loss - their_loss), abs(our_norm / their_norm - 1)
+        loss_gap = abs(our_loss - their_loss) / max(1.0, abs(their_loss))
+        norm_gap = abs(our_norm / their_norm - 1)
         worst_loss, worst_norm = max(worst_loss, loss_gap), max(worst_norm, norm_gap)
         print(
             f"{step:>4} {our_loss:>12.6f} {their_loss:>12.6f} {loss_gap:>11.1e} "
