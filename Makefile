@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint types imports unit clean
+.PHONY: demo test test-deepspeed lint types imports unit clean
 
 # Torch first and by itself: asked for with a range, pip may choose a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -35,6 +35,11 @@ imports: $(VENV)/.installed
 
 unit: $(VENV)/.model
 	$(BIN)/python -m pytest
+
+# Apart from `make test`: about four minutes, and it needs g++, with which DeepSpeed compiles a small extension once.
+test-deepspeed: $(VENV)/.model
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,deepspeed]"
+	$(BIN)/python -m pytest tests/distributed tests/test_tutorials.py
 
 clean:
 	rm -rf $(VENV)

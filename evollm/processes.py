@@ -22,6 +22,11 @@ _LAUNCH = (
     "launch with `torchrun --nproc_per_node N script.py`, and make agents and gym with accelerator=Accelerator(), "
     'on a CPU Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])'
 )
+_LAUNCH_DEEPSPEED = (
+    "launch with `torchrun --nproc_per_node N script.py`, one process too, and make agents and gym with "
+    "accelerator=Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=...)), with DS_ACCELERATOR=cpu on a CPU, "
+    'without cpu=True and with kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]'
+)
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,13 @@ def _device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
+def uses_deepspeed(accelerator: Any) -> bool:
+    """Whether an accelerator has set DeepSpeed up."""
+    return _kind(accelerator) == "DEEPSPEED"
+
+
 def check_processes(accelerator: Any) -> Processes:
-    """Find launches that would train apart while they seem to train together.
+    """Find launches that would train apart, or without what was asked for, while they seem to train together.
 
     Args:
         accelerator: An `accelerate.Accelerator` or None.
@@ -99,10 +109,14 @@ def check_processes(accelerator: Any) -> Processes:
         The processes.
 
     Raises:
-        ConfigurationError: It is no accelerator, runs something else than data parallelism, or knows of other processes
-            than were launched.
+        ConfigurationError: It is no accelerator, runs something else than data parallelism or DeepSpeed, or knows of
+            other processes than were launched.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+        # What `accelerate launch --cpu --num_processes 2` leaves behind: an address to meet at, for one process.
+        fix = f"`accelerate launch --cpu` starts one process, whatever its --num_processes: {_LAUNCH}"
+        raise ConfigurationError("accelerator", accelerator and "Accelerator(...)", fix)
     if accelerator is None:
         if launched > 1 and Processes.present().size == 1:
             raise ConfigurationError("accelerator", None, f"{launched} processes were launched: {_LAUNCH}")
@@ -110,15 +124,34 @@ def check_processes(accelerator: Any) -> Processes:
     known = getattr(accelerator, "num_processes", None)
     if known is None:
         raise ConfigurationError("accelerator", accelerator, "must be an accelerate.Accelerator or None")
-    kind = str(getattr(getattr(accelerator, "distributed_type", None), "value", "NO"))
-    asked_for = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP") or asked_for:
-        fix = f"is not supported in this version: adapters are small, use plain data parallelism; {_LAUNCH}"
-        raise ConfigurationError("accelerator.distributed_type", "DEEPSPEED" if asked_for else kind, fix)
+    _check_kind(_kind(accelerator))
     present = Processes.present()
     if known != present.size or launched != present.size:
+        launch = _LAUNCH_DEEPSPEED if uses_deepspeed(accelerator) else _LAUNCH
         fix = (
-            f"{launched} processes were launched and {present.size} are connected, so each would train alone: {_LAUNCH}"
+            f"{launched} processes were launched and {present.size} are connected, so each would train alone: {launch}"
         )
         raise ConfigurationError("accelerator.num_processes", known, fix)
     return present
+
+
+def _kind(accelerator: Any) -> str:
+    """What accelerate says that it does, `NO` for nothing."""
+    return str(getattr(getattr(accelerator, "distributed_type", None), "value", "NO"))
+
+
+def _check_kind(kind: str) -> None:
+    """Refuse what is not supported, and what accelerate was asked for but quietly does not do."""
+    field = "accelerator.distributed_type"
+    if kind in ("FSDP", "MEGATRON_LM", "TP") or _asked_for("ACCELERATE_USE_FSDP"):
+        fix = f"is not supported: use plain data parallelism, or DeepSpeed's ZeRO to shard; {_LAUNCH}"
+        # On a CPU accelerate leaves the replicas unsynchronised and calls it data parallelism.
+        raise ConfigurationError(field, "FSDP" if _asked_for("ACCELERATE_USE_FSDP") else kind, fix)
+    if _asked_for("ACCELERATE_USE_DEEPSPEED") and kind != "DEEPSPEED":
+        fix = f"DeepSpeed was asked for and is not used, which is what Accelerator(cpu=True) does: {_LAUNCH_DEEPSPEED}"
+        raise ConfigurationError(field, kind, fix)
+
+
+def _asked_for(variable: str) -> bool:
+    """Whether accelerate's plugins or its launcher have set this."""
+    return os.environ.get(variable, "false").lower() == "true"

@@ -31,15 +31,18 @@ PAIRS_IN_A_BATCH = 4
 
 
 def main() -> None:
-    """Train, or resume, and let the main process write what the others hold too."""
+    """Train, or resume, in plain data parallelism."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    folder, max_steps = Path(sys.argv[1]), int(sys.argv[2])
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    tokenizer = make_tokenizer(adds_bos=True)
+    train(Path(sys.argv[1]), int(sys.argv[2]), accelerator)
+
+
+def make_small_model() -> LlamaForCausalLM:
+    """A small Llama, the same in every process."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(make_tokenizer(adds_bos=True)),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -47,6 +50,12 @@ def main() -> None:
         max_position_embeddings=256,
         initializer_range=0.2,
     )
+    return LlamaForCausalLM(config)
+
+
+def train(folder: Path, max_steps: int, accelerator: Accelerator) -> None:
+    """Train, or resume, and let each process write what it holds at the end."""
+    tokenizer = make_tokenizer(adds_bos=True)
     env = PreferenceGym(
         make_rows(13),
         make_rows(5, 13),
@@ -56,7 +65,7 @@ def main() -> None:
     )
     population = DPO.population(
         3,
-        actor_network=LlamaForCausalLM(config),
+        actor_network=make_small_model(),
         lora_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
         lr=1e-3,
         hp_config=HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5)),

@@ -77,8 +77,7 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch) -> None:
         check_processes("two")
     with pytest.raises(ConfigurationError, match=r"num_processes=2: 1 processes were launched"):
         check_processes(accelerator(2))
-    with pytest.raises(ConfigurationError, match="distributed_type='DEEPSPEED': is not supported"):
-        check_processes(accelerator(1, "DEEPSPEED"))
+    assert check_processes(accelerator(1, "DEEPSPEED")) == Processes(0, 1)
     with pytest.raises(ConfigurationError, match="distributed_type='FSDP'"):
         check_processes(accelerator(1, "FSDP"))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -87,5 +86,5 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch) -> None:
     with pytest.raises(ConfigurationError, match="2 processes were launched and 1 are connected"):
         check_processes(accelerator(1, "NO"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigurationError, match="distributed_type='DEEPSPEED'"):
+    with pytest.raises(ConfigurationError, match="'MULTI_CPU': DeepSpeed was asked for and is not used"):
         check_processes(accelerator(2))

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch import nn
 from typing_extensions import Self
 
+from evollm.algorithms.optimizers import adamw, free
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
 from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
@@ -136,7 +137,7 @@ class LLMAgent(ABC):
         """The other roles at birth and the names of their adapters; None: the base without adapter."""
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(self.actor_parameters(), lr=self.lr, weight_decay=0.0)
+        return adamw(self.actor_parameters(), self.lr, self.accelerator)
 
     # Adapters and their roles
 
@@ -218,7 +219,7 @@ class LLMAgent(ABC):
             if name is not None:
                 self.base.release(name)
         self._adapters.clear()
-        self.optimizer.state.clear()
+        free(self.optimizer)
 
     # Evolution
 

@@ -108,8 +108,10 @@ class SavableAgent(LLMAgent):
         del kwargs
         base = None if lora_only else self.base
         processes = Processes.present()
+        # In all of them: each may hold a part.
+        folder = self.to_folder(save_optimizer)
         if processes.is_main:
-            write_agent_folder(path, self.to_folder(save_optimizer), base_name=self.base.name, base=base)
+            write_agent_folder(path, folder, base_name=self.base.name, base=base)
         processes.wait()
 
     def to_folder(self, save_optimizer: bool = True) -> AgentFolder:

@@ -16,7 +16,7 @@ from evollm.errors import ConfigurationError
 from evollm.models.archive import PolicyArchive, copy_state, note_archive, read_policy_archive
 from evollm.models.requirements import check_plain_model
 from evollm.models.shared_base import SharedBase
-from evollm.processes import check_processes
+from evollm.processes import check_processes, uses_deepspeed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,11 +97,17 @@ def usable_device(accelerator: Accelerator | None, device: str | torch.device) -
     """The device to train on: the accelerator's, if there is one.
 
     Raises:
-        ConfigurationError: Several processes, or a device that is not there.
+        ConfigurationError: A launch or DeepSpeed setting that would not do what it seems to, or a device that is not
+            there.
+        MissingExtraError: DeepSpeed is not installed.
     """
     check_processes(accelerator)
     if accelerator is not None:
-        if accelerator.mixed_precision != "no":
+        if uses_deepspeed(accelerator):
+            from evollm.distributed.zero_config import zero_stage  # noqa: PLC0415
+
+            zero_stage(accelerator)
+        elif accelerator.mixed_precision != "no":
             warnings.warn(
                 f"mixed_precision={accelerator.mixed_precision!r} has no effect: load the base in the precision to use",
                 UserWarning,

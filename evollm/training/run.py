@@ -194,13 +194,15 @@ class Run(Generic[A]):
     def _checkpoint(self) -> None:
         folder = self.paths.checkpoints / f"step-{self.step:06d}"
         processes = Processes.present()
+        # In all of them: each may hold a part.
+        saved = self._saved()
         if processes.is_main:
-            self._write_checkpoint(folder)
+            self._write_checkpoint(folder, saved)
         processes.wait()
 
-    def _write_checkpoint(self, folder: Path) -> None:
+    def _write_checkpoint(self, folder: Path, saved: Population) -> None:
         try:
-            write_population(folder, self._saved(), self.base.name)
+            write_population(folder, saved, self.base.name)
             if self.options.keep_last is not None:
                 prune_populations(folder.parent, self.options.keep_last, newest=folder)
         except OSError as error:

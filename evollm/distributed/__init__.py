@@ -1,0 +1,1 @@
+"""Optional engines that spread state over processes: DeepSpeed's ZeRO. Imported when an accelerator asks for one."""
