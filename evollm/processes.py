@@ -70,6 +70,10 @@ class Processes:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor)
 
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values."""
+        return -self.smallest(-value)
+
     def from_main(self, value: Any) -> Any:
         """The main process's value, JSON values only."""
         if self.size == 1:

@@ -81,7 +81,7 @@ def train(folder: Path, max_steps: int, accelerator: Accelerator) -> None:
         checkpoint_steps=1,
         tournament=TournamentSelection(2, True, 3, rand_seed=3),
         mutation=Mutations(0.2, 0.8, rand_seed=5),
-        num_sample_answers=0,
+        num_sample_answers=1,
         verbose=False,
         accelerator=accelerator,
         **where,

@@ -2,14 +2,16 @@
 
     torchrun --nproc_per_node 2 tutorials/several_processes.py --steps 3
 
-Without `--model` and `--train` it takes the demo's. One process does the same: `--nproc_per_node 1`.
+    DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 tutorials/several_processes.py --steps 3 --zero 2
+
+The second line spreads state over the processes by DeepSpeed (pip install "evollm[deepspeed]"). Without `--model` and `--train` it takes the demo's. One process does the same: `--nproc_per_node 1`.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evollm import (
@@ -32,12 +34,21 @@ def main() -> None:
     parser.add_argument("--test", help="JSONL of preference pairs to select by")
     parser.add_argument("--pairs-per-process", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--zero", type=int, default=0, help="stage of DeepSpeed's ZeRO, 1 to 3; 0: plain data parallelism"
+    )
     parser.add_argument("--out", default="several-processes", help="run folder, which must be new")
     arguments = parser.parse_args()
 
     # Accelerate would take NCCL on a CPU too, fail to connect the processes, and let each train alone.
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    # With a GPU for each process: accelerator = Accelerator()
+    gloo = [InitProcessGroupKwargs(backend="gloo")]
+    if arguments.zero:
+        plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": arguments.zero}})
+        # Without cpu=True, under which accelerate forgets DeepSpeed.
+        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=gloo)
+    else:
+        accelerator = Accelerator(cpu=True, kwargs_handlers=gloo)
+    # With a GPU for each process: the same without cpu=True and kwargs_handlers
 
     model_name = arguments.model or demo_model()
     model = AutoModelForCausalLM.from_pretrained(model_name)

@@ -159,7 +159,9 @@ class DPO(EvolvableAlgorithm):
         if use_liger_loss:
             warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=2)
         super().__init__(
-            base=shared_base(model_name, actor_network, model_config, usable_device(accelerator, device), archive),
+            base=shared_base(
+                model_name, actor_network, model_config, usable_device(accelerator, device), archive, accelerator
+            ),
             lora_config=lora_config,
             settings=settings,
             hyperparameters=hyperparameters,

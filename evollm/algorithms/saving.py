@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +111,9 @@ class SavableAgent(LLMAgent):
         processes = Processes.present()
         # In all of them: each may hold a part.
         folder = self.to_folder(save_optimizer)
-        if processes.is_main:
-            write_agent_folder(path, folder, base_name=self.base.name, base=base)
+        with nullcontext() if base is None else base.whole():
+            if processes.is_main:
+                write_agent_folder(path, folder, base_name=self.base.name, base=base)
         processes.wait()
 
     def to_folder(self, save_optimizer: bool = True) -> AgentFolder:

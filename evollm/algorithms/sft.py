@@ -115,7 +115,9 @@ class SFT(EvolvableAlgorithm):
             lr=lr, max_grad_norm=max_grad_norm, batch_size=batch_size, update_epochs=update_epochs
         )
         super().__init__(
-            base=shared_base(model_name, actor_network, model_config, usable_device(accelerator, device), archive),
+            base=shared_base(
+                model_name, actor_network, model_config, usable_device(accelerator, device), archive, accelerator
+            ),
             lora_config=lora_config,
             settings=settings,
             hyperparameters=hyperparameters,

@@ -9,6 +9,7 @@ from evollm.checkpoints.agent import write_adapter
 from evollm.checkpoints.card import model_card
 from evollm.checkpoints.files import replace_folder
 from evollm.models import SharedBase
+from evollm.processes import Processes
 
 
 class HasActor(Protocol):
@@ -50,6 +51,14 @@ def save_merged_model(
         ConfigurationError: The base is quantised, the adapter is no plain LoRA, or it reaches tied weights.
         CheckpointError: The run folder cannot be read.
     """
+    processes = Processes.present()
+    with agent.base.whole():
+        if processes.is_main:
+            _write_merged_model(agent, path, tokenizer, run_dir)
+    processes.wait()
+
+
+def _write_merged_model(agent: HasActor, path: str | Path, tokenizer: Any | None, run_dir: str | Path | None) -> None:
     card = None if run_dir is None else model_card(Path(run_dir), agent.base.name)
     with replace_folder(path) as folder:
         agent.base.save_weights(folder, merged=agent.actor_adapter)

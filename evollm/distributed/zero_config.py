@@ -7,7 +7,7 @@ from typing import Any
 
 from evollm.errors import ConfigurationError, MissingExtraError
 
-_STAGES = (1, 2)
+_STAGES = (1, 2, 3)
 # Settings with the values under which evollm and DeepSpeed want the same; None: any, it has no bearing on the result.
 _SETTINGS: dict[str, tuple[object, ...] | None] = {
     "train_batch_size": None,

@@ -130,7 +130,9 @@ class Engine:
         if processes.size == 1:
             return self._run_here(batch, range(len(batch)), members, options, paths, budget, loss)
         own = processes.share(len(batch))
-        results = self._run_here(batch, own, members, options, paths, budget, loss) if own else [None] * len(members)
+        results: Sequence[PairLogprobs | None] = [None] * len(members)
+        if own or self.base.is_sharded:
+            results = self._run_here(batch, own, members, options, paths, budget, loss) or results
         return [_from_everywhere(result, own, len(batch), self.base.device, processes) for result in results]
 
     def _run_here(
@@ -143,19 +145,27 @@ class Engine:
         budget: int,
         loss: MemberLoss | None,
     ) -> list[PairLogprobs]:
-        """The pairs of these rows, in their order."""
+        """The pairs of these rows, in their order; [] without rows."""
         parts: list[list[PairLogprobs]] = [[] for _ in members]
-        groups = [[own[row] for row in rows] for rows in _groups(batch.select(own), budget, options.max_pairs, paths)]
-        for rows in groups:
+        groups: list[list[int]] = []
+        if own:
+            found = _groups(batch.select(own), budget, options.max_pairs, paths)
+            groups = [[own[row] for row in rows] for rows in found]
+        fillers = 0
+        if self.base.is_sharded:
+            # Weights come from all processes: who has fewer passes goes along in passes that count for nothing.
+            fillers = Processes.present().largest(len(groups)) - len(groups)
+        for rows, weight in [*((rows, 1) for rows in groups), *[([0], 0)] * fillers]:
             few = _FewPairs(self.base, batch.select(rows), members, paths)
             for numbers in few.passes(budget):
                 with few.forward(numbers, options) as logprobs:
                     if loss is not None:
                         # Inside the block, since it recomputes checkpointed layers.
-                        loss(numbers, rows, logprobs).backward()
+                        (loss(numbers, rows, logprobs) * weight).backward()
                 for number, part in zip(numbers, logprobs, strict=True):
-                    parts[number].append(PairLogprobs(part.chosen.detach(), part.rejected.detach()))
-        return [PairLogprobs.join(member_parts, groups) for member_parts in parts]
+                    if weight:
+                        parts[number].append(PairLogprobs(part.chosen.detach(), part.rejected.detach()))
+        return [PairLogprobs.join(member_parts, groups) for member_parts in parts] if groups else []
 
     def state_dict(self) -> list[list[Any]]:
         """The default budgets found so far, ready for JSON: the bits of a run depend on them."""
@@ -236,6 +246,8 @@ class _FewPairs:
         together = 1
         if self._paths.stacking and self._fan_out is not None and None not in self._members:
             together = max(1, budget // int(self._batch.num_tokens.sum()))
+        if self._base.is_sharded:
+            together = Processes.present().smallest(together)
         count = -(-len(self._members) // together)
         return [part.tolist() for part in np.array_split(np.arange(len(self._members)), count)]
 

@@ -7,7 +7,7 @@ is for each layer by itself, inside its checkpoint: the compiler cannot trace a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -50,12 +50,15 @@ class LayerStack:
     Attributes:
         checkpointing: Whether activations are recomputed in the backward pass.
         fan_out: Where the members of the present pass part; None: all rows go through all layers.
+        gathered: Makes layers' weights whole inside a block, where each process holds a share of them; None: they are
+            whole.
     """
 
     def __init__(self, model: nn.Module, recompute_context: ContextFactory) -> None:
         self.recompute_context = recompute_context
         self.checkpointing = False
         self.fan_out: FanOut | None = None
+        self.gathered: Callable[[Sequence[nn.Module]], AbstractContextManager[Any]] | None = None
         self.modules = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._forwards = [_LayerForward(layer, index, self) for index, layer in enumerate(self.modules)]
 
@@ -72,6 +75,7 @@ class _LayerForward:
     """Stands in for a layer's `forward`."""
 
     def __init__(self, layer: nn.Module, index: int, stack: LayerStack) -> None:
+        self._layer = layer
         self._plain: Callable[..., Any] = layer.forward
         self._forward = self._plain
         self._index = index
@@ -94,11 +98,13 @@ class _LayerForward:
         return output
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if not (self._stack.checkpointing and torch.is_grad_enabled()):
-            return self._forward(*args, **kwargs)
+        # What autograd saves of a sharded layer would keep its whole weights in memory until the backward pass.
+        recompute = self._stack.checkpointing or self._stack.gathered is not None
+        if not (recompute and torch.is_grad_enabled()):
+            return self._with_weights(*args, **kwargs)
         context = self._stack.recompute_context()
         return checkpoint(
-            self._forward,
+            self._with_weights,
             *args,
             use_reentrant=False,
             # Nothing in evaluation mode draws numbers.
@@ -106,6 +112,12 @@ class _LayerForward:
             context_fn=lambda: (nullcontext(), context),
             **kwargs,
         )
+
+    def _with_weights(self, *args: Any, **kwargs: Any) -> Any:
+        if self._stack.gathered is None:
+            return self._forward(*args, **kwargs)
+        with self._stack.gathered([self._layer]):
+            return self._forward(*args, **kwargs)
 
     def compile(self, **options: Any) -> None:
         self._forward = torch.compile(self._plain, **options)

@@ -128,6 +128,7 @@ def shared_base(
     model_config: Mapping[str, Any] | None,
     device: torch.device,
     archive: str | Path | None = None,
+    accelerator: Accelerator | None = None,
 ) -> SharedBase:
     """The shared base of a model that is given or loaded by name, with the weights of a policy archive if there is one.
 
@@ -142,10 +143,29 @@ def shared_base(
         actor_network = load_base_model(model_name, model_config)
     elif model_config is not None:
         raise ConfigurationError("model_config", model_config, "belongs to model_name; a loaded model has its own")
+    sharded = _shards_base(accelerator)
+    if sharded and SharedBase.on(actor_network) is None:
+        from evollm.distributed.sharded_base import make_whole  # noqa: PLC0415
+
+        make_whole(actor_network)
     if archive is not None:
         load_policy_archive(archive, actor_network)
     base = SharedBase.of(actor_network)
     if model_config is not None:
         base.model_config = reloadable(model_config)
     base.move_to(device)
+    if sharded and not base.is_sharded:
+        from evollm.distributed.sharded_base import gathered, shard_layers  # noqa: PLC0415
+
+        shard_layers(base.network, base.layers.modules)
+        base.layers.gathered = gathered
     return base
+
+
+def _shards_base(accelerator: Accelerator | None) -> bool:
+    """Whether the base's layers are to be spread over the processes: DeepSpeed's stage 3."""
+    if not uses_deepspeed(accelerator):
+        return False
+    from evollm.distributed.zero_config import zero_stage  # noqa: PLC0415
+
+    return zero_stage(accelerator) == 3  # noqa: PLR2004

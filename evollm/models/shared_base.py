@@ -7,7 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -354,6 +354,15 @@ class SharedBase:
     def _same_again(self) -> AbstractContextManager[None]:
         """What a checkpointed layer is recomputed in: the adapters and the layout of its forward pass."""
         return self._as(self._active, self.router.members, current_layout())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the layers' weights; all must then call the layers alike."""
+        return self.layers.gathered is not None
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """All weights are whole inside the block; of a sharded base all processes must enter it."""
+        return self.layers.gathered(self.layers.modules) if self.layers.gathered is not None else nullcontext()
 
     @property
     def can_checkpoint(self) -> bool:

@@ -268,7 +268,8 @@ class Run(Generic[A]):
 
     def _samples(self, best: A) -> list[SampleAnswer]:
         split = self._final_split()
-        if not split or not Processes.present().is_main:
+        # Of a sharded base all have to go along.
+        if not split or not (Processes.present().is_main or self.base.is_sharded):
             return []
         examples = self.env.reports[split].examples
         wanted = min(self.options.num_sample_answers, len(examples))

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from tokenizers_for_tests import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from evollm import DPO, PreferenceGym
+from evollm import DPO, PreferenceGym, save_merged_model
 
 CELLS = [(lora_only, save_optimizer) for lora_only in (True, False) for save_optimizer in (True, False)]
 STEPS_BEFORE, STEPS_AFTER = 3, 3
@@ -68,12 +68,14 @@ def save(kind: str, folder: Path) -> dict:
         agent.learn(batch)
     for lora_only, save_optimizer in CELLS:
         agent.save_checkpoint(str(folder / name_of(lora_only, save_optimizer)), lora_only, save_optimizer)
+    save_merged_model(agent, folder / "merged")
     clone = agent.clone(index=1)
     found = {"kind": kind, **go_on(agent, accelerator), "clone": go_on(clone, accelerator)["losses"]}
     found["moments"] = moments_held(agent)
-    found["base"] = sum(p.numel() for p in agent.base.network.parameters()) - sum(
-        p.numel() for name in agent.base.adapters for p in agent.base.parameters(name).values()
-    )
+    layers = [p for layer in agent.base.layers.modules for p in layer.parameters() if not p.requires_grad]
+    # Shards of stage 3 are not among a module's own tensors.
+    found["in_layers"] = sum(p.numel() for p in layers)
+    found["in_shards"] = sum(p.ds_tensor.numel() for p in layers if hasattr(p, "ds_tensor"))
     agent.release()
     if kind != "plain":
         train(folder / "run", 6, accelerator)

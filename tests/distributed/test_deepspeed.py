@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from deepspeed_run import CELLS, batches, make_agent, name_of
 from parallel_run import make_small_model
+from safetensors.torch import load_file
 
 from evollm import ConfigurationError, MissingExtraError
 from evollm.distributed.zero_config import check_zero_config, zero_stage
 
 HERE = Path(__file__).parent
-KINDS = ["plain", "ddp", "zero1", "zero2"]
+KINDS = ["plain", "ddp", "zero1", "zero2", "zero3"]
 ZERO = [kind for kind in KINDS if kind.startswith("zero")]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-deepspeed"
@@ -126,6 +127,27 @@ def test_each_process_holds_half_of_the_moments_and_clones_copy_them(saved, kind
 
 
 @needs_deepspeed
+def test_stage_3_leaves_each_process_half_of_the_layers(saved) -> None:
+    _, found = saved
+    (plain,) = {process["in_layers"] for process in found["ddp"]}
+    whole = plain - found["zero3"][0]["in_layers"]
+    for process in found["zero3"]:
+        # What is left in them are references, which are adapters.
+        assert process["in_layers"] < 0.1 * plain
+        assert process["in_shards"] == whole / 2
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ["ddp", *ZERO])
+def test_a_merged_model_is_written_whole(saved, kind) -> None:
+    folder, _ = saved
+    expected, found = (load_file(folder / name / "merged/model.safetensors") for name in ("plain", kind))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), tensor.numpy(), rtol=0, atol=1e-6)
+
+
+@needs_deepspeed
 def test_launches_that_would_not_do_what_was_asked_for_are_refused() -> None:
     script = str(HERE / "trap_run.py")
     torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2", script]
@@ -152,7 +174,7 @@ def test_launches_that_would_not_do_what_was_asked_for_are_refused() -> None:
         ({"fp16": {"enabled": True}}, "fp16.enabled=True: adapters train in float32"),
         ({"gradient_clipping": 1.0}, "gradient_clipping=1.0: each agent clips by its own max_grad_norm"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4: an agent accumulates"),
-        ({"zero_optimization": {"stage": 0}}, r"zero_optimization.stage=0: must be one of \(1, 2"),
+        ({"zero_optimization": {"stage": 0}}, r"zero_optimization.stage=0: must be one of \(1, 2, 3\)"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offloading is not supported"),
         ({"zero_optimization": {"overlap_comm": True}}, "overlap_comm=True: has no effect"),
     ],
