@@ -1,8 +1,8 @@
 """Several processes: what they share, and checks that they were launched as they seem to be.
 
-Every process holds the base, all adapters and all optimizers, and sees the same batches. Each computes a share of the
-pairs; log-probs and gradients are added up, and all that follows is the same everywhere. Adapters are small: one sum
-over a block of gradients for each agent and step is nearly all that travels.
+Every process holds the base, all adapters and all optimizers, unless DeepSpeed spreads them, and sees the same
+batches. Each computes a share of the pairs; log-probs and gradients are added up, and all that follows is the same
+everywhere. Adapters are small: one sum over a block of gradients for each agent and step is nearly all that travels.
 """
 
 from __future__ import annotations

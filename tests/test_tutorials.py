@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -29,23 +30,36 @@ def small(make_model, tokenizer, tmp_path) -> dict[str, Path]:
     return files
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, **variables: str) -> str:
     """What a command prints, run in an empty folder."""
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_several_processes_train_as_the_readme_launches_them(small, tmp_path) -> None:
-    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("torchrun ")]
+@pytest.mark.parametrize(
+    "start",
+    [
+        "torchrun ",
+        pytest.param(
+            "DS_ACCELERATOR=cpu torchrun ",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-deepspeed"
+            ),
+        ),
+    ],
+)
+def test_several_processes_train_as_the_readme_launches_them(small, tmp_path, start) -> None:
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(start)]
+    *variables, line = line.split(" ", maxsplit=1) if "=" in start else [line]
     launcher, *words = line.split()
     torchrun = shutil.which(launcher, path=str(Path(sys.executable).parent))
     assert torchrun
     words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
     sizes = [f"--{name}={path}" for name, path in small.items()] + ["--pairs-per-process=1"]
-    output = run([torchrun, *words, *sizes], tmp_path / "here")
+    output = run([torchrun, *words, *sizes], tmp_path / "here", **dict(variable.split("=") for variable in variables))
     assert output.count("Held-out accuracy") == 1
     assert len(json.loads((tmp_path / "here/several-processes/metrics.jsonl").read_text().splitlines()[0])) > 1
 

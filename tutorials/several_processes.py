@@ -4,7 +4,8 @@
 
     DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 tutorials/several_processes.py --steps 3 --zero 2
 
-The second line spreads state over the processes by DeepSpeed (pip install "evollm[deepspeed]"). Without `--model` and `--train` it takes the demo's. One process does the same: `--nproc_per_node 1`.
+The second line spreads state over the processes by DeepSpeed (pip install "evollm[deepspeed]"). Without `--model` and
+`--train` it takes the demo's. One process does the same: `--nproc_per_node 1`.
 """
 
 from __future__ import annotations

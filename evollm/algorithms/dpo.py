@@ -68,7 +68,8 @@ class DPO(EvolvableAlgorithm):
         micro_batch_size_per_gpu: At most so many pairs in one forward pass; gradients accumulate to the same update.
         device: `cpu`, `cuda`, ...; an accelerator's device comes first.
         lora_config: `peft.LoraConfig`; by default rank 16, alpha 32, on all linear layers.
-        accelerator: Of one process, or of several that each compute a share of every batch.
+        accelerator: Of one process, or of several that each compute a share of every batch; DeepSpeed's spreads state
+            over them.
         wrap: Accepted for compatibility; nothing is wrapped in a single process.
         clone: Accepted for compatibility; use the method `clone`.
         seed: Seeds the adapter's initialisation and the agent's own generator.
