@@ -37,8 +37,9 @@ def make_accelerator(kind: str) -> Accelerator | None:
 
 
 def make_agent(accelerator: Accelerator | None, model: torch.nn.Module) -> DPO:
-    """An agent with LoRA weights of sizes that do not divide evenly."""
-    lora = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    """An agent whose weights, cut in half, are cut in the middle of one."""
+    modules = r".*layers\.0\.self_attn\.q_proj|.*layers\.1\.mlp\.down_proj"
+    lora = LoraConfig(r=3, target_modules=modules, task_type="CAUSAL_LM")
     return DPO(
         actor_network=model, lora_config=lora, lr=1e-2, max_grad_norm=5.0, token_budget=128, accelerator=accelerator
     )
@@ -115,4 +116,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     kind, what, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     result = (save if what == "save" else load)(kind, folder)
-    (folder / f"{what}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
+    (folder / f"{what}-{os.environ.get('WORLD_SIZE', '1')}-{os.environ.get('RANK', '0')}.json").write_text(
+        json.dumps(result)
+    )

@@ -39,14 +39,15 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def launch(kind: str, what: str, folder: Path) -> list[dict]:
+def launch(kind: str, what: str, folder: Path, processes: int = 2) -> list[dict]:
     """One launch of `deepspeed_run.py`; returns what each process found."""
-    launcher = ["python"] if kind == "plain" else ["torchrun", "--standalone", "--nproc_per_node", "2"]
+    processes = 1 if kind == "plain" else processes
+    launcher = ["python"] if kind == "plain" else ["torchrun", "--standalone", "--nproc_per_node", str(processes)]
     folder.mkdir(exist_ok=True)
     process = start([*launcher, str(HERE / "deepspeed_run.py"), kind, what, str(folder)])
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{what}-*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{what}-{processes}-*.json"))]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,14 @@ def test_one_process_loads_what_two_saved_and_the_other_way_round(saved, loaded,
     np.testing.assert_allclose(losses, expected["losses"], rtol=0, atol=1e-5)
     for process in loaded[kind]:
         np.testing.assert_allclose(process["plain"]["losses"], expected["losses"], rtol=0, atol=1e-5)
+
+
+@needs_deepspeed
+def test_one_process_under_zero_loads_what_two_saved(saved) -> None:
+    folder, found = saved
+    (process,) = launch("zero3", "load", folder / "zero3", processes=1)
+    expected = found["zero3"][0]["losses"]
+    np.testing.assert_allclose(process[name_of(True, True)]["losses"], expected, rtol=0, atol=1e-5)
 
 
 @needs_deepspeed
