@@ -6,7 +6,6 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,12 @@ from typing_extensions import Self
 
 from evollm.algorithms.core import ACTOR, REFERENCE, LLMAgent
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
+from evollm.checkpoints.export import main_writes
 from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState
 from evollm.models.loading import reloadable
-from evollm.processes import Processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -108,13 +107,9 @@ class SavableAgent(LLMAgent):
         """
         del kwargs
         base = None if lora_only else self.base
-        processes = Processes.present()
-        # In all of them: each may hold a part.
+        # In all processes: each may hold a part.
         folder = self.to_folder(save_optimizer)
-        with nullcontext() if base is None else base.whole():
-            if processes.is_main:
-                write_agent_folder(path, folder, base_name=self.base.name, base=base)
-        processes.wait()
+        main_writes(lambda: write_agent_folder(path, folder, base_name=self.base.name, base=base), base)
 
     def to_folder(self, save_optimizer: bool = True) -> AgentFolder:
         """What `save_checkpoint` writes."""

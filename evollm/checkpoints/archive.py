@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from evollm.checkpoints.export import HasActor
+from evollm.checkpoints.export import HasActor, main_writes
 from evollm.checkpoints.files import replace_file
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models.archive import read_policy_archive
@@ -43,11 +43,15 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
         CheckpointError: Another process is writing to `path`.
         OSError: The disk is full, for example.
     """
-    _check_replaceable(path)
     step_idx, scores = _record(agent, metrics)
-    content = {"step_idx": step_idx, "state": _on_cpu(agent.base.state(agent.actor_adapter)), "metrics": scores}
-    with replace_file(path) as file, open(file, "wb") as stream:
-        torch.save(content, stream)
+
+    def write() -> None:
+        _check_replaceable(path)
+        content = {"step_idx": step_idx, "state": _on_cpu(agent.base.state(agent.actor_adapter)), "metrics": scores}
+        with replace_file(path) as file, open(file, "wb") as stream:
+            torch.save(content, stream)
+
+    main_writes(write, agent.base)
 
 
 def _record(agent: Trained, metrics: Mapping[str, Any] | None) -> tuple[int, Mapping[str, Any] | None]:

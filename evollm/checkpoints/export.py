@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +12,20 @@ from evollm.checkpoints.card import model_card
 from evollm.checkpoints.files import replace_folder
 from evollm.models import SharedBase
 from evollm.processes import Processes
+
+
+def main_writes(write: Callable[[], None], base: SharedBase | None = None) -> None:
+    """Let the main process write while the others wait; all call it.
+
+    Args:
+        write: Writes.
+        base: What it writes weights of; they are whole meanwhile.
+    """
+    processes = Processes.present()
+    with nullcontext() if base is None else base.whole():
+        if processes.is_main:
+            write()
+    processes.wait()
 
 
 class HasActor(Protocol):
@@ -29,8 +45,12 @@ def save_llm_checkpoint(agent: HasActor, path: str | Path) -> None:
         agent: The agent.
         path: Folder to write or replace.
     """
-    with replace_folder(path) as folder:
-        write_adapter(folder, agent.base.export(agent.actor_adapter), agent.base.name)
+
+    def write() -> None:
+        with replace_folder(path) as folder:
+            write_adapter(folder, agent.base.export(agent.actor_adapter), agent.base.name)
+
+    main_writes(write)
 
 
 def save_merged_model(
@@ -51,11 +71,7 @@ def save_merged_model(
         ConfigurationError: The base is quantised, the adapter is no plain LoRA, or it reaches tied weights.
         CheckpointError: The run folder cannot be read.
     """
-    processes = Processes.present()
-    with agent.base.whole():
-        if processes.is_main:
-            _write_merged_model(agent, path, tokenizer, run_dir)
-    processes.wait()
+    main_writes(lambda: _write_merged_model(agent, path, tokenizer, run_dir), agent.base)
 
 
 def _write_merged_model(agent: HasActor, path: str | Path, tokenizer: Any | None, run_dir: str | Path | None) -> None:
