@@ -34,9 +34,9 @@ imports: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not deepspeed"
 
-# Apart from `make test`: about four minutes, and it needs g++, with which DeepSpeed compiles a small extension once.
+# Apart from `make test`: some five minutes, and it needs g++, with which DeepSpeed compiles an extension once (2 min).
 test-deepspeed: $(VENV)/.model
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,deepspeed]"
 	$(BIN)/python -m pytest tests/distributed tests/test_tutorials.py

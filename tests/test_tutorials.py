@@ -45,9 +45,10 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
         "torchrun ",
         pytest.param(
             "DS_ACCELERATOR=cpu torchrun ",
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-deepspeed"
-            ),
+            marks=[
+                pytest.mark.deepspeed,
+                pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+            ],
         ),
     ],
 )

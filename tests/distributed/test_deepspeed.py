@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +24,12 @@ from evollm.distributed.zero_config import check_zero_config, zero_stage
 HERE = Path(__file__).parent
 KINDS = ["plain", "ddp", "zero1", "zero2", "zero3"]
 ZERO = [kind for kind in KINDS if kind.startswith("zero")]
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-deepspeed"
-)
+
+
+def needs_deepspeed(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that launches DeepSpeed."""
+    absent = importlib.util.find_spec("deepspeed") is None
+    return pytest.mark.deepspeed(pytest.mark.skipif(absent, reason="DeepSpeed is not installed")(test))
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
