@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 
+from evollm.data.files import open_dataset
 from evollm.errors import DataError
 
 Message: TypeAlias = dict[str, Any]
@@ -22,7 +19,6 @@ DroppedRows: TypeAlias = dict[str, list[int]]
 
 # Names under which other datasets keep the prompt: read past, they would leave rows without their question.
 PROMPT_ALIASES = ("question", "instruction", "query", "input", "prompts", "context")
-JSON_LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json")
 # Whatever a model is given, not what it answers: a completion cannot start with one of these.
 GIVEN_ROLES = frozenset({"system", "developer", "user", "tool"})
 
@@ -121,7 +117,8 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
 
     Args:
         dataset: A `datasets.Dataset` or `IterableDataset`, any iterable of mappings, a mapping of columns, a pandas
-            `DataFrame`, a pyarrow `Table`, or the path of a JSON-lines file (`.gz` too).
+            `DataFrame`, a pyarrow `Table`, the path of a JSON-lines (`.gz` too), Parquet or CSV file, or the name of a
+            dataset on the hub: see `open_dataset`.
         field: What the user calls the dataset, for messages.
         row_format: What its rows look like.
 
@@ -166,7 +163,7 @@ def _read_rows(dataset: object, field: str, row_format: RowFormat) -> list[Row]:
 def _iterate_rows(dataset: Any, field: str, row_format: RowFormat) -> Iterable[object]:
     """Containers are told apart by their methods, so that pandas and pyarrow need not be imported."""
     if isinstance(dataset, str | os.PathLike):
-        return _read_json_lines(Path(dataset), field)
+        return _iterate_rows(open_dataset(dataset, field), field, row_format)
     if isinstance(dataset, Mapping):
         return _rows_of_columns(dataset, field, row_format)
     if hasattr(dataset, "notna") and hasattr(dataset, "to_dict"):
@@ -186,7 +183,7 @@ def _iterate_rows(dataset: Any, field: str, row_format: RowFormat) -> Iterable[o
         raise DataError(
             field,
             _describe(dataset),
-            "is not a dataset; pass a datasets.Dataset, rows, columns, a DataFrame or the path of a JSON-lines file",
+            "is not a dataset; pass a datasets.Dataset, rows, columns, a DataFrame, the path of a file or a hub name",
         ) from None
 
 
@@ -206,44 +203,6 @@ def _rows_of_columns(table: Mapping[str, Any], field: str, row_format: RowFormat
         fix = f"columns differ in length; give each column one value for each {row_format.noun}"
         raise DataError(field, lengths, fix)
     return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-
-
-def _read_json_lines(path: Path, field: str) -> Iterator[object]:
-    if not path.is_file():
-        raise DataError(
-            field,
-            str(path),
-            "no such file; pass an existing JSON-lines file, or load a hub dataset with load_dataset()",
-        )
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compressed = suffixes[-1:] == [".gz"]
-    kind = suffixes[-2:-1] if compressed else suffixes[-1:]
-    if not kind or kind[0] not in JSON_LINES_SUFFIXES:
-        raise DataError(
-            field, str(path), "only JSON-lines files are read (.jsonl, .jsonl.gz); load others with load_dataset()"
-        )
-    return _parse_json_lines(path, compressed, field)
-
-
-def _parse_json_lines(path: Path, compressed: bool, field: str) -> Iterator[object]:
-    try:
-        with gzip.open(path) if compressed else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parse_object(line, number, path, field)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(field, str(path), f"is not a whole gzip file ({error}); fetch or compress it again") from None
-
-
-def _parse_object(line: bytes, number: int, path: Path, field: str) -> object:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))  # some editors put a byte-order mark in front
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise DataError(field, str(path), f"line {number} is not valid JSON ({error}); correct or remove it") from None
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise DataError(field, str(path), f"line {number} holds a {kind}; JSON lines have one object on each line")
-    return value
 
 
 def _describe(dataset: object) -> str:

@@ -93,9 +93,55 @@ def test_an_incomplete_gzip_file_is_refused(tmp_path: Path) -> None:
         read_pairs(path, "data")
 
 
-@pytest.mark.parametrize(("name", "message"), [("absent.jsonl", "no such file"), ("pairs.csv", "only JSON-lines")])
+def test_parquet_and_csv_files_are_read(tmp_path: Path) -> None:
+    pd.DataFrame(ROWS).to_parquet(tmp_path / "pairs.parquet")
+    pd.DataFrame(ROWS).to_csv(tmp_path / "pairs.csv", index=False)
+    for name in ("pairs.parquet", "pairs.csv"):
+        assert read_pairs(tmp_path / name, "data") == (TEXT_PAIRS, {})
+    pa.parquet.write_table(pa.Table.from_pylist([CHAT_ROW]), tmp_path / "chat.parquet")
+    assert read_pairs(str(tmp_path / "chat.parquet"), "data") == ([CHAT_PAIR], {})
+
+
+def test_the_cells_of_a_csv_file_are_text_whatever_they_look_like(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text('prompt,chosen,rejected\n6 times 7?,42,NA\n"a, b\nand c?",1e5,\n')
+    pairs, dropped = read_pairs(tmp_path / "pairs.csv", "data")
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [("6 times 7?", "42", "NA")]
+    assert dropped == {"rejected is missing": [1]}
+
+
+def test_a_name_on_the_hub_is_loaded_with_its_split(monkeypatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:  # the hub cannot be reached by tests
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_pairs("org/some-pairs", "data") == read_pairs("org/some-pairs:test_prefs", "data") == (TEXT_PAIRS, {})
+    assert asked == [("org/some-pairs", "train"), ("org/some-pairs", "test_prefs")]
+
+
+def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"data='org/nothing-of-that-name': is neither a file nor a dataset"):
+        read_pairs("org/nothing-of-that-name", "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.jsonl", "no such file"),
+        ("absent", "no such file"),
+        ("folder", "no such file"),
+        ("pairs.txt", "is of no kind that is read"),
+        ("pairs.parquet", "is not a whole Parquet file"),
+        ("empty.csv", "is not a CSV file with a header"),
+    ],
+)
 def test_a_path_that_cannot_be_read_is_refused(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / "pairs.csv").touch()
+    (tmp_path / "folder").mkdir()
+    for file in ("pairs.txt", "pairs.parquet", "empty.csv"):
+        (tmp_path / file).touch()
     with pytest.raises(DataError, match=rf"train_dataset='.*{name}': {message}"):
         read_pairs(tmp_path / name, "train_dataset")
 

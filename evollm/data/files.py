@@ -1,0 +1,108 @@
+"""Datasets by their path or their name on the hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from evollm.errors import DataError
+
+JSON_LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json")
+# Such as org/name or org/name:test.
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
+
+
+def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
+    """The rows of a file, or of a dataset on the hub.
+
+    Args:
+        path: A JSON-lines file, also compressed by gzip; a Parquet file; a CSV file, whose cells are all text; or
+            `org/name` of a dataset on the hub, with `:split` behind it for another split than `train`.
+        field: What the user calls the dataset, for messages.
+
+    Returns:
+        An iterator of rows, a pyarrow `Table`, a pandas `DataFrame` or a `datasets.Dataset`.
+
+    Raises:
+        DataError: There is no such file, or it cannot be read.
+    """
+    file = Path(path)
+    if not file.is_file():
+        hub = _HUB_NAME.fullmatch(path) if isinstance(path, str) and not _reader(file) and not file.exists() else None
+        if hub is None:
+            fix = "no such file; pass a JSON-lines, Parquet or CSV file, or org/name of a dataset on the hub"
+            raise DataError(field, str(path), fix)
+        return _load_from_hub(hub["name"], hub["split"] or "train", field)
+    read = _reader(file)
+    if read is None:
+        fix = "is of no kind that is read (.jsonl, .jsonl.gz, .parquet, .csv); load others with load_dataset()"
+        raise DataError(field, str(path), fix)
+    return read(file, field)
+
+
+def _reader(path: Path) -> Callable[[Path, str], Any] | None:
+    """What reads a file of this name."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"] and suffixes[-2:-1] and suffixes[-2] in JSON_LINES_SUFFIXES:
+        return _parse_json_lines
+    kind = suffixes[-1] if suffixes else ""
+    return _parse_json_lines if kind in JSON_LINES_SUFFIXES else _TABLES.get(kind)
+
+
+def _read_parquet(path: Path, field: str) -> Any:
+    import pyarrow.parquet  # noqa: PLC0415 - slow to import, and most do not need it
+
+    try:
+        return pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(field, str(path), f"is not a whole Parquet file ({error})") from None
+
+
+def _read_csv(path: Path, field: str) -> Any:
+    import pandas  # noqa: PLC0415 - slow to import, and most do not need it
+
+    try:
+        # A prompt may be "12" or "NA": nothing is a number, and only an empty cell is missing.
+        return pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    except (ValueError, pandas.errors.ParserError) as error:
+        raise DataError(field, str(path), f"is not a CSV file with a header in UTF-8 ({error})") from None
+
+
+_TABLES = {".parquet": _read_parquet, ".csv": _read_csv}
+
+
+def _load_from_hub(name: str, split: str, field: str) -> Any:
+    import datasets  # noqa: PLC0415 - slow to import, and most do not need it
+
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # Whatever the network, the hub and its formats raise.
+        fix = f"is neither a file nor a dataset that the hub gives, split {split!r} ({type(error).__name__}: {error})"
+        raise DataError(field, name, fix) from error
+
+
+def _parse_json_lines(path: Path, field: str) -> Iterator[object]:
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _parse_object(line, number, path, field)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(field, str(path), f"is not a whole gzip file ({error}); fetch or compress it again") from None
+
+
+def _parse_object(line: bytes, number: int, path: Path, field: str) -> object:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))  # some editors put a byte-order mark in front
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise DataError(field, str(path), f"line {number} is not valid JSON ({error}); correct or remove it") from None
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise DataError(field, str(path), f"line {number} holds a {kind}; JSON lines have one object on each line")
+    return value
