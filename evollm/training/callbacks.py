@@ -33,6 +33,19 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class BaselineScored:
+    """The first agent has been scored before training; a resumed run has that score already.
+
+    Attributes:
+        split: The pairs, `final` or `test`.
+        score: What it makes of each of them.
+    """
+
+    split: str
+    score: AnyEvaluation
+
+
+@dataclass(frozen=True)
 class StepDone:
     """Every agent has learnt from one batch.
 
@@ -115,6 +128,8 @@ class RunEnded:
         before: Score of the first agent before training.
         after: Score of the fittest agent.
         samples: Answers before and after.
+        runner_up: The agent that came second, None when there is no other that could be scored.
+        runner_up_score: Its score.
     """
 
     step: int
@@ -124,6 +139,8 @@ class RunEnded:
     before: AnyEvaluation | None
     after: AnyEvaluation | None
     samples: Sequence[SampleAnswer]
+    runner_up: SavableAgent | None = None
+    runner_up_score: AnyEvaluation | None = None
 
 
 class Callback:
@@ -131,6 +148,9 @@ class Callback:
 
     def on_start(self, event: RunStarted) -> None:
         """The run begins."""
+
+    def on_baseline(self, event: BaselineScored) -> None:
+        """What training begins with has been scored."""
 
     def on_step(self, event: StepDone) -> None:
         """A step is done."""

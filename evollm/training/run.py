@@ -23,6 +23,7 @@ from evollm.models.engine import Engine
 from evollm.models.generation import greedy_answers
 from evollm.processes import Processes
 from evollm.training.callbacks import (
+    BaselineScored,
     Callback,
     Checkpointed,
     Evaluated,
@@ -100,7 +101,7 @@ class Run(Generic[A]):
                 )
                 self._tell("on_start", started)
                 if self.step == 0:
-                    progress.before = self._final_score(self.population[0])
+                    self._score_baseline()
                 while self.step < total:
                     self._train_step()
                     if self.schedule.evaluates_at(self.step):
@@ -155,6 +156,12 @@ class Run(Generic[A]):
         Engine.of(self.base).load_state_dict(saved.state["budgets"])
         self.base.reference_cache.update(saved.reference_logprobs)
         set_global_generators(saved.state["generators"])
+
+    def _score_baseline(self) -> None:
+        scores = self._final_scores(self.population[:1])
+        if scores:
+            self.progress.before = scores[0]
+            self._tell("on_baseline", BaselineScored(self._final_split(), scores[0]))
 
     def _train_step(self) -> None:
         metrics = learn_all(self.population, self.env.next_batch())
@@ -236,14 +243,19 @@ class Run(Generic[A]):
         best = self._best()
         if self.options.save_elite:
             best.save_checkpoint(str(self.paths.elite))
+        runner_up = self._runner_up(best)
+        podium = [best] if runner_up is None else [best, runner_up]
+        after, runner_up_score, *_ = [*self._final_scores(podium), None, None]
         ended = RunEnded(
             step=self.step,
             best=best,
             best_path=self.paths.elite if self.options.save_elite else None,
             split=self._final_split(),
             before=self.progress.before,
-            after=self._final_score(best),
+            after=after,
             samples=self._samples(best),
+            runner_up=runner_up,
+            runner_up_score=runner_up_score,
         )
         self._tell("on_end", ended)
 
@@ -257,14 +269,22 @@ class Run(Generic[A]):
             raise DivergedError(f"no agent has a finite fitness: {self.progress.fitnesses}")
         return self.population[best]
 
+    def _runner_up(self, best: A) -> A | None:
+        """The fittest of the others, None when none has a finite fitness."""
+        others = [agent for agent in self.population if agent is not best and agent.index in self.progress.fitnesses]
+        fitnesses = [self.progress.fitnesses[agent.index] for agent in others]
+        second = rank(fitnesses)[:1]
+        return next((others[position] for position in second if is_finite(fitnesses[position])), None)
+
     def _final_split(self) -> str:
         if self.env.final_pairs:
             return "final"
         return "test" if self.env.test_pairs else ""
 
-    def _final_score(self, agent: A) -> AnyEvaluation | None:
+    def _final_scores(self, agents: Sequence[A]) -> list[AnyEvaluation]:
+        """The score of each agent; none when there is nothing to score them on."""
         split = self._final_split()
-        return self.stage.evaluate([agent], self.env, split, self.yardstick)[0] if split else None
+        return list(self.stage.evaluate(agents, self.env, split, self.yardstick)) if split else []
 
     def _samples(self, best: A) -> list[SampleAnswer]:
         split = self._final_split()
