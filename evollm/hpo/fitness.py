@@ -38,6 +38,10 @@ class Evaluation:
         """Take read-only float64 copies and check their shapes."""
         _take_vectors(self, "chosen_logratios", "rejected_logratios")
 
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.chosen_logratios)
+
     @property
     def margins(self) -> FloatArray:
         """(n,) log-ratio of chosen minus log-ratio of rejected, in nats."""
@@ -79,6 +83,10 @@ class LikelihoodEvaluation:
     def __post_init__(self) -> None:
         """Take read-only float64 copies and check their shapes."""
         _take_vectors(self, "logprobs", "num_tokens")
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.logprobs)
 
     @property
     def loss(self) -> float:

@@ -1,0 +1,150 @@
+"""What a run has shown, in numbers and in words, and how sure it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evollm.report.record import RunRecord
+from evollm.report.statistics import Interval, paired_difference
+
+# By what the kind of run is judged first, then what else is compared.
+JUDGED_BY = {"pair": ("accuracy", "mean_margin"), "example": ("loss",)}
+NAMES = {"accuracy": "accuracy", "mean_margin": "mean margin", "loss": "loss"}
+UNITS = {"accuracy": "points", "mean_margin": "nats", "loss": "nats per token"}
+FORMATS = {"mean_margin": "+.2f", "loss": "+.4f"}
+SMALLER_IS_BETTER = {"loss"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The winner against another, on the same rows.
+
+    Attributes:
+        noun: What a row is called.
+        role: `before` for the untuned model, or `runner_up`.
+        against: Its name for a person.
+        score: What is compared.
+        difference: The winner's score minus the other's, with its 95 % bootstrap interval.
+    """
+
+    noun: str
+    role: str
+    against: str
+    score: str
+    difference: Interval
+
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say."""
+        difference = self.difference
+        if not difference.is_finite:
+            return "not known"
+        if difference.low == difference.high == 0:
+            return f"the same on every {self.noun}"
+        if difference.includes_zero:
+            return "not told apart: the interval includes 0"
+        return "better" if (difference.value < 0) == (self.score in SMALLER_IS_BETTER) else "worse"
+
+    def written(self) -> tuple[str, str]:
+        """The difference with its unit, and the interval."""
+        low, high = (signed(edge, self.score) for edge in (self.difference.low, self.difference.high))
+        return f"{signed(self.difference.value, self.score)} {UNITS[self.score]}", f"{low} to {high}"
+
+
+def compare(record: RunRecord) -> list[Comparison]:
+    """The winner against the untuned model and against the runner-up, score by score; what is not known is left out."""
+    ended = record.ended
+    if ended is None or "after" not in ended.pairs:
+        return []
+    names = {"before": "the untuned model", "runner_up": f"the runner-up, agent {ended.runner_up}"}
+    return [
+        Comparison(record.noun, role, against, score, paired_difference(ended.pairs["after"], ended.pairs[role], score))
+        for role, against in names.items()
+        if role in ended.pairs
+        for score in JUDGED_BY[record.noun]
+    ]
+
+
+def headline(record: RunRecord, comparisons: list[Comparison]) -> list[str]:
+    """The result in a sentence or two, and what it does not show."""
+    ended = record.ended
+    if ended is None:
+        total = record.config["schedule"]["total"]
+        sentences = [f"The run has not ended: {record.last_step} of {total} steps are done."]
+        if record.winner is not None:
+            sentences.append(
+                f"The best agent so far is {record.winner}, judged on the {record.noun}s of the selection."
+            )
+        return sentences
+    if not ended.split:
+        return [f"No held-out {record.noun}s were given, so nothing shows whether the model has become better."]
+    score = JUDGED_BY[record.noun][0]
+    sentences = [_result(record, score, comparisons)]
+    rivals = [one for one in comparisons if one.role == "runner_up"]
+    if rivals:
+        sentences.append(_against_runner_up(rivals))
+    if ended.split != "final" and len(record.lives) > 1:
+        sentences.append(
+            f"These are the {record.noun}s that agents were selected by, so the score is optimistic. "
+            "A final_dataset gives one that nothing was selected by."
+        )
+    return sentences
+
+
+def kind_of_rows(record: RunRecord) -> str:
+    """What the final score was measured on."""
+    assert record.ended is not None
+    rows = f"{record.noun}s"
+    after = record.ended.pairs.get("after")
+    number = "" if after is None else f"{len(after)} "
+    if record.ended.split == "final":
+        return f"{number}{rows} that nothing was selected by"
+    return f"{number}{rows} of the selection" if len(record.lives) > 1 else f"{number}held-out {rows}"
+
+
+def _result(record: RunRecord, score: str, comparisons: list[Comparison]) -> str:
+    assert record.ended is not None
+    ended = record.ended
+    who = f"agent {ended.best}" if len(record.lives) > 1 else "the agent"
+    before, after = (_value(ended.scores.get(role, {}).get(score), score) for role in ("before", "after"))
+    text = f"On {kind_of_rows(record)}, {NAMES[score]} went from {before} to {after} ({who})."
+    gain = next((one for one in comparisons if one.role == "before" and one.score == score), None)
+    if gain is None:
+        return f"{text} This folder does not hold the results row by row, so there are no intervals."
+    difference, interval = gain.written()
+    if gain.verdict in ("better", "worse"):
+        worse = "" if gain.verdict == "better" else " It has become worse."
+        return f"{text[:-1]}: {difference} (95 % interval {interval}).{worse}"
+    if not gain.difference.is_finite:
+        return f"{text} Its difference is not a finite number."
+    return (
+        f"{text} This does not show that tuning helped: the difference of {difference} has a 95 % interval of "
+        f"{interval}, which includes 0."
+    )
+
+
+def _against_runner_up(rivals: list[Comparison]) -> str:
+    """The first score that tells the two apart, or that none does."""
+    parts = []
+    for rival in rivals:
+        difference, interval = rival.written()
+        if rival.difference.low == rival.difference.high == 0:
+            parts.append(f"the same {NAMES[rival.score]} on every {rival.noun}")
+        else:
+            parts.append(f"{difference} {NAMES[rival.score]} (95 % interval {interval})")
+        if not rival.difference.includes_zero:
+            return f"Against {rival.against}: {'; '.join(parts)}."
+    return f"Against {rivals[0].against}: {'; '.join(parts)}. These {rivals[0].noun}s do not tell the two apart."
+
+
+def signed(value: float, score: str) -> str:
+    """A difference as it is written: accuracies in points of a hundred."""
+    number = format(100 * value, "+.1f") if score == "accuracy" else format(value, FORMATS[score])
+    # No sign where nothing is left of the number.
+    return number if float(number) != 0 else number[1:]
+
+
+def _value(value: float | None, score: str) -> str:
+    if value is None:
+        return "unknown"
+    return f"{100 * value:.1f} %" if score == "accuracy" else f"{value:.4f} nats per token"

@@ -1,0 +1,185 @@
+"""The page: what the template is filled with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from evollm.hpo import format_value
+from evollm.report.findings import NAMES, compare, headline, kind_of_rows
+from evollm.report.population_figures import schedule_pictures, tree_picture
+from evollm.report.record import RunRecord
+from evollm.report.score_figures import final_pictures, held_out_pictures, last_evaluation_pictures
+from evollm.report.style import Picture, drawing
+from evollm.report.training_figures import resource_pictures, time_spent, training_pictures
+
+_SECTIONS = ("settings", "hp_config", "agents", "lora", "options", "schedule", "data", "versions")
+
+
+def render(record: RunRecord) -> tuple[str, list[Picture]]:
+    """Write the page.
+
+    Returns:
+        The HTML, and the pictures in it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    with drawing():
+        final = _final(record)
+        tree = _tree(record)
+        schedules = schedule_pictures(record)
+        held_out = _held_out(record)
+        training = _training(record)
+        resources = _resources(record)
+    # Whatever a model or a user wrote is escaped; only the pictures are not.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(files("evollm.report").joinpath("page.html").read_text(encoding="utf-8"))
+    html = template.render(
+        title=_title(record),
+        facts=_facts(record),
+        headline=headline(record, compare(record)),
+        final=final,
+        samples=record.ended.samples if record.ended else (),
+        tree=tree,
+        schedules=schedules,
+        held_out=held_out,
+        training=training,
+        resources=resources,
+        data=record.config["data"]["reports"],
+        settings=_settings(record.config),
+    )
+    groups = [section["pictures"] for section in (final, held_out, training, resources) if section]
+    pictures = [picture for group in groups for picture in group] + schedules + ([tree["picture"]] if tree else [])
+    return html, pictures
+
+
+def _title(record: RunRecord) -> str:
+    name = Path(str(record.config.get("base") or "")).name or "A language model"
+    size = len(record.founders)
+    how = f"{record.config['algorithm']} by a population of {size}" if size > 1 else str(record.config["algorithm"])
+    return f"{name}: {how}"
+
+
+def _facts(record: RunRecord) -> str:
+    config, batch = record.config, record.config["data"].get("batch_size")
+    facts = [_counted(len(record.founders), "agent")]
+    if record.evolutions:
+        facts.append(_counted(len(record.generations), "generation"))
+    facts.append(f"{_counted(record.last_step, 'step')}" + (f" of {batch} {record.noun}s" if batch else ""))
+    if record.laps:
+        facts.append(duration(sum(lap.seconds for lap in record.laps)))
+    facts += [str(config["device"])] if config.get("device") else []
+    version = config.get("versions", {}).get("evollm")
+    return f"{', '.join(facts)}. Run folder {record.path.resolve().name}" + (f", evollm {version}." if version else ".")
+
+
+def _final(record: RunRecord) -> dict[str, Any] | None:
+    ended = record.ended
+    if ended is None or not ended.pairs:
+        return None
+    comparisons = compare(record)
+    unbiased = ended.split == "final"
+    names = {"before": "untuned", "runner_up": f"runner-up ({ended.runner_up})", "after": f"winner ({ended.best})"}
+    rows = [
+        dict(zip(("difference", "interval"), one.written(), strict=True))
+        | {"against": one.against, "score": NAMES[one.score], "verdict": one.verdict}
+        for one in comparisons
+    ]
+    text = f"Measured on {kind_of_rows(record)}. "
+    if record.noun == "pair":
+        text += (
+            "A pair counts as right when tuning has raised the chosen answer more than the rejected one, and a tie as "
+            "half: the untuned model ties every pair. "
+        )
+    text += (
+        "Differences are paired, with bootstrap intervals (10,000 draws of the pairs). They tell of the choice of "
+        f"{record.noun}s alone; another seed is not in them."
+    )
+    return {
+        "title": f"Final score on unseen {record.noun}s" if unbiased else "Score at the end",
+        "text": text,
+        "rows": rows,
+        "pictures": final_pictures(ended.pairs, names, unbiased=unbiased),
+    }
+
+
+def _tree(record: RunRecord) -> dict[str, Any] | None:
+    if not record.evolutions:
+        return None
+    score = "held-out loss" if record.noun == "example" else "held-out accuracy"
+    line = [
+        f"agent {life.birth.index}"
+        + (f" ({', '.join(map(str, life.birth.mutations))})" if life.birth.mutations else "")
+        for life in record.line
+    ]
+    return {"picture": tree_picture(record), "score": score, "line": ", then ".join(line)}
+
+
+def _held_out(record: RunRecord) -> dict[str, Any] | None:
+    pictures = held_out_pictures(record) + last_evaluation_pictures(record)
+    if not pictures:
+        return None
+    pairs = next((scored.pairs for scored in record.evaluations if scored.pairs is not None), None)
+    rows = f"the same {len(pairs)} {record.noun}s" if pairs is not None else f"the same {record.noun}s"
+    text = f"Every agent on {rows}, which the selection goes by"
+    bands = "" if pairs is None else "; bands and bars are 95 % intervals over them, of each agent by itself"
+    return {"text": f"{text}{bands}.", "pictures": pictures}
+
+
+def _training(record: RunRecord) -> dict[str, Any]:
+    text = "What each agent reported of each batch; all see the same ones."
+    if record.noun == "pair" and len(record.lives) > 1:
+        text += " Losses and rewards of agents with another loss, beta or nll_alpha cannot be compared."
+    return {"text": text, "pictures": training_pictures(record)}
+
+
+def _resources(record: RunRecord) -> dict[str, Any] | None:
+    spent = time_spent(record.laps)
+    if not spent:
+        return None
+    steps = [lap.seconds for lap in record.laps if lap.kind == "step"]
+    highest = max(lap.resident_bytes for lap in record.laps) / 2**30
+    text = f"{duration(sum(spent.values()))} in all"
+    text += f", {sum(steps) / len(steps):.2f} s for a step of all agents" if steps else ""
+    text += f"; at most {highest:.2f} GiB of memory were seen, which is looked at after each of these events."
+    resumed = sum(lap.kind == "start" for lap in record.laps) - 1
+    if resumed > 0:
+        text += f" The run was resumed {'once' if resumed == 1 else f'{resumed} times'}; lost steps are not counted."
+    return {"text": text, "pictures": resource_pictures(record)}
+
+
+def duration(seconds: float) -> str:
+    """Write a time for a person."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Every setting of the run: those by themselves first, then section by section."""
+    own = [(name, _plain(value)) for name, value in config.items() if not isinstance(value, dict)]
+    sections = [("run", own)]
+    for name in _SECTIONS:
+        section = config.get(name)
+        if isinstance(section, dict) and section:
+            rows = [(str(key), _plain(value)) for key, value in section.items() if key != "reports"]
+            sections.append((name, rows))
+    return sections
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return format_value(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

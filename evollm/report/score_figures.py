@@ -1,0 +1,168 @@
+"""Pictures of scores: over the run, at its last evaluation, and on pairs that nothing was selected by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evollm.errors import ConfigurationError
+from evollm.hpo import AnyEvaluation, rank
+from evollm.report.paths import Path, paths
+from evollm.report.record import RunRecord, Scored
+from evollm.report.statistics import Interval, score_interval
+from evollm.report.style import (
+    FRAME,
+    OTHER,
+    PANEL,
+    RUNNER_UP,
+    WINNER,
+    Picture,
+    add_legend,
+    limits_of,
+    line_style,
+    mark_diverged,
+    new_panel,
+    to_picture,
+    whole_steps,
+    write_beside,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# What is drawn of an evaluation, with its title.
+TITLES = {
+    "accuracy": "accuracy (share of pairs)",
+    "mean_margin": "mean margin (nats)",
+    "loss": "loss (nats per token)",
+}
+# How a number of it is written.
+FORMATS = {"accuracy": ".3f", "mean_margin": "+.2f", "loss": ".4f"}
+# Inches of a row of intervals.
+ROW = 0.34
+
+
+def held_out_pictures(record: RunRecord) -> list[Picture]:
+    """Each score of each agent at each evaluation, with bands."""
+    return [_held_out(record, score) for score in _scores(record.evaluations)]
+
+
+def last_evaluation_pictures(record: RunRecord) -> list[Picture]:
+    """Each score of the last generation's agents, the fittest on top; nothing for an agent by itself."""
+    latest = [scored for scored in record.latest_evaluation if scored.scores]
+    if len(latest) < 2:  # noqa: PLR2004 - one alone is nothing to compare
+        return []
+    ordered = [latest[place] for place in rank([scored.fitness for scored in latest])]
+    pictures = []
+    for score in _scores(latest):
+        rows = {f"agent {scored.agent}": _interval(scored, score) for scored in ordered}
+        colors = [
+            line_style(record, record.lives[scored.agent], on_line=scored.agent == record.winner)["color"]
+            for scored in ordered
+        ]
+        title = f"last evaluation: {TITLES[score]}"
+        alt = f"{TITLES[score]} of each agent at step {ordered[0].step} with 95 % intervals"
+        pictures.append(_intervals(f"last-{score.replace('_', '-')}", title, alt, rows, colors, FORMATS[score]))
+    return pictures
+
+
+def final_pictures(pairs: Mapping[str, AnyEvaluation], names: Mapping[str, str], *, unbiased: bool) -> list[Picture]:
+    """The final scores with their intervals.
+
+    Args:
+        pairs: What was scored, by role.
+        names: What each role is called; those that are missing in `pairs` are left out.
+        unbiased: Whether nothing was selected by these pairs.
+    """
+    present = {role: name for role, name in names.items() if role in pairs}
+    colors = [{"after": WINNER, "runner_up": RUNNER_UP}.get(role, OTHER) for role in present]
+    pictures = []
+    for score, title in TITLES.items():
+        try:
+            rows = {name: score_interval(pairs[role], score) for role, name in present.items()}
+        except ConfigurationError:  # Not a score of this kind of run.
+            continue
+        on = "final" if unbiased else "held-out"
+        alt = f"{title} of {', '.join(rows)} with 95 % intervals"
+        name = f"final-{score.replace('_', '-')}"
+        pictures.append(_intervals(name, f"{on}: {title}", alt, rows, colors, FORMATS[score]))
+    return pictures
+
+
+def _scores(evaluations: Sequence[Scored]) -> list[str]:
+    return [score for score in TITLES if any(score in scored.scores for scored in evaluations)]
+
+
+def _interval(scored: Scored, score: str) -> Interval:
+    if scored.pairs is None:
+        return Interval(scored.scores[score], float("nan"), float("nan"))
+    return score_interval(scored.pairs, score)
+
+
+def _held_out(record: RunRecord, score: str) -> Picture:
+    figure, axes = new_panel(TITLES[score], size=PANEL)
+    by_agent: dict[int, list[Scored]] = {}
+    for scored in record.evaluations:
+        if score in scored.scores:
+            by_agent.setdefault(scored.agent, []).append(scored)
+    shown: list[float] = []
+    for path in paths(record, by_agent, lambda scored: scored.step):
+        shown += _draw(axes, record, path, score)
+    limits = limits_of(shown)
+    if limits is not None:
+        axes.set_ylim(*limits)
+    if score == "accuracy":
+        axes.set_ylim(max(-0.03, axes.get_ylim()[0]), min(1.03, axes.get_ylim()[1]))
+    axes.set_xlim(0, record.last_step * 1.03)
+    whole_steps(axes)
+    add_legend(axes, record, bands=True)
+    alt = f"{TITLES[score]} of every agent at each evaluation, with 95 % bands"
+    return to_picture(figure, f"held-out-{score.replace('_', '-')}", alt)
+
+
+def _draw(axes: Axes, record: RunRecord, path: Path[Scored], score: str) -> list[float]:
+    """Draw one line with its band; returns the heights that should be seen."""
+    style = line_style(record, path.life, on_line=path.on_line)
+    steps = [scored.step for scored in path.points]
+    intervals = [_interval(scored, score) for scored in path.points]
+    values = [interval.value for interval in intervals]
+    lows, highs = [interval.low for interval in intervals], [interval.high for interval in intervals]
+    axes.plot(steps, values, marker="o", markersize=4.5 if path.on_line else 3, **style)
+    alpha, color = (0.2 if path.on_line else 0.06), style["color"]
+    if len(steps) > 1:
+        axes.fill_between(steps, lows, highs, color=color, alpha=alpha, linewidth=0)
+    else:
+        axes.vlines(steps, lows, highs, color=color, alpha=max(2 * alpha, 0.25), linewidth=3)
+    if path.life.diverged:
+        mark_diverged(axes, steps[-1], values[-1])
+    return [*values, *lows, *highs] if path.on_line else values
+
+
+def _intervals(
+    name: str, title: str, alt: str, rows: Mapping[str, Interval], colors: Sequence[str], form: str
+) -> Picture:
+    """One row for each: a dot, its interval, and the number."""
+    figure, axes = new_panel(title, size=(PANEL[0], 0.85 + ROW * len(rows)), xlabel="")
+    for row, (interval, color) in enumerate(zip(rows.values(), colors, strict=True)):
+        axes.plot(
+            [interval.low, interval.high], [row, row], color=color, linewidth=3, alpha=0.55, solid_capstyle="butt"
+        )
+        axes.plot([interval.value], [row], marker="o", color=color, markersize=6, linestyle="none")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    finite = [edge for one in rows.values() for edge in (one.value, one.low, one.high) if np.isfinite(edge)]
+    if finite:
+        low, high = min(finite), max(finite)
+        room = max(high - low, 1e-3)
+        axes.set_xlim(low - 0.06 * room, high + 0.22 * room)
+    for row, interval in enumerate(rows.values()):
+        right = interval.high if np.isfinite(interval.high) else interval.value
+        if np.isfinite(right):
+            write_beside(axes, format(interval.value, form), right, row, offset=(7, 0))
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_color(FRAME)
+    return to_picture(figure, name, alt)

@@ -1,0 +1,187 @@
+"""How the report's pictures look, and how a figure becomes a picture.
+
+Colours are those of Okabe and Ito, which people tell apart whatever their colour vision, and never the only sign: the
+winner's line is thick, the runner-up's dashed, a diverged agent has a cross.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evollm.errors import MissingExtraError
+from evollm.report.record import Life, RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WINNER, RUNNER_UP, DIVERGED, OTHER, INK, FRAME = "#0072B2", "#009E73", "#D55E00", "#8C929A", "#24292F", "#9AA0A6"
+PANEL = (5.0, 2.9)
+# Pixels of a PNG for each inch: twice those of a page, for sharp screens.
+DPI = 144
+_SETTINGS = {
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FRAME,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FRAME,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "xtick.color": FRAME,
+    "ytick.color": FRAME,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    # Text stays text: small, searchable, and a page can colour it.
+    "svg.fonttype": "none",
+    # Equal runs give equal files.
+    "svg.hashsalt": "evollm",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, drawn.
+
+    Attributes:
+        name: Of its PNG, without the suffix.
+        alt: What it shows, for who cannot see it.
+        svg: An `svg` element that stands for itself, with transparent ground.
+        png: The same on white.
+        width: In CSS pixels.
+    """
+
+    name: str
+    alt: str
+    svg: str
+    png: bytes
+    width: int
+
+
+def require_matplotlib() -> Any:
+    """The module.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        importlib.import_module("matplotlib.figure")
+        return importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "report", "the report") from error
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw in the report's style inside the block, without changing anybody's settings."""
+    matplotlib = require_matplotlib()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def new_panel(title: str, *, size: tuple[float, float] = PANEL, xlabel: str = "step") -> tuple[Figure, Axes]:
+    """An empty panel; no window system and no global state of pyplot is involved."""
+    figure = require_matplotlib().figure.Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+    axes.set_xlabel(xlabel)
+    return figure, axes
+
+
+def to_picture(figure: Figure, name: str, alt: str) -> Picture:
+    """Write a figure as SVG and as PNG."""
+    svg, png = io.StringIO(), io.BytesIO()
+    nobody = {"Creator": None, "Date": None, "Format": None, "Type": None}
+    figure.savefig(svg, format="svg", transparent=True, metadata=nobody)
+    figure.savefig(png, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    text = svg.getvalue()
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # Several of them share a page, on which an id may be given once.
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return Picture(name, alt, text.strip(), png.getvalue(), round(figure.get_figwidth() * 96))
+
+
+def line_style(record: RunRecord, life: Life, *, on_line: bool) -> dict[str, Any]:
+    """How a line that ends at an agent is drawn."""
+    if on_line:
+        return {"color": WINNER, "linewidth": 2.4, "zorder": 4}
+    if record.ended is not None and life.birth.index == record.ended.runner_up:
+        return {"color": RUNNER_UP, "linewidth": 1.6, "linestyle": (0, (4, 1.5)), "zorder": 3}
+    return {"color": OTHER, "linewidth": 1.1, "alpha": 0.75, "zorder": 2}
+
+
+def mark_diverged(axes: Axes, x: float, y: float) -> None:
+    """A cross where an agent has ended."""
+    axes.plot([x], [y], marker="x", color=DIVERGED, markersize=7, markeredgewidth=2, linestyle="none", zorder=5)
+
+
+def add_legend(axes: Axes, record: RunRecord, *, bands: bool = False) -> None:
+    """Say what the lines are, in one row above the panel; nothing for an agent by itself."""
+    if len(record.lives) == 1 and not bands:
+        return
+    handles = []
+    if record.line:
+        name = "winner's line" if len(record.line) > 1 else "winner" if len(record.lives) > 1 else "agent"
+        handles += axes.plot([], [], color=WINNER, linewidth=2.4, label=f"{name}{', 95 %' if bands else ''}")
+    present = set(record.lives) - {record.winner}
+    if record.ended is not None and record.ended.runner_up in present:
+        handles += axes.plot([], [], color=RUNNER_UP, linewidth=1.6, linestyle=(0, (4, 1.5)), label="runner-up")
+        present.discard(record.ended.runner_up)
+    if present - set(record.line_ends):
+        handles += axes.plot([], [], color=OTHER, linewidth=1.1, label="others")
+    if any(life.diverged for life in record.lives.values()):
+        handles += axes.plot([], [], marker="x", color=DIVERGED, linestyle="none", markeredgewidth=2, label="diverged")
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), handlelength=1.8, columnspacing=1.2)
+
+
+def write_beside(axes: Axes, text: str, x: float, y: float, *, offset: tuple[float, float], va: str = "center") -> None:
+    """Write a small text so many points away from a place."""
+    axes.annotate(
+        text, (x, y), xytext=offset, textcoords="offset points", va=va, fontsize=8.5, color=INK, zorder=6, clip_on=False
+    )
+
+
+def whole_steps(axes: Axes) -> None:
+    """Ticks of the steps at whole numbers."""
+    axes.xaxis.set_major_locator(importlib.import_module("matplotlib.ticker").MaxNLocator(6, integer=True))
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two, at least two of them where there are that many."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    for parts in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        ticks = [float(tick) for tick in ticker.LogLocator(subs=parts).tick_values(low, high)]
+        inside = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
+        if len(inside) >= 3:  # noqa: PLR2004 - fewer say little of a scale
+            return inside
+    return sorted({low, high})
+
+
+def limits_of(values: Sequence[float]) -> tuple[float, float] | None:
+    """A range that shows most values when a few are far out, as those of an agent that diverges; None for all."""
+    finite = np.array([value for value in values if np.isfinite(value)])
+    if len(finite) < 8:  # noqa: PLR2004
+        return None
+    low, high = np.percentile(finite, [3, 97])
+    span = max(float(high - low), 1e-9)
+    if finite.max() <= high + 2 * span and finite.min() >= low - 2 * span:
+        return None
+    return max(float(finite.min()), float(low) - 0.3 * span), min(float(finite.max()), float(high) + 0.3 * span)

@@ -1,0 +1,118 @@
+"""Pictures of the training itself: its curves, and where time and memory went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evollm.report.paths import paths
+from evollm.report.record import Lap, RunRecord
+from evollm.report.style import (
+    OTHER,
+    PANEL,
+    WINNER,
+    Picture,
+    add_legend,
+    limits_of,
+    line_style,
+    mark_diverged,
+    new_panel,
+    to_picture,
+    whole_steps,
+    write_beside,
+)
+
+# What is drawn of the steps, with its title; what a run does not report is left out.
+CURVES = {
+    "loss": "training loss",
+    "nll_loss": "negative log-likelihood of chosen (nats per token)",
+    "rewards/margins": "reward margin (beta x nats)",
+    "rewards/accuracies": "accuracy on the batch",
+    "grad_norm": "gradient norm before clipping",
+}
+# More points than these are joined by lines alone.
+MARKED_POINTS = 40
+# What the laps of a run are called.
+PHASES = {
+    "baseline": "scoring the untuned model",
+    "step": "training steps",
+    "evaluation": "held-out evaluations",
+    "evolution": "evolution",
+    "checkpoint": "checkpoints",
+    "end": "final scores, samples, saving",
+}
+# From here on parts of a second are not written.
+WHOLE_SECONDS = 10
+GIB = 2**30
+
+
+def training_pictures(record: RunRecord) -> list[Picture]:
+    """A panel for each metric of the steps."""
+    reported = {name for line in record.steps for name in line.metrics}
+    return [_curve(record, name) for name in CURVES if name in reported]
+
+
+def _curve(record: RunRecord, name: str) -> Picture:
+    title = CURVES[name]
+    figure, axes = new_panel(title, size=PANEL)
+    points: dict[int, list[tuple[int, float]]] = {}
+    for line in record.steps:
+        if name in line.metrics:
+            points.setdefault(line.agent, []).append((line.step, line.metrics[name]))
+    marker = "." if record.last_step <= MARKED_POINTS else None
+    for path in paths(record, points, lambda point: point[0]):
+        style = line_style(record, path.life, on_line=path.on_line)
+        axes.plot(*zip(*path.points, strict=True), marker=marker, markersize=5, **style)
+        finite = [point for point in path.points if np.isfinite(point[1])]
+        if path.life.diverged and finite:
+            mark_diverged(axes, *finite[-1])
+    limits = limits_of([value for own in points.values() for _, value in own])
+    if limits is not None:
+        axes.set_ylim(*limits)
+    whole_steps(axes)
+    add_legend(axes, record)
+    return to_picture(figure, f"training-{name.replace('/', '-').replace('_', '-')}", f"{title} of every agent by step")
+
+
+def resource_pictures(record: RunRecord) -> list[Picture]:
+    """Seconds of each phase, and memory over time; nothing for a run that was not timed."""
+    spent = time_spent(record.laps)
+    return [_time(spent), _memory(record.laps)] if spent else []
+
+
+def time_spent(laps: Sequence[Lap]) -> dict[str, float]:
+    """Seconds of each phase that took any, in the order in which they come."""
+    return {
+        title: total
+        for kind, title in PHASES.items()
+        if (total := sum(lap.seconds for lap in laps if lap.kind == kind)) > 0
+    }
+
+
+def _time(spent: dict[str, float]) -> Picture:
+    whole = sum(spent.values())
+    figure, axes = new_panel("time (seconds)", size=(PANEL[0], 0.85 + 0.36 * len(spent)), xlabel="")
+    axes.barh(range(len(spent)), list(spent.values()), color=WINNER, alpha=0.75, height=0.62)
+    for row, seconds in enumerate(spent.values()):
+        amount = f"{seconds:,.0f}" if seconds >= WHOLE_SECONDS else f"{seconds:.2g}"
+        write_beside(axes, f"{amount} s, {seconds / whole:.0%}", seconds, row, offset=(4, 0))
+    axes.set_yticks(range(len(spent)), list(spent))
+    axes.set_ylim(len(spent) - 0.4, -0.6)
+    axes.set_xlim(0, max(spent.values()) * 1.35)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    return to_picture(figure, "time", "Seconds spent in each phase of the run")
+
+
+def _memory(laps: Sequence[Lap]) -> Picture:
+    minutes = np.cumsum([lap.seconds for lap in laps]) / 60
+    figure, axes = new_panel("memory (GiB)", size=PANEL, xlabel="minutes")
+    axes.plot(minutes, [lap.resident_bytes / GIB for lap in laps], color=WINNER, linewidth=2, label="process, resident")
+    peaks = [lap.cuda_peak_bytes for lap in laps]
+    if any(peak is not None for peak in peaks):
+        gib = [np.nan if peak is None else peak / GIB for peak in peaks]
+        axes.plot(minutes, gib, color=OTHER, linewidth=2, linestyle=(0, (4, 1.5)), label="CUDA, peak so far")
+        axes.legend(loc="lower right")
+    axes.set_ylim(bottom=0)
+    return to_picture(figure, "memory", "Memory at each event of the run")
