@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from evollm import __version__
 from evollm.demo import resume_demo, run_demo
 from evollm.errors import EvoLLMError
+from evollm.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     resume.add_argument("run_dir", help="run folder")
     resume.set_defaults(run=lambda options: resume_demo(options.run_dir))
+    _add_report(commands)
     return parser
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write a run's report.html: who won, why, and how sure that is",
+        description="Write one page, which needs no network, from a run folder. The run may still be going on.",
+    )
+    report.add_argument("run_dir", help="run folder")
+    report.add_argument("--output", metavar="FILE", help="the page, FILE.html (default: report.html in the run folder)")
+    report.add_argument("--no-pictures", action="store_true", help="no PNG files beside the page; it has its figures")
+    report.set_defaults(
+        run=lambda options: print(write_report(options.run_dir, options.output, pictures=not options.no_pictures))
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:
