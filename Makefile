@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard]"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,report,tensorboard]"
 	touch $@
 
 # Its dependencies run the model with another engine, which is long to compile and not needed here.

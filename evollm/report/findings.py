@@ -103,24 +103,24 @@ def kind_of_rows(record: RunRecord) -> str:
 
 
 def _result(record: RunRecord, score: str, comparisons: list[Comparison]) -> str:
+    """From where to where the score went, and what the interval of the difference allows to say."""
     assert record.ended is not None
-    ended = record.ended
-    who = f"agent {ended.best}" if len(record.lives) > 1 else "the agent"
-    before, after = (_value(ended.scores.get(role, {}).get(score), score) for role in ("before", "after"))
-    text = f"On {kind_of_rows(record)}, {NAMES[score]} went from {before} to {after} ({who})."
+    who = f" with agent {record.ended.best}" if len(record.lives) > 1 else ""
+    before, after = (_value(record.ended.scores.get(role, {}).get(score), score) for role in ("before", "after"))
+    unit = " %" if score == "accuracy" else f" {UNITS[score]}"
+    text = f"On {kind_of_rows(record)}, the {NAMES[score]} went from {before} to {after}{unit}{who}"
     gain = next((one for one in comparisons if one.role == "before" and one.score == score), None)
     if gain is None:
-        return f"{text} This folder does not hold the results row by row, so there are no intervals."
+        return f"{text}. This folder does not hold the results row by row, so there are no intervals."
     difference, interval = gain.written()
-    if gain.verdict in ("better", "worse"):
-        worse = "" if gain.verdict == "better" else " It has become worse."
-        return f"{text[:-1]}: {difference} (95 % interval {interval}).{worse}"
+    text = f"{text}: {difference} (95 % interval {interval})."
+    if gain.verdict == "better":
+        return text
+    if gain.verdict == "worse":
+        return f"{text} It has become worse."
     if not gain.difference.is_finite:
-        return f"{text} Its difference is not a finite number."
-    return (
-        f"{text} This does not show that tuning helped: the difference of {difference} has a 95 % interval of "
-        f"{interval}, which includes 0."
-    )
+        return f"{text} The difference is not a finite number."
+    return f"{text} The interval includes 0: this does not show that tuning has helped."
 
 
 def _against_runner_up(rivals: list[Comparison]) -> str:
@@ -147,4 +147,4 @@ def signed(value: float, score: str) -> str:
 def _value(value: float | None, score: str) -> str:
     if value is None:
         return "unknown"
-    return f"{100 * value:.1f} %" if score == "accuracy" else f"{value:.4f} nats per token"
+    return f"{100 * value:.1f}" if score == "accuracy" else f"{value:.4f}"

@@ -15,6 +15,7 @@ from evollm.report.findings import NAMES, compare, headline, kind_of_rows
 from evollm.report.population_figures import schedule_pictures, tree_picture
 from evollm.report.record import RunRecord
 from evollm.report.score_figures import final_pictures, held_out_pictures, last_evaluation_pictures
+from evollm.report.statistics import RESAMPLES
 from evollm.report.style import Picture, drawing
 from evollm.report.training_figures import resource_pictures, time_spent, training_pictures
 
@@ -85,7 +86,8 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
         return None
     comparisons = compare(record)
     unbiased = ended.split == "final"
-    names = {"before": "untuned", "runner_up": f"runner-up ({ended.runner_up})", "after": f"winner ({ended.best})"}
+    winner = f"winner ({ended.best})" if len(record.lives) > 1 else "tuned"
+    names = {"before": "untuned", "runner_up": f"runner-up ({ended.runner_up})", "after": winner}
     rows = [
         dict(zip(("difference", "interval"), one.written(), strict=True))
         | {"against": one.against, "score": NAMES[one.score], "verdict": one.verdict}
@@ -98,12 +100,13 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
             "half: the untuned model ties every pair. "
         )
     text += (
-        "Differences are paired, with bootstrap intervals (10,000 draws of the pairs). They tell of the choice of "
-        f"{record.noun}s alone; another seed is not in them."
+        f"Differences are paired, with bootstrap intervals ({RESAMPLES:,} draws of the {record.noun}s). They tell of "
+        f"the choice of {record.noun}s alone; another seed is not in them."
     )
     return {
         "title": f"Final score on unseen {record.noun}s" if unbiased else "Score at the end",
         "text": text,
+        "who": "winner" if len(record.lives) > 1 else "tuned model",
         "rows": rows,
         "pictures": final_pictures(ended.pairs, names, unbiased=unbiased),
     }
@@ -127,13 +130,17 @@ def _held_out(record: RunRecord) -> dict[str, Any] | None:
         return None
     pairs = next((scored.pairs for scored in record.evaluations if scored.pairs is not None), None)
     rows = f"the same {len(pairs)} {record.noun}s" if pairs is not None else f"the same {record.noun}s"
-    text = f"Every agent on {rows}, which the selection goes by"
+    text = f"The agent on {rows}"
+    if len(record.lives) > 1:
+        text = f"Every agent on {rows}, which the selection goes by"
     bands = "" if pairs is None else "; bands and bars are 95 % intervals over them, of each agent by itself"
     return {"text": f"{text}{bands}.", "pictures": pictures}
 
 
 def _training(record: RunRecord) -> dict[str, Any]:
-    text = "What each agent reported of each batch; all see the same ones."
+    text = "What was reported of each batch."
+    if len(record.lives) > 1:
+        text = "What each agent reported of each batch; all see the same ones."
     if record.noun == "pair" and len(record.lives) > 1:
         text += " Losses and rewards of agents with another loss, beta or nll_alpha cannot be compared."
     return {"text": text, "pictures": training_pictures(record)}

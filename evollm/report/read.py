@@ -13,6 +13,7 @@ from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, read_evaluations
 from evollm.report.record import Ended, Evolution, Lap, RunRecord, Sample, Scored, StepLine
 
 SCORES = ("accuracy", "mean_margin", "loss", "perplexity")
+ALGORITHMS = ("DPO", "SFT")
 _ROLES = ("before", "after", "runner_up")
 _NOT_METRICS = {"kind", "step", "epoch", "agent"}
 
@@ -50,6 +51,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
             ended=_ended(folder, _of(metrics, "end")),
             laps=[_lap(line) for line in timing],
         )
+        _check_agents(record)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigurationError):
             raise
@@ -63,15 +65,31 @@ def read_run(run_dir: str | Path) -> RunRecord:
     return record
 
 
+def _check_agents(record: RunRecord) -> None:
+    """Find agents that are not agents while the folder can still be named.
+
+    Raises:
+        ValueError: They do not have the same hyperparameters, or descend from nobody.
+    """
+    names = [set(life.birth.hyperparameters) for life in record.lives.values()]
+    if any(one != names[0] for one in names):
+        raise ValueError("agents of one run have different hyperparameters")
+    known = {None, *record.lives}
+    strangers = {life.birth.parent for life in record.lives.values()} - known
+    strangers |= {line.agent for line in record.steps} - known
+    strangers |= {scored.agent for scored in record.evaluations} - known
+    if strangers and record.founders:
+        raise ValueError(f"nobody knows where agents {strangers} come from")
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            config["schedule"]["total"] < 1
-            or not config["algorithm"]
-            or not isinstance(config["data"]["reports"], list)
-        ):
-            raise ValueError("of no run")
+        sections = [config["schedule"], config["data"], config.get("versions", {}), config.get("hp_config") or {}]
+        if not all(isinstance(one, dict) for one in sections) or not isinstance(config["data"]["reports"], list):
+            raise TypeError("its sections are something else")
+        if config["schedule"]["total"] < 1 or config["algorithm"] not in ALGORITHMS:
+            raise ValueError("it is of no run")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     return dict(config)

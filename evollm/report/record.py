@@ -146,12 +146,12 @@ class RunRecord:
     @property
     def noun(self) -> str:
         """What a row of the data is called: "pair" or "example"."""
-        return str(self.config["data"].get("noun", "pair"))
+        return "example" if self.config["algorithm"] == "SFT" else "pair"
 
     @property
     def last_step(self) -> int:
         """Steps done."""
-        return max(line.step for line in self.steps)
+        return max((line.step for line in self.steps), default=0)
 
     @cached_property
     def generations(self) -> tuple[Sequence[Birth], ...]:

@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,15 +61,21 @@ class Picture:
         name: Of its PNG, without the suffix.
         alt: What it shows, for who cannot see it.
         svg: An `svg` element that stands for itself, with transparent ground.
-        png: The same on white.
         width: In CSS pixels.
+        figure: What it was drawn from.
     """
 
     name: str
     alt: str
     svg: str
-    png: bytes
     width: int
+    figure: Figure = field(repr=False)
+
+    def png(self) -> bytes:
+        """The same on white."""
+        content = io.BytesIO()
+        self.figure.savefig(content, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+        return content.getvalue()
 
 
 def require_matplotlib() -> Any:
@@ -105,16 +111,15 @@ def new_panel(title: str, *, size: tuple[float, float] = PANEL, xlabel: str = "s
 
 
 def to_picture(figure: Figure, name: str, alt: str) -> Picture:
-    """Write a figure as SVG and as PNG."""
-    svg, png = io.StringIO(), io.BytesIO()
+    """Draw a figure."""
+    svg = io.StringIO()
     nobody = {"Creator": None, "Date": None, "Format": None, "Type": None}
     figure.savefig(svg, format="svg", transparent=True, metadata=nobody)
-    figure.savefig(png, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     text = svg.getvalue()
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # Several of them share a page, on which an id may be given once.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return Picture(name, alt, text.strip(), png.getvalue(), round(figure.get_figwidth() * 96))
+    return Picture(name, alt, text.strip(), round(figure.get_figwidth() * 96), figure)
 
 
 def line_style(record: RunRecord, life: Life, *, on_line: bool) -> dict[str, Any]:

@@ -33,15 +33,14 @@ def write_report(run_dir: str | Path, path: str | Path | None = None, pictures: 
         raise ConfigurationError("path", path, "must be the path of a page and end in .html")
     record = read_run(run_dir)
     page = Path(path) if path is not None else record.path / "report.html"
-    html, drawn = render(record)
     folder = page.with_suffix("")
     try:
-        page.parent.mkdir(parents=True, exist_ok=True)
+        # Before anything is drawn, which takes some seconds.
+        (folder if pictures else page.parent).mkdir(parents=True, exist_ok=True)
+        html, drawn = render(record)
         page.write_text(html, encoding="utf-8")
-        if pictures:
-            folder.mkdir(exist_ok=True)
-            for picture in drawn:
-                (folder / f"{picture.name}.png").write_bytes(picture.png)
+        for picture in drawn if pictures else ():
+            (folder / f"{picture.name}.png").write_bytes(picture.png())
     except OSError as error:
         raise ConfigurationError("path", str(page), f"cannot be written: {error}") from error
     return page

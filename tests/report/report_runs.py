@@ -1,9 +1,10 @@
+"""Small real runs to report on."""
+
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from conftest import make_examples, make_rows
 from peft import LoraConfig
@@ -73,17 +74,9 @@ def evolve(tokenizer, folder: Path, *, agents: int = 4, generations: int = 4, fi
     return folder
 
 
-@pytest.fixture(scope="session")
-def evolved(tokenizer, tmp_path_factory) -> Path:
-    """The folder of such a run; to be read only."""
-    return evolve(tokenizer, tmp_path_factory.mktemp("evolved") / "run")
-
-
-@pytest.fixture(scope="session")
-def alone(tokenizer, tmp_path_factory) -> Path:
-    """The folder of a run of one SFT agent on examples, without final ones; to be read only."""
+def tune_alone(tokenizer, folder: Path) -> Path:
+    """A run of one SFT agent."""
     env = SFTGym(make_examples(8), make_examples(6, 12), tokenizer, data_batch_size_per_gpu=4)
     agent = SFT(actor_network=small_model(tokenizer), lora_config=LORA, lr=1e-3)
-    folder = tmp_path_factory.mktemp("alone") / "run"
     finetune_llm_sft([agent], env, run_dir=folder, checkpoint_steps=0, save_elite=False, verbose=False)
     return folder
