@@ -109,6 +109,7 @@ def test_every_evaluation_and_the_final_score_are_kept_pair_by_pair(make_populat
     final = make_rows(5, 30)
     env = PreferenceGym(make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4, final_dataset=final)
     population = make_population(3)
+    population[2].set_hyperparameters({"lr": 5e-3})
     broken = Break(population[1])
     finetune_llm_preference(
         population, env, num_epochs=2, run_dir=tmp_path / "run", verbose=False, callbacks=[broken], num_sample_answers=0
@@ -131,9 +132,10 @@ def test_every_evaluation_and_the_final_score_are_kept_pair_by_pair(make_populat
     for name, evaluation in found.items():
         assert len(evaluation.margins) == 5
         assert evaluation.mean_margin == end[f"{name}_mean_margin"]
-    names = {0: population[0], 2: population[2]}
-    (again,) = [names[end["runner_up"]].evaluate(env, "final")]
-    np.testing.assert_allclose(found["runner_up"].margins, again.margins, atol=1e-4)
+    for name, role in (("after", "best"), ("runner_up", "runner_up")):
+        again = population[end[role]].evaluate(env, "final")
+        np.testing.assert_allclose(found[name].margins, again.margins, atol=1e-4)
+    assert abs(found["after"].mean_margin - found["runner_up"].mean_margin) > 1e-2
 
 
 def test_an_sft_run_keeps_its_log_probs(make_sft_population, sft_gym, tmp_path) -> None:
