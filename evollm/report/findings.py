@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evollm.report.record import RunRecord
-from evollm.report.statistics import Interval, paired_difference
+from evollm.report.statistics import Interval, paired_difference, score_interval
 
 # By what the kind of run is judged first, then what else is compared.
 JUDGED_BY = {"pair": ("accuracy", "mean_margin"), "example": ("loss",)}
@@ -46,9 +46,10 @@ class Comparison:
         return "better" if (difference.value < 0) == (self.score in SMALLER_IS_BETTER) else "worse"
 
     def written(self) -> tuple[str, str]:
-        """The difference with its unit, and the interval."""
+        """The difference with its unit, and the interval, which says little where it has no width."""
         low, high = (signed(edge, self.score) for edge in (self.difference.low, self.difference.high))
-        return f"{signed(self.difference.value, self.score)} {UNITS[self.score]}", f"{low} to {high}"
+        interval = f"{low} to {high}" if self.difference.low != self.difference.high else f"every {self.noun} alike"
+        return f"{signed(self.difference.value, self.score)} {UNITS[self.score]}", interval
 
 
 def compare(record: RunRecord) -> list[Comparison]:
@@ -113,6 +114,10 @@ def _result(record: RunRecord, score: str, comparisons: list[Comparison]) -> str
     if gain is None:
         return f"{text}. This folder does not hold the results row by row, so there are no intervals."
     difference, interval = gain.written()
+    if gain.difference.low == gain.difference.high:
+        own = score_interval(record.ended.pairs["after"], score)
+        interval = f"{_value(own.low, score)} to {_value(own.high, score)}{unit}"
+        return f"{text}: {difference} on every {record.noun} (95 % interval of the {NAMES[score]} itself: {interval})."
     text = f"{text}: {difference} (95 % interval {interval})."
     if gain.verdict == "better":
         return text

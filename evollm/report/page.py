@@ -12,13 +12,15 @@ from jinja2 import Environment, StrictUndefined
 
 from evollm.hpo import format_value
 from evollm.report.findings import NAMES, compare, headline, kind_of_rows
-from evollm.report.population_figures import schedule_pictures, tree_picture
+from evollm.report.population_figures import BOXED_GENERATIONS, schedule_pictures, tree_picture
 from evollm.report.record import RunRecord
 from evollm.report.score_figures import final_pictures, held_out_pictures, last_evaluation_pictures
 from evollm.report.statistics import RESAMPLES
 from evollm.report.style import Picture, drawing
 from evollm.report.training_figures import resource_pictures, time_spent, training_pictures
 
+# A line of more than these is not written out.
+FEW_AGENTS = 8
 _SECTIONS = ("settings", "hp_config", "agents", "lora", "options", "schedule", "data", "versions")
 
 
@@ -115,13 +117,26 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
 def _tree(record: RunRecord) -> dict[str, Any] | None:
     if not record.evolutions:
         return None
-    score = "held-out loss" if record.noun == "example" else "held-out accuracy"
+    score = "held-out loss" if record.noun == "example" else "held-out accuracy and mean margin"
+    return {
+        "picture": tree_picture(record),
+        "score": score,
+        "line": _line(record),
+        "mark": "box" if len(record.generations) <= BOXED_GENERATIONS else "dot",
+    }
+
+
+def _line(record: RunRecord) -> str:
+    """The winner's line in words; of a long one how long it is."""
     line = [
         f"agent {life.birth.index}"
         + (f" ({', '.join(map(str, life.birth.mutations))})" if life.birth.mutations else "")
         for life in record.line
     ]
-    return {"picture": tree_picture(record), "score": score, "line": ", then ".join(line)}
+    if len(line) > FEW_AGENTS:
+        first, last = (f"agent {record.line[end].birth.index}" for end in (0, -1))
+        return f"{len(line)} agents long, from {first} to {last}"
+    return ", then ".join(line)
 
 
 def _held_out(record: RunRecord) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,13 +32,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Inches of one agent's box and of its place.
-BOX, PLACE = (1.28, 0.42), (1.72, 0.54)
+BOX, PLACE = (1.42, 0.42), (1.78, 0.54)
 # More columns than these have dots in place of boxes.
 BOXED_GENERATIONS = 16
 # No picture is wider, however many generations there are.
 WIDEST = 40.0
 DOT_PLACE = (0.45, 0.3)
-SCORE_FORMATS = {"accuracy": ".3f", "loss": ".4f"}
+# Dashes of a box that has no heirs.
+CULLED = (0, (2.5, 2))
+# Evolutions and values of the winner's line are marked while there are no more than these.
+FEW_EVOLUTIONS = 24
+FEW_VALUES = 8
+SCORE_FORMATS = {"accuracy": ".3f", "mean_margin": "+.1f", "loss": ".4f"}
 
 
 def tree_picture(record: RunRecord) -> Picture:
@@ -75,8 +80,9 @@ def tree_picture(record: RunRecord) -> Picture:
         first, last = record.boundaries[generation] + 1, record.boundaries[generation + 1]
         steps = f"step {last}" if first >= last else f"steps {first}\N{EN DASH}{last}"
         label = f"generation {generation}\n{steps}" if boxed else str(generation)
-        axes.text(left(generation), 0.06, label, va="top", fontsize=8.5, color=INK, linespacing=1.25)
-    _tree_legend(axes, nodes, size[1] - 0.16)
+        place = {"x": left(generation)} if boxed else {"x": left(generation) + width / 2, "ha": "center"}
+        axes.text(y=0.06, s=label, va="top", fontsize=8.5, color=INK, linespacing=1.25, **place)
+    _tree_legend(axes, nodes, size[1] - 0.16, boxed=boxed)
     drawn = f"Family tree of {len(record.lives)} agents over {columns} generations"
     line = ", ".join(map(str, record.line_ends))
     return to_picture(figure, "family-tree", f"{drawn}; the winner's line is {line or 'not known'}")
@@ -95,13 +101,13 @@ def _connect(axes: Axes, start: tuple[float, float], end: tuple[float, float], o
     axes.plot(x, y, solid_capstyle="round", color=color, linewidth=width, zorder=2)
 
 
-def _look(node: Node) -> tuple[str, str, float]:
+def _look(node: Node) -> tuple[str, Any, float]:
     """Colour, kind of line and its width."""
     if node.diverged:
         return DIVERGED, "-", 1.4
     if node.on_line:
         return WINNER, "-", 2.0
-    return (OTHER, (0, (2.5, 2)), 0.9) if node.culled else (OTHER, "-", 1.1)  # type: ignore[return-value]
+    return (OTHER, CULLED, 0.9) if node.culled else (OTHER, "-", 1.1)
 
 
 def _box(axes: Axes, node: Node, x: float, y: float, *, is_winner: bool) -> None:
@@ -132,24 +138,33 @@ def _dot(axes: Axes, node: Node, x: float, y: float) -> None:
 def _score(node: Node) -> str:
     if node.diverged:
         return "diverged"
-    if node.score is None:
-        return ""
-    return next(
-        (format(node.score.scores[name], form) for name, form in SCORE_FORMATS.items() if name in node.score.scores), ""
-    )
+    scores = {} if node.score is None else node.score.scores
+    return "  ".join(format(scores[name], form) for name, form in SCORE_FORMATS.items() if name in scores)
 
 
 def _fit(text: str, length: int = 20) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _tree_legend(axes: Axes, nodes: Sequence[Node], y: float) -> None:
-    entries = [("winner's line", WINNER, "-", 2.6)] if any(node.on_line for node in nodes) else []
-    entries += [("left without heirs", OTHER, (0, (2.5, 2)), 1.0)] if any(node.culled for node in nodes) else []  # type: ignore[list-item]
-    entries += [("diverged", DIVERGED, "-", 1.6)] if any(node.diverged for node in nodes) else []
+def _tree_legend(axes: Axes, nodes: Sequence[Node], y: float, *, boxed: bool) -> None:
+    entries: list[tuple[str, str, dict[str, Any]]] = []
+    if any(node.on_line for node in nodes):
+        entries.append(("winner's line", WINNER, {"linewidth": 2.6}))
+    if any(node.culled for node in nodes):
+        dashed = {"linestyle": CULLED, "linewidth": 1.0}
+        circle = {"linestyle": "none", "marker": "o", "markerfacecolor": "none", "markersize": 6}
+        entries.append(("left without heirs", OTHER, dashed if boxed else circle))
+    if any(node.diverged for node in nodes):
+        cross = {"linestyle": "none", "marker": "x", "markeredgewidth": 1.4}
+        entries.append(("diverged", DIVERGED, {"linewidth": 1.6} if boxed else cross))
     x = 0.05
-    for label, color, line, linewidth in entries:
-        axes.plot([x, x + 0.26], [y, y], color=color, linestyle=line, linewidth=linewidth)
+    for label, color, style in entries:
+        axes.plot(
+            [x, x + 0.26] if "marker" not in style else [x + 0.13],
+            [y] * (1 + ("marker" not in style)),
+            color=color,
+            **style,
+        )
         axes.text(x + 0.32, y, label, va="center", fontsize=8.5, color=INK)
         x += 0.5 + 0.068 * len(label)
 
@@ -196,7 +211,7 @@ def _schedule(record: RunRecord, name: str) -> Picture:
         _write_values(axes, record.line, heights)
     axes.set_xlim(-0.02 * record.last_step, record.last_step * 1.02)
     whole_steps(axes)
-    for boundary in record.boundaries[1:-1]:
+    for boundary in record.boundaries[1:-1] if len(record.evolutions) <= FEW_EVOLUTIONS else ():
         axes.axvline(boundary, color=FRAME, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
     add_legend(axes, record)
     path = " -> ".join(dict.fromkeys(format_value(life.birth.hyperparameters[name]) for life in record.line))
@@ -239,7 +254,7 @@ def _write_values(axes: Axes, line: Sequence[Life], heights: dict[int, float]) -
         return
     last = line[-1].steps[1]
     written, before = -last, None
-    for life in line:
+    for life in line if len(line) <= FEW_VALUES else (line[0], line[-1]):
         start, value = life.steps[0], heights[life.birth.index]
         if value != before and start - written >= last * 0.11:
             write_beside(axes, format_value(value), start, value, offset=(3, 4), va="bottom")

@@ -159,10 +159,14 @@ def _intervals(
         low, high = min(finite), max(finite)
         room = max(high - low, 1e-3)
         axes.set_xlim(low - 0.06 * room, high + 0.22 * room)
+        if form == FORMATS["accuracy"]:
+            axes.set_xticks([tick for tick in axes.get_xticks() if low - 0.06 * room <= tick <= 1 + 1e-9])
     for row, interval in enumerate(rows.values()):
         right = interval.high if np.isfinite(interval.high) else interval.value
         if np.isfinite(right):
-            write_beside(axes, format(interval.value, form), right, row, offset=(7, 0))
+            write_beside(
+                axes, format(interval.value, form if interval.value else form.strip("+")), right, row, offset=(7, 0)
+            )
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_color(FRAME)
     return to_picture(figure, name, alt)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ WINNER, RUNNER_UP, DIVERGED, OTHER, INK, FRAME = "#0072B2", "#009E73", "#D55E00"
 PANEL = (5.0, 2.9)
 # Pixels of a PNG for each inch: twice those of a page, for sharp screens.
 DPI = 144
+FEW_TICKS = range(3, 7)
 _SETTINGS = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -170,14 +172,17 @@ def whole_steps(axes: Axes) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two, at least two of them where there are that many."""
+    """Three to six round numbers between two, so that their labels do not run into each other."""
+    decades = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    if len(decades) >= FEW_TICKS.stop:
+        return decades[:: math.ceil(len(decades) / (FEW_TICKS.stop - 1))]
     ticker = importlib.import_module("matplotlib.ticker")
-    for parts in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+    for parts in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), (1, 1.5, 2, 3, 5, 7)):
         ticks = [float(tick) for tick in ticker.LogLocator(subs=parts).tick_values(low, high)]
-        inside = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
-        if len(inside) >= 3:  # noqa: PLR2004 - fewer say little of a scale
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) in FEW_TICKS:
             return inside
-    return sorted({low, high})
+    return [low * (high / low) ** share for share in (0.1, 0.5, 0.9)]
 
 
 def limits_of(values: Sequence[float]) -> tuple[float, float] | None:
