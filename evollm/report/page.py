@@ -147,8 +147,8 @@ def _held_out(record: RunRecord) -> dict[str, Any] | None:
     rows = f"the same {len(pairs)} {record.noun}s" if pairs is not None else f"the same {record.noun}s"
     text = f"The agent on {rows}"
     if len(record.lives) > 1:
-        text = f"Every agent on {rows}, which the selection goes by"
-    bands = "" if pairs is None else "; bands and bars are 95 % intervals over them, of each agent by itself"
+        text = f"Every agent by itself on {rows}, which the selection goes by"
+    bands = "" if pairs is None else "; bands and bars are 95 % intervals over them"
     return {"text": f"{text}{bands}.", "pictures": pictures}
 
 
@@ -168,7 +168,7 @@ def _resources(record: RunRecord) -> dict[str, Any] | None:
     steps = [lap.seconds for lap in record.laps if lap.kind == "step"]
     highest = max(lap.resident_bytes for lap in record.laps) / 2**30
     text = f"{duration(sum(spent.values()))} in all"
-    text += f", {sum(steps) / len(steps):.2f} s for a step of all agents" if steps else ""
+    text += f", {sum(steps) / len(steps):.2f} s a step" if steps else ""
     text += f"; at most {highest:.2f} GiB of memory were seen, which is looked at after each of these events."
     resumed = sum(lap.kind == "start" for lap in record.laps) - 1
     if resumed > 0:

@@ -117,7 +117,7 @@ def _held_out(record: RunRecord, score: str) -> Picture:
         axes.set_ylim(max(-0.03, axes.get_ylim()[0]), min(1.03, axes.get_ylim()[1]))
     axes.set_xlim(0, record.last_step * 1.03)
     whole_steps(axes)
-    add_legend(axes, record, bands=True)
+    add_legend(axes, record, bands=any(scored.pairs is not None for scored in record.evaluations))
     alt = f"{TITLES[score]} of every agent at each evaluation, with 95 % bands"
     return to_picture(figure, f"held-out-{score.replace('_', '-')}", alt)
 

@@ -44,6 +44,8 @@ PHASES = {
 }
 # From here on parts of a second are not written.
 WHOLE_SECONDS = 10
+# Seconds from which on minutes are written.
+LONG = 180
 GIB = 2**30
 
 
@@ -106,13 +108,15 @@ def _time(spent: dict[str, float]) -> Picture:
 
 
 def _memory(laps: Sequence[Lap]) -> Picture:
-    minutes = np.cumsum([lap.seconds for lap in laps]) / 60
-    figure, axes = new_panel("memory (GiB)", size=PANEL, xlabel="minutes")
-    axes.plot(minutes, [lap.resident_bytes / GIB for lap in laps], color=WINNER, linewidth=2, label="process, resident")
+    seconds = np.cumsum([lap.seconds for lap in laps])
+    unit, length = ("minutes", 60) if seconds[-1] >= LONG else ("seconds", 1)
+    times, memory = seconds / length, [lap.resident_bytes / GIB for lap in laps]
+    figure, axes = new_panel("memory (GiB)", size=PANEL, xlabel=unit)
+    axes.plot(times, memory, color=WINNER, linewidth=2, label="process, resident")
     peaks = [lap.cuda_peak_bytes for lap in laps]
     if any(peak is not None for peak in peaks):
         gib = [np.nan if peak is None else peak / GIB for peak in peaks]
-        axes.plot(minutes, gib, color=OTHER, linewidth=2, linestyle=(0, (4, 1.5)), label="CUDA, peak so far")
+        axes.plot(times, gib, color=OTHER, linewidth=2, linestyle=(0, (4, 1.5)), label="CUDA, peak so far")
         axes.legend(loc="lower right")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     return to_picture(figure, "memory", "Memory at each event of the run")
