@@ -21,7 +21,7 @@ from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lo
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState
-from evollm.models.loading import reloadable
+from evollm.models.pretrained import reloadable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

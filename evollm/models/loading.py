@@ -3,65 +3,23 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
 from evollm.models.archive import PolicyArchive, copy_state, note_archive, read_policy_archive
+from evollm.models.pretrained import load_base_model, reloadable
 from evollm.models.requirements import check_plain_model
 from evollm.models.shared_base import SharedBase
 from evollm.processes import check_processes, uses_deepspeed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_RELOADABLE = frozenset(
-    {"attn_implementation", "dtype", "gguf_file", "revision", "subfolder", "torch_dtype", "variant"}
-)
-_ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
-
-
-def reloadable(model_config: Mapping[str, Any]) -> dict[str, str]:
-    """The part of `model_config` that a checkpoint keeps, and that is taken from it, so that its base loads alike.
-
-    Only what chooses among the weights of a name and their type: a checkpoint must not be able to ask for code of
-    somebody else's (`trust_remote_code`, kernels by name), and must not hold a password (`token`).
-    """
-    kept = {}
-    for name in _RELOADABLE & model_config.keys():
-        value = model_config[name]
-        if isinstance(value, torch.dtype):
-            value = str(value).removeprefix("torch.")
-        if isinstance(value, str) and (name != "attn_implementation" or value in _ATTENTION):
-            kept[name] = value
-    return kept
-
-
-def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """Load a causal language model by hub name or folder.
-
-    Args:
-        name: What `AutoModelForCausalLM.from_pretrained` takes: a hub name or a folder.
-        model_config: Keyword arguments for `from_pretrained` (`dtype`, `attn_implementation`, `gguf_file`, ...).
-
-    Raises:
-        ConfigurationError: The model cannot be found or loaded; the message holds the library's own reason.
-    """
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **(model_config or {}))
-    except pickle.UnpicklingError:
-        # The library's own reason explains how to run what the file holds.
-        fix = "its weights are a pickle that holds more than tensors, and was not run: take a model with safetensors"
-        raise ConfigurationError("model_name", name, fix) from None
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError("model_name", name, f"cannot be loaded as a causal language model: {error}") from error
-    return model
 
 
 def load_policy_archive(path: str | Path, model: PreTrainedModel) -> PolicyArchive:

@@ -24,7 +24,7 @@ def check_plain_model(field: str, model: object) -> None:
         raise ConfigurationError(
             field,
             model if isinstance(model, str) else type(model).__name__,
-            "must be a causal language model of transformers (or use model_name)",
+            "must be a language model of transformers, causal or encoder-decoder (or use model_name)",
         )
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ConfigurationError(

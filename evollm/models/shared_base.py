@@ -54,7 +54,7 @@ class SharedBase:
     def __init__(self, model: PreTrainedModel) -> None:
         check_plain_model("actor_network", model)
         self.network = model
-        self.model_config: Mapping[str, str] = {}
+        self.model_config: Mapping[str, Any] = {}
         self.weights_fingerprint = weights_fingerprint(model)
         self.reference_cache = ReferenceCache()
         self._peft: PeftModel | None = None

@@ -1,0 +1,182 @@
+"""Load a language model by name: a hub name, a folder, a GGUF file, or the folder of a PEFT adapter."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
+
+from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
+
+_RELOADABLE = frozenset(
+    {"attn_implementation", "dtype", "gguf_file", "revision", "subfolder", "torch_dtype", "variant"}
+)
+_ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
+_NAMED_AT_MOST = 5
+# Where a model's configuration is looked for; the other arguments of `from_pretrained` are about its weights.
+_ABOUT_CONFIG = frozenset(
+    {
+        *{"cache_dir", "code_revision", "force_download", "gguf_file", "local_files_only", "proxies", "revision"},
+        *{"subfolder", "token", "trust_remote_code"},
+    }
+)
+
+
+def _is_dtype(value: object) -> bool:
+    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+# The settings of bitsandbytes that a checkpoint may hold, and what each must be.
+_QUANTISATION: Mapping[str, Callable[[object], bool]] = {
+    "load_in_4bit": lambda value: isinstance(value, bool),
+    "load_in_8bit": lambda value: isinstance(value, bool),
+    "bnb_4bit_quant_type": lambda value: value in ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": lambda value: isinstance(value, bool),
+    "bnb_4bit_compute_dtype": _is_dtype,
+    "bnb_4bit_quant_storage": _is_dtype,
+    "llm_int8_threshold": lambda value: isinstance(value, float),
+    "llm_int8_has_fp16_weight": lambda value: isinstance(value, bool),
+    "llm_int8_enable_fp32_cpu_offload": lambda value: isinstance(value, bool),
+    "llm_int8_skip_modules": _is_names,
+}
+
+
+def reloadable(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `model_config` that a checkpoint keeps, and that is taken from it, so that its base loads alike.
+
+    Only what chooses among the weights of a name, their type, and how bitsandbytes rounds them: a checkpoint must not
+    be able to ask for code of somebody else's (`trust_remote_code`, kernels or quantisers by name), and must not hold a
+    password (`token`).
+    """
+    kept: dict[str, Any] = {}
+    for name in _RELOADABLE & model_config.keys():
+        value = _plain(model_config[name])
+        if isinstance(value, str) and (name != "attn_implementation" or value in _ATTENTION):
+            kept[name] = value
+    quantisation = _quantisation(model_config.get("quantization_config"))
+    return kept | ({"quantization_config": quantisation} if quantisation else {})
+
+
+def _quantisation(config: object) -> dict[str, Any]:
+    """The settings of a bitsandbytes configuration as plain data; {} of any other one."""
+    settings = config.to_dict() if isinstance(config, BitsAndBytesConfig) else config
+    if not isinstance(settings, Mapping) or settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return {}
+    plain = {name: _plain(value) for name, value in settings.items() if name in _QUANTISATION}
+    kept = {name: value for name, value in plain.items() if _QUANTISATION[name](value)}
+    return kept if kept.get("load_in_4bit") or kept.get("load_in_8bit") else {}
+
+
+def _plain(value: object) -> object:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """Load a language model, causal or encoder-decoder, by hub name or folder.
+
+    The folder of a PEFT adapter gives the base that it names with the adapter merged into it. Custom code that comes
+    with a model is not run unless `model_config` has `trust_remote_code=True`.
+
+    Args:
+        name: What `from_pretrained` takes: a hub name or a folder.
+        model_config: Keyword arguments for `from_pretrained` (`dtype`, `quantization_config`, `attn_implementation`,
+            `device_map`, `gguf_file`, ...).
+
+    Raises:
+        ConfigurationError: The model cannot be found or loaded; the message holds the library's own reason.
+        MissingExtraError: It needs a package that is not installed.
+    """
+    arguments = {"trust_remote_code": False, **(model_config or {})}
+    folder = Path(name)
+    if (folder / "config.json").is_file() or not folder.is_dir():
+        return _load(name, arguments)
+    if (folder / "adapter_config.json").is_file():
+        return _with_adapter(name, arguments)
+    if (folder / "attributes.pt").is_file():
+        fix = "is an agent's checkpoint: build the agent on its base and call load_checkpoint(path), or DPO.load(path)"
+        raise ConfigurationError("model_name", name, fix)
+    return _load(name, arguments)
+
+
+def _load(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """The model as `from_pretrained` loads it."""
+    try:
+        config = arguments.get("config")
+        if config is None:
+            config = AutoConfig.from_pretrained(
+                name, **{key: value for key, value in arguments.items() if key in _ABOUT_CONFIG}
+            )
+        auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+        model, loading = cast(Any, auto).from_pretrained(name, **arguments, output_loading_info=True)
+    except pickle.UnpicklingError:
+        # The library's own reason explains how to run what the file holds.
+        fix = "its weights are a pickle that holds more than tensors, and was not run: take a model with safetensors"
+        raise ConfigurationError("model_name", name, fix) from None
+    except ImportError as error:
+        raise _what_to_install(name, arguments, error) from error
+    except Exception as error:
+        # Anything: the files, the arguments and code that comes with a model may each fail in its own way.
+        if "trust_remote_code" in str(error) and not arguments["trust_remote_code"]:
+            fix = "comes with code of its own, which was not run: read it, then pass trust_remote_code=True"
+            raise ConfigurationError("model_name", name, f"cannot be loaded: it {fix} in model_config") from error
+        reason = f"cannot be loaded as a language model: {type(error).__name__}: {error}"
+        raise ConfigurationError("model_name", name, reason) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        # The library draws them at random.
+        fix = (
+            f"its files lack weights of {type(model).__name__}: {', '.join(missing[:_NAMED_AT_MOST])} ({len(missing)})"
+        )
+        raise ConfigurationError("model_name", name, f"cannot be loaded, {fix}")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _what_to_install(name: str, arguments: Mapping[str, Any], error: ImportError) -> EvoLLMError:
+    """An error that says which package is missing, from transformers' own."""
+    reason = str(error)
+    if "bitsandbytes" in reason:
+        return MissingExtraError("bitsandbytes", "quantization", f"{name!r} in 4 or 8 bits")
+    if "gguf" in reason.lower():
+        return MissingExtraError("gguf", "gguf", f"{name!r} as a GGUF file")
+    attention = arguments.get("attn_implementation")
+    if attention is not None and "flash" in str(attention):
+        fix = (
+            f"needs the package flash-attn and a GPU that it supports: pip install flash-attn, or take 'sdpa' ({error})"
+        )
+        return ConfigurationError("attn_implementation", attention, fix)
+    return ConfigurationError("model_name", name, f"cannot be loaded, a package is missing: {error}")
+
+
+def _with_adapter(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """The base that an adapter names, with the adapter merged into its weights."""
+    try:
+        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except Exception as error:
+        reason = f"is a PEFT adapter that cannot be read: {type(error).__name__}: {error}"
+        raise ConfigurationError("model_name", name, reason) from error
+    if not base_name:
+        fix = "is a PEFT adapter that does not name its base: merge it into the base, and save and load that"
+        raise ConfigurationError("model_name", name, fix)
+    model = _load(base_name, arguments)
+    if getattr(model, "is_quantized", False):
+        fix = "is a PEFT adapter, which cannot be merged into quantised weights: merge it unquantised, and save that"
+        raise ConfigurationError("model_name", name, fix)
+    try:
+        merged = cast(Any, PeftModel.from_pretrained(model, name)).merge_and_unload()
+    except Exception as error:
+        reason = f"is a PEFT adapter that cannot be merged into {base_name!r}: {type(error).__name__}: {error}"
+        raise ConfigurationError("model_name", name, reason) from error
+    assert isinstance(merged, PreTrainedModel)
+    # By this name a checkpoint finds the same weights again.
+    merged.config._name_or_path = name
+    return merged
