@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MT5Config,
     OpenAIGPTConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    T5Config,
 )
 
 VOCABULARY = 160
@@ -44,6 +48,16 @@ LEARNED: dict[str, Any] = {
     "n_head": 4,
     "initializer_range": 0.2,
 }
+RELATIVE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "initializer_factor": 0.3,
+}
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**ROTARY),
     "qwen2": lambda: Qwen2Config(**ROTARY),
@@ -61,15 +75,31 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: GPT2Config(**LEARNED),
     "gpt-neox": lambda: GPTNeoXConfig(**{**ROTARY, "num_key_value_heads": None}),
     "openai-gpt": lambda: OpenAIGPTConfig(**LEARNED),
+    "t5": lambda: T5Config(**RELATIVE),
+    "mt5": lambda: MT5Config(**RELATIVE, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": lambda: BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=256,
+        init_std=0.1,
+    ),
 }
 
 
 def make_family(name: str) -> PreTrainedModel:
+    config = FAMILIES[name]()
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(FAMILIES[name]())
+        model: PreTrainedModel = auto.from_config(config)
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
             module.forward = partial(_rms_norm, module)
     # Gemma 2's own attention takes its softmax in float32, in which the mask of a float64 model is minus infinity.
     return model.to(torch.float32 if name == "gemma2" else torch.float64).eval()

@@ -42,12 +42,17 @@ def _trained() -> str:
     return tokenizer.to_str()
 
 
-def make_tokenizer(*, adds_bos: bool = False, lowercase: bool = False, **kwargs: object) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    *, adds_bos: bool = False, adds_eos: bool = False, lowercase: bool = False, **kwargs: object
+) -> PreTrainedTokenizerFast:
     """A tokenizer with EOS "</s>"; `kwargs` go to `PreTrainedTokenizerFast` and may say otherwise."""
     tokenizer = Tokenizer.from_str(_trained())
     if adds_bos:
         bos = ("<s>", tokenizer.token_to_id("<s>"))
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    if adds_eos:
+        eos = ("</s>", tokenizer.token_to_id("</s>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[eos])
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"bos_token": "<s>", "eos_token": "</s>"} | kwargs)
@@ -57,6 +62,11 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
     """SmolLM's manner: the turn's end is EOS and padding, the turn's start is a BOS that plain text does not get."""
     markers = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     return make_tokenizer(chat_template=CHATML, **markers)
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """T5's manner: every text ends with EOS, and nothing opens it."""
+    return make_tokenizer(adds_eos=True)
 
 
 def bos_template_tokenizer() -> PreTrainedTokenizerFast:

@@ -72,6 +72,7 @@ def load_pairs(
     max_context_length: int | None = None,
     min_completion_length: int | None = None,
     row_format: RowFormat = PAIRS,
+    encoder_decoder: bool = False,
 ) -> tuple[list[TokenizedPair], DataReport]:
     """Turn a dataset of preference pairs, or of examples, into token ids.
 
@@ -83,6 +84,7 @@ def load_pairs(
             completion does not fit are dropped. None: what the tokenizer states, if it states a limit.
         min_completion_length: Pairs with a completion of fewer tokens, EOS included, are dropped.
         row_format: What the rows look like: `PAIRS`, or `EXAMPLES`, which become pairs without a rejected side.
+        encoder_decoder: Whether they are for an encoder-decoder model; see `tokenize_pairs`.
 
     Returns:
         The pairs in the dataset's order, and a report of what was dropped or cut.
@@ -97,7 +99,11 @@ def load_pairs(
     limit = _context_limit(tokenizer) if max_context_length is None else max_context_length
     raw_pairs, dropped = read_dataset(dataset, argument, row_format)
     split = tokenize_pairs(
-        raw_pairs, tokenizer, max_context_length=limit, min_completion_length=min_completion_length or 1
+        raw_pairs,
+        tokenizer,
+        max_context_length=limit,
+        min_completion_length=min_completion_length or 1,
+        encoder_decoder=encoder_decoder,
     )
     for reason, rows in split.dropped.items():
         dropped.setdefault(reason, []).extend(rows)
@@ -127,6 +133,7 @@ def tokenize_pairs(
     *,
     max_context_length: int | None = None,
     min_completion_length: int = 1,
+    encoder_decoder: bool = False,
 ) -> TokenizedSplit:
     """Tokenise pairs in batches.
 
@@ -140,6 +147,8 @@ def tokenize_pairs(
         tokenizer: The model's tokenizer.
         max_context_length: Most tokens of prompt + longer completion; None: no limit.
         min_completion_length: Fewest tokens of a completion, EOS included.
+        encoder_decoder: Tokenise prompt and completions apart, each as the tokenizer does by itself, since they are
+            two sequences to such a model: T5's prompts then end with EOS.
 
     Raises:
         ConfigurationError: The tokenizer has no EOS token.
@@ -147,8 +156,10 @@ def tokenize_pairs(
     """
     marks = _Marks.of(tokenizer)
     split = TokenizedSplit()
-    for text, (prompt_text, *completions) in _encode_pairs(_as_text(pairs, tokenizer, split), tokenizer):
-        prompt, sides = marks.one_bos(prompt_text), [marks.one_eos(ids) for ids in completions]
+    encode = _encode_apart if encoder_decoder else _encode_pairs
+    for text, (prompt_text, *completions) in encode(_as_text(pairs, tokenizer, split), tokenizer):
+        prompt = prompt_text if encoder_decoder else marks.one_bos(prompt_text)
+        sides = [marks.one_eos(ids) for ids in completions]
         reason = _fault(prompt, sides, min_completion_length)
         if reason is None:
             pair = TokenizedPair(*(np.array(ids, dtype=np.int64) for ids in (prompt, *sides)))
@@ -214,6 +225,16 @@ def _encode_pairs(
         for pair in chunk:
             whole = list(islice(encoded, len(_whole_texts(pair))))
             yield pair, _at_shared_prompt(pair, whole, tokenizer)
+
+
+def _encode_apart(
+    texts: Iterator[TextPair], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[TextPair, tuple[Ids, ...]]]:
+    """The same for an encoder-decoder model, with the special tokens of inputs and of targets."""
+    for pair in texts:
+        prompt = tokenizer(pair.prompt, verbose=False)["input_ids"]
+        targets = tokenizer(text_target=list(pair.completions), verbose=False)["input_ids"]
+        yield pair, (list(prompt), *(list(ids) for ids in targets))
 
 
 def _whole_texts(pair: TextPair) -> list[str]:

@@ -19,7 +19,7 @@ from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from evollm.checks import optional_whole_number, whole_number
+from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.data.batch import FIELDS, IntArray, PreferenceBatch, TokenizedPair
 from evollm.data.report import DataReport, count_seen
 from evollm.data.rows import RowFormat
@@ -84,6 +84,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         seed: int = 42,
         *,
         final_dataset: object | None = None,
+        encoder_decoder: bool = False,
     ) -> None:
         processes = check_processes(accelerator)
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
@@ -93,6 +94,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         # Every process is served the whole batch; the agents divide it among themselves.
         self.batch_size = self.data_batch_size_per_gpu * processes.size
         self.seed = whole_number("seed", seed, 0)
+        self.encoder_decoder = switch("encoder_decoder", encoder_decoder)
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, list[TokenizedPair]] = {}
         for split, dataset in zip(SPLITS, (train_dataset, test_dataset, final_dataset), strict=True):
@@ -105,10 +107,16 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
                     max_context_length=max_context_length,
                     min_completion_length=min_completion_length,
                     row_format=self.row_format,
+                    encoder_decoder=encoder_decoder,
                 )
         _warn_of_overlap(self._pairs, self.row_format.noun)
         all_pairs = self.all_pairs
-        self.longest_sequence = max(pair.longest_sequence for pair in all_pairs)
+        self.longest_sequence = max(
+            max(map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
+            if encoder_decoder
+            else pair.longest_sequence
+            for pair in all_pairs
+        )
         self._row_length = max(pair.num_tokens for pair in all_pairs)
         self._training = _Position()
         self._evaluation: _Position | None = None

@@ -36,12 +36,14 @@ class PreferenceGym(DatasetGym):
         min_completion_length: Fewest tokens of a completion, EOS included; None: no bound.
         seed: Seed of the order.
         final_dataset: Pairs for the final score, which nothing is selected by, or None.
+        encoder_decoder: Whether the model is one, such as T5: prompts and completions are then tokenised apart, as two
+            sequences.
 
     Attributes:
         tokenizer, seed, data_batch_size_per_gpu: As given; `reset(seed=...)` sets another seed.
         batch_size: B, the pairs in a batch.
         reports: For each split what became of its rows.
-        longest_sequence: Most tokens of a prompt + completion in any split.
+        longest_sequence: Most tokens of a prompt + completion in any split; for an encoder-decoder model, of either.
 
     Raises:
         ConfigurationError: An argument is out of range, or there are several processes.

@@ -34,12 +34,14 @@ class SFTGym(DatasetGym):
         min_completion_length: Fewest tokens of a completion, EOS included; None: no bound.
         seed: Seed of the order.
         final_dataset: Examples for the final score, which nothing is selected by, or None.
+        encoder_decoder: Whether the model is one, such as T5: prompts and completions are then tokenised apart, as two
+            sequences.
 
     Attributes:
         tokenizer, seed, data_batch_size_per_gpu: As given; `reset(seed=...)` sets another seed.
         batch_size: B, the examples in a batch.
         reports: For each split what became of its rows.
-        longest_sequence: Most tokens of a prompt + completion in any split.
+        longest_sequence: Most tokens of a prompt + completion in any split; for an encoder-decoder model, of either.
 
     Raises:
         ConfigurationError: An argument is out of range, or the processes were not launched as they seem to be.

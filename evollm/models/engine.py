@@ -13,8 +13,16 @@ import numpy as np
 import torch
 
 from evollm.data.batch import PreferenceBatch
+from evollm.errors import ConfigurationError
 from evollm.models.attention import PairLayout
 from evollm.models.budget import count_saved_bytes, default_budget
+from evollm.models.encoder_decoder import (
+    EncodedPairs,
+    encoder_decoder_logprobs,
+    longest_side,
+    padded_lengths,
+    start_token,
+)
 from evollm.models.grouping import balanced_groups, padded_groups
 from evollm.models.identity import computing_settings
 from evollm.models.layers import FanOut
@@ -122,9 +130,12 @@ class Engine:
         self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, loss: MemberLoss | None
     ) -> list[PairLogprobs]:
         """All pairs, each in one of the processes; every process gets all results."""
-        paths = self.prepare(members, batch.longest_sequence)
-        if not options.explicit_positions:
+        longest = longest_side(batch) if self.base.is_encoder_decoder else batch.longest_sequence
+        paths = self.prepare(members, longest)
+        if not (options.explicit_positions or self.base.is_encoder_decoder):
             paths = replace(paths, shared_prompt=False)
+        if loss is not None and (self.base.is_encoder_decoder or not paths.shared_prompt):
+            self._check_own_attention()
         budget = options.token_budget or self._default_budget(batch, members, options, paths, training=loss is not None)
         processes = Processes.present()
         if processes.size == 1:
@@ -149,7 +160,7 @@ class Engine:
         parts: list[list[PairLogprobs]] = [[] for _ in members]
         groups: list[list[int]] = []
         if own:
-            found = _groups(batch.select(own), budget, options.max_pairs, paths)
+            found = self._groups(batch.select(own), budget, options.max_pairs, paths)
             groups = [[own[row] for row in rows] for rows in found]
         fillers = 0
         if self.base.is_sharded:
@@ -166,6 +177,17 @@ class Engine:
                     if weight:
                         parts[number].append(PairLogprobs(part.chosen.detach(), part.rejected.detach()))
         return [PairLogprobs.join(member_parts, groups) for member_parts in parts] if groups else []
+
+    def _groups(self, batch: PreferenceBatch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:
+        """Rows that go through the base together."""
+        if self.base.is_encoder_decoder:
+            return padded_groups(padded_lengths(batch, shared_prompt=paths.shared_prompt), budget, max_pairs)
+        if paths.shared_prompt:
+            return balanced_groups(batch.num_tokens.tolist(), budget, max_pairs)
+        # Two padded sequences for each pair, one for an SFT example.
+        longest = batch.prompt_lengths + np.maximum(batch.chosen_lengths, batch.rejected_lengths)
+        sequences = 1 + (batch.rejected_lengths > 0)
+        return padded_groups(sequences * longest, budget, max_pairs)
 
     def state_dict(self) -> list[list[Any]]:
         """The default budgets found so far, ready for JSON: the bits of a run depend on them."""
@@ -197,6 +219,13 @@ class Engine:
             self._budgets[kind] = Processes.present().smallest(budget)
         return self._budgets[kind]
 
+    def _check_own_attention(self) -> None:
+        """Refuse to train by an attention of the model's own that cannot be differentiated."""
+        attention = self.base.network.config._attn_implementation
+        if attention == "flex_attention" and self.base.device.type == "cpu":
+            fix = "has no backward pass on a CPU: load the base with attn_implementation='sdpa'"
+            raise ConfigurationError("attn_implementation", attention, fix)
+
     def _say(self, reason: str) -> None:
         # The figures in brackets differ from one LoRA configuration to the next; what follows from them does not.
         what = reason.split(" (", maxsplit=1)[0]
@@ -216,16 +245,6 @@ def _from_everywhere(
     return PairLogprobs(*sums)
 
 
-def _groups(batch: PreferenceBatch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:
-    """Rows that go through the base together."""
-    if paths.shared_prompt:
-        return balanced_groups(batch.num_tokens.tolist(), budget, max_pairs)
-    # Two padded sequences for each pair, one for an SFT example.
-    longest = batch.prompt_lengths + np.maximum(batch.chosen_lengths, batch.rejected_lengths)
-    sequences = 1 + (batch.rejected_lengths > 0)
-    return padded_groups((sequences * longest).tolist(), budget, max_pairs)
-
-
 class _FewPairs:
     """The pairs of one pass, laid out once, and the members that go through the base with them."""
 
@@ -236,7 +255,13 @@ class _FewPairs:
         self._batch = batch
         self._members = members
         self._paths = paths
-        self._packed = PackedPairs.of(batch, base.device) if paths.shared_prompt else None
+        self._sides: EncodedPairs | None = None
+        self._packed: PackedPairs | None = None
+        if base.is_encoder_decoder:
+            start = start_token(base.network)
+            self._sides = EncodedPairs.of(batch, base.device, start, shared_prompt=paths.shared_prompt)
+        elif paths.shared_prompt:
+            self._packed = PackedPairs.of(batch, base.device)
         self._layout = PairLayout(self._packed.lengths, base.device) if self._packed else None
         first = base.first_adapted_layer([name for name in members if name is not None])
         self._fan_out = FanOut(first, 1) if self._packed and first is not None else None
@@ -244,8 +269,10 @@ class _FewPairs:
     def passes(self, budget: int) -> list[Sequence[int]]:
         """Positions of the members of each pass: as many as the budget holds, evenly."""
         together = 1
-        if self._paths.stacking and self._fan_out is not None and None not in self._members:
-            together = max(1, budget // int(self._batch.num_tokens.sum()))
+        stacking = self._fan_out is not None or self._sides is not None
+        if self._paths.stacking and stacking and None not in self._members:
+            tokens = int(self._batch.num_tokens.sum()) if self._sides is None else self._sides.num_tokens
+            together = max(1, budget // tokens)
         if self._base.is_sharded:
             together = Processes.present().smallest(together)
         count = -(-len(self._members) // together)
@@ -260,6 +287,9 @@ class _FewPairs:
         with ExitStack() as stack:
             network = stack.enter_context(base.active(names[0], gradient_checkpointing=options.gradient_checkpointing))
             stack.enter_context(base.router.route(routes or None))
+            if self._sides is not None:
+                yield encoder_decoder_logprobs(network, self._sides, len(names), tiled_head=paths.tiled_head)
+                return
             if self._packed is None or self._layout is None:
                 yield [
                     completion_logprobs(

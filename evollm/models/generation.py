@@ -14,7 +14,7 @@ from evollm.models.shared_base import SharedBase
 def greedy_answers(
     base: SharedBase, adapter: str | None, prompts: Sequence[IntArray], tokenizer: Any, max_new_tokens: int = 64
 ) -> list[str]:
-    """Continue each prompt with the likeliest tokens.
+    """Answer each prompt with the likeliest tokens.
 
     Args:
         base: The shared base.
@@ -41,5 +41,7 @@ def greedy_answers(
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.eos_token_id,
             )
-            answers.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip())
+            # A decoder's output begins with its own start token, not with the prompt.
+            start = 0 if base.is_encoder_decoder else len(prompt)
+            answers.append(tokenizer.decode(output[0, start:], skip_special_tokens=True).strip())
     return answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def balanced_groups(sizes: Sequence[int], capacity: int, most: int | None = None) -> list[list[int]]:
@@ -36,21 +37,26 @@ def balanced_groups(sizes: Sequence[int], capacity: int, most: int | None = None
         count += 1
 
 
-def padded_groups(lengths: Sequence[int], capacity: int, most: int | None = None) -> list[list[int]]:
+def padded_groups(
+    lengths: Sequence[int] | NDArray[np.int64], capacity: int, most: int | None = None
+) -> list[list[int]]:
     """Divide items that are padded to the longest of their group, those of like length together.
 
     Args:
-        lengths: (n,) length of each item.
-        capacity: Largest product of a group's items and its longest length; a longer item has a group of its own.
+        lengths: (n,) length of each item, or (n, k) lengths of its k parts, which are padded apart from each other.
+        capacity: Largest product of a group's items and its longest length, the sum of it over the parts; a longer item
+            has a group of its own.
         most: Most items in a group; None: no bound.
 
     Returns:
         The positions of each group's items, in increasing order.
     """
+    parts = np.asarray(lengths).reshape(len(lengths), -1)
     groups: list[list[int]] = [[]]
-    for item in np.argsort(-np.asarray(lengths), kind="stable"):
-        longest = lengths[groups[-1][0]] if groups[-1] else 0
-        if groups[-1] and ((len(groups[-1]) + 1) * longest > capacity or len(groups[-1]) == most):
+    for item in np.argsort(-parts.sum(axis=1), kind="stable"):
+        size = len(groups[-1]) + 1
+        longest = int(parts[[*groups[-1], item]].max(axis=0).sum())
+        if groups[-1] and (size * longest > capacity or len(groups[-1]) == most):
             groups.append([])
         groups[-1].append(int(item))
     return [sorted(group) for group in groups]

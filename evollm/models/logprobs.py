@@ -112,13 +112,13 @@ def completion_logprobs(
     mask = torch.from_numpy(layout.completion_mask).to(device)
     if tiled_head:
         hidden = _hidden_states(network, inputs)[:, :-1][mask]  # (C, D)
-        head = _head(network)
+        head = linear_head(network)
         found = token_logprobs(hidden, head.weight, head.bias, input_ids[:, 1:][mask])
         sizes = layout.completion_mask.sum(axis=1).tolist()
         sums = torch.stack([part.sum() for part in found.split(sizes)])
     else:
         columns = torch.from_numpy(np.flatnonzero(layout.completion_mask.any(axis=0))).to(device)
-        token_sums = _token_logprobs(_logits(network, inputs, columns), input_ids[:, columns + 1])
+        token_sums = target_logprobs(_logits(network, inputs, columns), input_ids[:, columns + 1])
         # where() rather than a product: an infinite log-prob in the padding must not turn the sum into NaN.
         sums = torch.where(mask[:, columns], token_sums, token_sums.new_zeros(())).sum(dim=1)
     rejected = sums.new_zeros(len(batch))
@@ -137,12 +137,12 @@ def packed_logprobs(
     inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
     if tiled_head:
         hidden = _hidden_states(network, inputs).index_select(1, packed.predicting)  # (M, C, D)
-        head = _head(network)
+        head = linear_head(network)
         targets = packed.targets.repeat(num_members)
         found = token_logprobs(hidden.flatten(0, 1), head.weight, head.bias, targets).view(num_members, -1)
     else:
         logits = _logits(network, inputs, packed.predicting)  # (M, C, V)
-        found = _token_logprobs(logits, packed.targets.expand(num_members, -1))
+        found = target_logprobs(logits, packed.targets.expand(num_members, -1))
     sizes = [size for pair in packed.lengths for size in (pair.chosen, pair.rejected)]
     # Sums of slices, not an index_add: that adds in any order on a GPU.
     sums = torch.stack([part.sum(dim=1) for part in found.split(sizes, dim=1)], dim=1)  # (M, 2B)
@@ -156,7 +156,7 @@ def _hidden_states(network: Any, inputs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _head(network: Any) -> nn.Linear:
+def linear_head(network: Any) -> nn.Linear:
     """The head as a plain linear layer; an adapter on it, for one, is none.
 
     Raises:
@@ -178,7 +178,7 @@ def _logits(network: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Tens
     return logits
 
 
-def _token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log softmax(logits) at the targets, (B, T, V) and (B, T) -> (B, T), at least in float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models.attention import PairLayout
+from evollm.models.encoder_decoder import EncodedPairs, encoder_decoder_logprobs, start_token
 from evollm.models.layers import FanOut
 from evollm.models.logprobs import PairLogprobs, completion_logprobs, packed_logprobs
 from evollm.models.packing import PackedPairs
@@ -92,7 +93,7 @@ def probe(base: SharedBase, config: LoraConfig, length: int) -> FastPaths:
         expected = torch.cat([_plain(base, members[0], long), plain[0]])
         shared = trial.agrees(
             "chosen and rejected side do not share their prompt",
-            lambda: _packed(base, members[:1], both, tiled_head=tiled)[0],
+            lambda: _shared(base, members[:1], both, tiled_head=tiled)[0],
             expected,
         )
         stacking = False
@@ -102,7 +103,7 @@ def probe(base: SharedBase, config: LoraConfig, length: int) -> FastPaths:
             # The second pass enters where the members part, with what the first one left there.
             stacking = trial.agrees(
                 "members go one by one",
-                lambda: torch.cat(_packed(base, members, short, tiled_head=tiled, routed=True, passes=2)),
+                lambda: torch.cat(_shared(base, members, short, tiled_head=tiled, routed=True, passes=2)),
                 torch.cat(plain),
             )
     return FastPaths(shared, tiled, stacking, longest, tuple(trial.reasons))
@@ -150,10 +151,13 @@ def _log_probs_apart(
 def _plain(base: SharedBase, adapter: str, batch: PreferenceBatch, *, tiled_head: bool = False) -> Tensor:
     """(B, 2) by the plain layout and PEFT's own forward pass."""
     with base.active(adapter) as network:
+        if base.is_encoder_decoder:
+            pairs = EncodedPairs.of(batch, base.device, start_token(network), shared_prompt=False)
+            return _sums(encoder_decoder_logprobs(network, pairs, tiled_head=tiled_head)[0])
         return _sums(completion_logprobs(network, batch, base.device, tiled_head=tiled_head))
 
 
-def _packed(
+def _shared(
     base: SharedBase,
     members: tuple[str, ...],
     batch: PreferenceBatch,
@@ -162,7 +166,9 @@ def _packed(
     routed: bool = False,
     passes: int = 1,
 ) -> list[Tensor]:
-    """(B, 2) for each member by packed pairs, of the last of some equal passes."""
+    """(B, 2) for each member with prompts computed once, of the last of some equal passes."""
+    if base.is_encoder_decoder:
+        return _encoded_once(base, members, batch, tiled_head=tiled_head, routed=routed)
     packed = PackedPairs.of(batch, base.device)
     first = base.first_adapted_layer(members)
     fan_out = None if first is None else FanOut(first, len(members))
@@ -174,6 +180,16 @@ def _packed(
         for _ in range(passes):
             found = packed_logprobs(network, packed, len(members), tiled_head=tiled_head)
         return [_sums(member) for member in found]
+
+
+def _encoded_once(
+    base: SharedBase, members: tuple[str, ...], batch: PreferenceBatch, *, tiled_head: bool, routed: bool
+) -> list[Tensor]:
+    """The same of an encoder-decoder model, which keeps nothing from one pass to the next."""
+    pairs = EncodedPairs.of(batch, base.device, start_token(base.network), shared_prompt=True)
+    with base.active(members[0]) as network, base.router.route(members if routed else None):
+        found = encoder_decoder_logprobs(network, pairs, len(members), tiled_head=tiled_head)
+    return [_sums(member) for member in found]
 
 
 def _sums(found: PairLogprobs) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from evollm.errors import ConfigurationError
 from evollm.models.archive import PolicyArchive, loaded_archive
 from evollm.models.attention import PairLayout, current_layout, packed_attention
+from evollm.models.encoder_decoder import is_encoder_decoder, start_token
 from evollm.models.identity import adapter_fingerprint, computing_settings, weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
 from evollm.models.merging import merged_weights
@@ -53,6 +54,8 @@ class SharedBase:
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_plain_model("actor_network", model)
+        if is_encoder_decoder(model.config):
+            start_token(model)
         self.network = model
         self.model_config: Mapping[str, Any] = {}
         self.weights_fingerprint = weights_fingerprint(model)
@@ -108,6 +111,11 @@ class SharedBase:
         }
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompts go through an encoder and completions through a decoder, as T5's do."""
+        return is_encoder_decoder(self.network.config)
+
+    @property
     def max_positions(self) -> int | None:
         """The longest sequence that the base was made for, in tokens, where its configuration says."""
         positions = getattr(self.network.config, "max_position_embeddings", None)
@@ -153,6 +161,9 @@ class SharedBase:
         """
         check_lora_config(config)
         config = copy.deepcopy(config)
+        if self.is_encoder_decoder:
+            # A saved adapter says by its task which class of transformers it belongs on.
+            config.task_type = "SEQ_2_SEQ_LM"
         # That of another run's base, perhaps; PEFT fills in this one's.
         config.base_model_name_or_path = None
         name = f"{role}-{self._created}"

@@ -144,14 +144,18 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
                 "test_dataset", None, "evolution needs held-out rows: pass a test_dataset to the gym"
             )
         _check_evolution(population, options, Schedule.of(options, env))
-    longest, limit = env.longest_sequence, population[0].base.max_positions
+    base = population[0].base
+    if base.is_encoder_decoder != env.encoder_decoder:
+        fix = f"the base {'is' if base.is_encoder_decoder else 'is not'} an encoder-decoder model: build the gym anew"
+        raise ConfigurationError("encoder_decoder", env.encoder_decoder, fix)
+    longest, limit = env.longest_sequence, base.max_positions
     if limit is not None and longest > limit:
         raise ConfigurationError(
             "max_context_length",
             longest,
             f"texts are longer than the base's {limit} positions: pass {limit} to the gym",
         )
-    vocabulary = population[0].base.num_embeddings
+    vocabulary = base.num_embeddings
     if env.largest_id >= vocabulary:
         fix = f"the base knows {vocabulary} tokens and the data hold id {env.largest_id}: use the base's own tokenizer"
         raise ConfigurationError("tokenizer", getattr(env.tokenizer, "name_or_path", type(env.tokenizer).__name__), fix)

@@ -169,11 +169,16 @@ FAST = FastPaths(True, True, True)
 EXPECTED = {name: FAST for name in FAMILIES} | {
     "gemma2": FastPaths(True, False, True),
     "openai-gpt": FastPaths(False, True, False),
+    # It adds a bias to its logits.
+    "bart": FastPaths(True, False, True),
 }
 TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "openai-gpt": ["c_attn", "c_proj"],
     "gpt-neox": ["query_key_value", "dense_4h_to_h"],
+    "t5": "all-linear",
+    "mt5": ["q", "v", "wo"],
+    "bart": ["q_proj", "v_proj", "fc2"],
 }
 
 

@@ -130,6 +130,17 @@ def test_every_attention_implementation_gives_the_same_log_probs(folder, gym, lo
     assert agent.base.network.config._attn_implementation == attention
 
 
+def test_flex_attention_that_would_have_to_be_differentiated_on_a_cpu_is_refused(folder, gym, lora, uncompiled) -> None:
+    agent = DPO(
+        model_name=folder,
+        model_config={"attn_implementation": "flex_attention"},
+        lora_config=lora,
+        calc_position_embeddings=False,
+    )
+    with pytest.raises(ConfigurationError, match=r"attn_implementation='flex_attention'.*'sdpa'"):
+        agent.learn(gym.next_batch())
+
+
 def test_flash_attention_that_is_not_installed_is_said_to_be(folder) -> None:
     from transformers.utils import is_flash_attn_2_available  # noqa: PLC0415
 
