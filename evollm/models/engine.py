@@ -266,10 +266,15 @@ class _FewPairs:
         first = base.first_adapted_layer([name for name in members if name is not None])
         self._fan_out = FanOut(first, 1) if self._packed and first is not None else None
 
+    @property
+    def starts_at_first_adapter(self) -> bool:
+        """Whether the layers below the first adapter run once for all members."""
+        return self._fan_out is not None
+
     def passes(self, budget: int) -> list[Sequence[int]]:
         """Positions of the members of each pass: as many as the budget holds, evenly."""
         together = 1
-        stacking = self._fan_out is not None or self._sides is not None
+        stacking = self.starts_at_first_adapter or self._sides is not None
         if self._paths.stacking and stacking and None not in self._members:
             tokens = int(self._batch.num_tokens.sum()) if self._sides is None else self._sides.num_tokens
             together = max(1, budget // tokens)

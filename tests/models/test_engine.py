@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from documented import as_documented
 from families import FAMILIES, VOCABULARY, make_family
 from peft import LoraConfig
 from torch import Tensor
@@ -17,7 +18,7 @@ from evollm import DPO
 from evollm.algorithms.dpo_step import learn_together, logratios_together
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models import attention, packing
-from evollm.models.engine import Engine, PassOptions
+from evollm.models.engine import Engine, PassOptions, _FewPairs
 from evollm.models.logprobs import PairLogprobs
 from evollm.models.probe import FastPaths
 
@@ -164,14 +165,6 @@ def test_no_pass_has_more_tokens_than_the_budget(monkeypatch) -> None:
     assert max(sizes) <= 30
 
 
-FAST = FastPaths(True, True, True)
-# What the probe is known to find; a model that is not here may find anything, as long as it is right.
-EXPECTED = {name: FAST for name in FAMILIES} | {
-    "gemma2": FastPaths(True, False, True),
-    "openai-gpt": FastPaths(False, True, False),
-    # It adds a bias to its logits.
-    "bart": FastPaths(True, False, True),
-}
 TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "openai-gpt": ["c_attn", "c_proj"],
@@ -194,11 +187,12 @@ def test_every_family_gives_the_log_probs_and_gradients_of_two_plain_sequences(f
             only_plain(agents[0])
         else:
             paths = engine.prepare(names, batch.longest_sequence)
-            expected = EXPECTED[family]
-            assert (paths.shared_prompt, paths.tiled_head, paths.stacking) == (
-                expected.shared_prompt,
-                expected.tiled_head,
-                expected.stacking,
+            assert as_documented(
+                family,
+                prompt_once=paths.shared_prompt,
+                tiled_head=paths.tiled_head,
+                members_together=paths.stacking,
+                lower_layers_once=_FewPairs(agents[0].base, batch, names, paths).starts_at_first_adapter,
             ), paths.reasons
         logprobs = engine.logprobs(batch, [*names, None], PassOptions())
         results.append(([(found.chosen, found.rejected) for found in logprobs], backward(agents, batch)))

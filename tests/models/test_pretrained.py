@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from documented import as_documented
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from snapshots import base_bits
@@ -37,6 +38,13 @@ def logprobs(agent: DPO, gym: Any) -> torch.Tensor:
     return Engine.of(agent.base).logprobs(gym.next_batch(), [agent.actor_adapter], PassOptions())[0].chosen
 
 
+def takes_documented_paths(agent: DPO, kind: str) -> bool:
+    (paths,) = Engine.of(agent.base).paths.values()
+    return as_documented(
+        kind, prompt_once=paths.shared_prompt, members_together=paths.stacking, tiled_head=paths.tiled_head
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", torch.float16])
 def test_a_base_in_any_precision_has_finite_losses_and_float32_adapters(folder, gym, lora, dtype: Any) -> None:
     agent = DPO(model_name=folder, model_config={"dtype": dtype}, lora_config=lora, lr=1e-3)
@@ -44,6 +52,7 @@ def test_a_base_in_any_precision_has_finite_losses_and_float32_adapters(folder, 
     losses = [agent.learn(batch)["loss"] for _ in range(4)]
     assert str(agent.base.network.dtype).removeprefix("torch.") == str(dtype).removeprefix("torch.")
     assert {parameter.dtype for parameter in agent.actor_parameters()} == {torch.float32}
+    assert takes_documented_paths(agent, str(dtype).removeprefix("torch."))
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
     assert not agent.diverged
@@ -52,12 +61,16 @@ def test_a_base_in_any_precision_has_finite_losses_and_float32_adapters(folder, 
 # LLM.int8() treats columns with outliers apart, so that a row depends on the rows beside it: no path is shared.
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    "quantisation",
-    [NF4, BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32), INT8],
+    ("kind", "quantisation"),
+    [
+        ("nf4", NF4),
+        ("nf4-double", BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)),
+        ("int8", INT8),
+    ],
     ids=["nf4", "nf4-double", "int8"],
 )
 def test_eight_members_learn_on_one_quantised_base_and_are_found_again(
-    folder, gym, lora, tmp_path, quantisation: Any
+    folder, gym, lora, tmp_path, kind: str, quantisation: Any
 ) -> None:
     pytest.importorskip("bitsandbytes")
     model_config = {"quantization_config": quantisation, "device_map": "cpu", "dtype": torch.float32}
@@ -72,6 +85,7 @@ def test_eight_members_learn_on_one_quantised_base_and_are_found_again(
         assert losses[-1] < losses[0]
     assert {id(agent.base.network) for agent in agents} == {id(base.network)}
     assert base_bits(base) == before
+    assert takes_documented_paths(agents[0], kind)
     assert sum(p.numel() for p in base.network.parameters() if not p.requires_grad) == parameters
 
     agents[0].save_checkpoint(str(tmp_path / "agent"))
