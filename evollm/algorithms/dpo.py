@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,7 @@ from evollm.checks import whole_number
 from evollm.data.batch import PreferenceBatch
 from evollm.hpo.fitness import Evaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
+from evollm.models.engine import PassOptions
 from evollm.models.loading import shared_base, usable_device
 from evollm.models.logprobs import PairLogprobs
 
@@ -62,6 +64,9 @@ class DPO(EvolvableAlgorithm):
             `exo_pair` (above 0), `aot`, `aot_unpaired`.
         discopop_tau: Temperature of the loss `discopop`.
         simpo_gamma: Margin of the loss `simpo`, in the units of beta times a mean log-prob.
+        ld_alpha: Weight, from 0 to 1, of the tokens of a completion beyond the length of the pair's shorter one
+            (LD-DPO, arXiv 2409.06411), in the sums of policy and reference that losses compare and metrics report.
+            Likelihoods (`nll_alpha`, the loss `sft`), lengths and the fitness are over all tokens. None: plain sums.
         max_grad_norm: 2-norm to which a longer gradient is scaled down.
         update_epochs: Passes over each batch that `learn` is given.
         calc_position_embeddings: Pass explicit position ids rather than leave them to the model.
@@ -115,6 +120,7 @@ class DPO(EvolvableAlgorithm):
         label_smoothing: float = 0.0,
         discopop_tau: float = 0.05,
         simpo_gamma: float = 0.5,
+        ld_alpha: float | None = None,
         max_grad_norm: float = 0.1,
         update_epochs: int = 1,
         calc_position_embeddings: bool = True,
@@ -145,6 +151,7 @@ class DPO(EvolvableAlgorithm):
             loss_weights=loss_weights,
             discopop_tau=discopop_tau,
             simpo_gamma=simpo_gamma,
+            ld_alpha=ld_alpha,
         )
         hyperparameters = DPOHyperparameters(
             lr=lr,
@@ -182,6 +189,11 @@ class DPO(EvolvableAlgorithm):
     def loss_settings(self) -> LossSettings:
         """What the losses depend on."""
         return loss_settings(self.hyperparameters, self.settings)
+
+    @property
+    def pass_options(self) -> PassOptions:
+        """How the agent goes through the base."""
+        return replace(super().pass_options, up_to_shorter=self.settings.ld_alpha is not None)
 
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
         if not self.settings.use_separate_reference_adapter:

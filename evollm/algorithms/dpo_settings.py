@@ -54,9 +54,14 @@ class DPOSettings(AgentSettings):
     loss_weights: Sequence[float] | None = None
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
+    ld_alpha: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ld_alpha is not None:
+            object.__setattr__(self, "ld_alpha", float(finite_number("ld_alpha", self.ld_alpha)))
+            if not 0 <= self.ld_alpha <= 1:
+                raise ConfigurationError("ld_alpha", self.ld_alpha, "must be from 0 to 1, or None for plain sums")
         object.__setattr__(self, "discopop_tau", float(positive_number("discopop_tau", self.discopop_tau)))
         object.__setattr__(self, "simpo_gamma", float(finite_number("simpo_gamma", self.simpo_gamma)))
         if self.loss_weights is not None:

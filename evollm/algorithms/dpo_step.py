@@ -35,6 +35,7 @@ class DPOObjective:
         terms: Names of losses and the weight of each.
         settings: What they depend on.
         nll_alpha: Weight of the negative log-likelihood.
+        ld_alpha: Weight of the tokens beyond the shorter side's length; None: that of the others.
     """
 
     batch: PreferenceBatch
@@ -42,6 +43,7 @@ class DPOObjective:
     terms: tuple[tuple[str, float], ...]
     settings: LossSettings
     nll_alpha: float
+    ld_alpha: float | None = None
 
     @property
     def weight(self) -> int:
@@ -60,7 +62,8 @@ class DPOObjective:
     def metrics(self, policy: PairLogprobs) -> dict[str, float]:
         """See `DPO.learn`."""
         loss, nll = (value.item() for value in self._parts(range(self.weight), policy))
-        pairs = pair_metrics(policy, self.reference, self.settings.beta)
+        compared = policy.weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
+        pairs = pair_metrics(*compared, self.settings.beta)
         return {
             "mean_loss": loss,
             "mean_chosen_reward": pairs["rewards/chosen"],
@@ -72,23 +75,26 @@ class DPOObjective:
 
     def _parts(self, rows: Sequence[int], policy: PairLogprobs) -> tuple[Tensor, Tensor]:
         """Loss and negative log-likelihood: what these rows contribute to the batch's means."""
-        chosen, rejected = quiet_gradient(policy.chosen), quiet_gradient(policy.rejected)
+        quiet = PairLogprobs.of([quiet_gradient(column) for column in policy.columns])
+        compared, reference = quiet.weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
+        chosen, rejected = compared.chosen, compared.rejected
         num_chosen_tokens = int(self.batch.chosen_lengths.sum())
         scores = PairScores(
             chosen=chosen,
             rejected=rejected,
-            reference_chosen=self.reference.chosen[rows].to(chosen),
-            reference_rejected=self.reference.rejected[rows].to(rejected),
+            reference_chosen=reference.chosen[rows].to(chosen),
+            reference_rejected=reference.rejected[rows].to(rejected),
             chosen_lengths=torch.from_numpy(self.batch.chosen_lengths[list(rows)]).to(chosen),
             rejected_lengths=torch.from_numpy(self.batch.rejected_lengths[list(rows)]).to(rejected),
             mean_chosen_length=num_chosen_tokens / self.weight,
+            chosen_likelihood=quiet.chosen,
         )
         losses = [LOSSES[name](scores, self.settings) for name, _ in self.terms]
         weighted = [
             values if weight == 1 else weight * values for values, (_, weight) in zip(losses, self.terms, strict=True)
         ]
         loss = torch.stack(weighted).sum(dim=0).sum() / self.weight
-        nll = token_mean_nll(chosen, num_chosen_tokens)
+        nll = token_mean_nll(quiet.chosen, num_chosen_tokens)
         return (loss + self.nll_alpha * nll if self.nll_alpha > 0 else loss), nll
 
 
@@ -111,7 +117,7 @@ def learn_together(agents: Sequence[DPO], batch: PreferenceBatch, *, training: b
 
 def _objectives(agents: Sequence[DPO], batch: PreferenceBatch) -> list[DPOObjective]:
     return [
-        DPOObjective(batch, reference, agent.loss_terms, agent.loss_settings, agent.nll_alpha)
+        DPOObjective(batch, reference, agent.loss_terms, agent.loss_settings, agent.nll_alpha, agent.settings.ld_alpha)
         for agent, reference in zip(agents, reference_logprobs(agents, batch), strict=True)
     ]
 
@@ -150,7 +156,7 @@ def reference_logprobs(
     def compute(missing: PreferenceBatch, numbers: Sequence[int]) -> list[PairLogprobs]:
         return Engine.of(base).logprobs(missing, [adapters[number] for number in numbers], options)
 
-    found = base.reference_cache.get(list(distinct), batch, compute)
+    found = base.reference_cache.get(list(distinct), batch, compute, up_to_shorter=options.up_to_shorter)
     by_fingerprint = dict(zip(distinct, found, strict=True))
     return [by_fingerprint[fingerprint] for fingerprint in fingerprints]
 

@@ -28,6 +28,7 @@ class PairScores:
         chosen_lengths: (B,) tokens of y_w.
         rejected_lengths: (B,) tokens of y_l.
         mean_chosen_length: Mean tokens of y_w over the whole optimizer batch, of which these pairs may be a part.
+        chosen_likelihood: (B,) log pi(y_w | x) over all tokens alike, where the sums above weigh them; None: `chosen`.
     """
 
     chosen: Tensor
@@ -37,6 +38,7 @@ class PairScores:
     chosen_lengths: Tensor
     rejected_lengths: Tensor
     mean_chosen_length: float
+    chosen_likelihood: Tensor | None = None
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -172,7 +174,8 @@ def discopop(pairs: PairScores, settings: LossSettings) -> Tensor:
 def sft(pairs: PairScores, settings: LossSettings) -> Tensor:
     """Negative log-likelihood of the chosen sides, a mean over all chosen tokens of the batch; beta plays no part."""
     del settings
-    return -pairs.chosen / pairs.mean_chosen_length
+    likelihood = pairs.chosen if pairs.chosen_likelihood is None else pairs.chosen_likelihood
+    return -likelihood / pairs.mean_chosen_length
 
 
 def simpo(pairs: PairScores, settings: LossSettings) -> Tensor:

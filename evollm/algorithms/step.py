@@ -56,16 +56,16 @@ class Linearised:
     @classmethod
     def of(cls, objective: Objective, policy: PairLogprobs) -> Linearised:
         """Around the log-probs of the whole batch, (B,)."""
-        known = PairLogprobs(policy.chosen.detach().requires_grad_(), policy.rejected.detach().requires_grad_())
+        known = PairLogprobs.of([column.detach().requires_grad_() for column in policy.columns])
         with torch.enable_grad():
             loss = objective.loss(range(len(known.chosen)), known)
-        sides = [known.chosen, known.rejected]
-        return cls(PairLogprobs(*torch.autograd.grad(loss, sides, materialize_grads=True)))
+        return cls(PairLogprobs.of(torch.autograd.grad(loss, known.columns, materialize_grads=True)))
 
     def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
         """What these rows contribute."""
-        gradient = self.gradient.chosen[rows].to(policy.chosen), self.gradient.rejected[rows].to(policy.rejected)
-        return (gradient[0] * policy.chosen + gradient[1] * policy.rejected).sum()
+        columns = zip(self.gradient.columns, policy.columns, strict=True)
+        first, *others = (gradient[rows].to(column) * column for gradient, column in columns)
+        return sum(others, first).sum()
 
 
 # From agents that step together and their batch to the objective of each.

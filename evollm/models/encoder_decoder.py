@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from evollm.data.batch import IntArray, PreferenceBatch
 from evollm.errors import ConfigurationError
 from evollm.models.head import token_logprobs
-from evollm.models.logprobs import PairLogprobs, linear_head, target_logprobs
+from evollm.models.logprobs import PairLogprobs, linear_head, shorter_lengths, target_logprobs
 
 
 def is_encoder_decoder(config: Any) -> bool:
@@ -65,6 +65,7 @@ class EncodedPairs:
         decoder_mask: (S, T) 1 where there is a token, which predicts a token of the side.
         targets: (C,) the tokens of all sides.
         sizes: S lengths of the sides.
+        shorter: S lengths of the shorter sides of the pairs that they belong to.
         rejected_rows: (S - B,) the pairs that the rejected sides belong to.
         num_pairs: B.
         shared_prompt: Whether the two sides of a pair share one encoded prompt.
@@ -76,6 +77,7 @@ class EncodedPairs:
     decoder_mask: Tensor
     targets: Tensor
     sizes: tuple[int, ...]
+    shorter: tuple[int, ...]
     rejected_rows: Tensor
     num_pairs: int
     shared_prompt: bool
@@ -89,7 +91,7 @@ class EncodedPairs:
         prompts = [pair.prompt_ids for pair in pairs]
         if not shared_prompt:
             prompts += [pairs[row].prompt_ids for row in rejected_rows]
-        first = np.array([start])
+        first, shorter = np.array([start]), shorter_lengths(batch)
         prompt_ids, prompt_mask = _padded(prompts, device)
         decoder_ids, decoder_mask = _padded([np.concatenate([first, side[:-1]]) for side in sides], device)
         return cls(
@@ -99,6 +101,7 @@ class EncodedPairs:
             decoder_mask=decoder_mask,
             targets=torch.from_numpy(np.concatenate(sides)).to(device),
             sizes=tuple(len(side) for side in sides),
+            shorter=(*shorter.tolist(), *shorter[rejected_rows].tolist()),
             rejected_rows=torch.from_numpy(rejected_rows).to(device),
             num_pairs=len(pairs),
             shared_prompt=shared_prompt,
@@ -111,7 +114,12 @@ class EncodedPairs:
 
 
 def encoder_decoder_logprobs(
-    network: Any, pairs: EncodedPairs, num_members: int = 1, *, tiled_head: bool = False
+    network: Any,
+    pairs: EncodedPairs,
+    num_members: int = 1,
+    *,
+    tiled_head: bool = False,
+    up_to_shorter: bool = False,
 ) -> list[PairLogprobs]:
     """Sum the log-probabilities of each side's tokens given the prompt and all tokens of the side before them.
 
@@ -120,6 +128,7 @@ def encoder_decoder_logprobs(
         pairs: B pairs. Without a shared prompt each side is a plain sequence of its own, by the model's own pass.
         num_members: M members, to whose adapters blocks of rows have been routed; 1 for several needs a shared prompt.
         tiled_head: Apply the head to tiles of the decoder's hidden states; see `evollm.models.head`.
+        up_to_shorter: Give the sums up to the shorter side's length too.
 
     Returns:
         (B,) sums for each member; differentiable where gradients are enabled.
@@ -139,10 +148,18 @@ def encoder_decoder_logprobs(
         found = token_logprobs(hidden, head.weight, head.bias, targets)
     else:
         found = target_logprobs(network(**inputs).logits[predicting], targets)
-    sums = torch.stack([part.sum(dim=1) for part in found.view(num_members, -1).split(pairs.sizes, dim=1)], dim=1)
-    chosen, rejected = sums.split([pairs.num_pairs, len(pairs.rejected_rows)], dim=1)  # (M, B), (M, S - B)
-    rejected = sums.new_zeros(chosen.shape).index_copy(1, pairs.rejected_rows, rejected)
-    return [PairLogprobs(*sides) for sides in zip(chosen, rejected, strict=True)]
+    parts = found.view(num_members, -1).split(pairs.sizes, dim=1)
+    columns = _by_pair(torch.stack([part.sum(dim=1) for part in parts], dim=1), pairs)
+    if up_to_shorter:
+        first = [part[:, :length].sum(dim=1) for part, length in zip(parts, pairs.shorter, strict=True)]
+        columns += _by_pair(torch.stack(first, dim=1), pairs)
+    return [PairLogprobs.of(member) for member in zip(*columns, strict=True)]
+
+
+def _by_pair(sums: Tensor, pairs: EncodedPairs) -> list[Tensor]:
+    """From (M, S) sums of sides to (M, B) of chosen and of rejected sides, 0 where there is none."""
+    chosen, rejected = sums.split([pairs.num_pairs, len(pairs.rejected_rows)], dim=1)
+    return [chosen, sums.new_zeros(chosen.shape).index_copy(1, pairs.rejected_rows, rejected)]
 
 
 def _encoder_inputs(network: Any, pairs: EncodedPairs, num_members: int) -> dict[str, Any]:

@@ -48,12 +48,14 @@ class PassOptions:
         max_pairs: Most pairs of one member in a pass; None: no bound.
         explicit_positions: Whether position ids are passed; without them pairs cannot share their prompt.
         gradient_checkpointing: Recompute activations in the backward pass.
+        up_to_shorter: Give each pair's sums up to its shorter side's length too.
     """
 
     token_budget: int | None = None
     max_pairs: int | None = None
     explicit_positions: bool = True
     gradient_checkpointing: bool = False
+    up_to_shorter: bool = False
 
 
 class Engine:
@@ -144,7 +146,8 @@ class Engine:
         results: Sequence[PairLogprobs | None] = [None] * len(members)
         if own or self.base.is_sharded:
             results = self._run_here(batch, own, members, options, paths, budget, loss) or results
-        return [_from_everywhere(result, own, len(batch), self.base.device, processes) for result in results]
+        columns = 4 if options.up_to_shorter else 2
+        return [_from_everywhere(result, own, (columns, len(batch)), self.base.device, processes) for result in results]
 
     def _run_here(
         self,
@@ -175,7 +178,7 @@ class Engine:
                         (loss(numbers, rows, logprobs) * weight).backward()
                 for number, part in zip(numbers, logprobs, strict=True):
                     if weight:
-                        parts[number].append(PairLogprobs(part.chosen.detach(), part.rejected.detach()))
+                        parts[number].append(PairLogprobs.of([column.detach() for column in part.columns]))
         return [PairLogprobs.join(member_parts, groups) for member_parts in parts] if groups else []
 
     def _groups(self, batch: PreferenceBatch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:
@@ -235,14 +238,14 @@ class Engine:
 
 
 def _from_everywhere(
-    result: PairLogprobs | None, own: Sequence[int], count: int, device: torch.device, processes: Processes
+    result: PairLogprobs | None, own: Sequence[int], shape: tuple[int, int], device: torch.device, processes: Processes
 ) -> PairLogprobs:
     """The log-probs of all pairs, of which each process has its own."""
-    sums = torch.zeros(2, count, dtype=torch.float64, device=device)
+    sums = torch.zeros(shape, dtype=torch.float64, device=device)
     if result is not None:
-        sums[:, list(own)] = torch.stack([result.chosen, result.rejected]).double()
+        sums[:, list(own)] = torch.stack(result.columns).double()
     processes.add_up(sums)
-    return PairLogprobs(*sums)
+    return PairLogprobs.of(list(sums))
 
 
 class _FewPairs:
@@ -287,13 +290,14 @@ class _FewPairs:
     def forward(self, numbers: Sequence[int], options: PassOptions) -> Iterator[list[PairLogprobs]]:
         """The log-probs of these members, inside a block in which their gradients can be computed."""
         base, paths = self._base, self._paths
+        wanted = {"tiled_head": paths.tiled_head, "up_to_shorter": options.up_to_shorter}
         names = [self._members[number] for number in numbers]
         routes = tuple(name for name in names if name is not None) if paths.stacking else ()
         with ExitStack() as stack:
             network = stack.enter_context(base.active(names[0], gradient_checkpointing=options.gradient_checkpointing))
             stack.enter_context(base.router.route(routes or None))
             if self._sides is not None:
-                yield encoder_decoder_logprobs(network, self._sides, len(names), tiled_head=paths.tiled_head)
+                yield encoder_decoder_logprobs(network, self._sides, len(names), **wanted)
                 return
             if self._packed is None or self._layout is None:
                 yield [
@@ -302,7 +306,7 @@ class _FewPairs:
                         self._batch,
                         base.device,
                         explicit_positions=options.explicit_positions,
-                        tiled_head=paths.tiled_head,
+                        **wanted,
                     )
                 ]
                 return
@@ -311,7 +315,7 @@ class _FewPairs:
             if fan_out is not None:
                 fan_out.members = len(names)
             stack.enter_context(base.packed(self._layout, fan_out))
-            yield packed_logprobs(network, self._packed, len(names), tiled_head=paths.tiled_head)
+            yield packed_logprobs(network, self._packed, len(names), **wanted)
 
 
 def _identity(base: SharedBase, name: str) -> str:

@@ -23,17 +23,38 @@ class PairLogprobs:
     Attributes:
         chosen: (B,) log pi(chosen | prompt), in nats.
         rejected: (B,) log pi(rejected | prompt), in nats; 0 where there is no rejected side.
+        up_to_shorter: The same sums over the first tokens of each side, as many as the pair's shorter side has; None
+            unless they were asked for.
     """
 
     chosen: Tensor
     rejected: Tensor
+    up_to_shorter: PairLogprobs | None = None
+
+    @property
+    def columns(self) -> list[Tensor]:
+        """All sums: two, or four with those up to the shorter side's length."""
+        return [self.chosen, self.rejected, *(self.up_to_shorter.columns if self.up_to_shorter else ())]
+
+    @classmethod
+    def of(cls, columns: Sequence[Tensor]) -> PairLogprobs:
+        """From the `columns` of another one."""
+        return cls(columns[0], columns[1], cls.of(columns[2:]) if len(columns) > 2 else None)  # noqa: PLR2004
 
     @classmethod
     def join(cls, parts: Sequence[PairLogprobs], rows: Sequence[Sequence[int]]) -> PairLogprobs:
         """Put the pairs of several parts, each with the rows that it holds, into the order of the rows."""
         order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable")).to(parts[0].chosen.device)
-        return cls(
-            torch.cat([part.chosen for part in parts])[order], torch.cat([part.rejected for part in parts])[order]
+        return cls.of([torch.cat(column)[order] for column in zip(*(part.columns for part in parts), strict=True)])
+
+    def weighted(self, tail_weight: float | None) -> PairLogprobs:
+        """Sums in which tokens beyond the shorter side's length count that much; None: as the others do."""
+        if tail_weight is None:
+            return self
+        assert self.up_to_shorter is not None
+        shared = self.up_to_shorter
+        return PairLogprobs(
+            torch.lerp(shared.chosen, self.chosen, tail_weight), torch.lerp(shared.rejected, self.rejected, tail_weight)
         )
 
 
@@ -83,6 +104,7 @@ def completion_logprobs(
     *,
     explicit_positions: bool = True,
     tiled_head: bool = False,
+    up_to_shorter: bool = False,
 ) -> PairLogprobs:
     """Sum the log-probabilities of each completion's tokens given all tokens before them.
 
@@ -95,6 +117,7 @@ def completion_logprobs(
         device: Where the network is.
         explicit_positions: Pass `position_ids` rather than leave them to the model.
         tiled_head: Apply the head to tiles of the completions' hidden states; see `evollm.models.head`.
+        up_to_shorter: Give the sums up to the shorter side's length too.
 
     Returns:
         Two sums for each pair; differentiable where gradients are enabled.
@@ -110,24 +133,39 @@ def completion_logprobs(
         inputs["position_ids"] = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
 
     mask = torch.from_numpy(layout.completion_mask).to(device)
+    sizes = layout.completion_mask.sum(axis=1).tolist()
     if tiled_head:
         hidden = _hidden_states(network, inputs)[:, :-1][mask]  # (C, D)
         head = linear_head(network)
         found = token_logprobs(hidden, head.weight, head.bias, input_ids[:, 1:][mask])
-        sizes = layout.completion_mask.sum(axis=1).tolist()
         sums = torch.stack([part.sum() for part in found.split(sizes)])
     else:
         columns = torch.from_numpy(np.flatnonzero(layout.completion_mask.any(axis=0))).to(device)
         token_sums = target_logprobs(_logits(network, inputs, columns), input_ids[:, columns + 1])
         # where() rather than a product: an infinite log-prob in the padding must not turn the sum into NaN.
         sums = torch.where(mask[:, columns], token_sums, token_sums.new_zeros(())).sum(dim=1)
-    rejected = sums.new_zeros(len(batch))
-    rejected = rejected.index_copy(0, torch.from_numpy(layout.rejected_rows).to(device), sums[len(batch) :])
-    return PairLogprobs(chosen=sums[: len(batch)], rejected=rejected)
+        found = token_sums[mask[:, columns]] if up_to_shorter else token_sums
+    rejected_rows = torch.from_numpy(layout.rejected_rows).to(device)
+
+    def by_pair(sums: Tensor, shared: PairLogprobs | None = None) -> PairLogprobs:
+        rejected = sums.new_zeros(len(batch)).index_copy(0, rejected_rows, sums[len(batch) :])
+        return PairLogprobs(sums[: len(batch)], rejected, shared)
+
+    if not up_to_shorter:
+        return by_pair(sums)
+    shorter = shorter_lengths(batch)
+    lengths = [*shorter, *shorter[layout.rejected_rows]]
+    first = [part[:length] for part, length in zip(found.split(sizes), lengths, strict=True)]
+    return by_pair(sums, by_pair(torch.stack([part.sum() for part in first])))
+
+
+def shorter_lengths(batch: PreferenceBatch) -> IntArray:
+    """(B,) tokens of each pair's shorter side."""
+    return np.minimum(batch.chosen_lengths, batch.rejected_lengths)
 
 
 def packed_logprobs(
-    network: nn.Module, packed: PackedPairs, num_members: int, *, tiled_head: bool
+    network: nn.Module, packed: PackedPairs, num_members: int, *, tiled_head: bool, up_to_shorter: bool = False
 ) -> list[PairLogprobs]:
     """The same for packed pairs and each of M members, whose rows have been routed.
 
@@ -145,8 +183,14 @@ def packed_logprobs(
         found = target_logprobs(logits, packed.targets.expand(num_members, -1))
     sizes = [size for pair in packed.lengths for size in (pair.chosen, pair.rejected)]
     # Sums of slices, not an index_add: that adds in any order on a GPU.
-    sums = torch.stack([part.sum(dim=1) for part in found.split(sizes, dim=1)], dim=1)  # (M, 2B)
-    return [PairLogprobs(chosen=row[0::2], rejected=row[1::2]) for row in sums]
+    parts = found.split(sizes, dim=1)
+    sums = torch.stack([part.sum(dim=1) for part in parts], dim=1)  # (M, 2B)
+    if not up_to_shorter:
+        return [PairLogprobs(chosen=row[0::2], rejected=row[1::2]) for row in sums]
+    lengths = [min(pair.chosen, pair.rejected) for pair in packed.lengths for _ in range(2)]
+    first = [part[:, :length].sum(dim=1) for part, length in zip(parts, lengths, strict=True)]
+    both = torch.stack([sums, torch.stack(first, dim=1)], dim=1)  # (M, 2, 2B)
+    return [PairLogprobs.of([side for row in rows for side in (row[0::2], row[1::2])]) for rows in both]
 
 
 def _hidden_states(network: Any, inputs: dict[str, Any]) -> Tensor:

@@ -21,27 +21,36 @@ Compute = Callable[[PreferenceBatch, Sequence[int]], list[PairLogprobs]]
 _KEY_BYTES = 16
 
 
+# Entries that hold the sums up to the shorter side too are apart from those that do not.
+_WITH_SHORTER = " up to the shorter side"
+
+
 class ReferenceCache:
-    """Two log-probability sums for each (reference, pair), both identified by their content.
+    """Two log-probability sums for each (reference, pair), or four; both are identified by their content.
 
     Agents whose references hold the same weights share the entries, whoever asks first.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, dict[bytes, tuple[float, float]]] = {}
+        self._entries: dict[str, dict[bytes, tuple[float, ...]]] = {}
 
-    def get(self, references: Sequence[str], batch: PreferenceBatch, compute: Compute) -> list[PairLogprobs]:
+    def get(
+        self, references: Sequence[str], batch: PreferenceBatch, compute: Compute, *, up_to_shorter: bool = False
+    ) -> list[PairLogprobs]:
         """Log-probs of every pair of the batch under each reference, computing those that are not known.
 
         Args:
             references: Fingerprints of the references' weights, all different.
             batch: B pairs.
             compute: Gives the log-probs of the pairs that are missing; called once for references that miss the same.
+            up_to_shorter: Whether these have the sums up to the shorter side's length too.
 
         Returns:
             (B,) float64 tensors on the CPU for each: float64 holds any sum exactly, whatever it was computed in.
         """
         keys = batch.keys()
+        if up_to_shorter:
+            references = [reference + _WITH_SHORTER for reference in references]
         lacking: dict[tuple[int, ...], list[int]] = {}
         for number, reference in enumerate(references):
             entries = self._entries.setdefault(reference, {})
@@ -50,29 +59,30 @@ class ReferenceCache:
                 lacking.setdefault(missing, []).append(number)
         for rows, numbers in lacking.items():
             for number, computed in zip(numbers, compute(batch.select(list(rows)), numbers), strict=True):
-                sums = zip(computed.chosen.tolist(), computed.rejected.tolist(), strict=True)
+                sums = zip(*(column.tolist() for column in computed.columns), strict=True)
                 self._entries[references[number]].update(zip((keys[row] for row in rows), sums, strict=True))
         return [self._lookup(reference, keys) for reference in references]
 
     def _lookup(self, reference: str, keys: Sequence[bytes]) -> PairLogprobs:
         sums = torch.tensor([self._entries[reference][key] for key in keys], dtype=torch.float64)
-        return PairLogprobs(chosen=sums[:, 0], rejected=sums[:, 1])
+        return PairLogprobs.of(sums.unbind(dim=1))
 
     def forget(self, reference: str) -> None:
         """Drop the log-probs of a reference that is no more."""
         self._entries.pop(reference, None)
+        self._entries.pop(reference + _WITH_SHORTER, None)
 
     def clear(self) -> None:
         """Drop everything."""
         self._entries.clear()
 
     def save(self, path: Path) -> None:
-        """Write all entries into one safetensors file: for each reference the pairs' digests and their two sums."""
+        """Write all entries into one safetensors file: for each reference the pairs' digests and sums."""
         tensors = {}
         for number, entries in enumerate(self._entries.values()):
             digests = np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(-1, _KEY_BYTES)
             tensors[f"pairs-{number}"] = torch.from_numpy(digests.copy())  # (n, 16)
-            tensors[f"sums-{number}"] = torch.tensor(list(entries.values()), dtype=torch.float64).view(-1, 2)  # (n, 2)
+            tensors[f"sums-{number}"] = torch.tensor(list(entries.values()), dtype=torch.float64)  # (n, 2 or 4)
         path.write_bytes(save(tensors, metadata={"references": json.dumps(list(self._entries))}))
 
     def update(self, other: ReferenceCache) -> None:
@@ -93,7 +103,7 @@ class ReferenceCache:
                     sums = file.get_tensor(f"sums-{number}").tolist()
                     entries = self._entries.setdefault(reference, {})
                     entries.update(
-                        (digest.tobytes(), (pair[0], pair[1])) for digest, pair in zip(digests, sums, strict=True)
+                        (digest.tobytes(), tuple(columns)) for digest, columns in zip(digests, sums, strict=True)
                     )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as reference log-probs: {error}") from error
