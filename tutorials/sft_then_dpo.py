@@ -25,7 +25,7 @@ from evollm import (
     finetune_llm_preference,
     finetune_llm_sft,
 )
-from evollm.data.rows import Row
+from evollm.data.cells import Row
 from evollm.demo import demo_model, demo_pairs
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from evollm.data.cells import csv_cell
 from evollm.errors import DataError
 
 JSON_LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json")
@@ -22,8 +23,9 @@ def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
     """The rows of a file, or of a dataset on the hub.
 
     Args:
-        path: A JSON-lines file, also compressed by gzip; a Parquet file; a CSV file, whose cells are all text; or
-            `org/name` of a dataset on the hub, with `:split` behind it for another split than `train`.
+        path: A JSON-lines file, also compressed by gzip; a Parquet file; a CSV file, whose cells are text, or messages
+            written out as JSON or by Python; or `org/name` of a dataset on the hub, with `:split` behind it for another
+            split than `train`.
         field: What the user calls the dataset, for messages.
 
     Returns:
@@ -69,9 +71,10 @@ def _read_csv(path: Path, field: str) -> Any:
 
     try:
         # A prompt may be "12" or "NA": nothing is a number, and only an empty cell is missing.
-        return pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
-    except (ValueError, pandas.errors.ParserError) as error:
+        cells = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    except (ValueError, OSError, pandas.errors.ParserError) as error:
         raise DataError(field, str(path), f"is not a CSV file with a header in UTF-8 ({error})") from None
+    return cells.astype(object).map(csv_cell)
 
 
 _TABLES = {".parquet": _read_parquet, ".csv": _read_csv}
@@ -95,12 +98,14 @@ def _parse_json_lines(path: Path, field: str) -> Iterator[object]:
                     yield _parse_object(line, number, path, field)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(field, str(path), f"is not a whole gzip file ({error}); fetch or compress it again") from None
+    except OSError as error:
+        raise DataError(field, str(path), f"cannot be read ({error})") from None
 
 
 def _parse_object(line: bytes, number: int, path: Path, field: str) -> object:
     try:
         value = json.loads(line.decode("utf-8-sig"))  # some editors put a byte-order mark in front
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets without end
         raise DataError(field, str(path), f"line {number} is not valid JSON ({error}); correct or remove it") from None
     if not isinstance(value, dict):
         kind = type(value).__name__

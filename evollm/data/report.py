@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.rows import ChatPair, TextPair
 
 FIRST_ROWS = 5
 # A batch is padded to its longest pair: digests of a whole split at once would take its size times that.
@@ -36,6 +37,7 @@ class DataReport:
         prompts_cut: Kept pairs whose prompt lost tokens on its left to fit `max_context_length`.
         examples: Some of the kept pairs' prompts, spread over the dataset, to show to a person.
         noun: What a pair is called: that of an SFT dataset is an "example".
+        warning: What is strange about the kept pairs; "" when nothing is.
     """
 
     name: str
@@ -44,6 +46,7 @@ class DataReport:
     prompts_cut: int = 0
     examples: tuple[Example, ...] = ()
     noun: str = "pair"
+    warning: str = ""
 
     @classmethod
     def from_rows(
@@ -54,10 +57,11 @@ class DataReport:
         prompts_cut: int = 0,
         examples: Sequence[Example] = (),
         noun: str = "pair",
+        warning: str = "",
     ) -> DataReport:
         """Count the rows that were dropped, and keep the first few positions of each reason."""
         dropped = {reason: (len(rows), tuple(sorted(rows)[:FIRST_ROWS])) for reason, rows in dropped_rows.items()}
-        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun)
+        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun, warning)
 
     @property
     def num_dropped(self) -> int:
@@ -73,7 +77,19 @@ class DataReport:
             parts.append(f"{self.num_dropped} dropped ({reasons})")
         if self.prompts_cut:
             parts.append(f"{_counted(self.prompts_cut, 'prompt')} cut")
-        return f"{self.name}: {', '.join(parts)}"
+        return f"{self.name}: {', '.join(parts)}{'; warning: ' if self.warning else ''}{self.warning}"
+
+
+def mixture_warning(pairs: Sequence[TextPair | ChatPair]) -> str:
+    """What to know of a dataset of text and of chat messages; "" for one of either kind."""
+    of_chat = [pair.row for pair in pairs if isinstance(pair, ChatPair)]
+    if len(of_chat) in (0, len(pairs)):
+        return ""
+    of_text = [pair.row for pair in pairs if isinstance(pair, TextPair)]
+    return (
+        f"{len(of_text)} are plain text ({_listed(len(of_text), of_text[:FIRST_ROWS])}) and {len(of_chat)} are chat "
+        f"messages ({_listed(len(of_chat), of_chat[:FIRST_ROWS])}), and only these go through the chat template"
+    )
 
 
 def count_seen(pairs: Sequence[TokenizedPair], others: Sequence[TokenizedPair]) -> int:

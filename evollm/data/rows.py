@@ -5,28 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-import numpy as np
-
+from evollm.data.cells import Message, Row, UnusableRowError, without_nones
+from evollm.data.columns import unused_column
 from evollm.data.files import open_dataset
-from evollm.errors import DataError
+from evollm.errors import DataError, EvoLLMError
 
-Message: TypeAlias = dict[str, Any]
-Row: TypeAlias = dict[str, Any]
 DroppedRows: TypeAlias = dict[str, list[int]]
 
-# Names under which other datasets keep the prompt: read past, they would leave rows without their question.
-PROMPT_ALIASES = ("question", "instruction", "query", "input", "prompts", "context")
-# Whatever a model is given, not what it answers: a completion cannot start with one of these.
-GIVEN_ROLES = frozenset({"system", "developer", "user", "tool"})
-
-EMPTY_COMPLETION = "empty completion"
-MALFORMED_MESSAGES = "malformed messages"
+NESTED_TOO_DEEPLY = "nested too deeply"
 NO_PROMPT_MESSAGE = "no message before the completion"
 MIXED_KINDS = "text and messages mixed"
-INVALID_UNICODE = "text that is not valid Unicode"
 
 
 @dataclass(frozen=True)
@@ -65,17 +56,21 @@ class ChatPair:
         prompt: The messages before the completion, at least one.
         chosen: The messages of the preferred completion, at least one.
         rejected: The messages of the other completion, at least one; None: an example for SFT.
+        tools: Functions or JSON schemas of the tools that the chat template is told of; None: none.
+        template_kwargs: Further arguments of the chat template, such as `enable_thinking`.
     """
 
     row: int
     prompt: Sequence[Message]
     chosen: Sequence[Message]
     rejected: Sequence[Message] | None = None
+    tools: Sequence[Any] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def question(self) -> str:
         """The prompt's last message, as a person would read it."""
-        return str(self.prompt[-1]["content"]).strip()
+        return str(self.prompt[-1].get("content", "")).strip()
 
     @property
     def completions(self) -> tuple[Sequence[Message], ...]:
@@ -89,7 +84,7 @@ class RowFormat:
 
     Attributes:
         noun: What a row becomes, for messages.
-        columns: The columns that are read, as far as they are there.
+        columns: The columns that are read, as far as they are there; two more go to the chat template.
         fault: From the columns of a dataset to what is wrong with them and how to correct it; "" when nothing is.
         read: From a row's position, the row, and the columns that any row has, to its texts or messages. It raises
             `UnusableRowError`.
@@ -103,13 +98,9 @@ class RowFormat:
     def check(self, columns: Iterable[str], field: str) -> None:
         """Raise unless a dataset with these columns can be read."""
         seen = list(columns)
-        fix = self.fault(seen)
+        fix = self.fault(seen) or unused_column(seen, self.columns)
         if fix:
             raise DataError(field, f"columns {seen}", fix)
-
-
-class UnusableRowError(Exception):
-    """Carries the reason why a row cannot be used."""
 
 
 def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[list[TextPair | ChatPair], DroppedRows]:
@@ -137,6 +128,8 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
             found.append(row_format.read(number, row, columns))
         except UnusableRowError as unusable:
             dropped.setdefault(str(unusable), []).append(number)
+        except RecursionError:
+            dropped.setdefault(NESTED_TOO_DEEPLY, []).append(number)
     return found, dropped
 
 
@@ -144,7 +137,7 @@ def _read_rows(dataset: object, field: str, row_format: RowFormat) -> list[Row]:
     """The dataset's rows, reduced to the columns that matter here."""
     columns: dict[str, None] = {}
     rows: list[Row] = []
-    for number, row in enumerate(_iterate_rows(dataset, field, row_format)):
+    for number, row in enumerate(_guarded(dataset, field, row_format)):
         if not isinstance(row, Mapping):
             wanted = " and ".join(row_format.columns)
             fix = f"each row must be a mapping with columns such as {wanted}"
@@ -157,6 +150,19 @@ def _read_rows(dataset: object, field: str, row_format: RowFormat) -> list[Row]:
     return rows
 
 
+def _guarded(dataset: object, field: str, row_format: RowFormat) -> Iterator[object]:
+    """The dataset's rows; whatever its library raises on the way is a `DataError`."""
+    number = 0
+    try:
+        for number, row in enumerate(_iterate_rows(dataset, field, row_format), start=1):  # noqa: B007
+            yield row
+    except EvoLLMError:
+        raise
+    except Exception as error:
+        fix = f"cannot be read beyond its first {number} rows ({type(error).__name__}: {error})"
+        raise DataError(field, _describe(dataset), fix) from error
+
+
 # ---------------------------------------------------------------------------------------------------------- containers
 
 
@@ -167,24 +173,32 @@ def _iterate_rows(dataset: Any, field: str, row_format: RowFormat) -> Iterable[o
     if isinstance(dataset, Mapping):
         return _rows_of_columns(dataset, field, row_format)
     if hasattr(dataset, "notna") and hasattr(dataset, "to_dict"):
-        row_format.check(dataset.columns, field)
-        wanted = [name for name in row_format.columns if name in dataset.columns]
-        return cast("list[object]", dataset[wanted].to_dict(orient="records"))
+        columns = getattr(dataset, "columns", ())
+        row_format.check(columns, field)
+        wanted = [name for name in row_format.columns if name in columns]
+        return map(_without_nones, dataset[wanted].to_dict(orient="records"))
     names = getattr(dataset, "column_names", None)
     if names:
         row_format.check(names, field)
         wanted = [name for name in row_format.columns if name in names]
         if hasattr(dataset, "to_pylist"):
-            return cast("list[object]", dataset.select(wanted).to_pylist())
-        return cast("Iterable[object]", dataset.select_columns(wanted).with_format(None))
+            return map(_without_nones, dataset.select(wanted).to_pylist())
+        return map(_without_nones, dataset.select_columns(wanted).with_format(None))
     try:
-        return cast("Iterable[object]", iter(dataset))
+        rows = iter(dataset)
     except TypeError:
         raise DataError(
             field,
             _describe(dataset),
             "is not a dataset; pass a datasets.Dataset, rows, columns, a DataFrame, the path of a file or a hub name",
         ) from None
+    # A stream of unknown columns comes from Arrow too.
+    return map(_without_nones, rows) if hasattr(dataset, "column_names") else rows
+
+
+def _without_nones(row: Row) -> Row:
+    """The row with all its columns, and without what Arrow put into their values."""
+    return {name: without_nones(value) for name, value in row.items()}
 
 
 def _rows_of_columns(table: Mapping[str, Any], field: str, row_format: RowFormat) -> Iterator[Row]:
@@ -208,44 +222,3 @@ def _rows_of_columns(table: Mapping[str, Any], field: str, row_format: RowFormat
 def _describe(dataset: object) -> str:
     """A dataset in a few words: its repr could be the whole data."""
     return type(dataset).__name__
-
-
-# --------------------------------------------------------------------------------------------------------------- cells
-
-
-def cell(row: Row, name: str) -> str | list[Message]:
-    """The text or the messages in a column; raises `UnusableRowError`."""
-    value = row.get(name)
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        raise UnusableRowError(f"{name} is missing")
-    if isinstance(value, str):
-        _require_unicode(value)
-        return str(value)
-    if isinstance(value, list | tuple | np.ndarray):  # parquet read by pandas gives arrays of messages
-        return [_message(item) for item in value]
-    raise UnusableRowError(f"{name} is neither text nor messages")
-
-
-def _message(value: object) -> Message:
-    # Arrow fills the keys that only other messages have with None.
-    message = {key: item for key, item in value.items() if item is not None} if isinstance(value, Mapping) else {}
-    role, content = message.get("role"), message.get("content")
-    if not (isinstance(role, str) and role and isinstance(content, str)):
-        raise UnusableRowError(MALFORMED_MESSAGES)
-    _require_unicode(content)
-    return message
-
-
-def _require_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and no tokenizer takes
-        raise UnusableRowError(INVALID_UNICODE) from None
-
-
-def require_text(*completions: Sequence[Message] | str) -> None:
-    """Raise unless each completion says something."""
-    for completion in completions:
-        text = completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
-        if not text.strip():
-            raise UnusableRowError(EMPTY_COMPLETION)

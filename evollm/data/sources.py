@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any
 
-from evollm.data.rows import (
+from evollm.data.cells import (
     GIVEN_ROLES,
-    MIXED_KINDS,
-    NO_PROMPT_MESSAGE,
-    PROMPT_ALIASES,
-    ChatPair,
-    DroppedRows,
+    TEMPLATE_COLUMNS,
     Message,
     Row,
-    RowFormat,
-    TextPair,
     UnusableRowError,
     cell,
-    read_dataset,
     require_text,
+    template_arguments,
 )
+from evollm.data.columns import missing_hint
+from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
 
 REQUIRED_COLUMNS = ("chosen", "rejected")
 ASSISTANT_MARKER = "\n\nAssistant:"
@@ -35,7 +32,8 @@ def read_pairs(dataset: object, field: str) -> tuple[list[TextPair | ChatPair], 
 
     Args:
         dataset: What [`evollm.data.rows.read_dataset`][] takes. The columns `chosen` and `rejected` hold strings or
-            lists of `{"role", "content"}` messages; so does `prompt`, which is optional.
+            lists of `{"role", "content"}` messages; so does `prompt`, which is optional. Of messages `tools`, functions
+            or JSON schemas, and `chat_template_kwargs`, a mapping, go to the chat template.
         field: What the user calls the dataset, for messages.
 
     Returns:
@@ -63,10 +61,9 @@ def _fault(columns: Sequence[str]) -> str:
         meant = (
             " (rows with a completion or messages are for SFTGym)" if {"completion", "messages"} & {*columns} else ""
         )
-        lacking = f"lacks {' and '.join(missing)}"
+        lacking = f"lacks {' and '.join(missing)}{missing_hint(missing, columns, PAIRS.columns)}"
         return f"{lacking}; rename its columns to chosen and rejected (and prompt, if there is one){meant}"
-    alias = next((name for name in PROMPT_ALIASES if name in columns and "prompt" not in columns), None)
-    return f"has a column {alias!r} that would not be used; rename it to prompt" if alias else ""
+    return ""
 
 
 def _to_pair(number: int, row: Row, columns: AbstractSet[str]) -> TextPair | ChatPair:
@@ -75,7 +72,7 @@ def _to_pair(number: int, row: Row, columns: AbstractSet[str]) -> TextPair | Cha
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
         return _text_pair(number, prompt, chosen, rejected)
     if isinstance(chosen, list) and isinstance(rejected, list):
-        return _chat_pair(number, prompt, chosen, rejected)
+        return replace(_chat_pair(number, prompt, chosen, rejected), **template_arguments(row))
     raise UnusableRowError(MIXED_KINDS)
 
 
@@ -158,4 +155,4 @@ def _shared_messages(chosen: list[Message], rejected: list[Message], only_given:
     return next(answers, shared)
 
 
-PAIRS = RowFormat("pair", ("prompt", *REQUIRED_COLUMNS), _fault, _to_pair)
+PAIRS = RowFormat("pair", ("prompt", *REQUIRED_COLUMNS, *TEMPLATE_COLUMNS), _fault, _to_pair)

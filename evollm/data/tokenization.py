@@ -6,25 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
+from textwrap import shorten
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from evollm.checks import optional_whole_number
 from evollm.data.batch import IntArray, TokenizedPair
-from evollm.data.report import DataReport, Example
-from evollm.data.rows import (
-    EMPTY_COMPLETION,
-    ChatPair,
-    DroppedRows,
-    Message,
-    RowFormat,
-    TextPair,
-    read_dataset,
-)
+from evollm.data.cells import EMPTY_COMPLETION, Message, UnusableRowError, require_unicode
+from evollm.data.report import DataReport, Example, mixture_warning
+from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
 from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
-from evollm.errors import ConfigurationError, DataError
+from evollm.errors import ConfigurationError, DataError, EvoLLMError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +28,8 @@ PAIRS_PER_CALL = 512
 NUM_EXAMPLES = 12
 # Tokenizers that know no limit state one of about 1e30.
 LARGEST_REAL_LIMIT = 10**9
+# Of a chat template's own message, in characters.
+MOST_WORDS = 120
 
 NO_PROMPT = "no prompt token"
 TOO_LONG = "longer than max_context_length"
@@ -111,7 +106,9 @@ def load_pairs(
     kept = [pair for pair in raw_pairs if pair.row not in unused]
     places = sorted({number * len(kept) // NUM_EXAMPLES for number in range(NUM_EXAMPLES)}) if kept else []
     examples = [Example(place, kept[place].question) for place in places]
-    report = DataReport.from_rows(name, len(split.pairs), dropped, split.prompts_cut, examples, row_format.noun)
+    report = DataReport.from_rows(
+        name, len(split.pairs), dropped, split.prompts_cut, examples, row_format.noun, mixture_warning(kept)
+    )
     if split.pairs:
         return split.pairs, report
     if split.shortest_overlong is None:
@@ -160,6 +157,8 @@ def tokenize_pairs(
     for text, (prompt_text, *completions) in encode(_as_text(pairs, tokenizer, split), tokenizer):
         prompt = prompt_text if encoder_decoder else marks.one_bos(prompt_text)
         sides = [marks.one_eos(ids) for ids in completions]
+        if not prompt and text.rejected is None:  # what a language model does with a text: the first token is given
+            prompt, sides = sides[0][:1], [sides[0][1:]]
         reason = _fault(prompt, sides, min_completion_length)
         if reason is None:
             pair = TokenizedPair(*(np.array(ids, dtype=np.int64) for ids in (prompt, *sides)))
@@ -185,9 +184,16 @@ def _as_text(
             yield pair
             continue
         try:
-            yield render_chat(pair, tokenizer)
-        except TemplateError as error:
-            split.drop(f"{TEMPLATE_REFUSES} ({error})", pair.row)
+            text = render_chat(pair, tokenizer)
+            require_unicode("".join(_whole_texts(text)))  # of tools, too
+        except EvoLLMError:
+            raise
+        except UnusableRowError as unusable:
+            split.drop(str(unusable), pair.row)
+        except Exception as error:  # A template is code of somebody else's, and raises whatever it likes.
+            split.drop(f"{TEMPLATE_REFUSES} ({shorten(str(error), MOST_WORDS)})", pair.row)
+        else:
+            yield text
 
 
 def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> TextPair:
@@ -198,9 +204,9 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> TextPair:
 
     Raises:
         DataError: The tokenizer has no chat template.
-        TemplateError: The template does not take these messages.
+        Exception: The template does not take these messages or tools.
     """
-    if not tokenizer.chat_template:
+    if not (tokenizer.chat_template or pair.template_kwargs.get("chat_template")):
         raise DataError(
             "tokenizer.chat_template",
             None,
@@ -209,7 +215,15 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> TextPair:
         )
 
     def render(messages: Sequence[Message], generation: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                tools=None if pair.tools is None else list(pair.tools),
+                tokenize=False,
+                add_generation_prompt=generation,
+                **pair.template_kwargs,
+            )
+        )
 
     wholes = [render([*pair.prompt, *side]) for side in pair.completions]
     end = shared_length(render(pair.prompt, generation=True), *wholes)

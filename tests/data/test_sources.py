@@ -12,15 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from evollm.data.rows import (
-    EMPTY_COMPLETION,
-    INVALID_UNICODE,
-    MALFORMED_MESSAGES,
-    MIXED_KINDS,
-    NO_PROMPT_MESSAGE,
-    ChatPair,
-    TextPair,
-)
+from evollm.data.cells import EMPTY_COMPLETION, INVALID_UNICODE, MALFORMED_MESSAGES
+from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, TextPair
 from evollm.data.sources import DIFFERENT_PROMPTS, SAME_COMPLETIONS, read_pairs
 from evollm.errors import DataError
 
