@@ -6,6 +6,9 @@ Each message names the field, the value it had and what to do about it. All of t
 
 from __future__ import annotations
 
+# Of a value, in characters: the rest of the message must stay in sight.
+_LONGEST = 400
+
 
 class EvoLLMError(Exception):
     """Base class of every error that evollm raises on purpose."""
@@ -21,9 +24,18 @@ class ConfigurationError(EvoLLMError, ValueError):
     """
 
     def __init__(self, field: str, value: object, fix: str) -> None:
-        super().__init__(f"{field}={value!r}: {fix}")
+        super().__init__(f"{field}={_described(value)}: {fix}")
         self.field = field
         self.value = value
+
+
+def _described(value: object) -> str:
+    """The value as Python writes it, as far as a person would read it."""
+    try:
+        text = repr(value)
+    except Exception:  # Numbers of thousands of digits, and objects that are not finished, have no text.
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 4 :]}"
 
 
 class DataError(ConfigurationError):
