@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from numbers import Integral, Real
+from pathlib import Path
 
 from evollm.errors import ConfigurationError
 
@@ -17,7 +19,11 @@ def finite_number(field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         hint = "; YAML reads 1e-5 as text, write 1.0e-5" if isinstance(value, str) else ""
         raise ConfigurationError(field, value, f"must be a number{hint}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        finite = False
+    if not finite:
         raise ConfigurationError(field, value, "must be finite")
     return int(value) if isinstance(value, Integral) else float(value)
 
@@ -63,3 +69,20 @@ def switch(field: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ConfigurationError(field, value, "must be True or False")
     return value
+
+
+def usable_path(field: str, value: object) -> Path:
+    """Return `value` as a path, which may or may not exist.
+
+    Raises:
+        ConfigurationError: If it is no path, or one that the file system cannot have.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigurationError(field, value, "must be a path")
+    try:
+        path = Path(value)
+        path.resolve()
+        path.exists()
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # too long, with a null byte, of bytes
+        raise ConfigurationError(field, value, f"is not a path that can be used: {error}") from None
+    return path

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from evollm.checkpoints.files import existing_folder, replace_folder, verify
+from evollm.checks import usable_path
 from evollm.errors import CheckpointError
 from evollm.models import AdapterState, SharedBase
 from evollm.plain_data import read_plain
@@ -94,7 +95,7 @@ def read_agent_folder(path: str | Path) -> AgentFolder:
     Raises:
         CheckpointError: The folder, or a file of it, is missing, damaged or not plain data; the message names it.
     """
-    path = existing_folder(Path(path))
+    path = existing_folder(usable_path("path", path))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not an agent's checkpoint: there is no such folder")
     verify(path)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 
 MANIFEST = "manifest.json"
@@ -80,9 +81,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 
 def _as_path(path: str | Path) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise ConfigurationError("path", path, "must be a path")
-    return Path(path)
+    return usable_path("path", path)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evollm.checks import usable_path
 from evollm.errors import CheckpointError
 from evollm.plain_data import read_plain
 
@@ -46,7 +47,7 @@ def read_policy_archive(path: str | Path) -> tuple[PolicyArchive, dict[str, Tens
     Raises:
         CheckpointError: The file is missing, damaged, not plain data, or of another form.
     """
-    content = read_plain(Path(path), mapped=True)
+    content = read_plain(usable_path("archive", path), mapped=True)
     if not isinstance(content, dict) or not content.keys() >= {"step_idx", "state", "metrics"}:
         found = f"has {sorted(map(str, content))[:_NAMED_AT_MOST]}" if isinstance(content, dict) else "is no dict"
         raise CheckpointError(f"{path} is not a policy archive, {_FORM}: it {found}")

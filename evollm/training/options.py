@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints.files import check_replaceable
-from evollm.checks import optional_whole_number, switch, whole_number
+from evollm.checks import optional_whole_number, switch, usable_path, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, check_population
 from evollm.llm_envs import DatasetGym
@@ -216,34 +215,28 @@ class RunPaths:
                 nothing but an agent may lie.
         """
         if resume is not None:
-            folder = _path("resume_from_checkpoint", resume)
-            if run_dir is not None and _path("run_dir", run_dir).resolve() != folder.resolve():
+            folder = usable_path("resume_from_checkpoint", resume)
+            if run_dir is not None and usable_path("run_dir", run_dir).resolve() != folder.resolve():
                 raise ConfigurationError("run_dir", str(run_dir), "is not the run to resume: leave it out")
             if not (folder / "config.json").is_file():
                 raise ConfigurationError(
                     "resume_from_checkpoint", str(folder), "is no run folder: no config.json in it"
                 )
         else:
-            folder = new_run_dir() if run_dir is None else _path("run_dir", run_dir)
+            folder = new_run_dir() if run_dir is None else usable_path("run_dir", run_dir)
         if resume is None and (folder / "config.json").exists():
             raise ConfigurationError(
                 "run_dir", str(folder), "holds another run: resume it with resume_from_checkpoint, or give a new folder"
             )
         paths = cls(
             run_dir=folder,
-            checkpoints=folder / "checkpoints" if checkpoints is None else _path("checkpoint_path", checkpoints),
-            elite=folder / "elite" if elite is None else _path("elite_path", elite),
+            checkpoints=folder / "checkpoints" if checkpoints is None else usable_path("checkpoint_path", checkpoints),
+            elite=folder / "elite" if elite is None else usable_path("elite_path", elite),
         )
         if paths.elite.resolve() in (paths.run_dir.resolve(), paths.checkpoints.resolve()):
             raise ConfigurationError("elite_path", str(paths.elite), "must be a folder of its own")
         check_replaceable("elite_path", paths.elite)
         return paths
-
-
-def _path(name: str, value: object) -> Path:
-    if not isinstance(value, str | os.PathLike):
-        raise ConfigurationError(name, value, "must be a path")
-    return Path(value)
 
 
 def new_run_dir() -> Path:
@@ -257,11 +250,8 @@ def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
     Raises:
         ConfigurationError: Something in the list, or the list itself, is something else.
     """
-    wrong = (
-        [item for item in callbacks if not isinstance(item, Callback)] if isinstance(callbacks, Sequence) else callbacks
-    )
-    if wrong:
-        raise ConfigurationError("callbacks", wrong, "must be a list of instances of children of evollm.Callback")
+    if not isinstance(callbacks, Sequence) or not all(isinstance(item, Callback) for item in callbacks):
+        raise ConfigurationError("callbacks", callbacks, "must be a list of instances of children of evollm.Callback")
     return callbacks
 
 
