@@ -165,9 +165,10 @@ def evaluate_together(
     agents: Sequence[DPO], env: DatasetGym, split: str = "test", reference: str | None = OWN
 ) -> list[Evaluation]:
     """Score each agent on every pair of a fixed split; see `DPO.evaluate`."""
+    batches = env.eval_batches(split)
     num_pairs = len(env.test_pairs if split == "test" else env.final_pairs)
     chosen, rejected = np.zeros((len(agents), num_pairs)), np.zeros((len(agents), num_pairs))
-    for positions, batch in env.eval_batches(split):
+    for positions, batch in batches:
         for row, (chosen_ratios, rejected_ratios) in enumerate(logratios_together(agents, batch, reference)):
             chosen[row, positions], rejected[row, positions] = chosen_ratios.numpy(), rejected_ratios.numpy()
     return [Evaluation(*ratios) for ratios in zip(chosen, rejected, strict=True)]

@@ -65,9 +65,10 @@ def _objectives(agents: Sequence[SFT], batch: PreferenceBatch) -> list[SFTObject
 
 def evaluate_together(agents: Sequence[SFT], env: DatasetGym, split: str = "test") -> list[LikelihoodEvaluation]:
     """Score each agent on every example of a fixed split; see `SFT.evaluate`."""
+    batches = env.eval_batches(split)
     examples = env.test_pairs if split == "test" else env.final_pairs
     logprobs = np.zeros((len(agents), len(examples)))
-    for positions, batch in env.eval_batches(split):
+    for positions, batch in batches:
         for row, policy in enumerate(policy_logprobs(agents, batch)):
             logprobs[row, positions] = policy.chosen.double().cpu().numpy()
     num_tokens = np.array([len(example.chosen_ids) for example in examples])

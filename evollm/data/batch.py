@@ -109,8 +109,9 @@ class PreferenceBatch:
             raise DataError("experiences", type(experiences).__name__, "pass a batch or an observation of the gym")
         missing = [name for name in FIELDS if name not in experiences]
         if missing:
-            raise DataError("experiences", sorted(experiences), f"lacks {missing}; pass an observation of the gym")
-        arrays = {name: _as_array(experiences[name]) for name in FIELDS}
+            raise DataError("experiences", list(experiences), f"lacks {missing}; pass an observation of the gym")
+        arrays = {name: _as_array(name, experiences[name]) for name in FIELDS}
+        _check_shapes(arrays)
         present = arrays["prompt_lengths"] > 0
         if not present.any():
             raise DataError("experiences", "no pair", "the observation after an epoch's end is empty: call env.reset()")
@@ -152,6 +153,23 @@ class PreferenceBatch:
         return [self.pair(row).key() for row in range(len(self))]
 
 
-def _as_array(values: Any) -> IntArray:
+def _as_array(name: str, values: Any) -> IntArray:
     """The values as integers in main memory, wherever a tensor of them lies."""
-    return np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=np.int64)
+    try:
+        array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"experiences[{name!r}]", type(values).__name__, f"must be whole numbers ({error})") from None
+    if array.dtype.kind not in "iu":
+        raise DataError(f"experiences[{name!r}]", str(array.dtype), "must be whole numbers")
+    return array.astype(np.int64, copy=False)
+
+
+def _check_shapes(arrays: Mapping[str, IntArray]) -> None:
+    """Raise unless the arrays are a batch's: a row of ids for each of the lengths, and room for what they say."""
+    shapes = {name: array.shape for name, array in arrays.items()}
+    (ids, *lengths), count = arrays.values(), len(arrays["prompt_lengths"]) if shapes["prompt_lengths"] else 0
+    fits = ids.ndim == 2 and len(ids) == count and all(array.shape == (count,) for array in lengths)  # noqa: PLR2004
+    if not fits:
+        raise DataError("experiences", shapes, "must be (B, L) input_ids and three times (B,) lengths")
+    if any((array < 0).any() for array in lengths) or (sum(lengths, np.zeros(count, np.int64)) > ids.shape[1]).any():
+        raise DataError("experiences", "lengths", "are negative, or more than the columns of input_ids")

@@ -325,7 +325,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         return batch.to_observation(self.batch_size, self._row_length), info
 
     def _evaluation_pairs(self, split: str) -> list[TokenizedPair]:
-        if split not in SPLITS[1:]:
+        if not isinstance(split, str) or split not in SPLITS[1:]:
             raise ConfigurationError("split", split, f"evaluate on one of {SPLITS[1:]}")
         if not self._pairs[split]:
             raise ConfigurationError(
@@ -364,7 +364,7 @@ def _observation_space(num_rows: int, row_length: int, largest_id: int) -> space
 
 def _check_state(state: Mapping[str, Any], present: Mapping[str, Any], num_batches: int) -> None:
     if not isinstance(state, Mapping) or set(state) != STATE_KEYS:
-        keys = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        keys = list(state) if isinstance(state, Mapping) else type(state).__name__
         raise ConfigurationError("state", keys, f"pass what state_dict() gave; its keys are {sorted(STATE_KEYS)}")
     for name in ("seed", "epoch", "index"):
         whole_number(f"state[{name!r}]", state[name], 0)
@@ -373,6 +373,7 @@ def _check_state(state: Mapping[str, Any], present: Mapping[str, Any], num_batch
     if not isinstance(state["awaiting_action"], bool) or (state["awaiting_action"] and not state["index"]):
         raise ConfigurationError("state['awaiting_action']", state["awaiting_action"], "pass what state_dict() gave")
     for name in ("num_pairs", "batch_size"):
+        whole_number(f"state[{name!r}]", state[name], 1)
         if state[name] != present[name]:
             raise ConfigurationError(
                 f"state[{name!r}]",
