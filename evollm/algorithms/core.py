@@ -23,6 +23,7 @@ from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState, SharedBase
 from evollm.models.engine import PassOptions
+from evollm.models.requirements import check_lora_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,7 +95,9 @@ class LLMAgent(ABC):
             hp_config.validate(asdict(hyperparameters), known=list(asdict(hyperparameters)))
         if lora_config is None:
             lora_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        elif getattr(lora_config, "lora_dropout", None):
+        else:
+            check_lora_config(lora_config)
+        if lora_config.lora_dropout:
             # Two frames up the agent is made.
             warnings.warn(
                 f"lora_dropout={lora_config.lora_dropout} has no effect: the base stays in evaluation mode",
@@ -149,7 +152,7 @@ class LLMAgent(ABC):
         """
         if not self._adapters:
             raise ConfigurationError("agent", self.index, "was released: it left its population")
-        if role not in self._adapters:
+        if not isinstance(role, str) or role not in self._adapters:
             raise ConfigurationError("adapter_name", role, f"is not a role of {self.algorithm}: {list(self._adapters)}")
         return self._adapters[role]
 

@@ -20,7 +20,7 @@ from evollm.algorithms.dpo_step import evaluate_together, learn_together, lograt
 from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.preference_losses import LossSettings
 from evollm.algorithms.settings import Evolvable
-from evollm.checks import whole_number
+from evollm.checks import switch, whole_number
 from evollm.data.batch import PreferenceBatch
 from evollm.hpo.fitness import Evaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
@@ -164,7 +164,7 @@ class DPO(EvolvableAlgorithm):
             update_epochs=update_epochs,
         )
         loss_terms(hyperparameters, settings)
-        if use_liger_loss:
+        if switch("use_liger_loss", use_liger_loss):
             warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=2)
         super().__init__(
             base=shared_base(

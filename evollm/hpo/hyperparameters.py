@@ -56,7 +56,7 @@ class RLParameter:
         if self.choices is not None:
             self._check_choices()
             return
-        if self.dtype not in (float, int):
+        if self.dtype is not float and self.dtype is not int:
             raise ConfigurationError("dtype", self.dtype, "must be float or int")
         for field in ("min", "max", "shrink_factor", "grow_factor"):
             object.__setattr__(self, field, finite_number(field, getattr(self, field)))
@@ -70,7 +70,7 @@ class RLParameter:
         if self.min is not None or self.max is not None:
             raise ConfigurationError("choices", self.choices, "come instead of min and max: leave one of them out")
         names = () if isinstance(self.choices, str) or not isinstance(self.choices, Sequence) else self.choices
-        if len(set(names)) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):  # noqa: PLR2004
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < max(2, len(names)):
             raise ConfigurationError("choices", self.choices, "must be at least two different names")
         object.__setattr__(self, "choices", tuple(names))
 

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 
 import numpy as np
 
-from evollm.checks import finite_number, whole_number
+from evollm.checks import finite_number, switch, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig, Value
 
@@ -57,10 +57,10 @@ class Mutations:
     def __post_init__(self, new_layer_prob: float, mutation_sd: float, device: object, accelerator: object) -> None:
         """Check the weights and refuse what evollm does not mutate."""
         for field in ("architecture", "parameters", "activation"):
-            weight = getattr(self, field)
+            weight = finite_number(field, getattr(self, field))
             if weight != 0:
                 raise ConfigurationError(field, weight, "evollm mutates hyperparameters only; leave it at 0")
-        if self.mutate_elite:
+        if switch("mutate_elite", self.mutate_elite):
             raise ConfigurationError("mutate_elite", self.mutate_elite, "the elite passes unmutated; leave it at False")
         for field in ("no_mutation", "rl_hp"):
             weight = finite_number(field, getattr(self, field))

@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from evollm.checks import finite_number, whole_number
 from evollm.errors import ConfigurationError
 
 # The others rewrite the base's own weights, which every other adapter stands on, or need data.
@@ -43,6 +44,15 @@ def check_lora_config(config: LoraConfig) -> None:
     """
     if not isinstance(config, LoraConfig):
         raise ConfigurationError("lora_config", type(config).__name__, "must be a peft.LoraConfig")
+    whole_number("lora_config.r", config.r, 1)
+    finite_number("lora_config.lora_alpha", config.lora_alpha)
+    dropout = finite_number("lora_config.lora_dropout", config.lora_dropout)
+    if not 0 <= dropout < 1:
+        raise ConfigurationError("lora_config.lora_dropout", dropout, "must be from 0 to below 1")
+    targets = config.target_modules
+    named = isinstance(targets, list | tuple | set) and all(isinstance(name, str) for name in targets)
+    if not (targets is None or isinstance(targets, str) or named):
+        raise ConfigurationError("lora_config.target_modules", targets, "must be names of modules, or 'all-linear'")
     if config.init_lora_weights not in _INITIALISATIONS:
         raise ConfigurationError(
             "lora_config.init_lora_weights",

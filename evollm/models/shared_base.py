@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,7 +176,7 @@ class SharedBase:
                     self._peft = get_peft_model(self.network, config, adapter_name=name)
                 else:
                     self._peft.add_adapter(name, config)
-            except (ValueError, re.error) as error:
+            except Exception as error:  # Whatever PEFT makes of what is wrong with it.
                 raise ConfigurationError(
                     "lora_config.target_modules", config.target_modules, f"PEFT cannot apply {config!r}: {error}"
                 ) from error
