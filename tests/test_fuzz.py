@@ -457,6 +457,9 @@ def _make(make: Callable[[random.Random, Workshop], Case], seed: str, shop: Work
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return make(random.Random(f"{seed} {attempt}"), shop)
-        except (pa.ArrowException, ValueError, TypeError, AttributeError, OverflowError, KeyError, RecursionError):
+        except (
+            *(pa.ArrowException, ValueError, TypeError, AttributeError, OverflowError, KeyError),
+            *(RecursionError, OSError),
+        ):
             continue  # of the library that was to hold the junk
     raise AssertionError(f"{seed}: no case could be made")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
+import numpy as np
+
 from evollm.data.cells import (
     GIVEN_ROLES,
     TEMPLATE_COLUMNS,
@@ -67,7 +69,7 @@ def _fault(columns: Sequence[str]) -> str:
 
 
 def _to_example(number: int, row: Row, columns: AbstractSet[str]) -> TextPair | ChatPair:
-    if str(row.get("label")).lower() == "false":  # unpaired preferences: one of two kinds of completions
+    if _is_false(row.get("label")):  # unpaired preferences: one of two kinds of completions
         raise UnusableRowError(NOT_PREFERRED)
     for name in _CONVERSATIONS:
         if name in columns:
@@ -81,6 +83,10 @@ def _to_example(number: int, row: Row, columns: AbstractSet[str]) -> TextPair | 
     if isinstance(prompt, str) or isinstance(completion, str):
         raise UnusableRowError(MIXED_KINDS)
     return replace(_chat_example(number, prompt, completion), **template_arguments(row))
+
+
+def _is_false(label: object) -> bool:
+    return label.lower() == "false" if isinstance(label, str) else isinstance(label, bool | np.bool_) and not label
 
 
 def _whole_text(number: int, text: str | list[Message]) -> TextPair:
