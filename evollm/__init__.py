@@ -11,6 +11,7 @@ from evollm.errors import (
     MissingExtraError,
 )
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
+from evollm.inspection import Inspection, inspect_data
 from evollm.llm_envs import PreferenceGym, SFTGym
 from evollm.models import PolicyArchive, load_policy_archive
 from evollm.training import Callback, finetune_llm_preference, finetune_llm_sft
@@ -27,6 +28,7 @@ __all__ = [
     "DivergedError",
     "EvoLLMError",
     "HyperparameterConfig",
+    "Inspection",
     "MissingExtraError",
     "Mutations",
     "PolicyArchive",
@@ -36,6 +38,7 @@ __all__ = [
     "TournamentSelection",
     "finetune_llm_preference",
     "finetune_llm_sft",
+    "inspect_data",
     "load_policy_archive",
     "save_llm_checkpoint",
     "save_merged_model",

@@ -91,7 +91,7 @@ def load_pairs(
     max_context_length = optional_whole_number("max_context_length", max_context_length, 2)
     min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1)
     argument = f"{name}_dataset"
-    limit = _context_limit(tokenizer) if max_context_length is None else max_context_length
+    limit = context_limit(tokenizer) if max_context_length is None else max_context_length
     raw_pairs, dropped = read_dataset(dataset, argument, row_format)
     split = tokenize_pairs(
         raw_pairs,
@@ -168,7 +168,8 @@ def tokenize_pairs(
     return split
 
 
-def _context_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def context_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens that the tokenizer states, if it states a limit."""
     stated = tokenizer.model_max_length
     return int(stated) if stated is not None and stated < LARGEST_REAL_LIMIT else None
 

@@ -1,0 +1,10 @@
+"""What evollm understood of a dataset, before anything is trained on it."""
+
+from __future__ import annotations
+
+from evollm.inspection.forecast import Forecast
+from evollm.inspection.inspect import inspect_data
+from evollm.inspection.printing import print_inspection
+from evollm.inspection.result import Fit, Inspection, Lengths, RenderedRow
+
+__all__ = ["Fit", "Forecast", "Inspection", "Lengths", "RenderedRow", "inspect_data", "print_inspection"]

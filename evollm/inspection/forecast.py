@@ -1,0 +1,142 @@
+"""What a run would take: memory from the model's configuration, time from a few steps of one agent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from evollm.algorithms import DPO, SFT
+from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.models.budget import count_saved_bytes
+from evollm.models.loading import load_base_model
+
+# Of the LoRA configuration that agents have by default.
+RANK = 16
+# A weight, its gradient and Adam's two moments, in float32.
+BYTES_PER_TRAINED = 16
+BYTES_PER_FROZEN = 4
+# In flight, on a CPU by default; a longer row is a pass of its own.
+TOKENS_IN_FLIGHT = 1024
+# Enough for the rate of a full pass, and over in some seconds.
+TIMED_TOKENS = 256
+# A forward pass takes about a third of the time of forward and backward pass, and references need one.
+REFERENCE_SHARE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An estimate of what a run takes on this machine, with the default LoRA on all linear layers.
+
+    Attributes:
+        population: Agents of the run.
+        epochs: Its epochs.
+        base_bytes: The base's weights.
+        adapter_parameters: Parameters of one adapter.
+        activation_bytes: What one pass keeps for its backward pass: measured, or a rough formula.
+        memory_bytes: All of it: base, 16 bytes for each trained parameter, one frozen reference, activations.
+        free_bytes: Memory that is free here now.
+        seconds: Time of the run without evaluations; None when it was not measured.
+    """
+
+    population: int
+    epochs: int
+    base_bytes: int
+    adapter_parameters: int
+    activation_bytes: int
+    memory_bytes: int
+    free_bytes: int
+    seconds: float | None
+
+
+def forecast(
+    model: str, pairs: Sequence[TokenizedPair], *, population: int, epochs: int, sft: bool, measured: bool
+) -> Forecast | None:
+    """Estimate a run on these rows; None if nothing but a tokenizer is there, or it is no causal language model.
+
+    Args:
+        model: Name or folder of the base.
+        pairs: The rows.
+        population: Agents.
+        epochs: Epochs.
+        sft: Whether the rows are examples.
+        measured: Load the weights and time a few steps of one agent.
+
+    Raises:
+        ConfigurationError: `measured`, and the model cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(config)
+    except Exception:  # Whatever a folder without a model of this kind makes the library raise.
+        if not measured:
+            return None
+        shapes, config = None, None
+    seconds = None
+    if measured:
+        base = load_base_model(model)
+        shapes, config = base, base.config
+    base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
+    adapter = adapter_parameters(shapes)
+    longest = max(pair.num_tokens for pair in pairs)
+    tokens = max(TOKENS_IN_FLIGHT, longest)
+    activations = _rough_activations(config, tokens)
+    if measured:
+        per_token, saved_per_token = _measure(shapes, pairs, sft)
+        activations = int(saved_per_token * tokens)
+        passes = population * epochs + (0 if sft else REFERENCE_SHARE)
+        seconds = per_token * sum(pair.num_tokens for pair in pairs) * passes
+    references = 0 if sft else BYTES_PER_FROZEN * adapter
+    return Forecast(
+        population=population,
+        epochs=epochs,
+        base_bytes=base_bytes,
+        adapter_parameters=adapter,
+        activation_bytes=activations,
+        memory_bytes=base_bytes + BYTES_PER_TRAINED * adapter * population + references + activations,
+        free_bytes=int(psutil.virtual_memory().available),
+        seconds=seconds,
+    )
+
+
+def adapter_parameters(model: Any) -> int:
+    """Parameters of a LoRA of rank 16 on all linear layers but the head."""
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
+    return sum(RANK * sum(layer.weight.shape) for layer in layers)
+
+
+def _rough_activations(config: Any, tokens: int) -> int:
+    """One state for each layer, and all that one layer keeps while it is computed again."""
+    config = config.get_text_config()
+    hidden, layers = int(getattr(config, "hidden_size", 1024)), int(getattr(config, "num_hidden_layers", 32))
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    return 4 * tokens * (hidden * layers + 20 * hidden + 6 * inner)
+
+
+def _measure(model: Any, pairs: Sequence[TokenizedPair], sft: bool) -> tuple[float, float]:
+    """Seconds, and bytes kept, for a token that one agent learns from; of rows of usual length."""
+    ordered = sorted(pairs, key=lambda pair: pair.num_tokens)
+    few = [ordered[len(ordered) // 2]]
+    for pair in ordered[len(ordered) // 2 + 1 :]:
+        if sum(one.num_tokens for one in few) + pair.num_tokens > TIMED_TOKENS:
+            break
+        few.append(pair)
+    batch = PreferenceBatch.from_pairs(few)
+    agent: Any = (SFT if sft else DPO)(actor_network=model, token_budget=TOKENS_IN_FLIGHT, batch_size=len(few))
+    tokens = int(batch.num_tokens.sum())
+    with count_saved_bytes() as saved:
+        agent.learn(batch)
+    start = time.perf_counter()
+    agent.learn(batch)
+    seconds = time.perf_counter() - start
+    agent.release()
+    return seconds / tokens, saved.total / tokens

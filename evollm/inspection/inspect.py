@@ -1,0 +1,218 @@
+"""Read a dataset as a gym would, and say what came of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from evollm.checks import optional_whole_number, switch, whole_number
+from evollm.data.batch import TokenizedPair
+from evollm.data.examples import EXAMPLES
+from evollm.data.report import DataReport, count_seen, mixture_warning
+from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
+from evollm.data.sources import PAIRS
+from evollm.data.tokenization import TOO_LONG, TokenizedSplit, context_limit, shortest_context, tokenize_pairs
+from evollm.errors import ConfigurationError, DataError
+from evollm.inspection.forecast import forecast
+from evollm.inspection.result import Fit, Inspection, Lengths, RenderedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+USUAL_LIMITS = (256, 512, 1024, 2048, 4096)
+NUM_RENDERED = 3
+
+
+def inspect_data(
+    data: object,
+    model: str | Path | PreTrainedTokenizerBase,
+    *,
+    split: str | None = None,
+    sft: bool | None = None,
+    max_context_length: int | None = None,
+    min_completion_length: int | None = None,
+    against: object | None = None,
+    population: int = 4,
+    epochs: int = 1,
+    estimate: bool = False,
+) -> Inspection:
+    """Say what evollm understands of a dataset: what is used, how long it is, what the loss sees.
+
+    Args:
+        data: What `PreferenceGym` or `SFTGym` takes.
+        model: Name or folder of the model, of which the tokenizer and the configuration are read; or a tokenizer.
+        split: Split of a dataset on the hub, by default `train`.
+        sft: Whether the rows are examples for SFT; None: what their columns say.
+        max_context_length: As for the gyms.
+        min_completion_length: As for the gyms.
+        against: Another dataset, such as the held-out one: count the rows that are in both.
+        population: Agents of the run whose memory and time are estimated.
+        epochs: Its epochs.
+        estimate: Load the model's weights and time a few steps of one agent, for an estimate of the run's time.
+
+    Raises:
+        ConfigurationError: An argument cannot work, or the model's tokenizer cannot be loaded.
+        DataError: The dataset cannot be read, lacks a column or has no row.
+    """
+    max_context_length = optional_whole_number("max_context_length", max_context_length, 2)
+    min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1) or 1
+    population, epochs = whole_number("population", population, 1), whole_number("epochs", epochs, 1)
+    tokenizer = _tokenizer(model)
+    raw, dropped, row_format = _read(_with_split(data, split), "data", sft)
+    whole = tokenize_pairs(raw, tokenizer, min_completion_length=min_completion_length)
+    others = None
+    if against is not None:
+        texts, _, _ = _read(against, "against", row_format is EXAMPLES)
+        others = tokenize_pairs(texts, tokenizer, min_completion_length=min_completion_length).pairs
+    unused = {row for rows in whole.dropped.values() for row in rows}
+    texts = [text for text in raw if text.row not in unused]
+    bos_id = tokenizer.bos_token_id
+    limit = context_limit(tokenizer) if max_context_length is None else max_context_length
+    kept = [n for n, pair in enumerate(whole.pairs) if limit is None or shortest_context(pair, bos_id) <= limit]
+    report = _report(whole, dropped, texts, set(kept), row_format, _fit(whole.pairs, limit, bos_id))
+    pairs = [whole.pairs[n] for n in kept]
+    chosen_longer, rejected_longer = _longer_sides(pairs, row_format)
+    return Inspection(
+        report=report,
+        lengths=_lengths(pairs, row_format),
+        num_tokens=sum(pair.num_tokens for pair in pairs),
+        prompt_share=sum(len(pair.prompt_ids) for pair in pairs) / max(1, sum(pair.num_tokens for pair in pairs)),
+        limit=limit,
+        fits=tuple(_fit(whole.pairs, usual, bos_id) for usual in sorted({*USUAL_LIMITS, *([limit] if limit else [])})),
+        **_repetitions(pairs),
+        overlap=None if others is None else count_seen(pairs, others),
+        chosen_longer=chosen_longer,
+        rejected_longer=rejected_longer,
+        examples=_rendered(pairs, [texts[n].row for n in kept], tokenizer),
+        forecast=_forecast(model, pairs, row_format, population, epochs, switch("estimate", estimate)),
+    )
+
+
+def _tokenizer(model: Any) -> PreTrainedTokenizerBase:
+    if callable(model) and hasattr(model, "eos_token_id"):
+        return model  # type: ignore[no-any-return]
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigurationError("model", model, "must be the name or folder of a model, or a tokenizer")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # Whatever the hub, its files and the tokenizer's own code raise.
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ConfigurationError("model", str(model), f"has no tokenizer that can be loaded: {reason[0]}") from error
+    return tokenizer
+
+
+def _with_split(data: object, split: object) -> object:
+    if split is None:
+        return data
+    if not isinstance(split, str) or not isinstance(data, str) or ":" in data or Path(data).suffix:
+        raise ConfigurationError("split", split, "is for a dataset on the hub that is given by its name alone")
+    return f"{data}:{split}"
+
+
+def _read(data: Any, field: str, sft: object) -> tuple[list[TextPair | ChatPair], DroppedRows, RowFormat]:
+    """The rows, in the format that was asked for, or in that of preferences if it is not the other."""
+    if sft is not None:
+        row_format = EXAMPLES if switch("sft", sft) else PAIRS
+        return *read_dataset(data, field, row_format), row_format
+    if hasattr(data, "__next__"):
+        data = list(data)  # to be read twice
+    try:
+        return *read_dataset(data, field, PAIRS), PAIRS
+    except DataError as error:
+        try:
+            return *read_dataset(data, field, EXAMPLES), EXAMPLES
+        except DataError as other:
+            raise (other if "SFTGym" in str(error) else error) from None
+
+
+def _report(
+    whole: TokenizedSplit,
+    dropped: DroppedRows,
+    texts: Sequence[TextPair | ChatPair],
+    kept: set[int],
+    row_format: RowFormat,
+    fit: Fit,
+) -> DataReport:
+    reasons = {reason: list(rows) for reason, rows in dropped.items()}
+    too_long = [text.row for n, text in enumerate(texts) if n not in kept]
+    for reason, rows in {**whole.dropped, **({TOO_LONG: too_long} if too_long else {})}.items():
+        reasons.setdefault(reason, []).extend(rows)
+    used = [text for n, text in enumerate(texts) if n in kept]
+    return DataReport.from_rows(
+        "data", len(used), reasons, fit.prompts_cut, (), row_format.noun, mixture_warning(used) if used else ""
+    )
+
+
+def _fit(pairs: Sequence[TokenizedPair], limit: int | None, bos_id: int | None) -> Fit:
+    if limit is None:
+        return Fit(0, 0, 0)
+    long = [pair for pair in pairs if pair.longest_sequence > limit]
+    too_long = sum(shortest_context(pair, bos_id) > limit for pair in long)
+    return Fit(limit, len(long) - too_long, too_long)
+
+
+def _lengths(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> dict[str, Lengths]:
+    if not pairs:
+        return {}
+    chosen = [len(pair.chosen_ids) for pair in pairs]
+    if row_format is PAIRS:
+        sides = {"chosen": chosen, "rejected": [len(pair.rejected_ids) for pair in pairs]}
+    else:
+        sides = {"completion": chosen}
+    columns = {"prompt": [len(pair.prompt_ids) for pair in pairs], **sides}
+    columns["whole"] = [pair.num_tokens for pair in pairs]
+    return {name: Lengths.of(column) for name, column in columns.items()}
+
+
+def _repetitions(pairs: Sequence[TokenizedPair]) -> dict[str, int]:
+    prompts: set[bytes] = set()
+    seen: set[tuple[bytes, ...]] = set()
+    counts = {"duplicates": 0, "repeated_prompts": 0, "contradictions": 0}
+    for pair in pairs:
+        prompt, chosen, rejected = (ids.tobytes() for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        counts["duplicates"] += (prompt, chosen, rejected) in seen
+        counts["contradictions"] += (prompt, rejected, chosen) in seen
+        counts["repeated_prompts"] += prompt in prompts
+        prompts.add(prompt)
+        seen.add((prompt, chosen, rejected))
+    return counts
+
+
+def _longer_sides(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> tuple[float | None, float | None]:
+    """How often the chosen side is the longer one, and how often the rejected one."""
+    if row_format is not PAIRS or not pairs:
+        return None, None
+    excess = np.array([len(pair.chosen_ids) - len(pair.rejected_ids) for pair in pairs])
+    return float((excess > 0).mean()), float((excess < 0).mean())
+
+
+def _rendered(
+    pairs: Sequence[TokenizedPair], rows: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[RenderedRow, ...]:
+    """Rows that are spread over the dataset."""
+    places = sorted({number * len(pairs) // NUM_RENDERED for number in range(NUM_RENDERED)}) if pairs else []
+    return tuple(
+        RenderedRow(
+            row=rows[place],
+            prompt=str(tokenizer.decode(pairs[place].prompt_ids)),
+            chosen=str(tokenizer.decode(pairs[place].chosen_ids)),
+            rejected=str(tokenizer.decode(pairs[place].rejected_ids)) if len(pairs[place].rejected_ids) else None,
+            num_scored=len(pairs[place].chosen_ids) + len(pairs[place].rejected_ids),
+        )
+        for place in places
+    )
+
+
+def _forecast(
+    model: object, pairs: Sequence[TokenizedPair], row_format: RowFormat, population: int, epochs: int, estimate: bool
+) -> Any:
+    if not isinstance(model, str | os.PathLike) or not pairs:
+        return None
+    return forecast(
+        str(model), pairs, population=population, epochs=epochs, sft=row_format is EXAMPLES, measured=estimate
+    )

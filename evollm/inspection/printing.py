@@ -1,0 +1,114 @@
+"""An inspection for a person."""
+
+from __future__ import annotations
+
+import rich.console
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from evollm.inspection.forecast import Forecast
+from evollm.inspection.result import Inspection, RenderedRow
+
+MOST_CHARACTERS = 600
+
+
+def print_inspection(inspection: Inspection, console: rich.console.Console | None = None) -> None:
+    """Print what was found; scored tokens stand between two bars, so that colours are not needed."""
+    console = console or rich.console.Console()
+
+    def say(what: object) -> None:
+        console.print(what, highlight=False, soft_wrap=isinstance(what, str))
+
+    report = inspection.report
+    say(f"{report.kept} {report.noun}{'' if report.kept == 1 else 's'} kept, {report.num_dropped} dropped")
+    for reason, (count, rows) in report.dropped.items():
+        more = ", ..." if count > len(rows) else ""
+        say(escape(f"  {count} {reason}: row{'' if count == 1 else 's'} {', '.join(map(str, rows))}{more}"))
+    if report.warning:
+        say(escape(f"Warning: {report.warning}"))
+    if not report.kept:
+        return
+    say(_length_table(inspection))
+    say(
+        f"{inspection.num_tokens} tokens, of which {inspection.prompt_share:.0%} are prompts"
+        + (", which are computed once for both sides" if inspection.chosen_longer is not None else "")
+    )
+    if inspection.limit is None:
+        say("No max_context_length: no prompt is cut")
+    for fit in inspection.fits:
+        holds = " (this one holds)" if fit.limit == inspection.limit else ""
+        say(f"  at max_context_length {fit.limit}: {fit.prompts_cut} prompts cut, {fit.too_long} too long{holds}")
+    say("\n" + _repetition_line(inspection))
+    if inspection.chosen_longer is not None:
+        say(
+            f"The chosen side is longer in {inspection.chosen_longer:.0%} of the pairs, the rejected one in "
+            f"{inspection.rejected_longer:.0%}"
+        )
+    for example in inspection.examples:
+        _say_example(console, example)
+    if inspection.forecast is not None:
+        say("\n" + _forecast_lines(inspection.forecast))
+
+
+def _length_table(inspection: Inspection) -> Table:
+    table = Table(title="\nlengths in tokens", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("", "50 %", "90 %", "99 %", "longest"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, lengths in inspection.lengths.items():
+        label = f"whole {inspection.report.noun}" if name == "whole" else name
+        table.add_row(label, *map(str, (lengths.p50, lengths.p90, lengths.p99, lengths.longest)))
+    return table
+
+
+def _repetition_line(inspection: Inspection) -> str:
+    line = f"{inspection.duplicates} are repetitions, {inspection.repeated_prompts} have a prompt that was there before"
+    if inspection.contradictions:
+        line += f", {inspection.contradictions} prefer the other way round what an earlier one says"
+    if inspection.overlap is not None:
+        line += f"; {inspection.overlap} are in the other dataset too"
+    return line
+
+
+def _say_example(console: rich.console.Console, example: RenderedRow) -> None:
+    console.print(f"\n[bold]row {example.row}[/bold], {example.num_scored} tokens between the bars are scored")
+    for label, side in (("chosen", example.chosen), ("rejected", example.rejected)):
+        if side is None:
+            continue
+        text = Text(f"{_shortened(example.prompt)}", style="dim")
+        text.append("▌", style="bold green")
+        text.append(_shortened(side), style="green" if label == "chosen" else "red")
+        text.append("▐", style="bold green")
+        if example.rejected is not None:
+            console.print(f"  {label}:")
+        console.print(Padding(text, (0, 0, 0, 4)), highlight=False)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+
+
+def _forecast_lines(forecast: Forecast) -> str:
+    gib = 2**30
+    agents = f"{forecast.population} agent{'' if forecast.population == 1 else 's'}"
+    lines = (
+        f"Estimate for {agents} with LoRA of rank 16 on all linear layers: {forecast.memory_bytes / gib:.2f} GiB of "
+        f"memory (base {forecast.base_bytes / gib:.2f}, activations about {forecast.activation_bytes / gib:.2f}); "
+        f"{forecast.free_bytes / gib:.2f} GiB are free here"
+    )
+    if forecast.seconds is None:
+        return lines + "\nTime: not measured; --estimate loads the weights and times a few steps"
+    epochs = f"{forecast.epochs} epoch{'' if forecast.epochs == 1 else 's'}"
+    return lines + f"\nEstimated time of {epochs}, without evaluations: {_duration(forecast.seconds)}"
+
+
+def _duration(seconds: float) -> str:
+    minute, hour = 60, 3600
+    if seconds < 2 * minute:
+        return f"{seconds:.0f} s"
+    return f"{seconds / minute:.0f} min" if seconds < 2 * hour else f"{seconds / hour:.1f} h"
