@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from evollm import __version__
 from evollm.demo import resume_demo, run_demo
 from evollm.errors import EvoLLMError
+from evollm.inspection import inspect_data, print_inspection
 from evollm.report import write_report
 
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("run_dir", help="run folder")
     resume.set_defaults(run=lambda options: resume_demo(options.run_dir))
     _add_report(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -68,6 +70,33 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     report.set_defaults(
         run=lambda options: print(write_report(options.run_dir, options.output, pictures=not options.no_pictures))
     )
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`evollm inspect`: what evollm understands of a dataset."""
+    parser = commands.add_parser(
+        "inspect",
+        help="say what evollm understands of a dataset, before anything is trained on it",
+        description="Read a dataset as a run would: rows kept and dropped with reasons, lengths, repetitions, three "
+        "rows as the model sees them, and an estimate of the memory. No weights are loaded unless --estimate asks for "
+        "it.",
+    )
+    parser.add_argument("data", help="a JSONL, Parquet or CSV file, or org/name of a dataset on the hub")
+    parser.add_argument("--model", required=True, help="name or folder of the model, or of its tokenizer alone")
+    parser.add_argument("--split", help="split of a dataset on the hub (default: train)")
+    parser.add_argument("--sft", action="store_true", default=None, help="examples (default: what the columns say)")
+    parser.add_argument("--against", help="another dataset: count the rows that are in both")
+    parser.add_argument("--max-context-length", type=int, help="most tokens of prompt and longer completion")
+    parser.add_argument("--min-completion-length", type=int, help="fewest tokens of a completion")
+    parser.add_argument("--population", type=int, default=4, help="agents of the run (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of the run (default: %(default)s)")
+    parser.add_argument("--estimate", action="store_true", help="load the weights and time a few steps of one agent")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    arguments = {name: value for name, value in vars(options).items() if name != "run"}
+    print_inspection(inspect_data(arguments.pop("data"), arguments.pop("model"), **arguments))
 
 
 def _demo(options: argparse.Namespace) -> None:

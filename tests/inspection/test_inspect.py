@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_examples, make_rows
+from tokenizers_for_tests import chatml_tokenizer, make_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from evollm import DPO, DataError, PreferenceGym, SFTGym, inspect_data
+from evollm.cli import main
+from evollm.errors import ConfigurationError
+from evollm.inspection import Fit, Lengths, RenderedRow
+from evollm.inspection.forecast import adapter_parameters
+
+
+@pytest.fixture
+def model_folder(make_model: Callable[..., LlamaForCausalLM], tokenizer: Any, tmp_path: Path) -> Path:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def row(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_kept_and_dropped_rows_and_lengths_are_those_of_the_gym(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [*make_rows(8), row("a", " b", " b"), row("a", " ", " b")]
+    found = inspect_data(rows, tokenizer)
+    gym = PreferenceGym(rows, None, tokenizer)
+    assert (found.report.kept, found.report.dropped) == (8, gym.reports["train"].dropped)
+    assert found.num_tokens == sum(pair.num_tokens for pair in gym.train_pairs)
+    assert found.lengths["whole"].longest == max(pair.num_tokens for pair in gym.train_pairs)
+    prompts = sum(len(pair.prompt_ids) for pair in gym.train_pairs)
+    assert found.prompt_share == prompts / found.num_tokens
+
+
+@pytest.mark.parametrize("limit", [14, 18, 20, 24])
+def test_what_a_length_would_do_is_what_it_does_in_the_gym(tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
+    rows = make_rows(12)
+    found = inspect_data(rows, tokenizer, max_context_length=limit)
+    (fit,) = [fit for fit in found.fits if fit.limit == limit]
+    if not found.report.kept:
+        with pytest.raises(DataError):
+            PreferenceGym(rows, None, tokenizer, max_context_length=limit)
+        assert fit == Fit(limit, 0, 12)
+        return
+    report = PreferenceGym(rows, None, tokenizer, max_context_length=limit).reports["train"]
+    assert (found.report.kept, found.report.dropped) == (report.kept, report.dropped)
+    assert found.report.prompts_cut == report.prompts_cut == fit.prompts_cut
+    assert fit.too_long == report.num_dropped
+    assert found.fits[-1].too_long == 0
+
+
+def test_percentiles_are_lengths_that_there_are() -> None:
+    assert Lengths.of(range(1, 101)) == Lengths(51, 91, 100, 100)
+    assert Lengths.of([7]) == Lengths(7, 7, 7, 7)
+
+
+def test_repetitions_contradictions_and_overlap_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [row("a?", " b", " c"), row("a?", " b", " c"), row("a?", " c", " b"), row("d?", " b", " c")]
+    found = inspect_data(rows, tokenizer, against=[row("d?", " b", " c")])
+    assert (found.duplicates, found.repeated_prompts, found.contradictions, found.overlap) == (1, 2, 1, 1)
+    assert inspect_data(rows, tokenizer).overlap is None
+
+
+def test_the_longer_side_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [
+        row("a?", " yes or no", " yes"),
+        row("b?", " yes", " no"),
+        row("c?", " yes or", " no"),
+        row("d?", " a", " b c"),
+    ]
+    found = inspect_data(rows, tokenizer)
+    assert (found.chosen_longer, found.rejected_longer) == (0.5, 0.25)
+
+
+def test_rows_are_rendered_with_what_is_scored_and_their_special_tokens() -> None:
+    chat = {
+        "prompt": [{"role": "user", "content": "Is it?"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    found = inspect_data([chat | {"chosen": []}, chat], chatml_tokenizer())
+    prompt = "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n"
+    assert found.examples == (RenderedRow(1, prompt, "yes<|im_end|>", "no<|im_end|>", 4),)
+
+
+@pytest.mark.parametrize("wrap", [list, iter])
+@pytest.mark.parametrize("sft", [None, True])
+def test_examples_are_known_by_their_columns(tokenizer: PreTrainedTokenizerFast, wrap: Any, sft: bool | None) -> None:
+    found = inspect_data(wrap(make_examples(6)), tokenizer, sft=sft)
+    gym = SFTGym(make_examples(6), None, tokenizer)
+    assert (found.report.noun, found.report.kept) == ("example", 6)
+    assert list(found.lengths) == ["prompt", "completion", "whole"]
+    assert found.num_tokens == sum(pair.num_tokens for pair in gym.train_pairs)
+    assert found.chosen_longer is None
+    assert found.examples[0].rejected is None
+
+
+def test_rows_that_are_all_dropped_are_a_finding(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = inspect_data([row("a", " b", " b")], tokenizer)
+    assert (found.report.kept, found.report.num_dropped, found.examples) == (0, 1, ())
+
+
+def test_the_forecast_counts_the_adapters_that_agents_have(make_model, model_folder: Path) -> None:
+    found = inspect_data(make_rows(4), str(model_folder), population=3).forecast
+    assert found is not None
+    model = make_model()
+    assert found.base_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+    agent = DPO(actor_network=model)
+    assert found.adapter_parameters == sum(p.numel() for p in agent.actor_parameters())
+    trained, reference = 16 * found.adapter_parameters * 3, 4 * found.adapter_parameters
+    assert found.memory_bytes == found.base_bytes + trained + reference + found.activation_bytes
+    assert found.seconds is None
+    # A model whose projections are transposed linear layers.
+    assert adapter_parameters(make_model(tie_word_embeddings=True)) == found.adapter_parameters
+
+
+@pytest.mark.parametrize("rows", [make_rows(4), make_examples(4)])
+def test_an_estimate_times_the_model_itself(model_folder: Path, rows: list[Any]) -> None:
+    one, many = (
+        inspect_data(rows, model_folder, population=size, epochs=2, estimate=True).forecast for size in (1, 100)
+    )
+    assert one is not None
+    assert many is not None
+    assert 0 < (one.seconds or 0) < (many.seconds or 0)
+    assert one.activation_bytes > 0
+
+
+def test_a_tokenizer_alone_is_enough(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    assert inspect_data(make_rows(2), tmp_path).forecast is None
+    with pytest.raises(ConfigurationError, match="model_name="):
+        inspect_data(make_rows(2), tmp_path, estimate=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "/absent"}, "model='/absent': has no tokenizer"),
+        ({"model": 7}, "model=7: must be the name"),
+        ({"data": "/absent.jsonl"}, "data='/absent.jsonl': no such file"),
+        ({"data": [{"a": 1}]}, "lacks chosen and rejected"),
+        ({"data": [{"completion": "a"}]}, "lacks prompt"),
+        ({"split": "test"}, "split='test': is for a dataset on the hub"),
+        ({"population": 0}, "population=0"),
+        ({"max_context_length": 1}, "max_context_length=1"),
+        ({"sft": "yes"}, "sft='yes'"),
+    ],
+)
+def test_what_cannot_be_inspected_is_refused(arguments: dict[str, Any], message: str) -> None:
+    good = {"data": make_rows(2), "model": make_tokenizer()}
+    with pytest.raises(ConfigurationError, match=message):
+        inspect_data(**{**good, **arguments})
+
+
+def test_the_command_prints_what_was_understood(model_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = [*make_rows(5), row("[bold]a[/]", " b", " b")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["inspect", str(tmp_path / "pairs.jsonl"), "--model", str(model_folder), "--population", "8"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "5 pairs kept, 1 dropped",
+        "  1 chosen == rejected: row 5",
+        "at max_context_length 256: 0 prompts cut, 0 too long",
+        "0 are repetitions",
+        "▌ yes, Ann</s>▐",
+        "Estimate for 8 agents",
+    ):
+        assert line in out
+
+
+def test_the_command_says_in_a_line_what_is_wrong(tmp_path: Path, capsys) -> None:
+    (tmp_path / "broken.jsonl").write_text("{")
+    assert main(["inspect", str(tmp_path / "broken.jsonl"), "--model", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evollm: ")
