@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from evollm.algorithms import DPO, SFT
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models.budget import count_saved_bytes
-from evollm.models.loading import load_base_model
+from evollm.models.pretrained import load_base_model
 
 # Of the LoRA configuration that agents have by default.
 RANK = 16

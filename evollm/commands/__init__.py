@@ -1,0 +1,11 @@
+"""The commands of the command line: each module adds one to the parser and calls the library."""
+
+from __future__ import annotations
+
+from evollm.commands import demo, inspect, report, resume
+from evollm.commands.parsing import AddCommand
+
+# In the order of `evollm --help`.
+COMMANDS: tuple[AddCommand, ...] = (demo.add_to, inspect.add_to, resume.add_to, report.add_to)
+
+__all__ = ["COMMANDS"]

@@ -1,0 +1,37 @@
+"""`evollm inspect`: what evollm understands of a dataset."""
+
+from __future__ import annotations
+
+import argparse
+
+from evollm.commands.parsing import Subparsers, add_command
+from evollm.inspection import inspect_data, print_inspection
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "inspect",
+        _run,
+        help="say what evollm understands of a dataset, before anything is trained on it",
+        description="Read a dataset as a run would: rows kept and dropped with reasons, lengths, repetitions, three "
+        "rows as the\nmodel sees them, and an estimate of the memory. No weights are loaded unless --estimate asks for "
+        "it.",
+        example="evollm inspect pairs.jsonl --model my-model",
+    )
+    parser.add_argument("data", help="a JSONL, Parquet or CSV file, or org/name of a dataset on the hub")
+    parser.add_argument("--model", required=True, help="name or folder of the model, or of its tokenizer alone")
+    parser.add_argument("--split", help="split of a dataset on the hub (default: train)")
+    parser.add_argument("--sft", action="store_true", default=None, help="examples (default: what the columns say)")
+    parser.add_argument("--against", help="another dataset: count the rows that are in both")
+    parser.add_argument("--max-context-length", type=int, help="most tokens of prompt and longer completion")
+    parser.add_argument("--min-completion-length", type=int, help="fewest tokens of a completion")
+    parser.add_argument("--population", type=int, default=4, help="agents of the run (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of the run (default: %(default)s)")
+    parser.add_argument("--estimate", action="store_true", help="load the weights and time a few steps of one agent")
+
+
+def _run(options: argparse.Namespace) -> None:
+    arguments = {name: value for name, value in vars(options).items() if name != "run"}
+    print_inspection(inspect_data(arguments.pop("data"), arguments.pop("model"), **arguments))

@@ -1,0 +1,38 @@
+"""What the commands share: how one is added to the parser."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeAlias
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+AddCommand: TypeAlias = Callable[[Subparsers], None]
+Command: TypeAlias = Callable[[argparse.Namespace], None]
+
+
+def add_command(
+    commands: Subparsers, name: str, run: Command, *, help: str, description: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a command to the parser.
+
+    Args:
+        commands: Where the command is added.
+        name: What is typed.
+        run: Carries it out; an `EvoLLMError` that it raises is printed as one line.
+        help: One line for `evollm --help`.
+        description: What it does, for its own `--help`.
+        example: A command line that works as it stands, or with the user's own names.
+
+    Returns:
+        The command's parser, to add arguments to.
+    """
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
