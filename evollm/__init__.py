@@ -15,6 +15,7 @@ from evollm.inspection import Inspection, inspect_data
 from evollm.llm_envs import PreferenceGym, SFTGym
 from evollm.models import PolicyArchive, load_policy_archive
 from evollm.training import Callback, finetune_llm_preference, finetune_llm_sft
+from evollm.tuning import TuneResult, tune
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "RLParameter",
     "SFTGym",
     "TournamentSelection",
+    "TuneResult",
     "finetune_llm_preference",
     "finetune_llm_sft",
     "inspect_data",
@@ -43,4 +45,5 @@ __all__ = [
     "save_llm_checkpoint",
     "save_merged_model",
     "save_policy_archive",
+    "tune",
 ]

@@ -27,6 +27,7 @@ class ConfigurationError(EvoLLMError, ValueError):
         super().__init__(f"{field}={_described(value)}: {fix}")
         self.field = field
         self.value = value
+        self.fix = fix
 
 
 def _described(value: object) -> str:

@@ -119,7 +119,7 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
     Raises:
         DataError: The dataset cannot be read, lacks a column or has no row.
     """
-    rows = _read_rows(dataset, field, row_format)
+    rows = read_rows(dataset, field, row_format)
     columns = set().union(*rows)
     found: list[TextPair | ChatPair] = []
     dropped: DroppedRows = {}
@@ -133,7 +133,7 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
     return found, dropped
 
 
-def _read_rows(dataset: object, field: str, row_format: RowFormat) -> list[Row]:
+def read_rows(dataset: object, field: str, row_format: RowFormat) -> list[Row]:
     """The dataset's rows, reduced to the columns that matter here."""
     columns: dict[str, None] = {}
     rows: list[Row] = []

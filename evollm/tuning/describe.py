@@ -1,0 +1,38 @@
+"""What a run would do, in words, before it is begun."""
+
+from __future__ import annotations
+
+from evollm.hpo import format_value
+from evollm.tuning.setup import Setup
+
+
+def describe(setup: Setup) -> str:
+    """Pairs, agents, steps, generations and bounds of a run that is set up; one line each."""
+    schedule, env, first = setup.schedule, setup.env, setup.agents[0]
+    lines = [str(report) for report in env.reports.values()]
+    values = ", ".join(
+        f"{name} {format_value(first.hyperparameter_values()[name])}"
+        for name in (*setup.pieces.evolves, "max_grad_norm")
+    )
+    lines.append(f"base: {first.base.name or 'a loaded model'}, {first.base.network.dtype}, on {first.device}")
+    lines.append(f"agents: {len(setup.agents)} of {first.algorithm}, the first with {values}")
+    epochs = schedule.total / schedule.epoch
+    lines.append(f"steps: {schedule.total} of {env.batch_size} {env.row_format.noun}s, {epochs:.3g} epochs")
+    if schedule.evolve_every is not None:
+        generations = -(-schedule.total // schedule.evolve_every)
+        lines.append(f"generations: {generations} of {schedule.evolve_every} steps, with an evolution between each two")
+        assert first.hp_config is not None
+        lines += [f"  {name}: {_bounds(parameter)}" for name, parameter in first.hp_config.items()]
+    if schedule.evaluate_every is not None:
+        lines.append(f"evaluations: every {schedule.evaluate_every} steps, on {len(env.test_pairs)} held-out rows")
+    saves = f"every {schedule.checkpoint_every} steps" if schedule.checkpoint_every else "none"
+    lines.append(f"checkpoints: {saves}")
+    return "\n".join(lines)
+
+
+def _bounds(parameter: object) -> str:
+    choices = getattr(parameter, "choices", None)
+    if choices is not None:
+        return ", ".join(choices)
+    lowest, highest = parameter.bounds  # type: ignore[attr-defined]
+    return f"{format_value(lowest)} to {format_value(highest)}"

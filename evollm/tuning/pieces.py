@@ -1,0 +1,158 @@
+"""Which public piece takes which setting, read off their signatures, so that no setting is listed twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from evollm.algorithms import DPO, SFT
+from evollm.algorithms.saving import SavableAgent
+from evollm.data.examples import EXAMPLES
+from evollm.data.rows import RowFormat
+from evollm.data.sources import PAIRS
+from evollm.errors import ConfigurationError
+from evollm.hpo import Mutations, TournamentSelection
+from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
+from evollm.training import finetune_llm_preference, finetune_llm_sft
+from evollm.training.stages import COMPLETION, PREFERENCE, Stage
+
+Settings: TypeAlias = dict[str, Any]
+
+# What `tune` itself passes to the pieces.
+_FILLED_IN = frozenset(
+    {"self", "args", "kwargs", "pop", "env", "tournament", "mutation", "observation_space", "action_space"}
+    | {"actor_network", "model_name", "train_dataset", "test_dataset", "final_dataset", "population_size", "size"}
+    | {"index", "clone", "wrap", "wrapper_cls", "wrapper_kwargs"}
+)
+# What other libraries, and the pieces themselves, call the parameters of `tune`.
+_ALIASES = {
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "actor_network": "model",
+    "base_model": "model",
+    "train_dataset": "data",
+    "dataset": "data",
+    "test_dataset": "test_data",
+    "eval_dataset": "test_data",
+    "final_dataset": "final_data",
+    "population_size": "population",
+    "size": "population",
+    "learning_rate": "lr",
+    "rpo_alpha": "nll_alpha",
+    "per_device_train_batch_size": "data_batch_size_per_gpu",
+    "num_train_epochs": "num_epochs",
+    "output_dir": "run_dir",
+    "peft_config": "lora_config",
+}
+_PLAIN: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "str": str,
+    "Path": os.PathLike,
+    "None": type(None),
+}
+_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The public pieces of a kind of run.
+
+    Attributes:
+        stage: What differs from the other kind.
+        agent: Class of the agents.
+        gym: Class of the environment.
+        finetune: The loop.
+        row_format: What rows look like.
+        evolves: The hyperparameters that evolve unless the user says otherwise.
+    """
+
+    stage: Stage
+    agent: type[SavableAgent]
+    gym: type[DatasetGym]
+    finetune: Callable[..., Any]
+    row_format: RowFormat
+    evolves: tuple[str, ...]
+
+    def parameters(self) -> dict[str, str]:
+        """The settings that the pieces take, with their annotations, by name."""
+        found: dict[str, str] = {}
+        for piece in (self.gym, self.agent, self.agent.population, self.finetune):
+            found |= _annotations(piece)
+        for settings in (TournamentSelection, Mutations):
+            found |= {field.name: str(field.type) for field in dataclasses.fields(settings) if field.init}
+        return {name: annotation for name, annotation in found.items() if name not in _FILLED_IN}
+
+
+ALGORITHMS = {
+    "dpo": Pieces(PREFERENCE, DPO, PreferenceGym, finetune_llm_preference, PAIRS, ("lr", "beta", "nll_alpha")),
+    "sft": Pieces(COMPLETION, SFT, SFTGym, finetune_llm_sft, EXAMPLES, ("lr",)),
+}
+
+
+def pieces_of(algorithm: object) -> Pieces:
+    """The pieces of an algorithm.
+
+    Raises:
+        ConfigurationError: There is no such algorithm.
+    """
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        raise ConfigurationError("algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[algorithm]
+
+
+def taken_by(piece: Callable[..., Any], settings: Mapping[str, Any]) -> Settings:
+    """The settings that are parameters of a piece."""
+    if dataclasses.is_dataclass(piece):
+        names = {field.name for field in dataclasses.fields(piece) if field.init}
+    else:
+        names = set(_annotations(piece))
+    return {name: value for name, value in settings.items() if name in names - _FILLED_IN}
+
+
+def default_of(piece: Callable[..., Any], name: str) -> Any:
+    """What a piece takes for a parameter that is not given; None where it has no such parameter."""
+    parameters = inspect.signature(piece).parameters
+    return parameters[name].default if name in parameters else None
+
+
+def check_known(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse names that are no parameter.
+
+    Raises:
+        ConfigurationError: The first of them, with the nearest known name.
+    """
+    for name, value in given.items():
+        if name not in known:
+            alias = _ALIASES.get(name)
+            nearest = [alias] if alias in known else difflib.get_close_matches(name, known, 1, cutoff=0.0)
+            raise ConfigurationError(str(name), value, f"is no parameter; the nearest known one is {nearest[0]!r}")
+
+
+def check_types(settings: Mapping[str, Any], annotations: Mapping[str, str]) -> None:
+    """Refuse values whose type their annotation does not allow, as far as it speaks of plain types alone.
+
+    Raises:
+        ConfigurationError: The first of them.
+    """
+    for name, value in settings.items():
+        wanted = [part.strip() for part in annotations.get(name, "").split("|")]
+        if not all(part in _PLAIN for part in wanted):
+            continue  # The piece itself checks what is more than a number, a switch or a text.
+        fits = any(isinstance(value, _PLAIN[part]) for part in wanted)
+        if not fits or (isinstance(value, bool) and "bool" not in wanted):
+            names = " or ".join(_NAMES.get(part, "a path") for part in wanted)
+            raise ConfigurationError(name, value, f"must be {names}")
+
+
+def _annotations(piece: Callable[..., Any]) -> dict[str, str]:
+    function = piece.__init__ if inspect.isclass(piece) else piece
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {one.name: str(one.annotation) for one in parameters if one.kind not in kinds}

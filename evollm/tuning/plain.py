@@ -1,0 +1,130 @@
+"""Settings as plain data, such as a YAML file holds, turned into the objects that the pieces take."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from evollm.errors import ConfigurationError
+from evollm.hpo import HyperparameterConfig, RLParameter
+from evollm.tuning.pieces import Settings, check_known
+
+T = TypeVar("T")
+
+_KINDS = {"int": int, "float": float}
+_TASK = "CAUSAL_LM"
+
+
+def as_objects(settings: Mapping[str, Any]) -> Settings:
+    """The settings with mappings of `hp_config`, `lora_config` and `model_config` turned into what the pieces take.
+
+    Raises:
+        ConfigurationError: A mapping has an unknown or an impossible entry.
+    """
+    found = dict(settings)
+    for name, convert in _CONVERTERS.items():
+        if name in found:
+            found[name] = convert(found[name])
+    return found
+
+
+def hp_config_of(value: object) -> HyperparameterConfig | None:
+    """A config from `{lr: [1.0e-6, 1.0e-4], beta: {min: 0.01, max: 1.0}, loss_type: {choices: [sigmoid, ipo]}}`.
+
+    Raises:
+        ConfigurationError: It is something else; the message names the entry.
+    """
+    if value is None or isinstance(value, HyperparameterConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigurationError("hp_config", value, "must be a mapping such as lr: {min: 1.0e-6, max: 1.0e-4}")
+    return HyperparameterConfig(**{str(name): _parameter(f"hp_config.{name}", entry) for name, entry in value.items()})
+
+
+def _parameter(field: str, entry: object) -> RLParameter:
+    if isinstance(entry, RLParameter):
+        return entry
+    if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2:  # noqa: PLR2004
+        entry = {"min": entry[0], "max": entry[1]}
+    if not isinstance(entry, Mapping):
+        raise ConfigurationError(field, entry, "must be [smallest, largest], or a mapping with min and max, or choices")
+    check_known(entry, [one.name for one in dataclasses.fields(RLParameter)])
+    fields = dict(entry)
+    if fields.get("dtype") in _KINDS:
+        fields["dtype"] = _KINDS[fields["dtype"]]
+    return _made(field, RLParameter, fields)
+
+
+def lora_config_of(value: object) -> LoraConfig | None:
+    """A `peft.LoraConfig` from a mapping of its fields.
+
+    Raises:
+        ConfigurationError: An unknown field, or a value that PEFT refuses.
+    """
+    if value is None or isinstance(value, LoraConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigurationError("lora_config", value, "must be a mapping of fields of peft.LoraConfig, such as r: 8")
+    check_known(value, [field.name for field in dataclasses.fields(LoraConfig) if field.init])
+    return _made("lora_config", LoraConfig, {"target_modules": "all-linear", "task_type": _TASK, **value})
+
+
+def model_config_of(value: object) -> Settings | None:
+    """Keyword arguments for `from_pretrained`, with types by their names and `quantization_config` as a mapping.
+
+    Raises:
+        ConfigurationError: It is no mapping, or no such type or quantisation.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ConfigurationError("model_config", value, "must be a mapping such as dtype: bfloat16")
+    found = dict(value)
+    for name in ("dtype", "torch_dtype"):
+        if name in found and found[name] != "auto":
+            found[name] = _dtype(f"model_config.{name}", found[name])
+    quantization = found.get("quantization_config")
+    if isinstance(quantization, Mapping):
+        found["quantization_config"] = _quantization(quantization)
+    return found
+
+
+def _quantization(fields: Mapping[str, Any]) -> BitsAndBytesConfig:
+    field = "model_config.quantization_config"
+    fields = dict(fields)
+    known = set(BitsAndBytesConfig(load_in_8bit=True).to_dict()) - {"quant_method"}
+    check_known(fields, sorted(name for name in known if not name.startswith("_")))
+    for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
+        if name in fields:
+            fields[name] = _dtype(f"{field}.{name}", fields[name])
+    return _made(field, BitsAndBytesConfig, fields)
+
+
+def _dtype(field: str, value: object) -> torch.dtype:
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(found, torch.dtype):
+        raise ConfigurationError(field, value, "must be a torch type such as float32 or bfloat16")
+    return found
+
+
+def _made(field: str, make: Callable[..., T], fields: Mapping[str, Any]) -> T:
+    """Call a library's constructor; what it raises becomes ours."""
+    try:
+        return make(**copy.deepcopy(dict(fields)))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{field}.{error.field}", error.value, error.fix) from None
+    except Exception as error:  # Whatever another library raises for a value that it does not take.
+        raise ConfigurationError(field, dict(fields), f"cannot be used: {error}") from error
+
+
+_CONVERTERS: dict[str, Callable[[object], Any]] = {
+    "hp_config": hp_config_of,
+    "lora_config": lora_config_of,
+    "model_config": model_config_of,
+}

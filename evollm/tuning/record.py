@@ -1,0 +1,161 @@
+"""What a run folder says of a run: what `tune` was asked for, who came from whom, how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evollm.checkpoints.files import replace_file
+from evollm.errors import CheckpointError, ConfigurationError
+from evollm.hpo import Birth, EvolutionPlan, HyperparameterConfig, ancestry
+from evollm.hpo.hyperparameters import Value
+
+# The keyword arguments of `tune`.
+ASKED = "tune.json"
+# One (step, hyperparameters) for the founder, and one for each change.
+Schedule = list[tuple[int, dict[str, Value]]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its folder tells it.
+
+    Attributes:
+        run_dir: The folder.
+        config: `config.json`.
+        founders: The first generation.
+        evolutions: Each with the step at which it was carried out.
+        metrics: The lines of `metrics.jsonl`.
+    """
+
+    run_dir: Path
+    config: Mapping[str, Any]
+    founders: list[Birth]
+    evolutions: list[tuple[int, EvolutionPlan]]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def best(self) -> int:
+        """Number of the best agent.
+
+        Raises:
+            CheckpointError: The run has not ended.
+        """
+        for line in self.metrics:
+            if line["kind"] == "end":
+                return int(line["best"])
+        raise CheckpointError(f"{self.run_dir}: the run has not ended; go on with it first: evollm resume")
+
+    @property
+    def line(self) -> list[tuple[int, Birth]]:
+        """The best agent's ancestors and itself: one birth for each generation, with the step at which it began."""
+        births = ancestry([plan for _, plan in self.evolutions], self.best)
+        if not births:
+            return [(0, next(birth for birth in self.founders if birth.index == self.best))]
+        steps = [0, *(step for step, _ in self.evolutions)]
+        # A line has the founder and one birth for each evolution.
+        return list(zip(steps, births, strict=True))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The hyperparameters of the best agent's line, wherever they changed."""
+        found: Schedule = []
+        for step, birth in self.line:
+            values = dict(birth.hyperparameters)
+            if not found or found[-1][1] != values:
+                found.append((step, values))
+        return found
+
+
+def read_record(run_dir: str | os.PathLike[str]) -> Record:
+    """Read what a run has written.
+
+    Raises:
+        ConfigurationError: This is no run folder.
+        CheckpointError: A file of it is damaged.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError("run_dir", str(run_dir), "is no run folder: no config.json in it")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lineage = _lines(folder / "lineage.jsonl")
+        return Record(
+            run_dir=folder,
+            config=config,
+            founders=[Birth.from_dict(birth) for birth in lineage[0]["births"]],
+            evolutions=[
+                (int(line["step"]), EvolutionPlan.from_dict(line)) for line in lineage if line["kind"] == "evolution"
+            ],
+            metrics=_lines(folder / "metrics.jsonl"),
+        )
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be read as a run: {error!r}") from error
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
+    """Keep the keyword arguments of `tune` in a run folder, those that are plain data; of the others their names."""
+    plain = {name: _plain(value) for name, value in asked.items()}
+    objects = sorted(name for name, value in plain.items() if value is _NOT_PLAIN)
+    content = {"settings": {name: value for name, value in plain.items() if name not in objects}, "objects": objects}
+    with replace_file(run_dir / ASKED) as file:
+        Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_asked(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keyword arguments with which `tune` began a run, without those that say where it goes.
+
+    Raises:
+        ConfigurationError: No command and no `tune` began it, or with Python objects, which no folder holds.
+        CheckpointError: The file is damaged.
+    """
+    path = Path(run_dir) / ASKED
+    if not path.is_file():
+        fix = (
+            "is no run that a command began; one that a script began goes on by the script, with "
+            f"finetune_llm_preference(..., resume_from_checkpoint=...) (it has no {ASKED})"
+        )
+        raise ConfigurationError("run_dir", str(run_dir), fix)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings, objects = dict(content["settings"]), list(content["objects"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    if objects:
+        fix = f"was begun from Python with objects as {', '.join(objects)}: call evollm.tune as then, with " + (
+            "resume_from_checkpoint=..."
+        )
+        raise ConfigurationError("run_dir", str(run_dir), fix)
+    return settings
+
+
+_NOT_PLAIN = object()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it, or `_NOT_PLAIN`."""
+    if isinstance(value, HyperparameterConfig):
+        return value.to_dict()
+    if isinstance(value, os.PathLike | torch.device):
+        return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        found = {str(key): _plain(item) for key, item in value.items()}
+        return _NOT_PLAIN if any(item is _NOT_PLAIN for item in found.values()) else found
+    return value if value is None or isinstance(value, str | int | float | bool) else _plain_list(value)
+
+
+def _plain_list(value: Any) -> Any:
+    found = [_plain(item) for item in value] if isinstance(value, list | tuple) else [_NOT_PLAIN]
+    return _NOT_PLAIN if any(item is _NOT_PLAIN for item in found) else found

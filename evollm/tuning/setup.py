@@ -1,0 +1,219 @@
+"""Everything that `tune` is given, checked and turned into agents, gym and arguments of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from evollm.algorithms.saving import SavableAgent
+from evollm.checks import optional_whole_number, whole_number
+from evollm.errors import ConfigurationError
+from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
+from evollm.llm_envs import DatasetGym
+from evollm.training.options import RunOptions, RunPaths, Schedule, check_run
+from evollm.tuning.pieces import Pieces, Settings, check_known, check_types, default_of, pieces_of, taken_by
+from evollm.tuning.plain import as_objects
+from evollm.tuning.splits import hold_out
+
+# Where `tune` starts from another value than the piece that takes it.
+DEFAULTS: Settings = {"lr": 5e-5, "nll_alpha": 0.2, "max_grad_norm": 1.0}
+# Evolution moves a hyperparameter within this factor of its start value, unless there is an hp_config.
+SPREAD = 5.0
+GENERATIONS = 8
+NUM_EPOCHS = 2
+SEED = 42
+_AS_GIVEN = {"train_dataset": "data", "test_dataset": "test_data", "final_dataset": "final_data"}
+# What `from_pretrained` of a tokenizer needs of a model's keyword arguments.
+_OF_TOKENIZER = ("cache_dir", "gguf_file", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `tune` was asked for; it documents each field.
+
+    Attributes:
+        settings: The keyword arguments for the pieces.
+    """
+
+    model: Any
+    data: Any
+    tokenizer: Any = None
+    test_data: Any = None
+    final_data: Any = None
+    algorithm: str = "dpo"
+    population: int = 8
+    generations: int | None = None
+    start_from: Any = None
+    settings: Settings = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole_number("population", self.population, 1)
+        optional_whole_number("generations", self.generations, 2)
+        annotations = self.pieces.parameters()
+        check_known(self.settings, [*TUNE_PARAMETERS, *annotations])
+        check_types(self.settings, annotations)
+        if self.population == 1:
+            for name, value in (("generations", self.generations), *self.settings.items()):
+                if name in EVOLUTION and value is not None:
+                    raise ConfigurationError(name, value, "one agent does not evolve: leave it out, or population > 1")
+
+    @property
+    def pieces(self) -> Pieces:
+        """The public pieces that it is put together from."""
+        return pieces_of(self.algorithm)
+
+
+# Settings that only a population makes use of.
+EVOLUTION = frozenset(
+    {"generations", "evo_steps", "hp_config", "sample_hyperparameters", "tournament_size", "elitism", "no_mutation"}
+    | {"rl_hp"}
+)
+TUNE_PARAMETERS = tuple(name for name in Request.__dataclass_fields__ if name != "settings")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to begin.
+
+    Attributes:
+        pieces: What it is put together from.
+        agents: The population.
+        env: Serves the batches.
+        loop: Keyword arguments for the loop.
+        schedule: When things happen, in steps.
+    """
+
+    pieces: Pieces
+    agents: list[Any]
+    env: DatasetGym
+    loop: Settings
+    schedule: Schedule
+
+
+def set_up(request: Request) -> Setup:
+    """Load, tokenise and check everything that a run needs, and train nothing.
+
+    Raises:
+        ConfigurationError: Something cannot work.
+        DataError: A dataset cannot be read, or holds too little.
+        CheckpointError: `start_from` cannot be read.
+    """
+    settings = DEFAULTS | request.settings
+    settings.setdefault("seed", SEED)
+    settings.setdefault("rand_seed", settings["seed"])
+    settings = as_objects(settings)
+    tokenizer = request.tokenizer or load_tokenizer(request.model, settings.get("model_config"))
+    env = make_env(request, settings, tokenizer)
+    # Before the model is loaded, which takes a while.
+    loop = _loop(request, settings, env)
+    agents = make_agents(request, settings, env)
+    options = _options(request.pieces, loop)
+    check_run(agents, env, options, request.pieces.stage)
+    resume = settings.get("resume_from_checkpoint")
+    if resume is not None or "run_dir" in settings:
+        RunPaths.of(settings.get("run_dir"), settings.get("checkpoint_path"), settings.get("elite_path"), resume)
+    return Setup(request.pieces, agents, env, loop, Schedule.of(options, env))
+
+
+def load_tokenizer(model: object, model_config: Mapping[str, Any] | None) -> Any:
+    """The tokenizer of a model that is given or named.
+
+    Raises:
+        ConfigurationError: It cannot be found.
+    """
+    name = model if not isinstance(model, PreTrainedModel) else model.name_or_path
+    if not name:
+        raise ConfigurationError("tokenizer", None, "the model does not say where it came from: pass its tokenizer")
+    arguments = {key: value for key, value in (model_config or {}).items() if key in _OF_TOKENIZER}
+    try:
+        return AutoTokenizer.from_pretrained(name, **arguments)
+    except Exception as error:  # Whatever the hub, the network and the formats of tokenizers raise.
+        fix = f"no tokenizer can be loaded from it ({type(error).__name__}: {error})"
+        raise ConfigurationError("model", str(name), fix) from error
+
+
+def make_env(request: Request, settings: Settings, tokenizer: Any) -> DatasetGym:
+    """The gym, with held-out splits of the data where none are given."""
+    pieces, data = request.pieces, request.data
+    given = {"test_dataset": request.test_data, "final_dataset": request.final_data}
+    # The score of one agent is on pairs that nothing was selected by in any case.
+    wanted = [name for name in given if given[name] is None and (name == "test_dataset" or request.population > 1)]
+    splits = {name: rows for name, rows in given.items() if rows is not None and rows is not False}
+    if wanted:
+        divided = hold_out(data, pieces.row_format, len(wanted), settings["seed"])
+        data, splits = divided.train, splits | dict(zip(wanted, divided.parts, strict=True))
+    arguments = {"test_dataset": None, **splits, **taken_by(pieces.gym, settings)}
+    try:
+        return pieces.gym(data, tokenizer=tokenizer, **arguments)
+    except ConfigurationError as error:
+        field = _AS_GIVEN.get(error.field, error.field)
+        raise type(error)(field, error.value, error.fix) from None
+
+
+def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[SavableAgent]:
+    """The population, on the model or with the weights of `start_from`."""
+    pieces, model = request.pieces, request.model
+    if not isinstance(model, str | PreTrainedModel):
+        model = str(model)
+    arguments = taken_by(pieces.agent, settings) | taken_by(pieces.agent.population, settings)
+    arguments["model_name" if isinstance(model, str) else "actor_network"] = model
+    if request.population > 1:
+        arguments.setdefault("hp_config", default_hp_config(pieces, settings))
+    if "device" not in arguments:
+        own = getattr(model, "device", None)
+        arguments["device"] = own or ("cuda" if torch.cuda.is_available() else "cpu")
+    agents = pieces.agent.population(request.population, env.observation_space, env.action_space, **arguments)
+    for agent in agents if request.start_from is not None else ():
+        agent.load_checkpoint(str(request.start_from), overwrite_reference_adapter=True)
+    return agents
+
+
+def default_hp_config(pieces: Pieces, settings: Settings) -> HyperparameterConfig:
+    """Each hyperparameter that evolves by default, within a factor of `SPREAD` of its start value; one of 0 is out."""
+    start = {name: settings.get(name, default_of(pieces.agent, name)) for name in pieces.evolves}
+    return HyperparameterConfig(
+        **{
+            name: RLParameter(min=value / SPREAD, max=value * SPREAD)
+            for name, value in start.items()
+            if isinstance(value, int | float) and value > 0
+        }
+    )
+
+
+def _loop(request: Request, settings: Settings, env: DatasetGym) -> Settings:
+    """Keyword arguments for the loop."""
+    loop = taken_by(request.pieces.finetune, settings)
+    total_given = loop.get("max_steps") is not None or loop.get("num_epochs") is not None
+    evo_steps, generations = loop.get("evo_steps"), request.generations
+    if generations is not None and evo_steps is not None:
+        if total_given:
+            fix = "generations x evo_steps is the length of the run: leave one of the three out"
+            raise ConfigurationError("generations", generations, fix)
+        loop["max_steps"] = generations * evo_steps
+    elif not total_given:
+        loop["num_epochs"] = NUM_EPOCHS
+    if request.population == 1:
+        return loop
+    if evo_steps is None:
+        total = Schedule.of(_options(request.pieces, loop), env).total
+        if generations is not None and generations > total:
+            raise ConfigurationError("generations", generations, f"the run has {total} steps only: raise num_epochs")
+        loop["evo_steps"] = -(-total // (generations or GENERATIONS))
+    sizes = {"population_size": request.population, **taken_by(TournamentSelection, settings)}
+    loop["tournament"] = TournamentSelection(**sizes)
+    loop["mutation"] = Mutations(**taken_by(Mutations, settings))
+    return loop
+
+
+def _options(pieces: Pieces, loop: Settings) -> RunOptions:
+    """The loop's arguments, checked by the loop's own checks; those of evolution as far as they are there."""
+    defaults = {name: default_of(pieces.finetune, name) for name in RunOptions.__dataclass_fields__}
+    found = {name: loop.get(name, default) for name, default in defaults.items()}
+    if found["tournament"] is None:
+        found["evo_steps"] = None
+    # Supervised runs have no reference to update.
+    return RunOptions(**{**found, "update_reference_each_epoch": bool(found["update_reference_each_epoch"])})

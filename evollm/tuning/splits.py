@@ -1,0 +1,84 @@
+"""Held-out rows, set apart by prompt: no prompt is in two splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from evollm.data.rows import ChatPair, Row, RowFormat, TextPair, UnusableRowError, read_rows
+from evollm.errors import DataError
+
+SHARE = 0.1
+FEWEST = 2
+# More tell agents apart hardly better, and each costs a forward pass for every agent and generation.
+MOST = 300
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows of one dataset, divided.
+
+    Attributes:
+        train: To learn from.
+        parts: The held-out splits, in the order in which they were asked for.
+    """
+
+    train: Sequence[Row]
+    parts: Sequence[Sequence[Row]]
+
+
+def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> Splits:
+    """Set rows apart, by prompt.
+
+    Prompts are taken in the order of a digest of their text and the seed, so that a split does not depend on the order
+    of the rows, until a split has a tenth of the rows, but at least 2 and at most 300. Rows that cannot be used stay in
+    the training split, whose report counts them.
+
+    Args:
+        dataset: What a gym takes as `train_dataset`.
+        row_format: What its rows look like.
+        parts: How many splits to hold out.
+        seed: Another one gives other splits.
+
+    Raises:
+        DataError: The dataset cannot be read, or has too few prompts to divide.
+    """
+    rows = read_rows(dataset, "data", row_format)
+    by_prompt: dict[str, list[int]] = {}
+    columns = frozenset().union(*rows)
+    for number, row in enumerate(rows):
+        try:
+            by_prompt.setdefault(_prompt(row_format.read(number, row, columns)), []).append(number)
+        except UnusableRowError:
+            continue
+    usable = sum(map(len, by_prompt.values()))
+    size = min(max(round(SHARE * usable), FEWEST), MOST)
+    digests = {prompt: hashlib.blake2b(f"{seed} {prompt}".encode()).digest() for prompt in by_prompt}
+    waiting = [by_prompt[prompt] for prompt in sorted(by_prompt, key=digests.__getitem__)]
+    held_out: list[list[int]] = [[] for _ in range(parts)]
+    for taken in held_out:
+        while waiting and len(taken) < size:
+            taken.extend(waiting.pop(0))
+    if sum(map(len, waiting)) < usable / 2 or any(len(taken) < size for taken in held_out):
+        noun = row_format.noun
+        fix = (
+            f"are too few to set {parts} x {size} {noun}s apart by prompt: hand in more, or test_data and final_data "
+            "of your own, or false for a score that you do without (evolution needs test_data)"
+        )
+        raise DataError("data", f"{usable} usable {noun}s with {len(by_prompt)} prompts", fix)
+    apart = {number for taken in held_out for number in taken}
+    train = [row for number, row in enumerate(rows) if number not in apart]
+    return Splits(train, [[rows[number] for number in sorted(taken)] for taken in held_out])
+
+
+def _prompt(pair: TextPair | ChatPair) -> str:
+    """What two rows with one prompt have in common."""
+    if isinstance(pair, TextPair):
+        return pair.prompt.strip()
+    return json.dumps([_plain(message) for message in pair.prompt], sort_keys=True, default=str)
+
+
+def _plain(message: Mapping[str, object]) -> dict[str, object]:
+    return {"role": message["role"], "content": message["content"]}

@@ -1,0 +1,174 @@
+"""Tuning in one call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evollm.algorithms.saving import SavableAgent
+from evollm.errors import EvoLLMError
+from evollm.processes import Processes
+from evollm.training.callbacks import Callback, RunEnded, RunStarted
+from evollm.tuning.describe import describe
+from evollm.tuning.record import Schedule, read_record, write_asked
+from evollm.tuning.setup import TUNE_PARAMETERS, Request, Setup, set_up
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run has found.
+
+    Attributes:
+        best: The fittest agent.
+        population: All agents of the last generation.
+        fitnesses: For each of them the first component of its last fitness.
+        run_dir: The run folder.
+        schedule: What made the best agent: (step, hyperparameters) of its line, from step 0, wherever they changed.
+        report: The page `report.html` in the run folder; None without the extra `report`.
+    """
+
+    best: SavableAgent
+    population: list[Any]
+    fitnesses: list[float]
+    run_dir: Path
+    schedule: Schedule
+    report: Path | None
+
+
+def tune(
+    model: Any,
+    data: Any,
+    *,
+    tokenizer: Any | None = None,
+    test_data: Any | None = None,
+    final_data: Any | None = None,
+    algorithm: str = "dpo",
+    population: int = 8,
+    generations: int | None = None,
+    start_from: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> TuneResult:
+    """Tune a model on preference pairs and find the hyperparameters for it, in one call.
+
+    This puts the public pieces together: `PreferenceGym`, `DPO.population`, `TournamentSelection`, `Mutations`,
+    `finetune_llm_preference`, or those for SFT. Every further keyword argument goes to the pieces that have a parameter
+    of that name, so `lr=1e-4, tournament_size=3, num_epochs=3, run_dir="my-run"` reach the agents, the tournament and
+    the loop. `hp_config`, `lora_config` and `model_config` may be mappings of plain values, as in a YAML file:
+    `hp_config={"lr": [1e-6, 1e-4]}`, `lora_config={"r": 8}`, `model_config={"dtype": "bfloat16"}`.
+
+    Defaults that differ from the pieces': lr 5e-5, nll_alpha 0.2, max_grad_norm 1, 2 epochs. Without an `hp_config`,
+    lr, beta and nll_alpha (for SFT: lr) evolve within a factor of 5 of their start values.
+
+    Args:
+        model: Hub name or folder, or a loaded model.
+        data: Rows to learn from: whatever `PreferenceGym` takes as `train_dataset`.
+        tokenizer: By default the model's own.
+        test_data: Rows that agents are selected by. None: a tenth of the rows, at least 2 and at most 300, is set apart
+            by prompt, so that no prompt is in two splits, and always the same for the same `seed`. False: none.
+        final_data: Rows for the final score, which nothing is selected by. None: another tenth, set apart likewise. One
+            agent by itself gets none unless you give them, since its `test_data` selects nothing. False: none.
+        algorithm: `dpo`, or `sft` for rows with a completion instead of two sides.
+        population: Number of agents; 1 is an ordinary run without evolution.
+        generations: How many there are at most, all of the same length but the last, with an evolution between each
+            two: 8. With `evo_steps`, the steps of each, it says how long the run is.
+        start_from: Folder of an agent, such as `RUN/elite` of a run with the algorithm `sft`, whose adapter all agents
+            begin with; its weights become their reference.
+        **settings: Parameters of the pieces, by name; unknown ones are refused.
+
+    Raises:
+        ConfigurationError: Something cannot work, found before any training; an unknown name with the nearest known.
+        DataError: A dataset cannot be read, or is too small to be divided.
+        CheckpointError: `start_from`, or the run to resume, cannot be read.
+        DivergedError: Every agent's loss or gradient has become NaN or infinite.
+    """
+    request = request_of(
+        model,
+        data,
+        tokenizer=tokenizer,
+        test_data=test_data,
+        final_data=final_data,
+        algorithm=algorithm,
+        population=population,
+        generations=generations,
+        start_from=start_from,
+        **settings,
+    )
+    return _run(request, set_up(request))
+
+
+def validate(model: Any, data: Any, **settings: Any) -> str:
+    """Load and check everything that `tune` would, with the same arguments and errors, and train nothing.
+
+    Returns:
+        What `tune` would do: pairs, agents, steps, generations, bounds.
+    """
+    return describe(set_up(request_of(model, data, **settings)))
+
+
+def request_of(model: Any, data: Any, **arguments: Any) -> Request:
+    """The arguments of `tune` as one checked thing, with its defaults."""
+    own = {name: arguments.pop(name) for name in TUNE_PARAMETERS if name in arguments}
+    return Request(model=model, data=data, **own, settings=arguments)
+
+
+def _run(request: Request, setup: Setup) -> TuneResult:
+    notes = _Notes(_resolved(request, setup))
+    loop = {**setup.loop, "callbacks": [*setup.loop.get("callbacks", ()), notes]}
+    population, fitnesses = setup.pieces.finetune(setup.agents, setup.env, **loop)
+    assert notes.run_dir is not None
+    assert notes.best is not None
+    return TuneResult(
+        best=notes.best,
+        population=population,
+        fitnesses=fitnesses,
+        run_dir=notes.run_dir,
+        schedule=read_record(notes.run_dir).schedule,
+        report=write_report(notes.run_dir) if Processes.present().is_main else None,
+    )
+
+
+def write_report(run_dir: Path) -> Path | None:
+    """Write the page that shows a run; without the extra that draws it, say what is missing and write none."""
+    if importlib.util.find_spec("evollm.report") is None:
+        return None
+    try:
+        written = importlib.import_module("evollm.report").write_report(run_dir)
+    except EvoLLMError as error:
+        print(f"no report: {error}")
+        return None
+    return Path(written)
+
+
+def _resolved(request: Request, setup: Setup) -> dict[str, Any]:
+    """The keyword arguments that give this run again, with the intervals that were worked out."""
+    fields = {name: getattr(request, name) for name in request.__dataclass_fields__ if name != "settings"}
+    lengths: dict[str, Any] = {
+        name: setup.loop[name] for name in ("num_epochs", "max_steps", "evo_steps") if name in setup.loop
+    }
+    asked: dict[str, Any] = {**fields, **request.settings, **lengths}
+    not_kept = ("run_dir", "resume_from_checkpoint", "generations")
+    return {name: value for name, value in asked.items() if name not in not_kept and value is not None}
+
+
+class _Notes(Callback):
+    """Keeps what was asked for in the run folder, and what came of it for the caller."""
+
+    def __init__(self, asked: Mapping[str, Any]) -> None:
+        self.run_dir: Path | None = None
+        self.best: SavableAgent | None = None
+        self._asked = asked
+
+    def on_start(self, event: RunStarted) -> None:
+        """Note the run folder."""
+        self.run_dir = event.run_dir
+        if event.step == 0 and Processes.present().is_main:
+            write_asked(event.run_dir, self._asked)
+
+    def on_end(self, event: RunEnded) -> None:
+        """Note the best agent."""
+        self.best = event.best

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from conftest import make_examples, make_rows
+from peft import LoraConfig
+
+import evollm
+from evollm import ConfigurationError, DataError, HyperparameterConfig, RLParameter
+from evollm.data.sources import PAIRS
+from evollm.hpo import ancestry
+from evollm.tuning.pieces import ALGORITHMS
+from evollm.tuning.plain import model_config_of
+from evollm.tuning.record import read_record
+from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
+from evollm.tuning.splits import hold_out
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+SMALL = {"lora_config": LORA, "num_epochs": 1, "verbose": False, "num_sample_answers": 0, "data_batch_size_per_gpu": 8}
+
+
+@pytest.fixture
+def tune(make_model, tokenizer, tmp_path):
+    """`evollm.tune` with a small model, in a folder of its own."""
+
+    def start(data=None, **changes):
+        arguments = {"tokenizer": tokenizer, "run_dir": tmp_path / "run", "population": 3, **SMALL, **changes}
+        return evollm.tune(make_model(), make_rows(40) if data is None else data, **arguments)
+
+    return start
+
+
+def test_one_call_gives_the_best_agent_its_schedule_and_a_run_folder(tune, tmp_path) -> None:
+    result = tune(generations=4)
+    assert len(result.population) == len(result.fitnesses) == 3
+    assert result.best in result.population
+    assert result.fitnesses[result.population.index(result.best)] == max(result.fitnesses)
+    assert result.run_dir == tmp_path / "run"
+    record = read_record(result.run_dir)
+    plans = [plan for _, plan in record.evolutions]
+    assert len(plans) == 3
+    assert [values for _, values in result.schedule][-1] == result.best.hyperparameter_values()
+    assert result.schedule[0] == (0, dict(ancestry(plans, result.best.index)[0].hyperparameters))
+    assert {step for step, _ in result.schedule} <= {0, *(step for step, _ in record.evolutions)}
+
+
+def test_a_population_of_one_is_an_ordinary_run(tune, make_model, tokenizer, tmp_path) -> None:
+    rows, test = make_rows(12), make_rows(6, 12)
+    tuned = tune(rows, population=1, test_data=test, nll_alpha=0.5).best
+    env = evollm.PreferenceGym(rows, test, tokenizer)
+    agent = evollm.DPO(
+        actor_network=make_model(), lora_config=LoraConfig(**LORA), lr=5e-5, nll_alpha=0.5, max_grad_norm=1.0
+    )
+    evollm.finetune_llm_preference([agent], env, run_dir=tmp_path / "plain", verbose=False)
+    pairs = zip(tuned.actor_parameters(), agent.actor_parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_sft_takes_examples_and_dpo_goes_on_from_it(tune, tmp_path) -> None:
+    stage_1 = tune(make_examples(40), algorithm="sft", generations=2)
+    assert isinstance(stage_1.best, evollm.SFT)
+    stage_2 = tune(population=1, start_from=stage_1.run_dir / "elite", run_dir=tmp_path / "two", lr=1e-9)
+    fresh, tuned = (agent.base.export(agent.actor_adapter).tensors for agent in (stage_1.best, stage_2.best))
+    assert all(torch.allclose(fresh[name], tuned[name], atol=1e-6) for name in fresh)
+
+
+def test_the_run_that_tune_began_is_resumed_by_the_same_call(tune) -> None:
+    short = tune(max_steps=2, evo_steps=1)
+    longer = tune(max_steps=4, evo_steps=1, run_dir=None, resume_from_checkpoint=short.run_dir)
+    assert longer.run_dir == short.run_dir
+    assert [step for step, _ in read_record(short.run_dir).evolutions] == [1, 3]
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_every_setting_is_a_parameter_of_a_public_piece() -> None:
+    """And none is listed by hand: what the pieces' signatures lose or gain, `tune` loses or gains."""
+    for algorithm, pieces in ALGORITHMS.items():
+        public = [pieces.gym, pieces.agent, pieces.agent.population, pieces.finetune]
+        public += [evollm.TournamentSelection, evollm.Mutations]
+        names = {name for piece in public for name in inspect.signature(piece).parameters}
+        assert set(pieces.parameters()) <= names, algorithm
+        assert {"lr", "seed", "num_epochs", "tournament_size", "rl_hp", "max_context_length"} <= set(
+            pieces.parameters()
+        )
+    assert [*inspect.signature(evollm.tune).parameters][:-1] == sorted(
+        TUNE_PARAMETERS, key=[*inspect.signature(evollm.tune).parameters].index
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("learning_rate", "lr"),
+        ("num_epoch", "num_epochs"),
+        ("train_dataset", "data"),
+        ("popluation", "population"),
+        ("tornament_size", "tournament_size"),
+        ("lora_confg", "lora_config"),
+    ],
+)
+def test_an_unknown_name_raises_with_the_nearest_known_one(tune, name, nearest) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name}.*'{nearest}'"):
+        tune(**{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"verbose": "yes"}, "verbose='yes': must be true or false"),
+        ({"lr": True}, "lr=True: must be a number"),
+        ({"num_epochs": 1.5}, "num_epochs=1.5: must be a whole number or null"),
+        ({"population": 0}, "population=0: must be a whole number of at least 1"),
+        ({"algorithm": "ppo"}, "algorithm='ppo': must be one of dpo, sft"),
+        ({"hp_config": {"lr": [1e-3]}}, r"hp_config.lr=\[0.001\]: must be"),
+        ({"hp_config": {"lr": {"min": 1e-3, "max": 1e-4}}}, "hp_config.lr.min=0.001: must be below"),
+        ({"hp_config": {"lr": {"minimum": 1}}}, "minimum.*nearest known one is 'min'"),
+        ({"lora_config": {"rank": 8}}, "rank=8: is no parameter"),
+        ({"lora_config": 8}, "lora_config=8: must be a mapping"),
+        ({"population": 1, "generations": 3}, "generations=3: one agent does not evolve"),
+        ({"generations": 3, "evo_steps": 2}, "generations=3: .* leave one of the three out"),
+        ({"generations": 300, "num_epochs": 1}, "generations=300: the run has 4 steps only"),
+        ({"test_data": "nowhere.jsonl"}, "test_data='nowhere.jsonl': no such file"),
+        ({"data": "nowhere.jsonl"}, "data='nowhere.jsonl': no such file"),
+        ({"start_from": "nowhere"}, "nowhere is not an agent's checkpoint"),
+    ],
+)
+def test_what_cannot_work_is_named_before_any_training(tune, tmp_path, changes, message) -> None:
+    with pytest.raises(evollm.EvoLLMError, match=message):
+        tune(**changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_config_takes_types_and_quantisation_by_name() -> None:
+    found = model_config_of(
+        {"dtype": "bfloat16", "quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}}
+    )
+    assert found["dtype"] is torch.bfloat16
+    assert found["quantization_config"].load_in_4bit
+    assert found["quantization_config"].bnb_4bit_compute_dtype is torch.float32
+    with pytest.raises(ConfigurationError, match=r"load_in_4bits.*'load_in_4bit'"):
+        model_config_of({"quantization_config": {"load_in_4bits": True}})
+    with pytest.raises(ConfigurationError, match=r"model_config.dtype='half-ish'"):
+        model_config_of({"dtype": "half-ish"})
+
+
+def test_without_an_hp_config_values_move_within_a_factor_of_five(make_model, tokenizer) -> None:
+    def hp_config(**settings):
+        request = Request(
+            make_model(), make_rows(40), tokenizer=tokenizer, population=2, settings={"lora_config": LORA, **settings}
+        )
+        return set_up(request).agents[0].hp_config
+
+    assert hp_config(lr=1e-4, nll_alpha=0.0) == HyperparameterConfig(
+        lr=RLParameter(1e-4 / 5, 5e-4), beta=RLParameter(0.1 / 5, 0.5)
+    )
+    assert hp_config(hp_config={"lr": [1e-5, 1e-4]}) == HyperparameterConfig(lr=RLParameter(1e-5, 1e-4))
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def prompts(rows) -> set[str]:
+    return {row["prompt"] for row in rows}
+
+
+def test_no_prompt_is_in_two_splits_whatever_the_order_of_the_rows() -> None:
+    rows = [*make_rows(60), *[{**row, "rejected": " never"} for row in make_rows(30)], {"prompt": "a", "chosen": "b"}]
+    splits = hold_out(rows, PAIRS, 2, seed=1)
+    found = [prompts(part) for part in (splits.train, *splits.parts)]
+    assert sum(map(len, found)) == len(set().union(*found)) == 61
+    assert [len(part) for part in splits.parts] == [9, 9] or all(9 <= len(part) <= 10 for part in splits.parts)
+    assert sum(map(len, (splits.train, *splits.parts))) == 91
+    again = hold_out(rows[::-1], PAIRS, 2, seed=1)
+    assert [prompts(part) for part in again.parts] == found[1:]
+    assert [prompts(part) for part in hold_out(rows, PAIRS, 2, seed=2).parts] != found[1:]
+
+
+def test_too_little_data_to_divide_is_named() -> None:
+    with pytest.raises(DataError, match=r"5 usable pairs with 5 prompts.*false"):
+        hold_out(make_rows(5), PAIRS, 2, seed=1)
+    with pytest.raises(DataError, match="8 usable pairs with 1 prompts"):
+        hold_out([{**row, "prompt": "same"} for row in make_rows(8)], PAIRS, 1, seed=1)
+
+
+def test_a_split_is_left_out_on_demand(tune) -> None:
+    result = tune(population=1, test_data=False)
+    assert result.best.fitness == []
