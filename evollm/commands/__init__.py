@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from evollm.commands import demo, inspect, report, resume
+from evollm.commands import chat, demo, export, inspect, recipes, report, resume, train, validate
 from evollm.commands.parsing import AddCommand
 
 # In the order of `evollm --help`.
-COMMANDS: tuple[AddCommand, ...] = (demo.add_to, inspect.add_to, resume.add_to, report.add_to)
+COMMANDS: tuple[AddCommand, ...] = (
+    demo.add_to,
+    inspect.add_to,
+    recipes.add_to,
+    validate.add_to,
+    train.add_to,
+    resume.add_to,
+    report.add_to,
+    chat.add_to,
+    export.add_to,
+)
 
 __all__ = ["COMMANDS"]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from evollm.commands.arguments import add_run
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.demo import resume_demo
+from evollm.config import override
+from evollm.demo import is_demo, resume_demo
+from evollm.tuning import tune
+from evollm.tuning.record import read_asked
 
 
 def add_to(commands: Subparsers) -> None:
@@ -15,11 +19,17 @@ def add_to(commands: Subparsers) -> None:
         "resume",
         _run,
         help="go on with a run that was interrupted",
-        description="Go on with an interrupted run from its newest whole checkpoint; it ends with the same bits.",
+        description="Go on with an interrupted run from its newest whole checkpoint; it ends with the same bits. Works "
+        "for runs of\ntrain, demo, and evollm.tune with names of model and data.",
         example="evollm resume evollm-runs/20261121-101500-000000",
     )
-    parser.add_argument("run_dir", help="run folder")
+    add_run(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a longer run, such as num_epochs=4")
 
 
 def _run(options: argparse.Namespace) -> None:
-    resume_demo(options.run_dir)
+    if is_demo(options.run_dir):
+        resume_demo(options.run_dir)
+        return
+    asked = override(read_asked(options.run_dir), options.overrides)
+    tune(**asked, resume_from_checkpoint=options.run_dir)

@@ -106,6 +106,11 @@ def run_demo(
     )
 
 
+def is_demo(run_dir: str | Path) -> bool:
+    """Whether a folder is that of a run of the demo."""
+    return (Path(run_dir) / STARTED).is_file()
+
+
 def resume_demo(run_dir: str | Path) -> tuple[list[DPO], list[float]]:
     """Go on with a demo that was interrupted.
 
@@ -115,9 +120,6 @@ def resume_demo(run_dir: str | Path) -> tuple[list[DPO], list[float]]:
     try:
         started = json.loads((Path(run_dir) / STARTED).read_text())
     except (OSError, ValueError) as error:
-        fix = (
-            "is no run that a command began; one that a script began is resumed by the script, with "
-            f"finetune_llm_preference(..., resume_from_checkpoint=...) ({error})"
-        )
+        fix = f"is no run of the demo ({error})"
         raise ConfigurationError("run_dir", str(run_dir), fix) from error
     return run_demo(**started, resume_from_checkpoint=run_dir)

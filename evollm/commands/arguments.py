@@ -1,0 +1,52 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from evollm.config import override, parse_config, read_config
+from evollm.errors import ConfigurationError
+from evollm.recipes import recipe_text
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """A configuration file or a recipe, with values that come before its own."""
+    parser.add_argument(
+        "config",
+        nargs="*",
+        metavar="CONFIG.yaml key=value",
+        help="a file whose keys are parameters of evollm.tune, and values that come before its own, such as lr=1e-4 "
+        "or lora_config.r=8",
+    )
+    parser.add_argument("--recipe", metavar="NAME", help="start from a recipe instead of a file: see evollm recipes")
+
+
+def config_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `evollm.tune` that were asked for.
+
+    Raises:
+        ConfigurationError: There is neither a file nor a recipe, or it cannot be read, or lacks model or data.
+    """
+    if options.recipe is not None:
+        where = f"recipe {options.recipe}"
+        config = override(parse_config(recipe_text(options.recipe), where), options.config)
+    elif options.config:
+        where, *overrides = options.config
+        config = read_config(where, overrides)
+    else:
+        raise ConfigurationError("config", None, "give a YAML file, or --recipe NAME (evollm recipes lists them)")
+    for name in ("model", "data"):
+        if config.get(name) is None:
+            raise ConfigurationError(name, None, f"{where} does not say it: add it, or give {name}=... behind it")
+    return config
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The run folder."""
+    parser.add_argument("run_dir", metavar="RUN", help="run folder")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The base, where the run does not name it."""
+    parser.add_argument("--model", help="hub name or folder of the base (default: the one that the run names)")

@@ -1,0 +1,31 @@
+"""`evollm export`: hand the best agent of a run on."""
+
+from __future__ import annotations
+
+import argparse
+
+from evollm.commands.arguments import add_model, add_run
+from evollm.commands.parsing import Subparsers, add_command
+from evollm.tuning.winner import KINDS, export
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "export",
+        _run,
+        help="write the best agent of a run as a model, an adapter or a policy.pt",
+        description="Write the best agent of a run that has ended. merged: a model that transformers loads, with "
+        "tokenizer and\nmodel card. adapter: the adapter alone, for PEFT. policy: policy.pt of the original DPO "
+        "repository.",
+        example="evollm export my-run --to my-model",
+    )
+    add_run(parser)
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write")
+    parser.add_argument("--what", choices=KINDS, default="merged", help="what to write (default: %(default)s)")
+    add_model(parser)
+
+
+def _run(options: argparse.Namespace) -> None:
+    print(f"Written: {export(options.run_dir, options.to, options.what, options.model)}")

@@ -1,0 +1,31 @@
+"""`evollm train`: a run from a YAML file or a recipe."""
+
+from __future__ import annotations
+
+import argparse
+
+from evollm.commands.arguments import add_config, config_of
+from evollm.commands.parsing import Subparsers, add_command
+from evollm.tuning import tune
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "train",
+        _run,
+        help="tune a model as a YAML file or a recipe says",
+        description="Tune a model. Every key of the file is a parameter of evollm.tune or of the pieces that it puts "
+        "together;\npaths are relative to the folder that you are in.",
+        example="evollm train --recipe population model=my-model data=pairs.jsonl run_dir=my-run",
+    )
+    add_config(parser)
+
+
+def _run(options: argparse.Namespace) -> None:
+    result = tune(**config_of(options))
+    print(f"\nRun folder: {result.run_dir}")
+    if result.report is not None:
+        print(f"Report: {result.report}")
+    print(f"Next: evollm chat {result.run_dir}, evollm export {result.run_dir} --to my-model")

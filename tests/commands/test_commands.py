@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_examples, make_rows
+from peft import PeftModel
+from tokenizers_for_tests import chatml_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evollm import load_policy_archive
+from evollm.cli import main
+from evollm.commands import COMMANDS
+from evollm.recipes import recipe_names
+from evollm.training import run as run_module
+from evollm.tuning.record import read_record
+
+# Over every recipe: a run of seconds.
+SMALL = (
+    "lora_config.r=4",
+    "lora_config.target_modules=[q_proj, v_proj]",
+    "data_batch_size_per_gpu=8",
+    "num_epochs=1",
+    "num_sample_answers=0",
+    "verbose=false",
+)
+
+
+@pytest.fixture
+def folder(make_model, tmp_path, monkeypatch) -> Path:
+    """A working folder with a small model and small data."""
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("model")
+    chatml_tokenizer().save_pretrained("model")
+    for name, rows in (("train", make_rows(40)), ("examples", make_examples(40))):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def train(*arguments: str) -> int:
+    return main(["train", *arguments, "model=model", *SMALL])
+
+
+@pytest.fixture
+def finished(folder) -> str:
+    Path("run.yaml").write_text("data: train.jsonl\npopulation: 2\ngenerations: 2\nlr: 1e-3\nrun_dir: run\n")
+    assert train("run.yaml") == 0
+    return "run"
+
+
+def test_every_command_explains_itself_with_an_example(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    listed = capsys.readouterr().out
+    names = [module.__module__.rpartition(".")[2] for module in COMMANDS]
+    for name in names:
+        assert f"    {name} " in listed
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert f"example:\n  evollm {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in ("qlora", "dpo-after-sft")])
+def test_a_recipe_runs(folder, name) -> None:
+    small = () if name == "dpo" else ("population=2", "generations=2")
+    assert train("--recipe", name, *small, "run_dir=run") == 0
+    assert (folder / "run/elite/actor/adapter_model.safetensors").is_file()
+
+
+def test_the_recipes_of_a_chain_run_one_after_the_other(folder) -> None:
+    assert train("--recipe", "sft", "population=2", "generations=2") == 0
+    assert train("--recipe", "dpo-after-sft", "population=2", "generations=2", "run_dir=run") == 0
+    assert read_record("run").config["algorithm"] == "DPO"
+
+
+def test_the_quantised_recipe_runs(folder) -> None:
+    pytest.importorskip("bitsandbytes")
+    small = ("population=2", "generations=2", "max_steps=2", "run_dir=run", "model_config.dtype=float32")
+    compute = "model_config.quantization_config.bnb_4bit_compute_dtype=float32"
+    assert train("--recipe", "qlora", *small, compute) == 0
+    assert len(read_record("run").config["agents"]) == 2
+
+
+def test_validate_says_what_train_would_do_and_does_not_do_it(folder, capsys) -> None:
+    arguments = ["--recipe", "population", "model=model", "generations=4", "run_dir=run", *SMALL]
+    assert main(["validate", *arguments]) == 0
+    said = capsys.readouterr().out
+    for line in ("train: 32 pairs kept", "test: 4 pairs kept", "final: 4 pairs kept", "steps: 4 of 8 pairs, 1 epochs"):
+        assert line in said
+    assert "generations: 4 of 1 steps" in said
+    assert "lr: 1.0e-5 to 3.0e-4" in said
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "dpo", "learning_rate=1"], "learning_rate=1: is no parameter; the nearest known one is 'lr'"),
+        (["--recipe", "population", "num_epochs=no"], "num_epochs='no': must be a whole number or null"),
+        (["--recipe", "poplation"], "recipe='poplation': is none of those"),
+        (["none.yaml"], "config='none.yaml': cannot be read"),
+        ([], "config=None: give a YAML file"),
+        (["--recipe", "dpo", "data=none.jsonl"], "data='none.jsonl': no such file"),
+        (["--recipe", "dpo", "data="], "data=None: recipe dpo does not say it"),
+        (["--recipe", "dpo", "model=./elsewhere"], "model='./elsewhere': no tokenizer can be loaded"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["train", "validate"])
+def test_a_mistake_is_one_line_and_status_1(folder, capsys, command, arguments, message) -> None:
+    model = [] if any(argument.startswith("model=") for argument in arguments) or not arguments else ["model=model"]
+    if arguments == ["none.yaml"]:
+        model = []
+    assert main([command, *arguments, *model]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"evollm: {message}")
+    assert "Traceback" not in error
+
+
+def test_recipes_lists_and_prints(capsys) -> None:
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in recipe_names())
+    assert main(["recipes", "dpo"]) == 0
+    assert "population: 1" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- a run and afterwards
+
+
+def test_resume_ends_with_the_bits_of_a_run_that_was_not_interrupted(folder, monkeypatch, capsys) -> None:
+    arguments = ("--recipe", "population", "population=2", "generations=4", "checkpoint_steps=1", "lr=1e-4")
+    assert train(*arguments, "run_dir=whole") == 0
+    learn_all, steps = run_module.learn_all, []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return learn_all(*args)
+
+    monkeypatch.setattr(run_module, "learn_all", interrupted)
+    assert train(*arguments, "run_dir=cut") == 130
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setattr(run_module, "learn_all", learn_all)
+    assert main(["resume", "cut"]) == 0
+    whole, cut = (Path(name, "elite/actor/adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+    assert main(["resume", "cut", "beta=0.2"]) == 1
+    assert "the run began with others" in capsys.readouterr().err
+
+
+def test_resume_of_something_else_says_so(folder, capsys) -> None:
+    assert main(["resume", "model"]) == 1
+    assert "is no run that a command began" in capsys.readouterr().err
+
+
+def test_export_writes_what_transformers_peft_and_the_original_repository_load(finished, make_model, capsys) -> None:
+    for what in ("merged", "adapter", "policy"):
+        assert main(["export", finished, "--to", f"to-{what}", "--what", what]) == 0
+    merged = AutoModelForCausalLM.from_pretrained("to-merged")
+    assert AutoTokenizer.from_pretrained("to-merged").chat_template
+    assert "tuned on preferences" in Path("to-merged/README.md").read_text()
+    policy = AutoModelForCausalLM.from_pretrained("model")
+    load_policy_archive("to-policy/policy.pt", policy)
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "to-adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    expected = merged(ids).logits
+    assert not torch.allclose(expected, AutoModelForCausalLM.from_pretrained("model")(ids).logits, atol=1e-5)
+    for other in (policy, adapter):
+        assert torch.allclose(other(ids).logits, expected, atol=1e-5)
+    assert main(["export", finished, "--to", "model"]) == 1
+    assert "to='model': is there already" in capsys.readouterr().err
+
+
+def test_chat_shows_base_and_winner_side_by_side(finished, monkeypatch, capsys) -> None:
+    assert main(["chat", finished, "--prompt", "Is the [answer] yes?", "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "Is the [answer] yes?" in said
+    assert "base" in said
+    assert "winner" in said
+    monkeypatch.setattr("sys.stdin", iter(["one\n", "\n", "two\n"]))
+    monkeypatch.setattr("evollm.commands.chat._is_terminal", lambda: False)
+    assert main(["chat", finished, "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert said.index("one") < said.index("two")
+    assert main(["chat", finished, "--prompt", "a", "--max-new-tokens", "0"]) == 1
+
+
+def test_a_run_that_has_not_ended_is_not_opened(finished, capsys) -> None:
+    path = Path(finished, "metrics.jsonl")
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"end"' not in line))
+    assert main(["chat", finished, "--prompt", "a"]) == 1
+    assert "has not ended" in capsys.readouterr().err
+    assert main(["export", "nowhere", "--to", "x"]) == 1
+    assert "is no run folder" in capsys.readouterr().err
