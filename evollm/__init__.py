@@ -15,7 +15,7 @@ from evollm.inspection import Inspection, inspect_data
 from evollm.llm_envs import PreferenceGym, SFTGym
 from evollm.models import PolicyArchive, load_policy_archive
 from evollm.training import Callback, finetune_llm_preference, finetune_llm_sft
-from evollm.tuning import TuneResult, tune
+from evollm.tuning import ReplayResult, TuneResult, replay, tune
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "PolicyArchive",
     "PreferenceGym",
     "RLParameter",
+    "ReplayResult",
     "SFTGym",
     "TournamentSelection",
     "TuneResult",
@@ -42,6 +43,7 @@ __all__ = [
     "finetune_llm_sft",
     "inspect_data",
     "load_policy_archive",
+    "replay",
     "save_llm_checkpoint",
     "save_merged_model",
     "save_policy_archive",

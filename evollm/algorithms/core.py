@@ -22,7 +22,7 @@ from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState, SharedBase
-from evollm.models.engine import PassOptions
+from evollm.models.engine import PassOptions, Seat
 from evollm.models.requirements import check_lora_config
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class LLMAgent(ABC):
         steps: Batches that the agent has learnt from.
         num_tokens: Tokens that it has learnt from, a prompt that two sides share counted once.
         diverged: Whether a loss or gradient was not finite; the agent has skipped that update.
+        seat: Its place among others that were there when it is trained anew without them; else None.
         rng: The agent's own generator, cloned and saved with it, for subclasses and hooks that draw numbers.
     """
 
@@ -118,6 +119,7 @@ class LLMAgent(ABC):
         self.steps = 0
         self.num_tokens = 0
         self.diverged = False
+        self.seat: Seat | None = None
         self.reference_update_tracker = 0
         self.rng = np.random.default_rng(settings.seed)
         self._mutation_hooks: tuple[Callable[[LLMAgent], None], ...] = ()

@@ -6,7 +6,7 @@ Agents that share a batch share the passes through the base; loss, clipping, opt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -140,7 +140,8 @@ def _step(
     agents: Sequence[LLMAgent], objectives: Sequence[Objective], batch: PreferenceBatch, training: bool
 ) -> list[dict[str, float]]:
     """One optimizer step of each agent; returns their metrics."""
-    engine, options = Engine.of(agents[0].base), agents[0].pass_options
+    # Replaying, an agent by itself learns in the passes that it learnt in; all else is computed without others.
+    engine, options = Engine.of(agents[0].base), replace(agents[0].pass_options, seat=agents[0].seat)
     actors = [agent.actor_adapter for agent in agents]
 
     by_rows: dict[int, Objective | Linearised] = dict(enumerate(objectives))

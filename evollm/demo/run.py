@@ -65,6 +65,20 @@ def run_demo(
         run_dir.mkdir(parents=True, exist_ok=True)
         started = {"population": population, "generations": generations, "seed": seed}
         (run_dir / STARTED).write_text(json.dumps(started) + "\n")
+    agents, env = _agents_and_env(population, seed)
+    return finetune_llm_preference(
+        agents,
+        env,
+        max_steps=generations * STEPS_PER_GENERATION,
+        evo_steps=STEPS_PER_GENERATION,
+        tournament=TournamentSelection(tournament_size=2, elitism=True, population_size=population, rand_seed=seed),
+        mutation=Mutations(no_mutation=0.2, rl_hp=0.8, rand_seed=seed),
+        run_dir=run_dir if resume_from_checkpoint is None else None,
+        resume_from_checkpoint=resume_from_checkpoint,
+    )
+
+
+def _agents_and_env(population: int, seed: int) -> tuple[list[DPO], PreferenceGym]:
     folder = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -94,16 +108,17 @@ def run_demo(
         gradient_checkpointing=False,
         seed=seed,
     )
-    return finetune_llm_preference(
-        agents,
-        env,
-        max_steps=generations * STEPS_PER_GENERATION,
-        evo_steps=STEPS_PER_GENERATION,
-        tournament=TournamentSelection(tournament_size=2, elitism=True, population_size=population, rand_seed=seed),
-        mutation=Mutations(no_mutation=0.2, rl_hp=0.8, rand_seed=seed),
-        run_dir=run_dir if resume_from_checkpoint is None else None,
-        resume_from_checkpoint=resume_from_checkpoint,
-    )
+    return agents, env
+
+
+def demo_agents_and_env(run_dir: str | Path) -> tuple[list[DPO], PreferenceGym]:
+    """Agents and gym as a run of the demo had them when it began.
+
+    Raises:
+        ConfigurationError: The folder holds no run of the demo.
+    """
+    started = _started(run_dir)
+    return _agents_and_env(started["population"], started["seed"])
 
 
 def is_demo(run_dir: str | Path) -> bool:
@@ -117,9 +132,13 @@ def resume_demo(run_dir: str | Path) -> tuple[list[DPO], list[float]]:
     Raises:
         ConfigurationError: The folder holds no run of the demo.
     """
+    return run_demo(**_started(run_dir), resume_from_checkpoint=run_dir)
+
+
+def _started(run_dir: str | Path) -> dict[str, Any]:
     try:
-        started = json.loads((Path(run_dir) / STARTED).read_text())
+        started: dict[str, Any] = json.loads((Path(run_dir) / STARTED).read_text())
     except (OSError, ValueError) as error:
         fix = f"is no run of the demo ({error})"
         raise ConfigurationError("run_dir", str(run_dir), fix) from error
-    return run_demo(**started, resume_from_checkpoint=run_dir)
+    return started

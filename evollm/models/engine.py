@@ -39,6 +39,19 @@ _ATTRIBUTE = "_evollm_engine"
 
 
 @dataclass(frozen=True)
+class Seat:
+    """The place that a member had among others, for passes of the same shapes without them: the bits depend on those.
+
+    Attributes:
+        place: Its position, from 0.
+        of: How many members there were.
+    """
+
+    place: int
+    of: int
+
+
+@dataclass(frozen=True)
 class PassOptions:
     """How the members of a population go through the base; the same for all of them.
 
@@ -49,6 +62,8 @@ class PassOptions:
         explicit_positions: Whether position ids are passed; without them pairs cannot share their prompt.
         gradient_checkpointing: Recompute activations in the backward pass.
         up_to_shorter: Give each pair's sums up to its shorter side's length too.
+        seat: Of a member by itself: it goes through the base in this place, and in the places beside it, too, from
+            which nothing is taken. None: the members that are given.
     """
 
     token_budget: int | None = None
@@ -56,6 +71,7 @@ class PassOptions:
     explicit_positions: bool = True
     gradient_checkpointing: bool = False
     up_to_shorter: bool = False
+    seat: Seat | None = None
 
 
 class Engine:
@@ -165,18 +181,25 @@ class Engine:
         if own:
             found = self._groups(batch.select(own), budget, options.max_pairs, paths)
             groups = [[own[row] for row in rows] for rows in found]
+        seat = options.seat or Seat(0, 1)
+        seated = [*members] * seat.of
         fillers = 0
         if self.base.is_sharded:
             # Weights come from all processes: who has fewer passes goes along in passes that count for nothing.
             fillers = Processes.present().largest(len(groups)) - len(groups)
         for rows, weight in [*((rows, 1) for rows in groups), *[([0], 0)] * fillers]:
-            few = _FewPairs(self.base, batch.select(rows), members, paths)
+            few = _FewPairs(self.base, batch.select(rows), seated, paths)
             for numbers in few.passes(budget):
+                # By itself a member takes part in the one pass that its seat is in.
+                taking = numbers if options.seat is None else [0] if seat.place in numbers else []
+                if not taking:
+                    continue
                 with few.forward(numbers, options) as logprobs:
+                    taken = logprobs if options.seat is None else [logprobs[list(numbers).index(seat.place)]]
                     if loss is not None:
                         # Inside the block, since it recomputes checkpointed layers.
-                        (loss(numbers, rows, logprobs) * weight).backward()
-                for number, part in zip(numbers, logprobs, strict=True):
+                        (loss(taking, rows, taken) * weight).backward()
+                for number, part in zip(taking, taken, strict=True):
                     if weight:
                         parts[number].append(PairLogprobs.of([column.detach() for column in part.columns]))
         return [PairLogprobs.join(member_parts, groups) for member_parts in parts] if groups else []

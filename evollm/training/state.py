@@ -141,7 +141,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     """
     differing = [
         f"{name}: {before!r} then, {now!r} now"
-        for name, before, now in _differences(_comparable(saved), _comparable(current), "")
+        for name, before, now in differences(_comparable(saved), _comparable(current), "")
     ]
     if differing:
         raise ConfigurationError(
@@ -162,12 +162,13 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differences(before: Any, now: Any, name: str) -> list[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, name: str) -> list[tuple[str, Any, Any]]:
+    """Where two nested values of JSON differ: the dotted name under `name`, and both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
         return [
             difference
             for key in keys
-            for difference in _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            for difference in differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
         ]
     return [] if before == now else [(name, before, now)]

@@ -75,6 +75,12 @@ EVOLUTION = frozenset(
 TUNE_PARAMETERS = tuple(name for name in Request.__dataclass_fields__ if name != "settings")
 
 
+def request_of(model: Any, data: Any, **arguments: Any) -> Request:
+    """The arguments of `tune` as one checked thing, with its defaults."""
+    own = {name: arguments.pop(name) for name in TUNE_PARAMETERS if name in arguments}
+    return Request(model=model, data=data, **own, settings=arguments)
+
+
 @dataclass(frozen=True)
 class Setup:
     """A run that is ready to begin.
@@ -102,12 +108,8 @@ def set_up(request: Request) -> Setup:
         DataError: A dataset cannot be read, or holds too little.
         CheckpointError: `start_from` cannot be read.
     """
-    settings = DEFAULTS | request.settings
-    settings.setdefault("seed", SEED)
-    settings.setdefault("rand_seed", settings["seed"])
-    settings = as_objects(settings)
-    tokenizer = request.tokenizer or load_tokenizer(request.model, settings.get("model_config"))
-    env = make_env(request, settings, tokenizer)
+    settings = prepare_settings(request)
+    env = make_env(request, settings)
     # Before the model is loaded, which takes a while.
     loop = _loop(request, settings, env)
     agents = make_agents(request, settings, env)
@@ -117,6 +119,14 @@ def set_up(request: Request) -> Setup:
     if resume is not None or "run_dir" in settings:
         RunPaths.of(settings.get("run_dir"), settings.get("checkpoint_path"), settings.get("elite_path"), resume)
     return Setup(request.pieces, agents, env, loop, Schedule.of(options, env))
+
+
+def prepare_settings(request: Request) -> Settings:
+    """The keyword arguments for the pieces, with the defaults of `tune`, as the pieces take them."""
+    settings = DEFAULTS | request.settings
+    settings.setdefault("seed", SEED)
+    settings.setdefault("rand_seed", settings["seed"])
+    return as_objects(settings)
 
 
 def load_tokenizer(model: object, model_config: Mapping[str, Any] | None) -> Any:
@@ -136,8 +146,11 @@ def load_tokenizer(model: object, model_config: Mapping[str, Any] | None) -> Any
         raise ConfigurationError("model", str(name), fix) from error
 
 
-def make_env(request: Request, settings: Settings, tokenizer: Any) -> DatasetGym:
+def make_env(request: Request, settings: Settings) -> DatasetGym:
     """The gym, with held-out splits of the data where none are given."""
+    tokenizer = request.tokenizer
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer or request.model, settings.get("model_config"))
     pieces, data = request.pieces, request.data
     given = {"test_dataset": request.test_data, "final_dataset": request.final_data}
     # The score of one agent is on pairs that nothing was selected by in any case.

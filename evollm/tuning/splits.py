@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evollm.data.rows import ChatPair, Row, RowFormat, TextPair, UnusableRowError, read_rows
+from evollm.data.cells import Row, UnusableRowError
+from evollm.data.rows import ChatPair, RowFormat, TextPair, read_rows
 from evollm.errors import DataError
 
 SHARE = 0.1
@@ -77,8 +78,4 @@ def _prompt(pair: TextPair | ChatPair) -> str:
     """What two rows with one prompt have in common."""
     if isinstance(pair, TextPair):
         return pair.prompt.strip()
-    return json.dumps([_plain(message) for message in pair.prompt], sort_keys=True, default=str)
-
-
-def _plain(message: Mapping[str, object]) -> dict[str, object]:
-    return {"role": message["role"], "content": message["content"]}
+    return json.dumps(pair.prompt, sort_keys=True, default=str)

@@ -16,7 +16,7 @@ from evollm.processes import Processes
 from evollm.training.callbacks import Callback, RunEnded, RunStarted
 from evollm.tuning.describe import describe
 from evollm.tuning.record import Schedule, read_record, write_asked
-from evollm.tuning.setup import TUNE_PARAMETERS, Request, Setup, set_up
+from evollm.tuning.setup import Request, Setup, request_of, set_up
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,6 @@ def validate(model: Any, data: Any, **settings: Any) -> str:
         What `tune` would do: pairs, agents, steps, generations, bounds.
     """
     return describe(set_up(request_of(model, data, **settings)))
-
-
-def request_of(model: Any, data: Any, **arguments: Any) -> Request:
-    """The arguments of `tune` as one checked thing, with its defaults."""
-    own = {name: arguments.pop(name) for name in TUNE_PARAMETERS if name in arguments}
-    return Request(model=model, data=data, **own, settings=arguments)
 
 
 def _run(request: Request, setup: Setup) -> TuneResult:

@@ -1,0 +1,235 @@
+"""One agent trained on the schedule of hyperparameters that a run has found."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evollm.algorithms.core import ACTOR
+from evollm.algorithms.saving import SavableAgent
+from evollm.checkpoints import newest_population
+from evollm.checkpoints.agent import read_agent_folder
+from evollm.checkpoints.run import STATE
+from evollm.errors import ConfigurationError
+from evollm.hpo.hyperparameters import Value
+from evollm.llm_envs import DatasetGym
+from evollm.models.engine import Engine, Seat
+from evollm.models.identity import computing_settings
+from evollm.training.callbacks import Callback, RunEnded, RunStarted, StepDone
+from evollm.training.state import differences
+from evollm.tuning.pieces import pieces_of
+from evollm.tuning.record import Record, Schedule, read_asked, read_record
+from evollm.tuning.setup import EVOLUTION, make_agents, make_env, prepare_settings, request_of
+
+# What decides in which steps, and so beside whom, an agent goes through a batch.
+_STRIDE = ("batch_size", "update_epochs")
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """What a replay has made.
+
+    Attributes:
+        agent: The agent.
+        run_dir: The run folder of the replay.
+        schedule: The hyperparameters that it learnt with: (step, values) wherever they changed.
+        exact: Whether its adapter is that of the run's best agent, bit for bit. None: it learnt from other data or in
+            another number of steps, or the run kept no elite.
+    """
+
+    agent: SavableAgent
+    run_dir: Path
+    schedule: Schedule
+    exact: bool | None
+
+
+@dataclass(frozen=True)
+class Script:
+    """What happens to an agent that is trained anew.
+
+    Attributes:
+        total: Steps of the run.
+        values: Hyperparameters by the step after which they hold; 0: from the start.
+        seats: By step, counted from 1, its place among those that learnt in the same passes; none on other data.
+    """
+
+    total: int
+    values: Mapping[int, Mapping[str, Value]]
+    seats: Mapping[int, Seat]
+
+    @classmethod
+    def of(cls, record: Record) -> Script:
+        """That of a run's best agent, on the data of the run."""
+        strides = {
+            birth.index: _stride(birth.hyperparameters)
+            for births in (record.founders, *(plan.births for _, plan in record.evolutions))
+            for birth in births
+        }
+        line = record.line
+        learners: dict[int, list[int]] = {}
+        for entry in record.metrics:
+            if entry["kind"] == "step":
+                learners.setdefault(int(entry["step"]), []).append(int(entry["agent"]))
+        seats = {}
+        for step, present in learners.items():
+            index = next(birth.index for begin, birth in reversed(line) if begin < step)
+            beside = [other for other in present if strides[other] == strides[index]]
+            seats[step] = Seat(beside.index(index), len(beside))
+        return cls(int(record.config["schedule"]["total"]), dict(record.schedule), seats)
+
+    def stretched(self, total: int) -> Script:
+        """The same over another number of steps: each change comes at the same share of the run."""
+        return Script(total, {round(step * total / self.total): values for step, values in self.values.items()}, {})
+
+    @property
+    def schedule(self) -> Schedule:
+        """The hyperparameters by step."""
+        return [(step, dict(values)) for step, values in self.values.items()]
+
+
+def _stride(values: Mapping[str, Value]) -> tuple[Value | None, ...]:
+    return tuple(values.get(name) for name in _STRIDE)
+
+
+class _Prompter(Callback):
+    """Gives an agent the values and the seat that its script has for the next step."""
+
+    def __init__(self, agent: SavableAgent, script: Script) -> None:
+        self.run_dir = Path()
+        self._agent = agent
+        self._script = script
+
+    def on_start(self, event: RunStarted) -> None:
+        """The first step is next."""
+        self.run_dir = event.run_dir
+        self._agent.seat = self._script.seats.get(event.step + 1)
+
+    def on_step(self, event: StepDone) -> None:
+        """The step after this one is next."""
+        self._agent.set_hyperparameters(self._script.values.get(event.step, {}))
+        self._agent.seat = self._script.seats.get(event.step + 1)
+
+    def on_end(self, event: RunEnded) -> None:
+        """Whatever the agent learns from now on, it learns by itself."""
+        self._agent.seat = None
+
+
+def replay(
+    run: str | os.PathLike[str],
+    agents: Sequence[SavableAgent] | None = None,
+    env: DatasetGym | None = None,
+    *,
+    data: Any | None = None,
+    num_epochs: int | None = None,
+    max_steps: int | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    verbose: bool = True,
+) -> ReplayResult:
+    """Train one agent on the schedule of hyperparameters of a run's best agent; nothing is selected or mutated.
+
+    On the data of the run and with one process its adapter becomes the best agent's, bit for bit. The passes through
+    the base have the shapes that they had, as if the others were still beside it, since roundings depend on shapes;
+    nothing is learnt or kept for the others. This does not hold where references moved (`update_reference_each_epoch`)
+    or losses over whole batches evolved together with others; the result says whether it did.
+
+    On other data, or with another number of epochs or steps, the schedule is stretched: each change comes at the same
+    share of the run.
+
+    Args:
+        run: Folder of a run that has ended.
+        agents: Agents made as for the run, of which one is trained. None: as `tune` made them.
+        env: A gym made as for the run, or with other data. None: as `tune` made it.
+        data: Other rows to learn from, for a run of `tune`.
+        num_epochs: Passes over the data; None: as many as the run made.
+        max_steps: Steps at most.
+        run_dir: Run folder of the replay, by default a new one in `evollm-runs`.
+        verbose: Show progress and the result in the terminal.
+
+    Raises:
+        ConfigurationError: This is no run folder, the run was begun by a script and agents or env are missing, or they
+            are others than the run's.
+        CheckpointError: The run has not ended, or its files are damaged.
+    """
+    record = read_record(run)
+    script = Script.of(record)
+    if (agents is None) != (env is None) or (agents is not None and data is not None):
+        raise ConfigurationError("agents", None, "pass agents and env together, and then no data, or neither")
+    if agents is None or env is None:
+        agents, env = _as_tuned(run, data)
+    agent = _founder(agents, record)
+    config = record.config
+    same = env.fingerprint == config["data"]["fingerprint"] and num_epochs is None and max_steps is None
+    options: dict[str, Any] = {"max_steps": script.total}
+    if same:
+        _check_same(agent, env, config)
+        env.load_state_dict(config["data"]["position"])
+        _take_budgets(agent, Path(run))
+        options |= {"evaluation_interval": config["schedule"]["evaluate_every"]}
+    else:
+        epochs = script.total / config["schedule"]["epoch"]
+        limits = [max_steps, num_epochs and num_epochs * len(env)]
+        found = min([limit for limit in limits if limit is not None], default=max(1, round(epochs * len(env))))
+        script = script.stretched(found)
+        options["max_steps"] = found
+    if config["options"]["update_reference_each_epoch"]:
+        options["update_reference_each_epoch"] = True
+    agent.set_hyperparameters(script.values[0])
+    prompter = _Prompter(agent, script)
+    pieces = pieces_of(config["algorithm"].lower())
+    pieces.finetune([agent], env, callbacks=[prompter], run_dir=run_dir, verbose=verbose, **options)
+    return ReplayResult(agent, prompter.run_dir, script.schedule, _is_exact(agent, Path(run)) if same else None)
+
+
+def _as_tuned(run: str | os.PathLike[str], data: Any | None) -> tuple[list[SavableAgent], DatasetGym]:
+    """One agent and the gym as `tune` made them for a run."""
+    asked = read_asked(run)
+    request = request_of(**{**asked, "data": asked["data"] if data is None else data})
+    settings = prepare_settings(request)
+    env = make_env(request, settings)
+    lone = {name: value for name, value in request.settings.items() if name not in EVOLUTION}
+    one = replace(request, population=1, generations=None, settings=lone)
+    return make_agents(one, prepare_settings(one), env), env
+
+
+def _founder(agents: Sequence[SavableAgent], record: Record) -> SavableAgent:
+    """The agent that the line begins with; all agents of a population begin with the same weights."""
+    index = record.line[0][1].index
+    return next((agent for agent in agents if agent.index == index), agents[0])
+
+
+def _check_same(agent: SavableAgent, env: DatasetGym, config: Mapping[str, Any]) -> None:
+    """Refuse another base, other adapters or other settings than the run's: the result would be another."""
+    now = {
+        "algorithm": agent.algorithm,
+        "base_fingerprint": agent.base.weights_fingerprint,
+        "lora": computing_settings(agent.base.config(agent.actor_adapter)),
+        "settings": asdict(agent.settings),
+        "batch_size": env.batch_size,
+    }
+    then = {**config, "batch_size": config["data"]["batch_size"]}
+    found = differences({name: then[name] for name in now}, json.loads(json.dumps(now, default=str)), "")
+    if found:
+        listed = "; ".join(f"{name}: {before!r} then, {after!r} now" for name, before, after in found)
+        raise ConfigurationError("agents", "others", f"make agents and env as they were for the run ({listed})")
+
+
+def _take_budgets(agent: SavableAgent, run: Path) -> None:
+    """Divide batches as the run did: what it found out of its memory lies in its checkpoints."""
+    newest = newest_population(run / "checkpoints")
+    if newest is not None:
+        state = json.loads((newest / STATE).read_text(encoding="utf-8"))
+        Engine.of(agent.base).load_state_dict(state["budgets"])
+
+
+def _is_exact(agent: SavableAgent, run: Path) -> bool | None:
+    elite = run / "elite"
+    if not elite.is_dir():
+        return None
+    then, now = read_agent_folder(elite).adapter(ACTOR).tensors, agent.base.export(agent.actor_adapter).tensors
+    return then.keys() == now.keys() and all(torch.equal(then[name], now[name].cpu()) for name in then)
