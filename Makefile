@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-deepspeed lint types imports unit clean
+.PHONY: demo test test-deepspeed test-trackers lint types imports unit clean
 
 # Torch first and by itself: asked for with a range, pip may choose a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,6 +40,11 @@ unit: $(VENV)/.model
 test-deepspeed: $(VENV)/.model
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,deepspeed]"
 	$(BIN)/python -m pytest tests/distributed tests/test_tutorials.py
+
+# Apart from `make test`, for the packages that they bring along. Nothing is sent anywhere.
+test-trackers: $(VENV)/.model
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,wandb,trackio]"
+	$(BIN)/python -m pytest tests/tracking
 
 clean:
 	rm -rf $(VENV)

@@ -35,6 +35,13 @@ class Birth:
     elite: bool
     hyperparameters: Mapping[str, Value]
 
+    @property
+    def origin(self) -> str:
+        """How it came from its parent, for a person."""
+        if self.elite:
+            return "elite, kept as it is"
+        return ", ".join(str(mutation) for mutation in self.mutations) or "copy"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values of strict JSON."""
         return {

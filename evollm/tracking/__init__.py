@@ -1,7 +1,17 @@
 """Where a run's events are written: files, the console, and optional trackers."""
 
 from evollm.tracking.console import Console
+from evollm.tracking.report_to import tracker_names
 from evollm.tracking.run_folder import RunFolder
-from evollm.tracking.trackers import TensorBoard, WeightsAndBiases
+from evollm.tracking.trackers import TRACKERS, TensorBoard, Tracker, Trackio, WeightsAndBiases
 
-__all__ = ["Console", "RunFolder", "TensorBoard", "WeightsAndBiases"]
+__all__ = [
+    "TRACKERS",
+    "Console",
+    "RunFolder",
+    "TensorBoard",
+    "Tracker",
+    "Trackio",
+    "WeightsAndBiases",
+    "tracker_names",
+]

@@ -107,7 +107,7 @@ class Console(Callback):
         """Say who came from whom."""
         self._follow(event.plan)
         for birth in event.plan.births:
-            self._print(f"  agent {birth.index} <- {birth.parent}  {escape(_origin(birth))}", soft_wrap=True)
+            self._print(f"  agent {birth.index} <- {birth.parent}  {escape(birth.origin)}", soft_wrap=True)
 
     def _follow(self, plan: EvolutionPlan) -> None:
         self._plans.append(plan)
@@ -216,9 +216,3 @@ def score_lines(split: str, before: AnyEvaluation, after: AnyEvaluation, *, chos
 def _best_first(event: Evaluated) -> list[int]:
     indices = list(event.fitnesses)
     return [indices[position] for position in rank([event.fitnesses[index] for index in indices])]
-
-
-def _origin(birth: Birth) -> str:
-    if birth.elite:
-        return "elite, kept as it is"
-    return ", ".join(str(mutation) for mutation in birth.mutations) or "copy"

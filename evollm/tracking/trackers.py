@@ -1,64 +1,92 @@
-"""TensorBoard and Weights & Biases, which are optional."""
+"""TensorBoard, Weights & Biases and trackio, which are optional."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import Any
+import os
+import secrets
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
-from evollm.errors import MissingExtraError
-from evollm.training.callbacks import Callback, Evaluated, RunStarted, StepDone
+from evollm.errors import ConfigurationError, MissingExtraError
+from evollm.hpo import AnyEvaluation, Birth
+from evollm.training.callbacks import Callback, Evaluated, Evolved, RunEnded, RunStarted, StepDone
+
+# The name under which a tracker of elsewhere knows the run, for whoever resumes it.
+ID_FILE = "tracking-id"
+PROJECT = "evollm"
 
 
-def _require(module: str, package: str, extra: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(package, extra, purpose) from error
+class Tracker(Callback):
+    """Turns a run into scalars such as `agent_3/rewards/margins`, and evolutions into text as well.
 
+    Raises:
+        MissingExtraError: The tracker's package is not installed.
+    """
 
-class _Scalars(Callback):
-    """Turns steps and evaluations into scalars named `agent_3/rewards/margins`."""
+    name: ClassVar[str]
+
+    def __init__(self) -> None:
+        self.module = _require(self.name)
 
     def on_step(self, event: StepDone) -> None:
         """Write the metrics of every agent."""
-        for index, metrics in event.metrics.items():
-            self.write(f"agent_{index}", metrics, event.step)
+        self.write(_by_agent(event.metrics), event.step)
 
     def on_evaluation(self, event: Evaluated) -> None:
         """Write the held-out scores and the hyperparameters of every agent."""
-        for index, evaluation in event.evaluations.items():
-            scores = {f"eval_{name.removeprefix('mean_')}": value for name, value in evaluation.scores.items()}
-            numbers = {name: value for name, value in event.agents[index].items() if isinstance(value, int | float)}
-            self.write(f"agent_{index}", scores | numbers, event.step)
+        self.write(_by_agent(event.agents), event.step)
+        scores = {index: _scores("eval_", evaluation) for index, evaluation in event.evaluations.items()}
+        self.write(_by_agent(scores) | {"best_agent": event.best, "generation": event.generation}, event.step)
 
-    def write(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Write scalars."""
-        raise NotImplementedError
+    def on_evolution(self, event: Evolved) -> None:
+        """Write who came from whom, with which hyperparameters."""
+        births = event.plan.births
+        lineage = {birth.index: {"parent": birth.parent, **birth.hyperparameters} for birth in births}
+        self.write(_by_agent(lineage) | {"generation": event.plan.generation + 1}, event.step)
+        self.write_text("evolution", "\n".join(map(_line, births)), event.step)
+
+    def on_end(self, event: RunEnded) -> None:
+        """Write the score of the first agent before training and that of the best one after."""
+        scores: dict[str, float] = {"best_agent": event.best.index}
+        for when, evaluation in (("before", event.before), ("after", event.after)):
+            if evaluation is not None:
+                scores |= {f"{when}/{name}": value for name, value in _scores("", evaluation).items()}
+        self.write(scores, event.step)
+
+    @abstractmethod
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Write scalars; several calls may come for one step."""
+
+    @abstractmethod
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Write some lines of text."""
 
 
-class TensorBoard(_Scalars):
-    """Writes TensorBoard event files into the run folder.
+class TensorBoard(Tracker):
+    """Writes TensorBoard event files into the folder `tensorboard` of the run."""
 
-    Raises:
-        MissingExtraError: TensorBoard is not installed.
-    """
-
-    def __init__(self) -> None:
-        _require("tensorboard", "tensorboard", "tensorboard", "tensorboard=True")
-        self._writer: Any = None
+    name = "tensorboard"
+    _writer: Any = None
 
     def on_start(self, event: RunStarted) -> None:
         """Open the event file."""
         module = importlib.import_module("torch.utils.tensorboard")
         # What a resumed run had written after its checkpoint comes again.
         purge = event.step + 1 if event.step else None
-        self._writer = module.SummaryWriter(str(event.run_dir / "tensorboard"), purge_step=purge)
+        folder = str(event.run_dir / "tensorboard")
+        self._writer = _started(self.name, lambda: module.SummaryWriter(folder, purge_step=purge))
 
-    def write(self, group: str, values: Mapping[str, float], step: int) -> None:
+    def write(self, values: Mapping[str, float], step: int) -> None:
         """Write scalars."""
         for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+            self._writer.add_scalar(name, value, step)
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Write some lines of text; TensorBoard reads them as Markdown."""
+        self._writer.add_text(name, text.replace("\n", "  \n"), step)
 
     def close(self) -> None:
         """Close the event file."""
@@ -66,26 +94,124 @@ class TensorBoard(_Scalars):
             self._writer.close()
 
 
-class WeightsAndBiases(_Scalars):
-    """Logs to a Weights & Biases run.
+class WeightsAndBiases(Tracker):
+    """Logs to a Weights & Biases run, which a resumed run goes on with.
 
-    Raises:
-        MissingExtraError: wandb is not installed.
+    The project is `evollm` or `WANDB_PROJECT`; wandb's other variables work as ever, such as `WANDB_MODE=offline`.
     """
 
-    def __init__(self) -> None:
-        self._wandb = _require("wandb", "wandb", "wandb", "wb=True")
-        self._run: Any = None
+    name = "wandb"
+    _run: Any = None
 
     def on_start(self, event: RunStarted) -> None:
-        """Open the run."""
-        self._run = self._wandb.init(project="evollm", name=event.run_dir.name, config=dict(event.config))
+        """Open the run, or open it again."""
+        arguments = {
+            "project": os.environ.get("WANDB_PROJECT", PROJECT),
+            "name": event.run_dir.name,
+            "id": _tracking_id(event.run_dir),
+            "resume": "allow",
+            "config": dict(event.config),
+        }
+        self._run = _started(self.name, lambda: self.module.init(**arguments))
 
-    def write(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Log scalars."""
-        self._run.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Log scalars; what is logged at one step becomes one row."""
+        self._log(values, step)
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Log some lines of text."""
+        self._log({name: text}, step)
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        # Steps only grow there. Those between the checkpoint and the interruption come again with the same values.
+        if step >= self._run.step:
+            self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         """Finish the run."""
         if self._run is not None:
             self._run.finish()
+
+
+class Trackio(Tracker):
+    """Logs to a trackio run, which a resumed run goes on with.
+
+    It is a local one unless trackio's own variables say otherwise (`TRACKIO_SPACE_ID`, `TRACKIO_DIR`). The project is
+    `evollm` or `TRACKIO_PROJECT`.
+    """
+
+    name = "trackio"
+    _run: Any = None
+
+    def on_start(self, event: RunStarted) -> None:
+        """Open the run, or open it again."""
+        arguments = {
+            "project": os.environ.get("TRACKIO_PROJECT", PROJECT),
+            # Runs are found by their names, and folders of the same name are not rare.
+            "name": f"{event.run_dir.name}-{_tracking_id(event.run_dir)}",
+            "resume": "allow",
+            "config": dict(event.config),
+            "embed": False,
+        }
+        self._run = _started(self.name, lambda: self.module.init(**arguments))
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Log scalars."""
+        self._run.log(dict(values), step=step)
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Log some lines of text."""
+        self._run.log({name: text}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            self._run.finish()
+
+
+TRACKERS: Mapping[str, type[Tracker]] = {tracker.name: tracker for tracker in (TensorBoard, WeightsAndBiases, Trackio)}
+
+
+def _require(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(name, name, f'report_to="{name}"') from error
+
+
+def _started(name: str, start: Callable[[], Any]) -> Any:
+    """What `start` returns; its failure as an error that says what to do."""
+    try:
+        return start()
+    except Exception as error:
+        fix = (
+            f"could not start: {error}; correct that (without a network or login: WANDB_MODE=offline), or leave it out"
+        )
+        raise ConfigurationError("report_to", name, fix) from error
+
+
+def _tracking_id(run_dir: Path) -> str:
+    """The name of the run for trackers, drawn once and kept in its folder."""
+    path = run_dir / ID_FILE
+    if not path.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _by_agent(values: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
+    """The numbers among the values of every agent, by the name that trackers group by."""
+    return {
+        f"agent_{index}/{name}": value
+        for index, named in values.items()
+        for name, value in named.items()
+        if isinstance(value, int | float)
+    }
+
+
+def _scores(prefix: str, evaluation: AnyEvaluation) -> dict[str, float]:
+    return {f"{prefix}{name.removeprefix('mean_')}": value for name, value in evaluation.scores.items()}
+
+
+def _line(birth: Birth) -> str:
+    return f"agent {birth.index} <- agent {birth.parent}: {birth.origin}"

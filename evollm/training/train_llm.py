@@ -15,7 +15,7 @@ from evollm.checkpoints import only_writer
 from evollm.hpo import Mutations, TournamentSelection, likelihood_fitness, preference_fitness
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import Processes, check_processes
-from evollm.tracking import Console, RunFolder, TensorBoard, WeightsAndBiases
+from evollm.tracking import TRACKERS, Console, RunFolder, tracker_names
 from evollm.training.callbacks import Callback
 from evollm.training.options import RunOptions, RunPaths, check_callbacks, check_run, new_run_dir
 from evollm.training.population_step import FitnessFunction, check_fitness
@@ -50,6 +50,7 @@ def finetune_llm_preference(
     num_sample_answers: int = 3,
     callbacks: Sequence[Callback] = (),
     accelerator: Accelerator | None = None,
+    report_to: str | Sequence[str] | None = None,
     wb: bool = False,
     tensorboard: bool = False,
     verbose: bool = True,
@@ -88,8 +89,10 @@ def finetune_llm_preference(
         callbacks: Further callbacks.
         accelerator: As given to the agents and the gym. Of several processes each computes a share of every batch, all
             do the same with the results, and the main one writes; your own callbacks are called in all of them.
-        wb: Log to Weights & Biases (extra `wandb`).
-        tensorboard: Write TensorBoard files (extra `tensorboard`).
+        report_to: Trackers to write to as well: "tensorboard", "wandb", "trackio" or a list of these, each an extra of
+            that name; "none" or None: none. A resumed run goes on with the run that its tracker knows.
+        wb: The same as `report_to="wandb"`.
+        tensorboard: The same as `report_to="tensorboard"`.
         verbose: Show progress, tables and the result in the terminal.
 
     Returns:
@@ -122,7 +125,7 @@ def finetune_llm_preference(
         fitness,
         _Places(run_dir, checkpoint_path, elite_path, resume_from_checkpoint),
         accelerator,
-        _Listeners(callbacks, wb, tensorboard, verbose),
+        _Listeners(callbacks, report_to, wb, tensorboard, verbose),
     )
 
 
@@ -147,6 +150,7 @@ def finetune_llm_sft(
     num_sample_answers: int = 3,
     callbacks: Sequence[Callback] = (),
     accelerator: Accelerator | None = None,
+    report_to: str | Sequence[str] | None = None,
     wb: bool = False,
     tensorboard: bool = False,
     verbose: bool = True,
@@ -176,6 +180,7 @@ def finetune_llm_sft(
         num_sample_answers: As for preferences; the answers before are those of the base.
         callbacks: As for preferences.
         accelerator: As for preferences.
+        report_to: As for preferences.
         wb: As for preferences.
         tensorboard: As for preferences.
         verbose: As for preferences.
@@ -211,7 +216,7 @@ def finetune_llm_sft(
         fitness,
         _Places(run_dir, checkpoint_path, elite_path, resume_from_checkpoint),
         accelerator,
-        _Listeners(callbacks, wb, tensorboard, verbose),
+        _Listeners(callbacks, report_to, wb, tensorboard, verbose),
     )
 
 
@@ -230,6 +235,7 @@ class _Listeners:
     """Who hears of a run, as it was given."""
 
     callbacks: Sequence[Callback]
+    report_to: str | Sequence[str] | None
     wb: bool
     tensorboard: bool
     verbose: bool
@@ -237,11 +243,11 @@ class _Listeners:
     def callbacks_of(self, processes: Processes) -> list[Callback]:
         """All callbacks of this process; the main one writes."""
         listeners = list(check_callbacks(self.callbacks))
+        trackers = tracker_names(self.report_to, wb=self.wb, tensorboard=self.tensorboard)
         if processes.is_main:
-            listeners = [RunFolder(), *listeners]
+            # Trackers first: one that cannot start leaves no run folder behind, which would be in the way next time.
+            listeners = [*(TRACKERS[name]() for name in trackers), RunFolder(), *listeners]
             listeners += [Console()] if self.verbose else []
-            listeners += [TensorBoard()] if self.tensorboard else []
-            listeners += [WeightsAndBiases()] if self.wb else []
         return listeners
 
 

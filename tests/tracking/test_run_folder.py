@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,14 +11,7 @@ import torch
 from conftest import make_rows
 from safetensors.numpy import save
 
-from evollm import (
-    Callback,
-    CheckpointError,
-    MissingExtraError,
-    PreferenceGym,
-    finetune_llm_preference,
-    finetune_llm_sft,
-)
+from evollm import Callback, CheckpointError, PreferenceGym, finetune_llm_preference, finetune_llm_sft
 from evollm.hpo import Evaluation, evaluations_to_bytes, read_evaluations
 
 
@@ -71,29 +63,6 @@ def test_the_run_folder_holds_config_metrics_lineage_and_elite(make_population, 
     assert (end["split"], end["best"], end["before_accuracy"]) == ("final", 0, 0.5)
     assert len(end["samples"]) == 3
     assert end["runner_up"] is None
-
-
-def test_tensorboard_files_are_written(make_agent, gym, tmp_path) -> None:
-    finetune_llm_preference(
-        [make_agent()],
-        gym,
-        max_steps=2,
-        run_dir=tmp_path / "run",
-        verbose=False,
-        tensorboard=True,
-        num_sample_answers=0,
-    )
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    accumulator = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert {"agent_0/loss", "agent_0/rewards/margins", "agent_0/eval_accuracy"} <= set(accumulator.Tags()["scalars"])
-
-
-def test_a_missing_tracker_is_named_with_its_extra_before_training(make_agent, gym, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    agent = make_agent()
-    with pytest.raises(MissingExtraError, match=r'pip install "evollm\[wandb\]"'):
-        finetune_llm_preference([agent], gym, run_dir=tmp_path / "run", verbose=False, wb=True)
-    assert agent.steps == 0
 
 
 class StopAt(Callback):
