@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-deepspeed test-trackers lint types imports unit clean
+.PHONY: demo test test-deepspeed test-trackers docs lint types imports unit clean
 
 # Torch first and by itself: asked for with a range, pip may choose a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -45,6 +45,10 @@ test-deepspeed: $(VENV)/.model
 test-trackers: $(VENV)/.model
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,wandb,trackio]"
 	$(BIN)/python -m pytest tests/tracking
+
+# Into site/, whose index.html any browser opens.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV)

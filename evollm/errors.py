@@ -1,7 +1,7 @@
 """The errors that evollm raises.
 
 Each message names the field, the value it had and what to do about it. All of them descend from
-[`EvoLLMError`][], and those about a bad argument are `ValueError`s too.
+[`EvoLLMError`][evollm.errors.EvoLLMError], and those about a bad argument are `ValueError`s too.
 """
 
 from __future__ import annotations
