@@ -80,3 +80,77 @@ def test_sft_then_dpo_runs_three_stages_each_from_the_one_before(small, tmp_path
             for run, role in ((before, "actor"), (after, "reference"))
         )
         assert all(torch.equal(tensor, actor[name]) for name, tensor in reference.items())
+
+
+def tutorial(name: str, small: dict[str, Path], folder: Path, *arguments: str) -> str:
+    """What a tutorial prints with the small model and pairs."""
+    files = [f"--{option}={path}" for option, path in small.items()]
+    return run([sys.executable, str(ROOT / f"tutorials/{name}.py"), *files, *arguments], folder)
+
+
+def test_first_run_shows_losses_and_files(small, tmp_path) -> None:
+    output = tutorial("first_run", small, tmp_path / "here", "--steps=2")
+    assert "Held-out accuracy on 4 selection pairs: 0.500 ->" in output
+    assert "Loss of the first and last batch:" in output
+    assert "Files: checkpoints, config.json, elite, lineage.jsonl, metrics.jsonl" in output
+
+
+def test_own_data_says_what_became_of_each_row(small, tmp_path) -> None:
+    def messages(row: dict[str, str]) -> dict[str, object]:
+        sides = {side: [{"role": "assistant", "content": row[side].strip()}] for side in ("chosen", "rejected")}
+        return {"prompt": [{"role": "user", "content": row["prompt"]}], **sides}
+
+    rows = [messages(row) for row in make_rows(8)]
+    rows[3]["rejected"] = rows[3]["chosen"]
+    small["train"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tutorial("own_data", small, tmp_path / "here", "--steps=1")
+    assert "7 rows kept, 1 dropped\n  1 x chosen == rejected: rows (3,)" in output
+    assert "### user\nQuestion 0 by Ann:\n### assistant\nyes, Ann</s>" in output
+    assert (tmp_path / "here/own-data/elite").is_dir()
+
+
+def test_search_of_eight_compares_at_equal_member_steps(small, tmp_path) -> None:
+    sizes = ("--population=3", "--generations=2", "--evo-steps=1", f"--final={tmp_path / 'final.jsonl'}")
+    (tmp_path / "final.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(5, 20)))
+    output = tutorial("search_of_eight", small, tmp_path / "here", *sizes)
+    lines = {
+        kind: [
+            json.loads(line) for line in (tmp_path / "here/search" / kind / "metrics.jsonl").read_text().splitlines()
+        ]
+        for kind in ("population", "single")
+    }
+    assert [sum(line["kind"] == "step" for line in lines[kind]) for kind in lines] == [6, 6]
+    assert "On 5 final pairs, after 6 member-steps each:" in output
+    schedule = output.split("a line for each generation:\n")[1].split("\n\n")[0].splitlines()
+    assert len([line for line in schedule if line.startswith("  agent ")]) == 2
+
+
+def test_qlora_evolves_four_agents_on_a_base_in_4_bits(small, tmp_path, make_model) -> None:
+    pytest.importorskip("bitsandbytes")
+    # Large enough that quantised weights fill whole blocks.
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(small["model"])
+    output = tutorial("qlora", small, tmp_path / "here", "--steps=3")
+    assert "MiB in 4 bits" in output
+    lineage = (tmp_path / "here/qlora/lineage.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lineage] == ["founders", "evolution", "evolution"]
+
+
+def test_coming_from_trl_writes_what_the_trainer_would(small, tmp_path) -> None:
+    tutorial("coming_from_trl", small, tmp_path / "here", "--steps=2")
+    folder = tmp_path / "here/from-trl"
+    assert (folder / "final/actor/adapter_model.safetensors").is_file()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_coming_from_agilerl_evolves_under_agilerls_names(small, tmp_path) -> None:
+    output = tutorial("coming_from_agilerl", small, tmp_path / "here", "--steps=2")
+    assert "best accuracy" in output
+    assert (tmp_path / "here/from-agilerl/adapter/adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem)
+def test_every_tutorial_says_how_to_run_it(path, tmp_path) -> None:
+    text = path.read_text()
+    assert f"tutorials/{path.name}" in text.split('"""')[1]
+    assert "parser.parse_args()" in text
+    assert "description=__doc__" in text
