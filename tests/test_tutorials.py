@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,8 +122,7 @@ def test_search_of_eight_compares_at_equal_member_steps(small, tmp_path) -> None
     }
     assert [sum(line["kind"] == "step" for line in lines[kind]) for kind in lines] == [6, 6]
     assert "On 5 final pairs, after 6 member-steps each:" in output
-    schedule = output.split("a line for each generation:\n")[1].split("\n\n")[0].splitlines()
-    assert len([line for line in schedule if line.startswith("  agent ")]) == 2
+    assert len(re.findall(r"^  agent \d+: lr \S+, beta \S+$", output, re.MULTILINE)) == 2
 
 
 def test_qlora_evolves_four_agents_on_a_base_in_4_bits(small, tmp_path, make_model) -> None:
