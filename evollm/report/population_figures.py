@@ -121,7 +121,7 @@ def _box(axes: Axes, node: Node, x: float, y: float, *, is_winner: bool) -> None
         [y - height / 2 + cy + corner * np.sin(turns + quarter * np.pi / 2) for _, cy, quarter in corners]
     )
     axes.fill(xs, ys, facecolor=color, alpha=0.13 if node.on_line or node.diverged else 0.0, linewidth=0, zorder=3)
-    axes.plot([*xs, xs[0]], [*ys, ys[0]], color=color, linestyle=line, linewidth=linewidth, zorder=4)
+    axes.fill(xs, ys, facecolor="none", edgecolor=color, linestyle=line, linewidth=linewidth, zorder=4)
     name = f"{node.birth.index}{' ★' if is_winner else ''}"
     axes.text(x + 0.08, y - 0.085, name, va="center", fontsize=9.5, fontweight="bold", color=INK, zorder=5)
     axes.text(x + width - 0.07, y - 0.085, _score(node), va="center", ha="right", fontsize=8.5, color=INK, zorder=5)
