@@ -48,7 +48,11 @@ class Comparison:
     def written(self) -> tuple[str, str]:
         """The difference with its unit, and the interval, which says little where it has no width."""
         low, high = (signed(edge, self.score) for edge in (self.difference.low, self.difference.high))
-        interval = f"{low} to {high}" if self.difference.low != self.difference.high else f"every {self.noun} alike"
+        interval = f"{low} to {high}"
+        if not self.difference.is_finite:
+            interval = "not known"
+        elif self.difference.low == self.difference.high:
+            interval = f"every {self.noun} alike"
         return f"{signed(self.difference.value, self.score)} {UNITS[self.score]}", interval
 
 
@@ -113,19 +117,24 @@ def _result(record: RunRecord, score: str, comparisons: list[Comparison]) -> str
     gain = next((one for one in comparisons if one.role == "before" and one.score == score), None)
     if gain is None:
         return f"{text}. This folder does not hold the results row by row, so there are no intervals."
+    return f"{text}: {_sureness(record, gain, unit)}"
+
+
+def _sureness(record: RunRecord, gain: Comparison, unit: str) -> str:
+    """The gain with its interval, and what it does not allow to say."""
+    assert record.ended is not None
     difference, interval = gain.written()
-    if gain.difference.low == gain.difference.high:
-        own = score_interval(record.ended.pairs["after"], score)
-        interval = f"{_value(own.low, score)} to {_value(own.high, score)}{unit}"
-        return f"{text}: {difference} on every {record.noun} (95 % interval of the {NAMES[score]} itself: {interval})."
-    text = f"{text}: {difference} (95 % interval {interval})."
-    if gain.verdict == "better":
-        return text
-    if gain.verdict == "worse":
-        return f"{text} It has become worse."
     if not gain.difference.is_finite:
-        return f"{text} The difference is not a finite number."
-    return f"{text} The interval includes 0: this does not show that tuning has helped."
+        return f"{difference}. That is not enough for an interval, and shows nothing."
+    if gain.difference.low == gain.difference.high:
+        own = score_interval(record.ended.pairs["after"], gain.score)
+        ends = f"{_value(own.low, gain.score)} to {_value(own.high, gain.score)}{unit}"
+        text = f"{difference} on every {gain.noun} (95 % interval of the {NAMES[gain.score]} itself: {ends})."
+    else:
+        text = f"{difference} (95 % interval {interval})."
+    if gain.difference.includes_zero:
+        return f"{text} The interval includes 0: this does not show that tuning has helped."
+    return f"{text} It has become worse." if gain.verdict == "worse" else text
 
 
 def _against_runner_up(rivals: list[Comparison]) -> str:

@@ -20,6 +20,8 @@ LEVEL = 0.95
 # The 97.5th percentile of the normal distribution.
 Z = 1.959963984540054
 RESAMPLES = 10_000
+# Of fewer rows nothing can be said at this level: even if all agree, chance does that in more than 1 of 20 cases.
+FEWEST_ROWS = 6
 # What a pair with a margin of 0 counts.
 TIE = 0.5
 # Numbers drawn at a time, which bounds the memory.
@@ -111,7 +113,7 @@ def paired_difference(
     """First minus second with a paired bootstrap interval (percentiles; Efron 1979).
 
     Rows are drawn with replacement, the same ones for both: what makes a pair hard for both agents cancels out. Where
-    all rows have the same difference the interval has no width, however few they are.
+    all rows have the same difference the interval has no width. Of fewer than 6 rows there is none: its ends are NaN.
 
     Args:
         first: What was scored, pair by pair.
@@ -131,7 +133,7 @@ def paired_difference(
     with np.errstate(invalid="ignore"):
         differences = numerators - others
     value = float(differences.sum() / denominators.sum())
-    if not math.isfinite(value):
+    if not math.isfinite(value) or len(differences) < FEWEST_ROWS:
         return Interval(value, math.nan, math.nan)
     rng, count = np.random.default_rng(seed), len(differences)
     found: list[FloatArray] = []

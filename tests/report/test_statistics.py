@@ -65,12 +65,17 @@ def test_pairing_cancels_what_makes_a_pair_hard() -> None:
 
 
 def test_a_difference_of_losses_is_over_tokens() -> None:
-    tokens = np.array([1, 3, 10])
-    first, second = LikelihoodEvaluation([-1, -2, -3], tokens), LikelihoodEvaluation([-2, -5, -13], tokens)
+    tokens = np.array([1, 3, 10] * 2)
+    first, second = (LikelihoodEvaluation(-per_token * tokens, tokens) for per_token in (1.5, 2.5))
     difference = paired_difference(first, second, "loss")
-    assert difference.value == pytest.approx(first.loss - second.loss)
-    assert difference.low == pytest.approx(-1, abs=1e-9)
-    assert difference.high < 0
+    assert (difference.value, difference.low, difference.high) == pytest.approx((-1, -1, -1))
+    third = LikelihoodEvaluation([-1.0, -2, -3] * 2, tokens)
+    assert paired_difference(third, second, "loss").value == pytest.approx(third.loss - second.loss)
+
+
+def test_too_few_pairs_have_no_interval_even_if_all_agree() -> None:
+    assert not paired_difference(pairs(np.ones(5)), pairs(np.zeros(5)), "accuracy").is_finite
+    assert paired_difference(pairs(np.ones(6)), pairs(np.zeros(6)), "accuracy") == Interval(0.5, 0.5, 0.5)
 
 
 def test_the_bootstrap_covers_what_it_promises() -> None:
