@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import io
 import json
 import random
 import string
@@ -26,6 +27,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import rich.console
 import torch
 from conftest import make_examples, make_rows
 from peft import LoraConfig
@@ -42,7 +44,9 @@ from evollm import (
     SFTGym,
     TournamentSelection,
     finetune_llm_preference,
+    inspect_data,
 )
+from evollm.inspection import print_inspection
 
 Case = Callable[[], object]
 
@@ -301,6 +305,15 @@ def gym_case(rng: random.Random, shop: Workshop) -> Case:
     return lambda: gym(**arguments)
 
 
+def inspection_case(rng: random.Random, shop: Workshop) -> Case:
+    names = ("data", "model", "split", "sft", "max_context_length", "min_completion_length", "against", "population")
+    rows = rng.choice([make_rows(3), make_examples(3), _some_rows(rng)[1]])
+    good = {"data": rows, "model": shop.tokenizer}
+    arguments = _with_junk(rng, good, (*names, "epochs", "estimate")) if rng.random() < 0.7 else good
+    console = rich.console.Console(file=io.StringIO())
+    return lambda: print_inspection(inspect_data(**arguments), console)
+
+
 AGENT_ARGUMENTS = (
     *("observation_space", "action_space", "pad_token_id", "pad_token", "model_name", "actor_network", "model_config"),
     *(
@@ -373,9 +386,9 @@ def run_case(rng: random.Random, shop: Workshop) -> Case:
     good = {"pop": shop.agents[:1], "env": shop.gym, "max_steps": 1, "run_dir": run_dir, "checkpoint_steps": 0}
     good |= {"save_elite": False, "num_sample_answers": 0, "verbose": False}
     arguments = _with_junk(rng, good, RUN_ARGUMENTS)
-    # Nothing long: a number of steps that is right stays small.
-    if isinstance(arguments.get("num_epochs"), int) and isinstance(arguments["max_steps"], int | None):
-        arguments["max_steps"] = min(arguments["max_steps"] or 1, 2)
+    for name in ("num_epochs", "max_steps"):  # a run of 1e400 steps would be done
+        if isinstance(arguments.get(name), int):
+            arguments[name] = min(arguments[name], 2)
     return lambda: finetune_llm_preference(**arguments)
 
 
@@ -412,10 +425,11 @@ KINDS: dict[str, tuple[Callable[[random.Random, Workshop], Case], int]] = {
     "rows": (rows_case, 500),
     "files": (file_case, 250),
     "gym": (gym_case, 150),
+    "inspection": (inspection_case, 150),
     "agent": (agent_case, 300),
     "evolution": (evolution_case, 250),
-    "run": (run_case, 120),
-    "methods": (method_case, 150),
+    "run": (run_case, 80),
+    "methods": (method_case, 120),
 }
 
 

@@ -14,7 +14,6 @@ from evollm import DPO, DataError, PreferenceGym, SFTGym, inspect_data
 from evollm.cli import main
 from evollm.errors import ConfigurationError
 from evollm.inspection import Fit, Lengths, RenderedRow
-from evollm.inspection.forecast import adapter_parameters
 
 
 @pytest.fixture
@@ -117,19 +116,14 @@ def test_the_forecast_counts_the_adapters_that_agents_have(make_model, model_fol
     trained, reference = 16 * found.adapter_parameters * 3, 4 * found.adapter_parameters
     assert found.memory_bytes == found.base_bytes + trained + reference + found.activation_bytes
     assert found.seconds is None
-    # A model whose projections are transposed linear layers.
-    assert adapter_parameters(make_model(tie_word_embeddings=True)) == found.adapter_parameters
 
 
 @pytest.mark.parametrize("rows", [make_rows(4), make_examples(4)])
 def test_an_estimate_times_the_model_itself(model_folder: Path, rows: list[Any]) -> None:
-    one, many = (
-        inspect_data(rows, model_folder, population=size, epochs=2, estimate=True).forecast for size in (1, 100)
-    )
-    assert one is not None
-    assert many is not None
-    assert 0 < (one.seconds or 0) < (many.seconds or 0)
-    assert one.activation_bytes > 0
+    found = inspect_data(rows, model_folder, epochs=2, estimate=True).forecast
+    assert found is not None
+    assert (found.seconds or 0) > 0
+    assert found.activation_bytes > 0
 
 
 def test_a_tokenizer_alone_is_enough(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
