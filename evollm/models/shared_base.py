@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
+from evollm.models.adapters import AdapterState, parameters_of
 from evollm.models.archive import PolicyArchive, loaded_archive
 from evollm.models.attention import PairLayout, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
@@ -28,19 +28,6 @@ from evollm.models.requirements import check_lora_config, check_plain_model
 from evollm.models.routing import AdapterRouter
 
 _ATTRIBUTE = "_evollm_shared_base"
-
-
-@dataclass(frozen=True)
-class AdapterState:
-    """An adapter apart from any model.
-
-    Attributes:
-        config: Its LoRA configuration.
-        tensors: Its weights, named as PEFT names them in a saved adapter.
-    """
-
-    config: LoraConfig
-    tensors: Mapping[str, Tensor]
 
 
 class SharedBase:
@@ -185,7 +172,7 @@ class SharedBase:
         # The new adapter's own dropout.
         self._peft.eval()
         self._created += 1
-        self._parameters[name] = _parameters_of(self._peft, name)
+        self._parameters[name] = parameters_of(self._peft, name)
         wide = torch.promote_types(self.network.dtype, torch.float32)
         for parameter in self._parameters[name].values():
             parameter.data = parameter.data.to(wide)
@@ -403,14 +390,3 @@ class SharedBase:
         for adapter, parameters in self._parameters.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(adapter in self._trainable)
-
-
-def _parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
-    """The parameters whose dotted path has the adapter's name as a segment, under that path without it."""
-    found = {}
-    for path, parameter in model.named_parameters():
-        segments = path.split(".")
-        if name in segments:
-            segments.remove(name)
-            found[".".join(segments)] = parameter
-    return found
