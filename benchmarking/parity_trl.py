@@ -94,6 +94,7 @@ def run_evollm(
         nll_alpha=options.nll_alpha,
         loss_type=options.loss_type,
         label_smoothing=options.label_smoothing,
+        ld_alpha=options.ld_alpha,
         max_grad_norm=CLIP,
         batch_size=options.batch_size,
         gradient_checkpointing=False,
@@ -130,6 +131,7 @@ def run_trl(
         beta=options.beta,
         loss_type=[options.loss_type, "sft"] if options.nll_alpha else [options.loss_type],
         label_smoothing=options.label_smoothing,
+        ld_alpha=options.ld_alpha,
         loss_weights=[1.0, options.nll_alpha] if options.nll_alpha else [1.0],
         logging_steps=1,
         save_strategy="no",
@@ -190,6 +192,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--loss-type", default="sigmoid", help="name of a loss, or all")
     parser.add_argument("--nll-alpha", type=float, default=0.0)
+    parser.add_argument("--ld-alpha", type=float, help="weight of tokens beyond the shorter side's length (default: 1)")
     return parser.parse_args()
 
 

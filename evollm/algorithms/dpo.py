@@ -46,8 +46,9 @@ class DPO(EvolvableAlgorithm):
         action_space: That of the environment; kept as an attribute.
         pad_token_id: Kept for compatibility; padding is recognised by lengths.
         pad_token: Likewise.
-        model_name: Hub name or folder of the base, instead of `actor_network`.
-        actor_network: The base as a loaded causal language model, without adapters. LoRA layers are put into it.
+        model_name: Hub name or folder of the base, instead of `actor_network`; see `load_base_model`.
+        actor_network: The base as a loaded language model, causal or encoder-decoder, without adapters. LoRA layers are
+            put into it.
         model_config: Keyword arguments for `from_pretrained`, with `model_name`.
         archive: A `policy.pt` of the original DPO repository: its weights become the base's, for actor and reference
             alike. An `actor_network` is overwritten; see `load_policy_archive`.

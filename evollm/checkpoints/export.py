@@ -58,6 +58,8 @@ def save_merged_model(
 ) -> None:
     """Write the base with an agent's adapter merged into it: `AutoModelForCausalLM.from_pretrained(path)` loads it.
 
+    Of an encoder-decoder model, `AutoModelForSeq2SeqLM` does.
+
     The base in memory stays as it is; the merged weights need as much memory once more while they are written.
 
     Args:
