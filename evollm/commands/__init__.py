@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evollm.commands import chat, demo, export, inspect, recipes, report, resume, train, validate
+from evollm.commands import chat, demo, export, inspect, recipes, replay, report, resume, train, validate
 from evollm.commands.parsing import AddCommand
 
 # In the order of `evollm --help`.
@@ -16,6 +16,7 @@ COMMANDS: tuple[AddCommand, ...] = (
     report.add_to,
     chat.add_to,
     export.add_to,
+    replay.add_to,
 )
 
 __all__ = ["COMMANDS"]

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from evollm.errors import ConfigurationError
 from evollm.hpo import HyperparameterConfig, RLParameter
-from evollm.tuning.pieces import Settings, check_known
+from evollm.tuning.pieces import Settings, check_known, check_types
 
 T = TypeVar("T")
 
@@ -71,7 +72,10 @@ def lora_config_of(value: object) -> LoraConfig | None:
         return value
     if not isinstance(value, Mapping):
         raise ConfigurationError("lora_config", value, "must be a mapping of fields of peft.LoraConfig, such as r: 8")
-    check_known(value, [field.name for field in dataclasses.fields(LoraConfig) if field.init])
+    types = {field.name: str(field.type) for field in dataclasses.fields(LoraConfig) if field.init}
+    check_known(value, types)
+    named = {f"lora_config.{name}": entry for name, entry in value.items()}
+    check_types(named, {f"lora_config.{name}": annotation for name, annotation in types.items()})
     return _made("lora_config", LoraConfig, {"target_modules": "all-linear", "task_type": _TASK, **value})
 
 
@@ -92,6 +96,9 @@ def model_config_of(value: object) -> Settings | None:
     quantization = found.get("quantization_config")
     if isinstance(quantization, Mapping):
         found["quantization_config"] = _quantization(quantization)
+    elif quantization is not None and not isinstance(quantization, QuantizationConfigMixin):
+        fix = "must be a mapping such as load_in_4bit: true"
+        raise ConfigurationError("model_config.quantization_config", quantization, fix)
     return found
 
 

@@ -120,6 +120,8 @@ def test_an_unknown_name_raises_with_the_nearest_known_one(tune, name, nearest) 
         ({"hp_config": {"lr": {"minimum": 1}}}, "minimum.*nearest known one is 'min'"),
         ({"lora_config": {"rank": 8}}, "rank=8: is no parameter"),
         ({"lora_config": 8}, "lora_config=8: must be a mapping"),
+        ({"lora_config": {"r": "x"}}, "lora_config.r='x': must be a whole number"),
+        ({"model_config": {"quantization_config": 3}}, "quantization_config=3: must be a mapping"),
         ({"population": 1, "generations": 3}, "generations=3: one agent does not evolve"),
         ({"generations": 3, "evo_steps": 2}, "generations=3: .* leave one of the three out"),
         ({"generations": 300, "num_epochs": 1}, "generations=300: the run has 4 steps only"),

@@ -1,0 +1,52 @@
+"""`evollm replay`: train one agent on the schedule that a run has found."""
+
+from __future__ import annotations
+
+import argparse
+
+from evollm.commands.parsing import Subparsers, add_command
+from evollm.demo import demo_agents_and_env, is_demo
+from evollm.errors import ConfigurationError
+from evollm.tuning import ReplayResult, replay
+
+
+def add_to(commands: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "replay",
+        _run,
+        help="train one agent on the schedule of hyperparameters that a run has found",
+        description="Train one agent on the schedule of hyperparameters of a run's best agent. On the same data its "
+        "adapter becomes the\nbest agent's, bit for bit. On other data (--data), or in another number of epochs, the "
+        "schedule is stretched.",
+        example="evollm replay my-run --data more-pairs.jsonl --run-dir my-replay",
+    )
+    parser.add_argument("source", metavar="RUN", help="folder of a run that has ended")
+    parser.add_argument("--data", help="other rows to learn from: a file or a hub name")
+    parser.add_argument("--num-epochs", type=int, help="passes over the data (default: as many as the run made)")
+    parser.add_argument("--max-steps", type=int, help="steps at most")
+    parser.add_argument("--run-dir", help="run folder of the replay (default: a new one in evollm-runs)")
+
+
+def _run(options: argparse.Namespace) -> None:
+    lengths = {"num_epochs": options.num_epochs, "max_steps": options.max_steps}
+    if is_demo(options.source):
+        if options.data is not None:
+            raise ConfigurationError("data", options.data, "the demo has its own: leave it out")
+        agents, env = demo_agents_and_env(options.source)
+        result = replay(options.source, agents, env, run_dir=options.run_dir, **lengths)
+    else:
+        result = replay(options.source, data=options.data, run_dir=options.run_dir, **lengths)
+    print(f"\nRun folder: {result.run_dir}\n{_verdict(result)}")
+
+
+def _verdict(result: ReplayResult) -> str:
+    if result.exact is None:
+        return "The schedule was stretched over other steps than the run's: there is nothing to compare with."
+    if result.exact:
+        return "The adapter is that of the run's best agent, bit for bit."
+    return (
+        "The adapter is not that of the run's best agent, bit for bit: another machine, version or number of threads "
+        "rounds differently."
+    )
