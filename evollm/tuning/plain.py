@@ -76,6 +76,11 @@ def lora_config_of(value: object) -> LoraConfig | None:
     check_known(value, types)
     named = {f"lora_config.{name}": entry for name, entry in value.items()}
     check_types(named, {f"lora_config.{name}": annotation for name, annotation in types.items()})
+    modules = value.get("target_modules", "")
+    if not isinstance(modules, str | None) and not (
+        isinstance(modules, Sequence) and all(isinstance(name, str) for name in modules)
+    ):
+        raise ConfigurationError("lora_config.target_modules", modules, "must be names of modules, or all-linear")
     return _made("lora_config", LoraConfig, {"target_modules": "all-linear", "task_type": _TASK, **value})
 
 

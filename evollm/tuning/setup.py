@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +55,8 @@ class Request:
     def __post_init__(self) -> None:
         whole_number("population", self.population, 1)
         optional_whole_number("generations", self.generations, 2)
+        if self.start_from is not None and not isinstance(self.start_from, str | os.PathLike):
+            raise ConfigurationError("start_from", self.start_from, "must be the folder of an agent, such as RUN/elite")
         annotations = self.pieces.parameters()
         check_known(self.settings, [*TUNE_PARAMETERS, *annotations])
         check_types(self.settings, annotations)
@@ -181,7 +185,7 @@ def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[S
         arguments["device"] = own or ("cuda" if torch.cuda.is_available() else "cpu")
     agents = pieces.agent.population(request.population, env.observation_space, env.action_space, **arguments)
     for agent in agents if request.start_from is not None else ():
-        agent.load_checkpoint(str(request.start_from), overwrite_reference_adapter=True)
+        agent.load_checkpoint(str(Path(request.start_from).resolve()), overwrite_reference_adapter=True)
     return agents
 
 

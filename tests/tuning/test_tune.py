@@ -121,6 +121,8 @@ def test_an_unknown_name_raises_with_the_nearest_known_one(tune, name, nearest) 
         ({"lora_config": {"rank": 8}}, "rank=8: is no parameter"),
         ({"lora_config": 8}, "lora_config=8: must be a mapping"),
         ({"lora_config": {"r": "x"}}, "lora_config.r='x': must be a whole number"),
+        ({"lora_config": {"target_modules": 3}}, "lora_config.target_modules=3: must be names"),
+        ({"start_from": 3}, "start_from=3: must be the folder"),
         ({"model_config": {"quantization_config": 3}}, "quantization_config=3: must be a mapping"),
         ({"population": 1, "generations": 3}, "generations=3: one agent does not evolve"),
         ({"generations": 3, "evo_steps": 2}, "generations=3: .* leave one of the three out"),
