@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 from evollm.algorithms.saving import SavableAgent
 from evollm.errors import EvoLLMError
 from evollm.processes import Processes
+from evollm.report import write_report
 from evollm.training.callbacks import Callback, RunEnded, RunStarted
 from evollm.tuning.describe import describe
 from evollm.tuning.record import Schedule, read_record, write_asked
@@ -122,20 +121,17 @@ def _run(request: Request, setup: Setup) -> TuneResult:
         fitnesses=fitnesses,
         run_dir=notes.run_dir,
         schedule=read_record(notes.run_dir).schedule,
-        report=write_report(notes.run_dir) if Processes.present().is_main else None,
+        report=_write_report(notes.run_dir) if Processes.present().is_main else None,
     )
 
 
-def write_report(run_dir: Path) -> Path | None:
+def _write_report(run_dir: Path) -> Path | None:
     """Write the page that shows a run; without the extra that draws it, say what is missing and write none."""
-    if importlib.util.find_spec("evollm.report") is None:
-        return None
     try:
-        written = importlib.import_module("evollm.report").write_report(run_dir)
+        return write_report(run_dir)
     except EvoLLMError as error:
         print(f"no report: {error}")
         return None
-    return Path(written)
 
 
 def _resolved(request: Request, setup: Setup) -> dict[str, Any]:
