@@ -36,7 +36,7 @@ def as_objects(settings: Mapping[str, Any]) -> Settings:
 
 
 def hp_config_of(value: object) -> HyperparameterConfig | None:
-    """A config from `{lr: [1.0e-6, 1.0e-4], beta: {min: 0.01, max: 1.0}, loss_type: {choices: [sigmoid, ipo]}}`.
+    """A config from `{lr: [1.0e-6, 1.0e-4], beta: {min: 0.01, max: 1.0}, loss_type: [sigmoid, ipo]}`.
 
     Raises:
         ConfigurationError: It is something else; the message names the entry.
@@ -51,15 +51,29 @@ def hp_config_of(value: object) -> HyperparameterConfig | None:
 def _parameter(field: str, entry: object) -> RLParameter:
     if isinstance(entry, RLParameter):
         return entry
-    if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) == 2:  # noqa: PLR2004
-        entry = {"min": entry[0], "max": entry[1]}
+    if isinstance(entry, Sequence) and not isinstance(entry, str):
+        if entry and all(_is_name(one) for one in entry):
+            entry = {"choices": entry}
+        elif len(entry) == 2:  # noqa: PLR2004
+            entry = {"min": entry[0], "max": entry[1]}
     if not isinstance(entry, Mapping):
-        raise ConfigurationError(field, entry, "must be [smallest, largest], or a mapping with min and max, or choices")
+        raise ConfigurationError(field, entry, "must be [smallest, largest], names, or a mapping with min and max")
     check_known(entry, [one.name for one in dataclasses.fields(RLParameter)])
     fields = dict(entry)
     if fields.get("dtype") in _KINDS:
         fields["dtype"] = _KINDS[fields["dtype"]]
     return _made(field, RLParameter, fields)
+
+
+def _is_name(value: object) -> bool:
+    """Whether it is text, and not a number that another reader of YAML took for text."""
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
 
 
 def lora_config_of(value: object) -> LoraConfig | None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import optional_whole_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import DatasetGym
+from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_run
 from evollm.tuning.pieces import Pieces, Settings, check_known, check_types, default_of, pieces_of, taken_by
 from evollm.tuning.plain import as_objects
@@ -29,7 +30,7 @@ GENERATIONS = 8
 NUM_EPOCHS = 2
 SEED = 42
 _AS_GIVEN = {"train_dataset": "data", "test_dataset": "test_data", "final_dataset": "final_data"}
-# What `from_pretrained` of a tokenizer needs of a model's keyword arguments.
+# What `from_pretrained` of a tokenizer or configuration needs of a model's keyword arguments.
 _OF_TOKENIZER = ("cache_dir", "gguf_file", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 
@@ -150,6 +151,17 @@ def load_tokenizer(model: object, model_config: Mapping[str, Any] | None) -> Any
         raise ConfigurationError("model", str(name), fix) from error
 
 
+def _is_encoder_decoder(model: Any, model_config: Mapping[str, Any] | None) -> bool:
+    """Whether a model, given or named, reads its prompts with an encoder; False where that cannot be found out."""
+    if isinstance(model, PreTrainedModel):
+        return is_encoder_decoder(model.config)
+    arguments = {key: value for key, value in (model_config or {}).items() if key in _OF_TOKENIZER}
+    try:
+        return is_encoder_decoder(AutoConfig.from_pretrained(model, **arguments))
+    except Exception:  # Loading the model says what is wrong with it; the folder of an adapter has no configuration.
+        return False
+
+
 def make_env(request: Request, settings: Settings) -> DatasetGym:
     """The gym, with held-out splits of the data where none are given."""
     tokenizer = request.tokenizer
@@ -164,6 +176,8 @@ def make_env(request: Request, settings: Settings) -> DatasetGym:
         divided = hold_out(data, pieces.row_format, len(wanted), settings["seed"])
         data, splits = divided.train, splits | dict(zip(wanted, divided.parts, strict=True))
     arguments = {"test_dataset": None, **splits, **taken_by(pieces.gym, settings)}
+    if "encoder_decoder" not in arguments:
+        arguments["encoder_decoder"] = _is_encoder_decoder(request.model, settings.get("model_config"))
     try:
         return pieces.gym(data, tokenizer=tokenizer, **arguments)
     except ConfigurationError as error:

@@ -5,14 +5,17 @@ import inspect
 import pytest
 import torch
 from conftest import make_examples, make_rows
+from families import RELATIVE
 from peft import LoraConfig
+from tokenizers_for_tests import t5_tokenizer
+from transformers import T5Config, T5ForConditionalGeneration
 
 import evollm
 from evollm import ConfigurationError, DataError, HyperparameterConfig, RLParameter
 from evollm.data.sources import PAIRS
 from evollm.hpo import ancestry
 from evollm.tuning.pieces import ALGORITHMS
-from evollm.tuning.plain import model_config_of
+from evollm.tuning.plain import hp_config_of, model_config_of
 from evollm.tuning.record import read_record
 from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
 from evollm.tuning.splits import hold_out
@@ -149,6 +152,27 @@ def test_model_config_takes_types_and_quantisation_by_name() -> None:
         model_config_of({"quantization_config": {"load_in_4bits": True}})
     with pytest.raises(ConfigurationError, match=r"model_config.dtype='half-ish'"):
         model_config_of({"dtype": "half-ish"})
+
+
+def test_names_in_an_hp_config_are_choices() -> None:
+    found = hp_config_of({"loss_type": ["sigmoid", "ipo"], "lr": [1e-6, 1e-4]})
+    assert found == HyperparameterConfig(
+        loss_type=RLParameter(choices=("sigmoid", "ipo")), lr=RLParameter(min=1e-6, max=1e-4)
+    )
+    with pytest.raises(ConfigurationError, match=r"hp_config\.lr\.min=.*must be a number"):
+        hp_config_of({"lr": ["1e-6", "1e-4"]})
+
+
+def test_an_encoder_decoder_is_recognised_given_or_by_its_name(tmp_path) -> None:
+    tokenizer = t5_tokenizer()
+    model = T5ForConditionalGeneration(T5Config(**{**RELATIVE, "vocab_size": len(tokenizer)}))
+    model.save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    rows = [{"prompt": f"say {number}", "chosen": "yes", "rejected": "no"} for number in range(40)]
+    lora = {"r": 2, "target_modules": ["q", "v"]}
+    settings = {"population": 2, "generations": 2, "lora_config": lora, "data_batch_size_per_gpu": 8}
+    assert "agents: 2" in evollm.tuning.validate(model, rows, tokenizer=tokenizer, **settings)
+    assert "agents: 2" in evollm.tuning.validate(str(tmp_path / "t5"), rows, **settings)
 
 
 def test_without_an_hp_config_values_move_within_a_factor_of_five(make_model, tokenizer) -> None:
