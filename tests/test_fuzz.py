@@ -46,7 +46,11 @@ from evollm import (
     finetune_llm_preference,
     inspect_data,
 )
+from evollm.config import read_config
 from evollm.inspection import print_inspection
+from evollm.tuning import validate
+from evollm.tuning.pieces import pieces_of
+from evollm.tuning.setup import TUNE_PARAMETERS
 
 Case = Callable[[], object]
 
@@ -418,6 +422,69 @@ def method_case(rng: random.Random, shop: Workshop) -> Case:
     return rng.choice(calls)
 
 
+GOOD_CONFIG: dict[str, Any] = {
+    **{"model": "model", "data": "rows.jsonl", "population": 2, "generations": 2, "num_epochs": 2, "lr": 1e-5},
+    **{"data_batch_size_per_gpu": 4, "hp_config": {"lr": [1e-6, 1e-3], "loss_type": ["sigmoid", "ipo"]}},
+    **{"lora_config": {"r": 2, "target_modules": ["q_proj"]}, "device": "cpu", "seed": 1},
+}
+CONFIG_KEYS = sorted({*TUNE_PARAMETERS, *pieces_of("dpo").parameters()} - {"run_dir", "accelerator", "population"})
+YAML_JUNK = (
+    *(
+        "",
+        "null",
+        "~",
+        "true",
+        "no",
+        "on",
+        "1",
+        "-1",
+        "0",
+        "1e-5",
+        "1e400",
+        ".nan",
+        "-.inf",
+        "010",
+        "1:30",
+        "2026-01-01",
+    ),
+    *("[]", "{}", "[1, 2", "{a: b", "[1e-5]", "[1e-3, 1e-5]", "[a, b]", "{min: 1, max: 2}", "{min: x}", "{a: {b: c}}"),
+    *("&a 1", "*a", "!!python/object/apply:os.getcwd []", "!!binary x", "'", '"', "\t", "|", "> x", "- a", "a: b: c"),
+    *("\u2028", "\ud83d", "x" * 3000, "[" * 2000, "? a", "%", "@", "`", "cuda:99", "rows.jsonl", "absent", "sigmoid"),
+)
+
+
+def config_case(rng: random.Random, shop: Workshop) -> Case:
+    """A file, read and validated as `evollm validate` does, with keys and text that are not what they should be."""
+    lines = [f"{key}: {json.dumps(value)}" for key, value in GOOD_CONFIG.items()]
+    for _ in range(rng.randrange(4)):
+        key = rng.choice([*CONFIG_KEYS, *GOOD_CONFIG, "learning_rate", "lora_confg", "x"])
+        lines = [line for line in lines if rng.random() < 0.05 or not line.startswith(f"{key}:")]
+        lines.insert(rng.randrange(len(lines) + 1), f"{key}: {rng.choice(YAML_JUNK)}")
+    text = "\n".join(lines)
+    if rng.random() < 0.2:
+        place = rng.randrange(len(text))
+        text = (
+            text[:place] + rng.choice(["", "\0", ":", "\n", "\t", "  ", "\xff", "#", "---\n", "{"]) + text[place + 1 :]
+        )
+    overrides = [
+        f"{rng.choice([*CONFIG_KEYS, 'lora_config.r', 'hp_config.beta', 'lr.x', '.', ''])}={rng.choice(YAML_JUNK)}"
+        for _ in range(rng.choice([0, 0, 1, 2]))
+    ]
+    path = shop.folder / "config.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+    def build() -> None:
+        config = read_config(path, overrides)
+        for name in ("generations", "num_epochs", "max_steps"):  # a run of 1e400 steps would be done
+            if isinstance(config.get(name), int):
+                config[name] = min(config[name], 4)
+        config.setdefault("model", "model")
+        config.setdefault("data", "rows.jsonl")
+        validate(**config)
+
+    return build
+
+
 # ----------------------------------------------------------------------------------------------------------------- test
 
 # Each kind of case, and how many of it.
@@ -430,16 +497,25 @@ KINDS: dict[str, tuple[Callable[[random.Random, Workshop], Case], int]] = {
     "evolution": (evolution_case, 250),
     "run": (run_case, 80),
     "methods": (method_case, 120),
+    "config": (config_case, 200),
 }
 
 
 @pytest.fixture
-def shop(tmp_path: Path, make_population: Callable[..., list[DPO]], monkeypatch: pytest.MonkeyPatch) -> Workshop:
+def shop(
+    tmp_path: Path,
+    make_model: Callable[..., Any],
+    make_population: Callable[..., list[DPO]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Workshop:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     tokenizer = chatml_tokenizer()
     gym = PreferenceGym(make_rows(4), make_rows(2, 4), tokenizer, data_batch_size_per_gpu=2)
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(30)))
     return Workshop(tmp_path, tokenizer, make_population(2), gym)
 
 
