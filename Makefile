@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests run in so many processes, each with one thread.
+JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test test-deepspeed test-trackers docs lint types imports unit clean
@@ -34,7 +36,7 @@ imports: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.model
-	$(BIN)/python -m pytest -m "not deepspeed"
+	$(BIN)/python -m pytest --numprocesses $(JOBS) -m "not deepspeed"
 
 # Apart from `make test`: some five minutes, and it needs g++, with which DeepSpeed compiles an extension once (2 min).
 test-deepspeed: $(VENV)/.model
