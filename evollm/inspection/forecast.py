@@ -10,13 +10,12 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from evollm.algorithms import DPO, SFT
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models.budget import count_saved_bytes
-from evollm.models.pretrained import load_base_model
+from evollm.models.pretrained import auto_class, load_base_model
 
 # Of the LoRA configuration that agents have by default.
 RANK = 16
@@ -57,12 +56,13 @@ class Forecast:
 
 
 def forecast(
-    model: str, pairs: Sequence[TokenizedPair], *, population: int, epochs: int, sft: bool, measured: bool
+    model: str, config: Any, pairs: Sequence[TokenizedPair], *, population: int, epochs: int, sft: bool, measured: bool
 ) -> Forecast | None:
-    """Estimate a run on these rows; None if nothing but a tokenizer is there, or it is no causal language model.
+    """Estimate a run on these rows; None if nothing but a tokenizer is there, or it is no language model.
 
     Args:
         model: Name or folder of the base.
+        config: Its configuration; None where there is none.
         pairs: The rows.
         population: Agents.
         epochs: Epochs.
@@ -72,18 +72,18 @@ def forecast(
     Raises:
         ConfigurationError: `measured`, and the model cannot be loaded.
     """
-    try:
-        config = AutoConfig.from_pretrained(model)
-        with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(config)
-    except Exception:  # Whatever a folder without a model of this kind makes the library raise.
-        if not measured:
-            return None
-        shapes, config = None, None
     seconds = None
     if measured:
-        base = load_base_model(model)
-        shapes, config = base, base.config
+        shapes: Any = load_base_model(model)
+        config = shapes.config
+    elif config is None:
+        return None
+    else:
+        try:
+            with torch.device("meta"):
+                shapes = auto_class(config).from_config(config)
+        except Exception:  # Whatever a configuration of another kind of model makes the library raise.
+            return None
     base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
     adapter = adapter_parameters(shapes)
     longest = max(pair.num_tokens for pair in pairs)

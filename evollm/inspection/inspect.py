@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.data.batch import TokenizedPair
@@ -20,6 +20,8 @@ from evollm.data.tokenization import TOO_LONG, TokenizedSplit, context_limit, sh
 from evollm.errors import ConfigurationError, DataError
 from evollm.inspection.forecast import forecast
 from evollm.inspection.result import Fit, Inspection, Lengths, RenderedRow
+from evollm.models.encoder_decoder import is_encoder_decoder
+from evollm.models.pretrained import find_config, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,12 +65,19 @@ def inspect_data(
     min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1) or 1
     population, epochs = whole_number("population", population, 1), whole_number("epochs", epochs, 1)
     tokenizer = _tokenizer(model)
+    config = find_config(model) if isinstance(model, str | os.PathLike) else None
+    tokenize = partial(
+        tokenize_pairs,
+        tokenizer=tokenizer,
+        min_completion_length=min_completion_length,
+        encoder_decoder=is_encoder_decoder(config),
+    )
     raw, dropped, row_format = _read(_with_split(data, split), "data", sft)
-    whole = tokenize_pairs(raw, tokenizer, min_completion_length=min_completion_length)
+    whole = tokenize(raw)
     others = None
     if against is not None:
         texts, _, _ = _read(against, "against", row_format is EXAMPLES)
-        others = tokenize_pairs(texts, tokenizer, min_completion_length=min_completion_length).pairs
+        others = tokenize(texts).pairs
     unused = {row for rows in whole.dropped.values() for row in rows}
     texts = [text for text in raw if text.row not in unused]
     bos_id = tokenizer.bos_token_id
@@ -89,7 +98,7 @@ def inspect_data(
         chosen_longer=chosen_longer,
         rejected_longer=rejected_longer,
         examples=_rendered(pairs, [texts[n].row for n in kept], tokenizer),
-        forecast=_forecast(model, pairs, row_format, population, epochs, switch("estimate", estimate)),
+        forecast=_forecast(model, config, pairs, row_format, population, epochs, switch("estimate", estimate)),
     )
 
 
@@ -98,12 +107,7 @@ def _tokenizer(model: Any) -> PreTrainedTokenizerBase:
         return model  # type: ignore[no-any-return]
     if not isinstance(model, str | os.PathLike):
         raise ConfigurationError("model", model, "must be the name or folder of a model, or a tokenizer")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # Whatever the hub, its files and the tokenizer's own code raise.
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ConfigurationError("model", str(model), f"has no tokenizer that can be loaded: {reason[0]}") from error
-    return tokenizer
+    return load_tokenizer(model)  # type: ignore[no-any-return]
 
 
 def _with_split(data: object, split: object) -> object:
@@ -209,10 +213,16 @@ def _rendered(
 
 
 def _forecast(
-    model: object, pairs: Sequence[TokenizedPair], row_format: RowFormat, population: int, epochs: int, estimate: bool
+    model: object,
+    config: Any,
+    pairs: Sequence[TokenizedPair],
+    row_format: RowFormat,
+    population: int,
+    epochs: int,
+    estimate: bool,
 ) -> Any:
     if not isinstance(model, str | os.PathLike) or not pairs:
         return None
     return forecast(
-        str(model), pairs, population=population, epochs=epochs, sft=row_format is EXAMPLES, measured=estimate
+        str(model), config, pairs, population=population, epochs=epochs, sft=row_format is EXAMPLES, measured=estimate
     )

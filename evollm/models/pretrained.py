@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,17 +10,25 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
+from evollm.models.encoder_decoder import is_encoder_decoder
 
 _RELOADABLE = frozenset(
     {"attn_implementation", "dtype", "gguf_file", "revision", "subfolder", "torch_dtype", "variant"}
 )
 _ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
 _NAMED_AT_MOST = 5
-# Where a model's configuration is looked for; the other arguments of `from_pretrained` are about its weights.
-_ABOUT_CONFIG = frozenset(
+# Where a model's files are looked for; the other arguments of `from_pretrained` are about its weights.
+_ABOUT_FILES = frozenset(
     {
         *{"cache_dir", "code_revision", "force_download", "gguf_file", "local_files_only", "proxies", "revision"},
         *{"subfolder", "token", "trust_remote_code"},
@@ -80,6 +89,56 @@ def _plain(value: object) -> object:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
+def _about_files(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What of a model's keyword arguments its configuration and its tokenizer need; custom code only if asked for."""
+    found = {key: value for key, value in (arguments or {}).items() if key in _ABOUT_FILES}
+    return {"trust_remote_code": False, **found}
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a language model of this configuration."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
+def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
+    """Refuse a path that leads nowhere: transformers would take it for a bad name on the hub."""
+    text = str(name)
+    if (text.startswith((".", "/", "~")) or text.count("/") > 1) and not Path(name).exists():
+        raise ConfigurationError(field, text, "no such folder: give that of a model, or its name on the hub")
+
+
+def find_config(name: str | os.PathLike[str], model_config: Mapping[str, Any] | None = None) -> Any | None:
+    """The configuration of a model by name or folder; None where there is none, as with a tokenizer's folder alone.
+
+    Args:
+        name: As for `load_base_model`.
+        model_config: Likewise.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **_about_files(model_config))
+    except Exception:  # Loading the model itself says what is wrong.
+        return None
+
+
+def load_tokenizer(name: str | os.PathLike[str], model_config: Mapping[str, Any] | None = None) -> Any:
+    """Load a model's tokenizer.
+
+    Args:
+        name: Hub name or folder.
+        model_config: Keyword arguments that the model is loaded with.
+
+    Raises:
+        ConfigurationError: It cannot be found or loaded.
+    """
+    _check_folder("model", name)
+    try:
+        return AutoTokenizer.from_pretrained(name, **_about_files(model_config))
+    except Exception as error:  # Whatever the hub, the network, its files and the tokenizer's own code raise.
+        reason = str(error).strip().splitlines()[:1] or [""]
+        fix = f"no tokenizer can be loaded from it ({type(error).__name__}: {reason[0]})"
+        raise ConfigurationError("model", str(name), fix) from error
+
+
 def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Load a language model, causal or encoder-decoder, by hub name or folder.
 
@@ -109,14 +168,12 @@ def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) ->
 
 def _load(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     """The model as `from_pretrained` loads it."""
+    _check_folder("model_name", name)
     try:
         config = arguments.get("config")
         if config is None:
-            config = AutoConfig.from_pretrained(
-                name, **{key: value for key, value in arguments.items() if key in _ABOUT_CONFIG}
-            )
-        auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-        model, loading = cast(Any, auto).from_pretrained(name, **arguments, output_loading_info=True)
+            config = AutoConfig.from_pretrained(name, **_about_files(arguments))
+        model, loading = auto_class(config).from_pretrained(name, **arguments, output_loading_info=True)
     except pickle.UnpicklingError:
         # The library's own reason explains how to run what the file holds.
         fix = "its weights are a pickle that holds more than tensors, and was not run: take a model with safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import optional_whole_number, whole_number
@@ -17,6 +17,7 @@ from evollm.errors import ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
+from evollm.models.pretrained import find_config, load_tokenizer
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_run
 from evollm.tuning.pieces import Pieces, Settings, check_known, check_types, default_of, pieces_of, taken_by
 from evollm.tuning.plain import as_objects
@@ -30,8 +31,6 @@ GENERATIONS = 8
 NUM_EPOCHS = 2
 SEED = 42
 _AS_GIVEN = {"train_dataset": "data", "test_dataset": "test_data", "final_dataset": "final_data"}
-# What `from_pretrained` of a tokenizer or configuration needs of a model's keyword arguments.
-_OF_TOKENIZER = ("cache_dir", "gguf_file", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -134,39 +133,21 @@ def prepare_settings(request: Request) -> Settings:
     return as_objects(settings)
 
 
-def load_tokenizer(model: object, model_config: Mapping[str, Any] | None) -> Any:
-    """The tokenizer of a model that is given or named.
-
-    Raises:
-        ConfigurationError: It cannot be found.
-    """
-    name = model if not isinstance(model, PreTrainedModel) else model.name_or_path
+def _tokenizer(request: Request, model_config: Mapping[str, Any] | None) -> Any:
+    """The tokenizer that is given or named, by default the model's own."""
+    if request.tokenizer is not None and not isinstance(request.tokenizer, str):
+        return request.tokenizer
+    model = request.model
+    name = request.tokenizer or (model.name_or_path if isinstance(model, PreTrainedModel) else model)
     if not name:
         raise ConfigurationError("tokenizer", None, "the model does not say where it came from: pass its tokenizer")
-    arguments = {key: value for key, value in (model_config or {}).items() if key in _OF_TOKENIZER}
-    try:
-        return AutoTokenizer.from_pretrained(name, **arguments)
-    except Exception as error:  # Whatever the hub, the network and the formats of tokenizers raise.
-        fix = f"no tokenizer can be loaded from it ({type(error).__name__}: {error})"
-        raise ConfigurationError("model", str(name), fix) from error
-
-
-def _is_encoder_decoder(model: Any, model_config: Mapping[str, Any] | None) -> bool:
-    """Whether a model, given or named, reads its prompts with an encoder; False where that cannot be found out."""
-    if isinstance(model, PreTrainedModel):
-        return is_encoder_decoder(model.config)
-    arguments = {key: value for key, value in (model_config or {}).items() if key in _OF_TOKENIZER}
-    try:
-        return is_encoder_decoder(AutoConfig.from_pretrained(model, **arguments))
-    except Exception:  # Loading the model says what is wrong with it; the folder of an adapter has no configuration.
-        return False
+    return load_tokenizer(name, model_config)
 
 
 def make_env(request: Request, settings: Settings) -> DatasetGym:
     """The gym, with held-out splits of the data where none are given."""
-    tokenizer = request.tokenizer
-    if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer or request.model, settings.get("model_config"))
+    model_config = settings.get("model_config")
+    tokenizer = _tokenizer(request, model_config)
     pieces, data = request.pieces, request.data
     given = {"test_dataset": request.test_data, "final_dataset": request.final_data}
     # The score of one agent is on pairs that nothing was selected by in any case.
@@ -177,7 +158,9 @@ def make_env(request: Request, settings: Settings) -> DatasetGym:
         data, splits = divided.train, splits | dict(zip(wanted, divided.parts, strict=True))
     arguments = {"test_dataset": None, **splits, **taken_by(pieces.gym, settings)}
     if "encoder_decoder" not in arguments:
-        arguments["encoder_decoder"] = _is_encoder_decoder(request.model, settings.get("model_config"))
+        model = request.model
+        config = model.config if isinstance(model, PreTrainedModel) else find_config(model, model_config)
+        arguments["encoder_decoder"] = is_encoder_decoder(config)
     try:
         return pieces.gym(data, tokenizer=tokenizer, **arguments)
     except ConfigurationError as error:

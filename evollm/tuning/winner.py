@@ -15,10 +15,9 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.errors import ConfigurationError
 from evollm.models.generation import greedy_answers
-from evollm.models.pretrained import load_base_model
+from evollm.models.pretrained import load_base_model, load_tokenizer
 from evollm.tuning.plain import model_config_of
 from evollm.tuning.record import ASKED, read_asked, read_record
-from evollm.tuning.setup import load_tokenizer
 
 KINDS = ("merged", "adapter", "policy")
 _AGENTS: dict[str, type[SavableAgent]] = {"DPO": DPO, "SFT": SFT}

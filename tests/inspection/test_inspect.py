@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from conftest import make_examples, make_rows
-from tokenizers_for_tests import chatml_tokenizer, make_tokenizer
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from families import RELATIVE
+from tokenizers_for_tests import chatml_tokenizer, make_tokenizer, t5_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from evollm import DPO, DataError, PreferenceGym, SFTGym, inspect_data
 from evollm.cli import main
@@ -126,6 +127,18 @@ def test_an_estimate_times_the_model_itself(model_folder: Path, rows: list[Any])
     assert found.activation_bytes > 0
 
 
+def test_an_encoder_decoder_is_read_as_its_gym_reads_it(tmp_path: Path) -> None:
+    tokenizer = t5_tokenizer()
+    T5ForConditionalGeneration(T5Config(**{**RELATIVE, "vocab_size": len(tokenizer)})).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = [{"prompt": f"say {number}", "chosen": "yes", "rejected": "no"} for number in range(4)]
+    found = inspect_data(rows, tmp_path)
+    gym = PreferenceGym(rows, None, tokenizer, encoder_decoder=True)
+    assert found.num_tokens == sum(pair.num_tokens for pair in gym.train_pairs)
+    assert found.examples[0].prompt == "say 0</s>"
+    assert found.forecast is not None
+
+
 def test_a_tokenizer_alone_is_enough(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert inspect_data(make_rows(2), tmp_path).forecast is None
@@ -136,7 +149,7 @@ def test_a_tokenizer_alone_is_enough(tokenizer: PreTrainedTokenizerFast, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "/absent"}, "model='/absent': has no tokenizer"),
+        ({"model": "/absent"}, "model='/absent': no such folder"),
         ({"model": 7}, "model=7: must be the name"),
         ({"data": "/absent.jsonl"}, "data='/absent.jsonl': no such file"),
         ({"data": [{"a": 1}]}, "lacks chosen and rejected"),
