@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from gymnasium import spaces
 
+# What an agent's LoRA is unless the user says otherwise.
+DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ACTOR = "actor"
 REFERENCE = "reference"
 # Stands for the reference that an agent has itself, where the name of another adapter could be given.
@@ -95,7 +97,7 @@ class LLMAgent(ABC):
                 )
             hp_config.validate(asdict(hyperparameters), known=list(asdict(hyperparameters)))
         if lora_config is None:
-            lora_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+            lora_config = LoraConfig(**DEFAULT_LORA)
         else:
             check_lora_config(lora_config)
         if lora_config.lora_dropout:

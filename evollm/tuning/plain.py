@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from evollm.algorithms.core import DEFAULT_LORA
 from evollm.errors import ConfigurationError
 from evollm.hpo import HyperparameterConfig, RLParameter
 from evollm.tuning.pieces import Settings, check_known, check_types
@@ -19,7 +20,6 @@ from evollm.tuning.pieces import Settings, check_known, check_types
 T = TypeVar("T")
 
 _KINDS = {"int": int, "float": float}
-_TASK = "CAUSAL_LM"
 
 
 def as_objects(settings: Mapping[str, Any]) -> Settings:
@@ -77,7 +77,7 @@ def _is_name(value: object) -> bool:
 
 
 def lora_config_of(value: object) -> LoraConfig | None:
-    """A `peft.LoraConfig` from a mapping of its fields.
+    """A `peft.LoraConfig` from a mapping of its fields; those that are left out are an agent's default, not PEFT's.
 
     Raises:
         ConfigurationError: An unknown field, or a value that PEFT refuses.
@@ -95,7 +95,7 @@ def lora_config_of(value: object) -> LoraConfig | None:
         isinstance(modules, Sequence) and all(isinstance(name, str) for name in modules)
     ):
         raise ConfigurationError("lora_config.target_modules", modules, "must be names of modules, or all-linear")
-    return _made("lora_config", LoraConfig, {"target_modules": "all-linear", "task_type": _TASK, **value})
+    return _made("lora_config", LoraConfig, {**DEFAULT_LORA, **value})
 
 
 def model_config_of(value: object) -> Settings | None:
