@@ -34,8 +34,8 @@ def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> S
     """Set rows apart, by prompt.
 
     Prompts are taken in the order of a digest of their text and the seed, so that a split does not depend on the order
-    of the rows, until a split has a tenth of the rows, but at least 2 and at most 300. Rows that cannot be used stay in
-    the training split, whose report counts them.
+    of the rows, until a split has a tenth of the rows, but at least 2 and at most 300; the last prompt comes with all
+    its rows. Rows that cannot be used stay in the training split, whose report counts them.
 
     Args:
         dataset: What a gym takes as `train_dataset`.
@@ -77,5 +77,6 @@ def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> S
 def _prompt(pair: TextPair | ChatPair) -> str:
     """What two rows with one prompt have in common."""
     if isinstance(pair, TextPair):
-        return pair.prompt.strip()
+        # Texts to learn from their first token on have no prompt: each is one by itself.
+        return pair.prompt.strip() or pair.chosen
     return json.dumps(pair.prompt, sort_keys=True, default=str)

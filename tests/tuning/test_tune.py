@@ -12,10 +12,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import evollm
 from evollm import ConfigurationError, DataError, HyperparameterConfig, RLParameter
+from evollm.algorithms.core import DEFAULT_LORA
+from evollm.data.examples import EXAMPLES
 from evollm.data.sources import PAIRS
 from evollm.hpo import ancestry
 from evollm.tuning.pieces import ALGORITHMS
-from evollm.tuning.plain import hp_config_of, model_config_of
+from evollm.tuning.plain import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.record import read_record
 from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
 from evollm.tuning.splits import hold_out
@@ -154,6 +156,11 @@ def test_model_config_takes_types_and_quantisation_by_name() -> None:
         model_config_of({"dtype": "half-ish"})
 
 
+def test_a_lora_config_keeps_the_defaults_that_it_does_not_change() -> None:
+    found, plain = lora_config_of({"r": 8}), DEFAULT_LORA
+    assert (found.r, found.lora_alpha, found.target_modules) == (8, plain["lora_alpha"], plain["target_modules"])
+
+
 def test_names_in_an_hp_config_are_choices() -> None:
     found = hp_config_of({"loss_type": ["sigmoid", "ipo"], "lr": [1e-6, 1e-4]})
     assert found == HyperparameterConfig(
@@ -205,6 +212,11 @@ def test_no_prompt_is_in_two_splits_whatever_the_order_of_the_rows() -> None:
     again = hold_out(rows[::-1], PAIRS, 2, seed=1)
     assert [prompts(part) for part in again.parts] == found[1:]
     assert [prompts(part) for part in hold_out(rows, PAIRS, 2, seed=2).parts] != found[1:]
+
+
+def test_texts_without_a_prompt_are_set_apart_one_by_one() -> None:
+    splits = hold_out([{"text": f"Story {number}"} for number in range(50)], EXAMPLES, 2, seed=1)
+    assert [len(part) for part in (splits.train, *splits.parts)] == [40, 5, 5]
 
 
 def test_too_little_data_to_divide_is_named() -> None:
