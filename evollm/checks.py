@@ -17,7 +17,7 @@ def finite_number(field: str, value: object) -> float:
         ConfigurationError: If it is not a number, a bool, or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        hint = "; YAML reads 1e-5 as text, write 1.0e-5" if isinstance(value, str) else ""
+        hint = "; PyYAML reads 1e-5 as text, write 1.0e-5" if _is_number(value) else ""
         raise ConfigurationError(field, value, f"must be a number{hint}")
     try:
         finite = math.isfinite(value)
@@ -26,6 +26,14 @@ def finite_number(field: str, value: object) -> float:
     if not finite:
         raise ConfigurationError(field, value, "must be finite")
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is text that says a number."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def positive_number(field: str, value: object) -> float:
