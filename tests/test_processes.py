@@ -12,16 +12,18 @@ import pytest
 
 from evollm import ConfigurationError
 from evollm.processes import Processes, check_processes
+from evollm.tuning.record import read_record
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
+TUNE = SCRIPT.with_name("parallel_tune.py")
 
 
-def launch(processes: int, folder: Path, max_steps: int = 6) -> list[dict[str, list]]:
-    """Run the script; returns what each process held at the end."""
+def launch(processes: int, folder: Path, max_steps: int = 6, script: Path = SCRIPT) -> list[dict[str, list]]:
+    """Run a script; returns what each process held at the end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     python_path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, str(SCRIPT), str(folder), str(max_steps)],
+        [*command, str(script), str(folder), str(max_steps)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
         check=False,
         capture_output=True,
@@ -66,6 +68,17 @@ def test_one_process_resumes_what_two_began(runs, tmp_path) -> None:
     (resumed,) = launch(1, tmp_path / "cut")
     for mine, theirs in zip(one["actors"], resumed["actors"], strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_tune_gives_every_process_the_winner_and_its_schedule(tmp_path) -> None:
+    first, second = launch(2, tmp_path / "run", max_steps=2, script=TUNE)
+    assert first.pop("report")
+    assert second.pop("report") is None
+    assert first == second
+    record = read_record(tmp_path / "run")
+    assert len(record.evolutions) == 1
+    assert first["best"] == record.best
+    assert first["schedule"] == [[step, values] for step, values in record.schedule]
 
 
 def test_processes_that_would_train_alone_are_refused(monkeypatch) -> None:

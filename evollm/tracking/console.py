@@ -72,8 +72,8 @@ class Console(Callback):
     def on_start(self, event: RunStarted) -> None:
         """Say what is about to happen and start the bar."""
         self._births = {birth.index: birth for birth in event.founders}
-        for plan in event.plans:
-            self._follow(plan)
+        for evolution in event.evolutions:
+            self._follow(evolution.plan)
         agents = f"{len(self._births)} agent{'s' if len(self._births) > 1 else ''}"
         data = event.config["data"]
         for report in data["reports"]:

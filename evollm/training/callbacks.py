@@ -21,7 +21,7 @@ class RunStarted:
         founders: The agents of the first generation.
         total_steps: Steps of the whole run; a step is one batch for every agent.
         step: Steps done before, 0 unless the run is resumed.
-        plans: Evolutions done before.
+        evolutions: Those carried out before.
     """
 
     run_dir: Path
@@ -29,7 +29,7 @@ class RunStarted:
     founders: Sequence[Birth]
     total_steps: int
     step: int = 0
-    plans: Sequence[EvolutionPlan] = ()
+    evolutions: Sequence[Evolved] = ()
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,9 @@ class Run(Generic[A]):
         progress = self.progress
         try:
             with StopSignals() as stop:
-                config, total = self.config, self.schedule.total
-                started = RunStarted(
-                    self.paths.run_dir, config, progress.founders, total, progress.step, tuple(progress.plans)
-                )
+                total = self.schedule.total
+                before = tuple(Evolved(step, plan) for step, plan in progress.evolutions)
+                started = RunStarted(self.paths.run_dir, self.config, progress.founders, total, progress.step, before)
                 self._tell("on_start", started)
                 if self.step == 0:
                     self._score_baseline()
@@ -190,7 +189,7 @@ class Run(Generic[A]):
         ]
         plan = self.evolver.plan(members, self.population[0].hp_config, self.progress.generation)
         self.population = carry_out(plan, self.population)
-        self.progress.plans.append(plan)
+        self.progress.evolutions.append((self.step, plan))
         self._tell("on_evolution", Evolved(self.step, plan))
 
     def _end_epoch(self) -> None:

@@ -39,27 +39,27 @@ class Progress:
         founders: The first generation.
         before: Score of the first agent before training, None when there is nothing to score it on.
         step: Steps done; a step is one batch for every agent.
-        plans: The evolutions done.
+        evolutions: Those done, each with the step at which it was carried out.
         fitnesses: The last fitness of every agent.
     """
 
     founders: list[Birth]
     before: AnyEvaluation | None = None
     step: int = 0
-    plans: list[EvolutionPlan] = field(default_factory=list)
+    evolutions: list[tuple[int, EvolutionPlan]] = field(default_factory=list)
     fitnesses: dict[int, Fitness] = field(default_factory=dict)
 
     @property
     def generation(self) -> int:
         """Evolutions done."""
-        return len(self.plans)
+        return len(self.evolutions)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but `before`, as strict JSON values."""
         return {
             "step": self.step,
             "founders": [birth.to_dict() for birth in self.founders],
-            "plans": [plan.to_dict() for plan in self.plans],
+            "evolutions": [{"step": step, **plan.to_dict()} for step, plan in self.evolutions],
             "fitnesses": {
                 str(index): [part if math.isfinite(part) else str(part) for part in fitness]
                 for index, fitness in self.fitnesses.items()
@@ -85,7 +85,7 @@ class Progress:
                 founders=[Birth.from_dict(birth) for birth in data["founders"]],
                 before=_read_before(tensors),
                 step=int(data["step"]),
-                plans=[EvolutionPlan.from_dict(plan) for plan in data["plans"]],
+                evolutions=[(int(line["step"]), EvolutionPlan.from_dict(line)) for line in data["evolutions"]],
                 fitnesses={
                     int(index): tuple(float(part) for part in fitness) for index, fitness in data["fitnesses"].items()
                 },

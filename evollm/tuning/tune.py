@@ -12,9 +12,9 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.errors import EvoLLMError
 from evollm.processes import Processes
 from evollm.report import write_report
-from evollm.training.callbacks import Callback, RunEnded, RunStarted
+from evollm.training.callbacks import Callback, Evolved, RunEnded, RunStarted
 from evollm.tuning.describe import describe
-from evollm.tuning.record import Schedule, read_record, write_asked
+from evollm.tuning.record import Record, Schedule, write_asked
 from evollm.tuning.setup import Request, Setup, request_of, set_up
 
 
@@ -113,15 +113,14 @@ def _run(request: Request, setup: Setup) -> TuneResult:
     notes = _Notes(_resolved(request, setup))
     loop = {**setup.loop, "callbacks": [*setup.loop.get("callbacks", ()), notes]}
     population, fitnesses = setup.pieces.finetune(setup.agents, setup.env, **loop)
-    assert notes.run_dir is not None
-    assert notes.best is not None
+    run_dir = notes.started.run_dir
     return TuneResult(
-        best=notes.best,
+        best=notes.ended.best,
         population=population,
         fitnesses=fitnesses,
-        run_dir=notes.run_dir,
-        schedule=read_record(notes.run_dir).schedule,
-        report=_write_report(notes.run_dir) if Processes.present().is_main else None,
+        run_dir=run_dir,
+        schedule=notes.schedule,
+        report=_write_report(run_dir) if Processes.present().is_main else None,
     )
 
 
@@ -146,19 +145,38 @@ def _resolved(request: Request, setup: Setup) -> dict[str, Any]:
 
 
 class _Notes(Callback):
-    """Keeps what was asked for in the run folder, and what came of it for the caller."""
+    """Keeps what was asked for in the run folder, and what came of it for the caller, in every process."""
+
+    started: RunStarted
+    ended: RunEnded
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
-        self.run_dir: Path | None = None
-        self.best: SavableAgent | None = None
         self._asked = asked
+        self._evolutions: list[Evolved] = []
+
+    @property
+    def schedule(self) -> Schedule:
+        """What made the best agent; from memory, since the main process alone writes files."""
+        record = Record(
+            run_dir=self.started.run_dir,
+            config=self.started.config,
+            founders=list(self.started.founders),
+            evolutions=[(event.step, event.plan) for event in self._evolutions],
+            metrics=[{"kind": "end", "best": self.ended.best.index}],
+        )
+        return record.schedule
 
     def on_start(self, event: RunStarted) -> None:
-        """Note the run folder."""
-        self.run_dir = event.run_dir
+        """Note the run folder and what happened before."""
+        self.started = event
+        self._evolutions = list(event.evolutions)
         if event.step == 0 and Processes.present().is_main:
             write_asked(event.run_dir, self._asked)
 
+    def on_evolution(self, event: Evolved) -> None:
+        """Note who came from whom."""
+        self._evolutions.append(event)
+
     def on_end(self, event: RunEnded) -> None:
         """Note the best agent."""
-        self.best = event.best
+        self.ended = event

@@ -46,6 +46,7 @@ def test_one_call_gives_the_best_agent_its_schedule_and_a_run_folder(tune, tmp_p
     record = read_record(result.run_dir)
     plans = [plan for _, plan in record.evolutions]
     assert len(plans) == 3
+    assert result.schedule == record.schedule
     assert [values for _, values in result.schedule][-1] == result.best.hyperparameter_values()
     assert result.schedule[0] == (0, dict(ancestry(plans, result.best.index)[0].hyperparameters))
     assert {step for step, _ in result.schedule} <= {0, *(step for step, _ in record.evolutions)}
@@ -75,7 +76,9 @@ def test_the_run_that_tune_began_is_resumed_by_the_same_call(tune) -> None:
     short = tune(max_steps=2, evo_steps=1)
     longer = tune(max_steps=4, evo_steps=1, run_dir=None, resume_from_checkpoint=short.run_dir)
     assert longer.run_dir == short.run_dir
-    assert [step for step, _ in read_record(short.run_dir).evolutions] == [1, 3]
+    record = read_record(short.run_dir)
+    assert [step for step, _ in record.evolutions] == [1, 3]
+    assert longer.schedule == record.schedule
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
