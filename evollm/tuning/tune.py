@@ -136,12 +136,14 @@ def _write_report(run_dir: Path) -> Path | None:
 def _resolved(request: Request, setup: Setup) -> dict[str, Any]:
     """The keyword arguments that give this run again, with the intervals that were worked out."""
     fields = {name: getattr(request, name) for name in request.__dataclass_fields__ if name != "settings"}
+    # Of the settings None is kept: some have another default.
+    given = {name: value for name, value in fields.items() if value is not None}
     lengths: dict[str, Any] = {
         name: setup.loop[name] for name in ("num_epochs", "max_steps", "evo_steps") if name in setup.loop
     }
-    asked: dict[str, Any] = {**fields, **request.settings, **lengths}
+    asked: dict[str, Any] = {**given, **request.settings, **lengths}
     not_kept = ("run_dir", "resume_from_checkpoint", "generations")
-    return {name: value for name, value in asked.items() if name not in not_kept and value is not None}
+    return {name: value for name, value in asked.items() if name not in not_kept}
 
 
 class _Notes(Callback):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from evollm.data.sources import PAIRS
 from evollm.hpo import ancestry
 from evollm.tuning.pieces import ALGORITHMS
 from evollm.tuning.plain import hp_config_of, lora_config_of, model_config_of
-from evollm.tuning.record import read_record
+from evollm.tuning.record import ASKED, read_record
 from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
 from evollm.tuning.splits import hold_out
 
@@ -79,6 +80,14 @@ def test_the_run_that_tune_began_is_resumed_by_the_same_call(tune) -> None:
     record = read_record(short.run_dir)
     assert [step for step, _ in record.evolutions] == [1, 3]
     assert longer.schedule == record.schedule
+
+
+def test_the_run_folder_keeps_a_none_that_is_no_default(tune) -> None:
+    """Resumed with the default instead, the run would delete checkpoints, or let other values evolve."""
+    result = tune(max_steps=2, evo_steps=1, keep_last=None, hp_config=None, rl_hp=0.0, report_to=None)
+    asked = json.loads((result.run_dir / ASKED).read_text())["settings"]
+    assert {name for name, value in asked.items() if value is None} >= {"keep_last", "hp_config"}
+    assert not {"test_data", "start_from", "run_dir"} & set(asked)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
