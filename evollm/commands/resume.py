@@ -11,6 +11,9 @@ from evollm.demo import is_demo, resume_demo
 from evollm.tuning import tune
 from evollm.tuning.record import read_asked
 
+# Each says how long a run is.
+LENGTHS = ("num_epochs", "max_steps", "generations")
+
 
 def add_to(commands: Subparsers) -> None:
     """Add the command."""
@@ -31,5 +34,9 @@ def _run(options: argparse.Namespace) -> None:
     if is_demo(options.run_dir):
         resume_demo(options.run_dir)
         return
-    asked = override(read_asked(options.run_dir), options.overrides)
-    tune(**asked, resume_from_checkpoint=options.run_dir)
+    asked = read_asked(options.run_dir)
+    given = override({}, options.overrides)
+    # One length instead of all that the run had: the shortest of several would be the run's.
+    if any(given.get(name) is not None for name in LENGTHS):
+        asked = {name: value for name, value in asked.items() if name not in LENGTHS}
+    tune(**{**override(asked, options.overrides), "resume_from_checkpoint": options.run_dir})

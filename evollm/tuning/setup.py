@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -203,6 +204,9 @@ def _loop(request: Request, settings: Settings, env: DatasetGym) -> Settings:
     loop = taken_by(request.pieces.finetune, settings)
     total_given = loop.get("max_steps") is not None or loop.get("num_epochs") is not None
     evo_steps, generations = loop.get("evo_steps"), request.generations
+    resumed = loop.get("resume_from_checkpoint")
+    if evo_steps is None and generations is None and resumed is not None and request.population > 1:
+        evo_steps = loop["evo_steps"] = _evo_steps_of(resumed)
     if generations is not None and evo_steps is not None:
         if total_given:
             fix = "generations x evo_steps is the length of the run: leave one of the three out"
@@ -221,6 +225,19 @@ def _loop(request: Request, settings: Settings, env: DatasetGym) -> Settings:
     loop["tournament"] = TournamentSelection(**sizes)
     loop["mutation"] = Mutations(**taken_by(Mutations, settings))
     return loop
+
+
+def _evo_steps_of(run_dir: Any) -> int | None:
+    """The length of a run's generations: one that goes on longer has more of them, not longer ones.
+
+    None where the folder does not say it; whoever resumes the run says what is wrong with it.
+    """
+    try:
+        config = json.loads((Path(run_dir) / "config.json").read_text(encoding="utf-8"))
+        found: int | None = config["schedule"]["evolve_every"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found
 
 
 def _options(pieces: Pieces, loop: Settings) -> RunOptions:

@@ -172,7 +172,8 @@ class _Notes(Callback):
         """Note the run folder and what happened before."""
         self.started = event
         self._evolutions = list(event.evolutions)
-        if event.step == 0 and Processes.present().is_main:
+        # Of a resumed run too: it may have become longer, and it is that one which is resumed next.
+        if Processes.present().is_main:
             write_asked(event.run_dir, self._asked)
 
     def on_evolution(self, event: Evolved) -> None:

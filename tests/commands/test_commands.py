@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from evollm.cli import main
 from evollm.commands import COMMANDS
 from evollm.recipes import recipe_names
 from evollm.training import run as run_module
-from evollm.tuning.record import read_record
+from evollm.tuning.record import read_asked, read_record
 
 # Over every recipe: a run of seconds.
 SMALL = (
@@ -150,6 +151,20 @@ def test_resume_ends_with_the_bits_of_a_run_that_was_not_interrupted(folder, mon
     assert whole == cut
     assert main(["resume", "cut", "beta=0.2"]) == 1
     assert "the run began with others" in capsys.readouterr().err
+
+
+def test_a_run_is_prolonged_by_one_length_and_then_resumed_as_it_is(finished, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.modules["evollm.tuning.tune"], "write_report", Path)
+    # 4 steps in 2 generations have been done. What one line leaves behind is what the next goes on with.
+    for override, total in (("num_epochs=2", 8), (None, 8), ("generations=5", 10), ("num_epochs=3", 12), (None, 12)):
+        assert main(["resume", finished, *([override] if override else [])]) == 0, capsys.readouterr().err
+        assert read_record(finished).config["schedule"]["total"] == total
+    assert [step for step, _ in read_record(finished).evolutions] == [2, 6]
+    # A call that is refused leaves everything as it was.
+    asked = read_asked(finished)
+    assert main(["resume", finished, "num_epochs=1"]) == 1
+    assert "the checkpoint has 12 steps already" in capsys.readouterr().err
+    assert read_asked(finished) == asked
 
 
 def test_resume_of_something_else_says_so(folder, capsys) -> None:

@@ -82,6 +82,12 @@ def test_the_run_that_tune_began_is_resumed_by_the_same_call(tune) -> None:
     assert longer.schedule == record.schedule
 
 
+def test_a_run_that_goes_on_longer_has_more_generations_of_the_same_length(tune) -> None:
+    short = tune(generations=2)
+    longer = tune(num_epochs=2, run_dir=None, resume_from_checkpoint=short.run_dir)
+    assert [step for step, _ in read_record(longer.run_dir).evolutions] == [2, 6]
+
+
 def test_the_run_folder_keeps_a_none_that_is_no_default(tune) -> None:
     """Resumed with the default instead, the run would delete checkpoints, or let other values evolve."""
     result = tune(max_steps=2, evo_steps=1, keep_last=None, hp_config=None, rl_hp=0.0, report_to=None)
