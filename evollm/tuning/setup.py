@@ -19,7 +19,9 @@ from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentS
 from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.pretrained import find_config, load_tokenizer
-from evollm.training.options import RunOptions, RunPaths, Schedule, check_run
+from evollm.tracking import tracker_names
+from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run
+from evollm.training.population_step import check_fitness
 from evollm.tuning.pieces import Pieces, Settings, check_known, check_types, default_of, pieces_of, taken_by
 from evollm.tuning.plain import as_objects
 from evollm.tuning.splits import hold_out
@@ -117,6 +119,7 @@ def set_up(request: Request) -> Setup:
     env = make_env(request, settings)
     # Before the model is loaded, which takes a while.
     loop = _loop(request, settings, env)
+    _check_listeners(request.pieces, loop)
     agents = make_agents(request, settings, env)
     options = _options(request.pieces, loop)
     check_run(agents, env, options, request.pieces.stage)
@@ -225,6 +228,15 @@ def _loop(request: Request, settings: Settings, env: DatasetGym) -> Settings:
     loop["tournament"] = TournamentSelection(**sizes)
     loop["mutation"] = Mutations(**taken_by(Mutations, settings))
     return loop
+
+
+def _check_listeners(pieces: Pieces, loop: Settings) -> None:
+    """Refuse trackers, callbacks and a fitness that the loop would refuse."""
+    names = ("report_to", "wb", "tensorboard", "callbacks", "fitness")
+    found = {name: loop.get(name, default_of(pieces.finetune, name)) for name in names}
+    tracker_names(found["report_to"], wb=found["wb"], tensorboard=found["tensorboard"])
+    check_callbacks(found["callbacks"])
+    check_fitness(found["fitness"], pieces.stage)
 
 
 def _evo_steps_of(run_dir: Any) -> int | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 
 import pytest
 import torch
@@ -159,6 +160,27 @@ def test_what_cannot_work_is_named_before_any_training(tune, tmp_path, changes, 
     with pytest.raises(evollm.EvoLLMError, match=message):
         tune(**changes)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report_to": "wnadb"}, "report_to='wnadb': .*'wandb'"),
+        ({"wb": None}, "wb=None: must be"),
+        ({"fitness": "accuracy"}, "fitness='accuracy': must be a function"),
+        ({"fitness": str}, "fitness"),
+        ({"callbacks": [print]}, "callbacks=.*: must be a list of instances"),
+        ({"callbacks": None}, "callbacks=None: must be a list of instances"),
+    ],
+)
+def test_trackers_callbacks_and_fitness_are_checked_before_the_model_is_loaded(
+    tokenizer, monkeypatch, changes, message
+) -> None:
+    monkeypatch.setattr(sys.modules["evollm.tuning.setup"], "make_agents", lambda *_: pytest.fail("loads the model"))
+    settings = {"tokenizer": tokenizer, "encoder_decoder": False, **SMALL, **changes}
+    for call in (evollm.tune, evollm.tuning.validate):
+        with pytest.raises(evollm.EvoLLMError, match=message):
+            call("model", make_rows(40), **settings)
 
 
 def test_model_config_takes_types_and_quantisation_by_name() -> None:
