@@ -8,6 +8,7 @@ from evollm.commands.arguments import add_run
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.config import override
 from evollm.demo import is_demo, resume_demo
+from evollm.errors import ConfigurationError
 from evollm.tuning import tune
 from evollm.tuning.record import read_asked
 
@@ -31,12 +32,17 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    given = override({}, options.overrides)
+    if "resume_from_checkpoint" in given:
+        fix = f"leave it out: the run to resume is {options.run_dir}"
+        raise ConfigurationError("resume_from_checkpoint", given["resume_from_checkpoint"], fix)
     if is_demo(options.run_dir):
+        if given:
+            raise ConfigurationError("override", options.overrides[0], "a run of the demo goes on as it began")
         resume_demo(options.run_dir)
         return
     asked = read_asked(options.run_dir)
-    given = override({}, options.overrides)
     # One length instead of all that the run had: the shortest of several would be the run's.
     if any(given.get(name) is not None for name in LENGTHS):
         asked = {name: value for name, value in asked.items() if name not in LENGTHS}
-    tune(**{**override(asked, options.overrides), "resume_from_checkpoint": options.run_dir})
+    tune(**override(asked, options.overrides), resume_from_checkpoint=options.run_dir)

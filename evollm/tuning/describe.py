@@ -21,8 +21,9 @@ def describe(setup: Setup) -> str:
     if schedule.evolve_every is not None:
         generations = -(-schedule.total // schedule.evolve_every)
         lines.append(f"generations: {generations} of {schedule.evolve_every} steps, with an evolution between each two")
-        assert first.hp_config is not None
-        lines += [f"  {name}: {_bounds(parameter)}" for name, parameter in first.hp_config.items()]
+        evolving = first.hp_config.items() if first.hp_config is not None else ()
+        lines += [f"  {name}: {_bounds(parameter)}" for name, parameter in evolving]
+        lines += [] if evolving else ["  no hyperparameter evolves: there is no hp_config"]
     if schedule.evaluate_every is not None:
         lines.append(f"evaluations: every {schedule.evaluate_every} steps, on {len(env.test_pairs)} held-out rows")
     saves = f"every {schedule.checkpoint_every} steps" if schedule.checkpoint_every else "none"

@@ -183,6 +183,12 @@ def test_trackers_callbacks_and_fitness_are_checked_before_the_model_is_loaded(
             call("model", make_rows(40), **settings)
 
 
+def test_validate_describes_a_population_whose_values_stay(make_model, tokenizer) -> None:
+    settings = {"tokenizer": tokenizer, "population": 2, "generations": 2, **SMALL}
+    said = evollm.tuning.validate(make_model(), make_rows(40), **settings, hp_config=None, rl_hp=0.0)
+    assert "no hyperparameter evolves" in said
+
+
 def test_model_config_takes_types_and_quantisation_by_name() -> None:
     found = model_config_of(
         {"dtype": "bfloat16", "quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}}
