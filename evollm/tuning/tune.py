@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evollm.algorithms.saving import SavableAgent
-from evollm.errors import EvoLLMError
+from evollm.errors import MissingExtraError
 from evollm.processes import Processes
 from evollm.report import write_report
 from evollm.training.callbacks import Callback, Evolved, RunEnded, RunStarted
@@ -120,17 +121,20 @@ def _run(request: Request, setup: Setup) -> TuneResult:
         fitnesses=fitnesses,
         run_dir=run_dir,
         schedule=notes.schedule,
-        report=_write_report(run_dir) if Processes.present().is_main else None,
+        report=_write_report(run_dir, setup.loop.get("verbose", True)) if Processes.present().is_main else None,
     )
 
 
-def _write_report(run_dir: Path) -> Path | None:
-    """Write the page that shows a run; without the extra that draws it, say what is missing and write none."""
+def _write_report(run_dir: Path, verbose: bool) -> Path | None:
+    """Write the page that shows a run, or say why there is none: what has been trained must reach the caller."""
     try:
         return write_report(run_dir)
-    except EvoLLMError as error:
-        print(f"no report: {error}")
-        return None
+    except MissingExtraError as error:
+        if verbose:
+            print(f"no report: {error}")
+    except Exception as error:  # Whatever the library that draws raises.
+        warnings.warn(f"no report: {type(error).__name__}: {error}", UserWarning, stacklevel=4)
+    return None
 
 
 def _resolved(request: Request, setup: Setup) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from evollm import ConfigurationError, DataError, HyperparameterConfig, RLParame
 from evollm.algorithms.core import DEFAULT_LORA
 from evollm.data.examples import EXAMPLES
 from evollm.data.sources import PAIRS
+from evollm.errors import MissingExtraError
 from evollm.hpo import ancestry
 from evollm.tuning.pieces import ALGORITHMS
 from evollm.tuning.plain import hp_config_of, lora_config_of, model_config_of
@@ -95,6 +96,22 @@ def test_the_run_folder_keeps_a_none_that_is_no_default(tune) -> None:
     asked = json.loads((result.run_dir / ASKED).read_text())["settings"]
     assert {name for name, value in asked.items() if value is None} >= {"keep_last", "hp_config"}
     assert not {"test_data", "start_from", "run_dir"} & set(asked)
+
+
+def test_a_report_that_cannot_be_drawn_does_not_cost_the_result(tune, monkeypatch, capsys) -> None:
+    def fail_with(error):
+        def write_report(run_dir):
+            raise error
+
+        monkeypatch.setattr(sys.modules["evollm.tuning.tune"], "write_report", write_report)
+
+    fail_with(ValueError("no such font"))
+    with pytest.warns(UserWarning, match="no report: ValueError: no such font"):
+        result = tune(population=1, max_steps=1)
+    assert result.report is None
+    fail_with(MissingExtraError("matplotlib", "report", "the report"))
+    assert tune(population=1, max_steps=1, run_dir=result.run_dir / "again").report is None
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
