@@ -116,8 +116,7 @@ class Run(Generic[A]):
                         stop.stop(number)
                 self._finish()
         finally:
-            for callback in self.callbacks:
-                callback.close()
+            self._close_callbacks()
             if self.yardstick is not None and self.yardstick != OWN:
                 self.base.release(self.yardstick)
         scores = [progress.fitnesses.get(agent.index, (float("nan"),))[0] for agent in self.population]
@@ -304,6 +303,14 @@ class Run(Generic[A]):
         )
         questions = [example.question for example in examples]
         return [SampleAnswer(*texts) for texts in zip(questions, before, after, strict=True)]
+
+    def _close_callbacks(self) -> None:
+        """Close each of them; one that fails costs neither the others, nor the run's result or its own error."""
+        for callback in self.callbacks:
+            try:
+                callback.close()
+            except Exception as error:  # Whatever a user's callback, or a tracker's library, raises.
+                warnings.warn(f"{type(callback).__name__} could not be closed: {error!r}", UserWarning, stacklevel=2)
 
     def _tell(self, what: str, event: object) -> None:
         for callback in self.callbacks:

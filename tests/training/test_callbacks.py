@@ -37,7 +37,7 @@ class Diary(Callback):
 
 @pytest.fixture
 def run(make_population, tokenizer, tmp_path):
-    def start(diary: Diary) -> Path:
+    def start(*callbacks: Callback) -> Path:
         env = PreferenceGym(make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4)
         finetune(
             make_population(2, hp_config=HyperparameterConfig(lr=RLParameter(1e-4, 1e-2))),
@@ -48,7 +48,7 @@ def run(make_population, tokenizer, tmp_path):
             mutation=Mutations(0.2, 0.8),
             run_dir=tmp_path / "run",
             num_sample_answers=1,
-            callbacks=[diary],
+            callbacks=callbacks,
             verbose=False,
         )
         return tmp_path / "run"
@@ -80,3 +80,24 @@ def test_a_callback_is_closed_once_after_an_error_too(run) -> None:
     with pytest.raises(RuntimeError, match="fell over"):
         run(diary)
     assert [name for name, _ in diary.heard] == ["on_start", "on_step", "close"]
+
+
+class Stuck(Callback):
+    """Cannot be closed."""
+
+    def close(self) -> None:
+        raise OSError("the disk is gone")
+
+
+def test_a_callback_that_cannot_be_closed_costs_neither_the_others_nor_the_first_error(run) -> None:
+    diary = Diary(fail_at=1)
+    with pytest.warns(UserWarning, match="Stuck could not be closed.*disk is gone"), pytest.raises(RuntimeError):
+        run(Stuck(), diary)
+    assert diary.heard[-1] == ("close", None)
+
+
+def test_a_callback_that_cannot_be_closed_does_not_cost_the_result(run) -> None:
+    diary = Diary()
+    with pytest.warns(UserWarning, match="Stuck could not be closed"):
+        assert run(Stuck(), diary).is_dir()
+    assert diary.heard[-1] == ("close", None)
