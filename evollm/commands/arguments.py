@@ -50,3 +50,12 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The base, where the run does not name it."""
     parser.add_argument("--model", help="hub name or folder of the base (default: the one that the run names)")
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Whether code that comes with the base is run."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the base: a run folder cannot ask for it, so that you must",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from evollm.commands.arguments import add_trust
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.demo import demo_agents_and_env, is_demo
 from evollm.errors import ConfigurationError
@@ -27,6 +28,7 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("--num-epochs", type=int, help="passes over the data (default: as many as the run made)")
     parser.add_argument("--max-steps", type=int, help="steps at most")
     parser.add_argument("--run-dir", help="run folder of the replay (default: a new one in evollm-runs)")
+    add_trust(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -37,7 +39,8 @@ def _run(options: argparse.Namespace) -> None:
         agents, env = demo_agents_and_env(options.source)
         result = replay(options.source, agents, env, run_dir=options.run_dir, **lengths)
     else:
-        result = replay(options.source, data=options.data, run_dir=options.run_dir, **lengths)
+        given = {"data": options.data, "run_dir": options.run_dir, "trust_remote_code": options.trust_remote_code}
+        result = replay(options.source, **given, **lengths)
     print(f"\nRun folder: {result.run_dir}\n{_verdict(result)}")
 
 

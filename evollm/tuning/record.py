@@ -15,11 +15,13 @@ from evollm.checkpoints.files import replace_file
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import Birth, EvolutionPlan, HyperparameterConfig, ancestry
 from evollm.hpo.hyperparameters import Value
+from evollm.models.pretrained import reloadable
 
 # The keyword arguments of `tune`.
 ASKED = "tune.json"
 # One (step, hyperparameters) for the founder, and one for each change.
 Schedule = list[tuple[int, dict[str, Value]]]
+_DEVICE_MAPS = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
 def read_asked(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """The keyword arguments with which `tune` began a run, without those that say where it goes.
 
+    A folder may come from somebody else: of `model_config` only what chooses weights and how they are stored is taken,
+    never `trust_remote_code` or a kernel by its name. Who needs these must ask for them anew.
+
     Raises:
         ConfigurationError: No command and no `tune` began it, or with Python objects, which no folder holds.
         CheckpointError: The file is damaged.
@@ -136,7 +141,15 @@ def read_asked(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
             "resume_from_checkpoint=..."
         )
         raise ConfigurationError("run_dir", str(run_dir), fix)
+    if isinstance(settings.get("model_config"), Mapping):
+        settings["model_config"] = _harmless(settings["model_config"])
     return settings
+
+
+def _harmless(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run folder holds of `model_config`, and what is taken from it."""
+    devices = model_config.get("device_map")
+    return reloadable(model_config) | ({"device_map": devices} if devices in _DEVICE_MAPS else {})
 
 
 _NOT_PLAIN = object()

@@ -130,6 +130,7 @@ def replay(
     max_steps: int | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     verbose: bool = True,
+    trust_remote_code: bool = False,
 ) -> ReplayResult:
     """Train one agent on the schedule of hyperparameters of a run's best agent; nothing is selected or mutated.
 
@@ -150,6 +151,7 @@ def replay(
         max_steps: Steps at most.
         run_dir: Run folder of the replay, by default a new one in `evollm-runs`.
         verbose: Show progress and the result in the terminal.
+        trust_remote_code: Run code that comes with the base of a run of `tune`. A run folder cannot ask for it.
 
     Raises:
         ConfigurationError: This is no run folder, the run was begun by a script and agents or env are missing, or they
@@ -161,7 +163,7 @@ def replay(
     if (agents is None) != (env is None) or (agents is not None and data is not None):
         raise ConfigurationError("agents", None, "pass agents and env together, and then no data, or neither")
     if agents is None or env is None:
-        agents, env = _as_tuned(run, data)
+        agents, env = _as_tuned(run, data, trust_remote_code)
     agent = _founder(agents, record)
     config = record.config
     same = env.fingerprint == config["data"]["fingerprint"] and num_epochs is None and max_steps is None
@@ -186,9 +188,13 @@ def replay(
     return ReplayResult(agent, prompter.run_dir, script.schedule, _is_exact(agent, Path(run)) if same else None)
 
 
-def _as_tuned(run: str | os.PathLike[str], data: Any | None) -> tuple[list[SavableAgent], DatasetGym]:
+def _as_tuned(
+    run: str | os.PathLike[str], data: Any | None, trust_remote_code: bool
+) -> tuple[list[SavableAgent], DatasetGym]:
     """One agent and the gym as `tune` made them for a run."""
     asked = read_asked(run)
+    if trust_remote_code:
+        asked["model_config"] = {**(asked.get("model_config") or {}), "trust_remote_code": True}
     request = request_of(**{**asked, "data": asked["data"] if data is None else data})
     settings = prepare_settings(request)
     env = make_env(request, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from evollm.algorithms import DPO, SFT
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
+from evollm.checkpoints.agent import read_agent_folder
 from evollm.errors import ConfigurationError
 from evollm.models.generation import greedy_answers
-from evollm.models.pretrained import load_base_model, load_tokenizer
+from evollm.models.pretrained import load_base_model, load_tokenizer, reloadable
 from evollm.tuning.plain import model_config_of
 from evollm.tuning.record import ASKED, read_asked, read_record
 
@@ -58,12 +60,13 @@ class Winner:
         return base, tuned
 
 
-def open_winner(run_dir: str | os.PathLike[str], model: str | None = None) -> Winner:
+def open_winner(run_dir: str | os.PathLike[str], model: str | None = None, trust_remote_code: bool = False) -> Winner:
     """Load the best agent of a run.
 
     Args:
         run_dir: The run folder; the run has ended.
         model: Hub name or folder of the base; None: the one that the run names.
+        trust_remote_code: Run code that comes with the base. A run folder cannot ask for it.
 
     Raises:
         ConfigurationError: This is no run folder, or the base cannot be loaded.
@@ -77,17 +80,29 @@ def open_winner(run_dir: str | os.PathLike[str], model: str | None = None) -> Wi
         raise ConfigurationError("model", None, f"{run_dir} does not name the model that it ran on: give it")
     agent_class = _AGENTS[record.config["algorithm"]]
     elite = Path(asked.get("elite_path") or record.run_dir / "elite")
-    model_config = model_config_of(asked.get("model_config"))
+    model_config = _model_config(asked, elite, trust_remote_code)
     tokenizer = load_tokenizer(asked.get("tokenizer") or name, model_config)
     device = asked.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     base: dict[str, Any] = (
-        {"model_config": model_config} if model is None else {"actor_network": load_base_model(model)}
+        {"model_config": model_config} if model is None else {"actor_network": load_base_model(model, model_config)}
     )
     return Winner(agent_class.load(str(elite), device, **base), tokenizer, record.run_dir)
 
 
+def _model_config(asked: Mapping[str, Any], elite: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """How the base is loaded: as `tune` was asked to, else as the agent's checkpoint says."""
+    kept = model_config_of(asked.get("model_config"))
+    if kept is None:
+        kept = reloadable(read_agent_folder(elite).attributes.get("model_config") or {})
+    return {**kept, "trust_remote_code": trust_remote_code}
+
+
 def export(
-    run_dir: str | os.PathLike[str], to: str | os.PathLike[str], what: str = "merged", model: str | None = None
+    run_dir: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    what: str = "merged",
+    model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the best agent of a run for others to load.
 
@@ -97,6 +112,7 @@ def export(
         what: `merged`: a model that transformers loads, with tokenizer and model card; `adapter`: the adapter alone,
             which PEFT loads; `policy`: `policy.pt` of the original DPO repository.
         model: Hub name or folder of the base; None: the one that the run names.
+        trust_remote_code: As for `open_winner`.
 
     Returns:
         What was written.
@@ -110,7 +126,7 @@ def export(
         raise ConfigurationError("what", what, f"must be one of {', '.join(KINDS)}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigurationError("to", str(path), "is there already: give a new folder")
-    winner = open_winner(run_dir, model)
+    winner = open_winner(run_dir, model, trust_remote_code)
     if what == "merged":
         save_merged_model(winner.agent, path, winner.tokenizer, run_dir=winner.run_dir)
     elif what == "adapter":

@@ -1,0 +1,90 @@
+"""What a run folder holds of how a run was begun, and what is taken from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_rows
+from tokenizers_for_tests import chatml_tokenizer
+
+from evollm import tune
+from evollm.cli import main
+from evollm.tuning.record import read_asked
+
+LORA = {"r": 4, "target_modules": ["q_proj"]}
+SHORT = {
+    "population": 2,
+    "max_steps": 2,
+    "evo_steps": 1,
+    "num_sample_answers": 0,
+    "verbose": False,
+    "lora_config": LORA,
+}
+CHAT = ["--prompt", "a", "--max-new-tokens", "2"]
+
+
+@pytest.fixture
+def begin(make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`tune` on the small model in the folder `model` and the rows in `rows.jsonl`, unless others are given."""
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("model")
+    chatml_tokenizer().save_pretrained("model")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+
+    def start(**changes: Any) -> Path:
+        arguments = {"model": "model", "data": "rows.jsonl", "run_dir": "run", **SHORT, **changes}
+        return tune(**arguments).run_dir
+
+    return start
+
+
+def change(run: Path, **settings: Any) -> None:
+    """Write other settings into the record of a run, as somebody might who hands it on."""
+    content = json.loads((run / "tune.json").read_text())
+    content["settings"] |= settings
+    (run / "tune.json").write_text(json.dumps(content))
+
+
+def own_code() -> None:
+    """Let the model come with code of its own, which leaves a mark when it is run."""
+    config = json.loads(Path("model/config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    Path("model/config.json").write_text(json.dumps(config))
+    Path("model/own.py").write_text(
+        "import pathlib\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"pathlib.Path({str(Path('ran').resolve())!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+
+
+def test_a_run_folder_cannot_ask_for_code(begin, monkeypatch, tmp_path, capsys) -> None:
+    run = begin()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    change(run, model_config={"trust_remote_code": True, "attn_implementation": "somebody/kernel"})
+    own_code()
+    export, again = ["export", "run", "--to", "exported"], ["replay", "run", "--run-dir", "again"]
+    for command in (["chat", "run", *CHAT], export, again, ["resume", "run", "max_steps=3"]):
+        assert main(command) == 1
+        assert "Traceback" not in capsys.readouterr().err
+    assert not Path("ran").exists()
+    for command in (["chat", "run", *CHAT], export, again):
+        assert main([*command, "--trust-remote-code"]) == 0
+        assert Path("ran").exists()
+    assert main(["resume", "run", "max_steps=3", "model_config.trust_remote_code=true"]) == 0
+
+
+def test_only_what_chooses_weights_is_taken_from_a_run_folder(tmp_path) -> None:
+    quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    kept = {"dtype": "bfloat16", "device_map": "auto", "revision": "v1", "quantization_config": quantised}
+    dropped = {"trust_remote_code": True, "attn_implementation": "somebody/kernel", "code_revision": "x"}
+    content = {"settings": {"model_config": kept | dropped}, "objects": []}
+    (tmp_path / "tune.json").write_text(json.dumps(content))
+    assert read_asked(tmp_path)["model_config"] == kept
+    content["settings"]["model_config"] = {"device_map": {"": "cuda"}, "attn_implementation": "sdpa"}
+    (tmp_path / "tune.json").write_text(json.dumps(content))
+    assert read_asked(tmp_path)["model_config"] == {"attn_implementation": "sdpa"}
