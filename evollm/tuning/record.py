@@ -22,6 +22,7 @@ ASKED = "tune.json"
 # One (step, hyperparameters) for the founder, and one for each change.
 Schedule = list[tuple[int, dict[str, Value]]]
 _DEVICE_MAPS = ("auto", "cpu", "cuda")
+_PASSWORDS = frozenset({"proxies", "token", "use_auth_token"})
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
-    """Keep the keyword arguments of `tune` in a run folder, those that are plain data; of the others their names."""
+    """Keep the keyword arguments of `tune` in a run folder, those that are plain data; of the others their names.
+
+    People hand run folders on: of `model_config` only what `read_asked` takes is written, and so no `token`.
+    """
     plain = {name: _plain(value) for name, value in asked.items()}
-    objects = sorted(name for name, value in plain.items() if value is _NOT_PLAIN)
-    content = {"settings": {name: value for name, value in plain.items() if name not in objects}, "objects": objects}
+    objects = {name for name, value in plain.items() if value is _NOT_PLAIN}
+    settings = {name: value for name, value in plain.items() if name not in objects}
+    model_config = asked.get("model_config")
+    if isinstance(model_config, Mapping):
+        settings["model_config"] = _harmless(model_config)
+        objects -= {"model_config"} if not _lost(model_config) else set()
+    content = {"settings": settings, "objects": sorted(objects)}
     with replace_file(run_dir / ASKED) as file:
         Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -150,6 +159,12 @@ def _harmless(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run folder holds of `model_config`, and what is taken from it."""
     devices = model_config.get("device_map")
     return reloadable(model_config) | ({"device_map": devices} if devices in _DEVICE_MAPS else {})
+
+
+def _lost(model_config: Mapping[str, Any]) -> set[str]:
+    """The Python objects in `model_config` that the folder does not hold, and that a base cannot be loaded without."""
+    objects = {str(name) for name, value in model_config.items() if _plain(value) is _NOT_PLAIN}
+    return objects - _PASSWORDS - _harmless(model_config).keys()
 
 
 _NOT_PLAIN = object()

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import make_rows
 from tokenizers_for_tests import chatml_tokenizer
 
 from evollm import tune
 from evollm.cli import main
-from evollm.tuning.record import read_asked
+from evollm.tuning.record import read_asked, write_asked
 
 LORA = {"r": 4, "target_modules": ["q_proj"]}
 SHORT = {
@@ -88,3 +89,19 @@ def test_only_what_chooses_weights_is_taken_from_a_run_folder(tmp_path) -> None:
     content["settings"]["model_config"] = {"device_map": {"": "cuda"}, "attn_implementation": "sdpa"}
     (tmp_path / "tune.json").write_text(json.dumps(content))
     assert read_asked(tmp_path)["model_config"] == {"attn_implementation": "sdpa"}
+
+
+def test_no_password_is_written_into_a_run_folder(begin) -> None:
+    run = begin(model_config={"token": "secret", "proxies": {"https": "me:secret@host"}, "dtype": torch.float32})
+    assert "secret" not in "".join(path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
+    assert read_asked(run)["model_config"] == {"dtype": "float32"}
+    assert main(["chat", "run", *CHAT]) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [({"config": object()}, False), ({"token": object()}, True), ({"dtype": torch.float16}, True)],
+)
+def test_an_object_in_model_config_is_named(tmp_path, value, held) -> None:
+    write_asked(tmp_path, {"model_config": value})
+    assert json.loads((tmp_path / "tune.json").read_text())["objects"] == ([] if held else ["model_config"])
