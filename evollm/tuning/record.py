@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from evollm.checkpoints.files import replace_file
 from evollm.errors import CheckpointError, ConfigurationError
@@ -111,26 +114,71 @@ def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
 
     People hand run folders on: of `model_config` only what `read_asked` takes is written, and so no `token`.
     """
-    plain = {name: _plain(value) for name, value in asked.items()}
-    objects = {name for name, value in plain.items() if value is _NOT_PLAIN}
-    settings = {name: value for name, value in plain.items() if name not in objects}
-    model_config = asked.get("model_config")
-    if isinstance(model_config, Mapping):
-        settings["model_config"] = _harmless(model_config)
-        objects -= {"model_config"} if not _lost(model_config) else set()
+    settings, objects = {}, []
+    for name, value in asked.items():
+        plain = _recorded(name, value)
+        if plain is not _NOT_PLAIN:
+            settings[name] = plain
+        if plain is _NOT_PLAIN or (name == "model_config" and isinstance(value, Mapping) and _lost(value)):
+            objects.append(name)
     content = {"settings": settings, "objects": sorted(objects)}
     with replace_file(run_dir / ASKED) as file:
         Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_asked(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Asked:
     """The keyword arguments with which `tune` began a run, without those that say where it goes.
+
+    Attributes:
+        settings: Those that the folder holds.
+        objects: Names of those that it does not, or not wholly: Python objects.
+    """
+
+    settings: dict[str, Any]
+    objects: frozenset[str]
+
+    def require(self, names: Collection[str], run_dir: object, fix: str) -> None:
+        """Refuse to go on without some of them.
+
+        Raises:
+            ConfigurationError: One of the names is that of an object; `fix` says what to do.
+        """
+        missing = sorted(self.objects & set(names))
+        if missing:
+            what = f"was begun from Python with {', '.join(missing)} as objects, which no folder holds"
+            raise ConfigurationError("run_dir", str(run_dir), f"{what}: {fix}")
+
+
+def read_asked(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """All keyword arguments with which `tune` began a run, without those that say where it goes.
+
+    Raises:
+        ConfigurationError: No command and no `tune` began it, or with Python objects, which no folder holds.
+        CheckpointError: The file is damaged.
+    """
+    asked = asked_of(run_dir)
+    asked.require(asked.objects, run_dir, "call evollm.tune as then, with resume_from_checkpoint=...")
+    return asked.settings
+
+
+def known_of(run_dir: str | os.PathLike[str]) -> Asked:
+    """As `asked_of`; nothing of a run that a script began.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    return asked_of(run_dir) if (Path(run_dir) / ASKED).is_file() else Asked({}, frozenset())
+
+
+def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
+    """What a run folder holds of the arguments of `tune`.
 
     A folder may come from somebody else: of `model_config` only what chooses weights and how they are stored is taken,
     never `trust_remote_code` or a kernel by its name. Who needs these must ask for them anew.
 
     Raises:
-        ConfigurationError: No command and no `tune` began it, or with Python objects, which no folder holds.
+        ConfigurationError: No command and no `tune` began the run.
         CheckpointError: The file is damaged.
     """
     path = Path(run_dir) / ASKED
@@ -142,17 +190,12 @@ def read_asked(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigurationError("run_dir", str(run_dir), fix)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        settings, objects = dict(content["settings"]), list(content["objects"])
+        settings, objects = dict(content["settings"]), frozenset(map(str, content["objects"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    if objects:
-        fix = f"was begun from Python with objects as {', '.join(objects)}: call evollm.tune as then, with " + (
-            "resume_from_checkpoint=..."
-        )
-        raise ConfigurationError("run_dir", str(run_dir), fix)
     if isinstance(settings.get("model_config"), Mapping):
         settings["model_config"] = _harmless(settings["model_config"])
-    return settings
+    return Asked(settings, objects)
 
 
 def _harmless(model_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,6 +213,23 @@ def _lost(model_config: Mapping[str, Any]) -> set[str]:
 _NOT_PLAIN = object()
 
 
+def _recorded(name: str, value: Any) -> Any:
+    """An argument of `tune` as its record has it, or `_NOT_PLAIN`."""
+    if name == "model_config" and isinstance(value, Mapping):
+        return _harmless(value)
+    if name == "lora_config" and type(value) is LoraConfig:
+        return _plain(_lora_fields(value))
+    return _plain(value)
+
+
+def _lora_fields(config: LoraConfig) -> dict[str, Any]:
+    """The fields that are not at their defaults, and those to which `tune` gives defaults of its own."""
+    default = LoraConfig()
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    own = {"target_modules", "task_type"}
+    return {name: value for name, value in fields.items() if name in own or value != getattr(default, name)}
+
+
 def _plain(value: Any) -> Any:
     """The value as JSON has it, or `_NOT_PLAIN`."""
     if isinstance(value, HyperparameterConfig):
@@ -181,9 +241,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         found = {str(key): _plain(item) for key, item in value.items()}
         return _NOT_PLAIN if any(item is _NOT_PLAIN for item in found.values()) else found
+    if isinstance(value, Enum):
+        return _plain(value.value)
     return value if value is None or isinstance(value, str | int | float | bool) else _plain_list(value)
 
 
 def _plain_list(value: Any) -> Any:
-    found = [_plain(item) for item in value] if isinstance(value, list | tuple) else [_NOT_PLAIN]
+    # A set of names, such as target_modules, has no order of its own.
+    items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+    found = [_plain(item) for item in items] if isinstance(items, list | tuple) else [_NOT_PLAIN]
     return _NOT_PLAIN if any(item is _NOT_PLAIN for item in found) else found

@@ -23,12 +23,13 @@ from evollm.models.engine import Engine, Seat
 from evollm.models.identity import computing_settings
 from evollm.training.callbacks import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
-from evollm.tuning.pieces import pieces_of
-from evollm.tuning.record import Record, Schedule, read_asked, read_record
-from evollm.tuning.setup import EVOLUTION, make_agents, make_env, prepare_settings, request_of
+from evollm.tuning.pieces import check_known, pieces_of, taken_by
+from evollm.tuning.record import Record, Schedule, asked_of, read_record
+from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
 # What decides in which steps, and so beside whom, an agent goes through a batch.
 _STRIDE = ("batch_size", "update_epochs")
+_HELD_OUT = frozenset({"test_data", "final_data"})
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def replay(
     run_dir: str | os.PathLike[str] | None = None,
     verbose: bool = True,
     trust_remote_code: bool = False,
+    **handed_in: Any,
 ) -> ReplayResult:
     """Train one agent on the schedule of hyperparameters of a run's best agent; nothing is selected or mutated.
 
@@ -146,12 +148,14 @@ def replay(
         run: Folder of a run that has ended.
         agents: Agents made as for the run, of which one is trained. None: as `tune` made them.
         env: A gym made as for the run, or with other data. None: as `tune` made it.
-        data: Other rows to learn from, for a run of `tune`.
+        data: Rows to learn from, for a run of `tune`: others, or the same again where the run was given Python objects,
+            which its folder does not hold.
         num_epochs: Passes over the data; None: as many as the run made.
         max_steps: Steps at most.
         run_dir: Run folder of the replay, by default a new one in `evollm-runs`.
         verbose: Show progress and the result in the terminal.
         trust_remote_code: Run code that comes with the base of a run of `tune`. A run folder cannot ask for it.
+        **handed_in: Further arguments of `tune` that its folder does not hold: `model`, `tokenizer`, `test_data`, ...
 
     Raises:
         ConfigurationError: This is no run folder, the run was begun by a script and agents or env are missing, or they
@@ -160,10 +164,12 @@ def replay(
     """
     record = read_record(run)
     script = Script.of(record)
-    if (agents is None) != (env is None) or (agents is not None and data is not None):
+    if data is not None:
+        handed_in["data"] = data
+    if (agents is None) != (env is None) or (agents is not None and handed_in):
         raise ConfigurationError("agents", None, "pass agents and env together, and then no data, or neither")
     if agents is None or env is None:
-        agents, env = _as_tuned(run, data, trust_remote_code)
+        agents, env = _as_tuned(run, handed_in, trust_remote_code)
     agent = _founder(agents, record)
     config = record.config
     same = env.fingerprint == config["data"]["fingerprint"] and num_epochs is None and max_steps is None
@@ -189,17 +195,28 @@ def replay(
 
 
 def _as_tuned(
-    run: str | os.PathLike[str], data: Any | None, trust_remote_code: bool
+    run: str | os.PathLike[str], handed_in: Mapping[str, Any], trust_remote_code: bool
 ) -> tuple[list[SavableAgent], DatasetGym]:
-    """One agent and the gym as `tune` made them for a run."""
-    asked = read_asked(run)
+    """One agent and the gym as `tune` made them for a run, with what is handed in instead of what the folder holds."""
+    asked = asked_of(run)
+    pieces = pieces_of(asked.settings.get("algorithm", "dpo"))
+    parameters = pieces.parameters()
+    # Neither callbacks, nor a fitness, nor bounds have a part in what one agent learns from a schedule.
+    shaping = {*TUNE_PARAMETERS, *taken_by(pieces.gym, parameters), *taken_by(pieces.agent, parameters)} - EVOLUTION
+    check_known(handed_in, sorted(shaping))
+    missing = shaping - handed_in.keys()
+    found = {name: value for name, value in asked.settings.items() if name in shaping} | handed_in
+    if "data" in handed_in:
+        # Nothing is selected by them.
+        found |= dict.fromkeys(asked.objects & _HELD_OUT & missing, False)
+        missing -= _HELD_OUT
+    asked.require(missing, run, "hand the same in again: evollm.replay(run, data=..., ...), or rows in a file: --data")
     if trust_remote_code:
-        asked["model_config"] = {**(asked.get("model_config") or {}), "trust_remote_code": True}
-    request = request_of(**{**asked, "data": asked["data"] if data is None else data})
+        found["model_config"] = {**(found.get("model_config") or {}), "trust_remote_code": True}
+    request = request_of(**found)
     settings = prepare_settings(request)
     env = make_env(request, settings)
-    lone = {name: value for name, value in request.settings.items() if name not in EVOLUTION}
-    one = replace(request, population=1, generations=None, settings=lone)
+    one = replace(request, population=1)
     return make_agents(one, prepare_settings(one), env), env
 
 

@@ -19,7 +19,7 @@ from evollm.errors import ConfigurationError
 from evollm.models.generation import greedy_answers
 from evollm.models.pretrained import load_base_model, load_tokenizer, reloadable
 from evollm.tuning.plain import model_config_of
-from evollm.tuning.record import ASKED, read_asked, read_record
+from evollm.tuning.record import known_of, read_record
 
 KINDS = ("merged", "adapter", "policy")
 _AGENTS: dict[str, type[SavableAgent]] = {"DPO": DPO, "SFT": SFT}
@@ -74,8 +74,12 @@ def open_winner(run_dir: str | os.PathLike[str], model: str | None = None, trust
     """
     record = read_record(run_dir)
     _ = record.best  # Before a model is loaded: the run must have ended.
-    asked = read_asked(run_dir) if model is None and (record.run_dir / ASKED).is_file() else {}
+    known = known_of(run_dir)
+    asked = known.settings
     name = model or asked.get("model") or record.config["base"]
+    if model is None:
+        needed = {"tokenizer", "model_config"} if name else {"model", "tokenizer", "model_config"}
+        known.require(needed, run_dir, "give the name or folder of a model that has them (model)")
     if not name:
         raise ConfigurationError("model", None, f"{run_dir} does not name the model that it ran on: give it")
     agent_class = _AGENTS[record.config["algorithm"]]

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_rows
+from peft import LoraConfig
 from tokenizers_for_tests import chatml_tokenizer
+from transformers import BitsAndBytesConfig
 
-from evollm import tune
+from evollm import Callback, ConfigurationError, replay, tune
 from evollm.cli import main
-from evollm.tuning.record import read_asked, write_asked
+from evollm.tuning.record import asked_of, read_asked, write_asked
+from evollm.tuning.winner import open_winner
 
 LORA = {"r": 4, "target_modules": ["q_proj"]}
 SHORT = {
@@ -105,3 +108,43 @@ def test_no_password_is_written_into_a_run_folder(begin) -> None:
 def test_an_object_in_model_config_is_named(tmp_path, value, held) -> None:
     write_asked(tmp_path, {"model_config": value})
     assert json.loads((tmp_path / "tune.json").read_text())["objects"] == ([] if held else ["model_config"])
+
+
+def test_another_name_for_the_model_leaves_the_rest_of_the_record(begin) -> None:
+    chatml_tokenizer().save_pretrained("tokenizer")
+    run = begin(elite_path="best", tokenizer="tokenizer", model_config={"dtype": "bfloat16"})
+    Path("model").rename("moved")
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        open_winner(run)
+    # Weights of another type would be another base, which its agent refuses.
+    winner = open_winner(run, "moved")
+    assert winner.agent.base.network.dtype == torch.bfloat16
+    assert winner.tokenizer.name_or_path == "tokenizer"
+
+
+def test_a_run_with_objects_is_opened_exported_and_replayed_as_far_as_it_needs_none(begin, capsys) -> None:
+    objects = {"callbacks": [Callback()], "fitness": lambda evaluation: evaluation.accuracy}
+    quantised = BitsAndBytesConfig(load_in_8bit=True)
+    run = begin(**objects, lora_config=LoraConfig(r=4, lora_alpha=4, target_modules={"v_proj", "q_proj"}))
+    assert main(["chat", "run", *CHAT]) == 0
+    assert main(["export", "run", "--to", "exported"]) == 0
+    assert replay(run, run_dir="again", verbose=False).exact
+    assert main(["resume", "run"]) == 1
+    assert "with callbacks, fitness as objects" in capsys.readouterr().err
+    fields = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": None}
+    assert asked_of(run).settings["lora_config"] == fields
+    write_asked(run, {"model_config": {"quantization_config": quantised}})
+    assert asked_of(run).settings["model_config"]["quantization_config"]["load_in_8bit"] is True
+
+
+@pytest.mark.parametrize("needed", ["tokenizer", "model"])
+def test_what_cannot_be_loaded_without_an_object_says_so(begin, make_model, needed) -> None:
+    given = {"tokenizer": chatml_tokenizer()}
+    if needed == "model":
+        given["model"] = make_model()
+    run = begin(**given)
+    with pytest.raises(ConfigurationError, match=f"begun from Python with .*{needed}.* as objects"):
+        open_winner(run) if needed == "tokenizer" else replay(run)
+    assert open_winner(run, "model").agent.base.name
+    given.setdefault("model", "model")
+    assert replay(run, **given, run_dir="again", verbose=False).exact
