@@ -25,6 +25,7 @@ ASKED = "tune.json"
 # One (step, hyperparameters) for the founder, and one for each change.
 Schedule = list[tuple[int, dict[str, Value]]]
 _DEVICE_MAPS = ("auto", "cpu", "cuda")
+_ROWS = frozenset({"data", "test_data", "final_data"})
 _PASSWORDS = frozenset({"proxies", "token", "use_auth_token"})
 
 
@@ -112,7 +113,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
     """Keep the keyword arguments of `tune` in a run folder, those that are plain data; of the others their names.
 
-    People hand run folders on: of `model_config` only what `read_asked` takes is written, and so no `token`.
+    People hand run folders on: rows count as objects, since they may be private and many, and of `model_config` only
+    what `read_asked` takes is written, and so no `token`.
     """
     settings, objects = {}, []
     for name, value in asked.items():
@@ -215,6 +217,8 @@ _NOT_PLAIN = object()
 
 def _recorded(name: str, value: Any) -> Any:
     """An argument of `tune` as its record has it, or `_NOT_PLAIN`."""
+    if name in _ROWS and value is not False and not isinstance(value, str | os.PathLike):
+        return _NOT_PLAIN
     if name == "model_config" and isinstance(value, Mapping):
         return _harmless(value)
     if name == "lora_config" and type(value) is LoraConfig:

@@ -148,3 +148,20 @@ def test_what_cannot_be_loaded_without_an_object_says_so(begin, make_model, need
     assert open_winner(run, "model").agent.base.name
     given.setdefault("model", "model")
     assert replay(run, **given, run_dir="again", verbose=False).exact
+
+
+def test_rows_are_not_copied_into_a_run_folder(begin, capsys) -> None:
+    rows = {"data": make_rows(40), "test_data": make_rows(6, 50), "final_data": False}
+    run = begin(**rows)
+    content = json.loads((run / "tune.json").read_text())
+    assert content["objects"] == ["data", "test_data"]
+    assert content["settings"].keys() & rows.keys() == {"final_data"}
+    for command in (["resume", "run"], ["replay", "run"]):
+        assert main(command) == 1
+        assert "with data, test_data as objects, which no folder holds" in capsys.readouterr().err
+    assert main(["replay", "run", "--data", "rows.jsonl", "--run-dir", "file"]) == 0
+    capsys.readouterr()
+    assert replay(run, **rows, run_dir="again", verbose=False).exact
+    assert replay(run, data=make_rows(30), run_dir="other", verbose=False).exact is None
+    with pytest.raises(ConfigurationError, match="nearest known one"):
+        replay(run, **rows, callbacks=[])
