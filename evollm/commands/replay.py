@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _verdict(result: ReplayResult) -> str:
     if result.exact is None:
-        return "The schedule was stretched over other steps than the run's: there is nothing to compare with."
+        return f"There is nothing to compare with: {result.reason}."
     if result.exact:
         return "The adapter is that of the run's best agent, bit for bit."
     return (

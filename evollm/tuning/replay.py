@@ -24,7 +24,7 @@ from evollm.models.identity import computing_settings
 from evollm.training.callbacks import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
 from evollm.tuning.pieces import check_known, pieces_of, taken_by
-from evollm.tuning.record import Record, Schedule, asked_of, read_record
+from evollm.tuning.record import Record, Schedule, asked_of, known_of, read_record
 from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
 # What decides in which steps, and so beside whom, an agent goes through a batch.
@@ -40,14 +40,15 @@ class ReplayResult:
         agent: The agent.
         run_dir: The run folder of the replay.
         schedule: The hyperparameters that it learnt with: (step, values) wherever they changed.
-        exact: Whether its adapter is that of the run's best agent, bit for bit. None: it learnt from other data or in
-            another number of steps, or the run kept no elite.
+        exact: Whether its adapter is that of the run's best agent, bit for bit. None: there is nothing to compare with.
+        reason: Why there is nothing: other data, another number of steps, or no best agent was kept; else empty.
     """
 
     agent: SavableAgent
     run_dir: Path
     schedule: Schedule
     exact: bool | None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,13 @@ def replay(
         agents, env = _as_tuned(run, handed_in, trust_remote_code)
     agent = _founder(agents, record)
     config = record.config
-    same = env.fingerprint == config["data"]["fingerprint"] and num_epochs is None and max_steps is None
+    stretched = _why_stretched(env.fingerprint == config["data"]["fingerprint"], num_epochs, max_steps)
+    places = known_of(run).settings
     options: dict[str, Any] = {"max_steps": script.total}
-    if same:
+    if not stretched:
         _check_same(agent, env, config)
         env.load_state_dict(config["data"]["position"])
-        _take_budgets(agent, Path(run))
+        _take_budgets(agent, Path(places.get("checkpoint_path") or record.run_dir / "checkpoints"))
         options |= {"evaluation_interval": config["schedule"]["evaluate_every"]}
     else:
         epochs = script.total / config["schedule"]["epoch"]
@@ -191,7 +193,24 @@ def replay(
     prompter = _Prompter(agent, script)
     pieces = pieces_of(config["algorithm"].lower())
     pieces.finetune([agent], env, callbacks=[prompter], run_dir=run_dir, verbose=verbose, **options)
-    return ReplayResult(agent, prompter.run_dir, script.schedule, _is_exact(agent, Path(run)) if same else None)
+    elite = Path(places.get("elite_path") or record.run_dir / "elite")
+    reason = stretched or _why_no_elite(elite, config)
+    return ReplayResult(agent, prompter.run_dir, script.schedule, None if reason else _is_exact(agent, elite), reason)
+
+
+def _why_stretched(same_data: bool, num_epochs: int | None, max_steps: int | None) -> str:
+    """Why the schedule does not hold step by step; empty where it does."""
+    if not same_data:
+        return "the schedule was stretched over other data, or held-out rows are others than the run's"
+    asked = num_epochs is not None or max_steps is not None
+    return "the schedule was stretched over a number of epochs or steps of your own" if asked else ""
+
+
+def _why_no_elite(elite: Path, config: Mapping[str, Any]) -> str:
+    """Why the best agent of a run cannot be compared with; empty where it can."""
+    if not config["options"]["save_elite"]:
+        return "the run was not to save its best agent (save_elite=False)"
+    return "" if elite.is_dir() else f"the run's best agent is not at {elite}"
 
 
 def _as_tuned(
@@ -242,17 +261,14 @@ def _check_same(agent: SavableAgent, env: DatasetGym, config: Mapping[str, Any])
         raise ConfigurationError("agents", "others", f"make agents and env as they were for the run ({listed})")
 
 
-def _take_budgets(agent: SavableAgent, run: Path) -> None:
+def _take_budgets(agent: SavableAgent, checkpoints: Path) -> None:
     """Divide batches as the run did: what it found out of its memory lies in its checkpoints."""
-    newest = newest_population(run / "checkpoints")
+    newest = newest_population(checkpoints)
     if newest is not None:
         state = json.loads((newest / STATE).read_text(encoding="utf-8"))
         Engine.of(agent.base).load_state_dict(state["budgets"])
 
 
-def _is_exact(agent: SavableAgent, run: Path) -> bool | None:
-    elite = run / "elite"
-    if not elite.is_dir():
-        return None
+def _is_exact(agent: SavableAgent, elite: Path) -> bool:
     then, now = read_agent_folder(elite).adapter(ACTOR).tensors, agent.base.export(agent.actor_adapter).tensors
     return then.keys() == now.keys() and all(torch.equal(then[name], now[name].cpu()) for name in then)

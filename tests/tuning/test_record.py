@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from evollm.cli import main
 from evollm.tuning.record import asked_of, read_asked, write_asked
 from evollm.tuning.winner import open_winner
 
+replay_module = importlib.import_module("evollm.tuning.replay")  # The package has a function of this name.
 LORA = {"r": 4, "target_modules": ["q_proj"]}
 SHORT = {
     "population": 2,
@@ -160,8 +162,29 @@ def test_rows_are_not_copied_into_a_run_folder(begin, capsys) -> None:
         assert main(command) == 1
         assert "with data, test_data as objects, which no folder holds" in capsys.readouterr().err
     assert main(["replay", "run", "--data", "rows.jsonl", "--run-dir", "file"]) == 0
-    capsys.readouterr()
+    assert "nothing to compare with: the schedule was stretched over other data" in capsys.readouterr().out
     assert replay(run, **rows, run_dir="again", verbose=False).exact
     assert replay(run, data=make_rows(30), run_dir="other", verbose=False).exact is None
     with pytest.raises(ConfigurationError, match="nearest known one"):
         replay(run, **rows, callbacks=[])
+
+
+def test_a_replay_finds_what_the_run_wrote_elsewhere(begin, monkeypatch) -> None:
+    looked_in, newest = [], replay_module.newest_population
+    monkeypatch.setattr(replay_module, "newest_population", lambda path: looked_in.append(path) or newest(path))
+    run = begin(elite_path="best", checkpoint_path="saved")
+    assert replay(run, run_dir="again", verbose=False).exact
+    assert looked_in == [Path("saved")]
+    assert newest(looked_in[0]) is not None
+
+
+def test_a_replay_says_why_it_compares_nothing(begin, capsys) -> None:
+    run = begin()
+    assert "steps of your own" in replay(run, max_steps=1, run_dir="short", verbose=False).reason
+    (run / "elite").rename("elsewhere")
+    assert main(["replay", "run", "--run-dir", "again"]) == 0
+    assert "nothing to compare with: the run's best agent is not at run/elite" in capsys.readouterr().out
+    # What another run left there.
+    unsaved = begin(run_dir="unsaved", elite_path="elsewhere", save_elite=False)
+    result = replay(unsaved, run_dir="third", verbose=False)
+    assert (result.exact, "save_elite=False" in result.reason) == (None, True)
