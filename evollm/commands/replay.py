@@ -28,19 +28,24 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("--num-epochs", type=int, help="passes over the data (default: as many as the run made)")
     parser.add_argument("--max-steps", type=int, help="steps at most")
     parser.add_argument("--run-dir", help="run folder of the replay (default: a new one in evollm-runs)")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with a replay of this run that was interrupted")
     add_trust(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
-    lengths = {"num_epochs": options.num_epochs, "max_steps": options.max_steps}
+    given = {
+        "num_epochs": options.num_epochs,
+        "max_steps": options.max_steps,
+        "run_dir": options.run_dir,
+        "resume_from_checkpoint": options.resume,
+    }
     if is_demo(options.source):
         if options.data is not None:
             raise ConfigurationError("data", options.data, "the demo has its own: leave it out")
         agents, env = demo_agents_and_env(options.source)
-        result = replay(options.source, agents, env, run_dir=options.run_dir, **lengths)
+        result = replay(options.source, agents, env, **given)
     else:
-        given = {"data": options.data, "run_dir": options.run_dir, "trust_remote_code": options.trust_remote_code}
-        result = replay(options.source, **given, **lengths)
+        result = replay(options.source, data=options.data, trust_remote_code=options.trust_remote_code, **given)
     print(f"\nRun folder: {result.run_dir}\n{_verdict(result)}")
 
 

@@ -187,7 +187,8 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
     if not path.is_file():
         fix = (
             "is no run that a command began; one that a script began goes on by the script, with "
-            f"finetune_llm_preference(..., resume_from_checkpoint=...) (it has no {ASKED})"
+            f"finetune_llm_preference(..., resume_from_checkpoint=...), and a replay with evollm replay RUN --resume "
+            f"FOLDER (it has no {ASKED})"
         )
         raise ConfigurationError("run_dir", str(run_dir), fix)
     try:

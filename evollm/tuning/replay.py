@@ -131,6 +131,7 @@ def replay(
     num_epochs: int | None = None,
     max_steps: int | None = None,
     run_dir: str | os.PathLike[str] | None = None,
+    resume_from_checkpoint: str | os.PathLike[str] | None = None,
     verbose: bool = True,
     trust_remote_code: bool = False,
     **handed_in: Any,
@@ -154,6 +155,7 @@ def replay(
         num_epochs: Passes over the data; None: as many as the run made.
         max_steps: Steps at most.
         run_dir: Run folder of the replay, by default a new one in `evollm-runs`.
+        resume_from_checkpoint: Folder of a replay with the same arguments that was interrupted, to go on with it.
         verbose: Show progress and the result in the terminal.
         trust_remote_code: Run code that comes with the base of a run of `tune`. A run folder cannot ask for it.
         **handed_in: Further arguments of `tune` that its folder does not hold: `model`, `tokenizer`, `test_data`, ...
@@ -192,7 +194,8 @@ def replay(
     agent.set_hyperparameters(script.values[0])
     prompter = _Prompter(agent, script)
     pieces = pieces_of(config["algorithm"].lower())
-    pieces.finetune([agent], env, callbacks=[prompter], run_dir=run_dir, verbose=verbose, **options)
+    options |= {"run_dir": run_dir, "resume_from_checkpoint": resume_from_checkpoint, "verbose": verbose}
+    pieces.finetune([agent], env, callbacks=[prompter], **options)
     elite = Path(places.get("elite_path") or record.run_dir / "elite")
     reason = stretched or _why_no_elite(elite, config)
     return ReplayResult(agent, prompter.run_dir, script.schedule, None if reason else _is_exact(agent, elite), reason)
@@ -224,7 +227,7 @@ def _as_tuned(
     shaping = {*TUNE_PARAMETERS, *taken_by(pieces.gym, parameters), *taken_by(pieces.agent, parameters)} - EVOLUTION
     check_known(handed_in, sorted(shaping))
     missing = shaping - handed_in.keys()
-    found = {name: value for name, value in asked.settings.items() if name in shaping} | handed_in
+    found = {name: value for name, value in asked.settings.items() if name in shaping} | dict(handed_in)
     if "data" in handed_in:
         # Nothing is selected by them.
         found |= dict.fromkeys(asked.objects & _HELD_OUT & missing, False)

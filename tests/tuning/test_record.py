@@ -188,3 +188,12 @@ def test_a_replay_says_why_it_compares_nothing(begin, capsys) -> None:
     unsaved = begin(run_dir="unsaved", elite_path="elsewhere", save_elite=False)
     result = replay(unsaved, run_dir="third", verbose=False)
     assert (result.exact, "save_elite=False" in result.reason) == (None, True)
+
+
+def test_the_command_goes_on_with_a_replay_and_resume_says_so(begin, capsys) -> None:
+    begin()
+    assert main(["replay", "run", "--run-dir", "again"]) == 0
+    assert main(["replay", "run", "--resume", "again"]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert main(["resume", "again"]) == 1
+    assert "evollm replay RUN --resume" in capsys.readouterr().err

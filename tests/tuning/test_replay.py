@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from evollm import (
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.cli import main
 from evollm.models import engine as engine_module
+from evollm.training import run as run_module
 from evollm.tuning.record import read_record
 from evollm.tuning.replay import Script
 
@@ -76,6 +79,24 @@ def test_replay_makes_the_winners_adapter_bit_for_bit(run, made) -> None:
     elite, mine = (Path(path, "elite/actor/adapter_model.safetensors") for path in (folder, result.run_dir))
     assert elite.read_bytes() == mine.read_bytes()
     assert result.schedule == read_record(folder).schedule
+
+
+def test_a_replay_that_was_interrupted_goes_on(run, made, monkeypatch) -> None:
+    folder = run()
+    learn_all, steps = run_module.learn_all, []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learn_all(*args)
+
+    monkeypatch.setattr(run_module, "learn_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        again(folder, *made(1))
+    result = replay(folder, *made(1), resume_from_checkpoint=folder.parent / "replay", verbose=False)
+    assert len(steps) == LENGTH["max_steps"]
+    assert result.exact
 
 
 @pytest.fixture
