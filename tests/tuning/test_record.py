@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig
 
 from evollm import Callback, ConfigurationError, replay, tune
 from evollm.cli import main
+from evollm.tuning.plain import model_config_of
 from evollm.tuning.record import asked_of, read_asked, write_asked
 from evollm.tuning.winner import open_winner
 
@@ -126,7 +127,7 @@ def test_another_name_for_the_model_leaves_the_rest_of_the_record(begin) -> None
 
 def test_a_run_with_objects_is_opened_exported_and_replayed_as_far_as_it_needs_none(begin, capsys) -> None:
     objects = {"callbacks": [Callback()], "fitness": lambda evaluation: evaluation.accuracy}
-    quantised = BitsAndBytesConfig(load_in_8bit=True)
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
     run = begin(**objects, lora_config=LoraConfig(r=4, lora_alpha=4, target_modules={"v_proj", "q_proj"}))
     assert main(["chat", "run", *CHAT]) == 0
     assert main(["export", "run", "--to", "exported"]) == 0
@@ -136,7 +137,8 @@ def test_a_run_with_objects_is_opened_exported_and_replayed_as_far_as_it_needs_n
     fields = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": None}
     assert asked_of(run).settings["lora_config"] == fields
     write_asked(run, {"model_config": {"quantization_config": quantised}})
-    assert asked_of(run).settings["model_config"]["quantization_config"]["load_in_8bit"] is True
+    loaded = model_config_of(asked_of(run).settings["model_config"])
+    assert loaded["quantization_config"].to_dict() == quantised.to_dict()
 
 
 @pytest.mark.parametrize("needed", ["tokenizer", "model"])
