@@ -12,7 +12,13 @@ from evollm.errors import ConfigurationError
 # The others rewrite the base's own weights, which every other adapter stands on, or need data.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # Options that work on the base itself, or through hooks for which the base would have to be called by PEFT.
-_UNSUPPORTED = ("modules_to_save", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
+_UNSUPPORTED = (
+    "megatron_config",
+    "modules_to_save",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+)
 
 
 def check_plain_model(field: str, model: object) -> None:

@@ -200,6 +200,8 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(make_model, lor
         ({"init_lora_weights": "eva"}, "init_lora_weights"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": "["}, "target_modules"),
+        # PEFT would import the module that megatron_core names.
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
     ],
 )
 def test_a_lora_config_that_cannot_work_is_refused(make_model, changes, field) -> None:
