@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"evollm: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("evollm: interrupted", file=sys.stderr)
+        print("evollm: interrupted; evollm resume RUN goes on with a run that has saved a checkpoint", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -32,6 +32,11 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: %(default)s)"
     )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="no chat template: what a run on rows of strings, not messages, has learnt from",
+    )
     add_model(parser)
     add_trust(parser)
 
@@ -41,7 +46,7 @@ def _run(options: argparse.Namespace) -> None:
     winner = open_winner(options.run_dir, options.model, options.trust_remote_code)
     console = Console()
     for prompt in options.prompt or _typed():
-        answers = winner.answers(prompt, options.max_new_tokens)
+        answers = winner.answers(prompt, options.max_new_tokens, options.raw)
         table = Table("base", "winner", title=Text(prompt), title_justify="left", expand=True, show_lines=True)
         table.add_row(*map(Text, answers))
         console.print(table)

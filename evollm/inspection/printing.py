@@ -98,8 +98,8 @@ def _forecast_lines(forecast: Forecast) -> str:
     agents = f"{forecast.population} agent{'' if forecast.population == 1 else 's'}"
     lines = (
         f"Estimate for {agents} with LoRA of rank 16 on all linear layers: {forecast.memory_bytes / gib:.2f} GiB of "
-        f"memory (base {forecast.base_bytes / gib:.2f}, activations about {forecast.activation_bytes / gib:.2f}); "
-        f"{forecast.free_bytes / gib:.2f} GiB are free here"
+        f"memory beside Python and its libraries (base {forecast.base_bytes / gib:.2f}, activations about "
+        f"{forecast.activation_bytes / gib:.2f}); {forecast.free_bytes / gib:.2f} GiB are free here"
     )
     if forecast.seconds is None:
         return lines + "\nTime: not measured; --estimate loads the weights and times a few steps"

@@ -266,7 +266,10 @@ class SharedBase:
     def state(self, merged: str | None = None) -> dict[str, Tensor]:
         """The base's own weights, by their names in the model without adapters, not copied; see `save_weights`."""
         if getattr(self.network, "is_quantized", False):
-            fix = "is quantised and cannot be written: save the adapters alone, and load the base from where it came"
+            fix = (
+                "is quantised and cannot be written: save the adapter alone (evollm export --what adapter), and load "
+                "the base from where it came"
+            )
             raise ConfigurationError("base", self.name, fix)
         adapters = {id(parameter) for name in self._parameters for parameter in self._parameters[name].values()}
         weights = {

@@ -30,7 +30,16 @@ from evollm.hpo import (
     format_value,
     rank,
 )
-from evollm.training.callbacks import Callback, Checkpointed, Evaluated, Evolved, RunEnded, RunStarted, StepDone
+from evollm.training.callbacks import (
+    BaselineScored,
+    Callback,
+    Checkpointed,
+    Evaluated,
+    Evolved,
+    RunEnded,
+    RunStarted,
+    StepDone,
+)
 
 SHOWN = ("lr", "beta", "nll_alpha")
 # Shown too where they are not these.
@@ -85,8 +94,20 @@ class Console(Callback):
         )
         if event.step:
             self._print(f"resumed after step {event.step}")
-        self._task = self._progress.add_task("training", total=event.total_steps, completed=event.step)
+        self._task = self._progress.add_task("", total=event.total_steps, completed=event.step)
         self._progress.start()
+        self._phase("training" if event.step else "scoring the untuned model")
+
+    def on_baseline(self, event: BaselineScored) -> None:
+        """Training is next."""
+        self._phase("training")
+
+    def _phase(self, name: str) -> None:
+        """Say what takes the time now: beside the bar, or in a line where there is none."""
+        assert self._task is not None
+        self._progress.update(self._task, description=name)
+        if not self._console.is_terminal:
+            self._print(f"{name} ...")
 
     def on_step(self, event: StepDone) -> None:
         """Move the bar."""
@@ -102,6 +123,8 @@ class Console(Callback):
     def on_evaluation(self, event: Evaluated) -> None:
         """Print the table of a generation."""
         self._print(generation_table(event, self._births, self._losses))
+        if self._task is not None and event.step == self._progress.tasks[self._task].total:
+            self._phase("final score and sample answers")
 
     def on_evolution(self, event: Evolved) -> None:
         """Say who came from whom."""
@@ -115,7 +138,7 @@ class Console(Callback):
 
     def on_checkpoint(self, event: Checkpointed) -> None:
         """Say where the population was saved."""
-        self._print(f"step {event.step}: population saved in {event.path}")
+        self._print(f"step {event.step}: population saved in {event.path}", soft_wrap=True)
 
     def on_end(self, event: RunEnded) -> None:
         """Print the result."""

@@ -226,7 +226,9 @@ class RunPaths:
             folder = new_run_dir() if run_dir is None else usable_path("run_dir", run_dir)
         if resume is None and (folder / "config.json").exists():
             raise ConfigurationError(
-                "run_dir", str(folder), "holds another run: resume it with resume_from_checkpoint, or give a new folder"
+                "run_dir",
+                str(folder),
+                "holds another run: resume it (evollm resume, or resume_from_checkpoint), or give a new folder",
             )
         paths = cls(
             run_dir=folder,

@@ -39,16 +39,17 @@ class Winner:
     tokenizer: Any
     run_dir: Path
 
-    def answers(self, prompt: str, max_new_tokens: int = 128) -> tuple[str, str]:
+    def answers(self, prompt: str, max_new_tokens: int = 128, raw: bool = False) -> tuple[str, str]:
         """The likeliest answers of the base and of the agent to what a user says.
 
         Args:
             prompt: A user's message, written out by the tokenizer's chat template; without a template, the text that
                 is to be continued.
             max_new_tokens: Longest answer, in tokens.
+            raw: Continue the text as it is, template or not: what rows of strings are learnt from.
         """
         text = prompt
-        if getattr(self.tokenizer, "chat_template", None):
+        if not raw and getattr(self.tokenizer, "chat_template", None):
             messages = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # A template writes the BOS itself.
