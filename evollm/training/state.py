@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.hpo import AnyEvaluation, Birth, Evaluation, EvolutionPlan, Fitness, LikelihoodEvaluation
+from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
+from evollm.hpo.evaluation_files import VECTORS
 
 # Settings that a resumed run may change: how long it goes on, and what it writes.
 _MAY_CHANGE = {
@@ -24,11 +25,6 @@ _MAY_CHANGE = {
     "data": {"position"},
 }
 _NOT_COMPARED = {"versions"}
-# The two vectors of `before` in a checkpoint, by the kind of evaluation.
-_BEFORE: dict[tuple[str, str], type[AnyEvaluation]] = {
-    ("chosen_logratios", "rejected_logratios"): Evaluation,
-    ("logprobs", "num_tokens"): LikelihoodEvaluation,
-}
 
 
 @dataclass
@@ -70,8 +66,7 @@ class Progress:
         """The vectors of `before`, which JSON is too narrow for."""
         if self.before is None:
             return {}
-        names = next(names for names, kind in _BEFORE.items() if isinstance(self.before, kind))
-        return {f"before_{name}": torch.tensor(getattr(self.before, name)) for name in names}
+        return {f"before_{name}": torch.tensor(getattr(self.before, name)) for name in VECTORS[type(self.before)]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progress:
@@ -97,7 +92,7 @@ class Progress:
 def _read_before(tensors: Mapping[str, Tensor]) -> AnyEvaluation | None:
     if not tensors:
         return None
-    first, second, kind = next((*names, kind) for names, kind in _BEFORE.items() if f"before_{names[0]}" in tensors)
+    first, second, kind = next((*names, kind) for kind, names in VECTORS.items() if f"before_{names[0]}" in tensors)
     return kind(tensors[f"before_{first}"].numpy(), tensors[f"before_{second}"].numpy())
 
 
