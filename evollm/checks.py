@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -26,6 +28,14 @@ def finite_number(field: str, value: object) -> float:
     if not finite:
         raise ConfigurationError(field, value, "must be finite")
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def nearest_name(name: str, known: Collection[str], aliases: Mapping[str, str] | None = None) -> str | None:
+    """The known name that was perhaps meant: what an alias stands for, else the one spelt most alike; None of none."""
+    alias = (aliases or {}).get(name)
+    if alias is not None and alias in known:
+        return alias
+    return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.0)), None)
 
 
 def _is_number(value: object) -> bool:

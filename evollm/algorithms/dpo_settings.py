@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evollm.algorithms.preference_losses import LOSSES, LossSettings
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
-from evollm.checks import finite_number, positive_number
+from evollm.checks import finite_number, nearest_name, positive_number
 from evollm.errors import ConfigurationError
 
 MOST_SMOOTHING = 0.5
@@ -82,8 +81,8 @@ def loss_names(loss_type: object) -> tuple[str, ...]:
         raise ConfigurationError("loss_type", loss_type, f"must be a name or a list of names: {', '.join(LOSSES)}")
     for name in names:
         if name not in LOSSES:
-            nearest = difflib.get_close_matches(name, LOSSES, 1, cutoff=0.0)
-            fix = f"{name!r} is not a loss; the nearest is {nearest[0]!r}, known are {', '.join(LOSSES)}"
+            nearest = nearest_name(name, LOSSES)
+            fix = f"{name!r} is not a loss; the nearest is {nearest!r}, known are {', '.join(LOSSES)}"
             raise ConfigurationError("loss_type", loss_type, fix)
     return tuple(names)
 

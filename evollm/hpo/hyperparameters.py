@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from evollm.checks import finite_number
+from evollm.checks import finite_number, nearest_name
 from evollm.errors import ConfigurationError
 
 FACTOR_DIGITS = 3
@@ -246,8 +245,8 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
 
 
 def _unknown_name_fix(name: str, known: Collection[str]) -> str:
-    nearest = [ALIASES[name]] if ALIASES.get(name) in known else difflib.get_close_matches(name, known, 1, cutoff=0.0)
-    hint = f"; the nearest known name is {nearest[0]!r}" if nearest else ""
+    nearest = nearest_name(name, known, ALIASES)
+    hint = f"; the nearest known name is {nearest!r}" if nearest else ""
     return f"is not a hyperparameter that can evolve{hint}; known are {', '.join(sorted(known)) or 'none'}"
 
 

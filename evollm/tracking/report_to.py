@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
-from evollm.checks import switch
+from evollm.checks import nearest_name, switch
 from evollm.errors import ConfigurationError
 from evollm.tracking.trackers import TRACKERS
 
@@ -30,7 +29,7 @@ def tracker_names(report_to: str | Sequence[str] | None, *, wb: bool = False, te
         raise ConfigurationError("report_to", report_to, f"must be a name or a list of names: {', '.join(TRACKERS)}")
     for name in names:
         if name not in (*TRACKERS, NONE):
-            nearest = difflib.get_close_matches(name, [*TRACKERS, NONE], 1, cutoff=0.0)[0]
+            nearest = nearest_name(name, [*TRACKERS, NONE])
             fix = f"{name!r} is no tracker; the nearest is {nearest!r}, known are {', '.join((*TRACKERS, NONE))}"
             raise ConfigurationError("report_to", report_to, fix)
     if NONE in names and len(names) > 1:

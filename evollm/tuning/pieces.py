@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 
 from evollm.algorithms import DPO, SFT
 from evollm.algorithms.saving import SavableAgent
+from evollm.checks import nearest_name
 from evollm.data.examples import EXAMPLES
 from evollm.data.rows import RowFormat
 from evollm.data.sources import PAIRS
@@ -130,9 +130,8 @@ def check_known(given: Mapping[str, Any], known: Collection[str]) -> None:
     """
     for name, value in given.items():
         if name not in known:
-            alias = _ALIASES.get(name)
-            nearest = [alias] if alias in known else difflib.get_close_matches(name, known, 1, cutoff=0.0)
-            raise ConfigurationError(str(name), value, f"is no parameter; the nearest known one is {nearest[0]!r}")
+            nearest = nearest_name(name, known, _ALIASES)
+            raise ConfigurationError(str(name), value, f"is no parameter; the nearest known one is {nearest!r}")
 
 
 def check_types(settings: Mapping[str, Any], annotations: Mapping[str, str]) -> None:
