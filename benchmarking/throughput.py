@@ -35,6 +35,7 @@ PEER_OPTIONS = {
     "trl": ["--micro-batch", "1", "--precompute"],
     "agilerl": ["--micro-batch", "1", "--call", "micro-batch"],
 }
+_BF16_UNITS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX"}
 
 
 def main() -> None:
@@ -157,14 +158,16 @@ def plot(table: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def machine() -> str:
-    """Processor, cores, Python and the allocator, where another than the C library's is preloaded."""
+    """Processor with its units for bfloat16, cores, Python, and the allocator unless it is the C library's."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = f"{names[0]}, {len(names)} cores" if names else name
+        pairs = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        names = [value.strip() for key, _, value in pairs if key.strip() == "model name"]
+        flags = next((value.split() for key, _, value in pairs if key.strip() == "flags"), [])
+        # The name alone does not tell those that have units for bfloat16 from those that have none.
+        units = "".join(f", {title}" for flag, title in _BF16_UNITS.items() if flag in flags)
+        name = f"{names[0]}{units}, {len(names)} cores" if names else name
     preloaded = os.environ.get("LD_PRELOAD")
     allocator = f", {Path(preloaded).name}" if preloaded else ""
     return f"{name}, Python {platform.python_version()}{allocator}"

@@ -23,6 +23,7 @@ from evollm.models.encoder_decoder import is_encoder_decoder, start_token
 from evollm.models.identity import adapter_fingerprint, computing_settings, weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
 from evollm.models.merging import merged_weights
+from evollm.models.quantised import check_gradients, keep_differentiable
 from evollm.models.reference_cache import ReferenceCache
 from evollm.models.requirements import check_lora_config, check_plain_model
 from evollm.models.routing import AdapterRouter
@@ -42,6 +43,7 @@ class SharedBase:
         check_plain_model("actor_network", model)
         if is_encoder_decoder(model.config):
             start_token(model)
+        keep_differentiable(model)
         self.network = model
         self.model_config: Mapping[str, Any] = {}
         self.weights_fingerprint = weights_fingerprint(model)
@@ -146,6 +148,9 @@ class SharedBase:
             ConfigurationError: The configuration matches no module or would change the base.
         """
         check_lora_config(config)
+        if self._peft is None:
+            # Here the base is on the device that it computes on.
+            check_gradients(self.network)
         config = copy.deepcopy(config)
         if self.is_encoder_decoder:
             # A saved adapter says by its task which class of transformers it belongs on.

@@ -52,3 +52,12 @@ def test_the_gpu_benchmark_runs_on_a_cpu_at_toy_size(tmp_path) -> None:
     assert "CPU, toy size" in output
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert [result["case"] for result in results][:3] == ["together", "in a loop", "one"]
+
+
+def test_gradients_through_4_bit_bases_are_those_of_their_dequantised_weights() -> None:
+    pytest.importorskip("bitsandbytes")
+    lines = run("quantised_gradients.py").splitlines()
+    found = {(line[:20].strip(), line[20:28].strip()): float(line.split()[-1]) for line in lines[2:]}
+    for kind in ("nf4", "nf4-double", "fp4", "int8, inputs kept"):
+        assert max(found[kind, path] for path in ("fast", "plain")) < 1e-5, kind
+    assert max(found["int8", path] for path in ("fast", "plain")) < 0.1

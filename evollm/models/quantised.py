@@ -1,0 +1,95 @@
+"""Quantised bases: their layers keep their bits, and their gradients are compared with their weights before use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evollm.errors import ConfigurationError
+
+# Largest relative error of a gradient. Rounding is below 0.01 in bfloat16; a gradient of other weights is off by 0.7 or
+# more.
+_TOLERANCE = 0.05
+# Columns of the weights that are compared, and rows of the gradient.
+_COLUMNS, _ROWS = 64, 4
+_RELOAD = (
+    "load the base again and build the agents on it before it computes anything without gradients, "
+    "or give its name as model_name"
+)
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Have no 4-bit layer of bitsandbytes pack its weights for inference.
+
+    On CPUs with AVX512-BF16 such a layer in evaluation mode rewrites its weights, at its first input that requires no
+    gradient, for a product that has no backward pass. Packing rounds the scales of the weights and cannot be undone.
+
+    Raises:
+        ConfigurationError: A layer has been packed already.
+    """
+    for name, layer in quantised_layers(model):
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            fix = f"its 4-bit weights were packed for inference and can no longer be trained through: {_RELOAD}"
+            raise ConfigurationError("actor_network", name, fix)
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Compare the gradient through one quantised layer of each class with that layer's own weights.
+
+    Raises:
+        ConfigurationError: They differ by more than rounding.
+    """
+    checked = set()
+    for name, layer in quantised_layers(model):
+        if type(layer) in checked or layer.weight.is_meta:
+            continue
+        checked.add(type(layer))
+        error = gradient_error(layer)
+        if not error <= _TOLERANCE:
+            fix = (
+                f"its gradient is off by {error:.0%} of what its {type(layer).__name__} weights give on "
+                f"{layer.weight.device}: use another version of the quantiser's library, another quantization_config, "
+                "or none"
+            )
+            raise ConfigurationError("actor_network", name, fix)
+
+
+def gradient_error(layer: Any) -> float:
+    """Relative error of a linear layer's gradient by its input, against the weights that its forward pass applies.
+
+    What the layer makes of unit vectors are columns of its dequantised weights W (out, in), whatever the quantiser.
+    The gradient of sum(G * layer(x)) by x is G W.
+    """
+    device = layer.weight.device
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randperm(layer.in_features, generator=generator)[:_COLUMNS]
+    units = torch.zeros(1, len(columns) + 1, layer.in_features)  # The last row stays 0, for the bias.
+    units[0, torch.arange(len(columns)), columns] = 1
+    with torch.no_grad():
+        outputs = layer(units.to(device))[0]
+    weights = (outputs[:-1] - outputs[-1]).T.float()  # (out, columns)
+    x = torch.randn(1, _ROWS, layer.in_features, generator=generator).to(device).requires_grad_()
+    output_gradient = torch.randn(1, _ROWS, layer.out_features, generator=generator).to(device)
+    with torch.enable_grad():
+        found = _gradient((layer(x) * output_gradient).sum(), x)[0, :, columns.to(device)]
+    expected = output_gradient[0] @ weights
+    return float((found - expected).norm() / expected.norm())
+
+
+def _gradient(value: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a value by `x`, zeros where the value does not know of it."""
+    gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    return torch.zeros_like(x) if gradient is None else gradient
+
+
+def quantised_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The quantised linear layers of a model, with their names."""
+    if getattr(model, "is_quantized", False):
+        for name, module in model.named_modules():
+            if hasattr(module, "in_features") and hasattr(module, "weight") and type(module) is not nn.Linear:
+                yield name, module
