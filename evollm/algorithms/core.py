@@ -70,6 +70,9 @@ class LLMAgent(ABC):
     """
 
     algorithm: ClassVar[str]
+    # What an agent of this kind is described by, apart from its weights.
+    settings_class: ClassVar[type[AgentSettings]] = AgentSettings
+    hyperparameters_class: ClassVar[type[Hyperparameters]] = Hyperparameters
 
     lr = Evolvable[float]()
     max_grad_norm = Evolvable[float]()

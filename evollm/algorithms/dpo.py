@@ -91,6 +91,8 @@ class DPO(EvolvableAlgorithm):
     """
 
     algorithm: ClassVar[str] = "DPO"
+    settings_class = DPOSettings
+    hyperparameters_class = DPOHyperparameters
 
     beta = Evolvable[float]()
     nll_alpha = Evolvable[float]()

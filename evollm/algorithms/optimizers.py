@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from evollm.errors import CheckpointError
 from evollm.processes import uses_deepspeed
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adamw(parameters: Sequence[nn.Parameter], lr: float, accelerator: Any = None) -> torch.optim.AdamW:
@@ -25,6 +28,31 @@ def adamw(parameters: Sequence[nn.Parameter], lr: float, accelerator: Any = None
     from evollm.distributed.zero_config import zero_stage  # noqa: PLC0415
 
     return ShardedAdamW(parameters, lr, zero_stage(accelerator))
+
+
+def check_moments(state: object, parameters: Sequence[nn.Parameter], source: object) -> None:
+    """Refuse an optimizer's saved state that is not AdamW's for these parameters.
+
+    Args:
+        state: What a checkpoint holds.
+        parameters: In the order of the optimizer.
+        source: Where the checkpoint is, for the message.
+
+    Raises:
+        CheckpointError: A part is missing, of another kind or of another shape.
+    """
+    try:
+        (group,) = state["param_groups"]  # type: ignore[index]
+        moments = state["state"]  # type: ignore[index]
+        if list(group["params"]) != list(range(len(parameters))) or not moments.keys() <= set(group["params"]):
+            raise ValueError("it is for other parameters")
+        for number, values in moments.items():
+            shapes = {name: value.shape for name, value in values.items()}
+            expected = {"step": torch.Size(), **dict.fromkeys(_MOMENTS, parameters[number].shape)}
+            if shapes != expected:
+                raise ValueError(f"parameter {number} has {shapes}, and needs {expected}")
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{source}: the optimizer's state cannot be used: {error}") from error
 
 
 def free(optimizer: torch.optim.Optimizer) -> None:

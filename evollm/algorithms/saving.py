@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -15,11 +13,12 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from evollm.algorithms.core import ACTOR, REFERENCE, LLMAgent
+from evollm.algorithms.optimizers import check_moments
+from evollm.algorithms.saved_attributes import SavedAttributes, accepted_by, read_attributes
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
 from evollm.checkpoints.export import main_writes
 from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterState
 from evollm.models.pretrained import reloadable
 
@@ -64,26 +63,25 @@ class SavableAgent(LLMAgent):
         if attributes["algorithm"] != cls.algorithm:
             fix = f"{path} holds a {attributes['algorithm']} agent: make one of {cls.algorithm} and use load_checkpoint"
             raise ConfigurationError("path", path, fix)
-        accepted = inspect.signature(cls.__init__).parameters
+        saved = read_attributes(attributes, cls.settings_class, cls.hyperparameters_class, path)
         base_name = str(folder.base or attributes["base_name"])
         if actor_network is None and folder.base is None:
             model_config = reloadable(attributes.get("model_config") or {}) if model_config is None else model_config
             archive = archive or attributes.get("archive")
         if actor_network is None and not base_name:
             raise ConfigurationError("actor_network", None, f"{path} names no base model: pass the one it was tuned on")
-        # Fields that the constructor of this algorithm does not take stand at their defaults in its checkpoints.
-        settings = {name: value for name, value in attributes["settings"].items() if name in accepted}
         arguments: dict[str, Any] = {
+            **accepted_by(cls.__init__, saved.settings),
+            **accepted_by(cls.__init__, saved.hyperparameters),
+            # After them, so that nothing that a checkpoint holds stands for one of these.
             "actor_network": actor_network,
             "model_name": None if actor_network is not None else base_name,
             "model_config": model_config,
             "archive": archive,
             "lora_config": folder.adapter(ACTOR).config,
-            "hp_config": attributes["hp_config"] and HyperparameterConfig.from_dict(attributes["hp_config"]),
+            "hp_config": saved.hp_config,
             "device": device,
             "accelerator": accelerator,
-            **settings,
-            **attributes["hyperparameters"],
         }
         agent = cls(**arguments)
         agent.load_checkpoint(path, load_optimizer=folder.optimizer is not None)
@@ -206,19 +204,25 @@ class SavableAgent(LLMAgent):
             fix = "the base itself is the reference and cannot become the checkpoint's actor: build the agent with True"
             raise ConfigurationError("use_separate_reference_adapter", False, fix)
 
+        # Looked up before anything is changed: each may be missing or damaged.
+        attributes = self._read_attributes(folder, source) if is_resume else None
+        if load_optimizer and is_resume and folder.optimizer is not None:
+            check_moments(folder.optimizer, self.actor_parameters(), source)
         has_reference = self._adapters.get(REFERENCE) is not None
         if has_reference:
-            # Looked up before anything is changed: it may be missing.
             saved_reference = saved_actor if overwrite_reference_adapter else folder.adapter(REFERENCE)
         self.base.load(self.actor_adapter, saved_actor.tensors)
         if has_reference:
             self._replace_reference(saved_reference)
-        if is_resume:
-            self._restore_attributes(folder.attributes)
+        if attributes is not None:
+            self._restore_attributes(attributes)
         if load_optimizer and is_resume:
             self._load_optimizer(folder.optimizer, source)
         elif load_optimizer:
             self.optimizer = self._new_optimizer()
+
+    def _read_attributes(self, folder: AgentFolder, source: object) -> SavedAttributes:
+        return read_attributes(folder.attributes, self.settings_class, self.hyperparameters_class, source)
 
     def _attributes(self) -> dict[str, Any]:
         return {
@@ -236,12 +240,11 @@ class SavableAgent(LLMAgent):
             "rng": self.rng.bit_generator.state,
         }
 
-    def _restore_attributes(self, attributes: Mapping[str, Any]) -> None:
-        for name in ("index", "fitness", "steps", "diverged", "reference_update_tracker"):
-            setattr(self, name, copy.copy(attributes[name]))
-        self.num_tokens = attributes.get("num_tokens", 0)
-        self.rng.bit_generator.state = attributes["rng"]
-        self.set_hyperparameters(attributes["hyperparameters"])
+    def _restore_attributes(self, saved: SavedAttributes) -> None:
+        for name in ("index", "fitness", "steps", "num_tokens", "diverged", "reference_update_tracker"):
+            setattr(self, name, getattr(saved, name))
+        self.rng.bit_generator.state = saved.rng
+        self.set_hyperparameters(asdict(saved.hyperparameters))
 
     def _load_optimizer(self, state: Mapping[str, Any] | None, source: object) -> None:
         self.optimizer = self._new_optimizer()
@@ -252,6 +255,9 @@ class SavableAgent(LLMAgent):
                 stacklevel=4,
             )
             return
+        groups = self.optimizer.param_groups
+        own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self.optimizer.load_state_dict(dict(state))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        # A checkpoint holds moments; how they are used is not its to say.
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from evollm.checkpoints.files import existing_folder, replace_folder, verify
 from evollm.checks import usable_path
-from evollm.errors import CheckpointError
+from evollm.errors import CheckpointError, EvoLLMError
 from evollm.models import AdapterState, SharedBase
+from evollm.models.lora_json import lora_config_from, write_lora_config
+from evollm.own_files import inside, read_bytes
 from evollm.plain_data import read_plain
 
 ATTRIBUTES = "attributes.pt"
@@ -82,10 +83,7 @@ def write_agent(folder: Path, agent: AgentFolder, base_name: str) -> None:
 def write_adapter(folder: Path, state: AdapterState, base_name: str) -> None:
     """Write one adapter as `PeftModel.from_pretrained` reads it."""
     folder.mkdir(exist_ok=True)
-    config = copy.deepcopy(state.config)
-    config.base_model_name_or_path = base_name or None
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
+    write_lora_config(state.config, folder, base_name or None)
     (folder / WEIGHTS).write_bytes(save(dict(state.tensors), metadata={"format": "pt"}))
 
 
@@ -98,23 +96,26 @@ def read_agent_folder(path: str | Path) -> AgentFolder:
     path = existing_folder(usable_path("path", path))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not an agent's checkpoint: there is no such folder")
-    verify(path)
-    if not (path / ATTRIBUTES).is_file():
+    files = verify(path)
+    if ATTRIBUTES not in files:
         raise CheckpointError(f"{path} is not an agent's checkpoint: it has no {ATTRIBUTES}")
     attributes = read_plain(path / ATTRIBUTES)
-    try:
-        adapters = {folder.parent.name: read_adapter(folder.parent) for folder in sorted(path.glob(f"*/{CONFIG}"))}
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(attributes, dict) or not attributes.keys() >= REQUIRED:
         raise CheckpointError(f"{path}: {ATTRIBUTES} is not an agent's, it lacks some of {sorted(REQUIRED)}")
-    base = path / BASE if (path / BASE).is_dir() else None
+    roles = [name.removesuffix(f"/{CONFIG}") for name in files if name.endswith(f"/{CONFIG}")]
+    adapters = {role: read_adapter(path / role) for role in sorted(roles) if "/" not in role and role != BASE}
+    base = path / BASE if any(name.startswith(f"{BASE}/") for name in files) else None
     return AgentFolder(adapters, attributes, attributes.pop("optimizer", None), base)
 
 
 def read_adapter(folder: Path) -> AdapterState:
-    """Read one adapter as PEFT saves it."""
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{folder} holds a {type(config).__name__}, not a LoRA adapter")
-    return AdapterState(config, load_file(folder / WEIGHTS))
+    """Read one adapter as PEFT saves it.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or not LoRA; the message names the folder.
+    """
+    try:
+        config = lora_config_from(json.loads(read_bytes(inside(folder, CONFIG))))
+        return AdapterState(config, load(read_bytes(inside(folder, WEIGHTS))))
+    except (EvoLLMError, SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be read as a LoRA adapter: {error}") from error

@@ -23,9 +23,12 @@ def main_writes(write: Callable[[], None], base: SharedBase | None = None) -> No
     """
     processes = Processes.present()
     with nullcontext() if base is None else base.whole():
-        if processes.is_main:
-            write()
-    processes.wait()
+        try:
+            if processes.is_main:
+                write()
+        finally:
+            # Also when there is no room: who catches that goes on with the others.
+            processes.wait()
 
 
 class HasActor(Protocol):

@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
+from evollm.own_files import check_can_be_made, inside, read_bytes
 
 MANIFEST = "manifest.json"
 # A folder that holds none of these is not evollm's to replace.
@@ -27,15 +30,31 @@ _CHUNK = 2**22
 
 
 def check_replaceable(field: str, path: Path) -> None:
-    """Refuse a path at which something lies that evollm did not write.
+    """Refuse a path at which something lies that evollm did not write, and one that cannot be written.
 
     Raises:
-        ConfigurationError: A file, or a folder with other content.
+        ConfigurationError: A link, a file, or a folder with other content, at the path or where its parts are set
+            aside; or a path that cannot be made.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not path.is_dir() or not (any((path / mark).is_file() for mark in MARKS) or _is_sealed(path)):
-        raise ConfigurationError(field, str(path), "holds something else, which would be lost: give another folder")
+    check_can_be_made(field, path)
+    for place, is_ours in ((path, _is_ours), (_retired(path), _is_ours), (_staged(path), _is_staging)):
+        if place.is_symlink():
+            raise ConfigurationError(field, str(place), "is a symbolic link, and would be replaced: remove it")
+        if place.exists() and not is_ours(place):
+            fix = "holds something else, which would be lost: give another folder"
+            raise ConfigurationError(field, str(place), fix)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty, or a saved agent, adapter or population."""
+    if not folder.is_dir():
+        return False
+    return not any(folder.iterdir()) or any((folder / mark).is_file() for mark in MARKS) or _is_sealed(folder)
+
+
+def _is_staging(folder: Path) -> bool:
+    """Whether a folder is empty, or one in which a process writes or has written a folder."""
+    return folder.is_dir() and (not any(folder.iterdir()) or (folder / _LOCK).is_file())
 
 
 @contextmanager
@@ -55,9 +74,11 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     check_replaceable("path", path)
     with _staging(path) as staging:
         yield staging
-        (staging / _LOCK).unlink()
         seal(staging)
         _swap(staging, path)
+        # It moved with the folder: by its lock a folder is known that is being written.
+        with suppress(OSError):
+            (path / _LOCK).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -68,16 +89,23 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     manifest.
 
     Raises:
+        ConfigurationError: Something of somebody else's lies where the new file is written.
         CheckpointError: Another process is writing to `path`.
         OSError: The disk is full, for example.
     """
     path = _as_path(path)
+    if path.is_symlink() or not _is_free(_staged(path)):
+        raise ConfigurationError("path", str(path), f"it, or {_staged(path).name} beside it, is somebody else's")
     with _staging(path) as staging:
         file = staging / path.name
         yield file
         _flush(file)
         file.replace(path)
         _flush(path.parent)
+
+
+def _is_free(staged: Path) -> bool:
+    return not staged.is_symlink() and (not staged.exists() or _is_staging(staged))
 
 
 def _as_path(path: str | Path) -> Path:
@@ -88,7 +116,8 @@ def _as_path(path: str | Path) -> Path:
 def _staging(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, on the same file system, that one process at a time has; it is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.new")
+    remove_discarded(path.parent, path.name)
+    staging = _staged(path)
     staging.mkdir(exist_ok=True)
     with only_writer(staging, what=path):
         try:
@@ -106,9 +135,13 @@ def only_writer(folder: Path, what: Path) -> Iterator[None]:
     """Keep other processes from writing into an existing folder during the block; a dead process keeps nobody out.
 
     Raises:
-        CheckpointError: Another process is in such a block; the message names `what`.
+        CheckpointError: Another process is in such a block; the message names `what`. Or the folder's lock is a file of
+            somebody else's.
     """
-    lock = FileLock(str(folder / _LOCK))
+    path = inside(folder, _LOCK)
+    if path.exists() and (not path.is_file() or path.stat().st_size > 0):
+        raise CheckpointError(f"{path} is not evollm's: remove it")
+    lock = FileLock(str(path))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -119,11 +152,16 @@ def only_writer(folder: Path, what: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_locked_folder(folder: Path) -> bool:
+    """Whether `only_writer` has been in a folder: its lock stays."""
+    return (folder / _LOCK).is_file()
+
+
 def seal(folder: Path) -> None:
     """List the files of a folder with their sums in its manifest, and flush everything to disk."""
     files: dict[str, dict[str, object]] = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        if file != folder / MANIFEST:
+        if file not in (folder / MANIFEST, folder / _LOCK):
             files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
             _flush(file)
     (folder / MANIFEST).write_text(_manifest_text(files), encoding="utf-8")
@@ -132,37 +170,41 @@ def seal(folder: Path) -> None:
         _flush(inner)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path) -> list[str]:
     """Compare every file of a folder with its manifest.
 
+    Returns:
+        The names of the files, relative to the folder, with `/` between their parts.
+
     Raises:
-        CheckpointError: The manifest or a file is missing, cut or changed; the message names it.
+        CheckpointError: The manifest or a file is missing, cut or changed, or a link; the message names it.
     """
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        text = read_bytes(inside(folder, MANIFEST)).decode()
         files: dict[str, dict[str, object]] = json.loads(text)["files"]
         unchanged = text == _manifest_text(files)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: {MANIFEST} is missing, so nothing says whether the rest is whole") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged ({error})") from None
     if not unchanged:
         raise CheckpointError(f"{folder}: {MANIFEST} has changed since it was written")
     for name, expected in files.items():
-        file = folder / name
+        file = inside(folder, name)
         if not file.is_file():
             raise CheckpointError(f"{folder}: {name} is missing")
         if file.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{folder}: {name} has {file.stat().st_size} bytes of {expected['bytes']}")
         if _digest(file) != expected["sha256"]:
             raise CheckpointError(f"{folder}: {name} is not what was saved (its sha256 sum differs)")
+    return list(files)
 
 
 def _is_sealed(folder: Path) -> bool:
     """Whether a manifest of evollm's lies in a folder; other programs give their files that name too."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = json.loads(read_bytes(folder / MANIFEST))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and manifest.keys() == {"files", "format", "sha256"}
 
@@ -170,22 +212,30 @@ def _is_sealed(folder: Path) -> bool:
 def existing_folder(path: Path) -> Path:
     """Where the folder that was written to `path` is: there, or set aside by a process that died while replacing it."""
     retired = _retired(path)
-    return retired if retired.is_dir() and not path.exists() else path
+    return retired if retired.is_dir() and not retired.is_symlink() and not path.exists() else path
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder; if the process dies meanwhile, what is left has a name that nobody takes for the folder."""
-    retired = _retired(path)
-    _remove(retired)
-    path.rename(retired)
-    shutil.rmtree(retired, ignore_errors=True)
+    discarded = path.with_name(f".{path.name}.{secrets.token_hex(4)}.gone")
+    path.rename(discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
+
+
+def remove_discarded(folder: Path, name: str | None = None) -> None:
+    """Finish what processes that died while removing a folder have left in `folder`: of that name, or of any."""
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}\.gone")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _swap(staging: Path, path: Path) -> None:
     """Rename `staging` to `path`; a folder that was there is deleted once the new one is on disk."""
     retired = _retired(path)
     if path.exists():
-        _remove(retired)
+        if retired.exists():
+            remove_folder(retired)
         path.rename(retired)
     try:
         staging.rename(path)
@@ -194,7 +244,14 @@ def _swap(staging: Path, path: Path) -> None:
             retired.rename(path)
         raise
     _flush(path.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+    if retired.exists():
+        # Whoever replaces the folder next tries again.
+        with suppress(OSError):
+            remove_folder(retired)
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def _retired(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +15,25 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evollm.checkpoints.agent import AgentFolder, read_adapter, read_agent_folder, write_adapter, write_agent
-from evollm.checkpoints.files import existing_folder, remove_folder, replace_folder, seal, verify
+from evollm.checkpoints.files import (
+    existing_folder,
+    remove_discarded,
+    remove_folder,
+    replace_folder,
+    seal,
+    verify,
+)
 from evollm.errors import CheckpointError
 from evollm.models import AdapterState
 from evollm.models.reference_cache import ReferenceCache
+from evollm.own_files import inside, read_bytes
 
 STATE = "population.json"
 TENSORS = "population.safetensors"
 REFERENCE_LOGPROBS = "reference_logprobs.safetensors"
 YARDSTICK = "yardstick"
 REQUIRED = frozenset({"step", "agents"})
+_AGENT = re.compile(r"agent-\d+")
 
 
 @dataclass(frozen=True)
@@ -76,13 +86,16 @@ def read_population(path: Path) -> Population:
         CheckpointError: A file is missing, damaged or not plain data; the message names it.
     """
     path = existing_folder(path)
-    verify(path)
+    files = verify(path)
+    missing = {STATE, TENSORS, REFERENCE_LOGPROBS} - set(files)
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint of a population: it lacks {sorted(missing)}")
     state = _read_state(path)
     cache = ReferenceCache()
     cache.load(path / REFERENCE_LOGPROBS)
     try:
         tensors = load_file(path / TENSORS)
-        yardstick = read_adapter(path / YARDSTICK) if (path / YARDSTICK).is_dir() else None
+        yardstick = read_adapter(path / YARDSTICK) if any(name.startswith(f"{YARDSTICK}/") for name in files) else None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return Population([read_agent_folder(path / name) for name in state["agents"]], state, tensors, yardstick, cache)
@@ -99,9 +112,8 @@ def newest_population(folder: Path) -> Path | None:
     Raises:
         CheckpointError: There are checkpoints, and every one is damaged.
     """
-    candidates = [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir()]
     # A folder set aside counts while the one that was to replace it is not there.
-    found = sorted({existing_folder(_visible(path)) for path in candidates if not path.name.endswith(".new")})
+    found = sorted({existing_folder(_visible(path)) for path in _folders(folder) if not _is_unfinished(path)})
     faults, whole = [], {}
     for path in found:
         try:
@@ -116,11 +128,17 @@ def newest_population(folder: Path) -> Path | None:
     return max(whole, key=lambda path: whole[path], default=None)
 
 
+def has_populations(folder: Path) -> bool:
+    """Whether a folder holds checkpoints, damaged ones included."""
+    return any((path / STATE).exists() for path in _folders(folder) if not _is_unfinished(path))
+
+
 def prune_populations(folder: Path, keep_last: int, newest: Path) -> None:
     """Remove all checkpoints but the `keep_last` of the most steps; `newest` stays in any case."""
+    remove_discarded(folder)
     steps = {}
-    for path in folder.iterdir():
-        if path.is_dir() and not path.name.startswith(".") and path != newest:
+    for path in _folders(folder):
+        if not path.name.startswith(".") and path != newest:
             try:
                 steps[path] = int(_read_state(path)["step"])
             except CheckpointError:
@@ -131,6 +149,17 @@ def prune_populations(folder: Path, keep_last: int, newest: Path) -> None:
         remove_folder(path)
 
 
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, without links to others."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in entries if path.is_dir() and not path.is_symlink()]
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a process has died, or is still at work, in writing or removing a folder."""
+    return path.name.startswith(".") and path.name.endswith((".new", ".gone"))
+
+
 def _visible(path: Path) -> Path:
     """The path that a folder set aside was written to."""
     name = path.name
@@ -139,9 +168,14 @@ def _visible(path: Path) -> Path:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads(read_bytes(inside(path, STATE)))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {STATE} cannot be read ({error})") from error
     if not isinstance(state, dict) or not state.keys() >= REQUIRED:
         raise CheckpointError(f"{path}: {STATE} is not a population's, it lacks some of {sorted(REQUIRED)}")
+    agents = state["agents"]
+    if not isinstance(agents, list) or not all(isinstance(name, str) and _AGENT.fullmatch(name) for name in agents):
+        raise CheckpointError(f"{path}: {STATE} names no folders of agents: {agents!r}")
+    if isinstance(state["step"], bool) or not isinstance(state["step"], int):
+        raise CheckpointError(f"{path}: {STATE} has no number of steps: {state['step']!r}")
     return state

@@ -173,6 +173,11 @@ def _load(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
         config = arguments.get("config")
         if config is None:
             config = AutoConfig.from_pretrained(name, **_about_files(arguments))
+        asked = getattr(config, "_attn_implementation", None)
+        if "attn_implementation" not in arguments and not (asked is None or asked in _ATTENTION):
+            # Its name may be that of a kernel on the hub, which is code.
+            fix = f"asks for attn_implementation={asked!r}: read what that runs, then pass it in model_config"
+            raise ConfigurationError("model_name", name, fix)
         model, loading = auto_class(config).from_pretrained(name, **arguments, output_loading_info=True)
     except pickle.UnpicklingError:
         # The library's own reason explains how to run what the file holds.
@@ -217,10 +222,15 @@ def _what_to_install(name: str, arguments: Mapping[str, Any], error: ImportError
 def _with_adapter(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     """The base that an adapter names, with the adapter merged into its weights."""
     try:
-        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+        config = PeftConfig.from_pretrained(name)
+        base_name = config.base_model_name_or_path
     except Exception as error:
         reason = f"is a PEFT adapter that cannot be read: {type(error).__name__}: {error}"
         raise ConfigurationError("model_name", name, reason) from error
+    if getattr(config, "megatron_config", None):
+        # PEFT imports the module that it names.
+        fix = "is a PEFT adapter that asks for Megatron, which does not work here: take another"
+        raise ConfigurationError("model_name", name, fix)
     if not base_name:
         fix = "is a PEFT adapter that does not name its base: merge it into the base, and save and load that"
         raise ConfigurationError("model_name", name, fix)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from evollm.checks import finite_number, whole_number
 from evollm.errors import ConfigurationError
+from evollm.models.lora_json import check_readable
 
 # The others rewrite the base's own weights, which every other adapter stands on, or need data.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
@@ -70,3 +71,4 @@ def check_lora_config(config: LoraConfig) -> None:
             raise ConfigurationError(f"lora_config.{option}", getattr(config, option), "does not work on a shared base")
     if config.bias != "none":
         raise ConfigurationError("lora_config.bias", config.bias, "trains the shared base's own biases; use 'none'")
+    check_readable(config)

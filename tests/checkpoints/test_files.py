@@ -51,12 +51,17 @@ def test_whatever_operation_of_a_save_fails_the_reader_sees_the_old_or_the_new_c
     seen = []
     for number in range(total):
         save(population, path, 1)
-        with broken(number), pytest.raises(OSError, match="No space left"):
-            save(population, path, 2)
-        seen.append(step_of(existing_folder(path)))
+        raised = False
+        with broken(number):
+            try:
+                save(population, path, 2)
+            except OSError as error:
+                raised = "No space left" in str(error)
+        seen.append((raised, step_of(existing_folder(path))))
         assert newest_population(tmp_path) == path
-    assert set(seen) <= {1, 2}
-    assert seen.count(1) > total - 3
+    # What fails once the new one is in its place costs nothing.
+    assert set(seen) <= {(True, 1), (True, 2), (False, 2)}
+    assert seen.count((True, 1)) > total - 5
     # And nothing is left that takes up room.
     save(population, path, 3)
     assert [entry.name for entry in tmp_path.iterdir()] == ["population"]
