@@ -35,6 +35,8 @@ INVALID_UNICODE = "text that is not valid Unicode"
 MALFORMED_MESSAGES = "malformed messages"
 MALFORMED_TOOLS = "tools is not a list of functions or JSON schemas"
 MALFORMED_TEMPLATE_KWARGS = "chat_template_kwargs is not a mapping of names to values"
+# A template is a program: one that never ends would stop the run.
+OWN_TEMPLATE = "chat_template_kwargs brings a chat template of its own: set tokenizer.chat_template instead"
 NOT_TEXT = "a message with content other than text"
 UNREADABLE_MESSAGES = "a cell with messages that are neither JSON nor Python"
 
@@ -86,6 +88,8 @@ def template_arguments(row: Row) -> dict[str, Any]:
     kwargs = {} if _is_missing(kwargs) else kwargs
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise UnusableRowError(MALFORMED_TEMPLATE_KWARGS)
+    if "chat_template" in kwargs:
+        raise UnusableRowError(OWN_TEMPLATE)
     for name in sorted(_RESERVED & kwargs.keys()):
         raise UnusableRowError(f"chat_template_kwargs sets {name}, which is not the template's")
     # Templates take an empty list of tools for a list of tools.

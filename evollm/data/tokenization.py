@@ -207,7 +207,7 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> TextPair:
         DataError: The tokenizer has no chat template.
         Exception: The template does not take these messages or tools.
     """
-    if not (tokenizer.chat_template or pair.template_kwargs.get("chat_template")):
+    if not tokenizer.chat_template:
         raise DataError(
             "tokenizer.chat_template",
             None,

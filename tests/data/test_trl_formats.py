@@ -20,6 +20,7 @@ from evollm.data.cells import (
     MALFORMED_TEMPLATE_KWARGS,
     MALFORMED_TOOLS,
     NOT_TEXT,
+    OWN_TEMPLATE,
     UNREADABLE_MESSAGES,
 )
 from evollm.data.examples import EXAMPLES, NOT_PREFERRED, read_examples
@@ -173,7 +174,7 @@ def test_each_row_has_its_own_arguments_for_the_chat_template(container: str, tm
     rows = [
         {"prompt": [USER], "chosen": [{"role": "assistant", "content": answer}], "rejected": [DONE]}
         | {"chat_template_kwargs": kwargs}
-        for kwargs in ({"enable_thinking": False}, {"another": "x"}, {"chat_template": "{{ messages | length }}"})
+        for kwargs in ({"enable_thinking": False}, {"another": "x"})
     ]
     found = texts(PAIRS, data=CONTAINERS[container](rows, tmp_path))
     prompt = "<|im_start|>user\nTurn on the lights.<|im_end|>\n<|im_start|>assistant\n"
@@ -199,7 +200,8 @@ def test_a_switch_of_the_template_reaches_the_prompt_of_an_example() -> None:
         ({"chat_template_kwargs": "enable_thinking"}, MALFORMED_TEMPLATE_KWARGS),
         ({"chat_template_kwargs": {7: 7}}, MALFORMED_TEMPLATE_KWARGS),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs sets tokenize"),
-        ({"chat_template_kwargs": {"chat_template": "{{ 1 + 'a' }}"}}, "refused by the chat template (unsupported"),
+        ({"chat_template_kwargs": {"chat_template": "{{ messages | length }}"}}, OWN_TEMPLATE),
+        ({"chat_template_kwargs": '{"chat_template": "{% for a in range(99999) %}{% endfor %}"}'}, OWN_TEMPLATE),
         ({"chosen": [{"role": "assistant"}]}, MALFORMED_MESSAGES),
         ({"chosen": [{"role": "assistant", "content": None, "tool_calls": []}]}, MALFORMED_MESSAGES),
         ({"chosen": [{"role": "assistant", "tool_calls": "control_light"}]}, MALFORMED_MESSAGES),
