@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evollm.errors import CheckpointError
-from evollm.hpo import Birth, EvolutionPlan, ancestry, format_value
+from evollm.hpo import ancestry, format_value
+from evollm.own_files import inside, read_bytes
+from evollm.runs import Lineage, read_lineage, read_lines
+from evollm.runs.folder import CONFIG, METRICS
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ _STAGES = {
     "DPO": _Stage("tuned on preferences", "Direct Preference Optimization", "dpo, preference-tuning", "pairs"),
     "SFT": _Stage("tuned on completions", "supervised fine-tuning", "sft", "examples"),
 }
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SCORES = {
     "accuracy": "preference accuracy",
     "mean_margin": "mean margin (nats)",
@@ -45,15 +51,19 @@ def model_card(run_dir: Path, base_name: str) -> str:
         CheckpointError: The folder lacks a file, or the run has not ended.
     """
     try:
-        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        lineage = list(_lines(run_dir / "lineage.jsonl"))
-        end = next((line for line in _lines(run_dir / "metrics.jsonl") if line["kind"] == "end"), None)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{run_dir} is not the folder of a run: {error}") from error
-    if end is None:
-        raise CheckpointError(f"{run_dir}: the run has not ended; resume it with resume_from_checkpoint")
+        config = json.loads(read_bytes(inside(run_dir, CONFIG)))
+        lineage = read_lineage(run_dir)
+        end = next((line for line in read_lines(inside(run_dir, METRICS)) if line["kind"] == "end"), None)
+        if end is None:
+            raise CheckpointError(f"{run_dir}: the run has not ended; resume it with resume_from_checkpoint")
+        return _card(config, lineage, end, base_name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{run_dir} is not the folder of a run: {error!r}") from error
+
+
+def _card(config: Mapping[str, Any], lineage: Lineage, end: Mapping[str, Any], base_name: str) -> str:
     # A path on somebody's machine says nothing to others.
-    hub_name = base_name if base_name and not Path(base_name).exists() else ""
+    hub_name = base_name if _HUB_NAME.fullmatch(base_name) and not Path(base_name).exists() else ""
     front = ["---", *([f"base_model: {hub_name}"] if hub_name else []), "library_name: transformers"]
     stage = _STAGES[config["algorithm"]]
     front += [f"tags: [{stage.tags}, lora, evollm]", "---"]
@@ -62,14 +72,14 @@ def model_card(run_dir: Path, base_name: str) -> str:
         "",
         f"# {hub_name or 'A language model'}, {stage.title}",
         "",
-        f"Tuned with {stage.method} by evollm {config['versions']['evollm']}: "
-        f"{len(config['agents'])} agents, {config['schedule']['total']} steps of "
-        f"{config['data']['batch_size']} {stage.rows}.",
+        f"Tuned with {stage.method} by evollm {_text(config['versions']['evollm'])}: "
+        f"{len(config['agents'])} agents, {int(config['schedule']['total'])} steps of "
+        f"{int(config['data']['batch_size'])} {stage.rows}.",
         "",
         "## Data",
         "",
-        *[f"- {report.splitlines()[0]}" for report in config["data"]["reports"]],
-        f"- Digest of all token ids: `{config['data']['fingerprint']}`",
+        *[f"- {_text(report.splitlines()[0])}" for report in config["data"]["reports"]],
+        f"- Digest of all token ids: `{_text(config['data']['fingerprint'])}`",
         "",
         "## Scores",
         "",
@@ -79,10 +89,15 @@ def model_card(run_dir: Path, base_name: str) -> str:
         "",
         *_schedule(lineage, end["best"]),
         "",
-        f"LoRA: rank {config['lora']['r']}, alpha {config['lora']['lora_alpha']}, "
+        f"LoRA: rank {int(config['lora']['r'])}, alpha {float(config['lora']['lora_alpha']):g}, "
         f"on {_modules(config['lora']['target_modules'])}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _text(value: object) -> str:
+    """A text from a file as one that says the same in Markdown, and is no markup."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|").replace("`", "'")
 
 
 def _scores(end: Mapping[str, Any], rows: str) -> list[str]:
@@ -97,27 +112,19 @@ def _scores(end: Mapping[str, Any], rows: str) -> list[str]:
     return lines
 
 
-def _schedule(lineage: list[dict[str, Any]], best: int) -> list[str]:
+def _schedule(lineage: Lineage, best: int) -> list[str]:
     """The line of the best agent: one row for each generation."""
-    plans = [EvolutionPlan.from_dict(line) for line in lineage if line["kind"] == "evolution"]
-    births = ancestry(plans, best)
+    births = ancestry([plan for _, plan in lineage.evolutions], best)
     if not births:
-        founders = [
-            Birth.from_dict(birth) for line in lineage if line["kind"] == "founders" for birth in line["births"]
-        ]
-        births = [birth for birth in founders if birth.index == best]
+        births = [birth for birth in lineage.founders if birth.index == best]
     names = list(births[0].hyperparameters)
     lines = [f"| generation | agent | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for generation, birth in enumerate(births):
-        values = " | ".join(format_value(birth.hyperparameters[name]) for name in names)
+        values = " | ".join(_text(format_value(birth.hyperparameters[name])) for name in names)
         lines.append(f"| {generation} | {birth.index} | {values} |")
     return lines
 
 
 def _modules(modules: object) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(modules)) if isinstance(modules, list) else f"`{modules}`"
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
+    names = sorted(map(str, modules)) if isinstance(modules, list) else [modules]
+    return ", ".join(f"`{_text(name)}`" for name in names)

@@ -52,6 +52,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub name or folder of the base (default: the one that the run names)")
 
 
+def add_elite(parser: argparse.ArgumentParser) -> None:
+    """The best agent, of a run that keeps it elsewhere."""
+    parser.add_argument("--elite", metavar="FOLDER", help="the best agent, of a run that keeps it outside its folder")
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Whether code that comes with the base is run."""
     parser.add_argument(

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evollm.checks import whole_number
-from evollm.commands.arguments import add_model, add_run, add_trust
+from evollm.commands.arguments import add_elite, add_model, add_run, add_trust
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.tuning.winner import open_winner
 
@@ -38,12 +38,13 @@ def add_to(commands: Subparsers) -> None:
         help="no chat template: what a run on rows of strings, not messages, has learnt from",
     )
     add_model(parser)
+    add_elite(parser)
     add_trust(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
     whole_number("max_new_tokens", options.max_new_tokens, 1)
-    winner = open_winner(options.run_dir, options.model, options.trust_remote_code)
+    winner = open_winner(options.run_dir, options.model, options.trust_remote_code, options.elite)
     console = Console()
     for prompt in options.prompt or _typed():
         answers = winner.answers(prompt, options.max_new_tokens, options.raw)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from evollm.commands.arguments import add_model, add_run, add_trust
+from evollm.commands.arguments import add_elite, add_model, add_run, add_trust
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.tuning.winner import KINDS, export
 
@@ -25,9 +25,10 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write")
     parser.add_argument("--what", choices=KINDS, default="merged", help="what to write (default: %(default)s)")
     add_model(parser)
+    add_elite(parser)
     add_trust(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
-    path = export(options.run_dir, options.to, options.what, options.model, options.trust_remote_code)
+    path = export(options.run_dir, options.to, options.what, options.model, options.trust_remote_code, options.elite)
     print(f"Written: {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from evollm.commands.arguments import add_trust
+from evollm.commands.arguments import add_elite, add_trust
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.demo import demo_agents_and_env, is_demo
 from evollm.errors import ConfigurationError
@@ -29,6 +29,10 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("--max-steps", type=int, help="steps at most")
     parser.add_argument("--run-dir", help="run folder of the replay (default: a new one in evollm-runs)")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with a replay of this run that was interrupted")
+    add_elite(parser)
+    parser.add_argument(
+        "--checkpoints", metavar="FOLDER", help="the checkpoints, of a run that keeps them outside its folder"
+    )
     add_trust(parser)
 
 
@@ -38,6 +42,8 @@ def _run(options: argparse.Namespace) -> None:
         "max_steps": options.max_steps,
         "run_dir": options.run_dir,
         "resume_from_checkpoint": options.resume,
+        "checkpoint_path": options.checkpoints,
+        "elite_path": options.elite,
     }
     if is_demo(options.source):
         if options.data is not None:

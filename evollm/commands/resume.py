@@ -28,7 +28,12 @@ def add_to(commands: Subparsers) -> None:
         example="evollm resume evollm-runs/20261121-101500-000000",
     )
     add_run(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a longer run, such as num_epochs=4")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="a longer run, such as num_epochs=4",
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -41,7 +46,7 @@ def _run(options: argparse.Namespace) -> None:
             raise ConfigurationError("override", options.overrides[0], "a run of the demo goes on as it began")
         resume_demo(options.run_dir)
         return
-    asked = read_asked(options.run_dir)
+    asked = read_asked(options.run_dir, given)
     # One length instead of all that the run had: the shortest of several would be the run's.
     if any(given.get(name) is not None for name in LENGTHS):
         asked = {name: value for name, value in asked.items() if name not in LENGTHS}

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evollm.algorithms import DPO
 from evollm.checks import whole_number
 from evollm.demo.model import demo_model
-from evollm.errors import ConfigurationError
+from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import PreferenceGym
+from evollm.own_files import inside, read_bytes, replace_bytes
 from evollm.training import finetune_llm_preference
 from evollm.training.options import new_run_dir
 
@@ -64,7 +65,7 @@ def run_demo(
     if resume_from_checkpoint is None and not (run_dir / "config.json").exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         started = {"population": population, "generations": generations, "seed": seed}
-        (run_dir / STARTED).write_text(json.dumps(started) + "\n")
+        replace_bytes(inside(run_dir, STARTED), (json.dumps(started) + "\n").encode())
     agents, env = _agents_and_env(population, seed)
     return finetune_llm_preference(
         agents,
@@ -132,13 +133,14 @@ def resume_demo(run_dir: str | Path) -> tuple[list[DPO], list[float]]:
     Raises:
         ConfigurationError: The folder holds no run of the demo.
     """
-    return run_demo(**_started(run_dir), resume_from_checkpoint=run_dir)
+    started = _started(run_dir)
+    return run_demo(started["population"], started["generations"], None, started["seed"], run_dir)
 
 
-def _started(run_dir: str | Path) -> dict[str, Any]:
+def _started(run_dir: str | Path) -> dict[str, int]:
     try:
-        started: dict[str, Any] = json.loads((Path(run_dir) / STARTED).read_text())
-    except (OSError, ValueError) as error:
+        started = json.loads(read_bytes(inside(Path(run_dir), STARTED)))
+        return {name: whole_number(name, started[name], 0) for name in ("population", "generations", "seed")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
         fix = f"is no run of the demo ({error})"
         raise ConfigurationError("run_dir", str(run_dir), fix) from error
-    return started

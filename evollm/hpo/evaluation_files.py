@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from evollm.errors import CheckpointError
 from evollm.hpo.fitness import AnyEvaluation, Evaluation, LikelihoodEvaluation
+from evollm.own_files import read_bytes
 
 # The two vectors of each kind.
 VECTORS: dict[type[AnyEvaluation], tuple[str, str]] = {
@@ -41,7 +42,7 @@ def read_evaluations(path: Path) -> dict[str, AnyEvaluation]:
         CheckpointError: The file is missing, damaged, or holds something else.
     """
     try:
-        tensors = load_file(path)
+        tensors = load(read_bytes(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     found: dict[str, AnyEvaluation] = {}

@@ -54,13 +54,17 @@ class Birth:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Birth:
-        """Read what `to_dict` wrote."""
+        """Read what `to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: It is something else.
+        """
         return cls(
-            index=data["index"],
-            parent=data["parent"],
+            index=_number(data["index"]),
+            parent=None if data["parent"] is None else _number(data["parent"]),
             mutations=tuple(_decode_mutation(mutation) for mutation in data["mutations"]),
-            elite=data["elite"],
-            hyperparameters={name: _decode(value) for name, value in data["hyperparameters"].items()},
+            elite=bool(data["elite"]),
+            hyperparameters={_name(name): _decode(value) for name, value in data["hyperparameters"].items()},
         )
 
 
@@ -94,10 +98,14 @@ class EvolutionPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvolutionPlan:
-        """Read what `to_dict` wrote."""
+        """Read what `to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: It is something else.
+        """
         return cls(
-            generation=data["generation"],
-            elite=data["elite"],
+            generation=_number(data["generation"]),
+            elite=_number(data["elite"]),
             fitnesses={
                 int(index): tuple(_decode(part) for part in fitness) for index, fitness in data["fitnesses"].items()
             },
@@ -148,8 +156,31 @@ def _encode(value: Any) -> Any:
     return float(value) if math.isfinite(value) else str(float(value))
 
 
+def _number(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{value!r} is no number of an agent or a generation")
+    return value
+
+
+def _name(value: Any) -> str:
+    # Names are those of parameters in Python, and get into names of files and into pages.
+    if not (isinstance(value, str) and value.isidentifier()):
+        raise ValueError(f"{value!r} is no name of a hyperparameter")
+    return value
+
+
 def _decode(value: Any) -> Any:
-    return float(value) if value in _NOT_FINITE else value
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    return float(value) if value in _NOT_FINITE else _text(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no value of a hyperparameter")
+    return value
 
 
 def _encode_mutation(mutation: Mutation) -> dict[str, Any]:
@@ -158,4 +189,4 @@ def _encode_mutation(mutation: Mutation) -> dict[str, Any]:
 
 
 def _decode_mutation(data: Mapping[str, Any]) -> Mutation:
-    return Mutation(data["name"], _decode(data["before"]), _decode(data["after"]), _decode(data["factor"]))
+    return Mutation(_name(data["name"]), _decode(data["before"]), _decode(data["after"]), _decode(data["factor"]))

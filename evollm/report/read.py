@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, read_evaluations
+from evollm.hpo import AnyEvaluation, read_evaluations
+from evollm.own_files import inside, read_bytes
 from evollm.report.record import Ended, Evolution, Lap, RunRecord, Sample, Scored, StepLine
+from evollm.runs import read_lineage, read_lines
+from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, TIMING
+
+T = TypeVar("T")
 
 SCORES = ("accuracy", "mean_margin", "loss", "perplexity")
 ALGORITHMS = ("DPO", "SFT")
@@ -21,43 +28,39 @@ _NOT_METRICS = {"kind", "step", "epoch", "agent"}
 def read_run(run_dir: str | Path) -> RunRecord:
     """Read everything that a run folder says of its run; the run may still be going on, or have died.
 
-    A last line that was cut short, as a kill leaves it, is left out. Results pair by pair and times that are not there,
+    Damaged records are left out with a warning, and what the lineage has lost is taken from the newest checkpoint. A
+    last line that was cut short, as a kill leaves it, is left out. Results pair by pair and times that are not there,
     as in folders of earlier versions, are left empty.
 
     Raises:
         ConfigurationError: No path, or no run folder.
-        CheckpointError: A file is missing, damaged or cut short elsewhere than at its end, or no step is done yet; the
-            message names it.
+        CheckpointError: A file is missing, or nothing in it can be read, or no step is done yet; the message names it.
     """
     if not isinstance(run_dir, str | os.PathLike):
         raise ConfigurationError("run_dir", run_dir, "must be a path")
     folder = Path(run_dir)
     if not (folder / "config.json").is_file():
         raise ConfigurationError("run_dir", str(run_dir), "is no run folder: no config.json in it")
-    config = _read_config(folder / "config.json")
-    metrics = _lines(folder / "metrics.jsonl")
-    lineage = _lines(folder / "lineage.jsonl")
-    timing = _lines(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
+    config = _read_config(inside(folder, CONFIG))
+    metrics = read_lines(inside(folder, METRICS))
+    timing = inside(folder, TIMING)
+    lineage = read_lineage(folder)
     try:
         record = RunRecord(
             path=folder,
             config=config,
-            founders=[Birth.from_dict(birth) for line in _of(lineage, "founders") for birth in line["births"]],
-            evolutions=[
-                Evolution(int(line["step"]), EvolutionPlan.from_dict(line)) for line in _of(lineage, "evolution")
-            ],
-            steps=[_step(line) for line in _of(metrics, "step")],
-            evaluations=_evaluations(folder, _of(metrics, "evaluation")),
-            ended=_ended(folder, _of(metrics, "end")),
-            laps=[_lap(line) for line in timing],
+            founders=lineage.founders,
+            evolutions=[Evolution(step, plan) for step, plan in lineage.evolutions],
+            steps=_read(metrics, "step", _step),
+            evaluations=_evaluations(folder, metrics),
+            ended=_ended(folder, metrics),
+            laps=[lap for lap in map(_or_none(_lap), read_lines(timing)) if lap] if timing.exists() else [],
         )
         _check_agents(record)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, ConfigurationError):
             raise
         raise CheckpointError(f"{folder} holds lines that are not of a run: {error!r}") from error
-    if not record.founders:
-        raise CheckpointError(f"{folder / 'lineage.jsonl'} does not say which agents the run began with")
     if not record.steps:
         raise CheckpointError(f"{folder} has nothing to report: its run has not done a step yet")
     if record.ended is not None and record.ended.best not in record.lives:
@@ -84,35 +87,37 @@ def _check_agents(record: RunRecord) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_bytes(path))
         sections = [config["schedule"], config["data"], config.get("versions", {}), config.get("hp_config") or {}]
         if not all(isinstance(one, dict) for one in sections) or not isinstance(config["data"]["reports"], list):
             raise TypeError("its sections are something else")
         if config["schedule"]["total"] < 1 or config["algorithm"] not in ALGORITHMS:
             raise ValueError("it is of no run")
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     return dict(config)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    found = []
-    for number, text in enumerate(texts, 1):
+def _read(lines: list[dict[str, Any]], kind: str, convert: Callable[[dict[str, Any]], T]) -> list[T]:
+    """The records of a kind; those that lack something are left out, and a warning says how many."""
+    found = [_or_none(convert)(line) for line in lines if line["kind"] == kind]
+    whole = [one for one in found if one is not None]
+    lost = len(found) - len(whole)
+    if lost:
+        warnings.warn(f"{lost} records of kind {kind!r} are damaged: left out", UserWarning, stacklevel=4)
+    return whole
+
+
+def _or_none(convert: Callable[[dict[str, Any]], T]) -> Callable[[dict[str, Any]], T | None]:
+    """The conversion of a record, None of one that is damaged."""
+
+    def converted(line: dict[str, Any]) -> T | None:
         try:
-            found.append({"kind": None, **json.loads(text)})
-        except (ValueError, TypeError) as error:
-            if number == len(texts) and not text.endswith("\n"):
-                break
-            raise CheckpointError(f"{path}, line {number} is damaged: {error}") from error
-    return found
+            return convert(line)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            return None
 
-
-def _of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [line for line in lines if line["kind"] == kind]
+    return converted
 
 
 def _step(line: Mapping[str, Any]) -> StepLine:
@@ -121,27 +126,39 @@ def _step(line: Mapping[str, Any]) -> StepLine:
 
 
 def _evaluations(folder: Path, lines: list[dict[str, Any]]) -> list[Scored]:
-    pairs: dict[int, dict[str, AnyEvaluation]] = {}
-    for step in {int(line["step"]) for line in lines}:
-        path = folder / "evaluations" / f"step-{step:06d}.safetensors"
-        pairs[step] = read_evaluations(path) if path.exists() else {}
-    return [
-        Scored(
-            step=int(line["step"]),
-            generation=int(line["generation"]),
-            agent=int(line["agent"]),
-            scores={name: float(line[name]) for name in SCORES if name in line},
-            fitness=tuple(float(part) for part in line["fitness"]),
-            pairs=pairs[int(line["step"])].get(f"agent-{line['agent']}"),
-        )
-        for line in lines
-    ]
+    scored = _read(lines, "evaluation", _scored)
+    pairs = {
+        step: _pairs(folder, f"{EVALUATIONS}/step-{step:06d}.safetensors") for step in {one.step for one in scored}
+    }
+    return [replace(one, pairs=pairs[one.step].get(f"agent-{one.agent}")) for one in scored]
+
+
+def _pairs(folder: Path, name: str) -> dict[str, AnyEvaluation]:
+    """Results pair by pair; none where they were not kept, or are damaged."""
+    path = inside(folder, name)
+    try:
+        return read_evaluations(path) if path.exists() else {}
+    except CheckpointError as error:
+        warnings.warn(f"{error}: left out", UserWarning, stacklevel=4)
+        return {}
+
+
+def _scored(line: Mapping[str, Any]) -> Scored:
+    return Scored(
+        step=int(line["step"]),
+        generation=int(line["generation"]),
+        agent=int(line["agent"]),
+        scores={name: float(line[name]) for name in SCORES if name in line},
+        fitness=tuple(float(part) for part in line["fitness"]),
+    )
 
 
 def _ended(folder: Path, lines: list[dict[str, Any]]) -> Ended | None:
-    if not lines:
-        return None
-    line, path = lines[-1], folder / "final.safetensors"
+    found = _read(lines, "end", _end)
+    return replace(found[-1], pairs=_pairs(folder, FINAL)) if found else None
+
+
+def _end(line: Mapping[str, Any]) -> Ended:
     scores = {
         role: {name: float(line[f"{role}_{name}"]) for name in SCORES if f"{role}_{name}" in line} for role in _ROLES
     }
@@ -151,7 +168,7 @@ def _ended(folder: Path, lines: list[dict[str, Any]]) -> Ended | None:
         runner_up=None if line.get("runner_up") is None else int(line["runner_up"]),
         split=str(line["split"]),
         scores={role: found for role, found in scores.items() if found},
-        pairs=read_evaluations(path) if path.exists() else {},
+        pairs={},
         samples=[Sample(str(one["prompt"]), str(one["before"]), str(one["after"])) for one in line["samples"]],
     )
 

@@ -28,6 +28,8 @@ WINNER, RUNNER_UP, DIVERGED, OTHER, INK, FRAME = "#0072B2", "#009E73", "#D55E00"
 PANEL = (5.0, 2.9)
 # Pixels of a PNG for each inch: twice those of a page, for sharp screens.
 DPI = 144
+# By this a picture is known as evollm's.
+SOFTWARE = "evollm"
 FEW_TICKS = range(3, 7)
 _SETTINGS = {
     "font.family": "sans-serif",
@@ -52,6 +54,8 @@ _SETTINGS = {
     "svg.fonttype": "none",
     # Equal runs give equal files.
     "svg.hashsalt": "evollm",
+    # A dollar sign in a text of somebody's begins no formula.
+    "text.parse_math": False,
 }
 
 
@@ -76,7 +80,7 @@ class Picture:
     def png(self) -> bytes:
         """The same on white."""
         content = io.BytesIO()
-        self.figure.savefig(content, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+        self.figure.savefig(content, format="png", dpi=DPI, facecolor="white", metadata={"Software": SOFTWARE})
         return content.getvalue()
 
 
@@ -113,14 +117,15 @@ def new_panel(title: str, *, size: tuple[float, float] = PANEL, xlabel: str = "s
 
 
 def to_picture(figure: Figure, name: str, alt: str) -> Picture:
-    """Draw a figure."""
+    """Draw a figure; of the name only letters, digits and hyphens are kept."""
+    name = re.sub(r"[^\w-]", "-", name)
     svg = io.StringIO()
     nobody = {"Creator": None, "Date": None, "Format": None, "Type": None}
     figure.savefig(svg, format="svg", transparent=True, metadata=nobody)
     text = svg.getvalue()
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # Several of them share a page, on which an id may be given once.
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', lambda match: f"{match[1]}{name}-", text)
     return Picture(name, alt, text.strip(), round(figure.get_figwidth() * 96), figure)
 
 

@@ -6,8 +6,14 @@ import os
 from pathlib import Path
 
 from evollm.errors import ConfigurationError
+from evollm.own_files import check_can_be_made, inside, read_bytes, replace_bytes
 from evollm.report.page import render
 from evollm.report.read import read_run
+from evollm.report.style import SOFTWARE
+
+# What a page and a picture of a report are known by.
+_PAGE = f'<meta name="generator" content="{SOFTWARE}">'.encode()
+_PICTURE = f"Software\0{SOFTWARE}".encode()
 
 
 def write_report(run_dir: str | Path, path: str | Path | None = None, pictures: bool = True) -> Path:
@@ -34,13 +40,34 @@ def write_report(run_dir: str | Path, path: str | Path | None = None, pictures: 
     record = read_run(run_dir)
     page = Path(path) if path is not None else record.path / "report.html"
     folder = page.with_suffix("")
+    check_can_be_made("path", page)
+    _check_ours(inside(page.parent, page.name), _PAGE)
     try:
         # Before anything is drawn, which takes some seconds.
-        (folder if pictures else page.parent).mkdir(parents=True, exist_ok=True)
+        (inside(page.parent, folder.name) if pictures else page.parent).mkdir(parents=True, exist_ok=True)
         html, drawn = render(record)
-        page.write_text(html, encoding="utf-8")
-        for picture in drawn if pictures else ():
-            (folder / f"{picture.name}.png").write_bytes(picture.png())
+        images = {inside(folder, f"{picture.name}.png"): picture.png() for picture in drawn if pictures}
+        for image in images:
+            _check_ours(image, _PICTURE)
+        replace_bytes(page, html.encode())
+        for image, content in images.items():
+            replace_bytes(image, content)
     except OSError as error:
         raise ConfigurationError("path", str(page), f"cannot be written: {error}") from error
     return page
+
+
+def _check_ours(path: Path, mark: bytes) -> None:
+    """Refuse to replace what is no part of a report.
+
+    Raises:
+        ConfigurationError: A file without the mark, or something else than a file.
+    """
+    try:
+        if mark in read_bytes(path):
+            return
+    except FileNotFoundError:
+        return
+    except OSError:
+        pass
+    raise ConfigurationError("path", str(path), "holds something else, which would be lost: give another path")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-import warnings
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evollm.errors import ConfigurationError
 from evollm.hpo import AnyEvaluation, evaluations_to_bytes
+from evollm.own_files import inside, remove_leftovers, replace_bytes
+from evollm.runs import RecordFiles, read_lines
+from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, TIMING
+from evollm.runs.lines import strict
 from evollm.tracking.timing import Stopwatch
 from evollm.training.callbacks import (
     BaselineScored,
@@ -22,8 +26,7 @@ from evollm.training.callbacks import (
     StepDone,
 )
 
-EVALUATIONS = "evaluations"
-FINAL = "final.safetensors"
+_EVALUATION = re.compile(r"step-(\d{6,})\.safetensors")
 
 
 class RunFolder(Callback):
@@ -37,19 +40,30 @@ class RunFolder(Callback):
     """
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
+        self._records: RecordFiles | None = None
         self._stopwatch: Stopwatch | None = None
 
     def on_start(self, event: RunStarted) -> None:
-        """Create the folder and write the settings; of a resumed run keep what happened up to its checkpoint."""
-        (event.run_dir / EVALUATIONS).mkdir(parents=True, exist_ok=True)
-        self._folder = event.run_dir
-        _replace(event.run_dir / "config.json", (json.dumps(_strict(event.config), indent=2) + "\n").encode())
-        for name in ("metrics.jsonl", "lineage.jsonl", "timing.jsonl"):
-            self._keep_until(event.step, name)
-        self._keep_evaluations_until(event.step)
-        if event.step == 0:
-            self._append("lineage.jsonl", kind="founders", births=[birth.to_dict() for birth in event.founders])
+        """Create the folder and write the settings; of a resumed run keep what happened up to its checkpoint.
+
+        Raises:
+            CheckpointError: A link lies where a file of the run is due.
+            ConfigurationError: The folder cannot be written.
+        """
+        folder = event.run_dir
+        self._records = RecordFiles(folder)
+        try:
+            inside(folder, EVALUATIONS).mkdir(parents=True, exist_ok=True)
+            _remove_evaluations_after(folder, event.step)
+            for name in (METRICS, TIMING):
+                self._records.start(name, _lines_until(inside(folder, name), event.step))
+            founders = {"kind": "founders", "births": [birth.to_dict() for birth in event.founders]}
+            self._records.start(LINEAGE, [founders, *map(_evolution, event.evolutions)])
+            # Last: it is what a run folder is known by.
+            config = json.dumps(strict(event.config), indent=2) + "\n"
+            replace_bytes(inside(folder, CONFIG), config.encode())
+        except OSError as error:
+            raise ConfigurationError("run_dir", str(folder), f"cannot be written: {error}") from error
         self._stopwatch = Stopwatch(on_cuda=str(event.config["device"]).startswith("cuda"))
         self._time("start", event.step)
 
@@ -60,7 +74,7 @@ class RunFolder(Callback):
     def on_step(self, event: StepDone) -> None:
         """Write one line for each agent."""
         for index, metrics in event.metrics.items():
-            self._append("metrics.jsonl", kind="step", step=event.step, epoch=event.epoch, agent=index, **metrics)
+            self._append(METRICS, kind="step", step=event.step, epoch=event.epoch, agent=index, **metrics)
         self._time("step", event.step)
 
     def on_evaluation(self, event: Evaluated) -> None:
@@ -69,19 +83,20 @@ class RunFolder(Callback):
             line: dict[str, Any] = {"step": event.step, "generation": event.generation, "agent": index}
             if index in event.evaluations:
                 line |= event.evaluations[index].scores
-            self._append("metrics.jsonl", kind="evaluation", **line, fitness=list(fitness), **event.agents[index])
+            self._append(METRICS, kind="evaluation", **line, fitness=list(fitness), **event.agents[index])
         scored = {f"agent-{index}": evaluation for index, evaluation in event.evaluations.items()}
         self._save(f"{EVALUATIONS}/step-{event.step:06d}.safetensors", scored)
         self._time("evaluation", event.step)
 
     def on_evolution(self, event: Evolved) -> None:
         """Write the plan."""
-        self._append("lineage.jsonl", kind="evolution", step=event.step, **event.plan.to_dict())
+        self._append(LINEAGE, **_evolution(event))
         self._time("evolution", event.step)
 
     def on_checkpoint(self, event: Checkpointed) -> None:
-        """Note the time."""
+        """Note the time, and have on disk what has happened so far: a resumed run goes on from here."""
         self._time("checkpoint", event.step)
+        self._files.flush()
 
     def on_end(self, event: RunEnded) -> None:
         """Write the scores, with what they are made of, and the sample answers."""
@@ -90,7 +105,7 @@ class RunFolder(Callback):
         scores = {f"{name}_{key}": value for name, score in scored.items() for key, value in score.scores.items()}
         self._save(FINAL, scored)
         self._append(
-            "metrics.jsonl",
+            METRICS,
             kind="end",
             step=event.step,
             best=event.best.index,
@@ -100,65 +115,54 @@ class RunFolder(Callback):
             samples=[vars(sample) for sample in event.samples],
         )
         self._time("end", event.step)
+        self._files.flush()
+
+    def close(self) -> None:
+        """Write what could not be written before, or say what is lost."""
+        if self._records is not None:
+            self._records.close()
+
+    @property
+    def _files(self) -> RecordFiles:
+        assert self._records is not None
+        return self._records
 
     def _time(self, kind: str, step: int) -> None:
         assert self._stopwatch is not None
-        self._append("timing.jsonl", kind=kind, step=step, **self._stopwatch.lap())
+        self._append(TIMING, kind=kind, step=step, **self._stopwatch.lap())
 
     def _append(self, name: str, **values: Any) -> None:
-        assert self._folder is not None
-        try:
-            with (self._folder / name).open("a") as file:
-                file.write(json.dumps(_strict(values), allow_nan=False) + "\n")
-        except OSError as error:
-            warnings.warn(f"a line of {name} is lost: {error}; the run goes on", UserWarning, stacklevel=2)
+        self._files.append(name, **values)
 
     def _save(self, name: str, evaluations: Mapping[str, AnyEvaluation]) -> None:
-        assert self._folder is not None
-        if not evaluations:
-            return
-        try:
-            _replace(self._folder / name, evaluations_to_bytes(evaluations))
-        except OSError as error:
-            warnings.warn(f"{name} is lost: {error}; the run goes on", UserWarning, stacklevel=2)
-
-    def _keep_until(self, step: int, name: str) -> None:
-        """Drop lines of later steps, the end of a run that goes on, and a line that was cut short."""
-        assert self._folder is not None
-        path = self._folder / name
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            if step > 0 and values.get("step", 0) <= step and values["kind"] != "end":
-                kept.append(line)
-        _replace(path, "".join(kept).encode())
-
-    def _keep_evaluations_until(self, step: int) -> None:
-        """Drop files of later steps, the final score of a run that goes on, and files that were cut short."""
-        assert self._folder is not None
-        (self._folder / FINAL).unlink(missing_ok=True)
-        for path in (self._folder / EVALUATIONS).glob("step-*"):
-            number = path.stem.removeprefix("step-")
-            if path.suffix == ".new" or step == 0 or (number.isdecimal() and int(number) > step):
-                path.unlink()
+        if evaluations:
+            self._files.replace(name, evaluations_to_bytes(evaluations))
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_bytes(content)
-    beside.replace(path)
+def _evolution(event: Evolved) -> dict[str, Any]:
+    """Its line in `lineage.jsonl`."""
+    return {"kind": "evolution", "step": event.step, **event.plan.to_dict()}
 
 
-def _strict(value: Any) -> Any:
-    """The value with every float that JSON has no number for turned into text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
+def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records up to a checkpoint, without an evolution after it at the same step, and without an end."""
+    if step == 0 or not path.exists():
+        return []
+    return [
+        line
+        for line in read_lines(path)
+        if line["kind"] != "end"
+        and isinstance(line.get("step"), int)
+        and line["step"] <= step - (line["kind"] == "evolution")
+    ]
+
+
+def _remove_evaluations_after(folder: Path, step: int) -> None:
+    """Drop files of later steps, the final score of a run that goes on, and files that were cut short."""
+    inside(folder, FINAL).unlink(missing_ok=True)
+    remove_leftovers(folder)
+    remove_leftovers(folder / EVALUATIONS)
+    for path in (folder / EVALUATIONS).iterdir():
+        name = _EVALUATION.fullmatch(path.name)
+        if name and int(name[1]) > (step or -1):
+            path.unlink()

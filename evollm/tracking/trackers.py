@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import secrets
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -12,10 +13,12 @@ from typing import Any, ClassVar
 
 from evollm.errors import ConfigurationError, MissingExtraError
 from evollm.hpo import AnyEvaluation, Birth
+from evollm.own_files import inside, read_bytes, replace_bytes
 from evollm.training.callbacks import Callback, Evaluated, Evolved, RunEnded, RunStarted, StepDone
 
 # The name under which a tracker of elsewhere knows the run, for whoever resumes it.
 ID_FILE = "tracking-id"
+_ID = re.compile(r"[0-9a-f]{8}")
 PROJECT = "evollm"
 
 
@@ -76,7 +79,7 @@ class TensorBoard(Tracker):
         module = importlib.import_module("torch.utils.tensorboard")
         # What a resumed run had written after its checkpoint comes again.
         purge = event.step + 1 if event.step else None
-        folder = str(event.run_dir / "tensorboard")
+        folder = str(inside(event.run_dir, "tensorboard"))
         self._writer = _started(self.name, lambda: module.SummaryWriter(folder, purge_step=purge))
 
     def write(self, values: Mapping[str, float], step: int) -> None:
@@ -192,11 +195,14 @@ def _started(name: str, start: Callable[[], Any]) -> Any:
 
 def _tracking_id(run_dir: Path) -> str:
     """The name of the run for trackers, drawn once and kept in its folder."""
-    path = run_dir / ID_FILE
+    path = inside(run_dir, ID_FILE)
     if not path.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+        replace_bytes(path, f"{secrets.token_hex(4)}\n".encode())
+    found = read_bytes(path).decode(errors="replace").strip()
+    if not _ID.fullmatch(found):
+        raise ConfigurationError("report_to", str(path), "holds no name of a run: remove the file")
+    return found
 
 
 def _by_agent(values: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:

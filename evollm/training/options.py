@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from evollm.algorithms.saving import SavableAgent
-from evollm.checkpoints.files import check_replaceable
+from evollm.checkpoints.files import check_replaceable, is_locked_folder
+from evollm.checkpoints.run import has_populations
 from evollm.checks import optional_whole_number, switch, usable_path, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, check_population
 from evollm.llm_envs import DatasetGym
 from evollm.models.identity import computing_settings
+from evollm.own_files import check_can_be_made, inside
+from evollm.runs.folder import CHECKPOINTS, ELITE, METRICS, RUN_FILES
 from evollm.training.callbacks import Callback
 from evollm.training.stages import Stage
 
@@ -219,26 +223,46 @@ class RunPaths:
             if run_dir is not None and usable_path("run_dir", run_dir).resolve() != folder.resolve():
                 raise ConfigurationError("run_dir", str(run_dir), "is not the run to resume: leave it out")
             if not (folder / "config.json").is_file():
-                raise ConfigurationError(
-                    "resume_from_checkpoint", str(folder), "is no run folder: no config.json in it"
-                )
+                fix = "is no run folder: no config.json in it. A run that ended before that is begun anew, as run_dir"
+                raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
         else:
             folder = new_run_dir() if run_dir is None else usable_path("run_dir", run_dir)
-        if resume is None and (folder / "config.json").exists():
-            raise ConfigurationError(
-                "run_dir",
-                str(folder),
-                "holds another run: resume it (evollm resume, or resume_from_checkpoint), or give a new folder",
-            )
+        check_can_be_made("run_dir", folder / "config.json")
         paths = cls(
             run_dir=folder,
-            checkpoints=folder / "checkpoints" if checkpoints is None else usable_path("checkpoint_path", checkpoints),
-            elite=folder / "elite" if elite is None else usable_path("elite_path", elite),
+            checkpoints=inside(folder, CHECKPOINTS)
+            if checkpoints is None
+            else usable_path("checkpoint_path", checkpoints),
+            elite=inside(folder, ELITE) if elite is None else usable_path("elite_path", elite),
         )
         if paths.elite.resolve() in (paths.run_dir.resolve(), paths.checkpoints.resolve()):
             raise ConfigurationError("elite_path", str(paths.elite), "must be a folder of its own")
+        check_can_be_made("checkpoint_path", paths.checkpoints / CHECKPOINTS)
         check_replaceable("elite_path", paths.elite)
+        if resume is None:
+            paths.check_new()
         return paths
+
+    def check_new(self) -> None:
+        """Refuse to begin a run where there is one, or among files of somebody else's.
+
+        A run that did not get to its first step leaves nothing to lose: its folder may be used again.
+
+        Raises:
+            ConfigurationError: Something lies there that would be lost.
+        """
+        if has_populations(self.checkpoints):
+            fix = "holds checkpoints of another run, which would be taken for this one's: give another folder"
+            field = "run_dir" if self.checkpoints == self.run_dir / CHECKPOINTS else "checkpoint_path"
+            raise ConfigurationError(field, str(self.checkpoints), fix)
+        found = [name for name in RUN_FILES if os.path.lexists(self.run_dir / name)]
+        if found and not is_locked_folder(self.run_dir):
+            fix = f"holds {found[0]}, which evollm did not write and would replace: give a new folder"
+            raise ConfigurationError("run_dir", str(self.run_dir), fix)
+        metrics = self.run_dir / METRICS
+        if (self.run_dir / ELITE).exists() or (metrics.exists() and metrics.stat().st_size > 0):
+            fix = "holds another run: resume it (evollm resume, or resume_from_checkpoint), or give a new folder"
+            raise ConfigurationError("run_dir", str(self.run_dir), fix)
 
 
 def new_run_dir() -> Path:

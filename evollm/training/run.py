@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,13 +104,11 @@ class Run(Generic[A]):
                 if self.step == 0:
                     self._score_baseline()
                 while self.step < total:
+                    # After the checkpoint of the step before, so that nothing that fails here costs what was learnt.
+                    self._pass_on()
                     self._train_step()
                     if self.schedule.evaluates_at(self.step):
                         self._evaluate()
-                    if self.schedule.evolves_at(self.step):
-                        self._evolve()
-                    if self.step % self.schedule.epoch == 0 and self.step < total:
-                        self._end_epoch()
                     number = stop.received_anywhere()
                     if self.schedule.checkpoints_at(self.step) or number:
                         self._checkpoint()
@@ -160,6 +160,13 @@ class Run(Generic[A]):
         if scores:
             self.progress.before = scores[0]
             self._tell("on_baseline", BaselineScored(self._final_split(), scores[0]))
+
+    def _pass_on(self) -> None:
+        """End the generation and the epoch, if the step before was their last."""
+        if self.step > 0 and self.schedule.evolves_at(self.step):
+            self._evolve()
+        if self.step > 0 and self.step % self.schedule.epoch == 0:
+            self._end_epoch()
 
     def _train_step(self) -> None:
         metrics = learn_all(self.population, self.env.next_batch())
@@ -239,15 +246,14 @@ class Run(Generic[A]):
 
     def _finish(self) -> None:
         best = self._best()
-        if self.options.save_elite:
-            best.save_checkpoint(str(self.paths.elite))
+        best_path = self._save_elite(best) if self.options.save_elite else None
         runner_up = self._runner_up(best)
         podium = [best] if runner_up is None else [best, runner_up]
         after, runner_up_score, *_ = [*self._final_scores(podium), None, None]
         ended = RunEnded(
             step=self.step,
             best=best,
-            best_path=self.paths.elite if self.options.save_elite else None,
+            best_path=best_path,
             split=self._final_split(),
             before=self.progress.before,
             after=after,
@@ -256,6 +262,31 @@ class Run(Generic[A]):
             runner_up_score=runner_up_score,
         )
         self._tell("on_end", ended)
+
+    def _save_elite(self, best: A) -> Path | None:
+        """Save the best agent, elsewhere if there is no room where it belongs; None where there is no room at all."""
+        error = self._try_to_save(best, self.paths.elite)
+        if not error:
+            return self.paths.elite
+        # Of several processes the main one writes; its name is the one that counts.
+        elsewhere = Path(tempfile.gettempdir()) / f"evollm-elite-{secrets.token_hex(4)}"
+        again = "resuming the run saves it there once there is room"
+        failed = f"the best agent could not be saved to {self.paths.elite} ({error})"
+        if not self._try_to_save(best, elsewhere):
+            warnings.warn(f"{failed}; it was saved to {elsewhere} instead, and {again}", UserWarning, stacklevel=2)
+            return elsewhere
+        fix = "it is in memory alone: call save_checkpoint with a path where there is room"
+        warnings.warn(f"{failed}; {fix}, or {again}", UserWarning, stacklevel=2)
+        return None
+
+    def _try_to_save(self, agent: A, path: Path) -> str:
+        """Save an agent; returns why it could not be saved, which all processes learn, or an empty text."""
+        reason = ""
+        try:
+            agent.save_checkpoint(str(path))
+        except OSError as error:
+            reason = str(error)
+        return str(Processes.present().from_main(reason))
 
     def _best(self) -> A:
         """The fittest agent; when nothing could be evaluated, the first that has not diverged."""

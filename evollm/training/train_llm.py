@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -12,6 +12,7 @@ from evollm.algorithms.dpo import DPO
 from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.sft import SFT
 from evollm.checkpoints import only_writer
+from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, likelihood_fitness, preference_fitness
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import Processes, check_processes
@@ -273,8 +274,21 @@ def _finetune(
     # Before the main process writes into the folder that others still check.
     processes.wait()
     run = Run(pop, env, options, paths, fitness, listeners.callbacks_of(processes))
-    paths.run_dir.mkdir(parents=True, exist_ok=True)
-    with only_writer(paths.run_dir, what=paths.run_dir) if processes.is_main else nullcontext():
+    with _only_writer(paths) if processes.is_main else nullcontext():
         if places.resume is not None:
             run.resume()
         return run.train()
+
+
+@contextmanager
+def _only_writer(paths: RunPaths) -> Iterator[None]:
+    """Have the run folder, and a folder of checkpoints apart from it, for this run alone."""
+    with ExitStack() as stack:
+        apart = paths.run_dir not in paths.checkpoints.parents
+        for folder in [paths.run_dir, *([paths.checkpoints] if apart else [])]:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigurationError("run_dir", str(folder), f"cannot be made: {error}") from error
+            stack.enter_context(only_writer(folder, what=folder))
+        yield

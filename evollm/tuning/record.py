@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,24 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from evollm.checkpoints.files import replace_file
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import Birth, EvolutionPlan, HyperparameterConfig, ancestry
 from evollm.hpo.hyperparameters import Value
 from evollm.models.pretrained import reloadable
+from evollm.own_files import inside, read_bytes, replace_bytes
+from evollm.runs import read_lineage, read_lines
+from evollm.runs.folder import ASKED, CHECKPOINTS, CONFIG, ELITE, METRICS
 
-# The keyword arguments of `tune`.
-ASKED = "tune.json"
 # One (step, hyperparameters) for the founder, and one for each change.
 Schedule = list[tuple[int, dict[str, Value]]]
 _DEVICE_MAPS = ("auto", "cpu", "cuda")
 _ROWS = frozenset({"data", "test_data", "final_data"})
 _PASSWORDS = frozenset({"proxies", "token", "use_auth_token"})
+_ALGORITHMS = ("DPO", "SFT")
+# Where a run writes, besides its folder.
+_PLACES = {"checkpoint_path": CHECKPOINTS, "elite_path": ELITE}
+# What is never taken from a folder, since it says which folder it is.
+_NOT_TAKEN = frozenset({"run_dir", "resume_from_checkpoint"})
 
 
 @dataclass(frozen=True)
@@ -91,23 +97,27 @@ def read_record(run_dir: str | os.PathLike[str]) -> Record:
     if not (folder / "config.json").is_file():
         raise ConfigurationError("run_dir", str(run_dir), "is no run folder: no config.json in it")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lineage = _lines(folder / "lineage.jsonl")
-        return Record(
-            run_dir=folder,
-            config=config,
-            founders=[Birth.from_dict(birth) for birth in lineage[0]["births"]],
-            evolutions=[
-                (int(line["step"]), EvolutionPlan.from_dict(line)) for line in lineage if line["kind"] == "evolution"
-            ],
-            metrics=_lines(folder / "metrics.jsonl"),
-        )
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        config = _read_config(folder)
+        lineage = read_lineage(folder)
+        metrics = read_lines(inside(folder, METRICS))
+        return Record(folder, config, list(lineage.founders), list(lineage.evolutions), metrics)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder} cannot be read as a run: {error!r}") from error
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run, with the parts that are used of them.
+
+    Raises:
+        KeyError, TypeError, ValueError: One is missing, or something else.
+    """
+    config = json.loads(read_bytes(inside(folder, CONFIG)))
+    if config["algorithm"] not in _ALGORITHMS or not isinstance(config["base"], str):
+        raise ValueError("it is of no run")
+    for name in ("schedule", "data", "options", "settings", "lora"):
+        if not isinstance(config[name], dict):
+            raise TypeError(f"{name} is something else")
+    return dict(config)
 
 
 def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
@@ -124,8 +134,7 @@ def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
         if plain is _NOT_PLAIN or (name == "model_config" and isinstance(value, Mapping) and _lost(value)):
             objects.append(name)
     content = {"settings": settings, "objects": sorted(objects)}
-    with replace_file(run_dir / ASKED) as file:
-        Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    replace_bytes(inside(run_dir, ASKED), (json.dumps(content, indent=2) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -135,10 +144,28 @@ class Asked:
     Attributes:
         settings: Those that the folder holds.
         objects: Names of those that it does not, or not wholly: Python objects.
+        elsewhere: Places outside the folder that it names; they are the user's to give.
     """
 
     settings: dict[str, Any]
     objects: frozenset[str]
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+
+    def require_places(self, names: Collection[str], run_dir: object, how: Callable[[str, str], str]) -> None:
+        """Refuse to go on without being told where some of the places are.
+
+        Args:
+            names: Of the places.
+            run_dir: The run folder.
+            how: From the name and the path that the folder states to what the user types.
+
+        Raises:
+            ConfigurationError: One of the places lies outside the folder.
+        """
+        for name in sorted(set(names) & self.elsewhere.keys()):
+            path = self.elsewhere[name]
+            fix = f"names {path} as {name}, which is outside its folder; if that is yours, say so: {how(name, path)}"
+            raise ConfigurationError("run_dir", str(run_dir), fix)
 
     def require(self, names: Collection[str], run_dir: object, fix: str) -> None:
         """Refuse to go on without some of them.
@@ -152,14 +179,19 @@ class Asked:
             raise ConfigurationError("run_dir", str(run_dir), f"{what}: {fix}")
 
 
-def read_asked(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def read_asked(run_dir: str | os.PathLike[str], given: Collection[str] = ()) -> dict[str, Any]:
     """All keyword arguments with which `tune` began a run, without those that say where it goes.
+
+    Args:
+        run_dir: The run folder.
+        given: Names of those that the user gives anew.
 
     Raises:
         ConfigurationError: No command and no `tune` began it, or with Python objects, which no folder holds.
         CheckpointError: The file is damaged.
     """
     asked = asked_of(run_dir)
+    asked.require_places(_PLACES.keys() - set(given), run_dir, lambda name, path: f"{name}={shlex.quote(path)}")
     asked.require(asked.objects, run_dir, "call evollm.tune as then, with resume_from_checkpoint=...")
     return asked.settings
 
@@ -192,13 +224,33 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
         )
         raise ConfigurationError("run_dir", str(run_dir), fix)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(inside(Path(run_dir), ASKED)))
         settings, objects = dict(content["settings"]), frozenset(map(str, content["objects"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if isinstance(settings.get("model_config"), Mapping):
         settings["model_config"] = _harmless(settings["model_config"])
-    return Asked(settings, objects)
+    elsewhere = {name: str(settings[name]) for name in _PLACES if _leads_out(Path(run_dir), settings.get(name))}
+    kept = {name: value for name, value in settings.items() if name not in _NOT_TAKEN | elsewhere.keys()}
+    return Asked(kept, objects, elsewhere)
+
+
+def _leads_out(run_dir: Path, place: object) -> bool:
+    """Whether a place that a folder names is not a folder of its own below it."""
+    if place is None:
+        return False
+    return not isinstance(place, str) or run_dir.resolve() not in Path(place).resolve().parents
+
+
+def place_of(run_dir: Path, asked: Asked, name: str) -> Path:
+    """Where a run that was asked for like this has its `elite_path` or `checkpoint_path`.
+
+    Raises:
+        CheckpointError: A link lies there.
+    """
+    given = asked.settings.get(name)
+    relative = _PLACES[name] if given is None else Path(given).resolve().relative_to(run_dir.resolve()).as_posix()
+    return inside(run_dir, relative)
 
 
 def _harmless(model_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from evollm.hpo.hyperparameters import Value
 from evollm.llm_envs import DatasetGym
 from evollm.models.engine import Engine, Seat
 from evollm.models.identity import computing_settings
+from evollm.own_files import inside, read_bytes
 from evollm.training.callbacks import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
 from evollm.tuning.pieces import check_known, pieces_of, taken_by
-from evollm.tuning.record import Record, Schedule, asked_of, known_of, read_record
+from evollm.tuning.record import Record, Schedule, asked_of, known_of, place_of, read_record
 from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
 # What decides in which steps, and so beside whom, an agent goes through a batch.
@@ -132,6 +134,8 @@ def replay(
     max_steps: int | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume_from_checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_path: str | os.PathLike[str] | None = None,
+    elite_path: str | os.PathLike[str] | None = None,
     verbose: bool = True,
     trust_remote_code: bool = False,
     **handed_in: Any,
@@ -156,6 +160,8 @@ def replay(
         max_steps: Steps at most.
         run_dir: Run folder of the replay, by default a new one in `evollm-runs`.
         resume_from_checkpoint: Folder of a replay with the same arguments that was interrupted, to go on with it.
+        checkpoint_path: The run's checkpoints, of a run that keeps them outside its folder.
+        elite_path: The run's best agent, likewise.
         verbose: Show progress and the result in the terminal.
         trust_remote_code: Run code that comes with the base of a run of `tune`. A run folder cannot ask for it.
         **handed_in: Further arguments of `tune` that its folder does not hold: `model`, `tokenizer`, `test_data`, ...
@@ -176,12 +182,13 @@ def replay(
     agent = _founder(agents, record)
     config = record.config
     stretched = _why_stretched(env.fingerprint == config["data"]["fingerprint"], num_epochs, max_steps)
-    places = known_of(run).settings
+    checkpoints = _place(run, "checkpoint_path", checkpoint_path)
+    elite = _place(run, "elite_path", elite_path)
     options: dict[str, Any] = {"max_steps": script.total}
     if not stretched:
         _check_same(agent, env, config)
         env.load_state_dict(config["data"]["position"])
-        _take_budgets(agent, Path(places.get("checkpoint_path") or record.run_dir / "checkpoints"))
+        _take_budgets(agent, checkpoints)
         options |= {"evaluation_interval": config["schedule"]["evaluate_every"]}
     else:
         epochs = script.total / config["schedule"]["epoch"]
@@ -196,9 +203,18 @@ def replay(
     pieces = pieces_of(config["algorithm"].lower())
     options |= {"run_dir": run_dir, "resume_from_checkpoint": resume_from_checkpoint, "verbose": verbose}
     pieces.finetune([agent], env, callbacks=[prompter], **options)
-    elite = Path(places.get("elite_path") or record.run_dir / "elite")
     reason = stretched or _why_no_elite(elite, config)
     return ReplayResult(agent, prompter.run_dir, script.schedule, None if reason else _is_exact(agent, elite), reason)
+
+
+def _place(run: str | os.PathLike[str], name: str, given: str | os.PathLike[str] | None) -> Path:
+    """Where a run has its checkpoints, or its best agent."""
+    if given is not None:
+        return Path(given)
+    known = known_of(run)
+    option = {"checkpoint_path": "--checkpoints", "elite_path": "--elite"}[name]
+    known.require_places([name], run, lambda _, path: f"{name}={path!r}, or {option} {shlex.quote(path)}")
+    return place_of(Path(run), known, name)
 
 
 def _why_stretched(same_data: bool, num_epochs: int | None, max_steps: int | None) -> str:
@@ -268,7 +284,7 @@ def _take_budgets(agent: SavableAgent, checkpoints: Path) -> None:
     """Divide batches as the run did: what it found out of its memory lies in its checkpoints."""
     newest = newest_population(checkpoints)
     if newest is not None:
-        state = json.loads((newest / STATE).read_text(encoding="utf-8"))
+        state = json.loads(read_bytes(inside(newest, STATE)))
         Engine.of(agent.base).load_state_dict(state["budgets"])
 
 

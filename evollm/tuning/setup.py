@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import optional_whole_number, whole_number
-from evollm.errors import ConfigurationError
+from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.pretrained import find_config, load_tokenizer
+from evollm.own_files import inside, read_bytes
+from evollm.runs.folder import CONFIG
 from evollm.tracking import tracker_names
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run
 from evollm.training.population_step import check_fitness
@@ -245,9 +247,9 @@ def _evo_steps_of(run_dir: Any) -> int | None:
     None where the folder does not say it; whoever resumes the run says what is wrong with it.
     """
     try:
-        config = json.loads((Path(run_dir) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_bytes(inside(Path(run_dir), CONFIG)))
         found: int | None = config["schedule"]["evolve_every"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, CheckpointError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from evollm.algorithms import DPO, SFT
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.checkpoints.agent import read_agent_folder
+from evollm.checkpoints.files import check_replaceable
 from evollm.errors import ConfigurationError
 from evollm.models.generation import greedy_answers
 from evollm.models.pretrained import load_base_model, load_tokenizer, reloadable
 from evollm.tuning.plain import model_config_of
-from evollm.tuning.record import known_of, read_record
+from evollm.tuning.record import known_of, place_of, read_record
 
 KINDS = ("merged", "adapter", "policy")
 _AGENTS: dict[str, type[SavableAgent]] = {"DPO": DPO, "SFT": SFT}
@@ -61,13 +63,19 @@ class Winner:
         return base, tuned
 
 
-def open_winner(run_dir: str | os.PathLike[str], model: str | None = None, trust_remote_code: bool = False) -> Winner:
+def open_winner(
+    run_dir: str | os.PathLike[str],
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    elite: str | os.PathLike[str] | None = None,
+) -> Winner:
     """Load the best agent of a run.
 
     Args:
         run_dir: The run folder; the run has ended.
         model: Hub name or folder of the base; None: the one that the run names.
         trust_remote_code: Run code that comes with the base. A run folder cannot ask for it.
+        elite: Folder of the best agent, of a run that keeps it outside its folder.
 
     Raises:
         ConfigurationError: This is no run folder, or the base cannot be loaded.
@@ -84,8 +92,10 @@ def open_winner(run_dir: str | os.PathLike[str], model: str | None = None, trust
     if not name:
         raise ConfigurationError("model", None, f"{run_dir} does not name the model that it ran on: give it")
     agent_class = _AGENTS[record.config["algorithm"]]
-    elite = Path(asked.get("elite_path") or record.run_dir / "elite")
-    model_config = _model_config(asked, elite, trust_remote_code)
+    if elite is None:
+        known.require_places(["elite_path"], run_dir, lambda _, path: f"--elite {shlex.quote(path)}")
+        elite = place_of(record.run_dir, known, "elite_path")
+    model_config = _model_config(asked, Path(elite), trust_remote_code)
     tokenizer = load_tokenizer(asked.get("tokenizer") or name, model_config)
     device = asked.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     base: dict[str, Any] = (
@@ -108,6 +118,7 @@ def export(
     what: str = "merged",
     model: str | None = None,
     trust_remote_code: bool = False,
+    elite: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write the best agent of a run for others to load.
 
@@ -118,6 +129,7 @@ def export(
             which PEFT loads; `policy`: `policy.pt` of the original DPO repository.
         model: Hub name or folder of the base; None: the one that the run names.
         trust_remote_code: As for `open_winner`.
+        elite: Likewise.
 
     Returns:
         What was written.
@@ -129,9 +141,11 @@ def export(
     path = Path(to)
     if what not in KINDS:
         raise ConfigurationError("what", what, f"must be one of {', '.join(KINDS)}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ConfigurationError("to", str(path), "is there already: give a new folder")
-    winner = open_winner(run_dir, model, trust_remote_code)
+    # Before the model is loaded.
+    check_replaceable("to", path)
+    winner = open_winner(run_dir, model, trust_remote_code, elite)
     if what == "merged":
         save_merged_model(winner.agent, path, winner.tokenizer, run_dir=winner.run_dir)
     elif what == "adapter":

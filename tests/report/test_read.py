@@ -92,15 +92,10 @@ def edit(name: str, change) -> object:
         (edit("config.json", lambda _: b"[]"), "config.json is damaged"),
         (edit("metrics.jsonl", lambda _: None), "metrics.jsonl cannot be read"),
         (edit("metrics.jsonl", lambda _: b""), "has not done a step"),
-        (edit("metrics.jsonl", lambda content: content[7:]), "metrics.jsonl, line 1 is damaged"),
-        (edit("metrics.jsonl", lambda content: b"\xff" + content), "metrics.jsonl cannot be read"),
-        (edit("metrics.jsonl", lambda content: content.replace(b'"agent"', b'"agnt"')), "not of a run"),
         (edit("metrics.jsonl", lambda content: content.replace(b'"best": ', b'"best": 99')), "does not know agent 99"),
         (edit("lineage.jsonl", lambda _: b""), "which agents the run began with"),
         (edit("lineage.jsonl", lambda content: content.replace(b"births", b"birds")), "not of a run"),
-        (edit("timing.jsonl", lambda content: content.replace(b"seconds", b"hours")), "not of a run"),
-        (edit("final.safetensors", lambda content: content[:-3]), "final.safetensors cannot be read"),
-        (edit("evaluations/step-000004.safetensors", lambda _: b"?"), "step-000004.safetensors cannot be read"),
+        (edit("lineage.jsonl", lambda content: content.replace(b'"lr"', b'"l/../r"')), "not of a run"),
     ],
 )
 def test_a_damaged_folder_is_refused_with_the_file_that_is(copy, damage, message) -> None:
@@ -109,6 +104,45 @@ def test_a_damaged_folder_is_refused_with_the_file_that_is(copy, damage, message
         read_run(copy)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit("metrics.jsonl", lambda content: content[7:]), "metrics.jsonl is damaged in line 1"),
+        (edit("metrics.jsonl", lambda content: b"\xff" + content), "metrics.jsonl is damaged in line 1"),
+        (edit("metrics.jsonl", lambda content: b"3\n[]\n{}\n" + content), "metrics.jsonl is damaged in line 1, 2, 3"),
+        (edit("metrics.jsonl", lambda content: content.replace(b'"agent"', b'"agnt"', 1)), "1 records of kind 'step'"),
+        (edit("metrics.jsonl", lambda content: content.replace(b"}\n{", b'}\n{"kind": "st{', 1)), "damaged in line 2"),
+        (edit("timing.jsonl", lambda content: content.replace(b"{", b"(", 1)), "timing.jsonl is damaged in line 1"),
+        (edit("final.safetensors", lambda content: content[:-3]), "final.safetensors cannot be read"),
+        (edit("evaluations/step-000004.safetensors", lambda _: b"?"), "step-000004.safetensors cannot be read"),
+    ],
+)
+def test_damage_costs_a_record_and_is_said(copy, damage, message) -> None:
+    whole = read_run(copy)
+    damage(copy)
+    with pytest.warns(UserWarning, match=message):
+        record = read_run(copy)
+    assert len(whole.steps) - len(record.steps) <= 1
+    assert record.ended is not None
+    assert headline(record, compare(record))
+
+
+def test_what_the_lineage_has_lost_is_taken_from_the_newest_checkpoint(copy) -> None:
+    whole = read_run(copy)
+    assert len(whole.evolutions) > 1
+    lines = (copy / "lineage.jsonl").read_bytes().splitlines(keepends=True)
+    checkpoint = copy / "checkpoints" / "step-000008"
+    checkpoint.mkdir(parents=True)
+    evolutions = [{"step": evolution.step, **evolution.plan.to_dict()} for evolution in whole.evolutions]
+    state = {"founders": [birth.to_dict() for birth in whole.founders], "evolutions": evolutions[:2]}
+    (checkpoint / "population.json").write_text(json.dumps(state))
+    for kept in (lines[1:], [lines[0], *lines[2:]], lines[2:]):
+        (copy / "lineage.jsonl").write_bytes(b"".join(kept))
+        record = read_run(copy)
+        assert str((record.founders, record.evolutions)) == str((whole.founders, whole.evolutions))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_whatever_is_damaged_is_read_or_refused_but_never_a_traceback(copy) -> None:
     """Cuts and changed bytes at random places of every file."""
     rng = random.Random(0)

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 from evollm import Callback, CheckpointError, PreferenceGym, finetune_llm_preference, finetune_llm_sft
 from evollm.hpo import Evaluation, evaluations_to_bytes, read_evaluations
+from evollm.runs import lines
 
 
 def read(path) -> list[dict]:
@@ -142,15 +143,15 @@ def test_times_are_kept_apart_from_what_equal_runs_share_and_cut_back_by_a_resum
 
 
 def test_a_full_disk_costs_evaluations_and_not_the_run(make_agent, gym, tmp_path, monkeypatch) -> None:
-    write = Path.write_bytes
+    replace = lines.replace_bytes
 
-    def write_unless_tensors(path: Path, content: bytes) -> int:
-        if ".safetensors" in path.name and "checkpoints" not in str(path):
+    def replace_unless_tensors(path: Path, content: bytes) -> None:
+        if path.name.endswith(".safetensors"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, content)
+        replace(path, content)
 
-    monkeypatch.setattr(Path, "write_bytes", write_unless_tensors)
-    with pytest.warns(UserWarning, match=r"evaluations/step-000003.safetensors is lost: .*No space left"):
+    monkeypatch.setattr(lines, "replace_bytes", replace_unless_tensors)
+    with pytest.warns(UserWarning, match=r"records of .*run cannot be written: .*No space left"):
         finetune_llm_preference([make_agent()], gym, run_dir=tmp_path / "run", verbose=False, save_elite=False)
     assert read(tmp_path / "run/metrics.jsonl")[-1]["kind"] == "end"
 

@@ -59,10 +59,10 @@ def run(make_population, tokenizer, tmp_path):
 def test_callbacks_hear_of_every_event_in_order(run) -> None:
     diary = Diary()
     folder = run(diary)
-    generation = ["on_step", "on_evaluation", "on_evolution", "on_checkpoint"]
+    generation = ["on_step", "on_evaluation", "on_checkpoint", "on_evolution"]
     last = ["on_step", "on_evaluation", "on_checkpoint"]
     assert [name for name, _ in diary.heard] == ["on_start", *generation, *last, "on_end", "close"]
-    started, step, evaluated, evolved, checkpointed = (event for _, event in diary.heard[:5])
+    started, step, evaluated, checkpointed, evolved = (event for _, event in diary.heard[:5])
     assert (started.run_dir, started.total_steps, started.step) == (folder, 2, 0)
     assert [birth.index for birth in started.founders] == [0, 1]
     assert (step.step, set(step.metrics)) == (1, {0, 1})
