@@ -13,9 +13,6 @@ from pathlib import Path, PurePosixPath
 
 from evollm.errors import CheckpointError, ConfigurationError
 
-# What a process that died while it replaced a file has left.
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.new")
-
 
 def inside(folder: Path, name: str) -> Path:
     """The path of a file or folder below `folder`, which need not exist.
@@ -73,10 +70,11 @@ def replace_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that died while they replaced a file have left in a folder."""
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that died while they replaced a file have left in a folder: of that name, or of any."""
+    leftover = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}\.new")
     for path in folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name) and not path.is_dir():
+        if leftover.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_rows
+from quick_page import quick_page
 from tokenizers_for_tests import chatml_tokenizer
 
 import evollm
@@ -91,17 +92,9 @@ def trap(folder: Path) -> str:
 
 
 @pytest.fixture
-def quick_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page with one empty picture: drawing takes seconds, and no file of it is written here."""
-    from evollm.report import write  # noqa: PLC0415
-    from evollm.report.style import drawing, new_panel, to_picture  # noqa: PLC0415
-
-    def render(record: Any) -> tuple[str, list[Any]]:
-        with drawing():
-            picture = to_picture(new_panel(str(record.last_step))[0], "held-out-accuracy", "nothing")
-        return f"{write._PAGE.decode()}{picture.svg}", [picture]
-
-    monkeypatch.setattr(write, "render", render)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are drawn at once."""
+    monkeypatch.setattr("evollm.report.write.render", quick_page)
 
 
 def run(name: str) -> int:
@@ -140,7 +133,7 @@ OVERRIDES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("section", ["settings", "hyperparameters"])
-@pytest.mark.parametrize("values", OVERRIDES, ids=lambda values: "+".join(values))
+@pytest.mark.parametrize("values", OVERRIDES, ids="+".join)
 def test_a_checkpoint_names_neither_a_model_nor_its_arguments(folder, trap, capsys, section: str, values) -> None:
     values = {name: trap if value == "TRAP" else value for name, value in values.items()}
     for agent in [Path("run/elite"), *Path("run/checkpoints").glob("*/agent-*")]:
@@ -189,7 +182,7 @@ PLACES = (
 
 @pytest.mark.parametrize("to", ["precious/agent", "precious/nothing"])
 @pytest.mark.parametrize("place", PLACES)
-def test_no_link_is_followed(folder, quick_page, place: str, to: str) -> None:
+def test_no_link_is_followed(folder, quick, place: str, to: str) -> None:
     path = Path("run") / place
     _remove(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +195,7 @@ def test_no_link_is_followed(folder, quick_page, place: str, to: str) -> None:
 
 
 @pytest.mark.parametrize("place", FILES)
-def test_nothing_is_written_through_a_hard_link(folder, quick_page, place: str) -> None:
+def test_nothing_is_written_through_a_hard_link(folder, quick, place: str) -> None:
     path = Path("run") / place
     shutil.copy(path, "precious/copy")
     before = Path("precious/copy").read_bytes()
@@ -217,7 +210,7 @@ def test_nothing_is_written_through_a_hard_link(folder, quick_page, place: str) 
 @pytest.mark.parametrize(
     "place", [*FILES, "report.html", "elite/attributes.pt", "elite/manifest.json", "elite/actor/adapter_config.json"]
 )
-def test_no_pipe_keeps_a_command_waiting(folder, quick_page, place: str) -> None:
+def test_no_pipe_keeps_a_command_waiting(folder, quick, place: str) -> None:
     path = Path("run") / place
     _remove(path)
     os.mkfifo(path)
@@ -231,7 +224,7 @@ def _remove(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["elite_path", "checkpoint_path"])
 @pytest.mark.parametrize("to", ["precious/agent", "../work/precious/agent", "ABSOLUTE", "run/../precious/agent", ["x"]])
-def test_a_place_outside_the_folder_is_the_users_to_give(folder, quick_page, capsys, name: str, to: Any) -> None:
+def test_a_place_outside_the_folder_is_the_users_to_give(folder, quick, capsys, name: str, to: Any) -> None:
     where = str(folder / "precious/agent") if to == "ABSOLUTE" else to
     edit(Path("run/tune.json"), lambda asked: asked["settings"].update({name: where}))
     assert run("resume") == 1
@@ -248,7 +241,7 @@ def test_a_place_outside_the_folder_is_the_users_to_give(folder, quick_page, cap
     [{"run_dir": "precious"}, {"resume_from_checkpoint": "precious"}, {"callbacks": ["print"]}, {"fitness": "print"}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_tune_was_asked_for_names_no_folder_and_no_code(folder, quick_page, settings) -> None:
+def test_what_tune_was_asked_for_names_no_folder_and_no_code(folder, quick, settings) -> None:
     edit(Path("run/tune.json"), lambda asked: asked["settings"].update(settings))
     assert run("resume") in (0, 1)
     assert run("replay") in (0, 1)

@@ -222,6 +222,22 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(discarded, ignore_errors=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that died while they wrote or removed folders have left in `folder`.
+
+    Whoever calls it keeps other writers out.
+    """
+    remove_discarded(folder)
+    for path in folder.iterdir():
+        written = folder / path.name[1:-4]
+        if path.is_symlink() or not path.name.startswith("."):
+            continue
+        if (path.name.endswith(".new") and _is_staging(path)) or (
+            path.name.endswith(".old") and written.exists() and _is_ours(path)
+        ):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_discarded(folder: Path, name: str | None = None) -> None:
     """Finish what processes that died while removing a folder have left in `folder`: of that name, or of any."""
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}\.gone")

@@ -54,7 +54,7 @@ def weights_fingerprint(model: nn.Module) -> str:
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             if not tensor.is_meta:
-                digest.update(_flat_bytes(tensor))
+                digest.update(_flat_bytes(tensor).data)
     return digest.hexdigest()
 
 

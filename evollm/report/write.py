@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from evollm.errors import ConfigurationError
-from evollm.own_files import check_can_be_made, inside, read_bytes, replace_bytes
+from evollm.own_files import check_can_be_made, inside, read_bytes, remove_leftovers, replace_bytes
 from evollm.report.page import render
 from evollm.report.read import read_run
 from evollm.report.style import SOFTWARE
@@ -49,6 +49,9 @@ def write_report(run_dir: str | Path, path: str | Path | None = None, pictures: 
         images = {inside(folder, f"{picture.name}.png"): picture.png() for picture in drawn if pictures}
         for image in images:
             _check_ours(image, _PICTURE)
+        remove_leftovers(page.parent, page.name)
+        if images:
+            remove_leftovers(folder)
         replace_bytes(page, html.encode())
         for image, content in images.items():
             replace_bytes(image, content)

@@ -18,6 +18,7 @@ from evollm.checkpoints import (
     read_population,
     write_population,
 )
+from evollm.checkpoints.files import remove_unfinished
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import AnyEvaluation, Birth, Evolver, Member, carry_out, is_finite, rank
 from evollm.llm_envs import DatasetGym
@@ -131,6 +132,8 @@ class Run(Generic[A]):
         """
         # The main process is the one that is told of damaged ones.
         processes = Processes.present()
+        if processes.is_main and self.paths.checkpoints.is_dir():
+            remove_unfinished(self.paths.checkpoints)
         found = processes.from_main(str(newest_population(self.paths.checkpoints) or "") if processes.is_main else "")
         path = Path(found)
         if not found:

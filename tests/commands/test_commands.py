@@ -159,7 +159,7 @@ def test_a_run_is_prolonged_by_one_length_and_then_resumed_as_it_is(finished, mo
     for override, total in (("num_epochs=2", 8), (None, 8), ("generations=5", 10), ("num_epochs=3", 12), (None, 12)):
         assert main(["resume", finished, *([override] if override else [])]) == 0, capsys.readouterr().err
         assert read_record(finished).config["schedule"]["total"] == total
-    assert [step for step, _ in read_record(finished).evolutions] == [2, 6]
+    assert [step for step, _ in read_record(finished).evolutions] == [2, 4, 6, 8, 10]
     # A call that is refused leaves everything as it was.
     asked = read_asked(finished)
     assert main(["resume", finished, "num_epochs=1"]) == 1

@@ -120,9 +120,9 @@ def test_another_name_for_the_model_leaves_the_rest_of_the_record(begin) -> None
     run = begin(model="./model", elite_path="best", tokenizer="tokenizer", model_config={"dtype": "float64"})
     Path("model").rename("moved")
     with pytest.raises(ConfigurationError, match="no such folder"):
-        open_winner(run)
+        open_winner(run, elite="best")
     # Weights of another type would be another base, which its agent refuses.
-    winner = open_winner(run, "moved")
+    winner = open_winner(run, "moved", elite="best")
     assert winner.agent.base.network.dtype == torch.float64
     assert winner.tokenizer.name_or_path == "tokenizer"
 
@@ -177,7 +177,10 @@ def test_a_replay_finds_what_the_run_wrote_elsewhere(begin, monkeypatch) -> None
     looked_in, newest = [], replay_module.newest_population
     monkeypatch.setattr(replay_module, "newest_population", lambda path: looked_in.append(path) or newest(path))
     run = begin(elite_path="best", checkpoint_path="saved")
-    assert replay(run, run_dir="again", verbose=False).exact
+    elsewhere = {"elite_path": "best", "checkpoint_path": "saved"}
+    with pytest.raises(ConfigurationError, match="checkpoint_path='saved', or --checkpoints saved"):
+        replay(run, run_dir="again", verbose=False)
+    assert replay(run, run_dir="again", verbose=False, **elsewhere).exact
     assert looked_in == [Path("saved")]
     assert newest(looked_in[0]) is not None
 
@@ -190,7 +193,7 @@ def test_a_replay_says_why_it_compares_nothing(begin, capsys) -> None:
     assert "nothing to compare with: the run's best agent is not at run/elite" in capsys.readouterr().out
     # What another run left there.
     unsaved = begin(run_dir="unsaved", elite_path="elsewhere", save_elite=False)
-    result = replay(unsaved, run_dir="third", verbose=False)
+    result = replay(unsaved, run_dir="third", elite_path="elsewhere", verbose=False)
     assert (result.exact, "save_elite=False" in result.reason) == (None, True)
 
 

@@ -80,14 +80,14 @@ def test_the_run_that_tune_began_is_resumed_by_the_same_call(tune) -> None:
     longer = tune(max_steps=4, evo_steps=1, run_dir=None, resume_from_checkpoint=short.run_dir)
     assert longer.run_dir == short.run_dir
     record = read_record(short.run_dir)
-    assert [step for step, _ in record.evolutions] == [1, 3]
+    assert [step for step, _ in record.evolutions] == [1, 2, 3]
     assert longer.schedule == record.schedule
 
 
 def test_a_run_that_goes_on_longer_has_more_generations_of_the_same_length(tune) -> None:
     short = tune(generations=2)
     longer = tune(num_epochs=2, run_dir=None, resume_from_checkpoint=short.run_dir)
-    assert [step for step, _ in read_record(longer.run_dir).evolutions] == [2, 6]
+    assert [step for step, _ in read_record(longer.run_dir).evolutions] == [2, 4, 6]
 
 
 def test_the_run_folder_keeps_a_none_that_is_no_default(tune) -> None:
