@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evollm.errors import ConfigurationError
 from evollm.hpo import AnyEvaluation, evaluations_to_bytes
 from evollm.own_files import inside, remove_leftovers, replace_bytes
 from evollm.runs import RecordFiles, read_lines
@@ -48,22 +47,19 @@ class RunFolder(Callback):
 
         Raises:
             CheckpointError: A link lies where a file of the run is due.
-            ConfigurationError: The folder cannot be written.
+            OSError: The folder cannot be written.
         """
         folder = event.run_dir
         self._records = RecordFiles(folder)
-        try:
-            inside(folder, EVALUATIONS).mkdir(parents=True, exist_ok=True)
-            _remove_evaluations_after(folder, event.step)
-            for name in (METRICS, TIMING):
-                self._records.start(name, _lines_until(inside(folder, name), event.step))
-            founders = {"kind": "founders", "births": [birth.to_dict() for birth in event.founders]}
-            self._records.start(LINEAGE, [founders, *map(_evolution, event.evolutions)])
-            # Last: it is what a run folder is known by.
-            config = json.dumps(strict(event.config), indent=2) + "\n"
-            replace_bytes(inside(folder, CONFIG), config.encode())
-        except OSError as error:
-            raise ConfigurationError("run_dir", str(folder), f"cannot be written: {error}") from error
+        inside(folder, EVALUATIONS).mkdir(parents=True, exist_ok=True)
+        _remove_evaluations_after(folder, event.step)
+        for name in (METRICS, TIMING):
+            self._records.start(name, _lines_until(inside(folder, name), event.step))
+        founders = {"kind": "founders", "births": [birth.to_dict() for birth in event.founders]}
+        self._records.start(LINEAGE, [founders, *map(_evolution, event.evolutions)])
+        # Last: it is what a run folder is known by.
+        config = json.dumps(strict(event.config), indent=2) + "\n"
+        replace_bytes(inside(folder, CONFIG), config.encode())
         self._stopwatch = Stopwatch(on_cuda=str(event.config["device"]).startswith("cuda"))
         self._time("start", event.step)
 

@@ -101,7 +101,7 @@ class Run(Generic[A]):
                 total = self.schedule.total
                 before = tuple(Evolved(step, plan) for step, plan in progress.evolutions)
                 started = RunStarted(self.paths.run_dir, self.config, progress.founders, total, progress.step, before)
-                self._tell("on_start", started)
+                self._start(started)
                 if self.step == 0:
                     self._score_baseline()
                 while self.step < total:
@@ -163,6 +163,13 @@ class Run(Generic[A]):
         if scores:
             self.progress.before = scores[0]
             self._tell("on_baseline", BaselineScored(self._final_split(), scores[0]))
+
+    def _start(self, event: RunStarted) -> None:
+        """Tell of the start; a folder that cannot be written is found before anything is learnt."""
+        try:
+            self._tell("on_start", event)
+        except OSError as error:
+            raise ConfigurationError("run_dir", str(self.paths.run_dir), f"cannot be written: {error}") from error
 
     def _pass_on(self) -> None:
         """End the generation and the epoch, if the step before was their last."""

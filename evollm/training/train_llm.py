@@ -288,7 +288,7 @@ def _only_writer(paths: RunPaths) -> Iterator[None]:
         for folder in [paths.run_dir, *([paths.checkpoints] if apart else [])]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_writer(folder, what=folder))
             except OSError as error:
-                raise ConfigurationError("run_dir", str(folder), f"cannot be made: {error}") from error
-            stack.enter_context(only_writer(folder, what=folder))
+                raise ConfigurationError("run_dir", str(folder), f"cannot be written: {error}") from error
         yield
