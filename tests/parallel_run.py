@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from conftest import make_rows
+from nonfinite import break_token, marked
 from peft import LoraConfig
 from tokenizers_for_tests import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,15 +58,16 @@ def train(folder: Path, max_steps: int, accelerator: Accelerator) -> None:
     """Train, or resume, and let each process write what it holds at the end."""
     tokenizer = make_tokenizer(adds_bos=True)
     env = PreferenceGym(
-        make_rows(13),
-        make_rows(5, 13),
+        # All processes have to leave out the same rows.
+        marked(make_rows(13), {4: "chosen"}),
+        marked(make_rows(5, 13), {1: "prompt"}),
         tokenizer,
         data_batch_size_per_gpu=PAIRS_IN_A_BATCH // accelerator.num_processes,
         accelerator=accelerator,
     )
     population = DPO.population(
         3,
-        actor_network=make_small_model(),
+        actor_network=break_token(make_small_model(), tokenizer),
         lora_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
         lr=1e-3,
         hp_config=HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5)),

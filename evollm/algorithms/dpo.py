@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from evollm.algorithms.core import OWN, REFERENCE
 from evollm.algorithms.dpo_settings import DPOHyperparameters, DPOSettings, loss_settings, loss_terms
-from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together, reference_logprobs
+from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together
 from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.preference_losses import LossSettings
+from evollm.algorithms.references import reference_logprobs
 from evollm.algorithms.settings import Evolvable
 from evollm.checks import switch, whole_number
 from evollm.data.batch import PreferenceBatch
@@ -85,6 +86,8 @@ class DPO(EvolvableAlgorithm):
         use_separate_reference_adapter: False takes the base without adapter as the reference.
         token_budget: Most tokens in one forward pass, of all members that share it. None: what the device and its free
             memory suggest. The update is the same up to rounding; give it for the same bits on another machine.
+        drop_nonfinite_rows: Leave out rows on which the frozen reference gives log-probs that are not finite, with a
+            warning that names them. False: raise `DataError` when the first is found.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it, its value and the fix.
@@ -139,6 +142,7 @@ class DPO(EvolvableAlgorithm):
         use_liger_loss: bool = False,
         use_separate_reference_adapter: bool = True,
         token_budget: int | None = None,
+        drop_nonfinite_rows: bool = True,
     ) -> None:
         del wrap, clone
         settings = DPOSettings(
@@ -151,6 +155,7 @@ class DPO(EvolvableAlgorithm):
             pad_token=pad_token,
             torch_compiler=torch_compiler,
             token_budget=token_budget,
+            drop_nonfinite_rows=drop_nonfinite_rows,
             loss_weights=loss_weights,
             discopop_tau=discopop_tau,
             simpo_gamma=simpo_gamma,
@@ -261,7 +266,10 @@ class DPO(EvolvableAlgorithm):
             reference: What the log-ratios are to: the name of a frozen adapter, by default the agent's reference.
 
         Returns:
-            The log-ratios of each pair, in the order of the split.
+            The log-ratios of each pair, in the order of the split, but for those on which the reference is not finite.
+
+        Raises:
+            DataError: The reference is not finite on any pair, or on one and `drop_nonfinite_rows` is False.
         """
         return evaluate_together([self], env, split, reference)[0]
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evollm.algorithms.core import OWN, REFERENCE
+from evollm.algorithms.core import OWN
 from evollm.algorithms.losses import quiet_gradient, token_mean_nll
 from evollm.algorithms.metrics import pair_metrics
 from evollm.algorithms.preference_losses import LOSSES, WHOLE_BATCH, LossSettings, PairScores
-from evollm.algorithms.step import learn_by, policy_logprobs
+from evollm.algorithms.references import Rows, finite_rows, reference_logprobs
+from evollm.algorithms.scoring import scored_batches
+from evollm.algorithms.step import Method, learn_by, policy_logprobs
 from evollm.data.batch import PreferenceBatch
 from evollm.hpo.fitness import Evaluation
-from evollm.models.engine import Engine
 from evollm.models.logprobs import PairLogprobs
 
 if TYPE_CHECKING:
@@ -111,8 +113,17 @@ def learn_together(agents: Sequence[DPO], batch: PreferenceBatch, *, training: b
 
     Raises:
         DivergedError: An agent has diverged before and cannot learn any more.
+        DataError: A reference is not finite on a row, and an agent has `drop_nonfinite_rows=False`.
     """
-    return learn_by(_objectives, agents, batch, training=training)
+    return learn_by(Method(_objectives, _usable_rows), agents, batch, training=training)
+
+
+def _usable_rows(
+    agents: Sequence[DPO], batch: PreferenceBatch, suspects: Sequence[int], reference: str | None = OWN
+) -> list[Rows]:
+    """The rows on which each agent's reference gives log-probs that are finite."""
+    del suspects
+    return [tuple(finite_rows([found])) for found in reference_logprobs(agents, batch, reference)]
 
 
 def _objectives(agents: Sequence[DPO], batch: PreferenceBatch) -> list[DPOObjective]:
@@ -133,42 +144,18 @@ def logratios_together(
     ]
 
 
-def reference_logprobs(
-    agents: Sequence[DPO], batch: PreferenceBatch, reference: str | None = OWN
-) -> list[PairLogprobs]:
-    """Log-probs of the batch's pairs under each agent's reference, computed once for each reference and pair.
-
-    Args:
-        agents: Agents of one base.
-        batch: B pairs.
-        reference: Name of a frozen adapter, None for the base without adapter; by default each agent's own.
-
-    Returns:
-        (B,) float64 tensors on the CPU for each agent.
-    """
-    base, options = agents[0].base, agents[0].pass_options
-    names = [agent.adapter(REFERENCE) if reference == OWN else reference for agent in agents]
-    fingerprints = [base.fingerprint(name) for name in names]
-    # By content: references of different names may hold the same weights.
-    distinct = dict(zip(fingerprints, names, strict=True))
-    adapters = list(distinct.values())
-
-    def compute(missing: PreferenceBatch, numbers: Sequence[int]) -> list[PairLogprobs]:
-        return Engine.of(base).logprobs(missing, [adapters[number] for number in numbers], options)
-
-    found = base.reference_cache.get(list(distinct), batch, compute, up_to_shorter=options.up_to_shorter)
-    by_fingerprint = dict(zip(distinct, found, strict=True))
-    return [by_fingerprint[fingerprint] for fingerprint in fingerprints]
-
-
 def evaluate_together(
     agents: Sequence[DPO], env: DatasetGym, split: str = "test", reference: str | None = OWN
 ) -> list[Evaluation]:
-    """Score each agent on every pair of a fixed split; see `DPO.evaluate`."""
-    batches = env.eval_batches(split)
+    """Score each agent on the pairs of a fixed split; see `DPO.evaluate`."""
+    judge = partial(_usable_rows, reference=reference)
     num_pairs = len(env.test_pairs if split == "test" else env.final_pairs)
-    chosen, rejected = np.zeros((len(agents), num_pairs)), np.zeros((len(agents), num_pairs))
-    for positions, batch in batches:
-        for row, (chosen_ratios, rejected_ratios) in enumerate(logratios_together(agents, batch, reference)):
-            chosen[row, positions], rejected[row, positions] = chosen_ratios.numpy(), rejected_ratios.numpy()
-    return [Evaluation(*ratios) for ratios in zip(chosen, rejected, strict=True)]
+    ratios = np.full((len(agents), 2, num_pairs), np.nan)
+    scored: list[int] = []
+    for positions, batch, policies in scored_batches(judge, agents, env, split):
+        references = reference_logprobs(agents, batch, reference)
+        for row, (policy, frozen) in enumerate(zip(policies, references, strict=True)):
+            for side, (ours, theirs) in enumerate(zip(policy.columns[:2], frozen.columns[:2], strict=True)):
+                ratios[row, side, positions] = (ours.double().cpu() - theirs).numpy()
+        scored += positions.tolist()
+    return [Evaluation(*both) for both in ratios[:, :, sorted(scored)]]

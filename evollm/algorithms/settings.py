@@ -24,12 +24,14 @@ class AgentSettings:
     pad_token: str | None = None
     torch_compiler: str | None = None
     token_budget: int | None = None
+    drop_nonfinite_rows: bool = True
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size_per_gpu", "token_budget"):
             object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
-        for name in ("gradient_checkpointing", "calc_position_embeddings", "use_separate_reference_adapter"):
+        switches = ("gradient_checkpointing", "calc_position_embeddings", "use_separate_reference_adapter")
+        for name in (*switches, "drop_nonfinite_rows"):
             switch(name, getattr(self, name))
         if self.torch_compiler is not None and self.torch_compiler not in COMPILE_MODES:
             raise ConfigurationError("torch_compiler", self.torch_compiler, f"must be None or one of {COMPILE_MODES}")

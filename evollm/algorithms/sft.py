@@ -65,6 +65,8 @@ class SFT(EvolvableAlgorithm):
         torch_compiler: A mode of `torch.compile` for the base's layers, such as `default`.
         token_budget: Most tokens in one forward pass, of all members that share it. None: what the device and its free
             memory suggest. The update is the same up to rounding; give it for the same bits on another machine.
+        drop_nonfinite_rows: Leave out rows on which the frozen base gives log-probs that are not finite, with a
+            warning that names them. False: raise `DataError` when the first is found.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it, its value and the fix.
@@ -100,6 +102,7 @@ class SFT(EvolvableAlgorithm):
         gradient_checkpointing: bool = True,
         torch_compiler: str | None = None,
         token_budget: int | None = None,
+        drop_nonfinite_rows: bool = True,
     ) -> None:
         del wrap, clone
         settings = AgentSettings(
@@ -111,6 +114,7 @@ class SFT(EvolvableAlgorithm):
             pad_token=pad_token,
             torch_compiler=torch_compiler,
             token_budget=token_budget,
+            drop_nonfinite_rows=drop_nonfinite_rows,
         )
         hyperparameters = Hyperparameters(
             lr=lr, max_grad_norm=max_grad_norm, batch_size=batch_size, update_epochs=update_epochs
@@ -171,7 +175,11 @@ class SFT(EvolvableAlgorithm):
             split: `test` (the selection examples) or `final`.
 
         Returns:
-            The log-probability of each completion, in the order of the split.
+            The log-probability of each completion, in the order of the split, but for those on which the base by itself
+            is not finite.
+
+        Raises:
+            DataError: The base is not finite on any example, or on one and `drop_nonfinite_rows` is False.
         """
         return evaluate_together([self], env, split)[0]
 

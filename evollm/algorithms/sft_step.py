@@ -10,7 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from evollm.algorithms.losses import token_mean_nll
-from evollm.algorithms.step import learn_by, policy_logprobs
+from evollm.algorithms.references import Rows, other_rows, reference_logprobs
+from evollm.algorithms.scoring import scored_batches
+from evollm.algorithms.step import Method, learn_by
 from evollm.data.batch import PreferenceBatch
 from evollm.hpo.fitness import LikelihoodEvaluation
 from evollm.models.logprobs import PairLogprobs
@@ -55,21 +57,32 @@ def learn_together(agents: Sequence[SFT], batch: PreferenceBatch, *, training: b
 
     Raises:
         DivergedError: An agent has diverged before and cannot learn any more.
+        DataError: The base is not finite on a row, and an agent has `drop_nonfinite_rows=False`.
     """
-    return learn_by(_objectives, agents, batch, training=training)
+    return learn_by(Method(_objectives, _usable_rows), agents, batch, training=training)
 
 
 def _objectives(agents: Sequence[SFT], batch: PreferenceBatch) -> list[SFTObjective]:
     return [SFTObjective(int(batch.chosen_lengths.sum()))] * len(agents)
 
 
+def _usable_rows(agents: Sequence[SFT], batch: PreferenceBatch, suspects: Sequence[int]) -> list[Rows]:
+    """All rows but those on which the base by itself is not finite, as far as that is known: suspects are tried."""
+    base = agents[0].base
+    if suspects:
+        reference_logprobs(agents, batch.select(suspects), None)
+    known = base.reference_cache.known_as_not_finite(base.fingerprint(None), batch)
+    return [tuple(other_rows(known, len(batch)))] * len(agents)
+
+
 def evaluate_together(agents: Sequence[SFT], env: DatasetGym, split: str = "test") -> list[LikelihoodEvaluation]:
-    """Score each agent on every example of a fixed split; see `SFT.evaluate`."""
-    batches = env.eval_batches(split)
+    """Score each agent on the examples of a fixed split; see `SFT.evaluate`."""
     examples = env.test_pairs if split == "test" else env.final_pairs
-    logprobs = np.zeros((len(agents), len(examples)))
-    for positions, batch in batches:
-        for row, policy in enumerate(policy_logprobs(agents, batch)):
+    logprobs = np.full((len(agents), len(examples)), np.nan)
+    scored: list[int] = []
+    for positions, _, policies in scored_batches(_usable_rows, agents, env, split):
+        for row, policy in enumerate(policies):
             logprobs[row, positions] = policy.chosen.double().cpu().numpy()
+        scored += positions.tolist()
     num_tokens = np.array([len(example.chosen_ids) for example in examples])
-    return [LikelihoodEvaluation(row, num_tokens) for row in logprobs]
+    return [LikelihoodEvaluation(row, num_tokens[sorted(scored)]) for row in logprobs[:, sorted(scored)]]

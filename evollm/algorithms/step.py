@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from evollm.algorithms.core import LLMAgent
+from evollm.algorithms.references import Judge, Rows, finite_rows, leave_out, other_rows
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import DivergedError
 from evollm.models.engine import Engine
@@ -68,17 +69,37 @@ class Linearised:
         return sum(others, first).sum()
 
 
-# From agents that step together and their batch to the objective of each.
-Objectives = Callable[[Sequence[A], PreferenceBatch], Sequence[Objective]]
+@dataclass(frozen=True)
+class Method(Generic[A]):
+    """What learning is to the agents of one algorithm.
+
+    Attributes:
+        objectives: From agents that step together and their batch to the objective of each.
+        usable_rows: Which rows of a batch each of them can learn from.
+    """
+
+    objectives: Callable[[Sequence[A], PreferenceBatch], Sequence[Objective]]
+    usable_rows: Judge[A]
+
+
+class _Step(NamedTuple):
+    """What became of one optimizer batch for one agent: metrics and the weight of these, and tokens learnt from."""
+
+    weight: int
+    metrics: dict[str, float]
+    num_tokens: int
 
 
 def learn_by(
-    objectives: Objectives[A], agents: Sequence[A], batch: PreferenceBatch, *, training: bool
+    method: Method[A], agents: Sequence[A], batch: PreferenceBatch, *, training: bool
 ) -> list[dict[str, float]]:
     """Update each agent's actor on the same batch.
 
+    Rows that an agent cannot learn from are left out of the optimizer batch that they are in, as if they had not been
+    there. A batch without any other row is no step.
+
     Args:
-        objectives: What the agents minimise.
+        method: What the agents minimise, and on which rows they can.
         agents: Agents of one base.
         batch: B pairs.
         training: False computes the metrics and changes nothing.
@@ -86,10 +107,11 @@ def learn_by(
     Returns:
         For each agent the means of its objective's metrics over the optimizer steps, by the objective's weight, with
         `learning_rate`, `grad_norm` (before clipping) and `num_tokens`, the tokens that the agent has learnt from so
-        far, a prompt that two sides share counted once.
+        far, a prompt that two sides share counted once. Without a step the objective's metrics are NaN.
 
     Raises:
         DivergedError: An agent has diverged before and cannot learn any more.
+        DataError: A row is left out by agents with `drop_nonfinite_rows=False`.
     """
     diverged = [agent.index for agent in agents if agent.diverged]
     if training and diverged:
@@ -97,17 +119,18 @@ def learn_by(
         raise DivergedError(
             f"agents {diverged} have diverged: they learn no more; go on from a checkpoint, with a lower {levers}"
         )
-    steps: dict[int, list[tuple[int, dict[str, float]]]] = {id(agent): [] for agent in agents}
+    if batch.rows is None:
+        batch = replace(batch, rows=np.arange(len(batch)), split_name="batch")
+    steps: dict[int, list[_Step]] = {id(agent): [] for agent in agents}
     for together in alike(agents):
         first = together[0]
         for part in list(batch.split(first.batch_size)) * (first.update_epochs if training else 1):
             going = [agent for agent in together if not (training and agent.diverged)]
             if not going:
                 break
-            found = objectives(going, part)
-            for agent, objective, metrics in zip(going, found, _step(going, found, part, training), strict=True):
-                steps[id(agent)].append((objective.weight, metrics))
-                agent.num_tokens += int(part.num_tokens.sum()) if training else 0
+            for agent, step in _learn_from(method, going, part, training):
+                steps[id(agent)].append(step)
+                agent.num_tokens += step.num_tokens if training else 0
     for agent in agents if training else ():
         agent.steps += 1
     return [{**_mean_metrics(steps[id(agent)]), "num_tokens": float(agent.num_tokens)} for agent in agents]
@@ -136,16 +159,59 @@ def levers_of(agents: Sequence[LLMAgent]) -> str:
     return " or ".join(name for name in ("lr", "beta") if name in agents[0].hyperparameter_values())
 
 
-def _step(
-    agents: Sequence[LLMAgent], objectives: Sequence[Objective], batch: PreferenceBatch, training: bool
-) -> list[dict[str, float]]:
-    """One optimizer step of each agent; returns their metrics."""
+def _learn_from(
+    method: Method[A], agents: Sequence[A], batch: PreferenceBatch, training: bool
+) -> list[tuple[A, _Step]]:
+    """One optimizer step of each agent on the rows that it can learn from."""
+    sharing: dict[Rows, list[A]] = {}
+    for agent, usable in zip(agents, method.usable_rows(agents, batch, ()), strict=True):
+        sharing.setdefault(usable, []).append(agent)
+    found: list[tuple[A, _Step]] = []
+    for rows, sharers in sharing.items():
+        if len(rows) < len(batch):
+            leave_out(sharers, batch.select(other_rows(rows, len(batch))))
+        found += _step(method, sharers, batch.select(rows), training) if rows else _no_step(method, sharers, batch)
+    return found
+
+
+def _step(method: Method[A], agents: Sequence[A], batch: PreferenceBatch, training: bool) -> list[tuple[A, _Step]]:
+    """One optimizer step of each agent, unless rows turn out not to be usable: then without these."""
+    objectives = method.objectives(agents, batch)
+    policies = _backward(agents, objectives, batch) if training else policy_logprobs(agents, batch)
+    suspects = other_rows(finite_rows(policies), len(batch))
+    if suspects and any(len(rows) < len(batch) for rows in method.usable_rows(agents, batch, suspects)):
+        for agent in agents:
+            agent.optimizer.zero_grad(set_to_none=True)
+        return _learn_from(method, agents, batch, training)
+    num_tokens, results = int(batch.num_tokens.sum()), []
+    for agent, objective, policy in zip(agents, objectives, policies, strict=True):
+        metrics = {**objective.metrics(policy), "learning_rate": agent.lr}
+        metrics["grad_norm"] = _apply_gradient(agent, metrics["loss"]) if training else 0.0
+        results.append((agent, _Step(objective.weight, metrics, num_tokens)))
+    return results
+
+
+def _no_step(method: Method[A], agents: Sequence[A], batch: PreferenceBatch) -> list[tuple[A, _Step]]:
+    """The metrics of agents that cannot learn from any row of a batch, by their names."""
+    results = []
+    for agent, objective in zip(agents, method.objectives(agents, batch), strict=True):
+        columns = 4 if agent.pass_options.up_to_shorter else 2
+        unknown = PairLogprobs.of(list(torch.full((columns, len(batch)), torch.nan, dtype=torch.float64)))
+        metrics = {**dict.fromkeys(objective.metrics(unknown), np.nan), "learning_rate": agent.lr, "grad_norm": 0.0}
+        results.append((agent, _Step(0, metrics, 0)))
+    return results
+
+
+def _backward(
+    agents: Sequence[LLMAgent], objectives: Sequence[Objective], batch: PreferenceBatch
+) -> list[PairLogprobs]:
+    """The log-probs of each agent's actor, and the gradients of the objectives in its parameters."""
     # Replaying, an agent by itself learns in the passes that it learnt in; all else is computed without others.
     engine, options = Engine.of(agents[0].base), replace(agents[0].pass_options, seat=agents[0].seat)
     actors = [agent.actor_adapter for agent in agents]
 
     by_rows: dict[int, Objective | Linearised] = dict(enumerate(objectives))
-    whole = [number for number, objective in by_rows.items() if training and objectives[number].whole_batch]
+    whole = [number for number, objective in by_rows.items() if objectives[number].whole_batch]
     if whole:
         # A forward pass more: how each row counts depends on the log-probs of all.
         known = engine.logprobs(batch, [actors[number] for number in whole], options)
@@ -156,19 +222,11 @@ def _step(
         losses = [by_rows[member].loss(rows, policy) for member, policy in zip(members, policies, strict=True)]
         return torch.stack(losses).sum()
 
-    if training:
-        blocks = [block for agent in agents for block in _allocate_gradients(agent.actor_parameters())]
-        policies = engine.backward(batch, actors, options, sum_of_losses)
-        for block in blocks:
-            Processes.present().add_up(block)
-    else:
-        policies = engine.logprobs(batch, actors, options)
-    results = []
-    for agent, objective, policy in zip(agents, objectives, policies, strict=True):
-        metrics = {**objective.metrics(policy), "learning_rate": agent.lr}
-        metrics["grad_norm"] = _apply_gradient(agent, metrics["loss"]) if training else 0.0
-        results.append(metrics)
-    return results
+    blocks = [block for agent in agents for block in _allocate_gradients(agent.actor_parameters())]
+    policies = engine.backward(batch, actors, options, sum_of_losses)
+    for block in blocks:
+        Processes.present().add_up(block)
+    return policies
 
 
 def _allocate_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -199,7 +257,10 @@ def _apply_gradient(agent: LLMAgent, loss: float) -> float:
     return grad_norm
 
 
-def _mean_metrics(steps: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Weighted means over optimizer steps."""
-    weights = [weight for weight, _ in steps]
-    return {name: float(np.average([step[name] for _, step in steps], weights=weights)) for name in steps[0][1]}
+def _mean_metrics(steps: Sequence[_Step]) -> dict[str, float]:
+    """Weighted means over optimizer steps; without any, what stands for them."""
+    made = [step for step in steps if step.weight]
+    if not made:
+        return dict(steps[0].metrics)
+    weights = [step.weight for step in made]
+    return {name: float(np.average([step.metrics[name] for step in made], weights=weights)) for name in made[0].metrics}

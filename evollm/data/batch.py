@@ -25,11 +25,13 @@ class TokenizedPair:
         prompt_ids: (P,) token ids, at least one.
         chosen_ids: (C,) token ids of the preferred completion, ending in one EOS.
         rejected_ids: (R,) token ids of the other completion, ending in one EOS; R is 0 for an SFT example.
+        row: Position of its row in the user's dataset, where there is one.
     """
 
     prompt_ids: IntArray
     chosen_ids: IntArray
     rejected_ids: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    row: int | None = field(default=None, kw_only=True)
 
     @property
     def token_ids(self) -> IntArray:
@@ -63,12 +65,16 @@ class PreferenceBatch:
         prompt_lengths: (B,) tokens of each prompt.
         chosen_lengths: (B,) tokens of each chosen completion, EOS included.
         rejected_lengths: (B,) tokens of each rejected completion, EOS included; 0 for SFT examples.
+        rows: (B,) positions of the pairs' rows in the user's dataset; None where they are not known.
+        split_name: The split of that dataset, such as "train"; "" where it is not known.
     """
 
     input_ids: IntArray
     prompt_lengths: IntArray
     chosen_lengths: IntArray
     rejected_lengths: IntArray
+    rows: IntArray | None = field(default=None, kw_only=True)
+    split_name: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -84,7 +90,7 @@ class PreferenceBatch:
         return int((self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)).max())
 
     @classmethod
-    def from_pairs(cls, pairs: Sequence[TokenizedPair]) -> PreferenceBatch:
+    def from_pairs(cls, pairs: Sequence[TokenizedPair], split_name: str = "") -> PreferenceBatch:
         """Lay pairs out as rows, padded with zeros to the longest row."""
         input_ids = np.zeros((len(pairs), max(pair.num_tokens for pair in pairs)), dtype=np.int64)
         for row, pair in zip(input_ids, pairs, strict=True):
@@ -94,6 +100,8 @@ class PreferenceBatch:
             prompt_lengths=np.array([len(pair.prompt_ids) for pair in pairs], dtype=np.int64),
             chosen_lengths=np.array([len(pair.chosen_ids) for pair in pairs], dtype=np.int64),
             rejected_lengths=np.array([len(pair.rejected_ids) for pair in pairs], dtype=np.int64),
+            rows=_rows_of(pairs),
+            split_name=split_name,
         )
 
     @classmethod
@@ -115,7 +123,7 @@ class PreferenceBatch:
         present = arrays["prompt_lengths"] > 0
         if not present.any():
             raise DataError("experiences", "no pair", "the observation after an epoch's end is empty: call env.reset()")
-        return cls(**{name: array[present] for name, array in arrays.items()})
+        return cls(*(arrays[name][present] for name in FIELDS))
 
     def to_observation(self, num_rows: int, row_length: int) -> dict[str, IntArray]:
         """Pad with zeros to the fixed shapes of an observation space.
@@ -144,13 +152,21 @@ class PreferenceBatch:
 
     def select(self, rows: slice | Sequence[int]) -> PreferenceBatch:
         """The batch of these rows, without columns that only other rows needed."""
+        rows = rows if isinstance(rows, slice) else list(rows)
         lengths = [getattr(self, name)[rows] for name in FIELDS[1:]]
         longest = int(sum(lengths).max())
-        return PreferenceBatch(self.input_ids[rows][:, :longest], *lengths)
+        of_dataset = None if self.rows is None else self.rows[rows]
+        ids = self.input_ids[rows][:, :longest]
+        return PreferenceBatch(ids, *lengths, rows=of_dataset, split_name=self.split_name)
 
     def keys(self) -> list[bytes]:
         """One digest for each pair, of its token ids and lengths: equal pairs have equal keys."""
         return [self.pair(row).key() for row in range(len(self))]
+
+
+def _rows_of(pairs: Sequence[TokenizedPair]) -> IntArray | None:
+    rows = [pair.row for pair in pairs if pair.row is not None]
+    return np.array(rows, dtype=np.int64) if len(rows) == len(pairs) else None
 
 
 def _as_array(name: str, values: Any) -> IntArray:

@@ -103,6 +103,18 @@ class RowFormat:
             raise DataError(field, f"columns {seen}", fix)
 
 
+class RowsOfDataset(list[Row]):
+    """Some of a dataset's rows, which keep the positions that they have there.
+
+    Attributes:
+        positions: One for each row.
+    """
+
+    def __init__(self, rows: Sequence[Row], positions: Sequence[int]) -> None:
+        super().__init__(rows[position] for position in positions)
+        self.positions = positions
+
+
 def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[list[TextPair | ChatPair], DroppedRows]:
     """Read a dataset and set apart the rows that are not usable.
 
@@ -123,7 +135,8 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
     columns = set().union(*rows)
     found: list[TextPair | ChatPair] = []
     dropped: DroppedRows = {}
-    for number, row in enumerate(rows):
+    positions = dataset.positions if isinstance(dataset, RowsOfDataset) else range(len(rows))
+    for number, row in zip(positions, rows, strict=True):
         try:
             found.append(row_format.read(number, row, columns))
         except UnusableRowError as unusable:

@@ -161,7 +161,7 @@ def tokenize_pairs(
             prompt, sides = sides[0][:1], [sides[0][1:]]
         reason = _fault(prompt, sides, min_completion_length)
         if reason is None:
-            pair = TokenizedPair(*(np.array(ids, dtype=np.int64) for ids in (prompt, *sides)))
+            pair = TokenizedPair(*(np.array(ids, dtype=np.int64) for ids in (prompt, *sides)), row=text.row)
             reason = _fit_into(split, pair, max_context_length, marks.bos_id)
         if reason is not None:
             split.drop(reason, text.row)

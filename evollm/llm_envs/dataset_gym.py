@@ -258,7 +258,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         size = optional_whole_number("batch_size", batch_size, 1) or self.batch_size
         order = np.argsort([pair.num_tokens for pair in pairs], kind="stable")
         chunks = (order[start : start + size] for start in range(0, len(pairs), size))
-        return ((rows, PreferenceBatch.from_pairs([pairs[row] for row in rows])) for rows in chunks)
+        return ((rows, PreferenceBatch.from_pairs([pairs[row] for row in rows], split)) for rows in chunks)
 
     # ------------------------------------------------------------------------------------------------------ position
 
@@ -316,8 +316,8 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         if position.index == len(self):
             position = _Position(position.epoch + 1)
         self._position = _Position(position.epoch, position.index + 1, awaiting_action)
-        pairs = self._pairs[self._split]
-        return PreferenceBatch.from_pairs([pairs[row] for row in self._rows(position.epoch, position.index)])
+        pairs, rows = self._pairs[self._split], self._rows(position.epoch, position.index)
+        return PreferenceBatch.from_pairs([pairs[row] for row in rows], self._split)
 
     def _observe_next(self) -> tuple[Observation, Info]:
         batch = self._serve(awaiting_action=True)

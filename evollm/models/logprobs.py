@@ -47,6 +47,12 @@ class PairLogprobs:
         order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable")).to(parts[0].chosen.device)
         return cls.of([torch.cat(column)[order] for column in zip(*(part.columns for part in parts), strict=True)])
 
+    def with_rows(self, rows: Sequence[int], other: PairLogprobs) -> PairLogprobs:
+        """The same with the pairs of another one, in its order, at these rows."""
+        places = torch.tensor(rows, device=self.chosen.device)
+        columns = zip(self.columns, other.columns, strict=True)
+        return PairLogprobs.of([column.index_copy(0, places, part) for column, part in columns])
+
     def weighted(self, tail_weight: float | None) -> PairLogprobs:
         """Sums in which tokens beyond the shorter side's length count that much; None: as the others do."""
         if tail_weight is None:

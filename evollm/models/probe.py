@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.batch import IntArray, PreferenceBatch, TokenizedPair
 from evollm.models.attention import PairLayout
 from evollm.models.encoder_decoder import EncodedPairs, encoder_decoder_logprobs, start_token
 from evollm.models.layers import FanOut
@@ -27,6 +28,7 @@ _SHORTEST = 64
 # Added to the adapters' weights until they change the log-probs.
 _NOISE = 0.02
 _ATTEMPTS = 8
+_EMBEDDINGS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def probe(base: SharedBase, config: LoraConfig, length: int) -> FastPaths:
     longest = max(_SHORTEST, 1 << (length - 1).bit_length())
     if base.max_positions is not None:
         longest = max(length, min(longest, base.max_positions))
-    long, short = (PreferenceBatch.from_pairs([pair]) for pair in _random_pairs(base.num_embeddings, longest))
+    long, short = (PreferenceBatch.from_pairs([pair]) for pair in _random_pairs(_usual_ids(base), longest))
     both = PreferenceBatch.from_pairs([long.pair(0), short.pair(0)])
     trial = _Trial(bound=_TOLERANCE.get(base.network.dtype, max(_TOLERANCE.values())) * _COMPLETION)
     with _random_adapters(base, config) as members:
@@ -196,12 +198,20 @@ def _sums(found: PairLogprobs) -> Tensor:
     return torch.stack([found.chosen, found.rejected], dim=1)
 
 
-def _random_pairs(vocabulary: int, longest: int) -> tuple[TokenizedPair, TokenizedPair]:
+def _usual_ids(base: SharedBase) -> IntArray:
+    """The token ids whose embeddings are finite, all ids if there is none: from NaN no path could be told right."""
+    weight = cast(Any, base.network).get_input_embeddings().weight
+    # In blocks, since a type that can be summed may be wider.
+    finite = torch.cat([torch.isfinite(block.float().sum(dim=1)).cpu() for block in weight.split(_EMBEDDINGS_AT_ONCE)])
+    return (finite if finite.any() else ~finite).nonzero().flatten().numpy()
+
+
+def _random_pairs(ids: IntArray, longest: int) -> tuple[TokenizedPair, TokenizedPair]:
     """A pair whose sequences are `longest` tokens long, and one with a prompt of a few tokens."""
     rng = np.random.default_rng(0)
 
-    def tokens(count: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        return rng.integers(vocabulary, size=count)
+    def tokens(count: int) -> IntArray:
+        return ids[rng.integers(len(ids), size=count)]
 
     pairs = (
         TokenizedPair(tokens(size), tokens(_COMPLETION), tokens(_COMPLETION)) for size in (longest - _COMPLETION, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,10 +30,14 @@ class ReferenceCache:
     """Two log-probability sums for each (reference, pair), or four; both are identified by their content.
 
     Agents whose references hold the same weights share the entries, whoever asks first.
+
+    Attributes:
+        told_of: Split and digest of the pairs with sums that are not finite, which the user has been told of.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, dict[bytes, tuple[float, ...]]] = {}
+        self.told_of: set[tuple[str, bytes]] = set()
 
     def get(
         self, references: Sequence[str], batch: PreferenceBatch, compute: Compute, *, up_to_shorter: bool = False
@@ -63,6 +68,14 @@ class ReferenceCache:
                 self._entries[references[number]].update(zip((keys[row] for row in rows), sums, strict=True))
         return [self._lookup(reference, keys) for reference in references]
 
+    def known_as_not_finite(self, reference: str, batch: PreferenceBatch) -> list[int]:
+        """The rows of a batch whose sums are known, and are not all finite."""
+        entries = self._entries.get(reference)
+        if not entries:
+            return []
+        found = (entries.get(key, ()) for key in batch.keys())  # noqa: SIM118 - not a mapping
+        return [row for row, sums in enumerate(found) if not all(map(math.isfinite, sums))]
+
     def _lookup(self, reference: str, keys: Sequence[bytes]) -> PairLogprobs:
         sums = torch.tensor([self._entries[reference][key] for key in keys], dtype=torch.float64)
         return PairLogprobs.of(sums.unbind(dim=1))
@@ -75,6 +88,7 @@ class ReferenceCache:
     def clear(self) -> None:
         """Drop everything."""
         self._entries.clear()
+        self.told_of.clear()
 
     def save(self, path: Path) -> None:
         """Write all entries into one safetensors file: for each reference the pairs' digests and sums."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from evollm.algorithms.core import OWN, REFERENCE
+from evollm.algorithms.references import BROKEN, REASON
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import (
     Population,
@@ -19,7 +20,7 @@ from evollm.checkpoints import (
     write_population,
 )
 from evollm.checkpoints.files import remove_unfinished
-from evollm.errors import ConfigurationError, DivergedError
+from evollm.errors import ConfigurationError, DataError, DivergedError
 from evollm.hpo import AnyEvaluation, Birth, Evolver, Member, carry_out, is_finite, rank
 from evollm.llm_envs import DatasetGym
 from evollm.models.engine import Engine
@@ -43,6 +44,9 @@ from evollm.training.state import Progress, check_same_run, global_generators, s
 from evollm.training.stopping import StopSignals
 
 A = TypeVar("A", bound=SavableAgent)
+
+# Steps of a first epoch after which it is no chance that no row could be learnt from.
+PATIENCE = 100
 
 
 class Run(Generic[A]):
@@ -182,6 +186,10 @@ class Run(Generic[A]):
         metrics = learn_all(self.population, self.env.next_batch())
         self.progress.step += 1
         self._tell("on_step", StepDone(self.step, self.env.num_epochs, metrics))
+        nothing_yet = all(agent.num_tokens == 0 for agent in self.population)
+        if nothing_yet and self.step == min(self.schedule.epoch, self.schedule.total, PATIENCE):
+            seen = min(self.step * self.env.batch_size, len(self.env.train_pairs))
+            raise DataError("train_dataset", f"{seen} rows", f"on every one {REASON}: {BROKEN}")
 
     def _evaluate(self) -> None:
         evaluations = evaluate_all(self.population, self.env, self.yardstick)

@@ -17,8 +17,9 @@ from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
 from evollm.hpo.evaluation_files import VECTORS
 
-# Settings that a resumed run may change: how long it goes on, and what it writes.
+# Settings that a resumed run may change: how long it goes on, what it writes, and what it refuses.
 _MAY_CHANGE = {
+    "settings": {"drop_nonfinite_rows"},
     "options": {"num_epochs", "max_steps", "checkpoint_steps", "keep_last", "save_elite", "num_sample_answers"},
     "schedule": {"total", "checkpoint_every"},
     # Restored, wherever the gym stands now.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evollm.data.cells import Row, UnusableRowError
-from evollm.data.rows import ChatPair, RowFormat, TextPair, read_rows
+from evollm.data.rows import ChatPair, RowFormat, RowsOfDataset, TextPair, read_rows
 from evollm.errors import DataError
 
 SHARE = 0.1
@@ -19,7 +19,7 @@ MOST = 300
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows of one dataset, divided.
+    """Rows of one dataset, divided; each keeps its position there.
 
     Attributes:
         train: To learn from.
@@ -70,8 +70,8 @@ def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> S
         )
         raise DataError("data", f"{usable} usable {noun}s with {len(by_prompt)} prompts", fix)
     apart = {number for taken in held_out for number in taken}
-    train = [row for number, row in enumerate(rows) if number not in apart]
-    return Splits(train, [[rows[number] for number in sorted(taken)] for taken in held_out])
+    train = RowsOfDataset(rows, [number for number in range(len(rows)) if number not in apart])
+    return Splits(train, [RowsOfDataset(rows, sorted(taken)) for taken in held_out])
 
 
 def _prompt(pair: TextPair | ChatPair) -> str:
