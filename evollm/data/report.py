@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.batch import TokenizedPair
 from evollm.data.rows import ChatPair, TextPair
 
 FIRST_ROWS = 5
-# A batch is padded to its longest pair: digests of a whole split at once would take its size times that.
-PAIRS_PER_DIGEST_CALL = 256
 
 
 @dataclass(frozen=True)
@@ -94,13 +92,10 @@ def mixture_warning(pairs: Sequence[TextPair | ChatPair]) -> str:
 
 def count_seen(pairs: Sequence[TokenizedPair], others: Sequence[TokenizedPair]) -> int:
     """How many of the pairs are, token for token, among the others."""
-    seen = set(_keys(others))
-    return sum(key in seen for key in _keys(pairs))
-
-
-def _keys(pairs: Sequence[TokenizedPair]) -> list[bytes]:
-    parts = (pairs[start : start + PAIRS_PER_DIGEST_CALL] for start in range(0, len(pairs), PAIRS_PER_DIGEST_CALL))
-    return [key for part in parts for key in PreferenceBatch.from_pairs(part).keys()]  # noqa: SIM118 - not a mapping
+    if not pairs:
+        return 0
+    seen = {pair.key() for pair in others}
+    return sum(pair.key() in seen for pair in pairs)
 
 
 def _counted(count: int, noun: str) -> str:
