@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import islice
+from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
-from evollm.checks import optional_whole_number
+from evollm.checks import optional_whole_number, usable_path
 from evollm.data.batch import IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, Message, UnusableRowError, require_unicode
+from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
 from evollm.data.report import DataReport, Example, mixture_warning
-from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
+from evollm.data.rows import ChatPair, RowFormat, TextPair, read_dataset
 from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
 
@@ -37,28 +40,6 @@ TOO_SHORT = "shorter than min_completion_length"
 TEMPLATE_REFUSES = "refused by the chat template"
 
 
-@dataclass
-class TokenizedSplit:
-    """What tokenisation made of some pairs.
-
-    Attributes:
-        pairs: The pairs that fit, in the order of their rows.
-        dropped: For each reason the positions of the rows that were dropped.
-        prompts_cut: Pairs whose prompt was cut from the left.
-        shortest_overlong: The smallest `max_context_length` that would take one of the pairs that were too long for the
-            given one; None when none was.
-    """
-
-    pairs: list[TokenizedPair] = field(default_factory=list)
-    dropped: DroppedRows = field(default_factory=dict)
-    prompts_cut: int = 0
-    shortest_overlong: int | None = None
-
-    def drop(self, reason: str, row: int) -> None:
-        """Note that a row is not used."""
-        self.dropped.setdefault(reason, []).append(row)
-
-
 def load_pairs(
     dataset: object,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,6 +49,7 @@ def load_pairs(
     min_completion_length: int | None = None,
     row_format: RowFormat = PAIRS,
     encoder_decoder: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> tuple[list[TokenizedPair], DataReport]:
     """Turn a dataset of preference pairs, or of examples, into token ids.
 
@@ -80,6 +62,7 @@ def load_pairs(
         min_completion_length: Pairs with a completion of fewer tokens, EOS included, are dropped.
         row_format: What the rows look like: `PAIRS`, or `EXAMPLES`, which become pairs without a rejected side.
         encoder_decoder: Whether they are for an encoder-decoder model; see `tokenize_pairs`.
+        cache_dir: Folder that keeps token ids between runs; None: none.
 
     Returns:
         The pairs in the dataset's order, and a report of what was dropped or cut.
@@ -99,6 +82,7 @@ def load_pairs(
         max_context_length=limit,
         min_completion_length=min_completion_length or 1,
         encoder_decoder=encoder_decoder,
+        cache_dir=None if cache_dir is None else usable_path("cache_dir", cache_dir),
     )
     for reason, rows in split.dropped.items():
         dropped.setdefault(reason, []).extend(rows)
@@ -131,6 +115,7 @@ def tokenize_pairs(
     max_context_length: int | None = None,
     min_completion_length: int = 1,
     encoder_decoder: bool = False,
+    cache_dir: Path | None = None,
 ) -> TokenizedSplit:
     """Tokenise pairs in batches.
 
@@ -146,15 +131,39 @@ def tokenize_pairs(
         min_completion_length: Fewest tokens of a completion, EOS included.
         encoder_decoder: Tokenise prompt and completions apart, each as the tokenizer does by itself, since they are
             two sequences to such a model: T5's prompts then end with EOS.
+        cache_dir: Folder that keeps token ids between runs; see `kept_or_made`.
 
     Raises:
         ConfigurationError: The tokenizer has no EOS token.
         DataError: There are messages and the tokenizer has no chat template.
     """
     marks = _Marks.of(tokenizer)
+    refused = TokenizedSplit()
+    texts = list(_as_text(pairs, tokenizer, refused))
+    settings: dict[str, Any] = {
+        "max_context_length": max_context_length,
+        "min_completion_length": min_completion_length,
+        "encoder_decoder": encoder_decoder,
+    }
+    make = partial(_tokenize, texts, tokenizer, marks, **settings)
+    split = make() if cache_dir is None else kept_or_made(cache_dir, texts, tokenizer, settings, make)
+    reasons = refused.dropped | split.dropped
+    dropped = {reason: [*refused.dropped.get(reason, ()), *split.dropped.get(reason, ())] for reason in reasons}
+    return replace(split, dropped=dropped)
+
+
+def _tokenize(
+    texts: Sequence[TextPair],
+    tokenizer: PreTrainedTokenizerBase,
+    marks: _Marks,
+    *,
+    max_context_length: int | None,
+    min_completion_length: int,
+    encoder_decoder: bool,
+) -> TokenizedSplit:
     split = TokenizedSplit()
     encode = _encode_apart if encoder_decoder else _encode_pairs
-    for text, (prompt_text, *completions) in encode(_as_text(pairs, tokenizer, split), tokenizer):
+    for text, (prompt_text, *completions) in encode(iter(texts), tokenizer):
         prompt = prompt_text if encoder_decoder else marks.one_bos(prompt_text)
         sides = [marks.one_eos(ids) for ids in completions]
         if not prompt and text.rejected is None:  # what a language model does with a text: the first token is given

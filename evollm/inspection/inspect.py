@@ -13,10 +13,11 @@ import numpy as np
 from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.data.batch import TokenizedPair
 from evollm.data.examples import EXAMPLES
+from evollm.data.kept_tokens import TokenizedSplit
 from evollm.data.report import DataReport, count_seen, mixture_warning
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
 from evollm.data.sources import PAIRS
-from evollm.data.tokenization import TOO_LONG, TokenizedSplit, context_limit, shortest_context, tokenize_pairs
+from evollm.data.tokenization import TOO_LONG, context_limit, shortest_context, tokenize_pairs
 from evollm.errors import ConfigurationError, DataError
 from evollm.inspection.forecast import forecast
 from evollm.inspection.result import Fit, Inspection, Lengths, RenderedRow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,6 +86,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         *,
         final_dataset: object | None = None,
         encoder_decoder: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         processes = check_processes(accelerator)
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
@@ -108,6 +110,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
                     min_completion_length=min_completion_length,
                     row_format=self.row_format,
                     encoder_decoder=encoder_decoder,
+                    cache_dir=cache_dir,
                 )
         _warn_of_overlap(self._pairs, self.row_format.noun)
         all_pairs = self.all_pairs

@@ -38,6 +38,8 @@ class PreferenceGym(DatasetGym):
         final_dataset: Pairs for the final score, which nothing is selected by, or None.
         encoder_decoder: Whether the model is one, such as T5: prompts and completions are then tokenised apart, as two
             sequences.
+        cache_dir: Folder that keeps token ids between runs, for rows, tokenizer and lengths that are the same; None:
+            none. Rows are read, and chat templates applied, in any case.
 
     Attributes:
         tokenizer, seed, data_batch_size_per_gpu: As given; `reset(seed=...)` sets another seed.

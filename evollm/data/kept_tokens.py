@@ -1,0 +1,163 @@
+"""What tokenisation makes of a split, and how that is kept between runs: one file, named after all that it depends on.
+
+The name is a digest of the texts as they are tokenised, after the chat template: a template that writes the date, or
+arguments that change what it writes, give other texts and so another file. Nothing in a file can run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from evollm.data.batch import TokenizedPair
+from evollm.data.rows import DroppedRows, TextPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# To be raised whenever the same texts become other ids, or the file changes.
+FORMAT = 1
+_SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
+# What of a tokenizer is not in its backend's own description.
+_ATTRIBUTES = (
+    "bos_token_id",
+    "eos_token_id",
+    "split_special_tokens",
+    "clean_up_tokenization_spaces",
+    "src_lang",
+    "tgt_lang",
+)
+
+
+@dataclass
+class TokenizedSplit:
+    """What tokenisation made of some pairs.
+
+    Attributes:
+        pairs: The pairs that fit, in the order of their rows.
+        dropped: For each reason the positions of the rows that were dropped.
+        prompts_cut: Pairs whose prompt was cut from the left.
+        shortest_overlong: The smallest `max_context_length` that would take one of the pairs that were too long for the
+            given one; None when none was.
+    """
+
+    pairs: list[TokenizedPair] = field(default_factory=list)
+    dropped: DroppedRows = field(default_factory=dict)
+    prompts_cut: int = 0
+    shortest_overlong: int | None = None
+
+    def drop(self, reason: str, row: int) -> None:
+        """Note that a row is not used."""
+        self.dropped.setdefault(reason, []).append(row)
+
+
+def kept_or_made(
+    cache_dir: Path,
+    texts: Sequence[TextPair],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    make: Callable[[], TokenizedSplit],
+) -> TokenizedSplit:
+    """What was kept of these texts in a folder, else what `make` gives, which is kept then.
+
+    A file that is damaged, or a folder that cannot be written to, costs a warning and the time.
+
+    Args:
+        cache_dir: The folder; nothing in it is ever removed.
+        texts: What is tokenised.
+        tokenizer: By what; only what transformers itself loads as a fast tokenizer says all that ids depend on.
+        settings: Whatever else they depend on, as JSON values.
+        make: Tokenises the texts.
+    """
+    if type(tokenizer).__module__.partition(".")[0] != "transformers" or not hasattr(tokenizer, "backend_tokenizer"):
+        kind = type(tokenizer).__name__
+        _warn(f"cache_dir={str(cache_dir)!r} is not used: {kind} is not one of transformers' own fast tokenizers")
+        return make()
+    path = cache_dir / f"{_digest_of(texts, tokenizer, settings)}.safetensors"
+    if path.exists():
+        try:
+            return _read(path)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            _warn(f"{path} is damaged and is made again ({error})")
+    split = make()
+    try:
+        _write(path, split)
+    except OSError as error:
+        _warn(f"tokens could not be kept in {cache_dir}: {error}")
+    return split
+
+
+def _digest_of(texts: Sequence[TextPair], tokenizer: Any, settings: Mapping[str, Any]) -> str:
+    of_tokenizer = {name: getattr(tokenizer, name, None) for name in _ATTRIBUTES}
+    made_by = {name: version(name) for name in ("evollm", "transformers", "tokenizers")}
+    kind = type(tokenizer).__qualname__
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([FORMAT, made_by, kind, of_tokenizer, dict(settings)], sort_keys=True).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for text in texts:
+        parts = [part.encode() for part in (text.prompt, *text.completions)]
+        digest.update(b"".join([b"%d:" % text.row, *(b"%d " % len(part) for part in parts), *parts]))
+    return digest.hexdigest()
+
+
+def _write(path: Path, split: TokenizedSplit) -> None:
+    """Put a file into its place whole."""
+    sides = [getattr(pair, side) for pair in split.pairs for side in _SIDES]
+    arrays: dict[str, NDArray[Any]] = {
+        "ids": np.concatenate([*sides, np.zeros(0, np.int64)]).astype(np.int32),
+        "lengths": np.array([len(side) for side in sides], np.int64),  # (3n,)
+        "rows": np.array([pair.row for pair in split.pairs], np.int64),  # (n,)
+    }
+    rest = {name: getattr(split, name) for name in ("dropped", "prompts_cut", "shortest_overlong")}
+    text = json.dumps(rest)
+    content = save(arrays, metadata={"rest": text, "digest": _checksum(arrays, text)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own, so that processes do not meet.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".new", delete=False) as file:
+        beside = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def _read(path: Path) -> TokenizedSplit:
+    with safe_open(path, framework="np") as file:
+        arrays = {name: file.get_tensor(name) for name in ("ids", "lengths", "rows")}
+        metadata = file.metadata()
+    if metadata["digest"] != _checksum(arrays, metadata["rest"]):
+        raise ValueError("its content is not what was written")
+    ends = np.cumsum(arrays["lengths"]).tolist()
+    ids = arrays["ids"].astype(np.int64)
+    sides = [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    rows = arrays["rows"].tolist()
+    pairs = [TokenizedPair(*sides[3 * n : 3 * n + 3], row=row) for n, row in enumerate(rows)]
+    return TokenizedSplit(pairs, **json.loads(metadata["rest"]))
+
+
+def _checksum(arrays: Mapping[str, NDArray[Any]], text: str) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
