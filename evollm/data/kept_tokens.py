@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from safetensors.numpy import save
 
 from evollm.data.batch import TokenizedPair
 from evollm.data.rows import DroppedRows, TextPair
+from evollm.own_files import replace_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +113,6 @@ def _digest_of(texts: Sequence[TextPair], tokenizer: Any, settings: Mapping[str,
 
 
 def _write(path: Path, split: TokenizedSplit) -> None:
-    """Put a file into its place whole."""
     sides = [getattr(pair, side) for pair in split.pairs for side in _SIDES]
     arrays: dict[str, NDArray[Any]] = {
         "ids": np.concatenate([*sides, np.zeros(0, np.int64)]).astype(np.int32),
@@ -125,17 +123,7 @@ def _write(path: Path, split: TokenizedSplit) -> None:
     text = json.dumps(rest)
     content = save(arrays, metadata={"rest": text, "digest": _checksum(arrays, text)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, so that processes do not meet.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".new", delete=False) as file:
-        beside = Path(file.name)
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+    replace_bytes(path, content)
 
 
 def _read(path: Path) -> TokenizedSplit:

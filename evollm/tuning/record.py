@@ -31,6 +31,8 @@ _PASSWORDS = frozenset({"proxies", "token", "use_auth_token"})
 _ALGORITHMS = ("DPO", "SFT")
 # Where a run writes, besides its folder.
 _PLACES = {"checkpoint_path": CHECKPOINTS, "elite_path": ELITE}
+# Where it may write besides, and need not.
+_CACHE = "cache_dir"
 # What is never taken from a folder, since it says which folder it is.
 _NOT_TAKEN = frozenset({"run_dir", "resume_from_checkpoint"})
 
@@ -231,7 +233,9 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
     if isinstance(settings.get("model_config"), Mapping):
         settings["model_config"] = _harmless(settings["model_config"])
     elsewhere = {name: str(settings[name]) for name in _PLACES if _leads_out(Path(run_dir), settings.get(name))}
-    kept = {name: value for name, value in settings.items() if name not in _NOT_TAKEN | elsewhere.keys()}
+    # Without it the rows are tokenised again, which is no reason to refuse anything.
+    no_cache = {_CACHE} if _leads_out(Path(run_dir), settings.get(_CACHE)) else set()
+    kept = {name: value for name, value in settings.items() if name not in _NOT_TAKEN | elsewhere.keys() | no_cache}
     return Asked(kept, objects, elsewhere)
 
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import make_examples, make_rows
 from tokenizers_for_tests import CHATML, chatml_tokenizer, make_tokenizer
 
-from evollm import ConfigurationError, PreferenceGym, SFTGym
-from evollm.data import kept_tokens, tokenization
+from evollm import ConfigurationError, PreferenceGym, SFTGym, own_files
+from evollm.data import tokenization
 
 
 def rows_of_all_kinds() -> list[dict[str, str]]:
@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_written_to_costs_a_warning(tmp_path, monkeypatc
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(kept_tokens.os, "fsync", full)
+    monkeypatch.setattr(own_files.os, "fsync", full)
     with pytest.warns(UserWarning, match="tokens could not be kept in"):
         env = PreferenceGym(make_rows(4), None, make_tokenizer(), cache_dir=tmp_path)
     assert len(env.train_pairs) == 4

@@ -204,3 +204,16 @@ def test_the_command_goes_on_with_a_replay_and_resume_says_so(begin, capsys) -> 
     assert "bit for bit" in capsys.readouterr().out
     assert main(["resume", "again"]) == 1
     assert "evollm replay RUN --resume" in capsys.readouterr().err
+
+
+def test_a_run_folder_does_not_say_where_tokens_are_kept_outside_it(begin, tmp_path) -> None:
+    run = begin(cache_dir="tokens")
+    assert list(Path("tokens").iterdir())
+    assert "cache_dir" not in read_asked(run)
+    main(["resume", str(run), "max_steps=3"])
+    change(run, cache_dir=str(tmp_path / "trap"))
+    main(["resume", str(run), "max_steps=4", "cache_dir=mine"])
+    assert list(Path("mine").iterdir())
+    assert not (tmp_path / "trap").exists()
+    change(run, cache_dir=str(run / "tokens"))
+    assert read_asked(run)["cache_dir"] == str(run / "tokens")
