@@ -1,7 +1,7 @@
 """Make every write, fsync, rename and unlink of a run fail, once and for good, and see what the run ends with.
 
-A population of four trains on a small model, with evaluations, evolutions and a checkpoint after each step. Then there
-is room again, and the run goes on as its messages say; its end must have the bits of a run that always had room.
+A population of two trains on a small model, with evaluations, evolutions and a checkpoint after each step. Then there is
+room again, and the run goes on as its messages say; its end must have the bits of a run that always had room.
 
     python tests/disk_test.py --every 1
     python tests/disk_test.py --tmpfs 40 80 160 320 640
@@ -29,6 +29,8 @@ from small_run import digest, train
 from evollm import EvoLLMError
 from evollm.report import read_run
 
+STEPS = 3
+SHORT = {"population": 2, "max_steps": STEPS, "evo_steps": 1, "keep_last": 1, "num_sample_answers": 0}
 # How a run may end: by itself, or refused in one line.
 GOOD = ("ended", "refused")
 
@@ -37,7 +39,7 @@ def attempt(folder: Path, number: int | None, last: int | None, said: Any) -> No
     """A run in which operations fail; says how it ended."""
     room = nullcontext() if number is None else broken(number, fail, last=last, below=folder.parent)
     try:
-        train(folder, room)
+        train(folder, room, **SHORT)
         said.put("ended")
     except EvoLLMError as error:
         said.put("refused" if "\n" not in str(error) else f"refused in several lines: {error}")
@@ -52,11 +54,11 @@ class Trials:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["evollm", "transformers.models.llama.modeling_llama"])
         total = self.context.Value("i", 0)
-        process = self.context.Process(target=count_operations, args=(folder / "counted" / "run", total))
+        process = self.context.Process(target=count_operations, args=(folder / "counted" / "run", total), kwargs=SHORT)
         process.start()
         process.join()
         self.total = int(total.value)
-        self.expected = digest(folder / "counted" / "run")
+        self.expected = digest(folder / "counted" / "run", STEPS)
         self.ends: Counter[str] = Counter()
         self.faults: list[str] = []
 
@@ -76,7 +78,7 @@ class Trials:
         fault = "" if first in GOOD else first
         if again != "ended":
             fault += f" then {again}"
-        elif digest(folder) != self.expected:
+        elif digest(folder, STEPS) != self.expected:
             fault += " other bits"
         elif read_run(folder).ended is None or not (folder / "elite" / "attributes.pt").is_file():
             fault += " no end"

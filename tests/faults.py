@@ -54,6 +54,8 @@ def broken(
         below: Count only operations whose path is below this folder; of others, and of open files, none.
     """
     count = Count()
+    # Whether an operation is being made, which may be made of others.
+    inside: list[str] = []
 
     def is_due() -> bool:
         if number is None or count.calls < number:
@@ -62,16 +64,29 @@ def broken(
 
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in OPERATIONS:
-            patch.setattr(owner, name, _counted(getattr(owner, name), name, count, is_due, how, below))
+            patch.setattr(owner, name, _counted(getattr(owner, name), name, count, is_due, how, below, inside))
         yield count
 
 
 def _counted(
-    function: Any, name: str, count: Count, is_due: Callable[[], bool], how: Callable[[], None], below: Path | None
+    function: Any,
+    name: str,
+    count: Count,
+    is_due: Callable[[], bool],
+    how: Callable[[], None],
+    below: Path | None,
+    inside: list[str],
 ) -> Any:
     def operation(*args: Any, **kwargs: Any) -> Any:
-        if not _counts(name, args, kwargs) or (below is not None and not _is_below(args, kwargs, below)):
+        if inside or not _counts(name, args, kwargs) or (below is not None and not _is_below(args, kwargs, below)):
             return function(*args, **kwargs)
+        inside.append(name)
+        try:
+            return break_or_do(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    def break_or_do(*args: Any, **kwargs: Any) -> Any:
         due = is_due()
         count.calls += 1
         if due:

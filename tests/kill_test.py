@@ -37,10 +37,10 @@ def train_and_die(folder: Path, die_at: int | None) -> None:
     train(folder, nullcontext() if die_at is None else broken(die_at, die, below=folder.parent))
 
 
-def count_operations(folder: Path, counted: Any) -> None:
+def count_operations(folder: Path, counted: Any, **changes: Any) -> None:
     """How many file operations a whole run makes."""
     with broken(None, below=folder.parent) as count:
-        train(folder, nullcontext())
+        train(folder, nullcontext(), **changes)
     counted.value = count.calls
 
 

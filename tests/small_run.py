@@ -23,12 +23,13 @@ from evollm.report import write
 STEPS = 8
 
 
-def train(folder: Path, room: Any) -> Path:
+def train(folder: Path, room: Any, **changes: Any) -> Path:
     """Run to the end as a user would: begin, or go on where the message says that there is a run; returns the elite.
 
     Args:
         folder: The run folder.
         room: A context in which the run is made, such as one in which the disk is full.
+        **changes: Other arguments of `tune`.
     """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -54,6 +55,7 @@ def train(folder: Path, room: Any) -> Path:
         "update_reference_each_epoch": True,
         "num_sample_answers": 1,
         "verbose": False,
+        **changes,
     }
     # Drawing takes longer than all the rest.
     write.render = quick_page
@@ -67,12 +69,12 @@ def train(folder: Path, room: Any) -> Path:
     return result.run_dir
 
 
-def digest(folder: Path) -> str:
+def digest(folder: Path, steps: int = STEPS) -> str:
     """Of everything that a run ends with."""
     newest = newest_population(folder / "checkpoints")
     assert newest is not None
     population = read_population(newest)
-    assert population.state["step"] == STEPS
+    assert population.state["step"] == steps
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -435,3 +437,18 @@ def test_attributes_of_something_else_are_refused(trained, tmp_path) -> None:
         seal(tmp_path / "agent")
         with pytest.raises(CheckpointError, match="is not an agent's"):
             trained.load_checkpoint(str(tmp_path / "agent"))
+
+
+def test_an_adapter_configuration_is_the_same_in_every_process(tmp_path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from peft import LoraConfig; "
+        "from evollm.models.lora_json import write_lora_config; "
+        "names = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']; "
+        "write_lora_config(LoraConfig(target_modules=names, exclude_modules=names[:2]), Path(sys.argv[1]), 'base')"
+    )
+    found = set()
+    for seed in ("0", "1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)
+        found.add((tmp_path / "adapter_config.json").read_text())
+    assert len(found) == 1

@@ -185,6 +185,25 @@ def remote(folder: str) -> str:
     return folder
 
 
+@pytest.mark.parametrize("kernel", ["somebody/kernel", "kernels-community/flash-attn:varlen", "unknown"])
+def test_a_base_cannot_ask_for_a_kernel_by_its_name(folder, kernel: str) -> None:
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": kernel}))
+    with pytest.raises(ConfigurationError, match=f"asks for attn_implementation='{kernel}'"):
+        load_base_model(folder)
+    assert load_base_model(folder, {"attn_implementation": "sdpa"}).config._attn_implementation == "sdpa"
+
+
+def test_an_adapter_given_as_a_model_imports_no_module(folder, lora, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    asks = {"megatron_config": {"a": 1}, "megatron_core": "antigravity", "base_model_name_or_path": folder}
+    path.write_text(json.dumps(json.loads(path.read_text()) | asks))
+    with pytest.raises(ConfigurationError, match="asks for Megatron"):
+        load_base_model(str(tmp_path / "adapter"))
+
+
 @pytest.mark.parametrize("model_config", [None, {}, {"trust_remote_code": False}])
 def test_custom_code_is_not_run_unless_asked_for(remote, model_config: Any) -> None:
     with pytest.raises(ConfigurationError, match="pass trust_remote_code=True in model_config"):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ from evollm import (
     TournamentSelection,
     finetune_llm_preference,
 )
+from evollm.checkpoints import read_agent_folder
+from evollm.hpo import Evolver
 from evollm.training import run as run_module
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
@@ -181,3 +185,73 @@ def test_a_run_folder_has_one_writer(run, tmp_path) -> None:
             run("run", resume=True)
 
     run("run", callbacks=[StopAt(2, second)], max_steps=3)
+
+
+def test_a_run_checkpoints_before_it_evolves(run, tmp_path, monkeypatch) -> None:
+    whole = end(tmp_path / "whole", run("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Evolver, "plan", lambda *_: crash())
+        with pytest.raises(RuntimeError):
+            run("crashed")
+    saved = [path.name for path in (tmp_path / "crashed/checkpoints").iterdir()]
+    evolves_first = json.loads((tmp_path / "whole/lineage.jsonl").read_text().splitlines()[1])["step"]
+    assert f"step-{evolves_first:06d}" in saved
+    assert end(tmp_path / "crashed", run("crashed", resume=True)) == whole
+
+
+def test_a_run_that_did_not_get_to_its_first_step_is_begun_again(run, tmp_path) -> None:
+    whole = end(tmp_path / "whole", run("whole"))
+    with pytest.raises(RuntimeError):
+        run("early", callbacks=[StopAtStart()])
+    assert (tmp_path / "early/config.json").exists()
+    assert end(tmp_path / "early", run("early")) == whole
+    with pytest.raises(ConfigurationError, match=r"holds (another run|checkpoints of another run)"):
+        run("early")
+
+
+class StopAtStart(Callback):
+    """A run that dies when all is ready."""
+
+    def on_start(self, event) -> None:
+        crash()
+
+
+def test_two_runs_do_not_share_a_folder_of_checkpoints(run, tmp_path) -> None:
+    run("one", checkpoint_path=tmp_path / "saved")
+    before = sorted((tmp_path / "saved").iterdir())
+    with pytest.raises(ConfigurationError, match=r"checkpoint_path=.*holds checkpoints of another run"):
+        run("two", checkpoint_path=tmp_path / "saved")
+    assert sorted((tmp_path / "saved").iterdir()) == before
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "final.safetensors", "elite", "evaluations"])
+def test_a_run_begins_among_no_files_of_the_users(run, tmp_path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("{}")
+    with pytest.raises(ConfigurationError, match=f"(run_dir|elite_path)=.*{name}"):
+        run("mine")
+    assert (tmp_path / "mine" / name).read_text() == "{}"
+
+
+def test_a_best_agent_without_room_is_saved_elsewhere(run, tmp_path, monkeypatch) -> None:
+    save = DPO.save_checkpoint
+
+    def save_elsewhere(agent: DPO, path: str, **arguments: object) -> None:
+        if Path(path).is_relative_to(tmp_path / "full"):
+            raise OSError(28, "No space left on device")
+        save(agent, path, **arguments)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    ended = []
+    listener = Callback()
+    listener.on_end = ended.append
+    with monkeypatch.context() as patch:
+        patch.setattr(DPO, "save_checkpoint", save_elsewhere)
+        with pytest.warns(UserWarning, match="could not be saved to .*No space left.*it was saved to .*elsewhere"):
+            run("full", save_elite=True, callbacks=[listener])
+    assert ended[0].best_path.parent == tmp_path / "elsewhere"
+    assert read_agent_folder(ended[0].best_path).attributes["index"] == ended[0].best.index
+    # There is room again.
+    run("full", resume=True, save_elite=True)
+    assert (tmp_path / "full/elite/attributes.pt").is_file()
