@@ -36,7 +36,8 @@ def count_saved_bytes() -> Iterator[SavedBytes]:
         if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             saved.total += storage.nbytes()
-        return tensor
+        # Of an operation's own output this would keep the graph, which keeps the output: neither would ever be freed.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
