@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,6 @@ from evollm.models.encoder_decoder import (
     start_token,
 )
 from evollm.models.grouping import balanced_groups, padded_groups
-from evollm.models.identity import computing_settings
 from evollm.models.layers import FanOut
 from evollm.models.logprobs import PairLogprobs, completion_logprobs, packed_logprobs
 from evollm.models.packing import PackedPairs
@@ -130,10 +128,10 @@ class Engine:
 
     def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:
         """The fast paths that all these members may take with pairs of up to `length` tokens; others are probed."""
-        configs = {_identity(self.base, name): name for name in members if name is not None}
+        configs = {self.base.settings(name): name for name in members if name is not None}
         if None in members:
             # The base by itself is probed together with an adapter; there is always one.
-            configs.setdefault(_identity(self.base, self.base.adapters[0]), self.base.adapters[0])
+            configs.setdefault(self.base.settings(self.base.adapters[0]), self.base.adapters[0])
         found = FastPaths(longest=length)
         for identity, name in configs.items():
             known = self.paths.get(identity)
@@ -339,8 +337,3 @@ class _FewPairs:
                 fan_out.members = len(names)
             stack.enter_context(base.packed(self._layout, fan_out))
             yield packed_logprobs(network, self._packed, len(names), **wanted)
-
-
-def _identity(base: SharedBase, name: str) -> str:
-    """What of an adapter's configuration decides how it is computed."""
-    return json.dumps(computing_settings(base.config(name)), sort_keys=True)

@@ -31,15 +31,20 @@ def computing_settings(config: LoraConfig) -> dict[str, Any]:
     return {key: value for key, value in lora_settings(config).items() if key not in LORA_PROVENANCE}
 
 
+def canonical_settings(config: LoraConfig) -> str:
+    """The settings that decide what an adapter computes, as JSON that is equal for equal ones."""
+    return json.dumps(computing_settings(config), sort_keys=True)
+
+
 def _jsonable(value: object) -> object:
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
-def adapter_fingerprint(config: LoraConfig, parameters: Mapping[str, Tensor]) -> str:
-    """Digest of an adapter's weights and of the settings that decide what it computes."""
-    digest = hashlib.sha256(json.dumps(computing_settings(config), sort_keys=True).encode())
-    for key, parameter in sorted(parameters.items()):
-        digest.update(key.encode() + _bytes_of(parameter))
+def adapter_fingerprint(config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:
+    """Digest of an adapter's weights, by their names in a saved adapter, and of the settings that they compute with."""
+    digest = hashlib.sha256(canonical_settings(config).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(key.encode() + _bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -12,13 +12,16 @@ from evollm.models.lora_json import check_readable
 
 # The others rewrite the base's own weights, which every other adapter stands on, or need data.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-# Options that work on the base itself, or through hooks for which the base would have to be called by PEFT.
+# Options that work on the base itself, through hooks for which the base would have to be called by PEFT, or change an
+# adapter's weights in a forward pass.
 _UNSUPPORTED = (
+    "kasa_config",
     "megatron_config",
     "modules_to_save",
     "layer_replication",
     "alora_invocation_tokens",
     "trainable_token_indices",
+    "velora_config",
 )
 
 

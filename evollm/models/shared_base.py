@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
-from evollm.models.adapters import AdapterState, parameters_of
+from evollm.models.adapter_layers import AdapterLayers
+from evollm.models.adapters import Adapter, AdapterState, parameters_of, saved_tensors
 from evollm.models.archive import PolicyArchive, loaded_archive
 from evollm.models.attention import PairLayout, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
-from evollm.models.identity import adapter_fingerprint, computing_settings, weights_fingerprint
+from evollm.models.identity import adapter_fingerprint, canonical_settings, weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
 from evollm.models.merging import merged_weights
 from evollm.models.quantised import check_gradients, keep_differentiable
@@ -49,10 +50,8 @@ class SharedBase:
         self.weights_fingerprint = weights_fingerprint(model)
         self.reference_cache = ReferenceCache()
         self._peft: PeftModel | None = None
-        self._owners: Counter[str] = Counter()
-        self._trainable: set[str] = set()
-        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
-        self._fingerprints: dict[str, str] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._adapter_layers = AdapterLayers()
         self._active: str | None = None
         self._created = 0
         self.router = AdapterRouter()
@@ -133,7 +132,7 @@ class SharedBase:
     @property
     def adapters(self) -> list[str]:
         """The names of all adapters."""
-        return list(self._parameters)
+        return list(self._adapters)
 
     def add_adapter(self, role: str, config: LoraConfig, *, trainable: bool, seed: int = 0) -> str:
         """Add a freshly initialised adapter, owned by the caller.
@@ -157,61 +156,93 @@ class SharedBase:
             config.task_type = "SEQ_2_SEQ_LM"
         # That of another run's base, perhaps; PEFT fills in this one's.
         config.base_model_name_or_path = None
-        name = f"{role}-{self._created}"
+        name = self._new_name(role)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             torch.manual_seed(seed)
             # PEFT asks transformers by names that those deprecate: nothing that a user of evollm can act on.
             warnings.simplefilter("ignore", FutureWarning)
-            try:
-                if self._peft is None:
-                    self._peft = get_peft_model(self.network, config, adapter_name=name)
-                else:
-                    self._peft.add_adapter(name, config)
-            except Exception as error:  # Whatever PEFT makes of what is wrong with it.
-                raise ConfigurationError(
-                    "lora_config.target_modules", config.target_modules, f"PEFT cannot apply {config!r}: {error}"
-                ) from error
-        assert self._peft is not None
+            with self._adapter_layers.only(name):
+                return self._put(name, config, trainable=trainable)
+
+    def _put(self, name: str, config: LoraConfig, *, trainable: bool) -> str:
+        """Have PEFT make an adapter, and note it."""
+        try:
+            if self._peft is None:
+                self._peft = get_peft_model(self.network, config, adapter_name=name)
+            else:
+                self._peft.add_adapter(name, config)
+        except Exception as error:  # Whatever PEFT makes of what is wrong with it.
+            raise ConfigurationError(
+                "lora_config.target_modules", config.target_modules, f"PEFT cannot apply {config!r}: {error}"
+            ) from error
         self.router.take_over(self._peft)
+        self._adapter_layers.find(self._peft)
         # The new adapter's own dropout.
         self._peft.eval()
-        self._created += 1
-        self._parameters[name] = parameters_of(self._peft, name)
-        wide = torch.promote_types(self.network.dtype, torch.float32)
-        for parameter in self._parameters[name].values():
-            parameter.data = parameter.data.to(wide)
-        self._owners[name] = 1
-        if trainable:
-            self._trainable.add(name)
+        parameters = parameters_of(self._peft, name)
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(self._adapter_dtype)
+        self._adapters[name] = Adapter(
+            settings=canonical_settings(self.config(name)),
+            trainable=trainable,
+            first_layer=self._first_layer(parameters.values()),
+            parameters=parameters,
+            tensors=saved_tensors(self._peft, name),
+        )
+        return self._ready(name)
+
+    def _ready(self, name: str) -> str:
+        """Activate a new adapter."""
+        adapter = self._adapters[name]
+        for parameter in adapter.parameters.values():
+            parameter.requires_grad_(adapter.trainable)
         self._activate(name)
         return name
 
     def copy_adapter(self, source: str, role: str, *, trainable: bool) -> str:
         """Add an adapter with the weights of `source`, owned by the caller."""
-        name = self.add_adapter(role, self.config(source), trainable=trainable)
-        with torch.no_grad():
-            for key, parameter in self._parameters[name].items():
-                parameter.copy_(self._parameters[source][key])
-        return name
+        name = self._new_name(role)
+        self.peft_model.peft_config[name] = copy.deepcopy(self.config(source))
+        copies = self._adapter_layers.copy(source, name)
+        adapter = self._adapters[source]
+        self._adapters[name] = replace(
+            adapter,
+            trainable=trainable,
+            parameters={path: copies[id(parameter)] for path, parameter in adapter.parameters.items()},
+            tensors={key: copies[id(tensor)] for key, tensor in adapter.tensors.items()},
+            owners=1,
+            fingerprint=None,
+        )
+        return self._ready(name)
+
+    def _new_name(self, role: str) -> str:
+        """A name that no adapter has had."""
+        self._created += 1
+        return f"{role}-{self._created - 1}"
 
     def retain(self, name: str) -> str:
         """Take a share in an adapter; give it back with `release`."""
-        self._owners[name] += 1
+        self._adapters[name].owners += 1
         return name
 
     def release(self, name: str) -> None:
         """Give a share in an adapter back; the last one frees its memory."""
-        self._owners[name] -= 1
-        if self._owners[name] > 0:
+        adapter = self._adapters[name]
+        adapter.owners -= 1
+        if adapter.owners > 0:
             return
-        del self._owners[name], self._parameters[name]
-        self._trainable.discard(name)
-        self._forget_fingerprint(name)
+        del self._adapters[name]
+        self._forget_fingerprint(adapter)
         if self._active == name:
             # PEFT picks a new active adapter with a warning; moved away from here there is nothing to warn of.
-            self._activate(next(iter(self._parameters), None))
-        self.peft_model.delete_adapter(name)
+            self._activate(next(iter(self._adapters), None))
+        with self._adapter_layers.only(name):
+            self.peft_model.delete_adapter(name)
+
+    def settings(self, name: str) -> str:
+        """What of an adapter's configuration decides what it computes, as JSON."""
+        return self._adapters[name].settings
 
     def config(self, name: str) -> LoraConfig:
         """The LoRA configuration of an adapter."""
@@ -219,46 +250,51 @@ class SharedBase:
         assert isinstance(config, LoraConfig)
         return config
 
-    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+    def parameters(self, name: str) -> Mapping[str, nn.Parameter]:
         """An adapter's own parameters, by their name without the adapter's."""
-        return self._parameters[name]
+        return self._adapters[name].parameters
 
     def first_adapted_layer(self, names: Sequence[str]) -> int | None:
         """Index of the first repeated layer that holds one of these adapters.
 
         None: there is none, or an adapter reaches in front of the layers, to the embeddings for example.
         """
-        adapted = {id(parameter) for name in names for parameter in self._parameters[name].values()}
+        first = min((self._adapters[name].first_layer for name in names), default=-1)
+        return first if 0 <= first < len(self.layers) else None
+
+    def _first_layer(self, parameters: Iterable[nn.Parameter]) -> int:
+        """See `Adapter.first_layer`."""
+        adapted = {id(parameter) for parameter in parameters}
         held = [{id(parameter) for parameter in layer.parameters()} for layer in self.layers.modules]
         head = self.network.get_output_embeddings()
         behind = {id(parameter) for parameter in head.parameters()} if head is not None else set()
         if adapted - behind.union(*held):
-            return None
-        return next((index for index, parameters in enumerate(held) if parameters & adapted), None)
+            return -1
+        return next((index for index, parameters in enumerate(held) if parameters & adapted), len(held))
 
     def export(self, name: str) -> AdapterState:
         """A copy of an adapter on the CPU, named as PEFT saves it."""
-        tensors = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
-        copies = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+        copies = {key: tensor.detach().cpu().clone() for key, tensor in self._adapters[name].tensors.items()}
         return AdapterState(copy.deepcopy(self.config(name)), copies)
 
     def frozen_adapter(self, state: AdapterState, role: str) -> str:
         """Name of a frozen adapter with this configuration and these weights, new or not, owned by the caller."""
-        name = self._find_frozen(state)
-        if name is not None:
-            return self.retain(name)
-        name = self.add_adapter(role, state.config, trainable=False)
-        self.load(name, state.tensors)
+        wanted = self._fingerprint(state.config, state.tensors)
+        for name, adapter in self._adapters.items():
+            if not adapter.trainable and self.fingerprint(name) == wanted:
+                return self.retain(name)
+        settings = canonical_settings(state.config)
+        alike = next((name for name, adapter in self._adapters.items() if adapter.settings == settings), None)
+        if alike is None:
+            name = self.add_adapter(role, state.config, trainable=False)
+        else:
+            name = self.copy_adapter(alike, role, trainable=False)
+        try:
+            self.load(name, state.tensors)
+        except ConfigurationError:
+            self.release(name)
+            raise
         return name
-
-    def _find_frozen(self, state: AdapterState) -> str | None:
-        wanted = computing_settings(state.config)
-        for name in self._parameters:
-            if name not in self._trainable and computing_settings(self.config(name)) == wanted:
-                own = self.export(name).tensors
-                if own.keys() == state.tensors.keys() and all(torch.equal(own[key], state.tensors[key]) for key in own):
-                    return name
-        return None
 
     def save_weights(self, folder: Path, merged: str | None = None) -> None:
         """Write the base as `from_pretrained` reads it, without adapters or with one of them merged into its weights.
@@ -276,7 +312,7 @@ class SharedBase:
                 "the base from where it came"
             )
             raise ConfigurationError("base", self.name, fix)
-        adapters = {id(parameter) for name in self._parameters for parameter in self._parameters[name].values()}
+        adapters = {id(tensor) for adapter in self._adapters.values() for tensor in adapter.tensors.values()}
         weights = {
             name.replace(".base_layer.", "."): tensor.detach()
             for name, tensor in self.network.state_dict(keep_vars=True).items()
@@ -290,22 +326,34 @@ class SharedBase:
         Raises:
             ConfigurationError: Names or shapes are not those of the adapter.
         """
-        own = self.export(name).tensors
+        adapter = self._adapters[name]
+        own = adapter.tensors
         wrong = sorted(set(own) ^ set(tensors)) or [key for key in own if own[key].shape != tensors[key].shape]
         if wrong:
             raise ConfigurationError("adapter weights", wrong[:3], f"do not fit adapter {name}: other names or shapes")
-        set_peft_model_state_dict(self.peft_model, dict(tensors), adapter_name=name)
-        self._forget_fingerprint(name)
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
+        self._forget_fingerprint(adapter)
 
     def fingerprint(self, name: str | None) -> str:
         """Digest of a frozen adapter's weights and configuration; None is the base without adapter."""
         if name is None:
             return "base"
-        if name in self._trainable:
+        adapter = self._adapters[name]
+        if adapter.trainable:
             raise ConfigurationError("adapter", name, "is trainable: only a frozen adapter has a lasting fingerprint")
-        if name not in self._fingerprints:
-            self._fingerprints[name] = adapter_fingerprint(self.config(name), self._parameters[name])
-        return self._fingerprints[name]
+        if adapter.fingerprint is None:
+            adapter.fingerprint = self._fingerprint(self.config(name), adapter.tensors)
+        return adapter.fingerprint
+
+    def _fingerprint(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:
+        """Digest of an adapter as it is, or would be, on this base."""
+        return adapter_fingerprint(config, {key: tensor.to(self._adapter_dtype) for key, tensor in tensors.items()})
+
+    @property
+    def _adapter_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.network.dtype, torch.float32)
 
     def move_to(self, device: torch.device) -> None:
         """Put the base on a device, unless it was loaded with a device map.
@@ -379,22 +427,15 @@ class SharedBase:
         # Packed rows have another length in every batch.
         self.layers.compile(mode=mode, backend=backend, dynamic=True)
 
-    def _forget_fingerprint(self, name: str) -> None:
+    def _forget_fingerprint(self, adapter: Adapter) -> None:
         """Weights have changed or gone, and with them the log-probs that nobody else's weights give."""
-        fingerprint = self._fingerprints.pop(name, None)
-        if fingerprint is not None and fingerprint not in self._fingerprints.values():
+        fingerprint, adapter.fingerprint = adapter.fingerprint, None
+        if fingerprint is not None and all(other.fingerprint != fingerprint for other in self._adapters.values()):
             self.reference_cache.forget(fingerprint)
 
     def _activate(self, name: str | None) -> None:
-        tuner = cast(Any, self.peft_model.base_model)
-        if name is None:
-            tuner.disable_adapter_layers()
-        else:
-            if self._active is None:
-                tuner.enable_adapter_layers()
-            self.peft_model.set_adapter(name)
+        self._adapter_layers.activate(name)
+        if name is not None:
+            self.peft_model.active_adapter = name
+            cast(Any, self.peft_model.base_model).active_adapter = name
         self._active = name
-        # PEFT makes the active adapter trainable and freezes the others; here that depends on the role alone.
-        for adapter, parameters in self._parameters.items():
-            for parameter in parameters.values():
-                parameter.requires_grad_(adapter in self._trainable)

@@ -202,6 +202,9 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(make_model, lor
         ({"target_modules": "["}, "target_modules"),
         # PEFT would import the module that megatron_core names.
         ({"megatron_config": {"a": 1}}, "megatron_config"),
+        # It rounds the base's own weights, once more for each adapter.
+        ({"kasa_config": {"a": 1}}, "kasa_config"),
+        ({"velora_config": {"a": 1}}, "velora_config"),
     ],
 )
 def test_a_lora_config_that_cannot_work_is_refused(make_model, changes, field) -> None:
