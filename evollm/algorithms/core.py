@@ -21,7 +21,7 @@ from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
 from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
-from evollm.models import AdapterState, SharedBase
+from evollm.models import AdapterShares, AdapterState, SharedBase
 from evollm.models.engine import PassOptions, Seat
 from evollm.models.requirements import check_lora_config
 
@@ -129,8 +129,9 @@ class LLMAgent(ABC):
         self.rng = np.random.default_rng(settings.seed)
         self._mutation_hooks: tuple[Callable[[LLMAgent], None], ...] = ()
 
-        actor = base.add_adapter(ACTOR, lora_config, trainable=True, seed=settings.seed)
-        self._adapters: dict[str, str | None] = {ACTOR: actor, **self._frozen_adapters(actor)}
+        self._adapters = AdapterShares(base)
+        actor = self._adapters[ACTOR] = base.add_adapter(ACTOR, lora_config, trainable=True, seed=settings.seed)
+        self._adapters.update(self._frozen_adapters(actor))
         base.use(actor)
         self.optimizer = self._new_optimizer()
         if settings.gradient_checkpointing and not base.can_checkpoint:
@@ -224,11 +225,12 @@ class LLMAgent(ABC):
         self.base.release(before)
 
     def release(self) -> None:
-        """Free the agent's adapters and moments; it cannot be used afterwards."""
-        for name in self._adapters.values():
-            if name is not None:
-                self.base.release(name)
-        self._adapters.clear()
+        """Free the agent's adapters and moments at once; it cannot be used afterwards.
+
+        Those of an agent that is dropped are freed too, before the next adapter is added to its base, unless
+        `get_policy` has given somebody the model.
+        """
+        self._adapters.release()
         free(self.optimizer)
 
     # Evolution
@@ -311,7 +313,9 @@ class LLMAgent(ABC):
         del wrap
         clone = self.copy_attributes(self, object.__new__(type(self)))
         clone.index = self.index if index is None else index
-        clone._adapters = {role: self._bequeath(role) for role in self._adapters}
+        clone._adapters = AdapterShares(self.base)
+        for role in self._adapters:
+            clone._adapters[role] = self._bequeath(role)
         clone.optimizer = clone._new_optimizer()
         clone.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         return clone

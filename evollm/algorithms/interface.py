@@ -52,8 +52,12 @@ class EvolvableAlgorithm(SavableAgent):
     training = True
 
     def get_policy(self) -> PeftModel:
-        """The base with this agent's actor active."""
+        """The base with this agent's actor active.
+
+        Whoever holds it may use the agent's adapters without the agent: they are freed by `release` alone from now on.
+        """
         self.use_adapter("actor")
+        self._adapters.hand_out()
         return self.base.peft_model
 
     def evolvable_attributes(self, networks_only: bool = False) -> dict[str, Any]:

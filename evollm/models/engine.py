@@ -146,6 +146,7 @@ class Engine:
         self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, loss: MemberLoss | None
     ) -> list[PairLogprobs]:
         """All pairs, each in one of the processes; every process gets all results."""
+        self.base.take_back()
         longest = longest_side(batch) if self.base.is_encoder_decoder else batch.longest_sequence
         paths = self.prepare(members, longest)
         if not (options.explicit_positions or self.base.is_encoder_decoder):

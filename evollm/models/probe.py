@@ -223,16 +223,15 @@ def _random_pairs(ids: IntArray, longest: int) -> tuple[TokenizedPair, Tokenized
 @contextmanager
 def _random_adapters(base: SharedBase, config: LoraConfig) -> Iterator[tuple[str, str]]:
     """Two frozen adapters, for as long as the block lasts."""
-    before = base.active_adapter
     names: list[str] = []
-    try:
-        names += [base.add_adapter("probe", config, trainable=False, seed=1)]
-        names += [base.add_adapter("probe", config, trainable=False, seed=2)]
-        yield names[0], names[1]
-    finally:
-        base.use(before)
-        for name in names:
-            base.release(name)
+    with base.active(base.active_adapter):
+        try:
+            names += [base.add_adapter("probe", config, trainable=False, seed=1)]
+            names += [base.add_adapter("probe", config, trainable=False, seed=2)]
+            yield names[0], names[1]
+        finally:
+            for name in names:
+                base.release(name)
 
 
 def _add_noise(base: SharedBase, adapters: Sequence[str], scale: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -38,6 +39,9 @@ class SharedBase:
     An adapter may have several owners (the references of a fresh population are one and the same): whoever needs it
     calls `retain`, whoever is done calls `release`, and the last release frees it. Trainable adapters require
     gradients and all others do not, whichever adapter is active.
+
+    Attributes:
+        lost_shares: Adapters that an owner had a share in who is no more; see `AdapterShares`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -53,7 +57,9 @@ class SharedBase:
         self._adapters: dict[str, Adapter] = {}
         self._adapter_layers = AdapterLayers()
         self._active: str | None = None
+        self._active_blocks = 0
         self._created = 0
+        self.lost_shares: deque[str] = deque()
         self.router = AdapterRouter()
         self.layers = LayerStack(model, self._same_again)
 
@@ -131,7 +137,8 @@ class SharedBase:
 
     @property
     def adapters(self) -> list[str]:
-        """The names of all adapters."""
+        """The names of all adapters that have an owner."""
+        self.take_back()
         return list(self._adapters)
 
     def add_adapter(self, role: str, config: LoraConfig, *, trainable: bool, seed: int = 0) -> str:
@@ -146,6 +153,7 @@ class SharedBase:
         Raises:
             ConfigurationError: The configuration matches no module or would change the base.
         """
+        self.take_back()
         check_lora_config(config)
         if self._peft is None:
             # Here the base is on the device that it computes on.
@@ -202,6 +210,10 @@ class SharedBase:
 
     def copy_adapter(self, source: str, role: str, *, trainable: bool) -> str:
         """Add an adapter with the weights of `source`, owned by the caller."""
+        self.take_back()
+        return self._copy(source, role, trainable=trainable)
+
+    def _copy(self, source: str, role: str, *, trainable: bool) -> str:
         name = self._new_name(role)
         self.peft_model.peft_config[name] = copy.deepcopy(self.config(source))
         copies = self._adapter_layers.copy(source, name)
@@ -239,6 +251,13 @@ class SharedBase:
             self._activate(next(iter(self._adapters), None))
         with self._adapter_layers.only(name):
             self.peft_model.delete_adapter(name)
+
+    def take_back(self) -> None:
+        """Release what has lost its owner, unless an adapter has been made active for a block that is not over."""
+        while self.lost_shares and not self._active_blocks:
+            name = self.lost_shares.popleft()
+            if name in self._adapters:
+                self.release(name)
 
     def settings(self, name: str) -> str:
         """What of an adapter's configuration decides what it computes, as JSON."""
@@ -279,6 +298,7 @@ class SharedBase:
 
     def frozen_adapter(self, state: AdapterState, role: str) -> str:
         """Name of a frozen adapter with this configuration and these weights, new or not, owned by the caller."""
+        self.take_back()
         wanted = self._fingerprint(state.config, state.tensors)
         for name, adapter in self._adapters.items():
             if not adapter.trainable and self.fingerprint(name) == wanted:
@@ -288,7 +308,7 @@ class SharedBase:
         if alike is None:
             name = self.add_adapter(role, state.config, trainable=False)
         else:
-            name = self.copy_adapter(alike, role, trainable=False)
+            name = self._copy(alike, role, trainable=False)
         try:
             self.load(name, state.tensors)
         except ConfigurationError:
@@ -381,11 +401,13 @@ class SharedBase:
         if self.network.training:
             # Dropout is off for policy and reference alike, or their difference would be noise.
             self.network.eval()
+        self._active_blocks += 1
         try:
             self.use(name)
             self.layers.checkpointing = gradient_checkpointing
             yield self.network
         finally:
+            self._active_blocks -= 1
             self.layers.checkpointing = before_checkpointing
             self.use(before)
 

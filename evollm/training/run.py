@@ -23,6 +23,7 @@ from evollm.checkpoints.files import remove_unfinished
 from evollm.errors import ConfigurationError, DataError, DivergedError
 from evollm.hpo import AnyEvaluation, Birth, Evolver, Member, carry_out, is_finite, rank
 from evollm.llm_envs import DatasetGym
+from evollm.models import AdapterShares
 from evollm.models.engine import Engine
 from evollm.models.generation import greedy_answers
 from evollm.processes import Processes
@@ -81,8 +82,10 @@ class Run(Generic[A]):
         self.base = self.population[0].base
         # What scores are measured against. Where references move, all agents and epochs need one that stays.
         self.yardstick: str | None = OWN
+        self._shares = AdapterShares(self.base)
         if options.update_reference_each_epoch:
             self.yardstick = self.base.retain(str(self.population[0].adapter(REFERENCE)))
+            self._shares["yardstick"] = self.yardstick
         self.config = describe_run(self.population, env, options, self.schedule)
         self.progress = Progress([_founder(agent) for agent in self.population])
         self.evolver: Evolver | None = None
@@ -122,8 +125,7 @@ class Run(Generic[A]):
                 self._finish()
         finally:
             self._close_callbacks()
-            if self.yardstick is not None and self.yardstick != OWN:
-                self.base.release(self.yardstick)
+            self._shares.release()
         scores = [progress.fitnesses.get(agent.index, (float("nan"),))[0] for agent in self.population]
         return self.population, scores
 
@@ -153,8 +155,8 @@ class Run(Generic[A]):
         for agent, folder in zip(self.population, saved.agents, strict=True):
             agent.load_folder(folder, overwrite_reference_adapter=False)
         if saved.yardstick is not None:
-            self.base.release(str(self.yardstick))
-            self.yardstick = self.base.frozen_adapter(saved.yardstick, REFERENCE)
+            self._shares.release()
+            self.yardstick = self._shares["yardstick"] = self.base.frozen_adapter(saved.yardstick, REFERENCE)
         if self.evolver is not None:
             self.evolver.load_state_dict(saved.state["evolver"])
         self.env.load_state_dict(saved.state["env"])

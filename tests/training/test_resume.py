@@ -89,8 +89,8 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_interrupted(run, tmp_path
         population = run(name, resume=True, **changes)
         assert end(tmp_path / name, population) == whole
         # The references that the new process made for its founders are gone again.
-        adapters = len(population[0].base.adapters)
-        assert adapters == len(run("again-" + name, **changes)[0].base.adapters)
+        again = run("again-" + name, **changes)
+        assert len(population[0].base.adapters) == len(again[0].base.adapters)
 
 
 @pytest.mark.parametrize("ended", [3, 4])
