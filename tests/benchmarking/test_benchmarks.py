@@ -47,6 +47,13 @@ def test_scaling_measures_members_together_and_in_a_loop(model_folder, tmp_path)
     assert all(result["rate"] > 0 for result in results)
 
 
+def test_growth_measures_the_work_around_the_passes() -> None:
+    lines = run("growth.py", "--agents", 2, 3, "--layers", 1).splitlines()
+    assert lines[1].split() == ["agents", "building", "checkpoint", "evolution", "references"]
+    assert [int(line.split()[0]) for line in lines[2:]] == [2, 3]
+    assert all(float(seconds) > 0 for line in lines[2:] for seconds in line.split()[1:])
+
+
 def test_the_gpu_benchmark_runs_on_a_cpu_at_toy_size(tmp_path) -> None:
     output = run("gpu.py", "--toy", "--steps", 1, "--members", 2, "--batch-sizes", 2, "--out", tmp_path)
     assert "CPU, toy size" in output
