@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig
 
 from evollm.data.batch import PreferenceBatch
-from evollm.errors import ConfigurationError
+from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models.attention import PairLayout
 from evollm.models.budget import count_saved_bytes, default_budget
 from evollm.models.encoder_decoder import (
@@ -26,7 +27,7 @@ from evollm.models.grouping import balanced_groups, padded_groups
 from evollm.models.layers import FanOut
 from evollm.models.logprobs import PairLogprobs, completion_logprobs, packed_logprobs
 from evollm.models.packing import PackedPairs
-from evollm.models.probe import FastPaths, probe
+from evollm.models.probe import FastPaths, probe, probed_length
 from evollm.models.shared_base import SharedBase
 from evollm.processes import Processes
 
@@ -77,14 +78,15 @@ class Engine:
 
     Attributes:
         base: The base.
-        paths: For each LoRA configuration that was used, which fast paths its members take, and up to which length.
+        paths: Which fast paths members take, by the settings of their LoRA configuration and the length that was tried.
     """
 
     def __init__(self, base: SharedBase) -> None:
         self.base = base
-        self.paths: dict[str, FastPaths] = {}
+        self.paths: dict[tuple[str, int], FastPaths] = {}
         self._budgets: dict[tuple[bool, bool, bool], int] = {}
         self._said: set[str] = set()
+        self._without_adapter: tuple[str, LoraConfig] | None = None
 
     @classmethod
     def of(cls, base: SharedBase) -> Engine:
@@ -128,17 +130,19 @@ class Engine:
 
     def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:
         """The fast paths that all these members may take with pairs of up to `length` tokens; others are probed."""
-        configs = {self.base.settings(name): name for name in members if name is not None}
+        configs = {self.base.settings(name): self.base.config(name) for name in members if name is not None}
         if None in members:
             # The base by itself is probed together with an adapter; there is always one.
-            configs.setdefault(self.base.settings(self.base.adapters[0]), self.base.adapters[0])
-        found = FastPaths(longest=length)
-        for identity, name in configs.items():
-            known = self.paths.get(identity)
-            if known is None or (known.any and length > known.longest):
-                self.paths[identity] = known = probe(self.base, self.base.config(name), length)
-                for reason in known.reasons:
-                    self._say(reason)
+            settings, config = self._without_adapter or self._settings_of(self.base.adapters[0])
+            configs.setdefault(settings, config)
+        longest = probed_length(self.base, length)
+        found = FastPaths(longest=longest)
+        for settings, config in configs.items():
+            # By the length, and not by the longest one so far: bits must not depend on what came before.
+            known = self.paths.get((settings, longest))
+            if known is None:
+                self.paths[settings, longest] = known = probe(self.base, config, longest)
+                self._say(known.reasons)
             found = found & known
         return found
 
@@ -214,13 +218,36 @@ class Engine:
         sequences = 1 + (batch.rejected_lengths > 0)
         return padded_groups(sequences * longest, budget, max_pairs)
 
-    def state_dict(self) -> list[list[Any]]:
-        """The default budgets found so far, ready for JSON: the bits of a run depend on them."""
-        return [[*kind, budget] for kind, budget in self._budgets.items()]
+    def begin(self, adapter: str) -> None:
+        """Forget what was found for earlier runs on this base, on which the bits of a run must not depend.
 
-    def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
-        """Use these default budgets, whatever memory is free at present."""
-        self._budgets = {(bool(one), bool(two), bool(three)): int(budget) for one, two, three, budget in state}
+        Args:
+            adapter: One of the run's; the base without adapter is probed with its configuration.
+        """
+        self.paths.clear()
+        self._budgets.clear()
+        self._without_adapter = self._settings_of(adapter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fast paths and default budgets found so far, ready for JSON: the bits of a run depend on them."""
+        return {
+            "paths": [{"settings": settings, **paths.to_dict()} for (settings, _), paths in self.paths.items()],
+            "budgets": [[*kind, budget] for kind, budget in self._budgets.items()],
+        }
+
+    def load_state_dict(self, state: object) -> None:
+        """Take these fast paths and default budgets, whatever a probe would find here and whatever memory is free.
+
+        Raises:
+            CheckpointError: `state` is not what `state_dict` gave; nothing is changed.
+        """
+        try:
+            paths, budgets = _read_state(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"what the checkpoint says of the fast paths is damaged: {error}") from error
+        self.paths, self._budgets = paths, budgets
+        for known in paths.values():
+            self._say(known.reasons)
 
     def _default_budget(
         self,
@@ -251,12 +278,32 @@ class Engine:
             fix = "has no backward pass on a CPU: load the base with attn_implementation='sdpa'"
             raise ConfigurationError("attn_implementation", attention, fix)
 
-    def _say(self, reason: str) -> None:
-        # The figures in brackets differ from one LoRA configuration to the next; what follows from them does not.
-        what = reason.split(" (", maxsplit=1)[0]
-        if what not in self._said:
-            self._said.add(what)
-            warnings.warn(f"{self.base.name or 'the base'}: {reason}", UserWarning, stacklevel=2)
+    def _settings_of(self, adapter: str) -> tuple[str, LoraConfig]:
+        return self.base.settings(adapter), self.base.config(adapter)
+
+    def _say(self, reasons: Sequence[str]) -> None:
+        for reason in reasons:
+            # The figures in brackets differ from one LoRA configuration to the next; what follows from them does not.
+            what = reason.split(" (", maxsplit=1)[0]
+            if what not in self._said:
+                self._said.add(what)
+                warnings.warn(f"{self.base.name or 'the base'}: {reason}", UserWarning, stacklevel=3)
+
+
+def _read_state(state: Any) -> tuple[dict[tuple[str, int], FastPaths], dict[tuple[bool, bool, bool], int]]:
+    """Fast paths and default budgets from what `Engine.state_dict` gave."""
+    paths, budgets = {}, {}
+    for entry in state["paths"]:
+        settings, known = entry["settings"], FastPaths.from_dict({k: v for k, v in entry.items() if k != "settings"})
+        if not isinstance(settings, str):
+            raise ValueError(f"{settings!r} are not the settings of an adapter")
+        paths[settings, known.longest] = known
+    for *kind, budget in state["budgets"]:
+        one, two, three = kind
+        if not all(isinstance(value, bool) for value in kind) or type(budget) is not int or budget < 1:
+            raise ValueError(f"{[*kind, budget]!r} is not a budget")
+        budgets[one, two, three] = budget
+    return paths, budgets
 
 
 def _from_everywhere(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 import numpy as np
@@ -49,10 +49,27 @@ class FastPaths:
     longest: int = 0
     reasons: tuple[str, ...] = ()
 
-    @property
-    def any(self) -> bool:
-        """Whether there is a fast path at all."""
-        return self.shared_prompt or self.tiled_head or self.stacking
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return {**asdict(self), "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> FastPaths:
+        """Read what `to_dict` gave.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        names = {part.name for part in fields(cls)}
+        if not isinstance(data, Mapping) or data.keys() != names:
+            raise ValueError(f"fast paths have {sorted(names)}, not {data!r}")
+        taken = [data[name] for name in ("shared_prompt", "tiled_head", "stacking")]
+        reasons = data["reasons"]
+        if not all(isinstance(value, bool) for value in taken) or type(data["longest"]) is not int:
+            raise ValueError(f"{data!r} are not fast paths")
+        if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
+            raise ValueError(f"{reasons!r} are not reasons")
+        return cls(**{**data, "reasons": tuple(reasons)})
 
     def __and__(self, other: FastPaths) -> FastPaths:
         """The paths that both take."""
@@ -65,9 +82,17 @@ class FastPaths:
         )
 
 
+def probed_length(base: SharedBase, length: int) -> int:
+    """Tokens of the pair that stands for pairs of up to `length` tokens: a power of two, or all that the base takes."""
+    longest = max(_SHORTEST, 1 << (length - 1).bit_length())
+    if base.max_positions is not None and length <= base.max_positions:
+        return min(longest, base.max_positions)
+    return longest
+
+
 @torch.no_grad()
-def probe(base: SharedBase, config: LoraConfig, length: int) -> FastPaths:
-    """Compare each fast path with the plain one, on a pair of at least `length` tokens and a short one.
+def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
+    """Compare each fast path with the plain one, on a pair of `longest` tokens and a short one.
 
     The long pair reaches past any attention window that pairs of this length reach past, the short one gives away a
     rejected side that sees its chosen side or another pair. Two adapters with random weights, freed afterwards, give
@@ -76,11 +101,8 @@ def probe(base: SharedBase, config: LoraConfig, length: int) -> FastPaths:
     Args:
         base: The base.
         config: Configuration of the members' adapters.
-        length: Tokens of the longest sequence to vouch for.
+        longest: Tokens of the longest sequence to vouch for; see `probed_length`.
     """
-    longest = max(_SHORTEST, 1 << (length - 1).bit_length())
-    if base.max_positions is not None:
-        longest = max(length, min(longest, base.max_positions))
     long, short = (PreferenceBatch.from_pairs([pair]) for pair in _random_pairs(_usual_ids(base), longest))
     both = PreferenceBatch.from_pairs([long.pair(0), short.pair(0)])
     trial = _Trial(bound=_TOLERANCE.get(base.network.dtype, max(_TOLERANCE.values())) * _COMPLETION)

@@ -94,6 +94,8 @@ class Run(Generic[A]):
         # Entries carry the rounding of the batches that they were computed in: a run starts from none, so that its bits
         # do not depend on what ran before it on the same base.
         self.base.reference_cache.clear()
+        self.engine = Engine.of(self.base)
+        self.engine.begin(self.population[0].actor_adapter)
 
     @property
     def step(self) -> int:
@@ -160,7 +162,7 @@ class Run(Generic[A]):
         if self.evolver is not None:
             self.evolver.load_state_dict(saved.state["evolver"])
         self.env.load_state_dict(saved.state["env"])
-        Engine.of(self.base).load_state_dict(saved.state["budgets"])
+        self.engine.load_state_dict(saved.state.get("engine"))
         self.base.reference_cache.update(saved.reference_logprobs)
         set_global_generators(saved.state["generators"])
 
@@ -252,7 +254,7 @@ class Run(Generic[A]):
             "config": self.config,
             "env": self.env.state_dict(),
             "evolver": self.evolver.state_dict() if self.evolver else None,
-            "budgets": Engine.of(self.base).state_dict(),
+            "engine": self.engine.state_dict(),
             "generators": global_generators(),
         }
         moves = self.yardstick is not None and self.yardstick != OWN

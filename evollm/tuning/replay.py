@@ -102,16 +102,26 @@ def _stride(values: Mapping[str, Value]) -> tuple[Value | None, ...]:
 
 
 class _Prompter(Callback):
-    """Gives an agent the values and the seat that its script has for the next step."""
+    """Gives an agent the values and the seat that its script has for the next step.
 
-    def __init__(self, agent: SavableAgent, script: Script) -> None:
+    Args:
+        agent: The agent.
+        script: Its script.
+        engine: What the run's engine had found, to divide batches as the run did and take its paths; None: nothing.
+    """
+
+    def __init__(self, agent: SavableAgent, script: Script, engine: object = None) -> None:
         self.run_dir = Path()
         self._agent = agent
         self._script = script
+        self._engine = engine
 
     def on_start(self, event: RunStarted) -> None:
         """The first step is next."""
         self.run_dir = event.run_dir
+        if self._engine is not None:
+            # Only now: a run begins with nothing.
+            Engine.of(self._agent.base).load_state_dict(self._engine)
         self._agent.seat = self._script.seats.get(event.step + 1)
 
     def on_step(self, event: StepDone) -> None:
@@ -185,10 +195,11 @@ def replay(
     checkpoints = _place(run, "checkpoint_path", checkpoint_path)
     elite = _place(run, "elite_path", elite_path)
     options: dict[str, Any] = {"max_steps": script.total}
+    engine = None
     if not stretched:
         _check_same(agent, env, config)
         env.load_state_dict(config["data"]["position"])
-        _take_budgets(agent, checkpoints)
+        engine = _engine_of(checkpoints)
         options |= {"evaluation_interval": config["schedule"]["evaluate_every"]}
     else:
         epochs = script.total / config["schedule"]["epoch"]
@@ -199,7 +210,7 @@ def replay(
     if config["options"]["update_reference_each_epoch"]:
         options["update_reference_each_epoch"] = True
     agent.set_hyperparameters(script.values[0])
-    prompter = _Prompter(agent, script)
+    prompter = _Prompter(agent, script, engine)
     pieces = pieces_of(config["algorithm"].lower())
     options |= {"run_dir": run_dir, "resume_from_checkpoint": resume_from_checkpoint, "verbose": verbose}
     pieces.finetune([agent], env, callbacks=[prompter], **options)
@@ -280,12 +291,10 @@ def _check_same(agent: SavableAgent, env: DatasetGym, config: Mapping[str, Any])
         raise ConfigurationError("agents", "others", f"make agents and env as they were for the run ({listed})")
 
 
-def _take_budgets(agent: SavableAgent, checkpoints: Path) -> None:
-    """Divide batches as the run did: what it found out of its memory lies in its checkpoints."""
+def _engine_of(checkpoints: Path) -> object:
+    """What a run's engine had found when it ended: it lies in the checkpoints. None without any."""
     newest = newest_population(checkpoints)
-    if newest is not None:
-        state = json.loads(read_bytes(inside(newest, STATE)))
-        Engine.of(agent.base).load_state_dict(state["budgets"])
+    return None if newest is None else json.loads(read_bytes(inside(newest, STATE))).get("engine")
 
 
 def _is_exact(agent: SavableAgent, elite: Path) -> bool:
