@@ -126,6 +126,9 @@ class Engine:
             loss: From positions of members, of pairs in the batch, and their log-probs, to the sum of these members'
                 losses on these pairs. Called once for each pass.
         """
+        for name in members:
+            # Whoever has the network may have called PEFT's own switch, which freezes all adapters but one.
+            self.base.restore_trainability(name)
         return self._run(batch, members, options, loss)
 
     def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:

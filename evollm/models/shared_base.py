@@ -202,11 +202,15 @@ class SharedBase:
 
     def _ready(self, name: str) -> str:
         """Activate a new adapter."""
+        self.restore_trainability(name)
+        self._activate(name)
+        return name
+
+    def restore_trainability(self, name: str) -> None:
+        """Let an adapter's parameters require gradients if it is trainable, whatever PEFT's own switch made of them."""
         adapter = self._adapters[name]
         for parameter in adapter.parameters.values():
             parameter.requires_grad_(adapter.trainable)
-        self._activate(name)
-        return name
 
     def copy_adapter(self, source: str, role: str, *, trainable: bool) -> str:
         """Add an adapter with the weights of `source`, owned by the caller."""

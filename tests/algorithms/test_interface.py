@@ -6,6 +6,7 @@ from gymnasium import spaces
 from snapshots import actor_bits
 
 from evollm import DPO, ConfigurationError
+from evollm.algorithms.dpo_step import learn_together
 from evollm.algorithms.interface import CosineLRScheduleConfig, NetworkGroup
 
 
@@ -87,6 +88,25 @@ def test_the_mode_and_an_observation_pass_through(make_agent, gym) -> None:
     assert agent.training is False
     observation, _ = gym.reset()
     assert agent.preprocess_observation(observation) is observation
+
+
+@pytest.mark.parametrize("frozen", ["by set_adapter", "by disable_adapter"])
+def test_peft_calls_on_the_network_leave_every_actor_trainable(make_population, gym, frozen) -> None:
+    batch = gym.next_batch()
+    # Without references, whose passes would switch adapters first.
+    settings = {"use_separate_reference_adapter": False}
+    expected, population = make_population(2, **settings), make_population(2, **settings)
+    network = population[0].get_policy()
+    if frozen == "by set_adapter":
+        network.set_adapter(population[1].actor_adapter)
+        network.set_adapter(population[0].actor_adapter)
+    else:
+        with network.disable_adapter():
+            pass
+    assert not all(parameter.requires_grad for parameter in population[1].actor_parameters())
+    for agents in (expected, population):
+        learn_together(agents, batch)
+    assert [actor_bits(agent) for agent in population] == [actor_bits(agent) for agent in expected]
 
 
 def test_a_compiled_base_gives_the_losses_of_the_plain_one(make_agent, gym) -> None:
