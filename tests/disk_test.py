@@ -1,7 +1,7 @@
 """Make every write, fsync, rename and unlink of a run fail, once and for good, and see what the run ends with.
 
-A population of two trains on a small model, with evaluations, evolutions and a checkpoint after each step. Then there is
-room again, and the run goes on as its messages say; its end must have the bits of a run that always had room.
+A population of two trains on a small model, with evaluations, evolutions and a checkpoint after each step. Then there
+is room again, and the run goes on as its messages say; its end must have the bits of a run that always had room.
 
     python tests/disk_test.py --every 1
     python tests/disk_test.py --tmpfs 40 80 160 320 640
