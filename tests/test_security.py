@@ -291,6 +291,10 @@ def test_no_text_of_a_run_is_markup_in_its_report(folder) -> None:
     assert "open(" in page
     assert spoilt_tags.found <= clean.found | {"li", "td", "tr", "table"}
     assert "script" not in spoilt_tags.found
+    assert run("export") == 0
+    card = Path("out/README.md").read_text()
+    assert "open(" in card
+    assert "<" not in card
     assert "49" not in page.split("{{ 7*7 }}")[0][-20:]
 
 

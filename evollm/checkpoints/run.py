@@ -75,7 +75,7 @@ def write_population(path: Path, population: Population, base_name: str) -> None
             write_adapter(folder / YARDSTICK, population.yardstick, base_name)
         (folder / TENSORS).write_bytes(save(dict(population.tensors)))
         population.reference_logprobs.save(folder / REFERENCE_LOGPROBS)
-        text = json.dumps({**population.state, "agents": names}, indent=1)
+        text = json.dumps({**population.state, "agents": names})
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
 

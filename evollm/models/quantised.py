@@ -89,7 +89,9 @@ def _gradient(value: Tensor, x: Tensor) -> Tensor:
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The quantised linear layers of a model, with their names."""
-    if getattr(model, "is_quantized", False):
-        for name, module in model.named_modules():
-            if hasattr(module, "in_features") and hasattr(module, "weight") and type(module) is not nn.Linear:
-                yield name, module
+    for name, module in model.named_modules() if getattr(model, "is_quantized", False) else ():
+        weight = getattr(module, "weight", None)
+        # A quantiser has a class of its own for weights, or keeps codes in them that are no numbers to compute with.
+        quantised = isinstance(weight, Tensor) and not (type(weight) is nn.Parameter and weight.is_floating_point())
+        if quantised and hasattr(module, "in_features"):
+            yield name, module

@@ -20,7 +20,7 @@ from evollm.checkpoints import (
     write_population,
 )
 from evollm.checkpoints.files import remove_unfinished
-from evollm.errors import ConfigurationError, DataError, DivergedError
+from evollm.errors import ConfigurationError, DataError, DivergedError, EvoLLMError
 from evollm.hpo import AnyEvaluation, Birth, Evolver, Member, carry_out, is_finite, rank
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
@@ -239,7 +239,7 @@ class Run(Generic[A]):
             write_population(folder, saved, self.base.name)
             if self.options.keep_last is not None:
                 prune_populations(folder.parent, self.options.keep_last, newest=folder)
-        except OSError as error:
+        except (OSError, EvoLLMError) as error:
             warnings.warn(
                 f"step {self.step} could not be saved: {error}; the run goes on, and earlier checkpoints are intact",
                 UserWarning,
@@ -306,7 +306,7 @@ class Run(Generic[A]):
         reason = ""
         try:
             agent.save_checkpoint(str(path))
-        except OSError as error:
+        except (OSError, EvoLLMError) as error:
             reason = str(error)
         return str(Processes.present().from_main(reason))
 

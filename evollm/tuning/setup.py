@@ -118,6 +118,9 @@ def set_up(request: Request) -> Setup:
         CheckpointError: `start_from` cannot be read.
     """
     settings = prepare_settings(request)
+    resume = settings.get("resume_from_checkpoint")
+    if resume is not None or "run_dir" in settings:
+        RunPaths.of(settings.get("run_dir"), settings.get("checkpoint_path"), settings.get("elite_path"), resume)
     env = make_env(request, settings)
     # Before the model is loaded, which takes a while.
     loop = _loop(request, settings, env)
@@ -125,9 +128,6 @@ def set_up(request: Request) -> Setup:
     agents = make_agents(request, settings, env)
     options = _options(request.pieces, loop)
     check_run(agents, env, options, request.pieces.stage)
-    resume = settings.get("resume_from_checkpoint")
-    if resume is not None or "run_dir" in settings:
-        RunPaths.of(settings.get("run_dir"), settings.get("checkpoint_path"), settings.get("elite_path"), resume)
     return Setup(request.pieces, agents, env, loop, Schedule.of(options, env))
 
 
