@@ -19,7 +19,7 @@ def finite_number(field: str, value: object) -> float:
         ConfigurationError: If it is not a number, a bool, or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        hint = "; PyYAML reads 1e-5 as text, write 1.0e-5" if _is_number(value) else ""
+        hint = "; PyYAML reads 1e-5 as text, write 1.0e-5" if is_number_as_text(value) else ""
         raise ConfigurationError(field, value, f"must be a number{hint}")
     try:
         finite = math.isfinite(value)
@@ -38,8 +38,8 @@ def nearest_name(name: str, known: Collection[str], aliases: Mapping[str, str] |
     return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.0)), None)
 
 
-def _is_number(value: object) -> bool:
-    """Whether it is text that says a number."""
+def is_number_as_text(value: object) -> bool:
+    """Whether it is text that says a finite number."""
     try:
         return isinstance(value, str) and math.isfinite(float(value))
     except ValueError:

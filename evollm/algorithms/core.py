@@ -17,7 +17,7 @@ from torch import nn
 from typing_extensions import Self
 
 from evollm.algorithms.optimizers import adamw, free
-from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
+from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, check_evolution
 from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
@@ -50,7 +50,7 @@ class LLMAgent(ABC):
     """A member of a population: adapters on a shared base, AdamW, hyperparameters.
 
     Args:
-        base: The shared base.
+        load_base: Gives the shared base; called when everything else has been checked.
         lora_config: LoRA configuration of its adapters; None: rank 16, alpha 32, on all linear layers.
         settings: What no mutation changes.
         hyperparameters: What evolution may change.
@@ -81,7 +81,7 @@ class LLMAgent(ABC):
 
     def __init__(
         self,
-        base: SharedBase,
+        load_base: Callable[[], SharedBase],
         lora_config: LoraConfig | None,
         settings: AgentSettings,
         hyperparameters: Hyperparameters,
@@ -93,12 +93,8 @@ class LLMAgent(ABC):
         accelerator: Accelerator | None,
     ) -> None:
         index = whole_number("index", index, 0)
-        if hp_config is not None:
-            if not isinstance(hp_config, HyperparameterConfig):
-                raise ConfigurationError(
-                    "hp_config", hp_config, "must be HyperparameterConfig(lr=RLParameter(...), ...)"
-                )
-            hp_config.validate(asdict(hyperparameters), known=list(asdict(hyperparameters)))
+        settings.check(hyperparameters)
+        check_evolution(hp_config, hyperparameters, settings)
         if lora_config is None:
             lora_config = LoraConfig(**DEFAULT_LORA)
         else:
@@ -110,6 +106,7 @@ class LLMAgent(ABC):
                 UserWarning,
                 stacklevel=3,
             )
+        base = load_base()
         self.observation_space = observation_space
         self.action_space = action_space
         self.accelerator = accelerator
@@ -291,7 +288,9 @@ class LLMAgent(ABC):
         changed = {name: value for name, value in values.items() if value != current[name]}
         if not changed:
             return
-        self.hyperparameters = replace(self.hyperparameters, **changed)
+        hyperparameters = replace(self.hyperparameters, **changed)
+        self.settings.check(hyperparameters)
+        self.hyperparameters = hyperparameters
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         for hook in self._mutation_hooks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -171,13 +172,11 @@ class DPO(EvolvableAlgorithm):
             batch_size=batch_size,
             update_epochs=update_epochs,
         )
-        loss_terms(hyperparameters, settings)
         if switch("use_liger_loss", use_liger_loss):
             warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=2)
+        place = usable_device(accelerator, device)
         super().__init__(
-            base=shared_base(
-                model_name, actor_network, model_config, usable_device(accelerator, device), archive, accelerator
-            ),
+            load_base=partial(shared_base, model_name, actor_network, model_config, place, archive, accelerator),
             lora_config=lora_config,
             settings=settings,
             hyperparameters=hyperparameters,

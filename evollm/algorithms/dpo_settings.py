@@ -69,6 +69,11 @@ class DPOSettings(AgentSettings):
             weights = [float(finite_number("loss_weights", weight)) for weight in self.loss_weights]
             object.__setattr__(self, "loss_weights", weights)
 
+    def check(self, hyperparameters: Hyperparameters) -> None:
+        """Refuse another number of losses than there are weights."""
+        assert isinstance(hyperparameters, DPOHyperparameters)
+        loss_terms(hyperparameters, self)
+
 
 def loss_names(loss_type: object) -> tuple[str, ...]:
     """The names in a `loss_type`.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from evollm.checks import optional_whole_number, positive_number, switch, whole_number
 from evollm.errors import ConfigurationError
+from evollm.hpo.hyperparameters import HyperparameterConfig
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -36,6 +37,14 @@ class AgentSettings:
         if self.torch_compiler is not None and self.torch_compiler not in COMPILE_MODES:
             raise ConfigurationError("torch_compiler", self.torch_compiler, f"must be None or one of {COMPILE_MODES}")
 
+    def check(self, hyperparameters: Hyperparameters) -> None:
+        """Refuse hyperparameters that do not go with these settings; a subclass says which.
+
+        Raises:
+            ConfigurationError: They do not.
+        """
+        del hyperparameters
+
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -59,6 +68,22 @@ class Hyperparameters:
             object.__setattr__(self, name, float(positive_number(name, getattr(self, name))))
         for name in ("batch_size", "update_epochs"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+
+
+def check_evolution(
+    hp_config: HyperparameterConfig | None, hyperparameters: Hyperparameters, settings: AgentSettings
+) -> None:
+    """Refuse bounds and choices from which evolution could draw hyperparameters that no agent can have.
+
+    Raises:
+        ConfigurationError: It could, or `hp_config` is none, or does not belong to the hyperparameters.
+    """
+    if hp_config is None:
+        return
+    if not isinstance(hp_config, HyperparameterConfig):
+        raise ConfigurationError("hp_config", hp_config, "must be HyperparameterConfig(lr=RLParameter(...), ...)")
+    values = asdict(hyperparameters)
+    hp_config.validate(values, list(values), lambda drawn: settings.check(replace(hyperparameters, **drawn)))
 
 
 T = TypeVar("T")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -119,10 +120,9 @@ class SFT(EvolvableAlgorithm):
         hyperparameters = Hyperparameters(
             lr=lr, max_grad_norm=max_grad_norm, batch_size=batch_size, update_epochs=update_epochs
         )
+        place = usable_device(accelerator, device)
         super().__init__(
-            base=shared_base(
-                model_name, actor_network, model_config, usable_device(accelerator, device), archive, accelerator
-            ),
+            load_base=partial(shared_base, model_name, actor_network, model_config, place, archive, accelerator),
             lora_config=lora_config,
             settings=settings,
             hyperparameters=hyperparameters,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from evollm.checks import finite_number, nearest_name
+from evollm.checks import finite_number, is_number_as_text, nearest_name
 from evollm.errors import ConfigurationError
 
 FACTOR_DIGITS = 3
@@ -96,6 +97,11 @@ class RLParameter:
         assert self.min is not None
         assert self.max is not None
         return self.min, self.max
+
+    @property
+    def extremes(self) -> tuple[Value, ...]:
+        """The choices, or the smallest and the largest value; what is drawn is one of these or lies between them."""
+        return tuple(self.choices) if self.choices is not None else self.bounds
 
     def clip(self, value: float) -> float:
         """Return the value within the bounds that is nearest to `value`, rounded if the dtype is int.
@@ -212,15 +218,24 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
         """The names in the order of declaration."""
         return tuple(self._parameters)
 
-    def validate(self, values: Mapping[str, Any], known: Collection[str]) -> None:
+    def validate(
+        self,
+        values: Mapping[str, Any],
+        known: Collection[str],
+        check: Callable[[Mapping[str, Any]], object] | None = None,
+    ) -> None:
         """Check the config against an agent, before training starts.
 
         Args:
             values: The agent's hyperparameters.
             known: The names that the agent can change during a run.
+            check: Raises a `ConfigurationError` for hyperparameters that no agent can have. It is called with every
+                combination of choices and ends of bounds; whatever lies between two numbers that it lets pass must be
+                possible too.
 
         Raises:
-            ConfigurationError: If a name is not known, or an agent's value is missing or outside its bounds.
+            ConfigurationError: If a name is not known, an agent's value is missing or outside its bounds, or evolution
+                could draw values that no agent can have.
         """
         for name, parameter in self.items():
             if name not in known:
@@ -228,6 +243,31 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
             if name not in values:
                 raise ConfigurationError(name, None, "the agent has no value for it; give it one or drop it here")
             _check_value(name, values[name], parameter)
+        if check is not None:
+            self._check_reach(values, check)
+
+    def _check_reach(self, values: Mapping[str, Any], check: Callable[[Mapping[str, Any]], object]) -> None:
+        """Refuse the first combination that evolution could draw and no agent can have."""
+
+        def fault(drawn: Mapping[str, Value]) -> ConfigurationError | None:
+            try:
+                check({**values, **drawn})
+            except ConfigurationError as error:
+                return error
+            return None
+
+        check(values)
+        corners = product(*(parameter.extremes for parameter in self.values()))
+        drawn = next((d for corner in corners if fault(d := dict(zip(self, corner, strict=True)))), None)
+        if drawn is None:
+            return
+        for name in self:
+            # The message names as few values as it takes.
+            fewer = {other: value for other, value in drawn.items() if other != name}
+            drawn = fewer if fault(fewer) else drawn
+        found = fault(drawn)
+        assert found is not None
+        raise _impossible(drawn, found)
 
     def sample(self, rng: np.random.Generator) -> dict[str, Value]:
         """Draw every hyperparameter within its bounds or from its choices; consumes one draw of `rng` for each."""
@@ -250,11 +290,21 @@ def _unknown_name_fix(name: str, known: Collection[str]) -> str:
     return f"is not a hyperparameter that can evolve{hint}; known are {', '.join(sorted(known)) or 'none'}"
 
 
+def _impossible(drawn: Mapping[str, Value], fault: ConfigurationError) -> ConfigurationError:
+    """An error that names an entry of the config, its value, and the values that it does not go with."""
+    entry = fault.field if fault.field in drawn else next(iter(drawn))
+    others = "".join(f" with {name}={value!r}" for name, value in drawn.items() if name != entry)
+    fix = f"evolution can draw this value{others}, but {fault}; declare other choices or bounds"
+    return ConfigurationError(f"hp_config.{entry}", drawn[entry], fix)
+
+
 def _check_value(name: str, value: object, parameter: RLParameter) -> None:
     if parameter.choices is not None:
         if value not in parameter.choices:
             raise ConfigurationError(name, value, f"is not one of its choices {parameter.choices}; start with one")
         return
+    if isinstance(value, str) and not is_number_as_text(value):
+        raise ConfigurationError(name, value, "is a name and has no bounds: declare its choices, at least two names")
     number, (lowest, highest) = finite_number(name, value), parameter.bounds
     bounds = f"[{lowest!r}, {highest!r}]"
     if not lowest <= number <= highest:

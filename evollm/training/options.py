@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evollm.algorithms.saving import SavableAgent
+from evollm.algorithms.settings import check_evolution
 from evollm.checkpoints.files import check_replaceable, is_locked_folder
 from evollm.checkpoints.run import has_populations
 from evollm.checks import optional_whole_number, switch, usable_path, whole_number
@@ -183,17 +184,15 @@ def _check_evolution(population: Sequence[SavableAgent], options: RunOptions, sc
         fix = f"the run ends after {schedule.total} steps, before it could evolve: lower evo_steps, or raise num_epochs"
         raise ConfigurationError("evo_steps", options.evo_steps, fix)
     config = population[0].hp_config
-    if config is None and options.mutation is not None and options.mutation.rl_hp > 0:
+    if not config and options.mutation is not None and options.mutation.rl_hp > 0:
         fix = "a mutation has nothing to change: build the agents with hp_config=HyperparameterConfig(lr=...)"
-        raise ConfigurationError("hp_config", None, fix)
+        raise ConfigurationError("hp_config", config, fix)
     for agent in population:
         if agent.hp_config != config:
             raise ConfigurationError(
                 "hp_config", agent.hp_config, f"agent {agent.index}'s differs from the first agent's"
             )
-        if config is not None:
-            values = agent.hyperparameter_values()
-            config.validate(values, known=list(values))
+        check_evolution(config, agent.hyperparameters, agent.settings)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from evollm.algorithms.core import DEFAULT_LORA
+from evollm.checks import is_number_as_text
 from evollm.errors import ConfigurationError
 from evollm.hpo import HyperparameterConfig, RLParameter
 from evollm.tuning.pieces import Settings, check_known, check_types
@@ -67,13 +68,7 @@ def _parameter(field: str, entry: object) -> RLParameter:
 
 def _is_name(value: object) -> bool:
     """Whether it is text, and not a number that another reader of YAML took for text."""
-    if not isinstance(value, str):
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return True
-    return False
+    return isinstance(value, str) and not is_number_as_text(value)
 
 
 def lora_config_of(value: object) -> LoraConfig | None:

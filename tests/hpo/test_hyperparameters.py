@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -215,3 +216,17 @@ def test_a_fraction_is_no_start_value_of_an_integer() -> None:
         HyperparameterConfig(update_epochs=RLParameter(min=1, max=4, dtype=int)).validate(
             {"update_epochs": 1.5}, known=["update_epochs"]
         )
+
+
+def test_values_that_do_not_go_together_are_named_and_no_others() -> None:
+    ranges = {name: RLParameter(min=1, max=2) for name in ("lr", "beta", "nll_alpha")}
+
+    def check(values: Mapping[str, float]) -> None:
+        if values["lr"] > 1 and values["nll_alpha"] > 1:
+            raise ConfigurationError("lr", values["lr"], "is too large")
+
+    with pytest.raises(ConfigurationError) as caught:
+        HyperparameterConfig(**ranges).validate(dict.fromkeys(ranges, 1.0), list(ranges), check)
+    assert str(caught.value).startswith(
+        "hp_config.lr=2.0: evolution can draw this value with nll_alpha=2.0, but lr=2.0: is too large;"
+    )
