@@ -204,7 +204,7 @@ class LLMAgent(ABC):
         Raises:
             ConfigurationError: The reference is the base itself (`use_separate_reference_adapter=False`).
         """
-        if reference_update_tracker <= self.reference_update_tracker:
+        if whole_number("reference_update_tracker", reference_update_tracker, 0) <= self.reference_update_tracker:
             return
         if self.adapter(REFERENCE) is None:
             raise ConfigurationError(
@@ -281,6 +281,8 @@ class LLMAgent(ABC):
         Raises:
             ConfigurationError: An unknown name or an impossible value.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigurationError("hyperparameters", values, "must be a mapping such as {'lr': 1e-5}")
         current = self.hyperparameter_values()
         unknown = sorted(set(values) - set(current))
         if unknown:
@@ -298,6 +300,8 @@ class LLMAgent(ABC):
 
     def register_mutation_hook(self, hook: Callable[[LLMAgent], None]) -> None:
         """Call `hook(agent)` after every change of hyperparameters, of this agent and of its later clones."""
+        if not callable(hook):
+            raise ConfigurationError("hook", hook, "must be a function of an agent")
         self._mutation_hooks += (hook,)
 
     def clone(self, index: int | None = None, wrap: bool = True) -> Self:
@@ -311,7 +315,7 @@ class LLMAgent(ABC):
         """
         del wrap
         clone = self.copy_attributes(self, object.__new__(type(self)))
-        clone.index = self.index if index is None else index
+        clone.index = self.index if index is None else whole_number("index", index, 0)
         clone._adapters = AdapterShares(self.base)
         for role in self._adapters:
             clone._adapters[role] = self._bequeath(role)

@@ -18,14 +18,17 @@ from transformers import PreTrainedModel
 from evollm.algorithms.core import OWN, REFERENCE
 from evollm.algorithms.dpo_settings import DPOHyperparameters, DPOSettings, loss_settings, loss_terms
 from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together
+from evollm.algorithms.fit import batch_for, check_base, check_gym
 from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.preference_losses import LossSettings
 from evollm.algorithms.references import reference_logprobs
 from evollm.algorithms.settings import Evolvable
 from evollm.checks import switch, whole_number
 from evollm.data.batch import PreferenceBatch
+from evollm.errors import DataError
 from evollm.hpo.fitness import Evaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
+from evollm.llm_envs import PreferenceGym
 from evollm.models.engine import PassOptions
 from evollm.models.loading import shared_base, usable_device
 from evollm.models.logprobs import PairLogprobs
@@ -33,8 +36,6 @@ from evollm.models.logprobs import PairLogprobs
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from gymnasium import spaces
-
-    from evollm.llm_envs import PreferenceGym
 
 
 class DPO(EvolvableAlgorithm):
@@ -223,7 +224,15 @@ class DPO(EvolvableAlgorithm):
             `logps/chosen`, `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
             `rewards/margins`, `num_tokens`. Log-probs are sums over tokens in nats; a reward is beta times a log-ratio.
         """
-        return learn_together([self], PreferenceBatch.from_experiences(experiences), training=training)[0]
+        return learn_together([self], self._pairs(experiences), training=switch("training", training))[0]
+
+    def _pairs(self, experiences: PreferenceBatch | Mapping[str, Any]) -> PreferenceBatch:
+        """The batch that was handed in, if each of its rows has two sides."""
+        batch = batch_for(self.base, experiences)
+        if not batch.rejected_lengths.all():
+            fix = "DPO compares two completions: pass an observation of PreferenceGym, or train an SFT agent"
+            raise DataError("experiences", "a row without a rejected side", fix)
+        return batch
 
     def reference_logprobs(self, batch: PreferenceBatch, reference: str | None = OWN) -> PairLogprobs:
         """Log-probs of the batch's pairs under a reference, computed once for each reference and pair.
@@ -235,13 +244,13 @@ class DPO(EvolvableAlgorithm):
         Returns:
             (B,) float64 tensors on the CPU.
         """
-        return reference_logprobs([self], batch, reference)[0]
+        return reference_logprobs([self], self._pairs(batch), reference)[0]
 
     def logratios(
         self, batch: PreferenceBatch, reference: str | None = OWN
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Log-ratios of the chosen and of the rejected completions, (B,) and (B,), free of beta."""
-        chosen, rejected = logratios_together([self], batch, reference)[0]
+        chosen, rejected = logratios_together([self], self._pairs(batch), reference)[0]
         return chosen.numpy(), rejected.numpy()
 
     def get_action(self, obs: PreferenceBatch | Mapping[str, Any], *args: Any, **kwargs: Any) -> NDArray[np.float32]:
@@ -270,6 +279,8 @@ class DPO(EvolvableAlgorithm):
         Raises:
             DataError: The reference is not finite on any pair, or on one and `drop_nonfinite_rows` is False.
         """
+        check_gym(env, PreferenceGym, "DPO.evaluate")
+        check_base(self.base, env)
         return evaluate_together([self], env, split, reference)[0]
 
     def test(self, env: PreferenceGym, loop: int = 1, *args: Any, **kwargs: Any) -> NDArray[np.float64]:

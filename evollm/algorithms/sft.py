@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from evollm.algorithms.fit import batch_for, check_base, check_gym
 from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
 from evollm.algorithms.sft_step import evaluate_together, learn_together
 from evollm.algorithms.step import policy_logprobs
-from evollm.checks import whole_number
+from evollm.checks import switch, whole_number
 from evollm.data.batch import PreferenceBatch
 from evollm.hpo.fitness import LikelihoodEvaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
+from evollm.llm_envs import SFTGym
 from evollm.models.loading import shared_base, usable_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from gymnasium import spaces
-
-    from evollm.llm_envs import SFTGym
 
 
 class SFT(EvolvableAlgorithm):
@@ -153,12 +153,12 @@ class SFT(EvolvableAlgorithm):
             by their completion tokens, of the policy before each; losses in nats per token. `num_tokens`: the tokens
             that the agent has learnt from so far, those of prompts included.
         """
-        return learn_together([self], PreferenceBatch.from_experiences(experiences), training=training)[0]
+        return learn_together([self], batch_for(self.base, experiences), training=switch("training", training))[0]
 
     def get_action(self, obs: PreferenceBatch | Mapping[str, Any], *args: Any, **kwargs: Any) -> NDArray[np.float32]:
         """The log-probability of each completion of an observation, (num_rows,) in nats, 0 for absent rows."""
         del args, kwargs
-        (policy,) = policy_logprobs([self], PreferenceBatch.from_experiences(obs))
+        (policy,) = policy_logprobs([self], batch_for(self.base, obs))
         logprobs = policy.chosen.float().cpu().numpy()
         if isinstance(obs, PreferenceBatch):
             return logprobs
@@ -181,6 +181,8 @@ class SFT(EvolvableAlgorithm):
         Raises:
             DataError: The base is not finite on any example, or on one and `drop_nonfinite_rows` is False.
         """
+        check_gym(env, SFTGym, "SFT.evaluate")
+        check_base(self.base, env)
         return evaluate_together([self], env, split)[0]
 
     def test(self, env: SFTGym, loop: int = 1, *args: Any, **kwargs: Any) -> NDArray[np.float64]:

@@ -96,6 +96,12 @@ def shared_base(
     """
     if (model_name is None) == (actor_network is None):
         raise ConfigurationError("model_name", model_name, "pass either model_name or actor_network")
+    if not isinstance(model_name, str | os.PathLike | None):
+        fix = "must be a hub name or a folder; a loaded model is passed as actor_network"
+        raise ConfigurationError("model_name", type(model_name).__name__, fix)
+    if not isinstance(model_config, Mapping | None):
+        fix = "must be keyword arguments of from_pretrained, such as {'dtype': torch.bfloat16}"
+        raise ConfigurationError("model_config", model_config, fix)
     if actor_network is None:
         assert model_name is not None
         actor_network = load_base_model(model_name, model_config)

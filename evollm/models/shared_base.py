@@ -364,6 +364,8 @@ class SharedBase:
         """Digest of a frozen adapter's weights and configuration; None is the base without adapter."""
         if name is None:
             return "base"
+        if name not in self._adapters:
+            raise ConfigurationError("adapter", name, f"is not an adapter of this base: {', '.join(self.adapters)}")
         adapter = self._adapters[name]
         if adapter.trainable:
             raise ConfigurationError("adapter", name, "is trainable: only a frozen adapter has a lasting fingerprint")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import AnyEvaluation, read_evaluations
 from evollm.own_files import inside, read_bytes
@@ -36,9 +36,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
         ConfigurationError: No path, or no run folder.
         CheckpointError: A file is missing, or nothing in it can be read, or no step is done yet; the message names it.
     """
-    if not isinstance(run_dir, str | os.PathLike):
-        raise ConfigurationError("run_dir", run_dir, "must be a path")
-    folder = Path(run_dir)
+    folder = usable_path("run_dir", run_dir)
     if not (folder / "config.json").is_file():
         raise ConfigurationError("run_dir", str(run_dir), "is no run folder: no config.json in it")
     config = _read_config(inside(folder, CONFIG))

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from evollm.algorithms.fit import check_base, check_gym
 from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.settings import check_evolution
 from evollm.checkpoints.files import check_replaceable, is_locked_folder
@@ -148,21 +149,7 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
                 "test_dataset", None, "evolution needs held-out rows: pass a test_dataset to the gym"
             )
         _check_evolution(population, options, Schedule.of(options, env))
-    base = population[0].base
-    if base.is_encoder_decoder != env.encoder_decoder:
-        fix = f"the base {'is' if base.is_encoder_decoder else 'is not'} an encoder-decoder model: build the gym anew"
-        raise ConfigurationError("encoder_decoder", env.encoder_decoder, fix)
-    longest, limit = env.longest_sequence, base.max_positions
-    if limit is not None and longest > limit:
-        raise ConfigurationError(
-            "max_context_length",
-            longest,
-            f"texts are longer than the base's {limit} positions: pass {limit} to the gym",
-        )
-    vocabulary = base.num_embeddings
-    if env.largest_id >= vocabulary:
-        fix = f"the base knows {vocabulary} tokens and the data hold id {env.largest_id}: use the base's own tokenizer"
-        raise ConfigurationError("tokenizer", getattr(env.tokenizer, "name_or_path", type(env.tokenizer).__name__), fix)
+    check_base(population[0].base, env)
 
 
 def _check_types(population: Sequence[SavableAgent], env: DatasetGym, stage: Stage) -> None:
@@ -172,8 +159,7 @@ def _check_types(population: Sequence[SavableAgent], env: DatasetGym, stage: Sta
         if not isinstance(agent, stage.agent):
             wanted = f"is not a {stage.agent.__name__} agent, which {stage.loop} tunes"
             raise ConfigurationError("pop", type(agent).__name__, f"{wanted}; of a wrapper pass what it wraps")
-    if not isinstance(env, stage.env):
-        raise ConfigurationError("env", type(env).__name__, f"must be a {stage.env.__name__} for {stage.loop}")
+    check_gym(env, stage.env, stage.loop)
 
 
 def _check_evolution(population: Sequence[SavableAgent], options: RunOptions, schedule: Schedule) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import Birth, EvolutionPlan, HyperparameterConfig, ancestry
 from evollm.hpo.hyperparameters import Value
@@ -95,7 +96,7 @@ def read_record(run_dir: str | os.PathLike[str]) -> Record:
         ConfigurationError: This is no run folder.
         CheckpointError: A file of it is damaged.
     """
-    folder = Path(run_dir)
+    folder = usable_path("run_dir", run_dir)
     if not (folder / "config.json").is_file():
         raise ConfigurationError("run_dir", str(run_dir), "is no run folder: no config.json in it")
     try:
@@ -204,7 +205,7 @@ def known_of(run_dir: str | os.PathLike[str]) -> Asked:
     Raises:
         CheckpointError: The file is damaged.
     """
-    return asked_of(run_dir) if (Path(run_dir) / ASKED).is_file() else Asked({}, frozenset())
+    return asked_of(run_dir) if (usable_path("run_dir", run_dir) / ASKED).is_file() else Asked({}, frozenset())
 
 
 def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
@@ -217,7 +218,7 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
         ConfigurationError: No command and no `tune` began the run.
         CheckpointError: The file is damaged.
     """
-    path = Path(run_dir) / ASKED
+    path = usable_path("run_dir", run_dir) / ASKED
     if not path.is_file():
         fix = (
             "is no run that a command began; one that a script began goes on by the script, with "

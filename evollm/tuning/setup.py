@@ -58,6 +58,9 @@ class Request:
     settings: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str | os.PathLike | PreTrainedModel):
+            fix = "must be a hub name, a folder, or a loaded language model of transformers without adapters"
+            raise ConfigurationError("model", self.model, fix)
         whole_number("population", self.population, 1)
         optional_whole_number("generations", self.generations, 2)
         if self.start_from is not None and not isinstance(self.start_from, str | os.PathLike):

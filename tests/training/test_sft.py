@@ -125,8 +125,8 @@ def test_agents_and_gyms_of_the_other_stage_are_refused(make_sft, make_agent, sf
         finetune_llm_sft([dpo], sft_gym, **quiet)
     with pytest.raises(ConfigurationError, match="pop='SFT': is not a DPO agent"):
         finetune_llm_preference([sft], gym, **quiet)
-    with pytest.raises(ConfigurationError, match="env='PreferenceGym': must be a SFTGym"):
+    with pytest.raises(ConfigurationError, match="env='PreferenceGym': is no SFTGym"):
         finetune_llm_sft([sft], gym, **quiet)
-    with pytest.raises(ConfigurationError, match="env='SFTGym': must be a PreferenceGym"):
+    with pytest.raises(ConfigurationError, match="env='SFTGym': is no PreferenceGym"):
         finetune_llm_preference([dpo], sft_gym, **quiet)
     assert not quiet["run_dir"].exists()

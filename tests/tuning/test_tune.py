@@ -200,6 +200,12 @@ def test_trackers_callbacks_and_fitness_are_checked_before_the_model_is_loaded(
             call("model", make_rows(40), **settings)
 
 
+@pytest.mark.parametrize("model", [None, 3, make_rows(2), {"name": "x"}, torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused_before_data_are_read(model) -> None:
+    with pytest.raises(ConfigurationError, match=r"model=.*: must be a hub name, a folder, or a loaded language model"):
+        evollm.tune(model, "no/such/file.jsonl")
+
+
 def test_validate_describes_a_population_whose_values_stay(make_model, tokenizer) -> None:
     settings = {"tokenizer": tokenizer, "population": 2, "generations": 2, **SMALL}
     said = evollm.tuning.validate(make_model(), make_rows(40), **settings, hp_config=None, rl_hp=0.0)

@@ -1,0 +1,67 @@
+"""Whether agents can take what is handed to them: gyms and batches of their kind, for their base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from evollm.data.batch import PreferenceBatch
+from evollm.errors import ConfigurationError, DataError
+from evollm.llm_envs import DatasetGym
+from evollm.models import SharedBase
+
+
+def check_gym(env: object, kind: type[DatasetGym], purpose: str) -> None:
+    """Refuse what is not a gym of this kind: rows, a wrapper, or a gym with rows for another stage.
+
+    Args:
+        env: What was handed in.
+        kind: The gym that is needed.
+        purpose: What needs it.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if not isinstance(env, kind):
+        fix = f"is no {kind.__name__}, which {purpose} needs: build one from the rows; of a wrapper pass what it wraps"
+        raise ConfigurationError("env", type(env).__name__, fix)
+
+
+def check_base(base: SharedBase, env: DatasetGym) -> None:
+    """Refuse a gym whose token ids are not for this base.
+
+    Raises:
+        ConfigurationError: It was built for another kind of model or another tokenizer, or its texts are too long.
+    """
+    if base.is_encoder_decoder != env.encoder_decoder:
+        fix = f"the base {'is' if base.is_encoder_decoder else 'is not'} an encoder-decoder model: build the gym anew"
+        raise ConfigurationError("encoder_decoder", env.encoder_decoder, fix)
+    longest, limit = env.longest_sequence, base.max_positions
+    if limit is not None and longest > limit:
+        fix = f"texts are longer than the base's {limit} positions: pass {limit} to the gym"
+        raise ConfigurationError("max_context_length", longest, fix)
+    vocabulary = base.num_embeddings
+    if env.largest_id >= vocabulary:
+        fix = f"the base knows {vocabulary} tokens and the data hold id {env.largest_id}: use the base's own tokenizer"
+        raise ConfigurationError("tokenizer", getattr(env.tokenizer, "name_or_path", type(env.tokenizer).__name__), fix)
+
+
+def batch_for(base: SharedBase, experiences: PreferenceBatch | Mapping[str, Any]) -> PreferenceBatch:
+    """The batch that was handed in, or that of an observation.
+
+    Raises:
+        DataError: It is something else, or holds ids of another vocabulary, or more tokens in a row than the base has
+            positions for.
+    """
+    batch = PreferenceBatch.from_experiences(experiences)
+    if not len(batch):
+        raise DataError("experiences", "no row", "pass a batch with at least one")
+    smallest, largest, vocabulary = int(batch.input_ids.min()), int(batch.input_ids.max()), base.num_embeddings
+    if smallest < 0 or largest >= vocabulary:
+        fix = f"is no token of the base, which knows {vocabulary}: use the base's own tokenizer"
+        raise DataError("experiences['input_ids']", smallest if smallest < 0 else largest, fix)
+    longest, limit = batch.longest_sequence, base.max_positions
+    if limit is not None and longest > limit and not base.is_encoder_decoder:
+        fix = f"is longer than the base's {limit} positions: pass max_context_length={limit} to the gym"
+        raise DataError("experiences", f"a text of {longest} tokens", fix)
+    return batch
