@@ -8,6 +8,8 @@ from __future__ import annotations
 
 # Of a value, in characters: the rest of the message must stay in sight.
 _LONGEST = 400
+# Of another library's reason.
+_LONGEST_REASON = 200
 
 
 class EvoLLMError(Exception):
@@ -24,10 +26,21 @@ class ConfigurationError(EvoLLMError, ValueError):
     """
 
     def __init__(self, field: str, value: object, fix: str) -> None:
-        super().__init__(f"{field}={_described(value)}: {fix}")
+        super().__init__(one_line(f"{field}={_described(value)}: {fix}"))
         self.field = field
         self.value = value
         self.fix = fix
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks."""
+    return " ".join(part.strip() for part in text.splitlines() if part.strip())
+
+
+def brief(text: str) -> str:
+    """What another library says, in one line and as far as a person would read it."""
+    line = one_line(text)
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
 
 
 def _described(value: object) -> str:

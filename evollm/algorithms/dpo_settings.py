@@ -70,9 +70,11 @@ class DPOSettings(AgentSettings):
             object.__setattr__(self, "loss_weights", weights)
 
     def check(self, hyperparameters: Hyperparameters) -> None:
-        """Refuse another number of losses than there are weights."""
+        """Refuse another number of losses than there are weights, and weights with which nothing is learnt."""
         assert isinstance(hyperparameters, DPOHyperparameters)
-        loss_terms(hyperparameters, self)
+        weights = [weight for _, weight in loss_terms(hyperparameters, self)]
+        if not any(weights) and hyperparameters.nll_alpha == 0:
+            raise ConfigurationError("loss_weights", weights, "are all 0, and so is nll_alpha: nothing would be learnt")
 
 
 def loss_names(loss_type: object) -> tuple[str, ...]:

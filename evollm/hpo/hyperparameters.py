@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ Value: TypeAlias = float | str
 ALIASES = {"learning_rate": "lr", "rpo_alpha": "nll_alpha", "train_batch_size": "batch_size"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RLParameter:
     """Bounds of one hyperparameter and how far one mutation moves it, or the choices that it has.
 
@@ -65,6 +65,13 @@ class RLParameter:
             raise ConfigurationError("shrink_factor", self.shrink_factor, "must lie between 0 and 1, both excluded")
         if self.grow_factor <= 1:
             raise ConfigurationError("grow_factor", self.grow_factor, "must be above 1")
+
+    def __repr__(self) -> str:
+        """Return the class name with the fields that are not at their defaults."""
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        given = {field.name: value for field, value in values if value != field.default}
+        written = (f"{name}={value.__name__ if name == 'dtype' else repr(value)}" for name, value in given.items())
+        return f"RLParameter({', '.join(written)})"
 
     def _check_choices(self) -> None:
         if self.min is not None or self.max is not None:

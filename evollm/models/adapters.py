@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -45,6 +46,13 @@ class Adapter:
     tensors: Mapping[str, Tensor]
     owners: int = 1
     fingerprint: str | None = None
+
+
+def drop_adapter(model: nn.Module, name: str) -> None:
+    """Take an adapter out of all layers, also one that was put into a part of them only."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.delete_adapter(name)
 
 
 def parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
 from evollm.models.adapter_layers import AdapterLayers
-from evollm.models.adapters import Adapter, AdapterState, parameters_of, saved_tensors
+from evollm.models.adapters import Adapter, AdapterState, drop_adapter, parameters_of, saved_tensors
 from evollm.models.archive import PolicyArchive, loaded_archive
 from evollm.models.attention import PairLayout, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
@@ -27,7 +27,7 @@ from evollm.models.layers import FanOut, LayerStack
 from evollm.models.merging import merged_weights
 from evollm.models.quantised import check_gradients, keep_differentiable
 from evollm.models.reference_cache import ReferenceCache
-from evollm.models.requirements import check_lora_config, check_plain_model
+from evollm.models.requirements import check_lora_config, check_plain_model, refusal
 from evollm.models.routing import AdapterRouter
 
 _ATTRIBUTE = "_evollm_shared_base"
@@ -158,7 +158,7 @@ class SharedBase:
         if self._peft is None:
             # Here the base is on the device that it computes on.
             check_gradients(self.network)
-        config = copy.deepcopy(config)
+        given, config = config, copy.deepcopy(config)
         if self.is_encoder_decoder:
             # A saved adapter says by its task which class of transformers it belongs on.
             config.task_type = "SEQ_2_SEQ_LM"
@@ -171,19 +171,18 @@ class SharedBase:
             # PEFT asks transformers by names that those deprecate: nothing that a user of evollm can act on.
             warnings.simplefilter("ignore", FutureWarning)
             with self._adapter_layers.only(name):
-                return self._put(name, config, trainable=trainable)
+                return self._put(name, config, given, trainable=trainable)
 
-    def _put(self, name: str, config: LoraConfig, *, trainable: bool) -> str:
-        """Have PEFT make an adapter, and note it."""
+    def _put(self, name: str, config: LoraConfig, given: LoraConfig, *, trainable: bool) -> str:
+        """Have PEFT make an adapter, and note it; `given` is the configuration as the caller has it."""
         try:
             if self._peft is None:
                 self._peft = get_peft_model(self.network, config, adapter_name=name)
             else:
                 self._peft.add_adapter(name, config)
         except Exception as error:  # Whatever PEFT makes of what is wrong with it.
-            raise ConfigurationError(
-                "lora_config.target_modules", config.target_modules, f"PEFT cannot apply {config!r}: {error}"
-            ) from error
+            drop_adapter(self.network, name)
+            raise refusal(given, self.network, error) from error
         self.router.take_over(self._peft)
         self._adapter_layers.find(self._peft)
         # The new adapter's own dropout.

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from evollm.algorithms.core import DEFAULT_LORA
 from evollm.checks import is_number_as_text
-from evollm.errors import ConfigurationError
+from evollm.errors import ConfigurationError, brief
 from evollm.hpo import HyperparameterConfig, RLParameter
 from evollm.tuning.pieces import Settings, check_known, check_types
 
@@ -141,7 +141,7 @@ def _made(field: str, make: Callable[..., T], fields: Mapping[str, Any]) -> T:
     except ConfigurationError as error:
         raise ConfigurationError(f"{field}.{error.field}", error.value, error.fix) from None
     except Exception as error:  # Whatever another library raises for a value that it does not take.
-        raise ConfigurationError(field, dict(fields), f"cannot be used: {error}") from error
+        raise ConfigurationError(field, dict(fields), f"cannot be used: {brief(str(error))}") from error
 
 
 _CONVERTERS: dict[str, Callable[[object], Any]] = {

@@ -189,6 +189,7 @@ def test_a_checkpoint_keeps_several_losses(make_exact, batch, tmp_path) -> None:
         ({"label_smoothing": 0.5}, r"label_smoothing=0\.5: must be at least 0 and below"),
         ({"label_smoothing": math.nan}, "label_smoothing=nan"),
         ({"loss_weights": [1, 2]}, r"loss_weights=\[1\.0, 2\.0\]: must hold a number for each of loss_type='sigmoid'"),
+        ({"loss_weights": [0.0], "nll_alpha": 0}, r"loss_weights=\[0\.0\]: are all 0, and so is nll_alpha"),
         ({"loss_weights": "1"}, "loss_weights='1': must be a list"),
         ({"discopop_tau": 0}, "discopop_tau=0: must be above 0"),
         ({"hp_config": HyperparameterConfig(loss_type=RLParameter(choices=("ipo", "aot")))}, "not one of its choices"),

@@ -230,3 +230,13 @@ def test_values_that_do_not_go_together_are_named_and_no_others() -> None:
     assert str(caught.value).startswith(
         "hp_config.lr=2.0: evolution can draw this value with nll_alpha=2.0, but lr=2.0: is too large;"
     )
+
+
+def test_a_parameter_is_written_as_it_was_declared() -> None:
+    for parameter in (
+        RLParameter(min=1e-6, max=1e-4),
+        RLParameter(min=1, max=8, grow_factor=2.0, dtype=int),
+        RLParameter(choices=("sigmoid", "ipo")),
+    ):
+        assert eval(repr(parameter)) == parameter
+    assert repr(RLParameter(min=1, max=8, dtype=int)) == "RLParameter(min=1, max=8, dtype=int)"

@@ -194,12 +194,24 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(make_model, lor
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"target_modules": ["no_such_layer"]}, "target_modules"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"bias": "lora_only"}, "bias"),
         ({"init_lora_weights": "eva"}, "init_lora_weights"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"target_modules": "["}, "target_modules"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": ""}, "target_modules"),
+        ({"target_modules": [3]}, "target_modules"),
+        ({"exclude_modules": 3}, "exclude_modules"),
+        ({"layers_to_transform": -1}, "layers_to_transform"),
+        ({"layers_to_transform": []}, "layers_to_transform"),
+        ({"layers_to_transform": "all"}, "layers_to_transform"),
+        ({"lora_alpha": 0}, "lora_alpha=0: must be above 0"),
+        ({"lora_alpha": -8}, "lora_alpha"),
+        ({"alpha_pattern": {"q_proj": 0}}, r"alpha_pattern\['q_proj'\]=0: must be above 0"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0: must be a whole number"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern"),
+        ({"lora_dropout": 1}, "lora_dropout"),
         # PEFT would import the module that megatron_core names.
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         # It rounds the base's own weights, once more for each adapter.
@@ -212,6 +224,39 @@ def test_a_lora_config_that_cannot_work_is_refused(make_model, changes, field) -
     base = SharedBase.of(make_model())
     with pytest.raises(ConfigurationError, match=f"lora_config.{field}"):
         base.add_adapter("actor", config, trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_modules": ["no_such_layer"]}, ["{'no_such_layer'}", "not found", "are q_proj, k_proj, v_proj"]),
+        ({"target_modules": "["}, ["'target_modules': '['", "unterminated"]),
+        ({"target_modules": ["self_attn"]}, ["LlamaAttention is not supported", "are q_proj"]),
+        ({"target_modules": ["q_proj", "norm"]}, ["LlamaRMSNorm", "not supported"]),
+        ({"exclude_modules": ["q_proj"]}, ["'exclude_modules': {'q_proj'}", "No modules were targeted"]),
+        ({"layers_to_transform": [99]}, ["'layers_to_transform': [99]", "not found"]),
+        ({"rank_pattern": {"(": 3}}, ["rank_pattern", "unterminated"]),
+        ({"r": 3, "init_lora_weights": "orthogonal"}, ["'r': 3", "even"]),
+        ({"runtime_config": 3}, ["runtime_config"]),
+    ],
+)
+def test_what_peft_refuses_is_one_short_line_and_leaves_the_base_as_it_was(make_model, lora, changes, words) -> None:
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **changes})
+    base, fresh = SharedBase.of(make_model()), SharedBase.of(make_model())
+    fresh.add_adapter("actor", lora, trainable=True)
+    for adapters in ([], ["actor-0"]):
+        with pytest.raises(ConfigurationError) as caught:
+            base.add_adapter("actor", config, trainable=True)
+        said = str(caught.value)
+        assert said.startswith("lora_config={")
+        assert [word for word in words if word not in said] == []
+        assert "\n" not in said
+        assert len(said) < 450
+        assert base.adapters == adapters
+        if not adapters:
+            base.add_adapter("actor", lora, trainable=True)
+        assert base.network.state_dict().keys() == fresh.network.state_dict().keys()
+    assert adapter_bits(base) == adapter_bits(fresh)
 
 
 def test_a_model_that_carries_adapters_already_is_refused(make_model, lora) -> None:
