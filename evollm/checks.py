@@ -89,8 +89,13 @@ def switch(field: str, value: object) -> bool:
     return value
 
 
+def expanded(path: str | os.PathLike[str]) -> str:
+    """The path with the user's home for a `~` that it begins with."""
+    return os.path.expanduser(os.fspath(path))
+
+
 def usable_path(field: str, value: object) -> Path:
-    """Return `value` as a path, which may or may not exist.
+    """Return `value` as a path, which may or may not exist; `~` is the user's home.
 
     Raises:
         ConfigurationError: If it is no path, or one that the file system cannot have.
@@ -98,7 +103,7 @@ def usable_path(field: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise ConfigurationError(field, value, "must be a path")
     try:
-        path = Path(value)
+        path = Path(expanded(value))
         path.resolve()
         path.exists()
     except (OSError, ValueError, TypeError, RuntimeError) as error:  # too long, with a null byte, of bytes

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from evollm.checks import expanded
 from evollm.errors import ConfigurationError
 
 _MAP, _INT, _FLOAT, _BOOL, _NULL = (f"tag:yaml.org,2002:{name}" for name in ("map", "int", "float", "bool", "null"))
@@ -74,7 +75,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         ConfigurationError: The file cannot be read, or an override has no place.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(expanded(path)).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigurationError("config", str(path), f"cannot be read: {error}") from error
     return override(parse_config(text, str(path)), overrides)

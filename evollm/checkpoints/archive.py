@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evollm.checkpoints.export import HasActor, main_writes
 from evollm.checkpoints.files import replace_file
+from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models.archive import read_policy_archive
 
@@ -79,7 +80,7 @@ def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_replaceable(path: str | Path) -> None:
-    if not Path(path).exists():
+    if not usable_path("path", path).exists():
         return
     try:
         read_policy_archive(path)

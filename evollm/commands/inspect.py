@@ -20,7 +20,11 @@ def add_to(commands: Subparsers) -> None:
         "it.",
         example="evollm inspect pairs.jsonl --model my-model",
     )
-    parser.add_argument("data", help="a JSONL, Parquet or CSV file, or org/name of a dataset on the hub")
+    parser.add_argument(
+        "data",
+        nargs="+",
+        help="a JSONL, Parquet or CSV file, or org/name of a dataset on the hub; several are one dataset",
+    )
     parser.add_argument("--model", required=True, help="name or folder of the model, or of its tokenizer alone")
     parser.add_argument("--split", help="split of a dataset on the hub (default: train)")
     parser.add_argument("--sft", action="store_true", default=None, help="examples (default: what the columns say)")
@@ -34,4 +38,5 @@ def add_to(commands: Subparsers) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     arguments = {name: value for name, value in vars(options).items() if name != "run"}
-    print_inspection(inspect_data(arguments.pop("data"), arguments.pop("model"), **arguments))
+    files = arguments.pop("data")
+    print_inspection(inspect_data(files if len(files) > 1 else files[0], arguments.pop("model"), **arguments))

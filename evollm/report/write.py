@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from evollm.checks import usable_path
 from evollm.errors import ConfigurationError
 from evollm.own_files import check_can_be_made, inside, read_bytes, remove_leftovers, replace_bytes
 from evollm.report.page import render
@@ -38,7 +39,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None, pictures: 
     if path is not None and not (isinstance(path, str | os.PathLike) and Path(path).suffix == ".html"):
         raise ConfigurationError("path", path, "must be the path of a page and end in .html")
     record = read_run(run_dir)
-    page = Path(path) if path is not None else record.path / "report.html"
+    page = usable_path("path", path) if path is not None else record.path / "report.html"
     folder = page.with_suffix("")
     check_can_be_made("path", page)
     _check_ours(inside(page.parent, page.name), _PAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -246,7 +247,8 @@ class RunPaths:
             raise ConfigurationError("run_dir", str(self.run_dir), fix)
         metrics = self.run_dir / METRICS
         if (self.run_dir / ELITE).exists() or (metrics.exists() and metrics.stat().st_size > 0):
-            fix = "holds another run: resume it (evollm resume, or resume_from_checkpoint), or give a new folder"
+            command = shlex.join(["evollm", "resume", str(self.run_dir)])
+            fix = f"holds another run: resume it ({command}, or resume_from_checkpoint), or give a new folder"
             raise ConfigurationError("run_dir", str(self.run_dir), fix)
 
 

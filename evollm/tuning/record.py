@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from evollm.checks import usable_path
+from evollm.checks import expanded, usable_path
+from evollm.data.files import is_files
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import Birth, EvolutionPlan, HyperparameterConfig, ancestry
 from evollm.hpo.hyperparameters import Value
@@ -66,7 +67,8 @@ class Record:
         for line in self.metrics:
             if line["kind"] == "end":
                 return int(line["best"])
-        raise CheckpointError(f"{self.run_dir}: the run has not ended; go on with it first: evollm resume")
+        command = shlex.join(["evollm", "resume", str(self.run_dir)])
+        raise CheckpointError(f"{self.run_dir}: the run has not ended; go on with it first: {command}")
 
     @property
     def line(self) -> list[tuple[int, Birth]]:
@@ -227,15 +229,15 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
         )
         raise ConfigurationError("run_dir", str(run_dir), fix)
     try:
-        content = json.loads(read_bytes(inside(Path(run_dir), ASKED)))
+        content = json.loads(read_bytes(inside(path.parent, ASKED)))
         settings, objects = dict(content["settings"]), frozenset(map(str, content["objects"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if isinstance(settings.get("model_config"), Mapping):
         settings["model_config"] = _harmless(settings["model_config"])
-    elsewhere = {name: str(settings[name]) for name in _PLACES if _leads_out(Path(run_dir), settings.get(name))}
+    elsewhere = {name: str(settings[name]) for name in _PLACES if _leads_out(path.parent, settings.get(name))}
     # Without it the rows are tokenised again, which is no reason to refuse anything.
-    no_cache = {_CACHE} if _leads_out(Path(run_dir), settings.get(_CACHE)) else set()
+    no_cache = {_CACHE} if _leads_out(path.parent, settings.get(_CACHE)) else set()
     kept = {name: value for name, value in settings.items() if name not in _NOT_TAKEN | elsewhere.keys() | no_cache}
     return Asked(kept, objects, elsewhere)
 
@@ -244,7 +246,7 @@ def _leads_out(run_dir: Path, place: object) -> bool:
     """Whether a place that a folder names is not a folder of its own below it."""
     if place is None:
         return False
-    return not isinstance(place, str) or run_dir.resolve() not in Path(place).resolve().parents
+    return not isinstance(place, str) or run_dir.resolve() not in Path(expanded(place)).resolve().parents
 
 
 def place_of(run_dir: Path, asked: Asked, name: str) -> Path:
@@ -254,8 +256,9 @@ def place_of(run_dir: Path, asked: Asked, name: str) -> Path:
         CheckpointError: A link lies there.
     """
     given = asked.settings.get(name)
-    relative = _PLACES[name] if given is None else Path(given).resolve().relative_to(run_dir.resolve()).as_posix()
-    return inside(run_dir, relative)
+    if given is None:
+        return inside(run_dir, _PLACES[name])
+    return inside(run_dir, Path(expanded(given)).resolve().relative_to(run_dir.resolve()).as_posix())
 
 
 def _harmless(model_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +278,7 @@ _NOT_PLAIN = object()
 
 def _recorded(name: str, value: Any) -> Any:
     """An argument of `tune` as its record has it, or `_NOT_PLAIN`."""
-    if name in _ROWS and value is not False and not isinstance(value, str | os.PathLike):
+    if name in _ROWS and value is not False and not (isinstance(value, str | os.PathLike) or is_files(value)):
         return _NOT_PLAIN
     if name == "model_config" and isinstance(value, Mapping):
         return _harmless(value)

@@ -17,6 +17,7 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import newest_population
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.checkpoints.run import STATE
+from evollm.checks import usable_path
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import Value
 from evollm.llm_envs import DatasetGym
@@ -221,11 +222,11 @@ def replay(
 def _place(run: str | os.PathLike[str], name: str, given: str | os.PathLike[str] | None) -> Path:
     """Where a run has its checkpoints, or its best agent."""
     if given is not None:
-        return Path(given)
+        return usable_path(name, given)
     known = known_of(run)
     option = {"checkpoint_path": "--checkpoints", "elite_path": "--elite"}[name]
     known.require_places([name], run, lambda _, path: f"{name}={path!r}, or {option} {shlex.quote(path)}")
-    return place_of(Path(run), known, name)
+    return place_of(usable_path("run", run), known, name)
 
 
 def _why_stretched(same_data: bool, num_epochs: int | None, max_steps: int | None) -> str:

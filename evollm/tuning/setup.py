@@ -6,14 +6,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
-from evollm.checks import optional_whole_number, whole_number
+from evollm.checks import optional_whole_number, usable_path, whole_number
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import DatasetGym
@@ -190,8 +189,10 @@ def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[S
         own = getattr(model, "device", None)
         arguments["device"] = own or ("cuda" if torch.cuda.is_available() else "cpu")
     agents = pieces.agent.population(request.population, env.observation_space, env.action_space, **arguments)
-    for agent in agents if request.start_from is not None else ():
-        agent.load_checkpoint(str(Path(request.start_from).resolve()), overwrite_reference_adapter=True)
+    if request.start_from is not None:
+        start = str(usable_path("start_from", request.start_from).resolve())
+        for agent in agents:
+            agent.load_checkpoint(start, overwrite_reference_adapter=True)
     return agents
 
 
@@ -250,7 +251,7 @@ def _evo_steps_of(run_dir: Any) -> int | None:
     None where the folder does not say it; whoever resumes the run says what is wrong with it.
     """
     try:
-        config = json.loads(read_bytes(inside(Path(run_dir), CONFIG)))
+        config = json.loads(read_bytes(inside(usable_path("resume_from_checkpoint", run_dir), CONFIG)))
         found: int | None = config["schedule"]["evolve_every"]
     except (OSError, CheckpointError, ValueError, KeyError, TypeError, RecursionError):
         return None

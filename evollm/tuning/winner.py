@@ -17,6 +17,7 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.checkpoints.files import check_replaceable
+from evollm.checks import usable_path
 from evollm.errors import ConfigurationError
 from evollm.models.generation import greedy_answers
 from evollm.models.pretrained import load_base_model, load_tokenizer, reloadable
@@ -95,7 +96,7 @@ def open_winner(
     if elite is None:
         known.require_places(["elite_path"], run_dir, lambda _, path: f"--elite {shlex.quote(path)}")
         elite = place_of(record.run_dir, known, "elite_path")
-    model_config = _model_config(asked, Path(elite), trust_remote_code)
+    model_config = _model_config(asked, usable_path("elite", elite), trust_remote_code)
     tokenizer = load_tokenizer(asked.get("tokenizer") or name, model_config)
     device = asked.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     base: dict[str, Any] = (
@@ -138,7 +139,7 @@ def export(
         ConfigurationError: Something else lies at `to`, there is no such kind, or the base cannot be merged.
         CheckpointError: The run has not ended, or its files are damaged.
     """
-    path = Path(to)
+    path = usable_path("to", to)
     if what not in KINDS:
         raise ConfigurationError("what", what, f"must be one of {', '.join(KINDS)}")
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -118,6 +119,45 @@ def test_a_mistake_is_one_line_and_status_1(folder, capsys, command, arguments, 
     error = capsys.readouterr().err
     assert error.startswith(f"evollm: {message}")
     assert "Traceback" not in error
+
+
+def test_the_home_folder_may_be_written_as_a_tilde_everywhere(folder, monkeypatch, capsys) -> None:
+    home = folder / "home"
+    home.mkdir()
+    Path("model").rename(home / "model")
+    rows = Path("train.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("a", rows[:20]), ("b", rows[20:])):
+        (home / f"{name}.jsonl").write_text("".join(part))
+    (home / "run.yaml").write_text("model: ~/model\ntokenizer: ~/model\ndata: [~/a.jsonl, ~/b.jsonl]\n")
+    monkeypatch.setenv("HOME", str(home))
+    small = [*SMALL, "population=2", "generations=2", "lr=1e-3"]
+    assert main(["train", "~/run.yaml", *small, "run_dir=~/run", "elite_path=~/elite", "checkpoint_path=~/saved"]) == 0
+    assert main(["resume", "~/run"]) == 0
+    assert main(["report", "~/run", "--output", "~/pages/page.html", "--no-pictures"]) == 0
+    assert main(["export", "~/run", "--to", "~/out", "--what", "adapter", "--model", "~/model"]) == 0
+    assert main(["chat", "~/run", "--prompt", "a", "--max-new-tokens", "1"]) == 0
+    assert main(["replay", "~/run", "--run-dir", "~/replay"]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert main(["inspect", "~/a.jsonl", "~/b.jsonl", "--model", "~/model", "--against", "~/a.jsonl"]) == 0
+    assert "40 pairs" in capsys.readouterr().out
+    assert main(["validate", "~/run.yaml", *small, "data=~/a.jsonl", "start_from=~/elite", "test_data=~/b.jsonl"]) == 0
+    written = {"run", "elite", "saved", "pages", "out", "replay"}
+    assert {path.name for path in home.iterdir()} >= written
+    assert sorted(path.name for path in folder.iterdir()) == ["examples.jsonl", "home", "train.jsonl"]
+
+
+def test_what_is_printed_to_be_typed_next_can_be_pasted(folder, capsys) -> None:
+    arguments = ["--recipe", "population", "population=2", "generations=2", "run_dir=my $(run)'s"]
+    assert train(*arguments) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("  evollm ")]
+    assert [shlex.split(line) for line in lines] == [
+        ["evollm", "chat", "my $(run)'s"],
+        ["evollm", "export", "my $(run)'s", "--to", "my-model"],
+    ]
+    assert train(*arguments) == 1
+    command = shlex.join(["evollm", "resume", "my $(run)'s"])
+    assert f"resume it ({command}, or" in capsys.readouterr().err
 
 
 def test_recipes_lists_and_prints(capsys) -> None:

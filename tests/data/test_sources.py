@@ -24,6 +24,10 @@ ROWS: list[dict[str, Any]] = [
 TEXT_PAIRS = [TextPair(0, "Is it?", " Yes.", " No."), TextPair(1, "Or else?", " Then so.", " Not so.")]
 
 
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
@@ -77,6 +81,33 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, bad: str | byte
     path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + (bad if isinstance(bad, bytes) else bad.encode()) + b"\n")
     with pytest.raises(DataError, match="line 2 "):
         read_pairs(path, "data")
+
+
+def test_several_files_are_one_dataset_in_their_order(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{number}?", "chosen": " Yes.", "rejected": " No."} for number in range(6)]
+    write_lines(tmp_path / "c.jsonl", rows[:2])
+    pd.DataFrame(rows[2:4]).to_csv(tmp_path / "a.csv", index=False)
+    pd.DataFrame(rows[4:]).to_parquet(tmp_path / "b.parquet")
+    files = [tmp_path / "c.jsonl", str(tmp_path / "a.csv"), tmp_path / "b.parquet"]
+    for several in (files, tuple(files)):
+        assert read_pairs(several, "data") == read_pairs(rows, "data")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a"', r"data='.*/bad\.jsonl': line 1 is not valid JSON"),
+        ('{"prompt": "a", "answer": "b"}', r"data=.*lacks chosen and rejected.*\(in .*/bad\.jsonl\)"),
+        ("", r"data='.*/bad\.jsonl': has no rows"),
+        (None, r"data='.*/bad\.jsonl': no such file"),
+    ],
+)
+def test_the_file_of_several_that_is_at_fault_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    write_lines(tmp_path / "good.jsonl", ROWS)
+    if content is not None:
+        (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_pairs([tmp_path / "good.jsonl", tmp_path / "bad.jsonl"], "data")
 
 
 def test_an_incomplete_gzip_file_is_refused(tmp_path: Path) -> None:
@@ -162,7 +193,8 @@ def test_a_dataset_without_rows_is_refused(empty: object) -> None:
     ("bad", "message"),
     [
         (7, "is not a dataset"),
-        (["a", "b"], "row 0 is a str"),
+        ([3, 4], "row 0 is a int"),
+        (["a", "b"], "data='a': no such file"),
         ({"chosen": ["a"], "rejected": ["b", "c"]}, "differ in length"),
         ({"chosen": "a", "rejected": "b"}, "one list for each column"),
     ],
