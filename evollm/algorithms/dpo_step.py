@@ -149,7 +149,7 @@ def evaluate_together(
 ) -> list[Evaluation]:
     """Score each agent on the pairs of a fixed split; see `DPO.evaluate`."""
     judge = partial(_usable_rows, reference=reference)
-    num_pairs = len(env.test_pairs if split == "test" else env.final_pairs)
+    num_pairs = len(env.evaluation_pairs(split))
     ratios = np.full((len(agents), 2, num_pairs), np.nan)
     scored: list[int] = []
     for positions, batch, policies in scored_batches(judge, agents, env, split):

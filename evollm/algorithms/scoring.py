@@ -35,7 +35,7 @@ def scored_batches(
     Raises:
         DataError: There is no such row, or rows are left out by agents with `drop_nonfinite_rows=False`.
     """
-    pairs = env.test_pairs if split == "test" else env.final_pairs
+    pairs = env.evaluation_pairs(split)
     unusable: list[TokenizedPair] = []
     for positions, batch in env.eval_batches(split):
         rows, policies = _score(usable_rows, agents, batch)

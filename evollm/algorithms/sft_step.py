@@ -77,7 +77,7 @@ def _usable_rows(agents: Sequence[SFT], batch: PreferenceBatch, suspects: Sequen
 
 def evaluate_together(agents: Sequence[SFT], env: DatasetGym, split: str = "test") -> list[LikelihoodEvaluation]:
     """Score each agent on the examples of a fixed split; see `SFT.evaluate`."""
-    examples = env.test_pairs if split == "test" else env.final_pairs
+    examples = env.evaluation_pairs(split)
     logprobs = np.full((len(agents), len(examples)), np.nan)
     scored: list[int] = []
     for positions, _, policies in scored_batches(_usable_rows, agents, env, split):

@@ -215,9 +215,14 @@ def existing_folder(path: Path) -> Path:
     return retired if retired.is_dir() and not retired.is_symlink() and not path.exists() else path
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder; if the process dies meanwhile, what is left has a name that nobody takes for the folder."""
-    discarded = path.with_name(f".{path.name}.{secrets.token_hex(4)}.gone")
+def remove_folder(path: Path, name: str | None = None) -> None:
+    """Remove a folder; if the process dies meanwhile, what is left has a name that nobody takes for the folder.
+
+    Args:
+        path: The folder.
+        name: Under which `remove_discarded` finds what is left; None: the folder's own.
+    """
+    discarded = path.with_name(f".{name or path.name}.{secrets.token_hex(4)}.gone")
     path.rename(discarded)
     shutil.rmtree(discarded, ignore_errors=True)
 
@@ -251,7 +256,7 @@ def _swap(staging: Path, path: Path) -> None:
     retired = _retired(path)
     if path.exists():
         if retired.exists():
-            remove_folder(retired)
+            remove_folder(retired, path.name)
         path.rename(retired)
     try:
         staging.rename(path)
@@ -263,7 +268,7 @@ def _swap(staging: Path, path: Path) -> None:
     if retired.exists():
         # Whoever replaces the folder next tries again.
         with suppress(OSError):
-            remove_folder(retired)
+            remove_folder(retired, path.name)
 
 
 def _staged(path: Path) -> Path:

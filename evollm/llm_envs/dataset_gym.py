@@ -257,7 +257,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         Raises:
             ConfigurationError: There is no such split, it is empty, or the size is below 1.
         """
-        pairs = self._evaluation_pairs(split)
+        pairs = self.evaluation_pairs(split)
         size = optional_whole_number("batch_size", batch_size, 1) or self.batch_size
         order = np.argsort([pair.num_tokens for pair in pairs], kind="stable")
         chunks = (order[start : start + size] for start in range(0, len(pairs), size))
@@ -327,7 +327,12 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         info = {"epoch": self._position.epoch, "index": self._position.index - 1}
         return batch.to_observation(self.batch_size, self._row_length), info
 
-    def _evaluation_pairs(self, split: str) -> list[TokenizedPair]:
+    def evaluation_pairs(self, split: str) -> list[TokenizedPair]:
+        """The tokenised pairs of a split that agents are scored on, in their order.
+
+        Raises:
+            ConfigurationError: There is no such split, or it is empty.
+        """
         if not isinstance(split, str) or split not in SPLITS[1:]:
             raise ConfigurationError("split", split, f"evaluate on one of {SPLITS[1:]}")
         if not self._pairs[split]:

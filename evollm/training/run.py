@@ -345,7 +345,7 @@ class Run(Generic[A]):
         examples = self.env.reports[split].examples
         wanted = min(self.options.num_sample_answers, len(examples))
         examples = tuple(examples[number * len(examples) // wanted] for number in range(wanted))
-        pairs = self.env.final_pairs if split == "final" else self.env.test_pairs
+        pairs = self.env.evaluation_pairs(split)
         prompts = [pairs[example.position].prompt_ids for example in examples]
         before_tuning = self.yardstick
         if before_tuning == OWN:

@@ -51,7 +51,7 @@ def test_growth_measures_the_work_around_the_passes() -> None:
     lines = run("growth.py", "--agents", 2, 3, "--layers", 1).splitlines()
     assert lines[1].split() == ["agents", "building", "checkpoint", "evolution", "references"]
     assert [int(line.split()[0]) for line in lines[2:]] == [2, 3]
-    assert all(float(seconds) > 0 for line in lines[2:] for seconds in line.split()[1:])
+    assert all(float(seconds) >= 0 for line in lines[2:] for seconds in line.split()[1:])
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu_at_toy_size(tmp_path) -> None:
