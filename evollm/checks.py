@@ -102,6 +102,8 @@ def usable_path(field: str, value: object) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise ConfigurationError(field, value, "must be a path")
+    if value == "":
+        raise ConfigurationError(field, value, "is empty, perhaps a variable that was not set: give a path")
     try:
         path = Path(expanded(value))
         path.resolve()

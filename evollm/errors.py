@@ -8,6 +8,8 @@ from __future__ import annotations
 
 # Of a value, in characters: the rest of the message must stay in sight.
 _LONGEST = 400
+# Of what to do about it, which may quote a library or a path.
+_LONGEST_FIX = 600
 # Of another library's reason.
 _LONGEST_REASON = 200
 
@@ -26,7 +28,7 @@ class ConfigurationError(EvoLLMError, ValueError):
     """
 
     def __init__(self, field: str, value: object, fix: str) -> None:
-        super().__init__(one_line(f"{field}={_described(value)}: {fix}"))
+        super().__init__(one_line(f"{field}={_described(value)}: {_cut(fix, _LONGEST_FIX)}"))
         self.field = field
         self.value = value
         self.fix = fix
@@ -49,7 +51,12 @@ def _described(value: object) -> str:
         text = repr(value)
     except Exception:  # Numbers of thousands of digits, and objects that are not finished, have no text.
         text = f"a {type(value).__name__}"
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 4 :]}"
+    return _cut(text, _LONGEST)
+
+
+def _cut(text: str, longest: int) -> str:
+    """The text, without its middle if it is long."""
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 4 :]}"
 
 
 class DataError(ConfigurationError):

@@ -30,6 +30,8 @@ def read_plain(path: Path, *, mapped: bool = False) -> Any:
     Raises:
         CheckpointError: The file is missing, damaged, or holds something that is not plain data.
     """
+    if not path.is_file():  # A pipe would be waited for.
+        raise CheckpointError(f"{path} cannot be read: there is no such file")
     try:
         # The format before torch 1.6 is no archive and cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))

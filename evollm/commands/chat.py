@@ -46,7 +46,9 @@ def _run(options: argparse.Namespace) -> None:
     whole_number("max_new_tokens", options.max_new_tokens, 1)
     winner = open_winner(options.run_dir, options.model, options.trust_remote_code, options.elite)
     console = Console()
-    for prompt in options.prompt or _typed():
+    for given in options.prompt or _typed():
+        # Of bytes that are no text a shell's argument holds halves of characters, which no tokenizer takes.
+        prompt = given.encode(errors="replace").decode()
         answers = winner.answers(prompt, options.max_new_tokens, options.raw)
         table = Table("base", "winner", title=Text(prompt), title_justify="left", expand=True, show_lines=True)
         table.add_row(*map(Text, answers))

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from evollm.checks import expanded
+from evollm.checks import expanded, usable_path
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
 from evollm.models.encoder_decoder import is_encoder_decoder
 
@@ -102,9 +102,13 @@ def auto_class(config: Any) -> Any:
 
 
 def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
-    """Refuse a path that leads nowhere: transformers would take it for a bad name on the hub."""
-    text = str(name)
-    if (text.startswith((".", "/", "~")) or text.count("/") > 1) and not Path(name).exists():
+    """Refuse a path that leads to no folder: transformers would take it for a name on the hub."""
+    path, text = usable_path(field, name), str(name)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise ConfigurationError(field, text, "is no folder: give that of a model, or its name on the hub")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise ConfigurationError(field, text, "no such folder: give that of a model, or its name on the hub")
 
 

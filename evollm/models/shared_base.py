@@ -201,7 +201,6 @@ class SharedBase:
 
     def _ready(self, name: str) -> str:
         """Activate a new adapter."""
-        self._created += 1
         self.restore_trainability(name)
         self._activate(name)
         return name
@@ -233,8 +232,9 @@ class SharedBase:
         return self._ready(name)
 
     def _new_name(self, role: str) -> str:
-        """A name that no adapter has had; `_ready` counts those that came to be."""
-        return f"{role}-{self._created}"
+        """A name that no adapter has had."""
+        self._created += 1
+        return f"{role}-{self._created - 1}"
 
     def retain(self, name: str) -> str:
         """Take a share in an adapter; give it back with `release`."""

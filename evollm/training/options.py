@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -22,8 +23,8 @@ from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, check_population
 from evollm.llm_envs import DatasetGym
 from evollm.models.identity import computing_settings
-from evollm.own_files import check_can_be_made, inside
-from evollm.runs.folder import CHECKPOINTS, ELITE, METRICS, RUN_FILES
+from evollm.own_files import check_can_be_made, inside, read_bytes
+from evollm.runs.folder import CHECKPOINTS, CONFIG, ELITE, METRICS, RUN_FILES
 from evollm.training.callbacks import Callback
 from evollm.training.stages import Stage
 
@@ -208,9 +209,7 @@ class RunPaths:
             folder = usable_path("resume_from_checkpoint", resume)
             if run_dir is not None and usable_path("run_dir", run_dir).resolve() != folder.resolve():
                 raise ConfigurationError("run_dir", str(run_dir), "is not the run to resume: leave it out")
-            if not (folder / "config.json").is_file():
-                fix = "is no run folder: no config.json in it. A run that ended before that is begun anew, as run_dir"
-                raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
+            _check_run_folder(folder)
         else:
             folder = new_run_dir() if run_dir is None else usable_path("run_dir", run_dir)
         check_can_be_made("run_dir", folder / "config.json")
@@ -237,10 +236,6 @@ class RunPaths:
         Raises:
             ConfigurationError: Something lies there that would be lost.
         """
-        if has_populations(self.checkpoints):
-            fix = "holds checkpoints of another run, which would be taken for this one's: give another folder"
-            field = "run_dir" if self.checkpoints == self.run_dir / CHECKPOINTS else "checkpoint_path"
-            raise ConfigurationError(field, str(self.checkpoints), fix)
         found = [name for name in RUN_FILES if os.path.lexists(self.run_dir / name)]
         if found and not is_locked_folder(self.run_dir):
             fix = f"holds {found[0]}, which evollm did not write and would replace: give a new folder"
@@ -250,6 +245,24 @@ class RunPaths:
             command = shlex.join(["evollm", "resume", str(self.run_dir)])
             fix = f"holds another run: resume it ({command}, or resume_from_checkpoint), or give a new folder"
             raise ConfigurationError("run_dir", str(self.run_dir), fix)
+        if has_populations(self.checkpoints):
+            fix = "holds checkpoints of another run, which would be taken for this one's: give another folder"
+            field = "run_dir" if self.checkpoints == self.run_dir / CHECKPOINTS else "checkpoint_path"
+            raise ConfigurationError(field, str(self.checkpoints), fix)
+
+
+def _check_run_folder(folder: Path) -> None:
+    """Refuse to go on in a folder of something else, whose files would be written over: a model has a config.json."""
+    if not (folder / CONFIG).is_file():
+        fix = "is no run folder: no config.json in it. A run that ended before that is begun anew, as run_dir"
+        raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
+    try:
+        config = json.loads(read_bytes(inside(folder, CONFIG)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigurationError("resume_from_checkpoint", str(folder), f"has no whole config.json: {error}") from None
+    if not isinstance(config, dict) or "schedule" not in config:
+        fix = "is no run folder: its config.json is that of something else"
+        raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
 
 
 def new_run_dir() -> Path:

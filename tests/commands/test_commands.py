@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -131,19 +132,85 @@ def test_the_home_folder_may_be_written_as_a_tilde_everywhere(folder, monkeypatc
     (home / "run.yaml").write_text("model: ~/model\ntokenizer: ~/model\ndata: [~/a.jsonl, ~/b.jsonl]\n")
     monkeypatch.setenv("HOME", str(home))
     small = [*SMALL, "population=2", "generations=2", "lr=1e-3"]
-    assert main(["train", "~/run.yaml", *small, "run_dir=~/run", "elite_path=~/elite", "checkpoint_path=~/saved"]) == 0
+    assert (
+        main(["train", "~/run.yaml", *small, "run_dir=~/run", "elite_path=~/run/best", "checkpoint_path=~/run/saved"])
+        == 0
+    )
     assert main(["resume", "~/run"]) == 0
     assert main(["report", "~/run", "--output", "~/pages/page.html", "--no-pictures"]) == 0
     assert main(["export", "~/run", "--to", "~/out", "--what", "adapter", "--model", "~/model"]) == 0
-    assert main(["chat", "~/run", "--prompt", "a", "--max-new-tokens", "1"]) == 0
-    assert main(["replay", "~/run", "--run-dir", "~/replay"]) == 0
+    assert main(["chat", "~/run", "--elite", "~/run/best", "--prompt", "a", "--max-new-tokens", "1"]) == 0
+    assert main(["replay", "~/run", "--run-dir", "~/replay", "--checkpoints", "~/run/saved"]) == 0
     assert "bit for bit" in capsys.readouterr().out
     assert main(["inspect", "~/a.jsonl", "~/b.jsonl", "--model", "~/model", "--against", "~/a.jsonl"]) == 0
     assert "40 pairs" in capsys.readouterr().out
-    assert main(["validate", "~/run.yaml", *small, "data=~/a.jsonl", "start_from=~/elite", "test_data=~/b.jsonl"]) == 0
-    written = {"run", "elite", "saved", "pages", "out", "replay"}
-    assert {path.name for path in home.iterdir()} >= written
+    assert (
+        main(["validate", "~/run.yaml", *small, "data=~/a.jsonl", "start_from=~/run/best", "test_data=~/b.jsonl"]) == 0
+    )
+    assert {path.name for path in home.iterdir()} >= {"run", "pages", "out", "replay"}
+    assert {path.name for path in (home / "run").iterdir()} >= {"best", "saved"}
     assert sorted(path.name for path in folder.iterdir()) == ["examples.jsonl", "home", "train.jsonl"]
+
+
+def make_bad_paths(folder: Path) -> dict[str, str]:
+    """Paths that hold nothing of use, by what is wrong with them."""
+    (folder / "empty.jsonl").touch()
+    (folder / "binary.jsonl").write_bytes(bytes(range(256)))
+    (folder / "directory.jsonl").mkdir()
+    (folder / "directory.jsonl/file").touch()
+    (folder / "dangling.jsonl").symlink_to("nowhere")
+    (folder / "loop.jsonl").symlink_to("loop.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+    bad = ("missing", "empty", "binary", "directory", "dangling", "loop", "pipe", "x" * 5000, "two\nlines")
+    # With a dot in front, or a model would be looked for on the hub.
+    return {name[:9]: f"./{name}.jsonl" for name in bad} | {"below a file": "./train.jsonl/below.jsonl", "none": ""}
+
+
+# Every argument of a command that is a path; BAD stands for it.
+PATHS = (
+    "train BAD",
+    "validate BAD",
+    "train c.yaml data=BAD",
+    "validate c.yaml data=[train.jsonl,BAD]",
+    "validate c.yaml test_data=BAD",
+    "validate c.yaml final_data=BAD",
+    "validate c.yaml model=BAD",
+    "validate c.yaml tokenizer=BAD",
+    "validate c.yaml archive=BAD",
+    "validate c.yaml start_from=BAD",
+    "train c.yaml resume_from_checkpoint=BAD",
+    "inspect BAD --model model",
+    "inspect train.jsonl --model BAD",
+    "inspect train.jsonl --model model --against BAD",
+    "resume BAD",
+    "report BAD",
+    "chat BAD --prompt a",
+    "export BAD --to new",
+    "replay BAD",
+)
+
+
+@pytest.mark.parametrize("command", PATHS)
+def test_a_path_that_cannot_be_used_is_one_line_and_status_1(folder, capsys, command) -> None:
+    Path("c.yaml").write_text("model: model\ndata: train.jsonl\npopulation: 2\ngenerations: 2\n")
+    bad = make_bad_paths(folder)
+    there = sorted(folder.rglob("*"))
+    wrong = {}
+    if command in ("train BAD", "validate BAD"):
+        # A configuration may come through one: evollm train <(cat a.yaml b.yaml).
+        del bad["pipe"]
+    if "tokenizer" in command:
+        # The model's own.
+        del bad["none"]
+    for kind, path in bad.items():
+        value = json.dumps(path) if "=" in command else path
+        status = main([word.replace("BAD", value) for word in command.split()])
+        said = capsys.readouterr().err
+        lines = [line for line in said.splitlines() if line.startswith("evollm: ")]
+        if status != 1 or len(lines) != 1 or len(lines[0]) > 1000 or not said.endswith(lines[0] + "\n"):
+            wrong[kind] = (status, said)
+    assert wrong == {}
+    assert sorted(folder.rglob("*")) == there
 
 
 def test_what_is_printed_to_be_typed_next_can_be_pasted(folder, capsys) -> None:
@@ -220,6 +287,13 @@ def test_resume_of_something_else_says_so(folder, capsys) -> None:
     assert "is no run that a command began" in capsys.readouterr().err
 
 
+def test_a_run_does_not_go_on_in_the_folder_of_a_model(folder, capsys) -> None:
+    before = Path("model/config.json").read_bytes()
+    assert train("--recipe", "population", "resume_from_checkpoint=model") == 1
+    assert "resume_from_checkpoint='model': is no run folder: its config.json is that of" in capsys.readouterr().err
+    assert Path("model/config.json").read_bytes() == before
+
+
 def test_export_writes_what_transformers_peft_and_the_original_repository_load(finished, make_model, capsys) -> None:
     for what in ("merged", "adapter", "policy"):
         assert main(["export", finished, "--to", f"to-{what}", "--what", what]) == 0
@@ -250,6 +324,8 @@ def test_chat_shows_base_and_winner_side_by_side(finished, monkeypatch, capsys) 
     said = capsys.readouterr().out
     assert said.index("one") < said.index("two")
     assert main(["chat", finished, "--prompt", "a", "--max-new-tokens", "0"]) == 1
+    assert main(["chat", finished, "--prompt", "no \udcff text", "--max-new-tokens", "1"]) == 0
+    assert "no ? text" in capsys.readouterr().out
 
 
 def test_a_run_that_has_not_ended_is_not_opened(finished, capsys) -> None:
