@@ -308,11 +308,12 @@ def test_no_name_of_a_hyperparameter_is_a_path_or_markup(folder, name: str) -> N
     assert not Path("run/report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["../../precious/agent", "/etc", "agent-0/../../../../precious/agent", "agent-x", 3])
-def test_no_name_of_an_agent_is_a_path(folder, name: Any) -> None:
+@pytest.mark.parametrize("name", ["../../../precious/agent", "/etc", "agent-0/../../../../precious/agent", "agent-x", 3])
+def test_no_name_of_an_agent_is_a_path(folder, capsys, name: Any) -> None:
     for state in Path("run/checkpoints").glob("*/population.json"):
         edit(state, lambda content: content.update(agents=[name] * 2))
     assert run("resume") == 1
+    assert "names no folders of agents" in capsys.readouterr().err
 
 
 def test_nothing_of_the_users_is_replaced_beside_an_export(folder) -> None:
