@@ -308,7 +308,7 @@ def test_no_name_of_a_hyperparameter_is_a_path_or_markup(folder, name: str) -> N
     assert not Path("run/report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["../../../precious/agent", "/etc", "agent-0/../../../../precious/agent", "agent-x", 3])
+@pytest.mark.parametrize("name", ["../../../precious/agent", "/etc", "agent-0/../../precious", "agent-x", 3])
 def test_no_name_of_an_agent_is_a_path(folder, capsys, name: Any) -> None:
     for state in Path("run/checkpoints").glob("*/population.json"):
         edit(state, lambda content: content.update(agents=[name] * 2))

@@ -234,7 +234,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         Raises:
             ConfigurationError: There are no selection pairs.
         """
-        self._evaluation_pairs("test")
+        self.evaluation_pairs("test")
         before = self._evaluation
         self._evaluation = _Position()
         try:
