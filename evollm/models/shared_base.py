@@ -201,6 +201,7 @@ class SharedBase:
 
     def _ready(self, name: str) -> str:
         """Activate a new adapter."""
+        self._created += 1
         self.restore_trainability(name)
         self._activate(name)
         return name
@@ -232,9 +233,8 @@ class SharedBase:
         return self._ready(name)
 
     def _new_name(self, role: str) -> str:
-        """A name that no adapter has had."""
-        self._created += 1
-        return f"{role}-{self._created - 1}"
+        """A name that no adapter has had; `_ready` counts those that came to be."""
+        return f"{role}-{self._created}"
 
     def retain(self, name: str) -> str:
         """Take a share in an adapter; give it back with `release`."""
