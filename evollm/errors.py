@@ -35,8 +35,9 @@ class ConfigurationError(EvoLLMError, ValueError):
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks."""
-    return " ".join(part.strip() for part in text.splitlines() if part.strip())
+    """The text without line breaks, and without characters that a terminal would obey."""
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def brief(text: str) -> str:

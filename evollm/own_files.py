@@ -46,7 +46,10 @@ def read_bytes(path: Path) -> bytes:
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{path} is no regular file")
-        return file.read()
+        try:
+            return file.read()
+        except MemoryError:
+            raise OSError(f"{path} does not fit into memory") from None
 
 
 def replace_bytes(path: Path, content: bytes) -> None:

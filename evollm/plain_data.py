@@ -44,7 +44,10 @@ def read_plain(path: Path, *, mapped: bool = False) -> Any:
         ) from None
     except Exception as error:  # A damaged pickle raises whatever its bytes happen to ask for.
         raise CheckpointError(f"{path} cannot be read: {error or type(error).__name__}") from error
-    strange = foreign_type(content)
+    try:
+        strange = foreign_type(content)
+    except RecursionError:
+        strange = "list or dict that is nested too deeply"
     if strange is not None:
         raise CheckpointError(f"{path} cannot be read: it holds a {strange}, and evollm reads {PLAIN} only")
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -175,8 +176,8 @@ def test_an_adapter_configuration_says_how_it_computes_and_nothing_else(folder, 
 PLACES = (
     *FILES,
     *("evaluations", "checkpoints", "elite", "report.html", "report", ".elite.new", ".elite.old", "tensorboard"),
-    *("tracking-id", "checkpoints/.step-000003.new", "checkpoints/.step-000003.old", "checkpoints/step-000003"),
-    *("evaluations/step-000003.safetensors", "report/held-out-accuracy.png", "elite/actor", "elite/attributes.pt"),
+    *("tracking-id", "checkpoints/.step-000002.new", "checkpoints/.step-000004.old", "checkpoints/step-000002"),
+    *("evaluations/step-000002.safetensors", "report/held-out-accuracy.png", "elite/actor", "elite/attributes.pt"),
 )
 
 
@@ -314,6 +315,109 @@ def test_no_name_of_an_agent_is_a_path(folder, capsys, name: Any) -> None:
         edit(state, lambda content: content.update(agents=[name] * 2))
     assert run("resume") == 1
     assert "names no folders of agents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["(([a-z0-9_.])*)*!", "(a|a)+!", ".*.*.*.*!", "x" * 5000])
+def test_no_pattern_keeps_a_command_waiting(folder, capsys, field: str, pattern: str) -> None:
+    value: Any = {pattern: 2} if field.endswith("_pattern") else pattern
+    edit(Path("run/elite/actor/adapter_config.json"), lambda config: config.update({field: value}))
+    assert run("chat") == 1
+    assert f"lora_config.{field}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parents", [{0: 0, 1: 1}, {0: 1}, {0: 7}])
+def test_no_agent_of_a_lineage_is_its_own_ancestor(folder, quick, capsys, parents: dict[int, int]) -> None:
+    path = Path("run/lineage.jsonl")
+    founders, *evolutions = map(json.loads, path.read_text().splitlines())
+    for index, parent in parents.items():
+        founders["births"][index]["parent"] = parent
+    path.write_text("".join(json.dumps(line) + "\n" for line in (founders, *evolutions)))
+    for name in ("report", "replay", "export"):
+        assert run(name) == 1
+    assert "has a parent" in capsys.readouterr().err
+
+
+STRANGE: list[tuple[str, Callable[[Any], Any]]] = [
+    ("config.json", lambda content: content.update(schedule={})),
+    ("config.json", lambda content: content.update(options={})),
+    ("config.json", lambda content: content["data"].pop("fingerprint")),
+    ("tune.json", lambda content: content["settings"].update(population=10**30)),
+    ("tune.json", lambda content: content["settings"].update(model=["model"])),
+    ("tune.json", lambda content: content["settings"].update(tokenizer=5)),
+    ("tune.json", lambda content: content["settings"].update(device="meta")),
+    ("tune.json", lambda content: content["settings"].update(elite_path="~nobody\0")),
+    ("tune.json", lambda content: content["settings"].update(elite_path="/x\x1b[31mEVIL\r")),
+    ("elite/attributes.pt", lambda content: content.update(model_config=[1])),
+    ("elite/attributes.pt", lambda content: content["settings"].update(seed=10**40)),
+    ("elite/attributes.pt", lambda content: content["fitness"].append(content["fitness"])),
+    ("checkpoints/step-000002/population.json", lambda content: content.update(config=5)),
+    ("checkpoints/step-000002/population.json", lambda content: content.pop("evolver")),
+    ("checkpoints/step-000002/population.json", lambda content: content.update(agents=[])),
+    ("checkpoints/step-000002/population.json", lambda content: content.update(step=-5)),
+]
+
+
+@pytest.mark.parametrize(("file", "change"), STRANGE, ids=[f"{n}-{file}" for n, (file, _) in enumerate(STRANGE)])
+def test_whatever_stands_in_a_folder_is_read_or_refused_in_one_line(folder, quick, capsys, file: str, change) -> None:
+    edit(Path("run") / file, change)
+    for name in COMMANDS:
+        assert run(name) in (0, 1)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evollm:")]
+        assert all(line.isprintable() for line in said)
+        assert len(said) <= 1
+
+
+def test_a_manifest_of_something_else_is_refused(folder, capsys) -> None:
+    for files in ([], "x", 5, {"a": 5}, {"a": {"bytes": 1}}):
+        text = json.dumps(files, sort_keys=True)
+        own = hashlib.sha256(text.encode()).hexdigest()
+        manifest = json.dumps({"files": files, "format": 1, "sha256": own}, indent=1) + "\n"
+        Path("run/elite/manifest.json").write_text(manifest)
+        assert run("chat") == 1
+        assert "manifest.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [[], ["lr=1e-2"]])
+def test_a_run_that_has_ended_is_not_begun_again_when_its_checkpoints_are_gone(folder, quick, capsys, settings) -> None:
+    shutil.rmtree("run/checkpoints")
+    before = _state(Path("run"))
+    assert main(["resume", "run", *settings]) == 1
+    assert "has ended, and its checkpoints are gone" in capsys.readouterr().err
+    assert _state(Path("run")) == before
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"elite_path": "precious"},
+        {"elite_path": "precious/agent", "more": "precious/agent/thesis.txt"},
+        {"elite_path": "."},
+        {"elite_path": "new", "run_dir": "new/run"},
+        {"elite_path": "saved/elite", "checkpoint_path": "saved"},
+        {"checkpoint_path": "fresh", "run_dir": "fresh"},
+    ],
+    ids=str,
+)
+def test_no_place_of_a_run_is_replaced_with_another(folder, quick, capsys, places) -> None:
+    more = places.pop("more", None) if isinstance(places, dict) else None
+    if more:
+        Path(more).write_text("mine")
+    arguments = {"run_dir": "fresh", **places}
+    asked = ["model=model", "data=train.jsonl", "population=1", "max_steps=1", *SMALL]
+    assert main(["train", "run.yaml", *asked, *(f"{name}={place}" for name, place in arguments.items())]) == 1
+    assert "_path=" in capsys.readouterr().err
+    if more:
+        assert Path(more).read_text() == "mine"
+        Path(more).unlink()
+
+
+def test_a_folder_of_the_users_is_no_leftover_of_a_checkpoint(folder, quick) -> None:
+    mine = Path("run/checkpoints/.backup.12345678.gone")
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    assert run("resume") == 0
+    assert (mine / "thesis.txt").read_text() == "mine"
 
 
 def test_nothing_of_the_users_is_replaced_beside_an_export(folder) -> None:

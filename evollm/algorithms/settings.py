@@ -9,6 +9,8 @@ from evollm.checks import optional_whole_number, positive_number, switch, whole_
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 
+# Of torch's generators.
+_LARGEST_SEED = 2**63 - 1
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -31,6 +33,8 @@ class AgentSettings:
         for name in ("micro_batch_size_per_gpu", "token_budget"):
             object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
+        if self.seed > _LARGEST_SEED:
+            raise ConfigurationError("seed", self.seed, f"must be at most {_LARGEST_SEED}")
         switches = ("gradient_checkpointing", "calc_position_embeddings", "use_separate_reference_adapter")
         for name in (*switches, "drop_nonfinite_rows"):
             switch(name, getattr(self, name))

@@ -23,8 +23,6 @@ from evollm.errors import CheckpointError, ConfigurationError
 from evollm.own_files import check_can_be_made, inside, read_bytes
 
 MANIFEST = "manifest.json"
-# A folder that holds none of these is not evollm's to replace.
-MARKS = ("attributes.pt", "adapter_config.json", "population.json")
 _LOCK = ".lock"
 _CHUNK = 2**22
 
@@ -36,6 +34,8 @@ def check_replaceable(field: str, path: Path) -> None:
         ConfigurationError: A link, a file, or a folder with other content, at the path or where its parts are set
             aside; or a path that cannot be made.
     """
+    if not path.name:
+        raise ConfigurationError(field, str(path), "has no name of its own: give a folder below it")
     check_can_be_made(field, path)
     for place, is_ours in ((path, _is_ours), (_retired(path), _is_ours), (_staged(path), _is_staging)):
         if place.is_symlink():
@@ -46,10 +46,10 @@ def check_replaceable(field: str, path: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is empty, or a saved agent, adapter or population."""
+    """Whether a folder is empty, or a saved agent, adapter or population without a file of somebody else's."""
     if not folder.is_dir():
         return False
-    return not any(folder.iterdir()) or any((folder / mark).is_file() for mark in MARKS) or _is_sealed(folder)
+    return not any(folder.iterdir()) or _holds_only(folder, _listed(folder))
 
 
 def _is_staging(folder: Path) -> bool:
@@ -116,7 +116,7 @@ def _as_path(path: str | Path) -> Path:
 def _staging(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, on the same file system, that one process at a time has; it is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_discarded(path.parent, path.name)
+    remove_discarded(path.parent, re.escape(path.name))
     staging = _staged(path)
     staging.mkdir(exist_ok=True)
     with only_writer(staging, what=path):
@@ -183,6 +183,8 @@ def verify(folder: Path) -> list[str]:
         text = read_bytes(inside(folder, MANIFEST)).decode()
         files: dict[str, dict[str, object]] = json.loads(text)["files"]
         unchanged = text == _manifest_text(files)
+        if not all(entry.keys() == {"bytes", "sha256"} for entry in files.values()):
+            raise ValueError("its entries are something else")
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: {MANIFEST} is missing, so nothing says whether the rest is whole") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -200,13 +202,20 @@ def verify(folder: Path) -> list[str]:
     return list(files)
 
 
-def _is_sealed(folder: Path) -> bool:
-    """Whether a manifest of evollm's lies in a folder; other programs give their files that name too."""
+def _listed(folder: Path) -> set[str]:
+    """The files in a folder's manifest; none where it has no manifest of evollm's."""
     try:
         manifest = json.loads(read_bytes(folder / MANIFEST))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.keys() == {"files", "format", "sha256"}
+        return set()
+    # Other programs give their files that name too.
+    ours = isinstance(manifest, dict) and manifest.keys() == {"files", "format", "sha256"}
+    return {*manifest["files"], MANIFEST, _LOCK} if ours and isinstance(manifest["files"], dict) else set()
+
+
+def _holds_only(folder: Path, names: set[str]) -> bool:
+    """Whether each file in a folder has one of these names, relative to the folder."""
+    return all(path.relative_to(folder).as_posix() in names or path.is_dir() for path in folder.rglob("*"))
 
 
 def existing_folder(path: Path) -> Path:
@@ -227,15 +236,19 @@ def remove_folder(path: Path, name: str | None = None) -> None:
     shutil.rmtree(discarded, ignore_errors=True)
 
 
-def remove_unfinished(folder: Path) -> None:
+def remove_unfinished(folder: Path, name: str) -> None:
     """Remove what processes that died while they wrote or removed folders have left in `folder`.
 
     Whoever calls it keeps other writers out.
+
+    Args:
+        folder: Where the folders were.
+        name: A pattern of their names.
     """
-    remove_discarded(folder)
+    remove_discarded(folder, name)
     for path in folder.iterdir():
         written = folder / path.name[1:-4]
-        if path.is_symlink() or not path.name.startswith("."):
+        if path.is_symlink() or not re.fullmatch(rf"\.{name}\.(new|old)", path.name):
             continue
         if (path.name.endswith(".new") and _is_staging(path)) or (
             path.name.endswith(".old") and written.exists() and _is_ours(path)
@@ -243,9 +256,14 @@ def remove_unfinished(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_discarded(folder: Path, name: str | None = None) -> None:
-    """Finish what processes that died while removing a folder have left in `folder`: of that name, or of any."""
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}\.gone")
+def remove_discarded(folder: Path, name: str) -> None:
+    """Finish what processes that died while removing a folder have left in `folder`.
+
+    Args:
+        folder: Where the folder was.
+        name: A pattern of its name.
+    """
+    pattern = re.compile(rf"\.{name}\.[0-9a-f]{{8}}\.gone")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

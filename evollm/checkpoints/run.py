@@ -33,6 +33,8 @@ TENSORS = "population.safetensors"
 REFERENCE_LOGPROBS = "reference_logprobs.safetensors"
 YARDSTICK = "yardstick"
 REQUIRED = frozenset({"step", "agents"})
+# A pattern of the names that a run gives to its checkpoints.
+STEP_FOLDER = r"step-\d{6,}"
 _AGENT = re.compile(r"agent-\d+")
 
 
@@ -135,7 +137,7 @@ def has_populations(folder: Path) -> bool:
 
 def prune_populations(folder: Path, keep_last: int, newest: Path) -> None:
     """Remove all checkpoints but the `keep_last` of the most steps; `newest` stays in any case."""
-    remove_discarded(folder)
+    remove_discarded(folder, STEP_FOLDER)
     steps = {}
     for path in _folders(folder):
         if not path.name.startswith(".") and path != newest:
@@ -176,6 +178,6 @@ def _read_state(path: Path) -> dict[str, Any]:
     agents = state["agents"]
     if not isinstance(agents, list) or not all(isinstance(name, str) and _AGENT.fullmatch(name) for name in agents):
         raise CheckpointError(f"{path}: {STATE} names no folders of agents: {agents!r}")
-    if isinstance(state["step"], bool) or not isinstance(state["step"], int):
+    if isinstance(state["step"], bool) or not isinstance(state["step"], int) or state["step"] < 0:
         raise CheckpointError(f"{path}: {STATE} has no number of steps: {state['step']!r}")
     return state

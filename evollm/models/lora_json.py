@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from peft import LoraConfig
 from evollm.errors import ConfigurationError
 
 _TYPE = "LORA"
+_LONGEST_PATTERN, _MOST_REPEATS = 1000, 3
 
 
 def _is_number(value: object) -> bool:
@@ -44,7 +46,15 @@ def _either(*kinds: Callable[[object], bool]) -> Callable[[object], bool]:
 
 
 def _by_name(kind: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, Mapping) and all(map(_is_text, value)) and all(map(kind, value.values()))
+    return lambda value: isinstance(value, Mapping) and all(map(_is_pattern, value)) and all(map(kind, value.values()))
+
+
+def _is_pattern(value: object) -> bool:
+    """Whether it is a name, or a pattern that is matched in no time: repeated groups and many repeats take forever."""
+    if not isinstance(value, str):
+        return False
+    repeats = re.findall(r"(?<!\\)[*+{]", value)
+    return len(value) <= _LONGEST_PATTERN and len(repeats) <= _MOST_REPEATS and not re.search(r"\)[*+{]", value)
 
 
 # The fields that are read, and what each may hold besides null.
@@ -52,11 +62,11 @@ _FIELDS: dict[str, Callable[[object], bool]] = {
     "r": _is_whole,
     "lora_alpha": _is_number,
     "lora_dropout": _is_number,
-    "target_modules": _either(_is_text, _list_of(_is_text)),
-    "exclude_modules": _either(_is_text, _list_of(_is_text)),
+    "target_modules": _either(_is_pattern, _list_of(_is_text)),
+    "exclude_modules": _either(_is_pattern, _list_of(_is_text)),
     "target_parameters": _list_of(_is_text),
     "layers_to_transform": _either(_is_whole, _list_of(_is_whole)),
-    "layers_pattern": _either(_is_text, _list_of(_is_text)),
+    "layers_pattern": _either(_is_pattern, _list_of(_is_pattern)),
     "rank_pattern": _by_name(_is_whole),
     "alpha_pattern": _by_name(_is_number),
     "fan_in_fan_out": _is_bool,
@@ -73,6 +83,7 @@ _FIELDS: dict[str, Callable[[object], bool]] = {
     "base_model_name_or_path": _is_text,
     "revision": _is_text,
 }
+_PATTERNS = frozenset({"target_modules", "exclude_modules", "layers_pattern"})
 # What PEFT notes beside them and nothing here depends on.
 _NOTES = frozenset({"peft_type", "peft_version", "auto_mapping", "runtime_config"})
 
@@ -88,6 +99,11 @@ def check_readable(config: LoraConfig) -> None:
         value = getattr(config, field.name)
         if field.name not in {*_FIELDS, *_NOTES} and value and value != getattr(default, field.name, None):
             raise ConfigurationError(f"lora_config.{field.name}", value, "does not work on a shared base: leave it out")
+        patterns = value if isinstance(value, Mapping) else [value] if field.name in _PATTERNS else ()
+        for pattern in patterns:
+            if isinstance(pattern, str) and not _is_pattern(pattern):
+                fix = "has more than three repeats, or repeats a group: name the modules, or write a simpler pattern"
+                raise ConfigurationError(f"lora_config.{field.name}", pattern, fix)
 
 
 def lora_config_from(data: object) -> LoraConfig:
@@ -106,7 +122,10 @@ def lora_config_from(data: object) -> LoraConfig:
         if name not in _FIELDS and value and value != defaults.get(name):
             raise ConfigurationError(f"lora_config.{name}", value, "is not read from a checkpoint")
         if name in _FIELDS and value is not None and not _FIELDS[name](value):
-            raise ConfigurationError(f"lora_config.{name}", value, "is of another type than this field has")
+            fix = (
+                "is of another type than this field has, or a pattern with more than three repeats or a repeated group"
+            )
+            raise ConfigurationError(f"lora_config.{name}", value, fix)
     known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
     return LoraConfig(**{name: value for name, value in fields.items() if name in _FIELDS and name in known})
 

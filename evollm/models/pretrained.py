@@ -68,6 +68,8 @@ def reloadable(model_config: Mapping[str, Any]) -> dict[str, Any]:
     password (`token`).
     """
     kept: dict[str, Any] = {}
+    if not isinstance(model_config, Mapping):
+        return kept
     for name in _RELOADABLE & model_config.keys():
         value = _plain(model_config[name])
         if isinstance(value, str) and (name != "attn_implementation" or value in _ATTENTION):

@@ -119,7 +119,7 @@ class ReferenceCache:
                     entries.update(
                         (digest.tobytes(), tuple(columns)) for digest, columns in zip(digests, sums, strict=True)
                     )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read as reference log-probs: {error}") from error
 
     def __len__(self) -> int:

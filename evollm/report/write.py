@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from evollm.checks import usable_path
-from evollm.errors import ConfigurationError
+from evollm.errors import CheckpointError, ConfigurationError
 from evollm.own_files import check_can_be_made, inside, read_bytes, remove_leftovers, replace_bytes
 from evollm.report.page import render
 from evollm.report.read import read_run
-from evollm.report.style import SOFTWARE
+from evollm.report.record import RunRecord
+from evollm.report.style import SOFTWARE, Picture
 
 # What a page and a picture of a report are known by.
 _PAGE = f'<meta name="generator" content="{SOFTWARE}">'.encode()
@@ -46,7 +47,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None, pictures: 
     try:
         # Before anything is drawn, which takes some seconds.
         (inside(page.parent, folder.name) if pictures else page.parent).mkdir(parents=True, exist_ok=True)
-        html, drawn = render(record)
+        html, drawn = _rendered(record)
         images = {inside(folder, f"{picture.name}.png"): picture.png() for picture in drawn if pictures}
         for image in images:
             _check_ours(image, _PICTURE)
@@ -59,6 +60,13 @@ def write_report(run_dir: str | Path, path: str | Path | None = None, pictures: 
     except OSError as error:
         raise ConfigurationError("path", str(page), f"cannot be written: {error}") from error
     return page
+
+
+def _rendered(record: RunRecord) -> tuple[str, list[Picture]]:
+    try:
+        return render(record)
+    except (ArithmeticError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{record.path} holds numbers that cannot be drawn: {error}") from error
 
 
 def _check_ours(path: Path, mark: bytes) -> None:

@@ -48,6 +48,8 @@ def read_lineage(run_dir: Path) -> Lineage:
             if saved is not None:
                 later = [pair for pair in recorded.evolutions if pair[1].generation >= len(saved.evolutions)]
                 recorded = Lineage(saved.founders, [*saved.evolutions, *later])
+        if recorded.founders and _is_whole(recorded):
+            _check_descent(recorded)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{run_dir / LINEAGE} holds lines that are not of a run: {error!r}") from error
     if not recorded.founders:
@@ -62,6 +64,25 @@ def _lineage(founders: Sequence[Mapping[str, Any]], evolutions: Sequence[Mapping
         [Birth.from_dict(birth) for birth in founders],
         [(int(line["step"]), EvolutionPlan.from_dict(line)) for line in evolutions],
     )
+
+
+def _check_descent(lineage: Lineage) -> None:
+    """Refuse agents that descend from none of the generation before, or from themselves.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if any(birth.parent is not None for birth in lineage.founders):
+        raise ValueError("a founder has a parent")
+    known = present = {birth.index for birth in lineage.founders}
+    for _, plan in lineage.evolutions:
+        for birth in plan.births:
+            is_kept = birth.parent == birth.index and birth.index in present
+            is_new = birth.index not in known and (birth.parent is None or birth.parent in present)
+            if not (is_kept or is_new):
+                raise ValueError(f"agent {birth.index} cannot come from agent {birth.parent}")
+        present = {birth.index for birth in plan.births}
+        known = known | present
 
 
 def _is_whole(lineage: Lineage) -> bool:

@@ -220,13 +220,25 @@ class RunPaths:
             else usable_path("checkpoint_path", checkpoints),
             elite=inside(folder, ELITE) if elite is None else usable_path("elite_path", elite),
         )
-        if paths.elite.resolve() in (paths.run_dir.resolve(), paths.checkpoints.resolve()):
-            raise ConfigurationError("elite_path", str(paths.elite), "must be a folder of its own")
+        paths.check_apart()
         check_can_be_made("checkpoint_path", paths.checkpoints / CHECKPOINTS)
         check_replaceable("elite_path", paths.elite)
         if resume is None:
             paths.check_new()
         return paths
+
+    def check_apart(self) -> None:
+        """Refuse places of which one would be replaced with the other.
+
+        Raises:
+            ConfigurationError: The best agent's folder holds the run or its checkpoints, or lies among these, or the
+                checkpoints have no folder of their own.
+        """
+        elite, run_dir, checkpoints = (path.resolve() for path in (self.elite, self.run_dir, self.checkpoints))
+        if checkpoints == run_dir:
+            raise ConfigurationError("checkpoint_path", str(self.checkpoints), "must be a folder of its own")
+        if elite in (run_dir, *run_dir.parents, checkpoints, *checkpoints.parents) or checkpoints in elite.parents:
+            raise ConfigurationError("elite_path", str(self.elite), "must be a folder of its own")
 
     def check_new(self) -> None:
         """Refuse to begin a run where there is one, or among files of somebody else's.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -20,13 +21,17 @@ from evollm.checkpoints import (
     write_population,
 )
 from evollm.checkpoints.files import remove_unfinished
-from evollm.errors import ConfigurationError, DataError, DivergedError, EvoLLMError
+from evollm.checkpoints.run import STEP_FOLDER
+from evollm.errors import CheckpointError, ConfigurationError, DataError, DivergedError, EvoLLMError
 from evollm.hpo import AnyEvaluation, Birth, Evolver, Member, carry_out, is_finite, rank
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
 from evollm.models.engine import Engine
 from evollm.models.generation import greedy_answers
+from evollm.own_files import inside, read_bytes
 from evollm.processes import Processes
+from evollm.runs import read_lines
+from evollm.runs.folder import CONFIG, METRICS
 from evollm.training.callbacks import (
     BaselineScored,
     Callback,
@@ -141,14 +146,16 @@ class Run(Generic[A]):
         # The main process is the one that is told of damaged ones.
         processes = Processes.present()
         if processes.is_main and self.paths.checkpoints.is_dir():
-            remove_unfinished(self.paths.checkpoints)
+            remove_unfinished(self.paths.checkpoints, STEP_FOLDER)
         found = processes.from_main(str(newest_population(self.paths.checkpoints) or "") if processes.is_main else "")
         path = Path(found)
         if not found:
+            self._check_nothing_to_lose()
             warnings.warn(f"{self.paths.run_dir} holds no checkpoint: it starts anew", UserWarning, stacklevel=3)
             return
         saved = read_population(path)
-        check_same_run(saved.state.get("config", {}), self.config)
+        _check_state(saved, path, len(self.population))
+        check_same_run(saved.state["config"], self.config)
         progress = Progress.from_dict(saved.state, saved.tensors)
         if progress.step > self.schedule.total:
             fix = f"the checkpoint has {progress.step} steps already: give a larger num_epochs or max_steps"
@@ -165,6 +172,20 @@ class Run(Generic[A]):
         self.engine.load_state_dict(saved.state.get("engine"))
         self.base.reference_cache.update(saved.reference_logprobs)
         set_global_generators(saved.state["generators"])
+
+    def _check_nothing_to_lose(self) -> None:
+        """Refuse to begin a run anew that has ended, or that began with other settings.
+
+        Raises:
+            CheckpointError: Its records cannot be read.
+            ConfigurationError: It has ended, and its checkpoints are gone, or its settings were others.
+        """
+        folder = self.paths.run_dir
+        metrics = inside(folder, METRICS)
+        if any(line["kind"] == "end" for line in (read_lines(metrics) if metrics.exists() else ())):
+            fix = "the run has ended, and its checkpoints are gone: there is nothing to go on from; begin a new run"
+            raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
+        check_same_run(json.loads(read_bytes(inside(folder, CONFIG))), self.config)
 
     def _score_baseline(self) -> None:
         scores = self._final_scores(self.population[:1])
@@ -368,6 +389,18 @@ class Run(Generic[A]):
     def _tell(self, what: str, event: object) -> None:
         for callback in self.callbacks:
             getattr(callback, what)(event)
+
+
+def _check_state(saved: Population, path: Path, size: int) -> None:
+    """Refuse a checkpoint that lacks what a run goes on with.
+
+    Raises:
+        CheckpointError: Its state is of something else.
+    """
+    missing = {"config", "env", "evolver", "generators"} - saved.state.keys()
+    if missing or not isinstance(saved.state["config"], Mapping) or len(saved.agents) != size:
+        reason = f"lacks {sorted(missing)}" if missing else f"holds {len(saved.agents)} agents, and the run has {size}"
+        raise CheckpointError(f"{path} is no checkpoint of this run: it {reason}")
 
 
 def _founder(agent: SavableAgent) -> Birth:

@@ -151,7 +151,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps(config, default=str))
     return {
         section: {key: value for key, value in content.items() if key not in _MAY_CHANGE[section]}
-        if section in _MAY_CHANGE
+        if section in _MAY_CHANGE and isinstance(content, dict)
         else content
         for section, content in plain.items()
         if section not in _NOT_COMPARED

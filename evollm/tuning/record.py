@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,13 @@ _DEVICE_MAPS = ("auto", "cpu", "cuda")
 _ROWS = frozenset({"data", "test_data", "final_data"})
 _PASSWORDS = frozenset({"proxies", "token", "use_auth_token"})
 _ALGORITHMS = ("DPO", "SFT")
+# Of `config.json`, what is used here and by replays.
+_USED: tuple[tuple[str, str, type], ...] = (
+    *(("schedule", "total", int), ("schedule", "epoch", int)),
+    *(("data", "fingerprint", str), ("data", "position", dict), ("data", "batch_size", int)),
+    *(("options", "update_reference_each_epoch", bool), ("options", "save_elite", bool)),
+)
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?")
 # Where a run writes, besides its folder.
 _PLACES = {"checkpoint_path": CHECKPOINTS, "elite_path": ELITE}
 # Where it may write besides, and need not.
@@ -104,10 +112,16 @@ def read_record(run_dir: str | os.PathLike[str]) -> Record:
     try:
         config = _read_config(folder)
         lineage = read_lineage(folder)
-        metrics = read_lines(inside(folder, METRICS))
+        metrics = [line for line in read_lines(inside(folder, METRICS)) if _is_record(line)]
         return Record(folder, config, list(lineage.founders), list(lineage.evolutions), metrics)
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder} cannot be read as a run: {error!r}") from error
+
+
+def _is_record(line: Mapping[str, Any]) -> bool:
+    """Whether a record has what is used of it here."""
+    wanted = {"step": ("step", "agent"), "end": ("best",)}.get(line["kind"], ())
+    return all(isinstance(line.get(name), int) for name in wanted)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -122,6 +136,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name in ("schedule", "data", "options", "settings", "lora"):
         if not isinstance(config[name], dict):
             raise TypeError(f"{name} is something else")
+    for section, name, kind in _USED:
+        value = config[section][name]
+        if not isinstance(value, kind) or (isinstance(value, int) and kind is int and value < 1):
+            raise TypeError(f"{section}.{name} is {value!r}")
     return dict(config)
 
 
@@ -223,7 +241,8 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
     path = usable_path("run_dir", run_dir) / ASKED
     if not path.is_file():
         fix = (
-            "is no run that a command began; one that a script began goes on by the script, with "
+            "is no run that a command began. One that did not get to its first step is begun again by the command that "
+            "began it; one that a script began goes on by the script, with "
             f"finetune_llm_preference(..., resume_from_checkpoint=...), and a replay with evollm replay RUN --resume "
             f"FOLDER (it has no {ASKED})"
         )
@@ -233,6 +252,11 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
         settings, objects = dict(content["settings"]), frozenset(map(str, content["objects"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    for name in ("model", "tokenizer"):
+        if not isinstance(settings.get(name), str | None):
+            raise CheckpointError(f"{path} is damaged: {name} is {settings[name]!r}")
+    if not _DEVICE.fullmatch(str(settings.get("device") or "cpu")):
+        raise CheckpointError(f"{path} is damaged: device is {settings['device']!r}")
     if isinstance(settings.get("model_config"), Mapping):
         settings["model_config"] = _harmless(settings["model_config"])
     elsewhere = {name: str(settings[name]) for name in _PLACES if _leads_out(path.parent, settings.get(name))}
@@ -246,7 +270,10 @@ def _leads_out(run_dir: Path, place: object) -> bool:
     """Whether a place that a folder names is not a folder of its own below it."""
     if place is None:
         return False
-    return not isinstance(place, str) or run_dir.resolve() not in Path(expanded(place)).resolve().parents
+    try:
+        return not isinstance(place, str) or run_dir.resolve() not in Path(expanded(place)).resolve().parents
+    except (OSError, ValueError):  # no path at all
+        return True
 
 
 def place_of(run_dir: Path, asked: Asked, name: str) -> Path:

@@ -32,6 +32,8 @@ DEFAULTS: Settings = {"lr": 5e-5, "nll_alpha": 0.2, "max_grad_norm": 1.0}
 # Evolution moves a hyperparameter within this factor of its start value, unless there is an hp_config.
 SPREAD = 5.0
 GENERATIONS = 8
+# Far above what a search makes use of; more would only fill the memory.
+MOST_AGENTS = 4096
 NUM_EPOCHS = 2
 SEED = 42
 _AS_GIVEN = {"train_dataset": "data", "test_dataset": "test_data", "final_dataset": "final_data"}
@@ -61,6 +63,8 @@ class Request:
             fix = "must be a hub name, a folder, or a loaded language model of transformers without adapters"
             raise ConfigurationError("model", self.model, fix)
         whole_number("population", self.population, 1)
+        if self.population > MOST_AGENTS:
+            raise ConfigurationError("population", self.population, f"must be at most {MOST_AGENTS}")
         optional_whole_number("generations", self.generations, 2)
         if self.start_from is not None and not isinstance(self.start_from, str | os.PathLike):
             raise ConfigurationError("start_from", self.start_from, "must be the folder of an agent, such as RUN/elite")
