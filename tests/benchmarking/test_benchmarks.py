@@ -68,3 +68,14 @@ def test_gradients_through_4_bit_bases_are_those_of_their_dequantised_weights() 
     for kind in ("nf4", "nf4-double", "fp4", "int8, inputs kept"):
         assert max(found[kind, path] for path in ("fast", "plain")) < 1e-5, kind
     assert max(found["int8", path] for path in ("fast", "plain")) < 0.1
+
+
+def test_ddp_parity_compares_two_processes_with_one(model_folder, tmp_path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(32)))
+    sizes = ["--lrs", 1e-3, "--steps", 4, "--population", 2]
+    *_, line = run("ddp_parity.py", "--model", model_folder, "--pairs", pairs, *sizes).splitlines()
+    lr, largest, of_learnt, lineage, *_ = line.split()
+    assert (float(lr), lineage) == (1e-3, "equal")
+    assert float(largest) < 1e-4
+    assert float(of_learnt) < 1e-3
