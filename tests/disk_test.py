@@ -86,9 +86,9 @@ class Trials:
             self.faults.append(f"{what}: {fault}")
 
 
-def fail_every(trials: Trials, folder: Path, every: int) -> None:
+def fail_every(trials: Trials, folder: Path, start: int, every: int) -> None:
     """Each operation once, and from each on for good."""
-    for number in range(0, trials.total, every):
+    for number in range(start, trials.total, every):
         for mode, last in (("once", None), ("for good", -1)):
             run = folder / f"{mode}-{number}" / "run"
             trials.judge(run, f"operation {number} {mode}", trials.run(run, number, last))
@@ -112,6 +112,7 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="try every n-th operation")
+    parser.add_argument("--start", type=int, default=0, help="begin with this operation")
     parser.add_argument("--tmpfs", type=int, nargs="+", metavar="KIB", help="sizes of file systems")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -119,7 +120,7 @@ def main() -> None:
         if options.tmpfs:
             fill(trials, Path(name), options.tmpfs)
         else:
-            fail_every(trials, Path(name), options.every)
+            fail_every(trials, Path(name), options.start, options.every)
     ends = ", ".join(f"{count} {end}" for end, count in trials.ends.most_common())
     print(f"{trials.total} operations in a whole run; {trials.ends.total()} runs without room: {ends}")
     print(f"{len(trials.faults)} of them went wrong", *trials.faults, sep="\n")
