@@ -67,11 +67,11 @@ def template(tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy to spoil; nothing beside the run may change, and nothing may wait forever."""
-    shutil.copytree(template, tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
+    shutil.copytree(template, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
     before = _state(Path("precious"))
     signal.alarm(120)
-    yield tmp_path / "work"
+    yield tmp_path / "copy"
     signal.alarm(0)
     assert _state(Path("precious")) == before
     assert not Path("ran").exists()
@@ -224,7 +224,7 @@ def _remove(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["elite_path", "checkpoint_path"])
-@pytest.mark.parametrize("to", ["precious/agent", "../work/precious/agent", "ABSOLUTE", "run/../precious/agent", ["x"]])
+@pytest.mark.parametrize("to", ["precious/agent", "../copy/precious/agent", "ABSOLUTE", "run/../precious/agent", ["x"]])
 def test_a_place_outside_the_folder_is_the_users_to_give(folder, quick, capsys, name: str, to: Any) -> None:
     where = str(folder / "precious/agent") if to == "ABSOLUTE" else to
     edit(Path("run/tune.json"), lambda asked: asked["settings"].update({name: where}))
