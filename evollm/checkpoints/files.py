@@ -127,7 +127,8 @@ def _staging(path: Path) -> Iterator[Path]:
                     _remove(leftover)
             yield staging
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if staging.exists():
+                _discard(staging, path.name)
 
 
 @contextmanager
@@ -253,7 +254,18 @@ def remove_unfinished(folder: Path, name: str) -> None:
         if (path.name.endswith(".new") and _is_staging(path)) or (
             path.name.endswith(".old") and written.exists() and _is_ours(path)
         ):
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path, written.name)
+
+
+def _discard(path: Path, name: str) -> None:
+    """Remove a folder as `remove_folder` does, as far as it can be removed.
+
+    Renamed first: of a folder that is removed in part, nothing else would tell whose it is.
+    """
+    try:
+        remove_folder(path, name)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_discarded(folder: Path, name: str) -> None:
@@ -284,9 +296,7 @@ def _swap(staging: Path, path: Path) -> None:
         raise
     _flush(path.parent)
     if retired.exists():
-        # Whoever replaces the folder next tries again.
-        with suppress(OSError):
-            remove_folder(retired, path.name)
+        _discard(retired, path.name)
 
 
 def _staged(path: Path) -> Path:
