@@ -76,6 +76,7 @@ class RecordFiles:
         self._folder = folder
         self._lines: dict[str, bytes] = {}
         self._files: dict[str, bytes] = {}
+        # Appended to since the last flush.
         self._written: set[str] = set()
         self._warned = False
 
@@ -127,7 +128,9 @@ class RecordFiles:
                 try:
                     write(inside(self._folder, name), waiting[name])
                     del waiting[name]
-                    self._written.add(name)
+                    if waiting is self._lines:
+                        # A file that is replaced is on disk already.
+                        self._written.add(name)
                 except OSError as error:
                     failure = error
         if failure is None:
