@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from evollm import DPO
 from evollm.data.batch import PreferenceBatch
 from evollm.models.engine import Engine, PassOptions
+from evollm.models.fast_paths import FastPaths
 from evollm.models.logprobs import PairLogprobs
-from evollm.models.probe import FastPaths
 from evollm.models.quantised import quantised_layers
 
 BOUND = 1e-3

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from evollm.data.batch import IntArray, PreferenceBatch
 from evollm.errors import ConfigurationError
 from evollm.models.head import token_logprobs
-from evollm.models.logprobs import PairLogprobs, linear_head, shorter_lengths, target_logprobs
+from evollm.models.logprobs import PairLogprobs, linear_head, shorter_lengths, sums_by_pair, target_logprobs
 
 
 def is_encoder_decoder(config: Any) -> bool:
@@ -154,6 +154,21 @@ def encoder_decoder_logprobs(
         first = [part[:, :length].sum(dim=1) for part, length in zip(parts, pairs.shorter, strict=True)]
         columns += _by_pair(torch.stack(first, dim=1), pairs)
     return [PairLogprobs.of(member) for member in zip(*columns, strict=True)]
+
+
+def lone_encoder_decoder_logprobs(
+    network: Any, batch: PreferenceBatch, device: torch.device, *, up_to_shorter: bool = False
+) -> PairLogprobs:
+    """The same, each side in a pass of its own in which the network gets nothing but its token ids.
+
+    The network itself makes the decoder's inputs of the side: see `evollm.models.logprobs.lone_logprobs`.
+    """
+
+    def token_sums(prompt: IntArray, side: IntArray) -> Tensor:
+        ids, labels = (torch.from_numpy(part)[None].to(device) for part in (prompt, side))
+        return target_logprobs(network(input_ids=ids, labels=labels, use_cache=False).logits, labels)[0]
+
+    return sums_by_pair(batch, token_sums, up_to_shorter=up_to_shorter)
 
 
 def _by_pair(sums: Tensor, pairs: EncodedPairs) -> list[Tensor]:

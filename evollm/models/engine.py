@@ -19,15 +19,17 @@ from evollm.models.budget import count_saved_bytes, default_budget
 from evollm.models.encoder_decoder import (
     EncodedPairs,
     encoder_decoder_logprobs,
+    lone_encoder_decoder_logprobs,
     longest_side,
     padded_lengths,
     start_token,
 )
+from evollm.models.fast_paths import FastPaths
 from evollm.models.grouping import balanced_groups, padded_groups
 from evollm.models.layers import FanOut
-from evollm.models.logprobs import PairLogprobs, completion_logprobs, packed_logprobs
+from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logprobs, packed_logprobs
 from evollm.models.packing import PackedPairs
-from evollm.models.probe import FastPaths, probe, probed_length
+from evollm.models.probe import probe, probed_length
 from evollm.models.shared_base import SharedBase
 from evollm.processes import Processes
 
@@ -160,6 +162,9 @@ class Engine:
             paths = replace(paths, shared_prompt=False)
         if loss is not None and (self.base.is_encoder_decoder or not paths.shared_prompt):
             self._check_own_attention()
+        if paths.goes_alone(options.explicit_positions):
+            # Processes that share the base's layers need passes of equally many sequences.
+            options = replace(options, max_pairs=1)
         budget = options.token_budget or self._default_budget(batch, members, options, paths, training=loss is not None)
         processes = Processes.present()
         if processes.size == 1:
@@ -368,6 +373,10 @@ class _FewPairs:
         with ExitStack() as stack:
             network = stack.enter_context(base.active(names[0], gradient_checkpointing=options.gradient_checkpointing))
             stack.enter_context(base.router.route(routes or None))
+            if paths.goes_alone(options.explicit_positions):
+                lone = lone_logprobs if self._sides is None else lone_encoder_decoder_logprobs
+                yield [lone(network, self._batch, base.device, up_to_shorter=options.up_to_shorter)]
+                return
             if self._sides is not None:
                 yield encoder_decoder_logprobs(network, self._sides, len(names), **wanted)
                 return
@@ -377,7 +386,7 @@ class _FewPairs:
                         network,
                         self._batch,
                         base.device,
-                        explicit_positions=options.explicit_positions,
+                        explicit_positions=options.explicit_positions and paths.explicit_positions,
                         **wanted,
                     )
                 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,41 @@ def completion_logprobs(
     lengths = [*shorter, *shorter[layout.rejected_rows]]
     first = [part[:length] for part, length in zip(found.split(sizes), lengths, strict=True)]
     return by_pair(sums, by_pair(torch.stack([part.sum() for part in first])))
+
+
+def lone_logprobs(
+    network: nn.Module, batch: PreferenceBatch, device: torch.device, *, up_to_shorter: bool = False
+) -> PairLogprobs:
+    """The same, each sequence in a pass of its own in which the network gets nothing but its token ids.
+
+    What the network makes of a sequence when nobody tells it more: the yardstick for every other layout.
+    """
+
+    def token_sums(prompt: IntArray, side: IntArray) -> Tensor:
+        inputs = {"input_ids": torch.from_numpy(np.concatenate([prompt, side]))[None].to(device), "use_cache": False}
+        columns = torch.arange(len(prompt) - 1, len(prompt) + len(side) - 1, device=device)
+        return target_logprobs(_logits(network, inputs, columns), torch.from_numpy(side)[None].to(device))[0]
+
+    return sums_by_pair(batch, token_sums, up_to_shorter=up_to_shorter)
+
+
+def sums_by_pair(
+    batch: PreferenceBatch,
+    token_sums: Callable[[IntArray, IntArray], Tensor],
+    *,
+    up_to_shorter: bool,
+) -> PairLogprobs:
+    """The sums of B pairs from a function that gives (side,) log-probs of a prompt's and a side's tokens."""
+    found = []
+    for row in range(len(batch)):
+        pair = batch.pair(row)
+        chosen = token_sums(pair.prompt_ids, pair.chosen_ids)
+        has_rejected = len(pair.rejected_ids) > 0
+        rejected = token_sums(pair.prompt_ids, pair.rejected_ids) if has_rejected else chosen.new_zeros(0)
+        shorter = min(len(chosen), len(rejected))
+        ends = (None, shorter) if up_to_shorter else (None,)
+        found.append([side[:end].sum() for end in ends for side in (chosen, rejected)])
+    return PairLogprobs.of([torch.stack(column) for column in zip(*found, strict=True)])
 
 
 def shorter_lengths(batch: PreferenceBatch) -> IntArray:

@@ -1,10 +1,10 @@
-"""Does a fast path give the plain path's log-probs? Tried on random tokens and adapters, not looked up by name."""
+"""Does a layout give the model's own log-probs? Tried on random tokens and adapters, not looked up by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -14,72 +14,32 @@ from torch import Tensor
 
 from evollm.data.batch import IntArray, PreferenceBatch, TokenizedPair
 from evollm.models.attention import PairLayout
-from evollm.models.encoder_decoder import EncodedPairs, encoder_decoder_logprobs, start_token
+from evollm.models.encoder_decoder import (
+    EncodedPairs,
+    encoder_decoder_logprobs,
+    lone_encoder_decoder_logprobs,
+    start_token,
+)
+from evollm.models.fast_paths import FastPaths
 from evollm.models.layers import FanOut
-from evollm.models.logprobs import PairLogprobs, completion_logprobs, packed_logprobs
+from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logprobs, packed_logprobs
 from evollm.models.packing import PackedPairs
+from evollm.models.rounding import rounded_otherwise
 from evollm.models.shared_base import SharedBase
 
-# Largest difference of a token's log-prob, in nats, that rounding explains. Parts of many models compute in float32
-# whatever the model's own dtype is.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Tokens of the prompt and of each side.
+_SHORT_PAIRS = ((4, 8, 8), (9, 5, 7), (2, 6, 4))
 _COMPLETION = 8
 _SHORTEST = 64
 # Added to the adapters' weights until they change the log-probs.
 _NOISE = 0.02
 _ATTEMPTS = 8
+# Roundings that are tried for the floor.
+_ROUNDINGS = 2
+# A path may be off by so many times the rounding floor; wrong adapters are off by so many times that.
+BOUND = 3
+_APART = 3
 _EMBEDDINGS_AT_ONCE = 4096
-
-
-@dataclass(frozen=True)
-class FastPaths:
-    """What the base and a LoRA configuration have been seen to compute rightly.
-
-    Attributes:
-        shared_prompt: Packed pairs, the prompt once.
-        tiled_head: The head applied to the hidden states of completion tokens alone.
-        stacking: Several members in one pass.
-        longest: Longest sequence that this was tried with, in tokens.
-        reasons: Why a path is not taken, for the user.
-    """
-
-    shared_prompt: bool = True
-    tiled_head: bool = True
-    stacking: bool = True
-    longest: int = 0
-    reasons: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
-        return {**asdict(self), "reasons": list(self.reasons)}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> FastPaths:
-        """Read what `to_dict` gave.
-
-        Raises:
-            ValueError: It is something else.
-        """
-        names = {part.name for part in fields(cls)}
-        if not isinstance(data, Mapping) or data.keys() != names:
-            raise ValueError(f"fast paths have {sorted(names)}, not {data!r}")
-        taken = [data[name] for name in ("shared_prompt", "tiled_head", "stacking")]
-        reasons = data["reasons"]
-        if not all(isinstance(value, bool) for value in taken) or type(data["longest"]) is not int:
-            raise ValueError(f"{data!r} are not fast paths")
-        if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
-            raise ValueError(f"{reasons!r} are not reasons")
-        return cls(**{**data, "reasons": tuple(reasons)})
-
-    def __and__(self, other: FastPaths) -> FastPaths:
-        """The paths that both take."""
-        return FastPaths(
-            shared_prompt=self.shared_prompt and other.shared_prompt,
-            tiled_head=self.tiled_head and other.tiled_head,
-            stacking=self.stacking and other.stacking,
-            longest=min(self.longest, other.longest),
-            reasons=self.reasons + other.reasons,
-        )
 
 
 def probed_length(base: SharedBase, length: int) -> int:
@@ -92,45 +52,80 @@ def probed_length(base: SharedBase, length: int) -> int:
 
 @torch.no_grad()
 def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
-    """Compare each fast path with the plain one, on a pair of `longest` tokens and a short one.
+    """Compare each layout with the model's own forward pass, on a pair of `longest` tokens and some short ones.
 
-    The long pair reaches past any attention window that pairs of this length reach past, the short one gives away a
-    rejected side that sees its chosen side or another pair. Two adapters with random weights, freed afterwards, give
-    away rows that go through the wrong one.
+    That pass gets a sequence's token ids and nothing else. The long pair reaches past any attention window that pairs
+    of this length reach past, the short ones give away a rejected side that sees its chosen side or another pair. Two
+    adapters with random weights, freed afterwards, give away rows that go through the wrong one. What differs by no
+    more than rounding may explain is right: see `evollm.models.rounding`.
 
     Args:
         base: The base.
         config: Configuration of the members' adapters.
         longest: Tokens of the longest sequence to vouch for; see `probed_length`.
     """
-    long, short = (PreferenceBatch.from_pairs([pair]) for pair in _random_pairs(_usual_ids(base), longest))
-    both = PreferenceBatch.from_pairs([long.pair(0), short.pair(0)])
-    trial = _Trial(bound=_TOLERANCE.get(base.network.dtype, max(_TOLERANCE.values())) * _COMPLETION)
-    with _random_adapters(base, config) as members:
-        plain = _log_probs_apart(base, members, short, apart=2 * trial.bound)
-        if plain is None:
-            reason = "no fast path is taken (adapters with random weights hardly change its log-probs)"
-            return FastPaths(False, False, False, longest, (reason,))
+    pairs = random_pairs(base, longest)
+    every, uneven, short = (PreferenceBatch.from_pairs(part) for part in (pairs, pairs[:2], pairs[1:]))
+    with random_adapters(base, config) as members:
+        floor, apart = make_differ(base, members, short)
+        own = _own(base, members[0], every)
+        floors = torch.full((len(own),), floor)
+        floors[0] = max(floor, _floor_of_long(base, members[0], pairs[0], own[0, 0]))
+        bounds = BOUND * floors
+        trial = _Trial()
+        explicit, implicit, reasons = _padded_batches(base, members[0], short, own[1:], bounds[1:])
         tiled = trial.agrees(
-            "all logits are computed at once", lambda: _plain(base, members[0], short, tiled_head=True), plain[0]
+            "all logits are computed at once",
+            lambda: _padded(base, members[0], short, explicit_positions=explicit, tiled_head=True),
+            own[1:],
+            bounds[1:],
         )
-        expected = torch.cat([_plain(base, members[0], long), plain[0]])
         shared = trial.agrees(
             "chosen and rejected side do not share their prompt",
-            lambda: _shared(base, members[:1], both, tiled_head=tiled)[0],
-            expected,
+            lambda: packed_sums(base, members[:1], every, tiled_head=tiled)[0],
+            own,
+            bounds,
         )
+        if not shared:
+            # Now padded batches will be used, whose rows may have very different lengths.
+            explicit, implicit, reasons = _padded_batches(base, members[0], uneven, own[:2], bounds[:2])
+            trial.reasons += reasons
         stacking = False
         if not base.router.can_route(base.network, members):
             trial.reasons.append("members go one by one (its adapters are not plain LoRA on linear layers)")
+        elif apart <= _APART * BOUND * floor:
+            trial.reasons.append("members go one by one (adapters with random weights hardly change its log-probs)")
         elif shared:
             # The second pass enters where the members part, with what the first one left there.
             stacking = trial.agrees(
                 "members go one by one",
-                lambda: torch.cat(_shared(base, members, short, tiled_head=tiled, routed=True, passes=2)),
-                torch.cat(plain),
+                lambda: torch.cat(packed_sums(base, members, short, tiled_head=tiled, routed=True, passes=2)),
+                torch.cat([own[1:], _own(base, members[1], short)]),
+                bounds[1:].repeat(2),
             )
-    return FastPaths(shared, tiled, stacking, longest, tuple(trial.reasons))
+    return FastPaths(shared, tiled, stacking, longest, tuple(trial.reasons), explicit, implicit, floor)
+
+
+def _padded_batches(
+    base: SharedBase, member: str, batch: PreferenceBatch, expected: Tensor, bounds: Tensor
+) -> tuple[bool, bool, list[str]]:
+    """Whether padded batches are right with position ids and without, and what that means where they are not."""
+    with_ids, without = _Trial(), _Trial()
+    explicit = with_ids.agrees(
+        "position ids are not passed to it",
+        lambda: _padded(base, member, batch, explicit_positions=True),
+        expected,
+        bounds,
+    )
+    implicit = without.agrees(
+        "each sequence goes through it by itself",
+        lambda: _padded(base, member, batch, explicit_positions=False),
+        expected,
+        bounds,
+    )
+    if explicit:
+        return explicit, implicit, []
+    return explicit, implicit, with_ids.reasons if implicit else without.reasons
 
 
 @dataclass
@@ -138,50 +133,88 @@ class _Trial:
     """Compares log-probs, and notes why a path is not taken.
 
     Attributes:
-        bound: Largest difference of a completion's log-prob, in nats.
         reasons: One for each path that failed.
     """
 
-    bound: float
     reasons: list[str] = field(default_factory=list)
 
-    def agrees(self, otherwise: str, compute: Callable[[], Tensor], expected: Tensor) -> bool:
-        """Whether the log-probs are the expected ones; `otherwise` says what happens if not."""
+    def agrees(self, otherwise: str, compute: Callable[[], Tensor], expected: Tensor, bounds: Tensor) -> bool:
+        """Whether the (B, 2) log-probs are the expected ones, within B bounds; `otherwise` says what happens if not."""
         try:
-            gap = float((compute() - expected).abs().max())
+            gaps = differences(compute() - expected).cpu()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model does with inputs that it was not written for
             self.reasons.append(f"{otherwise} ({type(error).__name__}: {error})")
             return False
-        if gap <= self.bound:
+        if (gaps <= bounds).all():
             return True
-        self.reasons.append(f"{otherwise} (log-probs would be off by {gap:.2g})")
+        worst = int((gaps / bounds).nan_to_num(nan=float("inf")).argmax())
+        reason = f"log-probs would be off by {gaps[worst]:.2g}, rounding explains {bounds[worst]:.2g}"
+        self.reasons.append(f"{otherwise} ({reason})")
         return False
 
 
-def _log_probs_apart(
-    base: SharedBase, members: Sequence[str], batch: PreferenceBatch, apart: float
-) -> list[Tensor] | None:
-    """(1, 2) by the plain path for each member, after so much noise on their weights that they differ."""
+def differences(found: Tensor) -> Tensor:
+    """The root mean square of each pair's differences, (B, N) -> (B,)."""
+    return found.pow(2).mean(dim=1).sqrt()
+
+
+def make_differ(base: SharedBase, members: Sequence[str], batch: PreferenceBatch) -> tuple[float, float]:
+    """Add noise to the members' weights until their log-probs differ by more than rounding could.
+
+    Returns:
+        The rounding floor, in nats, and how far the members are apart.
+    """
+    found = []
     for attempt in range(_ATTEMPTS):
         _add_noise(base, members, _NOISE * 2**attempt)
-        plain = [_plain(base, member, batch) for member in members]
-        if (plain[0] - plain[1]).abs().max() > apart:
-            return plain
-    return None
+        plain = [_padded(base, member, batch) for member in members]
+        moved = []
+        for seed in range(_ROUNDINGS):
+            with rounded_otherwise(base, members, seed):
+                moved += [_padded(base, member, batch) - before for member, before in zip(members, plain, strict=True)]
+        # A log-prob that does not move at all is still rounded once.
+        least = torch.finfo(torch.float32).eps * float(torch.cat(plain).abs().max())
+        floor = max(least, float(differences(torch.cat(moved, dim=1)).max()))
+        apart = float(differences(plain[0] - plain[1]).max())
+        found.append((floor, apart))
+        if apart > _APART * BOUND * floor:
+            return floor, apart
+    # More noise did not help, and makes rounding count for more.
+    _add_noise(base, members, -_NOISE * (2**_ATTEMPTS - 2))
+    return found[0]
 
 
-def _plain(base: SharedBase, adapter: str, batch: PreferenceBatch, *, tiled_head: bool = False) -> Tensor:
+def _floor_of_long(base: SharedBase, member: str, pair: TokenizedPair, expected: Tensor) -> float:
+    """The rounding floor of a long sequence, prompt and chosen side, whose log-prob is expected to be that."""
+    alone = PreferenceBatch.from_pairs([replace(pair, rejected_ids=pair.rejected_ids[:0])])
+    with rounded_otherwise(base, [member], seed=0):
+        return float((_own(base, member, alone)[0, 0] - expected).abs())
+
+
+def _own(base: SharedBase, adapter: str, batch: PreferenceBatch) -> Tensor:
+    """(B, 2) by the model's own forward pass, one sequence at a time, with its token ids and nothing else."""
+    with base.active(adapter) as network:
+        lone = lone_encoder_decoder_logprobs if base.is_encoder_decoder else lone_logprobs
+        return _sums(lone(network, batch, base.device))
+
+
+def _padded(
+    base: SharedBase, adapter: str, batch: PreferenceBatch, *, explicit_positions: bool = True, tiled_head: bool = False
+) -> Tensor:
     """(B, 2) by the plain layout and PEFT's own forward pass."""
     with base.active(adapter) as network:
         if base.is_encoder_decoder:
             pairs = EncodedPairs.of(batch, base.device, start_token(network), shared_prompt=False)
             return _sums(encoder_decoder_logprobs(network, pairs, tiled_head=tiled_head)[0])
-        return _sums(completion_logprobs(network, batch, base.device, tiled_head=tiled_head))
+        found = completion_logprobs(
+            network, batch, base.device, explicit_positions=explicit_positions, tiled_head=tiled_head
+        )
+        return _sums(found)
 
 
-def _shared(
+def packed_sums(
     base: SharedBase,
     members: tuple[str, ...],
     batch: PreferenceBatch,
@@ -221,29 +254,36 @@ def _sums(found: PairLogprobs) -> Tensor:
 
 
 def _usual_ids(base: SharedBase) -> IntArray:
-    """The token ids whose embeddings are finite, all ids if there is none: from NaN no path could be told right."""
+    """The token ids whose embeddings are finite, all ids if there is none: from NaN no path could be told right.
+
+    Padding is left out, whose embedding a model may take for no token.
+    """
     weight = cast(Any, base.network).get_input_embeddings().weight
     # In blocks, since a type that can be summed may be wider.
     finite = torch.cat([torch.isfinite(block.float().sum(dim=1)).cpu() for block in weight.split(_EMBEDDINGS_AT_ONCE)])
-    return (finite if finite.any() else ~finite).nonzero().flatten().numpy()
+    usual: IntArray = (finite if finite.any() else ~finite).nonzero().flatten().numpy()
+    padding = getattr(base.network.config, "pad_token_id", None)
+    return usual if padding is None else np.setdiff1d(usual, [padding])
 
 
-def _random_pairs(ids: IntArray, longest: int) -> tuple[TokenizedPair, TokenizedPair]:
-    """A pair whose sequences are `longest` tokens long, and one with a prompt of a few tokens."""
-    rng = np.random.default_rng(0)
+def random_pairs(base: SharedBase, longest: int) -> list[TokenizedPair]:
+    """A pair whose sequences are `longest` tokens long, and some with few tokens; sides end as a completion does."""
+    rng, ids = np.random.default_rng(0), _usual_ids(base)
+    end = getattr(base.network.config, "eos_token_id", None)
+    last = np.array([end] if end in ids else ids[:1])
 
-    def tokens(count: int) -> IntArray:
-        return ids[rng.integers(len(ids), size=count)]
+    def side(count: int) -> IntArray:
+        return np.concatenate([ids[rng.integers(len(ids), size=count - 1)], last])
 
-    pairs = (
-        TokenizedPair(tokens(size), tokens(_COMPLETION), tokens(_COMPLETION)) for size in (longest - _COMPLETION, 4)
-    )
-    long, short = pairs
-    return long, short
+    sizes = [(longest - _COMPLETION, _COMPLETION, _COMPLETION), *_SHORT_PAIRS]
+    return [
+        TokenizedPair(ids[rng.integers(len(ids), size=prompt)], side(chosen), side(rejected))
+        for prompt, chosen, rejected in sizes
+    ]
 
 
 @contextmanager
-def _random_adapters(base: SharedBase, config: LoraConfig) -> Iterator[tuple[str, str]]:
+def random_adapters(base: SharedBase, config: LoraConfig) -> Iterator[tuple[str, str]]:
     """Two frozen adapters, for as long as the block lasts."""
     names: list[str] = []
     with base.active(base.active_adapter):

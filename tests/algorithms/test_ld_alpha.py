@@ -22,8 +22,8 @@ from evollm.algorithms.step import Linearised
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models import ReferenceCache
 from evollm.models.engine import Engine, PassOptions
+from evollm.models.fast_paths import FastPaths
 from evollm.models.logprobs import PairLogprobs
-from evollm.models.probe import FastPaths
 
 SHAPES = [(9, 5, 3), (3, 1, 12), (14, 7, 7)]
 

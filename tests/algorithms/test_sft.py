@@ -17,7 +17,7 @@ from evollm import DPO, SFT, ConfigurationError, DivergedError, HyperparameterCo
 from evollm.algorithms.sft_step import learn_together
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models.engine import Engine
-from evollm.models.probe import FastPaths
+from evollm.models.fast_paths import FastPaths
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 SHAPES = [(9, 5), (3, 12), (14, 1), (1, 2), (6, 11)]

@@ -79,3 +79,10 @@ def test_ddp_parity_compares_two_processes_with_one(model_folder, tmp_path) -> N
     assert (float(lr), lineage) == (1e-3, "equal")
     assert float(largest) < 1e-4
     assert float(of_learnt) < 1e-3
+
+
+def test_rounding_shows_the_floor_and_what_swapped_adapters_would_do(model_folder) -> None:
+    line = run("rounding.py", "--model", model_folder, "--dtypes", "bfloat16", "--lengths", 60).splitlines()[-1].split()
+    floor, bound, swapped = (float(value) for value in line[2:5])
+    assert 0 < floor < bound < swapped
+    assert line[5:] == ["shared_prompt,", "tiled_head,", "stacking"]
