@@ -7,6 +7,7 @@ name. That it does is not taken for granted: see `evollm.models.probe`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,11 +18,17 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from evollm.models.flash import SequenceBounds, causal_mask, flash_attention, kernel_head_size, why_not_flash
 from evollm.models.packing import PairLengths
 
 PAIR_ATTENTION = "evollm_pairs"
 # Arguments that change the scores unless they are None. The probe finds what this list does not know.
 _CHANGES_SCORES = ("s_aux", "position_bias", "head_mask")
+SLOW_WITHOUT_FLASH = ("cuda",)
+# In words, for the user.
+FLASH = "torch's flash kernel, all sequences in one call"
+ONE_BY_ONE = "scaled_dot_product_attention, one sequence after the other"
+SOFT_CAPPED = "products with a soft cap, one sequence after the other"
 
 
 class UnsupportedAttentionError(RuntimeError):
@@ -29,10 +36,16 @@ class UnsupportedAttentionError(RuntimeError):
 
 
 class PairLayout:
-    """Where the pairs of a packed row begin and end, and the masks that follow, made once for all layers."""
+    """Where the pairs of a packed row begin and end, and the masks that follow, made once for all layers.
+
+    Attributes:
+        lengths: Tokens of the pairs' parts.
+        kinds: What the layers' attention has been computed by so far, in words.
+    """
 
     def __init__(self, lengths: tuple[PairLengths, ...], device: torch.device) -> None:
         self.lengths = lengths
+        self.kinds: set[str] = set()
         self._device = device
         self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
         self._varlen: _VarlenIndices | None = None
@@ -44,9 +57,7 @@ class PairLayout:
             if queries == keys and (window is None or window >= keys):
                 self._masks[known] = None
             else:
-                offset = keys - queries
-                seen = torch.ones(queries, keys, dtype=torch.bool, device=self._device).tril(offset)
-                self._masks[known] = seen if window is None else seen.triu(offset - window + 1)
+                self._masks[known] = causal_mask(queries, keys, window, self._device)
         return self._masks[known]
 
     @property
@@ -116,8 +127,14 @@ def pair_attention(
     asked = [name for name in _CHANGES_SCORES if others.get(name) is not None]
     if layout is None or asked or attention_mask is not None or not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError(f"attention within pairs cannot follow {asked or 'this mask'}")
-    if softcap is None and _has_varlen_kernel(query.device, query.dtype, query.shape[-1]):
-        return layout.varlen.attend(query, key, value, scaling, sliding_window), None
+    if softcap is None:
+        refusal = why_not_flash(query.device, query.dtype, kernel_head_size(query, value))
+        if not refusal:
+            layout.kinds.add(FLASH)
+            return layout.varlen.attend(query, key, value, scaling, sliding_window), None
+        if query.device.type in SLOW_WITHOUT_FLASH:
+            _warn_of_slow_attention(refusal)
+    layout.kinds.add(ONE_BY_ONE if softcap is None else SOFT_CAPPED)
 
     groups = query.shape[1] // key.shape[1]
     # Kernels for the CPU share key heads among query heads by themselves; CUDA's for float32 do not.
@@ -158,19 +175,10 @@ def _attend(
 
 
 @lru_cache
-def _has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether torch's variable-length flash kernel takes such heads here: tried once, on a few numbers."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - loads a CUDA library
-
-        states = torch.zeros(4, 2, head_size, device=device, dtype=dtype)
-        ends = torch.tensor([0, 4], device=device, dtype=torch.int32)
-        varlen_attn(states, states, states, ends, ends, 4, 4, scale=1.0, window_size=(2, 0), enable_gqa=True)
-    except (ImportError, RuntimeError, TypeError, ValueError):
-        return False
-    return True
+def _warn_of_slow_attention(reason: str) -> None:
+    """Say once for each reason why a GPU is kept waiting."""
+    what = "attention within pairs goes one sequence at a time, which is slow on a GPU"
+    warnings.warn(f"{what}: torch's flash kernel is not taken ({reason})", UserWarning, stacklevel=2)
 
 
 class _VarlenIndices:
@@ -181,58 +189,32 @@ class _VarlenIndices:
     """
 
     def __init__(self, lengths: tuple[PairLengths, ...], device: torch.device) -> None:
-        columns, query_ends, key_ends = [], [0], [0]
+        columns, counts = [], []
         start = 0
         for pair in lengths:
             middle, end = start + pair.prompt + pair.chosen, start + sum(pair)
             columns.append(torch.arange(start, middle))
-            sequences = [(middle - start, middle - start)]
+            counts.append((middle - start, middle - start))
             if pair.rejected:
                 columns += [torch.arange(start, start + pair.prompt), torch.arange(middle, end)]
-                sequences.append((pair.rejected, pair.prompt + pair.rejected))
-            for queries, keys in sequences:
-                query_ends.append(query_ends[-1] + queries)
-                key_ends.append(key_ends[-1] + keys)
+                counts.append((pair.rejected, pair.prompt + pair.rejected))
             start = end
         self._columns = torch.cat(columns).to(device)
-        self._query_ends = torch.tensor(query_ends)
-        self._key_ends = torch.tensor(key_ends)
-        self._ends: dict[int, tuple[Tensor, Tensor]] = {}
-        self._longest = tuple(int(ends.diff().max()) for ends in (self._query_ends, self._key_ends))
+        self._counts = counts
+        self._sequences: dict[int, SequenceBounds] = {}
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
     ) -> Tensor:
         """(M, H, N, D) queries -> (M, N, H, D), by the flash kernel."""
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - loads a CUDA library
-
         members, _, num_tokens, _ = query.shape
         gathered = (tensor.transpose(1, 2).index_select(1, self._columns) for tensor in (key, value))
-        keys, values = (tensor.reshape(-1, *tensor.shape[2:]) for tensor in gathered)
-        queries = query.transpose(1, 2).reshape(-1, query.shape[1], query.shape[3])
-        query_ends, key_ends = self._all_ends(members, query.device)
-        output = varlen_attn(
-            queries,
-            keys,
-            values,
-            query_ends,
-            key_ends,
-            *self._longest,
-            scale=scaling,
-            window_size=(-1, 0) if sliding_window is None else (sliding_window - 1, 0),
-            enable_gqa=keys.shape[1] != queries.shape[1],
-        )
-        assert isinstance(output, Tensor)
+        keys, values = (tensor.flatten(0, 1) for tensor in gathered)
+        queries = query.transpose(1, 2).flatten(0, 1)
+        if members not in self._sequences:
+            self._sequences[members] = SequenceBounds.of(self._counts * members, query.device)
+        output = flash_attention(queries, keys, values, self._sequences[members], scaling, sliding_window)
         return output.view(members, num_tokens, *output.shape[1:])
-
-    def _all_ends(self, members: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        if members not in self._ends:
-            query_ends, key_ends = (
-                torch.cat([ends[:1]] + [ends[1:] + member * int(ends[-1]) for member in range(members)])
-                for ends in (self._query_ends, self._key_ends)
-            )
-            self._ends[members] = (query_ends.int().to(device), key_ends.int().to(device))
-        return self._ends[members]
 
 
 AttentionInterface.register(PAIR_ATTENTION, pair_attention)

@@ -81,11 +81,13 @@ class Engine:
     Attributes:
         base: The base.
         paths: Which fast paths members take, by the settings of their LoRA configuration and the length that was tried.
+        attention: What the latest pass computed attention by, in words; "" before the first one.
     """
 
     def __init__(self, base: SharedBase) -> None:
         self.base = base
         self.paths: dict[tuple[str, int], FastPaths] = {}
+        self.attention = ""
         self._budgets: dict[tuple[bool, bool, bool], int] = {}
         self._said: set[str] = set()
         self._without_adapter: tuple[str, LoraConfig] | None = None
@@ -210,6 +212,7 @@ class Engine:
                     if loss is not None:
                         # Inside the block, since it recomputes checkpointed layers.
                         (loss(taking, rows, taken) * weight).backward()
+                self.attention = few.attention
                 for number, part in zip(taking, taken, strict=True):
                     if weight:
                         parts[number].append(PairLogprobs.of([column.detach() for column in part.columns]))
@@ -350,6 +353,12 @@ class _FewPairs:
     def starts_at_first_adapter(self) -> bool:
         """Whether the layers below the first adapter run once for all members."""
         return self._fan_out is not None
+
+    @property
+    def attention(self) -> str:
+        """What attention has been computed by, in words."""
+        kinds = sorted(self._layout.kinds) if self._layout else []
+        return " and ".join(kinds) or f"the model's own ({self._base.network.config._attn_implementation})"
 
     def passes(self, budget: int) -> list[Sequence[int]]:
         """Positions of the members of each pass: as many as the budget holds, evenly."""

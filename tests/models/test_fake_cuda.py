@@ -1,0 +1,103 @@
+"""What runs on a GPU, on fake tensors: shapes, dtypes and devices are checked and nothing is computed.
+
+A CUDA build of torch is needed, a GPU is not. Without one torch's engine for backward passes does not start, so that
+backward functions are called by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from evollm import DPO
+from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.models import attention, flash, shared_base
+from evollm.models.engine import Engine, PassOptions, _FewPairs
+from evollm.models.probe import FastPaths
+
+pytestmark = [
+    pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch"),
+    # Of fake tensors themselves.
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
+]
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("size", [8, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_torchs_flash_operator_takes_grouped_heads_and_is_differentiable(dtype, size: int, window: int | None) -> None:
+    with FakeTensorMode():
+        query, key, value = (
+            torch.randn(length, heads, size, device=CUDA, dtype=dtype).requires_grad_()
+            for length, heads in ((5, 4), (12, 2), (12, 2))
+        )
+        bounds = flash.SequenceBounds.of([(4, 4), (1, 8)], CUDA)
+        output = flash.flash_attention(query, key, value, bounds, 0.3, window)
+        assert (output.shape, output.device, output.dtype) == (query.shape, CUDA, dtype)
+        assert output.grad_fn is not None
+        gradients = output.grad_fn(torch.ones_like(output))
+        assert [gradient.shape for gradient in gradients[:3]] == [query.shape, key.shape, value.shape]
+        assert all((gradient.device, gradient.dtype) == (CUDA, dtype) for gradient in gradients[:3])
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_pass_on_a_gpu_goes_through_the_flash_kernel_in_half_precision(
+    monkeypatch, dtype: torch.dtype, gradient_checkpointing: bool
+) -> None:
+    pretend(monkeypatch)
+    pairs = [TokenizedPair(*map(np.arange, shape)) for shape in ((5, 3, 4), (2, 6, 1), (3, 4, 0))]
+    batch = PreferenceBatch.from_pairs(pairs)
+    shape = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device(CUDA):
+            config = Qwen2Config(vocab_size=64, num_hidden_layers=2, **shape)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        agents = [DPO(actor_network=model, lora_config=lora, index=seed, seed=seed, device="cuda") for seed in range(2)]
+        names = [agent.actor_adapter for agent in agents]
+        engine = Engine.of(agents[0].base)
+        few = _FewPairs(agents[0].base, batch, names, FastPaths(longest=64))
+        half = dtype == torch.bfloat16
+        slow = pytest.warns(UserWarning, match="load the base in bfloat16") if not half else contextlib.nullcontext()
+        with slow, few.forward([0, 1], PassOptions(gradient_checkpointing=gradient_checkpointing)) as found:
+            assert len(found) == 2
+            for column in (column for member in found for column in member.columns):
+                assert (column.shape, column.device, column.requires_grad) == ((3,), CUDA, True)
+        assert few.attention == (attention.FLASH if half else attention.ONE_BY_ONE)
+
+        engine.prepare = lambda members, length: FastPaths(longest=64)  # type: ignore
+        for found_by in engine.logprobs(batch, [*names, None], PassOptions(token_budget=64)):
+            assert found_by.chosen.device == found_by.rejected.device == CUDA
+        assert engine.attention == few.attention
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for what needs a driver, or numbers."""
+
+    def apply(self: nn.Module, function, recurse: bool = True) -> nn.Module:
+        for child in self.children():
+            child._apply(function)
+        for name, parameter in self.named_parameters(recurse=False):
+            moved = nn.Parameter(function(parameter.detach()), requires_grad=parameter.requires_grad)
+            self._parameters[name] = moved
+        for name, buffer in self.named_buffers(recurse=False):
+            self._buffers[name] = function(buffer)
+        return self
+
+    monkeypatch.setattr(nn.Module, "_apply", apply)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(shared_base, "weights_fingerprint", lambda model: "of no numbers")
+    monkeypatch.setattr(flash, "_try_kernel", lambda *_: [0.0])
+    flash.why_not_flash.cache_clear()
+    attention._warn_of_slow_attention.cache_clear()
+    monkeypatch.setattr(flash, "why_not_flash", flash.why_not_flash.__wrapped__)
+    monkeypatch.setattr(attention, "why_not_flash", flash.why_not_flash)
