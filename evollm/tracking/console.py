@@ -77,6 +77,7 @@ class Console(Callback):
         self._births: dict[int, Birth] = {}
         self._losses: dict[int, float] = {}
         self._plans: list[EvolutionPlan] = []
+        self._attention: set[str] = {""}
 
     def on_start(self, event: RunStarted) -> None:
         """Say what is about to happen and start the bar."""
@@ -110,7 +111,10 @@ class Console(Callback):
             self._print(f"{name} ...")
 
     def on_step(self, event: StepDone) -> None:
-        """Move the bar."""
+        """Move the bar, and say what attention is computed by, once."""
+        if event.attention not in self._attention:
+            self._attention.add(event.attention)
+            self._print(f"[dim]attention: {escape(event.attention)}[/dim]", soft_wrap=True)
         self._losses |= {index: metrics["loss"] for index, metrics in event.metrics.items()}
         assert self._task is not None
         found = list(event.metrics.values())

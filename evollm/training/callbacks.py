@@ -53,11 +53,13 @@ class StepDone:
         step: Steps done.
         epoch: Epochs done.
         metrics: What `learn` returned, by agent; a diverged agent is missing.
+        attention: What attention was computed by, in words.
     """
 
     step: int
     epoch: int
     metrics: Mapping[int, Mapping[str, float]]
+    attention: str = ""
 
 
 @dataclass(frozen=True)

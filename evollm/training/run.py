@@ -210,7 +210,7 @@ class Run(Generic[A]):
     def _train_step(self) -> None:
         metrics = learn_all(self.population, self.env.next_batch())
         self.progress.step += 1
-        self._tell("on_step", StepDone(self.step, self.env.num_epochs, metrics))
+        self._tell("on_step", StepDone(self.step, self.env.num_epochs, metrics, self.engine.attention))
         nothing_yet = all(agent.num_tokens == 0 for agent in self.population)
         if nothing_yet and self.step == min(self.schedule.epoch, self.schedule.total, PATIENCE):
             seen = min(self.step * self.env.batch_size, len(self.env.train_pairs))

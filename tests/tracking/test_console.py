@@ -14,6 +14,7 @@ from evollm import (
     TournamentSelection,
     finetune_llm_preference,
 )
+from evollm.models.attention import ONE_BY_ONE
 from evollm.tracking import Console
 
 WIDTH = 80
@@ -69,3 +70,11 @@ def test_a_score_on_the_selection_pairs_says_that_it_is_one(make_population, tok
     text = run(make_population, tokenizer, tmp_path, final_dataset=None)
     assert "selection pairs" in text
     assert "pass final_dataset" in text
+
+
+def test_one_line_says_what_attention_is_computed_by(make_population, tokenizer, tmp_path) -> None:
+    lines = run(make_population, tokenizer, tmp_path).splitlines()
+    said = [number for number, line in enumerate(lines) if "attention" in line]
+    assert [lines[number] for number in said] == [f"attention: {ONE_BY_ONE}"]
+    # Before the first table.
+    assert not any("generation" in line for line in lines[: said[0]])
