@@ -87,6 +87,22 @@ def test_the_same_seed_twice_gives_identical_lineage_and_elite_bits(
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+def test_a_run_may_be_told_to_be_deterministic_and_reads_no_memory_that_nobody_wrote(
+    make_population, tokenizer, evolution, tmp_path
+) -> None:
+    """Torch then refuses what has no deterministic algorithm, and fills new memory with NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    bits = []
+    for strictly in (False, True):
+        torch.use_deterministic_algorithms(strictly)
+        try:
+            population = run_population(make_population, tokenizer, evolution, tmp_path / str(strictly))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        bits.append([actor_bits(agent) for agent in population])
+    assert bits[0] == bits[1]
+
+
 def test_the_run_evolves_between_epochs_and_keeps_the_elite(make_population, tokenizer, evolution, tmp_path) -> None:
     record = Record()
     population = run_population(make_population, tokenizer, evolution, tmp_path / "run", callbacks=[record])
