@@ -116,7 +116,7 @@ def why_not_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> s
     if device.type not in _DEVICES:
         return "it runs on CUDA devices"
     if dtype not in _BOUNDS:
-        return f"it takes bfloat16 and float16, not {dtype}: load the base in bfloat16"
+        return f"it takes bfloat16 and float16, not {dtype}: load the base with dtype='bfloat16'"
     if head_size > _LARGEST_HEAD:
         return f"it takes heads of at most {_LARGEST_HEAD} numbers, not {head_size}"
     try:

@@ -67,7 +67,11 @@ def test_a_pass_on_a_gpu_goes_through_the_flash_kernel_in_half_precision(
         engine = Engine.of(agents[0].base)
         few = _FewPairs(agents[0].base, batch, names, FastPaths(longest=64))
         half = dtype == torch.bfloat16
-        slow = pytest.warns(UserWarning, match="load the base in bfloat16") if not half else contextlib.nullcontext()
+        slow = (
+            pytest.warns(UserWarning, match="load the base with dtype='bfloat16'")
+            if not half
+            else contextlib.nullcontext()
+        )
         with slow, few.forward([0, 1], PassOptions(gradient_checkpointing=gradient_checkpointing)) as found:
             assert len(found) == 2
             for column in (column for member in found for column in member.columns):

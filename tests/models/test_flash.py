@@ -147,7 +147,7 @@ def test_a_kernel_that_is_wrong_is_not_taken_and_the_reason_is_kept(dtype, fault
     ("asked", "reason"),
     [
         ((CPU, torch.bfloat16, 64), "CUDA"),
-        ((torch.device("cuda"), torch.float32, 64), "load the base in bfloat16"),
+        ((torch.device("cuda"), torch.float32, 64), "load the base with dtype='bfloat16'"),
         ((torch.device("cuda"), torch.bfloat16, 264), "at most 256"),
     ],
     ids=["device", "dtype", "head"],
