@@ -1,21 +1,44 @@
-"""evollm: tune language models with a population of SFT or DPO agents on one shared base."""
+"""evollm: tune language models with a population of SFT or DPO agents on one shared base.
 
-from evollm.algorithms import DPO, SFT
-from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
-from evollm.errors import (
-    CheckpointError,
-    ConfigurationError,
-    DataError,
-    DivergedError,
-    EvoLLMError,
-    MissingExtraError,
-)
-from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
-from evollm.inspection import Inspection, inspect_data
-from evollm.llm_envs import PreferenceGym, SFTGym
-from evollm.models import PolicyArchive, load_policy_archive
-from evollm.training import Callback, finetune_llm_preference, finetune_llm_sft
-from evollm.tuning import ReplayResult, TuneResult, replay, tune
+Importing it is quick: torch and the like are imported when the first of its names is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evollm.public import (
+        DPO,
+        SFT,
+        Callback,
+        CheckpointError,
+        ConfigurationError,
+        DataError,
+        DivergedError,
+        EvoLLMError,
+        HyperparameterConfig,
+        Inspection,
+        MissingExtraError,
+        Mutations,
+        PolicyArchive,
+        PreferenceGym,
+        ReplayResult,
+        RLParameter,
+        SFTGym,
+        TournamentSelection,
+        TuneResult,
+        finetune_llm_preference,
+        finetune_llm_sft,
+        inspect_data,
+        load_policy_archive,
+        replay,
+        save_llm_checkpoint,
+        save_merged_model,
+        save_policy_archive,
+        tune,
+    )
 
 __version__ = "0.1.0"
 
@@ -49,3 +72,25 @@ __all__ = [
     "save_policy_archive",
     "tune",
 ]
+
+# Packages and modules that these names come from, or are made with: `import evollm` is enough to write `evollm.hpo`.
+_PARTS = frozenset(
+    {
+        *{"algorithms", "checkpoints", "checks", "data", "errors", "hpo", "inspection", "llm_envs", "models"},
+        *{"own_files", "plain_data", "processes", "report", "runs", "tracking", "training", "tuning"},
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a part of the library, which is imported whole at the first of them."""
+    if name not in __all__ and name not in _PARTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = import_module("evollm.public")
+    # From now on they are found without coming here; importing a part has made it an attribute.
+    globals().update({name: getattr(public, name) for name in __all__})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PARTS})

@@ -1,22 +1,21 @@
-"""The command line: parses, calls the library. Each command is a module of `evollm.commands`."""
+"""The command line: parses, calls the library. Each command is a module of `evollm.commands`.
+
+Nothing that is slow to import is imported here: help, versions and mistakes are answered without torch.
+"""
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from transformers.utils import logging as transformers_logging
+if TYPE_CHECKING:
+    import argparse
 
-from evollm import __version__
-from evollm.commands import COMMANDS
-from evollm.errors import EvoLLMError, one_line
-
-INTERRUPTED = 128 + signal.SIGINT
-# What a shell makes of a program that SIGPIPE ends.
+# What a shell makes of a program that SIGINT ends, and of one that SIGPIPE ends.
+INTERRUPTED = 128 + 2
 UNREAD = 128 + 13
 
 
@@ -27,14 +26,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 after an error of evollm or of the file system, 130 after Ctrl-C, and 141 when whoever read the output has
         closed it.
     """
-    options = _parser().parse_args(arguments)
-    # The bars and remarks of loading are nothing that somebody who typed a command can act on.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        # At any time: also while a command imports what it needs.
+        print("evollm: interrupted; evollm resume RUN goes on with a run that has saved a checkpoint", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    from evollm.commands.remarks import own_warnings_only  # noqa: PLC0415 - main() must be there before Ctrl-C
+    from evollm.errors import EvoLLMError, one_line  # noqa: PLC0415
+
     _survive_any_text()
     try:
-        options.run(options)
-        sys.stdout.flush()
+        try:
+            options = _parser().parse_args(arguments)
+            with own_warnings_only():
+                options.run(options)
+        finally:
+            sys.stdout.flush()
     except EvoLLMError as error:
         print(f"evollm: {one_line(str(error))}", file=sys.stderr)
         return 1
@@ -45,9 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"evollm: {_described(error)}", file=sys.stderr)
         _give_up_output()
         return 1
-    except KeyboardInterrupt:
-        print("evollm: interrupted; evollm resume RUN goes on with a run that has saved a checkpoint", file=sys.stderr)
-        return INTERRUPTED
     return 0
 
 
@@ -60,6 +68,8 @@ def _survive_any_text() -> None:
 
 def _described(error: OSError) -> str:
     """What the system says, such as `my-run/config.json: No space left on device`."""
+    from evollm.errors import one_line  # noqa: PLC0415
+
     parts = (error.filename, error.strerror or str(error) or type(error).__name__)
     return one_line(": ".join(str(part) for part in parts if part is not None))
 
@@ -73,6 +83,11 @@ def _give_up_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    import argparse  # noqa: PLC0415
+
+    from evollm import __version__  # noqa: PLC0415
+    from evollm.commands import COMMANDS  # noqa: PLC0415
+
     parser = argparse.ArgumentParser(
         prog="evollm", description="Preference-tune language models with a population of agents on one base."
     )

@@ -6,14 +6,9 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from evollm.checks import whole_number
 from evollm.commands.arguments import add_elite, add_model, add_run, add_trust
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.tuning.winner import open_winner
 
 
 def add_to(commands: Subparsers) -> None:
@@ -44,6 +39,12 @@ def add_to(commands: Subparsers) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     whole_number("max_new_tokens", options.max_new_tokens, 1)
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from evollm.tuning.winner import open_winner
+
     winner = open_winner(options.run_dir, options.model, options.trust_remote_code, options.elite)
     console = Console()
     for given in options.prompt or _typed():

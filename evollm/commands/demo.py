@@ -6,7 +6,6 @@ import argparse
 import time
 
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.demo import run_demo
 
 
 def add_to(commands: Subparsers) -> None:
@@ -32,5 +31,7 @@ def _run(options: argparse.Namespace) -> None:
     print(
         "SmolLM2-135M-Instruct learns to answer briefly. The first run converts the model, which takes half a minute."
     )
+    from evollm.demo import run_demo
+
     run_demo(options.population, options.generations, options.run_dir, options.seed)
     print(f"\nThe demo took {time.monotonic() - start:.0f} s.")

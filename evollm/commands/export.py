@@ -6,7 +6,9 @@ import argparse
 
 from evollm.commands.arguments import add_elite, add_model, add_run, add_trust
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.tuning.winner import KINDS, export
+
+# Those of `evollm.tuning.winner`, which is slow to import.
+KINDS = ("merged", "adapter", "policy")
 
 
 def add_to(commands: Subparsers) -> None:
@@ -30,5 +32,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from evollm.tuning.winner import export
+
     path = export(options.run_dir, options.to, options.what, options.model, options.trust_remote_code, options.elite)
     print(f"Written: {path}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.inspection import inspect_data, print_inspection
 
 
 def add_to(commands: Subparsers) -> None:
@@ -37,6 +36,8 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from evollm.inspection import inspect_data, print_inspection
+
     arguments = {name: value for name, value in vars(options).items() if name != "run"}
     files = arguments.pop("data")
     print_inspection(inspect_data(files if len(files) > 1 else files[0], arguments.pop("model"), **arguments))

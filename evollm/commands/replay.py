@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from evollm.commands.arguments import add_elite, add_trust
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.demo import demo_agents_and_env, is_demo
 from evollm.errors import ConfigurationError
-from evollm.tuning import ReplayResult, replay
+
+if TYPE_CHECKING:
+    from evollm.tuning import ReplayResult
 
 
 def add_to(commands: Subparsers) -> None:
@@ -37,6 +39,9 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from evollm.demo import demo_agents_and_env, is_demo
+    from evollm.tuning import replay
+
     given = {
         "num_epochs": options.num_epochs,
         "max_steps": options.max_steps,

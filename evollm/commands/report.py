@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.report import write_report
 
 
 def add_to(commands: Subparsers) -> None:
@@ -24,4 +23,6 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from evollm.report import write_report
+
     print(write_report(options.run_dir, options.output, pictures=not options.no_pictures))

@@ -7,10 +7,7 @@ import argparse
 from evollm.commands.arguments import add_run
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.config import override
-from evollm.demo import is_demo, resume_demo
 from evollm.errors import ConfigurationError
-from evollm.tuning import tune
-from evollm.tuning.record import read_asked
 
 # Each says how long a run is.
 LENGTHS = ("num_epochs", "max_steps", "generations")
@@ -41,6 +38,10 @@ def _run(options: argparse.Namespace) -> None:
     if "resume_from_checkpoint" in given:
         fix = f"leave it out: the run to resume is {options.run_dir}"
         raise ConfigurationError("resume_from_checkpoint", given["resume_from_checkpoint"], fix)
+    from evollm.demo import is_demo, resume_demo
+    from evollm.tuning import tune
+    from evollm.tuning.record import read_asked
+
     if is_demo(options.run_dir):
         if given:
             raise ConfigurationError("override", options.overrides[0], "a run of the demo goes on as it began")

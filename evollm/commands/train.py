@@ -7,7 +7,6 @@ import shlex
 
 from evollm.commands.arguments import add_config, config_of
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.tuning import tune
 
 
 def add_to(commands: Subparsers) -> None:
@@ -25,7 +24,10 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    result = tune(**config_of(options))
+    config = config_of(options)
+    from evollm.tuning import tune
+
+    result = tune(**config)
     print(f"\nRun folder: {result.run_dir}")
     if result.report is not None:
         print(f"Report: {result.report}")

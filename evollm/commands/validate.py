@@ -6,7 +6,6 @@ import argparse
 
 from evollm.commands.arguments import add_config, config_of
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.tuning import validate
 
 
 def add_to(commands: Subparsers) -> None:
@@ -23,5 +22,8 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    print(validate(**config_of(options)))
+    config = config_of(options)
+    from evollm.tuning import validate
+
+    print(validate(**config))
     print("Everything fits: evollm train would begin.")

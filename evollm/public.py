@@ -1,0 +1,49 @@
+"""The names that `evollm` has: what takes seconds to import is imported when the first of them is asked for."""
+
+from evollm.algorithms import DPO, SFT
+from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
+from evollm.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    DivergedError,
+    EvoLLMError,
+    MissingExtraError,
+)
+from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
+from evollm.inspection import Inspection, inspect_data
+from evollm.llm_envs import PreferenceGym, SFTGym
+from evollm.models import PolicyArchive, load_policy_archive
+from evollm.training import Callback, finetune_llm_preference, finetune_llm_sft
+from evollm.tuning import ReplayResult, TuneResult, replay, tune
+
+__all__ = [
+    "DPO",
+    "SFT",
+    "Callback",
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "DivergedError",
+    "EvoLLMError",
+    "HyperparameterConfig",
+    "Inspection",
+    "MissingExtraError",
+    "Mutations",
+    "PolicyArchive",
+    "PreferenceGym",
+    "RLParameter",
+    "ReplayResult",
+    "SFTGym",
+    "TournamentSelection",
+    "TuneResult",
+    "finetune_llm_preference",
+    "finetune_llm_sft",
+    "inspect_data",
+    "load_policy_archive",
+    "replay",
+    "save_llm_checkpoint",
+    "save_merged_model",
+    "save_policy_archive",
+    "tune",
+]
