@@ -16,7 +16,6 @@ from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, likelihood_fitness, preference_fitness
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import Processes, check_processes
-from evollm.tracking import TRACKERS, Console, RunFolder, tracker_names
 from evollm.training.callbacks import Callback
 from evollm.training.options import RunOptions, RunPaths, check_callbacks, check_run, new_run_dir
 from evollm.training.population_step import FitnessFunction, check_fitness
@@ -244,6 +243,9 @@ class _Listeners:
     def callbacks_of(self, processes: Processes) -> list[Callback]:
         """All callbacks of this process; the main one writes."""
         listeners = list(check_callbacks(self.callbacks))
+        # Which imports the events of this package.
+        from evollm.tracking import TRACKERS, Console, RunFolder, tracker_names  # noqa: PLC0415
+
         trackers = tracker_names(self.report_to, wb=self.wb, tensorboard=self.tensorboard)
         if processes.is_main:
             # Trackers first: one that cannot start leaves no run folder behind, which would be in the way next time.
