@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from evollm.quiet import hold_kernel_remark_back
+
 if TYPE_CHECKING:
     from evollm.public import (
         DPO,
@@ -72,6 +74,8 @@ __all__ = [
     "save_policy_archive",
     "tune",
 ]
+
+hold_kernel_remark_back()
 
 # Packages and modules that these names come from, or are made with: `import evollm` is enough to write `evollm.hpo`.
 _PARTS = frozenset(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 _KERNEL_LOG = "bitsandbytes.backends.cpu.ops"
 
@@ -24,33 +27,31 @@ class _KernelRemark(logging.Filter):
 
 
 def hold_kernel_remark_back() -> None:
-    """Before PEFT is imported; everything else that the library says is heard."""
-    logging.getLogger(_KERNEL_LOG).addFilter(_KernelRemark())
+    """Before PEFT is imported; whatever else the library says is heard."""
+    if "bitsandbytes" not in sys.modules:
+        logging.getLogger(_KERNEL_LOG).addFilter(_KernelRemark())
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Have transformers and datasets load and save without bars and remarks; afterwards they are as before.
 
-    Bars of a download stay, for it may take long. A verbosity that the user has set stays likewise.
+    Bars of a download from the hub stay, for it may take long. So does a verbosity that the user has set.
     """
-    # Slow to import, and not needed by whoever only reads files.
-    import datasets  # noqa: PLC0415
-    from huggingface_hub import utils as hub  # noqa: PLC0415
-    from transformers.utils import logging as of_transformers  # noqa: PLC0415
+    from transformers.utils import logging as transformers_log  # noqa: PLC0415 - slow to import
 
-    verbosity, bars = of_transformers.get_verbosity(), of_transformers.is_progress_bar_enabled()
-    hub_bars = not hub.are_progress_bars_disabled()
-    try:
+    with ExitStack() as afterwards:
+        verbosity = transformers_log.get_verbosity()
         if verbosity == logging.WARNING:
-            of_transformers.set_verbosity_error()
-        of_transformers.disable_progress_bar()
-        if hub_bars:
-            hub.enable_progress_bars()
+            afterwards.callback(transformers_log.set_verbosity, verbosity)
+            transformers_log.set_verbosity_error()
+        # Its public switch turns the bars of downloads off as well.
+        of_log: Any = transformers_log
+        afterwards.callback(setattr, of_log, "_tqdm_active", transformers_log.is_progress_bar_enabled())
+        of_log._tqdm_active = False
+        datasets = sys.modules.get("datasets")
+        set_by_user = "HF_DATASETS_DISABLE_PROGRESS_BARS" in os.environ
+        if datasets is not None and not set_by_user and not datasets.are_progress_bars_disabled():
+            afterwards.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
         yield
-    finally:
-        of_transformers.set_verbosity(verbosity)
-        if bars:
-            of_transformers.enable_progress_bar()
-            if not hub_bars:
-                hub.disable_progress_bars()

@@ -14,6 +14,8 @@ from typing import Any
 from evollm.checks import expanded
 from evollm.data.cells import csv_cell
 from evollm.errors import DataError
+from evollm.hub import hub_or_cache
+from evollm.quiet import quiet
 
 JSON_LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json")
 # Such as org/name or org/name:test.
@@ -92,9 +94,17 @@ _TABLES = {".parquet": _read_parquet, ".csv": _read_csv}
 def _load_from_hub(name: str, split: str, field: str) -> Any:
     import datasets  # noqa: PLC0415 - slow to import, and most do not need it
 
+    no_hub = None
     try:
-        return datasets.load_dataset(name, split=split)
+        with quiet(), hub_or_cache(name) as no_hub:
+            return datasets.load_dataset(name, split=split)
     except Exception as error:  # Whatever the network, the hub and its formats raise.
+        if no_hub is not None:
+            fix = (
+                f"is no file here and not in the cache of datasets, split {split!r}, and {no_hub}: give a file, or a "
+                f"network; a dataset that is in the cache loads without one ({type(error).__name__}: {error})"
+            )
+            raise DataError(field, name, fix) from error
         fix = f"is neither a file nor a dataset that the hub gives, split {split!r} ({type(error).__name__}: {error})"
         raise DataError(field, name, fix) from error
 

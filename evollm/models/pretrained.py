@@ -21,7 +21,9 @@ from transformers import (
 
 from evollm.checks import expanded, usable_path
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
+from evollm.hub import hub_or_cache, is_absence
 from evollm.models.encoder_decoder import is_encoder_decoder
+from evollm.quiet import quiet
 
 _RELOADABLE = frozenset(
     {"attn_implementation", "dtype", "gguf_file", "revision", "subfolder", "torch_dtype", "variant"}
@@ -122,7 +124,8 @@ def find_config(name: str | os.PathLike[str], model_config: Mapping[str, Any] | 
         model_config: Likewise.
     """
     try:
-        return AutoConfig.from_pretrained(expanded(name), **_about_files(model_config))
+        with quiet(), hub_or_cache(expanded(name)):
+            return AutoConfig.from_pretrained(expanded(name), **_about_files(model_config))
     except Exception:  # Loading the model itself says what is wrong.
         return None
 
@@ -139,12 +142,27 @@ def load_tokenizer(name: str | os.PathLike[str], model_config: Mapping[str, Any]
     """
     name = expanded(name)
     _check_folder("model", name)
+    with quiet(), hub_or_cache(name) as no_hub:
+        return _tokenizer(name, model_config, no_hub)
+
+
+def _tokenizer(name: str, model_config: Mapping[str, Any] | None, no_hub: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **_about_files(model_config))
     except Exception as error:  # Whatever the hub, the network, its files and the tokenizer's own code raise.
+        if no_hub is not None and is_absence(error):
+            raise ConfigurationError("model", name, _nowhere(no_hub)) from error
         reason = str(error).strip().splitlines()[:1] or [""]
         fix = f"no tokenizer can be loaded from it ({type(error).__name__}: {reason[0]})"
-        raise ConfigurationError("model", str(name), fix) from error
+        raise ConfigurationError("model", name, fix) from error
+
+
+def _nowhere(no_hub: str) -> str:
+    """What to do about a name that is neither a folder nor in the cache, while the hub is not asked."""
+    return (
+        f"is no folder here and not in the cache of the hub, and {no_hub}: give the folder of a model, or a network; "
+        "a model that is in the cache loads without one"
+    )
 
 
 def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -178,6 +196,11 @@ def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) ->
 def _load(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     """The model as `from_pretrained` loads it."""
     _check_folder("model_name", name)
+    with quiet(), hub_or_cache(name) as no_hub:
+        return _loaded(name, arguments, no_hub)
+
+
+def _loaded(name: str, arguments: Mapping[str, Any], no_hub: str | None) -> PreTrainedModel:
     try:
         config = arguments.get("config")
         if config is None:
@@ -196,6 +219,8 @@ def _load(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
         raise _what_to_install(name, arguments, error) from error
     except Exception as error:
         # Anything: the files, the arguments and code that comes with a model may each fail in its own way.
+        if no_hub is not None and is_absence(error):
+            raise ConfigurationError("model_name", name, _nowhere(no_hub)) from error
         if "trust_remote_code" in str(error) and not arguments["trust_remote_code"]:
             fix = "comes with code of its own, which was not run: read it, then pass trust_remote_code=True"
             raise ConfigurationError("model_name", name, f"cannot be loaded: it {fix} in model_config") from error

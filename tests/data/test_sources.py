@@ -147,7 +147,9 @@ def test_a_name_on_the_hub_is_loaded_with_its_split(monkeypatch) -> None:
 
 def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"data='org/nothing-of-that-name': is neither a file nor a dataset"):
+    with pytest.raises(
+        DataError, match=r"data='org/nothing-of-that-name': is no file here and not in the cache of datasets"
+    ):
         read_pairs("org/nothing-of-that-name", "data")
 
 
