@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evollm.quiet import hold_kernel_remark_back
+from evollm.quiet import KERNEL, hold_back
 
 if TYPE_CHECKING:
     from evollm.public import (
@@ -75,7 +75,7 @@ __all__ = [
     "tune",
 ]
 
-hold_kernel_remark_back()
+hold_back(KERNEL)
 
 # Packages and modules that these names come from, or are made with: `import evollm` is enough to write `evollm.hpo`.
 _PARTS = frozenset(

