@@ -80,7 +80,7 @@ def test_an_8_bit_base_is_as_quiet(folder) -> None:
     assert [line for line in said.stdout.splitlines() if NOISE.search(line)] == []
 
 
-def test_the_library_prints_no_bars_and_leaves_what_the_user_has_set(folder) -> None:
+def test_the_library_prints_nothing_of_other_libraries(folder) -> None:
     said = python(LIBRARY)
     assert (said.stdout, said.stderr) == ("", "")
 
