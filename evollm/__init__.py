@@ -86,14 +86,17 @@ _PARTS = frozenset(
 )
 
 
-def __getattr__(name: str) -> Any:
-    """A public name or a part of the library, which is imported whole at the first of them."""
-    if name not in __all__ and name not in _PARTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    public = import_module("evollm.public")
-    # From now on they are found without coming here; importing a part has made it an attribute.
-    globals().update({name: getattr(public, name) for name in __all__})
-    return globals()[name]
+# Type checkers would take any name for one of evollm's.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """A public name or a part of the library, which is imported whole at the first of them."""
+        if name not in __all__ and name not in _PARTS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = import_module("evollm.public")
+        # From now on they are found without coming here; importing a part has made it an attribute.
+        globals().update({name: getattr(public, name) for name in __all__})
+        return globals()[name]
 
 
 def __dir__() -> list[str]:
