@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import linear
 
 from evollm import DPO
@@ -41,12 +43,30 @@ class Costs:
         base = agent.base
         adapters = {id(p) for name in base.adapters for p in base.parameters(name).values()}
         blocks = [p for layer in base.layers.modules for p in layer.parameters() if p.ndim == 2]
-        head = base.network.get_output_embeddings().weight
-        config = base.network.config
+        return cls._of(
+            base.network,
+            blocks=sum(p.numel() for p in blocks if id(p) not in adapters),
+            adapter=sum(p.numel() for p in agent.actor_parameters()),
+        )
+
+    @classmethod
+    def of_network(cls, network: Any, rank: int) -> Costs:
+        """Count a decoder without adapter, and LoRA of this rank on all its linear layers but the head."""
+        head = network.get_output_embeddings()
+        linears = [m for m in network.modules() if isinstance(m, nn.Linear) and m is not head]
+        return cls._of(
+            network,
+            blocks=sum(m.weight.numel() for m in linears),
+            adapter=sum(rank * (m.in_features + m.out_features) for m in linears),
+        )
+
+    @classmethod
+    def _of(cls, network: Any, blocks: int, adapter: int) -> Costs:
+        config = network.config
         return cls(
-            block_parameters=sum(p.numel() for p in blocks if id(p) not in adapters),
-            adapter_parameters=sum(p.numel() for p in agent.actor_parameters()),
-            head_parameters=head.numel(),
+            block_parameters=blocks,
+            adapter_parameters=adapter,
+            head_parameters=network.get_output_embeddings().weight.numel(),
             hidden_size=int(config.hidden_size),
             intermediate_size=int(getattr(config, "intermediate_size", 4 * config.hidden_size)),
         )
@@ -65,7 +85,9 @@ def gemm_rate(costs: Costs, tokens: int, device: torch.device, dtype: torch.dtyp
     up = torch.randn(costs.intermediate_size, costs.hidden_size, device=device, dtype=dtype)
     down = torch.randn(costs.hidden_size, costs.intermediate_size, device=device, dtype=dtype)
     hidden = torch.randn(tokens, costs.hidden_size, device=device, dtype=dtype)
+    # Both once before the clock starts: a library chooses its kernel at the first product of a shape.
     wide = linear(hidden, up)
+    linear(wide, down)
     synchronise(device)
     start = time.perf_counter()
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Random pairs, and how long a population takes to learn from them: what scaling.py and gpu.py measure."""
+"""Random pairs, and how long a population takes to learn from them: what scaling.py measures."""
 
 from __future__ import annotations
 
@@ -62,9 +62,10 @@ def make_population(model: Any, size: int, **settings: Any) -> list[DPO]:
 
 
 def measure(agents: Sequence[DPO], batches: Sequence[PreferenceBatch], *, together: bool) -> Measured:
-    """Let the agents learn from each batch, in shared passes or one agent after the other.
+    """Let the agents learn from each batch, in shared passes, or one agent after the other from all batches.
 
-    The first batch is gone through once before the clock starts: it warms up and fills the reference cache.
+    One agent's steps follow each other, as when it is trained alone: switching adapters between steps costs time that
+    a loop over runs does not pay. The first batch is gone through once before the clock starts, to warm up.
     """
     device = agents[0].device
     groups = [agents] if together else [[agent] for agent in agents]
@@ -77,8 +78,8 @@ def measure(agents: Sequence[DPO], batches: Sequence[PreferenceBatch], *, togeth
         torch.cuda.reset_peak_memory_stats(device)
     synchronise(device)
     started = time.perf_counter()
-    for batch in batches:
-        for group in groups:
+    for group in groups:
+        for batch in batches:
             learn_together(group, batch)
     synchronise(device)
     seconds = time.perf_counter() - started

@@ -57,8 +57,15 @@ def test_growth_measures_the_work_around_the_passes() -> None:
 def test_the_gpu_benchmark_runs_on_a_cpu_at_toy_size(tmp_path) -> None:
     output = run("gpu.py", "--toy", "--steps", 1, "--members", 2, "--batch-sizes", 2, "--out", tmp_path)
     assert "CPU, toy size" in output
-    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    results = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert [result["case"] for result in results][:3] == ["together", "in a loop", "one"]
+    # Two members took a step each, one after the other.
+    assert [result["steps"] for result in results][:3] == [1, 2, 1]
+    for result in results:
+        assert result["rate"] > 0
+        assert 0 < result["of_floor"] < 1
+        assert result["attention"]
+        assert (result["busy"], result["kernels"]) == (None, None), "unknown on a CPU"
 
 
 def test_gradients_through_4_bit_bases_are_those_of_their_dequantised_weights() -> None:
