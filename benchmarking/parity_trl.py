@@ -9,7 +9,7 @@ Run it in a virtual environment with the extra `benchmark`:
 `--loss-type all` compares every loss that both have, over as many steps each. `--model` and `--pairs` take another
 model folder and another JSONL file (prompt, chosen, rejected as strings, or chosen and rejected alone as in hh-rlhf).
 Exits with 1 when a loss differs by more than 1e-4 (relative where it is above 1) or a gradient norm by more than 1e-2,
-relative.
+relative; in bfloat16 (`--dtype`), which rounds, by more than 0.1 and 0.3. `--device cuda` runs both on a card.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from evollm.algorithms.preference_losses import LOSSES, SMOOTHED
 from evollm.data import read_pairs
 from evollm.demo import demo_model, demo_pairs
 
-LOSS_TOLERANCE = 1e-4
-NORM_TOLERANCE = 1e-2
+# Of losses, and of gradient norms.
+TOLERANCES = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}
 CLIP = 1.0
 
 # TRL has these in trainers of their own, and leaves smoothing out of this one.
@@ -61,23 +62,28 @@ class RecordingTrainer(DPOTrainer):
 
 def main() -> int:
     """Compare and print; returns the exit status."""
-    options = _parse()
+    options = parse()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model_folder = options.model or str(demo_model())
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows = _rows(options.pairs, tokenizer, options.steps * options.batch_size)
     losses = [name for name in LOSSES if name not in NOT_TRLS] if options.loss_type == "all" else [options.loss_type]
     status = 0
     for options.loss_type in losses:
-        is_smoothed = options.loss_type in SMOOTHED and options.loss_type != NOT_SMOOTHED_BY_TRL
-        options.label_smoothing = 0.1 if is_smoothed else 0.0
-        with tempfile.TemporaryDirectory() as folder:
-            ours, ordered = run_evollm(model_folder, tokenizer, rows, options, Path(folder))
-            theirs = run_trl(model_folder, tokenizer, ordered, options, Path(folder))
-        print(f"\n{options.loss_type}, label smoothing {options.label_smoothing}")
-        status |= report(ours, theirs)
+        status |= report(*compare(options), *TOLERANCES[options.dtype])
     return status
+
+
+def compare(options: argparse.Namespace) -> tuple[Curve, Curve]:
+    """Evollm's curve and TRL's."""
+    model_folder = options.model or str(demo_model())
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = _rows(options.pairs, tokenizer, options.steps * options.batch_size)
+    is_smoothed = options.loss_type in SMOOTHED and options.loss_type != NOT_SMOOTHED_BY_TRL
+    options.label_smoothing = 0.1 if is_smoothed else 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        ours, ordered = run_evollm(model_folder, tokenizer, rows, options, Path(folder))
+        theirs = run_trl(model_folder, tokenizer, ordered, options, Path(folder))
+    print(f"\n{options.loss_type}, label smoothing {options.label_smoothing}, {options.dtype} on {options.device}")
+    return ours, theirs
 
 
 def run_evollm(
@@ -87,7 +93,8 @@ def run_evollm(
     env = PreferenceGym(rows, None, tokenizer, data_batch_size_per_gpu=options.batch_size)
     positions = {pair.chosen_ids.tobytes() + pair.rejected_ids.tobytes(): i for i, pair in enumerate(env.train_pairs)}
     agent = DPO(
-        actor_network=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        actor_network=AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, options.dtype)),
+        device=options.device,
         lora_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         lr=options.lr,
         beta=options.beta,
@@ -114,12 +121,12 @@ def run_trl(
     model_folder: str, tokenizer: Any, rows: list[dict[str, str]], options: argparse.Namespace, folder: Path
 ) -> Curve:
     """Train the same adapter with TRL on the same batches."""
-    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, options.dtype))
     model = PeftModel.from_pretrained(base, str(folder / "start" / "actor"), is_trainable=True)
     arguments = DPOConfig(
         output_dir=str(folder / "trl"),
-        use_cpu=True,
-        bf16=False,
+        use_cpu=options.device == "cpu",
+        bf16=options.dtype == "bfloat16",
         gradient_checkpointing=False,
         max_length=None,
         per_device_train_batch_size=options.batch_size,
@@ -147,22 +154,23 @@ def run_trl(
     return list(zip(trainer.losses, norms, strict=True))
 
 
-def report(ours: Curve, theirs: Curve) -> int:
+def worst_gaps(ours: Curve, theirs: Curve) -> tuple[float, float]:
+    """Largest difference of a loss, relative where it is above 1, and of a gradient norm, relative."""
+    losses = [abs(our - their) / max(1.0, abs(their)) for (our, _), (their, _) in zip(ours, theirs, strict=True)]
+    norms = [abs(our / their - 1) for (_, our), (_, their) in zip(ours, theirs, strict=True)]
+    return max(losses), max(norms)
+
+
+def report(ours: Curve, theirs: Curve, loss_bound: float, norm_bound: float) -> int:
     """Print both curves; returns 0 when they agree."""
-    print(f"{'step':>4} {'evollm loss':>12} {'TRL loss':>12} {'difference':>11} {'evollm norm':>12} {'TRL norm':>12}")
-    worst_loss = worst_norm = 0.0
+    print(f"{'step':>4} {'evollm loss':>12} {'TRL loss':>12} {'evollm norm':>12} {'TRL norm':>12}")
     for step, ((our_loss, our_norm), (their_loss, their_norm)) in enumerate(zip(ours, theirs, strict=True), start=1):
-        loss_gap = abs(our_loss - their_loss) / max(1.0, abs(their_loss))
-        norm_gap = abs(our_norm / their_norm - 1)
-        worst_loss, worst_norm = max(worst_loss, loss_gap), max(worst_norm, norm_gap)
-        print(
-            f"{step:>4} {our_loss:>12.6f} {their_loss:>12.6f} {loss_gap:>11.1e} "
-            f"{our_norm:>12.5f} {their_norm:>12.5f} {norm_gap:.1e}"
-        )
-    agree = worst_loss <= LOSS_TOLERANCE and worst_norm <= NORM_TOLERANCE
+        print(f"{step:>4} {our_loss:>12.6f} {their_loss:>12.6f} {our_norm:>12.5f} {their_norm:>12.5f}")
+    loss_gap, norm_gap = worst_gaps(ours, theirs)
+    agree = loss_gap <= loss_bound and norm_gap <= norm_bound
     print(
-        f"{'agree' if agree else 'DISAGREE'}: losses within {worst_loss:.1e} (bound {LOSS_TOLERANCE}), "
-        f"gradient norms within {worst_norm:.1e} relative (bound {NORM_TOLERANCE})"
+        f"{'agree' if agree else 'DISAGREE'}: losses within {loss_gap:.1e} (bound {loss_bound}), "
+        f"gradient norms within {norm_gap:.1e} relative (bound {norm_bound})"
     )
     return 0 if agree else 1
 
@@ -182,7 +190,8 @@ def _rows(path: str | None, tokenizer: Any, count: int) -> list[dict[str, str]]:
     return rows[start : start + count]
 
 
-def _parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options from the command line, or from these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder or name (default: the demo's)")
     parser.add_argument("--pairs", help="JSONL file of pairs as strings (default: the demo's)")
@@ -193,7 +202,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--loss-type", default="sigmoid", help="name of a loss, or all")
     parser.add_argument("--nll-alpha", type=float, default=0.0)
     parser.add_argument("--ld-alpha", type=float, help="weight of tokens beyond the shorter side's length (default: 1)")
-    return parser.parse_args()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of the base (default: %(default)s)")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
