@@ -68,7 +68,7 @@ def test_all_calls_run_at_toy_size_and_a_part_at_its_limit_loses_nothing(tmp_pat
 def test_attention_is_compared_with_float64(tmp_path) -> None:
     attention(Place("attention", "call-1", tmp_path, tmp_path, True))
     rows = read(tmp_path / "call-1.jsonl")
-    assert {(row["window"], row["right"]) for row in rows} == {(None, True), (48, True)}
+    assert {(row["window"], row["right"]) for row in rows} == {(None, True), (9, True)}
     assert all(0 < error < 0.01 for row in rows for error in row["errors"].values())
 
 
