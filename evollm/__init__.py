@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         tune,
     )
 
-__version__ = "0.1.0"
+from evollm.version import __version__ as __version__
 
 __all__ = [
     "DPO",

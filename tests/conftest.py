@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCaus
             return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
 
     return make
+
+
+@pytest.fixture
+def model_folder(
+    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Path:
+    """A folder with a small model and its tokenizer."""
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture

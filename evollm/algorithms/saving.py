@@ -33,7 +33,7 @@ class SavableAgent(LLMAgent):
     def load(
         cls,
         path: str,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         accelerator: Accelerator | None = None,
         actor_network: PreTrainedModel | None = None,
         model_config: Mapping[str, Any] | None = None,
@@ -43,7 +43,7 @@ class SavableAgent(LLMAgent):
 
         Args:
             path: The folder.
-            device: Where to put the base.
+            device: Where to put the base; None: as for the constructor.
             accelerator: As for the constructor.
             actor_network: The base; by default it is the checkpoint's own (`lora_only=False`), else it is loaded by the
                 name that the checkpoint states.

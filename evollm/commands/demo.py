@@ -24,6 +24,12 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument(
         "--seed", type=int, default=42, help="of data order, adapters, evolution (default: %(default)s)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the model; auto: what this machine is fastest in (default: %(default)s)",
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -33,5 +39,5 @@ def _run(options: argparse.Namespace) -> None:
     )
     from evollm.demo import run_demo
 
-    run_demo(options.population, options.generations, options.run_dir, options.seed)
+    run_demo(options.population, options.generations, options.run_dir, options.seed, dtype=options.dtype)
     print(f"\nThe demo took {time.monotonic() - start:.0f} s.")

@@ -7,16 +7,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from evollm.algorithms import DPO
 from evollm.checks import usable_path, whole_number
 from evollm.demo.model import demo_model
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import PreferenceGym
+from evollm.models.precision import AUTO, DTYPES
+from evollm.models.pretrained import load_tokenizer
 from evollm.own_files import inside, read_bytes, replace_bytes
-from evollm.quiet import quiet
 from evollm.training import finetune_llm_preference
 from evollm.training.options import new_run_dir
 
@@ -45,6 +44,7 @@ def run_demo(
     run_dir: str | Path | None = None,
     seed: int = 42,
     resume_from_checkpoint: str | Path | None = None,
+    dtype: str = AUTO,
 ) -> tuple[list[DPO], list[float]]:
     """Teach a 135M-parameter model to answer briefly, and find the hyperparameters for it.
 
@@ -54,6 +54,7 @@ def run_demo(
         run_dir: Run folder, by default a new one in `evollm-runs`.
         seed: Seeds data order, adapters and evolution.
         resume_from_checkpoint: Folder of a demo that was interrupted, to go on with it.
+        dtype: Type of the base, as for `DPO`.
 
     Returns:
         What `finetune_llm_preference` returns.
@@ -63,11 +64,14 @@ def run_demo(
     whole_number("generations", generations, 2)
     whole_number("seed", seed, 0)
     run_dir = usable_path("run_dir", run_dir) if run_dir is not None else new_run_dir()
-    if resume_from_checkpoint is None and not (run_dir / "config.json").exists():
+    begins = resume_from_checkpoint is None and not (run_dir / "config.json").exists()
+    agents, env = _agents_and_env(population, seed, dtype)
+    if begins:
         run_dir.mkdir(parents=True, exist_ok=True)
-        started = {"population": population, "generations": generations, "seed": seed}
+        # The type that was taken: another machine may be fastest in another.
+        taken = str(agents[0].base.network.dtype).removeprefix("torch.")
+        started = {"population": population, "generations": generations, "seed": seed, "dtype": taken}
         replace_bytes(inside(run_dir, STARTED), (json.dumps(started) + "\n").encode())
-    agents, env = _agents_and_env(population, seed)
     return finetune_llm_preference(
         agents,
         env,
@@ -80,11 +84,9 @@ def run_demo(
     )
 
 
-def _agents_and_env(population: int, seed: int) -> tuple[list[DPO], PreferenceGym]:
-    folder = demo_model()
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder)
+def _agents_and_env(population: int, seed: int, dtype: str) -> tuple[list[DPO], PreferenceGym]:
+    folder = str(demo_model())
+    tokenizer = load_tokenizer(folder)
     train, selection, final = (demo_pairs(split) for split in SPLITS)
     env = PreferenceGym(
         train,
@@ -98,7 +100,8 @@ def _agents_and_env(population: int, seed: int) -> tuple[list[DPO], PreferenceGy
         population,
         env.observation_space,
         env.action_space,
-        actor_network=model,
+        model_name=folder,
+        dtype=dtype,
         lr=8e-5,
         beta=0.1,
         nll_alpha=0.5,
@@ -121,7 +124,7 @@ def demo_agents_and_env(run_dir: str | Path) -> tuple[list[DPO], PreferenceGym]:
         ConfigurationError: The folder holds no run of the demo.
     """
     started = _started(run_dir)
-    return _agents_and_env(started["population"], started["seed"])
+    return _agents_and_env(started["population"], started["seed"], started["dtype"])
 
 
 def is_demo(run_dir: str | Path) -> bool:
@@ -136,13 +139,16 @@ def resume_demo(run_dir: str | Path) -> tuple[list[DPO], list[float]]:
         ConfigurationError: The folder holds no run of the demo.
     """
     started = _started(run_dir)
-    return run_demo(started["population"], started["generations"], None, started["seed"], run_dir)
+    return run_demo(started["population"], started["generations"], None, started["seed"], run_dir, started["dtype"])
 
 
-def _started(run_dir: str | Path) -> dict[str, int]:
+def _started(run_dir: str | Path) -> dict[str, Any]:
     try:
         started = json.loads(read_bytes(inside(usable_path("run_dir", run_dir), STARTED)))
-        return {name: whole_number(name, started[name], 0) for name in ("population", "generations", "seed")}
+        if started["dtype"] not in DTYPES:
+            raise ValueError(f"dtype is {started['dtype']!r}")
+        numbers = {name: whole_number(name, started[name], 0) for name in ("population", "generations", "seed")}
+        return {**numbers, "dtype": started["dtype"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
         fix = f"is no run of the demo ({error})"
         raise ConfigurationError("run_dir", str(run_dir), fix) from error

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
 from evollm.models.archive import PolicyArchive, copy_state, note_archive, read_policy_archive
-from evollm.models.pretrained import load_base_model, reloadable
+from evollm.models.precision import default_device, with_dtype
+from evollm.models.pretrained import find_config, load_base_model, reloadable
 from evollm.models.requirements import check_plain_model
 from evollm.models.shared_base import SharedBase
 from evollm.processes import check_processes, uses_deepspeed
@@ -51,8 +52,12 @@ def load_policy_archive(path: str | Path, model: PreTrainedModel) -> PolicyArchi
     return archive
 
 
-def usable_device(accelerator: Accelerator | None, device: str | torch.device) -> torch.device:
-    """The device to train on: the accelerator's, if there is one.
+def usable_device(
+    accelerator: Accelerator | None, device: str | torch.device | None, network: PreTrainedModel | None = None
+) -> torch.device:
+    """The device to train on: the accelerator's, if there is one, else the one that is asked for.
+
+    Where none is asked for, a loaded network stays where it is, and anything else goes to a card if there is one.
 
     Raises:
         ConfigurationError: A launch or DeepSpeed setting that would not do what it seems to, or a device that is not
@@ -72,12 +77,22 @@ def usable_device(accelerator: Accelerator | None, device: str | torch.device) -
                 stacklevel=4,
             )
         return cast(torch.device, accelerator.device)
+    if device is None:
+        return default_device() if network is None else _where_it_is(network)
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ConfigurationError("device", device, f"cannot be used here: {error}") from error
     return found
+
+
+def _where_it_is(network: PreTrainedModel) -> torch.device:
+    """The device of a loaded network, with a warning if that is the slow one of two."""
+    if network.device.type == "cpu" and torch.cuda.is_available():
+        fix = "pass device='cuda' to train on the card, or device='cpu' to go without this warning"
+        warnings.warn(f"actor_network is on the CPU and stays there: {fix}", UserWarning, stacklevel=5)
+    return network.device
 
 
 def shared_base(
@@ -87,6 +102,7 @@ def shared_base(
     device: torch.device,
     archive: str | Path | None = None,
     accelerator: Accelerator | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> SharedBase:
     """The shared base of a model that is given or loaded by name, with the weights of a policy archive if there is one.
 
@@ -94,19 +110,7 @@ def shared_base(
         ConfigurationError: Both or neither are given, or the model cannot be loaded or moved.
         CheckpointError: The archive cannot be read, or does not fit the model.
     """
-    if (model_name is None) == (actor_network is None):
-        raise ConfigurationError("model_name", model_name, "pass either model_name or actor_network")
-    if not isinstance(model_name, str | os.PathLike | None):
-        fix = "must be a hub name or a folder; a loaded model is passed as actor_network"
-        raise ConfigurationError("model_name", type(model_name).__name__, fix)
-    if not isinstance(model_config, Mapping | None):
-        fix = "must be keyword arguments of from_pretrained, such as {'dtype': torch.bfloat16}"
-        raise ConfigurationError("model_config", model_config, fix)
-    if actor_network is None:
-        assert model_name is not None
-        actor_network = load_base_model(model_name, model_config)
-    elif model_config is not None:
-        raise ConfigurationError("model_config", model_config, "belongs to model_name; a loaded model has its own")
+    actor_network, model_config = _network(model_name, actor_network, model_config, device, dtype)
     sharded = _shards_base(accelerator)
     if sharded and SharedBase.on(actor_network) is None:
         from evollm.distributed.sharded_base import make_whole  # noqa: PLC0415
@@ -124,6 +128,32 @@ def shared_base(
         shard_layers(base.network, base.layers.modules)
         base.layers.gathered = gathered
     return base
+
+
+def _network(
+    model_name: str | None,
+    actor_network: PreTrainedModel | None,
+    model_config: Mapping[str, Any] | None,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+) -> tuple[PreTrainedModel, Mapping[str, Any] | None]:
+    """The model that is given or loaded by name, and the keyword arguments that it was loaded with."""
+    if (model_name is None) == (actor_network is None):
+        raise ConfigurationError("model_name", model_name, "pass either model_name or actor_network")
+    if actor_network is not None:
+        for field, value in (("model_config", model_config), ("dtype", dtype)):
+            if value is not None:
+                raise ConfigurationError(field, value, "belongs to model_name; a loaded model has its own")
+        return actor_network, None
+    if not isinstance(model_name, str | os.PathLike):
+        fix = "must be a hub name or a folder; a loaded model is passed as actor_network"
+        raise ConfigurationError("model_name", type(model_name).__name__, fix)
+    if not isinstance(model_config, Mapping | None):
+        fix = "must be keyword arguments of from_pretrained, such as {'dtype': torch.bfloat16}"
+        raise ConfigurationError("model_config", model_config, fix)
+    if dtype is not None:
+        model_config = with_dtype(model_config, dtype, find_config(model_name, model_config), device)
+    return load_base_model(model_name, model_config), model_config
 
 
 def _shards_base(accelerator: Accelerator | None) -> bool:

@@ -88,8 +88,9 @@ class Console(Callback):
         data = event.config["data"]
         for report in data["reports"]:
             self._print(escape(report))
+        base = f"{event.config['base_dtype'].removeprefix('torch.')}, on {event.config['device']}"
         self._print(
-            f"{agents} on one base, {event.total_steps} steps of {data['batch_size']} "
+            f"{agents} on one base ({base}), {event.total_steps} steps of {data['batch_size']} "
             f"{data.get('noun', 'pair')}s; folder {event.run_dir}",
             soft_wrap=True,
         )

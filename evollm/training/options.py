@@ -27,6 +27,7 @@ from evollm.own_files import check_can_be_made, inside, read_bytes
 from evollm.runs.folder import CHECKPOINTS, CONFIG, ELITE, METRICS, RUN_FILES
 from evollm.training.callbacks import Callback
 from evollm.training.stages import Stage
+from evollm.version import __version__
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,8 @@ def describe_run(
             "fingerprint": env.fingerprint,
             "position": env.state_dict(),
         },
-        "versions": {name: version(name) for name in ("evollm", "torch", "transformers", "peft", "datasets")}
+        # Its own from the code that runs, which need not be installed.
+        "versions": {"evollm": __version__}
+        | {name: version(name) for name in ("torch", "transformers", "peft", "datasets")}
         | {"python": platform.python_version()},
     }

@@ -21,6 +21,7 @@ from evollm.data.files import is_files
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import Birth, EvolutionPlan, HyperparameterConfig, ancestry
 from evollm.hpo.hyperparameters import Value
+from evollm.models.precision import AUTO, DTYPES
 from evollm.models.pretrained import reloadable
 from evollm.own_files import inside, read_bytes, replace_bytes
 from evollm.runs import read_lineage, read_lines
@@ -257,6 +258,8 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
             raise CheckpointError(f"{path} is damaged: {name} is {settings[name]!r}")
     if not _DEVICE.fullmatch(str(settings.get("device") or "cpu")):
         raise CheckpointError(f"{path} is damaged: device is {settings['device']!r}")
+    if settings.get("dtype") not in (None, AUTO, *DTYPES):
+        raise CheckpointError(f"{path} is damaged: dtype is {settings['dtype']!r}")
     if isinstance(settings.get("model_config"), Mapping):
         settings["model_config"] = _harmless(settings["model_config"])
     elsewhere = {name: str(settings[name]) for name in _PLACES if _leads_out(path.parent, settings.get(name))}

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
@@ -17,6 +16,7 @@ from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
+from evollm.models.precision import AUTO, names_dtype
 from evollm.models.pretrained import find_config, load_tokenizer
 from evollm.own_files import inside, read_bytes
 from evollm.runs.folder import CONFIG
@@ -189,9 +189,8 @@ def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[S
     arguments["model_name" if isinstance(model, str) else "actor_network"] = model
     if request.population > 1:
         arguments.setdefault("hp_config", default_hp_config(pieces, settings))
-    if "device" not in arguments:
-        own = getattr(model, "device", None)
-        arguments["device"] = own or ("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(model, str) and not names_dtype(arguments.get("model_config")):
+        arguments.setdefault("dtype", AUTO)
     agents = pieces.agent.population(request.population, env.observation_space, env.action_space, **arguments)
     if request.start_from is not None:
         start = str(usable_path("start_from", request.start_from).resolve())

@@ -11,6 +11,7 @@ from typing import Any
 
 from evollm.algorithms.saving import SavableAgent
 from evollm.errors import MissingExtraError
+from evollm.models.precision import names_dtype
 from evollm.processes import Processes
 from evollm.report import write_report
 from evollm.training.callbacks import Callback, Evolved, RunEnded, RunStarted
@@ -146,6 +147,10 @@ def _resolved(request: Request, setup: Setup) -> dict[str, Any]:
         name: setup.loop[name] for name in ("num_epochs", "max_steps", "evo_steps") if name in setup.loop
     }
     asked: dict[str, Any] = {**given, **request.settings, **lengths}
+    loaded = setup.agents[0].base.model_config.get("dtype")
+    if loaded is not None and not names_dtype(request.settings.get("model_config")):
+        # What was measured here may be otherwise elsewhere.
+        asked["dtype"] = loaded
     not_kept = ("run_dir", "resume_from_checkpoint", "generations")
     return {name: value for name, value in asked.items() if name not in not_kept}
 

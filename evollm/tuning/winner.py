@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from evollm.algorithms import DPO, SFT
 from evollm.algorithms.saving import SavableAgent
@@ -20,6 +19,7 @@ from evollm.checkpoints.files import check_replaceable
 from evollm.checks import usable_path
 from evollm.errors import ConfigurationError
 from evollm.models.generation import greedy_answers
+from evollm.models.precision import AUTO
 from evollm.models.pretrained import load_base_model, load_tokenizer, reloadable
 from evollm.tuning.plain import model_config_of
 from evollm.tuning.record import known_of, place_of, read_record
@@ -98,11 +98,10 @@ def open_winner(
         elite = place_of(record.run_dir, known, "elite_path")
     model_config = _model_config(asked, usable_path("elite", elite), trust_remote_code)
     tokenizer = load_tokenizer(asked.get("tokenizer") or name, model_config)
-    device = asked.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     base: dict[str, Any] = (
         {"model_config": model_config} if model is None else {"actor_network": load_base_model(model, model_config)}
     )
-    return Winner(agent_class.load(str(elite), device, **base), tokenizer, record.run_dir)
+    return Winner(agent_class.load(str(elite), asked.get("device"), **base), tokenizer, record.run_dir)
 
 
 def _model_config(asked: Mapping[str, Any], elite: Path, trust_remote_code: bool) -> dict[str, Any]:
@@ -110,6 +109,8 @@ def _model_config(asked: Mapping[str, Any], elite: Path, trust_remote_code: bool
     kept = model_config_of(asked.get("model_config"))
     if kept is None:
         kept = reloadable(read_agent_folder(elite).attributes.get("model_config") or {})
+    elif asked.get("dtype") not in (None, AUTO):
+        kept = {**kept, "dtype": asked["dtype"]}
     return {**kept, "trust_remote_code": trust_remote_code}
 
 

@@ -13,14 +13,6 @@ from conftest import make_rows
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarking"
 
 
-@pytest.fixture
-def model_folder(make_model, tokenizer, tmp_path) -> Path:
-    folder = tmp_path / "model"
-    make_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def run(script: str, *arguments: object) -> str:
     command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

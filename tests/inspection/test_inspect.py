@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +8,12 @@ import pytest
 from conftest import make_examples, make_rows
 from families import RELATIVE
 from tokenizers_for_tests import chatml_tokenizer, make_tokenizer, t5_tokenizer
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from evollm import DPO, DataError, PreferenceGym, SFTGym, inspect_data
 from evollm.cli import main
 from evollm.errors import ConfigurationError
 from evollm.inspection import Fit, Lengths, RenderedRow
-
-
-@pytest.fixture
-def model_folder(make_model: Callable[..., LlamaForCausalLM], tokenizer: Any, tmp_path: Path) -> Path:
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def row(prompt: str, chosen: str, rejected: str) -> dict[str, str]:

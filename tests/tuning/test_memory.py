@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +13,6 @@ from conftest import make_rows
 import evollm
 from evollm import Callback, DivergedError
 from evollm.models.budget import count_saved_bytes
-
-
-@pytest.fixture
-def model_folder(make_model, tokenizer, tmp_path) -> Path:
-    folder = tmp_path / "model"
-    make_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def live_tensors() -> int:
