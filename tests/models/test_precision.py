@@ -59,9 +59,7 @@ def test_auto_takes_bf16_on_a_card_that_is_fast_at_it(monkeypatch) -> None:
         (WIDE, {"gguf_file": "weights.gguf"}),
     ],
 )
-def test_auto_leaves_what_is_unknown_small_or_quantised_as_it_is_stored(
-    measured, config: Any, model_config: Any
-) -> None:
+def test_auto_leaves_what_is_unknown_small_or_quantised_as_stored(measured, config: Any, model_config: Any) -> None:
     asked = measured(9.0)
     assert with_dtype(model_config, "auto", config, CPU) == (model_config or {})
     assert asked == []
