@@ -27,6 +27,7 @@ from evollm.algorithms.dpo_step import learn_together
 from evollm.demo import demo_model, demo_pairs, run_demo
 from evollm.demo.model import NAME, PACKAGE, cache_folder
 from evollm.models.engine import Engine
+from evollm.models.probe import BOUND
 from quarter_hour.checks import setting_of
 from quarter_hour.running import Place, UnavailableError
 
@@ -126,7 +127,9 @@ def verdict(place: Place) -> None:
     for length in LENGTHS[:1] if place.toy else LENGTHS:
         started = time.perf_counter()
         found = engine.prepare([agent.actor_adapter for agent in agents], length)
-        place.write("probe", tokens=length, dtype="bfloat16", **found.to_dict(), seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        bound = BOUND * found.floor
+        place.write("probe", tokens=length, dtype="bfloat16", **found.to_dict(), bound=bound, seconds=seconds)
 
 
 def real_text(place: Place, case: str) -> None:
