@@ -1,7 +1,8 @@
 """Make every write, fsync, rename and unlink of a run fail, once and for good, and see what the run ends with.
 
 A population of two trains on a small model, with evaluations, evolutions and a checkpoint after each step. Then there
-is room again, and the run goes on as its messages say; its end must have the bits of a run that always had room.
+is room again, and the run goes on as its messages say; its end must have the bits of a run that always had room. Where
+there was no room for a single checkpoint, nothing can go on: the best agent must lie where the message says.
 
     python tests/disk_test.py --every 1
     python tests/disk_test.py --tmpfs 40 80 160 320 640
@@ -27,6 +28,7 @@ from kill_test import count_operations
 from small_run import digest, train
 
 from evollm import EvoLLMError
+from evollm.checkpoints.run import newest_population
 from evollm.report import read_run
 
 STEPS = 3
@@ -35,8 +37,15 @@ SHORT = {"population": 2, "max_steps": STEPS, "evo_steps": 1, "keep_last": 1, "n
 GOOD = ("ended", "refused")
 
 
+def elsewhere(folder: Path) -> Path:
+    """Where a run saves its best agent if there is no room for it."""
+    return folder.parent.parent / f"elsewhere-{folder.parent.name}"
+
+
 def attempt(folder: Path, number: int | None, last: int | None, said: Any) -> None:
     """A run in which operations fail; says how it ended."""
+    elsewhere(folder).mkdir(exist_ok=True)
+    tempfile.tempdir = str(elsewhere(folder))
     room = nullcontext() if number is None else broken(number, fail, last=last, below=folder.parent)
     try:
         train(folder, room, **SHORT)
@@ -76,7 +85,10 @@ class Trials:
         self.ends[first] += 1
         again = self.run(folder)
         fault = "" if first in GOOD else first
-        if again != "ended":
+        if (first, again) == ("ended", "refused") and newest_population(folder / "checkpoints") is None:
+            found = [*elsewhere(folder).glob("*/attributes.pt"), *folder.glob("elite/attributes.pt")]
+            fault += "" if len(found) == 1 and read_run(folder).ended is not None else " no best agent"
+        elif again != "ended":
             fault += f" then {again}"
         elif digest(folder, STEPS) != self.expected:
             fault += " other bits"

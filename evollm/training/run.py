@@ -313,13 +313,16 @@ class Run(Generic[A]):
             return self.paths.elite
         # Of several processes the main one writes; its name is the one that counts.
         elsewhere = Path(tempfile.gettempdir()) / f"evollm-elite-{secrets.token_hex(4)}"
-        again = "resuming the run saves it there once there is room"
+        again = ""
+        if newest_population(self.paths.checkpoints) is not None:
+            again = ", or resume the run once there is room"
         failed = f"the best agent could not be saved to {self.paths.elite} ({error})"
         if not self._try_to_save(best, elsewhere):
-            warnings.warn(f"{failed}; it was saved to {elsewhere} instead, and {again}", UserWarning, stacklevel=2)
+            fix = f"it was saved to {elsewhere} instead: move it there{again}"
+            warnings.warn(f"{failed}; {fix}", UserWarning, stacklevel=2)
             return elsewhere
-        fix = "it is in memory alone: call save_checkpoint with a path where there is room"
-        warnings.warn(f"{failed}; {fix}, or {again}", UserWarning, stacklevel=2)
+        fix = f"it is in memory alone: call save_checkpoint with a path where there is room{again}"
+        warnings.warn(f"{failed}; {fix}", UserWarning, stacklevel=2)
         return None
 
     def _try_to_save(self, agent: A, path: Path) -> str:
