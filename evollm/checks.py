@@ -89,6 +89,17 @@ def switch(field: str, value: object) -> bool:
     return value
 
 
+def optional_switch(field: str, value: object) -> bool | None:
+    """Return `value`, which is True, False or None.
+
+    Raises:
+        ConfigurationError: If it is anything else.
+    """
+    if value is not None and not isinstance(value, bool):
+        raise ConfigurationError(field, value, "must be True, False or None")
+    return value
+
+
 def expanded(path: str | os.PathLike[str]) -> str:
     """The path with the user's home for a `~` that it begins with."""
     return os.path.expanduser(os.fspath(path))

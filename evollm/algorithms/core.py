@@ -22,8 +22,9 @@ from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterShares, AdapterState, SharedBase
-from evollm.models.engine import PassOptions, Seat
+from evollm.models.engine import Engine, PassOptions, Seat
 from evollm.models.requirements import check_lora_config
+from evollm.models.slow_settings import slow_compile_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -139,6 +140,7 @@ class LLMAgent(ABC):
             )
         if settings.torch_compiler is not None:
             base.compile(settings.torch_compiler)
+            Engine.of(base).say([slow_compile_mode(base.device.type, settings.torch_compiler)])
 
     @abstractmethod
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:

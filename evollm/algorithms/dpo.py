@@ -86,7 +86,8 @@ class DPO(EvolvableAlgorithm):
         wrap: Accepted for compatibility; nothing is wrapped in a single process.
         clone: Accepted for compatibility; use the method `clone`.
         seed: Seeds the adapter's initialisation and the agent's own generator.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time. None:
+            where the free memory does not hold enough of them for full speed, found at the first training pass.
         torch_compiler: A mode of `torch.compile` for the base's layers, such as `default`.
         use_liger_loss: Not used in this version: warns and goes on with the standard loss.
         use_separate_reference_adapter: False takes the base without adapter as the reference.
@@ -144,7 +145,7 @@ class DPO(EvolvableAlgorithm):
         wrap: bool = True,
         clone: bool = False,
         seed: int = 42,
-        gradient_checkpointing: bool = True,
+        gradient_checkpointing: bool | None = None,
         torch_compiler: str | None = None,
         use_liger_loss: bool = False,
         use_separate_reference_adapter: bool = True,

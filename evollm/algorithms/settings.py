@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, overload
 
-from evollm.checks import optional_whole_number, positive_number, switch, whole_number
+from evollm.checks import optional_switch, optional_whole_number, positive_number, switch, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 
@@ -20,7 +20,7 @@ class AgentSettings:
 
     seed: int = 42
     micro_batch_size_per_gpu: int | None = None
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | None = None
     calc_position_embeddings: bool = True
     use_separate_reference_adapter: bool = True
     pad_token_id: int | None = None
@@ -35,9 +35,9 @@ class AgentSettings:
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
         if self.seed > _LARGEST_SEED:
             raise ConfigurationError("seed", self.seed, f"must be at most {_LARGEST_SEED}")
-        switches = ("gradient_checkpointing", "calc_position_embeddings", "use_separate_reference_adapter")
-        for name in (*switches, "drop_nonfinite_rows"):
+        for name in ("calc_position_embeddings", "use_separate_reference_adapter", "drop_nonfinite_rows"):
             switch(name, getattr(self, name))
+        optional_switch("gradient_checkpointing", self.gradient_checkpointing)
         if self.torch_compiler is not None and self.torch_compiler not in COMPILE_MODES:
             raise ConfigurationError("torch_compiler", self.torch_compiler, f"must be None or one of {COMPILE_MODES}")
 

@@ -66,7 +66,8 @@ class SFT(EvolvableAlgorithm):
         wrap: Accepted for compatibility; nothing is wrapped in a single process.
         clone: Accepted for compatibility; use the method `clone`.
         seed: Seeds the adapter's initialisation and the agent's own generator.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time. None:
+            where the free memory does not hold enough of them for full speed, found at the first training pass.
         torch_compiler: A mode of `torch.compile` for the base's layers, such as `default`.
         token_budget: Most tokens in one forward pass, of all members that share it. None: what the device and its free
             memory suggest. The update is the same up to rounding; give it for the same bits on another machine.
@@ -105,7 +106,7 @@ class SFT(EvolvableAlgorithm):
         wrap: bool = True,
         clone: bool = False,
         seed: int = 42,
-        gradient_checkpointing: bool = True,
+        gradient_checkpointing: bool | None = None,
         torch_compiler: str | None = None,
         token_budget: int | None = None,
         drop_nonfinite_rows: bool = True,

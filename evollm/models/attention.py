@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from evollm.models.flash import SequenceBounds, causal_mask, flash_attention, kernel_head_size, why_not_flash
+from evollm.models.flash import SequenceBounds, causal_mask, flash_attention, kernel_head_size, takes, why_not_flash
 from evollm.models.packing import PairLengths
 
 PAIR_ATTENTION = "evollm_pairs"
@@ -40,11 +40,15 @@ class PairLayout:
 
     Attributes:
         lengths: Tokens of the pairs' parts.
+        base_dtype: Of the base, where the engine has remarked on it; None: nobody has.
         kinds: What the layers' attention has been computed by so far, in words.
     """
 
-    def __init__(self, lengths: tuple[PairLengths, ...], device: torch.device) -> None:
+    def __init__(
+        self, lengths: tuple[PairLengths, ...], device: torch.device, base_dtype: torch.dtype | None = None
+    ) -> None:
         self.lengths = lengths
+        self.base_dtype = base_dtype
         self.kinds: set[str] = set()
         self._device = device
         self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
@@ -132,7 +136,9 @@ def pair_attention(
         if not refusal:
             layout.kinds.add(FLASH)
             return layout.varlen.attend(query, key, value, scaling, sliding_window), None
-        if query.device.type in SLOW_WITHOUT_FLASH:
+        # A base that is too wide for the kernel is remarked on by the engine, whichever way attention goes.
+        too_wide = query.dtype == layout.base_dtype and not takes(query.dtype)
+        if query.device.type in SLOW_WITHOUT_FLASH and not too_wide:
             _warn_of_slow_attention(refusal)
     layout.kinds.add(ONE_BY_ONE if softcap is None else SOFT_CAPPED)
 

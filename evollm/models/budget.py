@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from evollm.models.shared_base import SharedBase
 
@@ -17,6 +18,8 @@ _ENOUGH_TOKENS = {("cpu", True): 1024, ("cpu", False): 2048, ("cuda", True): 163
 # Of the memory that is free; the rest is for gradients, moments and what the allocator wastes.
 _SHARE = 0.6
 _FEWEST_TOKENS = 256
+# Of the tokens that are enough: with so many in a pass, recomputing to have more of them costs more than it gains.
+_ENOUGH_TO_KEEP = 0.25
 
 
 @dataclass
@@ -27,17 +30,24 @@ class SavedBytes:
 
 
 @contextmanager
-def count_saved_bytes() -> Iterator[SavedBytes]:
-    """Count what forward passes inside the block save; each storage once."""
-    saved, seen = SavedBytes(), set()
+def count_saved_bytes(*, keep: bool = True) -> Iterator[SavedBytes]:
+    """Count what forward passes inside the block save; each storage once.
 
-    def pack(tensor: Tensor) -> Tensor:
+    Args:
+        keep: Save it, for a backward pass. False: a pass takes no more memory than one without gradients.
+    """
+    saved = SavedBytes()
+    # By address; of what is not kept another tensor may come to lie there.
+    seen: dict[int, StorageWeakRef] = {}
+
+    def pack(tensor: Tensor) -> Tensor | None:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+        known = seen.get(storage.data_ptr())
+        if not isinstance(tensor, torch.nn.Parameter) and (known is None or known.expired()):
+            seen[storage.data_ptr()] = StorageWeakRef(storage)
             saved.total += storage.nbytes()
         # Of an operation's own output this would keep the graph, which keeps the output: neither would ever be freed.
-        return tensor.detach()
+        return tensor.detach() if keep else None
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
@@ -52,15 +62,44 @@ def default_budget(base: SharedBase, saved_per_token: float, *, training: bool, 
         training: Whether there will be a backward pass.
         tiled: Whether the logits of all tokens never exist at once.
     """
-    config = base.network.config
-    # What lives for a moment: some hidden states of one layer, and float32 logits with their softmax.
-    passing = 64 * 4 * int(getattr(config, "hidden_size", 1024)) + (0 if tiled else 12 * base.num_embeddings)
-    affordable = _SHARE * _free_memory(base.device) / (saved_per_token + passing)
-    enough = _ENOUGH_TOKENS.get((base.device.type, training), _ENOUGH_TOKENS["cpu", training])
+    affordable = affordable_tokens(base, saved_per_token, tiled=tiled)
+    enough = _enough_tokens(base.device.type, training=training)
     tokens = _FEWEST_TOKENS
     while 2 * tokens <= min(enough, affordable):
         tokens *= 2
     return tokens
+
+
+def affordable_tokens(base: SharedBase, saved_per_token: float, *, tiled: bool) -> int:
+    """Tokens that fit into the free memory; see `default_budget` for the arguments."""
+    config = base.network.config
+    # What lives for a moment: some hidden states of one layer, and float32 logits with their softmax.
+    passing = 64 * 4 * int(getattr(config, "hidden_size", 1024)) + (0 if tiled else 12 * base.num_embeddings)
+    return int(_SHARE * _free_memory(base.device) / (saved_per_token + passing))
+
+
+def tokens_to_keep(device_type: str, token_budget: int | None, longest: int) -> int:
+    """Tokens whose activations must fit into memory for a training pass at full speed.
+
+    Args:
+        device_type: Of the base, such as `cuda`.
+        token_budget: Most tokens in a pass, as the user gave it; None: a default that follows the memory.
+        longest: Tokens of the longest pair.
+
+    Returns:
+        The budget, or a quarter of what is enough there; at least the longest pair, which goes into a pass undivided.
+    """
+    enough = token_budget or int(_ENOUGH_TO_KEEP * _enough_tokens(device_type, training=True))
+    return max(enough, longest)
+
+
+def should_recompute(affordable: int, device_type: str, token_budget: int | None, longest: int) -> bool:
+    """Whether activations are to be computed again, with `affordable` tokens in memory; see `tokens_to_keep`."""
+    return affordable < tokens_to_keep(device_type, token_budget, longest)
+
+
+def _enough_tokens(device_type: str, *, training: bool) -> int:
+    return _ENOUGH_TOKENS.get((device_type, training), _ENOUGH_TOKENS["cpu", training])
 
 
 def _free_memory(device: torch.device) -> int:

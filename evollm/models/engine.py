@@ -15,7 +15,7 @@ from peft import LoraConfig
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models.attention import PairLayout
-from evollm.models.budget import count_saved_bytes, default_budget
+from evollm.models.budget import affordable_tokens, count_saved_bytes, default_budget, should_recompute
 from evollm.models.encoder_decoder import (
     EncodedPairs,
     encoder_decoder_logprobs,
@@ -31,6 +31,7 @@ from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logpr
 from evollm.models.packing import PackedPairs
 from evollm.models.probe import probe, probed_length
 from evollm.models.shared_base import SharedBase
+from evollm.models.slow_settings import is_card, needless_checkpointing, slow_dtype
 from evollm.processes import Processes
 
 # (members, rows, log-probs of each member for these rows) -> the sum of the members' losses on them.
@@ -61,7 +62,7 @@ class PassOptions:
             what suits the device and its free memory.
         max_pairs: Most pairs of one member in a pass; None: no bound.
         explicit_positions: Whether position ids are passed; without them pairs cannot share their prompt.
-        gradient_checkpointing: Recompute activations in the backward pass.
+        gradient_checkpointing: Recompute activations in the backward pass. None: where memory is too short for them.
         up_to_shorter: Give each pair's sums up to its shorter side's length too.
         seat: Of a member by itself: it goes through the base in this place, and in the places beside it, too, from
             which nothing is taken. None: the members that are given.
@@ -70,7 +71,7 @@ class PassOptions:
     token_budget: int | None = None
     max_pairs: int | None = None
     explicit_positions: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = False
     up_to_shorter: bool = False
     seat: Seat | None = None
 
@@ -89,6 +90,8 @@ class Engine:
         self.paths: dict[tuple[str, int], FastPaths] = {}
         self.attention = ""
         self._budgets: dict[tuple[bool, bool, bool], int] = {}
+        # With and without a tiled head: tokens of which the activations fit into memory.
+        self._affordable: dict[bool, int] = {}
         self._said: set[str] = set()
         self._without_adapter: tuple[str, LoraConfig] | None = None
 
@@ -149,7 +152,7 @@ class Engine:
             known = self.paths.get((settings, longest))
             if known is None:
                 self.paths[settings, longest] = known = probe(self.base, config, longest)
-                self._say(known.reasons)
+                self.say(known.reasons)
             found = found & known
         return found
 
@@ -158,6 +161,7 @@ class Engine:
     ) -> list[PairLogprobs]:
         """All pairs, each in one of the processes; every process gets all results."""
         self.base.take_back()
+        self.say([slow_dtype(self.base.device.type, self.base.network.dtype)])
         longest = longest_side(batch) if self.base.is_encoder_decoder else batch.longest_sequence
         paths = self.prepare(members, longest)
         if not (options.explicit_positions or self.base.is_encoder_decoder):
@@ -167,6 +171,7 @@ class Engine:
         if paths.goes_alone(options.explicit_positions):
             # Processes that share the base's layers need passes of equally many sequences.
             options = replace(options, max_pairs=1)
+        options = replace(options, gradient_checkpointing=self._recomputes(batch, members, options, paths))
         budget = options.token_budget or self._default_budget(batch, members, options, paths, training=loss is not None)
         processes = Processes.present()
         if processes.size == 1:
@@ -192,8 +197,8 @@ class Engine:
         parts: list[list[PairLogprobs]] = [[] for _ in members]
         groups: list[list[int]] = []
         if own:
-            found = self._groups(batch.select(own), budget, options.max_pairs, paths)
-            groups = [[own[row] for row in rows] for rows in found]
+            divided = self._groups(batch.select(own), budget, options.max_pairs, paths)
+            groups = [[own[row] for row in rows] for rows in divided]
         seat = options.seat or Seat(0, 1)
         seated = [*members] * seat.of
         fillers = 0
@@ -207,16 +212,30 @@ class Engine:
                 taking = numbers if options.seat is None else [0] if seat.place in numbers else []
                 if not taking:
                     continue
-                with few.forward(numbers, options) as logprobs:
-                    taken = logprobs if options.seat is None else [logprobs[list(numbers).index(seat.place)]]
-                    if loss is not None:
-                        # Inside the block, since it recomputes checkpointed layers.
-                        (loss(taking, rows, taken) * weight).backward()
+                found = None if loss is None else _WeightedLoss(loss, taking, rows, weight)
+                place = None if options.seat is None else list(numbers).index(seat.place)
+                taken = self._pass(few, numbers, options, place, found)
                 self.attention = few.attention
                 for number, part in zip(taking, taken, strict=True):
                     if weight:
-                        parts[number].append(PairLogprobs.of([column.detach() for column in part.columns]))
+                        parts[number].append(part)
         return [PairLogprobs.join(member_parts, groups) for member_parts in parts] if groups else []
+
+    def _pass(
+        self,
+        few: _FewPairs,
+        numbers: Sequence[int],
+        options: PassOptions,
+        place: int | None,
+        loss: _WeightedLoss | None,
+    ) -> list[PairLogprobs]:
+        """The log-probs of the members that take part in one pass, and their gradients added to the parameters'."""
+        with few.forward(numbers, options) as logprobs:
+            taken = logprobs if place is None else [logprobs[place]]
+            if loss is not None:
+                # Inside the block, since it recomputes checkpointed layers.
+                loss(taken).backward()
+        return [PairLogprobs.of([column.detach() for column in part.columns]) for part in taken]
 
     def _groups(self, batch: PreferenceBatch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:
         """Rows that go through the base together."""
@@ -237,28 +256,30 @@ class Engine:
         """
         self.paths.clear()
         self._budgets.clear()
+        self._affordable.clear()
         self._without_adapter = self._settings_of(adapter)
 
     def state_dict(self) -> dict[str, Any]:
-        """The fast paths and default budgets found so far, ready for JSON: the bits of a run depend on them."""
+        """Fast paths, default budgets and room for activations found so far, as JSON: a run's bits depend on them."""
         return {
             "paths": [{"settings": settings, **paths.to_dict()} for (settings, _), paths in self.paths.items()],
             "budgets": [[*kind, budget] for kind, budget in self._budgets.items()],
+            "affordable": [[tiled, tokens] for tiled, tokens in self._affordable.items()],
         }
 
     def load_state_dict(self, state: object) -> None:
-        """Take these fast paths and default budgets, whatever a probe would find here and whatever memory is free.
+        """Take what `state_dict` gave, whatever a probe would find here and whatever memory is free.
 
         Raises:
             CheckpointError: `state` is not what `state_dict` gave; nothing is changed.
         """
         try:
-            paths, budgets = _read_state(state)
+            paths, budgets, affordable = _read_state(state)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"what the checkpoint says of the fast paths is damaged: {error}") from error
-        self.paths, self._budgets = paths, budgets
+        self.paths, self._budgets, self._affordable = paths, budgets, affordable
         for known in paths.values():
-            self._say(known.reasons)
+            self.say(known.reasons)
 
     def _default_budget(
         self,
@@ -270,17 +291,46 @@ class Engine:
         training: bool,
     ) -> int:
         """The budget for this kind of pass, found at the first of its kind and kept."""
-        kind = (training, options.gradient_checkpointing, paths.tiled_head)
+        kind = (training, bool(options.gradient_checkpointing), paths.tiled_head)
         if kind not in self._budgets:
-            # The longest: what a pass saves once, the members' stacked weights, should weigh little.
-            longest = batch.select([int(np.argmax(batch.num_tokens))])
-            few = _FewPairs(self.base, longest, members, paths)
-            with count_saved_bytes() as saved, few.forward([0], options):
-                pass
-            per_token = saved.total / int(longest.num_tokens.sum())
+            per_token = self._saved_per_token(batch, members, options, paths)
             budget = default_budget(self.base, per_token, training=training, tiled=paths.tiled_head)
             self._budgets[kind] = Processes.present().smallest(budget)
         return self._budgets[kind]
+
+    def _recomputes(
+        self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, paths: FastPaths
+    ) -> bool:
+        """Whether activations are computed again in the backward pass: as the user says, or as memory needs it.
+
+        What is kept is for how many tokens memory has room, and not what follows from it: a longer pair may come.
+        """
+        base, asked = self.base, options.gradient_checkpointing
+        device = base.device.type
+        if asked is False or not base.can_checkpoint or base.is_sharded or (asked and not is_card(device)):
+            # The layers of a sharded base are recomputed in any case.
+            return bool(asked) or (asked is None and base.is_sharded)
+        if paths.tiled_head not in self._affordable:
+            keeping = replace(options, gradient_checkpointing=False)
+            per_token = self._saved_per_token(batch, members, keeping, paths)
+            affordable = affordable_tokens(base, per_token, tiled=paths.tiled_head)
+            self._affordable[paths.tiled_head] = Processes.present().smallest(affordable)
+        room = self._affordable[paths.tiled_head], device, options.token_budget, int(batch.num_tokens.max())
+        if asked:
+            self.say([needless_checkpointing(device, room[0], room[2], room[3])])
+            return True
+        return should_recompute(*room)
+
+    def _saved_per_token(
+        self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, paths: FastPaths
+    ) -> float:
+        """Bytes that a pass of one member saves for each token."""
+        # The longest: what a pass saves once, the members' stacked weights, should weigh little.
+        longest = batch.select([int(np.argmax(batch.num_tokens))])
+        few = _FewPairs(self.base, longest, members, paths)
+        with count_saved_bytes(keep=False) as saved, few.forward([0], options):
+            pass
+        return saved.total / int(longest.num_tokens.sum())
 
     def _check_own_attention(self) -> None:
         """Refuse to train by an attention of the model's own that cannot be differentiated."""
@@ -292,8 +342,9 @@ class Engine:
     def _settings_of(self, adapter: str) -> tuple[str, LoraConfig]:
         return self.base.settings(adapter), self.base.config(adapter)
 
-    def _say(self, reasons: Sequence[str]) -> None:
-        for reason in reasons:
+    def say(self, reasons: Sequence[str]) -> None:
+        """Warn of each of these that has not been said of the base yet; "" is nothing to say."""
+        for reason in filter(None, reasons):
             # The figures in brackets differ from one LoRA configuration to the next; what follows from them does not.
             what = reason.split(" (", maxsplit=1)[0]
             if what not in self._said:
@@ -301,8 +352,23 @@ class Engine:
                 warnings.warn(f"{self.base.name or 'the base'}: {reason}", UserWarning, stacklevel=3)
 
 
-def _read_state(state: Any) -> tuple[dict[tuple[str, int], FastPaths], dict[tuple[bool, bool, bool], int]]:
-    """Fast paths and default budgets from what `Engine.state_dict` gave."""
+@dataclass(frozen=True)
+class _WeightedLoss:
+    """The losses of a pass, as a function of the members' log-probs."""
+
+    loss: MemberLoss
+    members: Sequence[int]
+    rows: Sequence[int]
+    weight: int
+
+    def __call__(self, policies: list[PairLogprobs]) -> torch.Tensor:
+        return self.loss(self.members, self.rows, policies) * self.weight
+
+
+def _read_state(
+    state: Any,
+) -> tuple[dict[tuple[str, int], FastPaths], dict[tuple[bool, bool, bool], int], dict[bool, int]]:
+    """Fast paths, default budgets and room for activations from what `Engine.state_dict` gave."""
     paths, budgets = {}, {}
     for entry in state["paths"]:
         settings, known = entry["settings"], FastPaths.from_dict({k: v for k, v in entry.items() if k != "settings"})
@@ -314,7 +380,13 @@ def _read_state(state: Any) -> tuple[dict[tuple[str, int], FastPaths], dict[tupl
         if not all(isinstance(value, bool) for value in kind) or type(budget) is not int or budget < 1:
             raise ValueError(f"{[*kind, budget]!r} is not a budget")
         budgets[one, two, three] = budget
-    return paths, budgets
+    affordable = {}
+    # Absent from earlier checkpoints, whose agents all say whether they recompute.
+    for tiled, tokens in state.get("affordable", []):
+        if not isinstance(tiled, bool) or type(tokens) is not int or tokens < 0:
+            raise ValueError(f"{[tiled, tokens]!r} is no room for activations")
+        affordable[tiled] = tokens
+    return paths, budgets, affordable
 
 
 def _from_everywhere(
@@ -345,7 +417,9 @@ class _FewPairs:
             self._sides = EncodedPairs.of(batch, base.device, start, shared_prompt=paths.shared_prompt)
         elif paths.shared_prompt:
             self._packed = PackedPairs.of(batch, base.device)
-        self._layout = PairLayout(self._packed.lengths, base.device) if self._packed else None
+        self._layout: PairLayout | None = None
+        if self._packed:
+            self._layout = PairLayout(self._packed.lengths, base.device, base.network.dtype)
         first = base.first_adapted_layer([name for name in members if name is not None])
         self._fan_out = FanOut(first, 1) if self._packed and first is not None else None
 
@@ -380,7 +454,8 @@ class _FewPairs:
         names = [self._members[number] for number in numbers]
         routes = tuple(name for name in names if name is not None) if paths.stacking else ()
         with ExitStack() as stack:
-            network = stack.enter_context(base.active(names[0], gradient_checkpointing=options.gradient_checkpointing))
+            recompute = bool(options.gradient_checkpointing)
+            network = stack.enter_context(base.active(names[0], gradient_checkpointing=recompute))
             stack.enter_context(base.router.route(routes or None))
             if paths.goes_alone(options.explicit_positions):
                 lone = lone_logprobs if self._sides is None else lone_encoder_decoder_logprobs

@@ -110,12 +110,17 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
     return seen if window is None else seen.triu(offset - window + 1)
 
 
+def takes(dtype: torch.dtype) -> bool:
+    """Whether the kernel is made for this type."""
+    return dtype in _BOUNDS
+
+
 @lru_cache
 def why_not_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """Why such heads do not go through the kernel there; "" where it has been tried and was right."""
     if device.type not in _DEVICES:
         return "it runs on CUDA devices"
-    if dtype not in _BOUNDS:
+    if not takes(dtype):
         return f"it takes bfloat16 and float16, not {dtype}: load the base with dtype='bfloat16'"
     if head_size > _LARGEST_HEAD:
         return f"it takes heads of at most {_LARGEST_HEAD} numbers, not {head_size}"

@@ -232,7 +232,7 @@ def packed_sums(
     with (
         base.active(members[0]) as network,
         base.router.route(members if routed else None),
-        base.packed(PairLayout(packed.lengths, base.device), fan_out),
+        base.packed(PairLayout(packed.lengths, base.device, base.network.dtype), fan_out),
     ):
         for _ in range(passes):
             found = packed_logprobs(network, packed, len(members), tiled_head=tiled_head)

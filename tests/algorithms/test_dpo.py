@@ -351,8 +351,11 @@ def test_settings_without_effect_are_said_to_have_none(make_agent) -> None:
 def test_a_base_whose_layers_cannot_be_checkpointed_is_said_to_be_one(make_agent, tokenizer, gym) -> None:
     config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=1, n_head=2)
     lora = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    model = OpenAIGPTLMHeadModel(config)
     with pytest.warns(UserWarning, match="gradient_checkpointing=True has no effect"):
-        agent = make_agent(actor_network=OpenAIGPTLMHeadModel(config), lora_config=lora)
+        make_agent(actor_network=model, lora_config=lora, gradient_checkpointing=True)
+    # A warning here is an error: by default nobody has asked for it.
+    agent = make_agent(actor_network=model, lora_config=lora)
     batch = gym.next_batch()
     with pytest.warns(UserWarning, match="do not share their prompt"):
         losses = [agent.learn(batch)["loss"] for _ in range(3)]
