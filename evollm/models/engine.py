@@ -28,6 +28,7 @@ from evollm.models.fast_paths import FastPaths
 from evollm.models.grouping import balanced_groups, padded_groups
 from evollm.models.layers import FanOut
 from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logprobs, packed_logprobs
+from evollm.models.loss_scaling import ScaledBackward
 from evollm.models.packing import PackedPairs
 from evollm.models.probe import probe, probed_length
 from evollm.models.shared_base import SharedBase
@@ -212,9 +213,10 @@ class Engine:
                 taking = numbers if options.seat is None else [0] if seat.place in numbers else []
                 if not taking:
                     continue
+                trained = [members[number] for number in taking]
                 found = None if loss is None else _WeightedLoss(loss, taking, rows, weight)
                 place = None if options.seat is None else list(numbers).index(seat.place)
-                taken = self._pass(few, numbers, options, place, found)
+                taken = self._pass(few, numbers, options, place, trained, found)
                 self.attention = few.attention
                 for number, part in zip(taking, taken, strict=True):
                     if weight:
@@ -227,15 +229,30 @@ class Engine:
         numbers: Sequence[int],
         options: PassOptions,
         place: int | None,
+        members: Sequence[str | None],
         loss: _WeightedLoss | None,
     ) -> list[PairLogprobs]:
         """The log-probs of the members that take part in one pass, and their gradients added to the parameters'."""
-        with few.forward(numbers, options) as logprobs:
-            taken = logprobs if place is None else [logprobs[place]]
-            if loss is not None:
+        scaled = None
+        if loss is not None and self.base.network.dtype == torch.float16:
+            names = [name for name in members if name is not None]
+            scaled = ScaledBackward([list(self.base.parameters(name).values()) for name in names])
+        again = True
+        while again:
+            with few.forward(numbers, options) as logprobs:
+                taken = logprobs if place is None else [logprobs[place]]
                 # Inside the block, since it recomputes checkpointed layers.
-                loss(taken).backward()
-        return [PairLogprobs.of([column.detach() for column in part.columns]) for part in taken]
+                again = scaled is not None and loss is not None and scaled.attempt(loss, taken)
+                if scaled is None and loss is not None:
+                    loss(taken).backward()
+            if self.base.is_sharded and scaled is not None:
+                again = bool(Processes.present().largest(again))
+            results = [PairLogprobs.of([column.detach() for column in part.columns]) for part in taken]
+            # Their graph: the next one must not come to lie beside it.
+            del logprobs, taken
+        if scaled is not None:
+            scaled.accumulate()
+        return results
 
     def _groups(self, batch: PreferenceBatch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:
         """Rows that go through the base together."""

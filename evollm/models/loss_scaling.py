@@ -1,0 +1,95 @@
+"""Backward passes through a float16 base: scaled, so that small gradients do not become 0 on their way.
+
+float16 has no number between 0 and 6e-8. A loss that is a mean over many pairs, or has a small weight, gives
+log-probs gradients that get lost among the activations (Micikevicius et al., Mixed Precision Training, arXiv
+1710.03740). How the loss depends on the log-probs is a handful of numbers, known before the pass, so that the right
+scale need not be searched for from step to step: it brings the largest of them to between 1/2 and 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from evollm.models.logprobs import PairLogprobs
+
+# Of float32, which gradients and parameters are in: nothing is rounded to a denormal or an infinity on the way.
+_LARGEST_EXPONENT = 100
+# Where gradients exceed float16 all the same, the scale is lowered by 2^4, so many times: by 2^8 at once, gradients on
+# the way were rounded to a fifth.
+_STEP, _STEPS = 4, 4
+
+
+def scale_exponent(largest: float) -> int:
+    """The k for which `largest` * 2^k is between 1/2 and 1; 0 for what no scale helps."""
+    if largest == 0 or not math.isfinite(largest):
+        return 0
+    return max(-_LARGEST_EXPONENT, min(_LARGEST_EXPONENT, -math.frexp(largest)[1]))
+
+
+class ScaledBackward:
+    """The backward pass of members that share a forward pass, each under a scale of its own.
+
+    A power of two changes no digit, and is taken out again in float32. A gradient that exceeds float16 nonetheless is
+    computed again under a smaller scale; one that still does is handed on as it is, for whoever looks for divergence.
+
+    Args:
+        parameters: The trained parameters of each member, float32 or wider.
+    """
+
+    def __init__(self, parameters: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._parameters = parameters
+        self._lowered = [0] * len(parameters)
+        self._found: list[list[Tensor | None]] = [[] for _ in parameters]
+        self._missing = set(range(len(parameters)))
+
+    def attempt(self, loss: Callable[[list[PairLogprobs]], Tensor], policies: Sequence[PairLogprobs]) -> bool:
+        """Compute the gradients that are missing.
+
+        Args:
+            loss: From each member's log-probs to the sum of their losses.
+            policies: These log-probs, from a forward pass that has just been made.
+
+        Returns:
+            Whether a member's gradient exceeds float16, so that another forward pass and attempt are needed.
+        """
+        leaves = [PairLogprobs.of([column.detach().requires_grad_() for column in one.columns]) for one in policies]
+        columns = [column for leaf in leaves for column in leaf.columns]
+        towards = torch.autograd.grad(loss(leaves), columns, materialize_grads=True)
+        width = len(columns) // len(leaves)
+        parts = [towards[start : start + width] for start in range(0, len(columns), width)]
+        largest = torch.stack([torch.stack(list(part)).abs().max() for part in parts]).tolist()
+        exponents = [scale_exponent(one) - down for one, down in zip(largest, self._lowered, strict=True)]
+        scaled = [gradient * 2.0**k for k, part in zip(exponents, parts, strict=True) for gradient in part]
+        own = [column for one in policies for column in one.columns]
+        # The rejected sides of examples that have none depend on nothing.
+        wanted = [(column, gradient) for column, gradient in zip(own, scaled, strict=True) if column.requires_grad]
+        outputs, directions = zip(*wanted, strict=True)
+        inputs = [parameter for parameters in self._parameters for parameter in parameters]
+        found = iter(torch.autograd.grad(outputs, inputs, directions, allow_unused=True))
+        for member, (parameters, exponent) in enumerate(zip(self._parameters, exponents, strict=True)):
+            gradients = [next(found) for _ in parameters]
+            if member not in self._missing:
+                continue
+            self._found[member] = [None if one is None else one * 2.0**-exponent for one in gradients]
+            can_be_lowered = math.isfinite(largest[member]) and self._lowered[member] < _STEP * _STEPS
+            if can_be_lowered and not _all_finite(gradients):
+                self._lowered[member] += _STEP
+            else:
+                self._missing.remove(member)
+        return bool(self._missing)
+
+    def accumulate(self) -> None:
+        """Add what was found to the parameters' gradients."""
+        for parameters, gradients in zip(self._parameters, self._found, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def _all_finite(gradients: Sequence[Tensor | None]) -> bool:
+    sums = [gradient.abs().sum() for gradient in gradients if gradient is not None]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
