@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from evollm.algorithms import DPO, SFT
 from evollm.data.batch import PreferenceBatch, TokenizedPair
-from evollm.models.budget import count_saved_bytes
+from evollm.models.budget import count_saved_bytes, should_recompute, tokens_in_flight, tokens_that_fit
 from evollm.models.pretrained import auto_class, load_base_model
 
 # Of the LoRA configuration that agents have by default.
@@ -22,8 +22,6 @@ RANK = 16
 # A weight, its gradient and Adam's two moments, in float32.
 BYTES_PER_TRAINED = 16
 BYTES_PER_FROZEN = 4
-# In flight, on a CPU by default; a longer row is a pass of its own.
-TOKENS_IN_FLIGHT = 1024
 # Enough for the rate of a full pass, and over in some seconds.
 TIMED_TOKENS = 256
 # A forward pass takes about a third of the time of forward and backward pass, and references need one.
@@ -87,13 +85,15 @@ def forecast(
     base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
     adapter = adapter_parameters(shapes)
     longest = max(pair.num_tokens for pair in pairs)
-    tokens = max(TOKENS_IN_FLIGHT, longest)
-    activations = _rough_activations(config, tokens)
+    free_bytes = int(psutil.virtual_memory().available)
+    saved_per_token = _rough_activations(config, longest, free_bytes)
     if measured:
         per_token, saved_per_token = _measure(shapes, pairs, sft)
-        activations = int(saved_per_token * tokens)
         passes = population * epochs + (0 if sft else REFERENCE_SHARE)
         seconds = per_token * sum(pair.num_tokens for pair in pairs) * passes
+    # On a CPU; a row that is longer is a pass of its own.
+    fitting = tokens_in_flight(tokens_that_fit(free_bytes, saved_per_token), "cpu", training=True)
+    activations = int(saved_per_token * max(fitting, longest))
     references = 0 if sft else BYTES_PER_FROZEN * adapter
     return Forecast(
         population=population,
@@ -102,7 +102,7 @@ def forecast(
         adapter_parameters=adapter,
         activation_bytes=activations,
         memory_bytes=base_bytes + BYTES_PER_TRAINED * adapter * population + references + activations,
-        free_bytes=int(psutil.virtual_memory().available),
+        free_bytes=free_bytes,
         seconds=seconds,
     )
 
@@ -114,12 +114,15 @@ def adapter_parameters(model: Any) -> int:
     return sum(RANK * sum(layer.weight.shape) for layer in layers)
 
 
-def _rough_activations(config: Any, tokens: int) -> int:
-    """One state for each layer, and all that one layer keeps while it is computed again."""
+def _rough_activations(config: Any, longest: int, free_bytes: int) -> float:
+    """Bytes for a token: all that the layers keep; where memory is short, a state of each and all that one keeps."""
     config = config.get_text_config()
     hidden, layers = int(getattr(config, "hidden_size", 1024)), int(getattr(config, "num_hidden_layers", 32))
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    return 4 * tokens * (hidden * layers + 20 * hidden + 6 * inner)
+    layer = 4 * (20 * hidden + 6 * inner)
+    if should_recompute(tokens_that_fit(free_bytes, layers * layer), "cpu", None, longest):
+        return 4 * hidden * layers + layer
+    return layers * layer
 
 
 def _measure(model: Any, pairs: Sequence[TokenizedPair], sft: bool) -> tuple[float, float]:
@@ -131,7 +134,7 @@ def _measure(model: Any, pairs: Sequence[TokenizedPair], sft: bool) -> tuple[flo
             break
         few.append(pair)
     batch = PreferenceBatch.from_pairs(few)
-    agent: Any = (SFT if sft else DPO)(actor_network=model, token_budget=TOKENS_IN_FLIGHT, batch_size=len(few))
+    agent: Any = (SFT if sft else DPO)(actor_network=model, batch_size=len(few))
     tokens = int(batch.num_tokens.sum())
     with count_saved_bytes() as saved:
         agent.learn(batch)

@@ -63,11 +63,20 @@ def default_budget(base: SharedBase, saved_per_token: float, *, training: bool, 
         tiled: Whether the logits of all tokens never exist at once.
     """
     affordable = affordable_tokens(base, saved_per_token, tiled=tiled)
-    enough = _enough_tokens(base.device.type, training=training)
-    tokens = _FEWEST_TOKENS
+    return tokens_in_flight(affordable, base.device.type, training=training)
+
+
+def tokens_in_flight(affordable: int, device_type: str, *, training: bool) -> int:
+    """What is enough for full speed on such a device and fits, with `affordable` tokens in memory, a power of two."""
+    tokens, enough = _FEWEST_TOKENS, _enough_tokens(device_type, training=training)
     while 2 * tokens <= min(enough, affordable):
         tokens *= 2
     return tokens
+
+
+def tokens_that_fit(free_bytes: int, bytes_per_token: float) -> int:
+    """Tokens for which a pass should take memory, where so much is free."""
+    return int(_SHARE * free_bytes / bytes_per_token)
 
 
 def affordable_tokens(base: SharedBase, saved_per_token: float, *, tiled: bool) -> int:
@@ -75,7 +84,7 @@ def affordable_tokens(base: SharedBase, saved_per_token: float, *, tiled: bool) 
     config = base.network.config
     # What lives for a moment: some hidden states of one layer, and float32 logits with their softmax.
     passing = 64 * 4 * int(getattr(config, "hidden_size", 1024)) + (0 if tiled else 12 * base.num_embeddings)
-    return int(_SHARE * _free_memory(base.device) / (saved_per_token + passing))
+    return tokens_that_fit(_free_memory(base.device), saved_per_token + passing)
 
 
 def tokens_to_keep(device_type: str, token_budget: int | None, longest: int) -> int:

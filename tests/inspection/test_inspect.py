@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from conftest import make_examples, make_rows
 from families import RELATIVE
@@ -109,6 +111,16 @@ def test_the_forecast_counts_the_adapters_that_agents_have(make_model, model_fol
     trained, reference = 16 * found.adapter_parameters * 3, 4 * found.adapter_parameters
     assert found.memory_bytes == found.base_bytes + trained + reference + found.activation_bytes
     assert found.seconds is None
+
+
+def test_the_forecast_recomputes_where_a_run_would(model_folder: Path, monkeypatch) -> None:
+    found = []
+    for free in (2**40, 2**20):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        forecast = inspect_data(make_rows(4), str(model_folder)).forecast
+        assert forecast is not None
+        found.append(forecast.activation_bytes)
+    assert found[0] > 4 * found[1]
 
 
 @pytest.mark.parametrize("rows", [make_rows(4), make_examples(4)])
