@@ -13,7 +13,7 @@ from snapshots import actor_bits
 from evollm import DPO, Callback, CheckpointError, PreferenceGym, finetune_llm_preference, replay
 from evollm.checkpoints.files import MANIFEST, seal
 from evollm.checkpoints.run import STATE
-from evollm.models import SharedBase
+from evollm.models import SharedBase, budget, layers
 from evollm.models.engine import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -121,6 +121,36 @@ def test_replay_takes_the_paths_of_the_run(run, make_odd_model, make_population,
     assert not any(known.tiled_head for known in Engine.of(again.base).paths.values())
 
 
+def test_a_resumed_run_and_a_replay_recompute_as_the_run_did(
+    run, make_odd_model, make_population, tokenizer, tmp_path, monkeypatch
+) -> None:
+    """Whatever memory is free by then."""
+    counts = []
+    plain = layers.checkpoint
+    monkeypatch.setattr(layers, "checkpoint", lambda *args, **named: counts.append(1) or plain(*args, **named))
+
+    def free(amount: int) -> None:
+        counts.clear()
+        monkeypatch.setattr(budget, "_free_memory", lambda device: amount)
+
+    free(2**18)
+    whole = run("whole")
+    assert counts
+    with pytest.raises(RuntimeError):
+        run("crashed", callbacks=[Crash(2)])
+    free(2**40)
+    assert bits(run("crashed", resume=True)) == bits(whole)
+    assert counts
+    free(2**40)
+    env = PreferenceGym(mixed_rows(), None, tokenizer, data_batch_size_per_gpu=1)
+    agents = make_population(2, actor_network=make_odd_model())
+    assert replay(tmp_path / "whole", agents, env, run_dir=tmp_path / "replay", verbose=False).exact
+    assert counts
+    free(2**40)
+    run("fresh")
+    assert not counts
+
+
 DAMAGES = {
     "no state": lambda state: state.pop("engine"),
     "a list": lambda state: state.update(engine=[]),
@@ -136,6 +166,7 @@ DAMAGES = {
     "a budget of 0": lambda state: state["engine"]["budgets"][0].__setitem__(3, 0),
     "a short budget": lambda state: state["engine"]["budgets"][0].pop(),
     "text for a budget": lambda state: state["engine"].update(budgets=["abcd"]),
+    "text for room": lambda state: state["engine"]["affordable"][0].__setitem__(1, "much"),
     "null for budgets": lambda state: state["engine"].update(budgets=None),
 }
 
