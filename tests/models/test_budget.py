@@ -14,7 +14,7 @@ from peft import LoraConfig
 from evollm import DPO, SFT
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.errors import CheckpointError
-from evollm.models import budget, layers, slow_settings
+from evollm.models import attention, budget, layers, slow_settings
 from evollm.models.budget import count_saved_bytes, should_recompute
 from evollm.models.engine import Engine
 from evollm.models.fast_paths import FastPaths
@@ -209,6 +209,19 @@ def test_a_card_that_has_the_memory_is_not_left_to_recompute_in_silence(monkeypa
     with pytest.warns(UserWarning, match="float64 base on a card") as caught:
         agent.learn(make_batch())
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_wide_base_on_a_card_is_said_to_be_one_once_whichever_way_attention_goes(family: str, monkeypatch) -> None:
+    monkeypatch.setattr(slow_settings, "_CARDS", ("cpu",))
+    monkeypatch.setattr(attention, "SLOW_WITHOUT_FLASH", ("cpu",))
+    monkeypatch.setattr(attention, "why_not_flash", lambda *_: "it takes bfloat16")
+    attention._warn_of_slow_attention.cache_clear()
+    agent = make_agent(family)
+    with pytest.warns(UserWarning, match="load it with dtype='bfloat16'") as caught:
+        agent.learn(make_batch())
+    assert len(caught) == 1
+    agent.learn(make_batch())
 
 
 def test_a_compile_mode_for_fixed_shapes_is_said_to_be_one_once(monkeypatch) -> None:
