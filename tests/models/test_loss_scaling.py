@@ -17,6 +17,7 @@ from evollm.algorithms.dpo_step import learn_together
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models import loss_scaling
 from evollm.models.engine import Engine, PassOptions
+from evollm.models.fast_paths import FastPaths
 from evollm.models.logprobs import PairLogprobs
 from evollm.models.loss_scaling import ScaledBackward, scale_exponent
 
@@ -190,11 +191,15 @@ def test_other_bases_are_left_alone(monkeypatch, dtype: torch.dtype) -> None:
     assert all(float(one.norm()) > 0 for one in gradients(agents, [1.0, 1.0]))
 
 
-def test_examples_learn_in_float16() -> None:
-    """Their rejected sides depend on nothing."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_examples_learn_in_float16(alone: bool) -> None:
+    """Their rejected sides depend on nothing, and of sequences that go by themselves they need no gradient."""
     batch = make_batch(shapes=[(4, 5, 0), (2, 3, 0)])
     losses = []
     agent = SFT(actor_network=make_family("llama").half(), lr=1e-2)
+    if alone:
+        paths = FastPaths(False, False, False, 64, explicit_positions=False, implicit_positions=False)
+        Engine.of(agent.base).prepare = lambda members, length: paths  # type: ignore
     for _ in range(4):
         losses.append(agent.learn(batch)["loss"])
     assert losses == sorted(losses, reverse=True)
