@@ -44,7 +44,7 @@ def mixed_rows() -> list[dict[str, str]]:
 
 @pytest.fixture
 def make_odd_model(make_model):
-    """A model that computes rows of more than 100 tokens in another way, as some do to positions of long sequences.
+    """A model that computes rows of more than 130 tokens in another way, as some do to positions of long sequences.
 
     A packed row of long pairs is such a row, and a plain one of a short pair is not: prompts can be shared in packs of
     short pairs alone.
@@ -53,7 +53,7 @@ def make_odd_model(make_model):
     def make():
         model = make_model()
         embeddings = model.get_input_embeddings()
-        embeddings.register_forward_hook(lambda _, __, states: states * (1.5 if states.shape[1] > 100 else 1.0))
+        embeddings.register_forward_hook(lambda _, __, states: states * (1.5 if states.shape[1] > 130 else 1.0))
         return model
 
     return make
