@@ -78,7 +78,8 @@ def usable_device(
             )
         return cast(torch.device, accelerator.device)
     if device is None:
-        return default_device() if network is None else _where_it_is(network)
+        # Anything else is refused when it is made the base.
+        return _where_it_is(network) if isinstance(network, PreTrainedModel) else default_device()
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
