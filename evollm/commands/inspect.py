@@ -27,6 +27,9 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("--model", required=True, help="name or folder of the model, or of its tokenizer alone")
     parser.add_argument("--split", help="split of a dataset on the hub (default: train)")
     parser.add_argument("--sft", action="store_true", default=None, help="examples (default: what the columns say)")
+    parser.add_argument(
+        "--columns", metavar="YAML", help='which column is what, such as "{prompt: question, ignore: [context]}"'
+    )
     parser.add_argument("--against", help="another dataset: count the rows that are in both")
     parser.add_argument("--max-context-length", type=int, help="most tokens of prompt and longer completion")
     parser.add_argument("--min-completion-length", type=int, help="fewest tokens of a completion")
@@ -36,8 +39,15 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from evollm.config import parse_config
+    from evollm.errors import DataError
     from evollm.inspection import inspect_data, print_inspection
 
     arguments = {name: value for name, value in vars(options).items() if name != "run"}
     files = arguments.pop("data")
-    print_inspection(inspect_data(files if len(files) > 1 else files[0], arguments.pop("model"), **arguments))
+    if arguments["columns"] is not None:
+        arguments["columns"] = parse_config(arguments["columns"], "--columns")
+    inspection = inspect_data(files if len(files) > 1 else files[0], arguments.pop("model"), **arguments)
+    print_inspection(inspection)
+    if not inspection.report.kept:
+        raise DataError("data", files[0] if len(files) == 1 else files, "no row can be used: see the reasons above")

@@ -20,7 +20,7 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Whatever a model is given, not what it answers: a completion cannot start with one of these.
 GIVEN_ROLES = frozenset({"system", "developer", "user", "tool"})
 # ShareGPT's names of the roles.
-_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 # What evollm itself tells `apply_chat_template`, and what would make it return something else than text.
 _RESERVED = frozenset(
     {
@@ -39,8 +39,12 @@ MALFORMED_TEMPLATE_KWARGS = "chat_template_kwargs is not a mapping of names to v
 OWN_TEMPLATE = "chat_template_kwargs brings a chat template of its own: set tokenizer.chat_template instead"
 NOT_TEXT = "a message with content other than text"
 UNREADABLE_MESSAGES = "a cell with messages that are neither JSON nor Python"
+MALFORMED_HISTORY = "history is not a list of [question, answer]"
 
-_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|tool_calls|name|from|value)["']\s*:""")
+# A message, or a list of them, written out. An answer may be JSON too: it is messages only if it says who speaks.
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|tool_calls|name|from|value)["']\s*:""")
+_WHO = ("role", "from")
+_TURN = ("user", "assistant")
 
 
 class UnusableRowError(Exception):
@@ -55,22 +59,64 @@ class UnreadableCell:
 
 
 def cell(row: Row, name: str) -> str | list[Message]:
-    """The text or the messages in a column.
+    """The text or the messages in a column; messages that are written out, as files keep them, are read.
 
     Raises:
         UnusableRowError: There is neither.
     """
     value = row.get(name)
-    if _is_missing(value):
+    if is_missing(value):
         raise UnusableRowError(f"{name} is missing")
     if isinstance(value, UnreadableCell):
         raise UnusableRowError(value.reason)
     if isinstance(value, str):
+        value = _messages_in(value)
+    if isinstance(value, str):
         require_unicode(value)
         return str(value)
+    if isinstance(value, Mapping):
+        return [_message(value)]
     if _is_list(value):
         return [_message(item) for item in value]
     raise UnusableRowError(f"{name} is neither text nor messages")
+
+
+def optional_text(row: Row, name: str) -> str:
+    """The text in a column; "" where there is none.
+
+    Raises:
+        UnusableRowError: There is something else.
+    """
+    value = row.get(name)
+    if is_missing(value):
+        return ""
+    if not isinstance(value, str):
+        raise UnusableRowError(f"{name} is not text")
+    require_unicode(value)
+    return str(value) if value.strip() else ""
+
+
+def history(row: Row) -> list[Message]:
+    """The turns before the prompt: pairs of a question and its answer, or messages.
+
+    Raises:
+        UnusableRowError: There is something else.
+    """
+    value = _structure(row.get("history"))
+    if is_missing(value) or value == "":
+        return []
+    if not _is_list(value):
+        raise UnusableRowError(MALFORMED_HISTORY)
+    if any(isinstance(turn, Mapping) for turn in value):
+        return [_message(turn) for turn in value]
+    found: list[Message] = []
+    for turn in value:
+        if not _is_list(turn) or len(turn) != len(_TURN) or not all(isinstance(text, str) for text in turn):
+            raise UnusableRowError(MALFORMED_HISTORY)
+        found += [{"role": role, "content": str(text)} for role, text in zip(_TURN, turn, strict=True)]
+    for message in found:
+        require_unicode(message["content"])
+    return found
 
 
 def template_arguments(row: Row) -> dict[str, Any]:
@@ -82,10 +128,10 @@ def template_arguments(row: Row) -> dict[str, Any]:
         UnusableRowError: One of the columns holds something else.
     """
     tools, kwargs = (_structure(row.get(name)) for name in TEMPLATE_COLUMNS)
-    tools = [] if _is_missing(tools) else tools
+    tools = [] if is_missing(tools) else tools
     if not _is_list(tools) or not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
         raise UnusableRowError(MALFORMED_TOOLS)
-    kwargs = {} if _is_missing(kwargs) else kwargs
+    kwargs = {} if is_missing(kwargs) else kwargs
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise UnusableRowError(MALFORMED_TEMPLATE_KWARGS)
     if "chat_template" in kwargs:
@@ -162,12 +208,23 @@ def without_nones(value: Any) -> Any:
     return [without_nones(item) for item in value] if _is_list(value) else value
 
 
-def csv_cell(text: object) -> object:
-    """What a cell of a CSV file holds: messages if it looks like them, else the text as it is."""
-    if not isinstance(text, str) or not _MESSAGES_AS_TEXT.match(text):
+def _messages_in(text: str) -> object:
+    """What a text holds: messages if it is some, written out; else the text as it is.
+
+    Raises:
+        UnusableRowError: It looks like messages and cannot be read.
+    """
+    looks = _MESSAGES_AS_TEXT.match(text)
+    if not looks:
         return text
     value = _structure(text)
-    return UnreadableCell(UNREADABLE_MESSAGES) if value is text else value
+    items = [value] if isinstance(value, Mapping) else value
+    if isinstance(items, str):
+        if looks[1] in (*_WHO, "content") and text.lstrip().startswith("["):
+            raise UnusableRowError(UNREADABLE_MESSAGES)
+        return text
+    says_who = any(isinstance(item, Mapping) and any(isinstance(item.get(who), str) for who in _WHO) for item in items)
+    return value if says_who else text
 
 
 def _structure(value: object) -> Any:
@@ -186,7 +243,8 @@ def _structure(value: object) -> Any:
         return value
 
 
-def _is_missing(value: object) -> bool:
+def is_missing(value: object) -> bool:
+    """Whether a container has nothing there."""
     # Every missing value of pandas is unlike itself, or None, or has no truth value.
     return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and np.isnan(value))
 

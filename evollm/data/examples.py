@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
-import numpy as np
-
 from evollm.data.cells import (
     GIVEN_ROLES,
-    TEMPLATE_COLUMNS,
     Message,
     Row,
     UnusableRowError,
@@ -18,15 +14,23 @@ from evollm.data.cells import (
     require_text,
     template_arguments,
 )
-from evollm.data.columns import PROMPT_ALIASES, missing_hint
-from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
+from evollm.data.prompts import Given, given_of, remarks_of, require_said, with_system
+from evollm.data.rows import (
+    LABELLED,
+    MIXED_KINDS,
+    NO_PROMPT_MESSAGE,
+    ChatPair,
+    DroppedRows,
+    RowFormat,
+    TextPair,
+    read_dataset,
+)
+from evollm.data.shapes import EXAMPLE
 
 NO_ANSWER = "no assistant message"
 NOT_AN_ANSWER = "the completion is not the assistant's"
 NOT_PREFERRED = "labelled as not preferred"
-_NAMES = "prompt and completion, or messages, or text"
-# Two names for whole conversations.
-_CONVERSATIONS = ("messages", "conversations")
+UNKNOWN_LABEL = "label is neither true, false, 1 nor 0, nor what columns.label says"
 
 
 def read_examples(dataset: object, field: str) -> tuple[list[TextPair | ChatPair], DroppedRows]:
@@ -37,7 +41,8 @@ def read_examples(dataset: object, field: str) -> tuple[list[TextPair | ChatPair
             or both lists of `{"role", "content"}` messages, or `messages`, a conversation whose last assistant message
             is the completion; what follows that message is not used. ShareGPT's `conversations` of `{"from", "value"}`
             are read like `messages`, and `text` is learnt from its first token on. `tools` and `chat_template_kwargs`
-            go to the chat template. Rows whose `label` is False are not used.
+            go to the chat template. Rows whose `label` is False or 0 are not used. `evollm.data.shapes` has the other
+            shapes that are read.
         field: What the user calls the dataset, for messages.
 
     Returns:
@@ -49,44 +54,31 @@ def read_examples(dataset: object, field: str) -> tuple[list[TextPair | ChatPair
     return read_dataset(dataset, field, EXAMPLES)
 
 
-def _fault(columns: Sequence[str]) -> str:
-    has_messages, has_completion = any(name in columns for name in _CONVERSATIONS), "completion" in columns
-    if has_messages and has_completion:
-        return "has both messages and completion; leave one of them out"
-    if has_messages or (has_completion and "prompt" in columns):
-        return ""
-    if "chosen" in columns:
-        return (
-            "holds preference pairs; pass them to PreferenceGym, or rename chosen to completion to learn from it alone"
-        )
-    if has_completion and any(name in columns for name in PROMPT_ALIASES):
-        return ""  # for which there is a better message
-    if "text" in columns and not has_completion:
-        return ""
-    missing = ["prompt"] if has_completion else ["completion"]
-    hint = missing_hint(missing if "prompt" in columns or has_completion else ["messages"], columns, EXAMPLES.columns)
-    return f"lacks {missing[0]}{hint}; rename its columns to {_NAMES}"
-
-
-def _to_example(number: int, row: Row, columns: AbstractSet[str]) -> TextPair | ChatPair:
-    if _is_false(row.get("label")):  # unpaired preferences: one of two kinds of completions
-        raise UnusableRowError(NOT_PREFERRED)
-    for name in _CONVERSATIONS:
-        if name in columns:
-            return replace(_conversation(number, cell(row, name)), **template_arguments(row))
-    if "completion" not in columns:
+def _to_example(number: int, row: Row, roles: AbstractSet[str]) -> TextPair | ChatPair:
+    if LABELLED in row and not row["label"]:  # unpaired preferences: one of two kinds of completions
+        raise UnusableRowError(UNKNOWN_LABEL if row["label"] is None else NOT_PREFERRED)
+    if "messages" in roles:
+        example = _conversation(number, cell(row, "messages"), given_of(row, frozenset()))
+        if isinstance(row.get("repeated"), str):
+            require_said(row["repeated"], [*example.prompt, *example.chosen], "repeated")
+        return replace(example, **template_arguments(row), remarks=remarks_of(row, example.chosen))
+    if "completion" not in roles:
         return _whole_text(number, cell(row, "text"))
-    prompt, completion = cell(row, "prompt"), cell(row, "completion")
+    given, completion = given_of(row, roles), cell(row, "completion")
     require_text(completion)
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return TextPair(number, prompt, completion)
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise UnusableRowError(MIXED_KINDS)
-    return replace(_chat_example(number, prompt, completion), **template_arguments(row))
-
-
-def _is_false(label: object) -> bool:
-    return label.lower() == "false" if isinstance(label, str) else isinstance(label, bool | np.bool_) and not label
+    if isinstance(given.prompt, str) and isinstance(completion, str) and not given.spoken:
+        return TextPair(number, given.prompt, completion, remarks=remarks_of(row))
+    prompt = given.messages()
+    if isinstance(completion, str):
+        if not prompt or prompt[-1]["role"] not in GIVEN_ROLES:
+            raise UnusableRowError(MIXED_KINDS)
+        example = _chat_example(number, prompt, [{"role": "assistant", "content": completion}])
+        if isinstance(given.prompt, str):
+            plain = TextPair(number, given.text([completion]), completion)
+            example = replace(example, plain=plain)
+    else:
+        example = _chat_example(number, prompt, completion)
+    return replace(example, **template_arguments(row), remarks=remarks_of(row, example.chosen))
 
 
 def _whole_text(number: int, text: str | list[Message]) -> TextPair:
@@ -97,9 +89,10 @@ def _whole_text(number: int, text: str | list[Message]) -> TextPair:
     return TextPair(number, "", text)
 
 
-def _conversation(number: int, messages: str | list[Message]) -> ChatPair:
+def _conversation(number: int, messages: str | list[Message], given: Given) -> ChatPair:
     if isinstance(messages, str):
         raise UnusableRowError("messages is text, not a list of messages")
+    messages = with_system(given.before, messages)
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise UnusableRowError(NO_ANSWER)
@@ -115,9 +108,4 @@ def _chat_example(number: int, prompt: list[Message], completion: list[Message])
     return ChatPair(number, prompt, completion)
 
 
-EXAMPLES = RowFormat(
-    "example",
-    ("prompt", "completion", *_CONVERSATIONS, "text", "label", *TEMPLATE_COLUMNS),
-    _fault,
-    _to_example,
-)
+EXAMPLES = RowFormat("example", EXAMPLE, _to_example)

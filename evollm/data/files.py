@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from evollm.checks import expanded
-from evollm.data.cells import csv_cell
 from evollm.errors import DataError
 from evollm.hub import hub_or_cache
 from evollm.quiet import quiet
 
 JSON_LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json")
+# Some editors put it in front.
+_MARK = b"\xef\xbb\xbf"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Such as org/name or org/name:test.
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
 
@@ -33,9 +35,9 @@ def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
     """The rows of a file, or of a dataset on the hub.
 
     Args:
-        path: A JSON-lines file, also compressed by gzip; a Parquet file; a CSV file, whose cells are text, or messages
-            written out as JSON or by Python; or `org/name` of a dataset on the hub, with `:split` behind it for another
-            split than `train`. `~` is the user's home.
+        path: A JSON-lines file or a JSON array of objects, also compressed by gzip; a Parquet file; a CSV file, whose
+            cells are text, or messages written out as JSON or by Python; or `org/name` of a dataset on the hub, with
+            `:split` behind it for another split than `train`. `~` is the user's home.
         field: What the user calls the dataset, for messages.
 
     Returns:
@@ -56,16 +58,31 @@ def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
     if read is None:
         fix = "is of no kind that is read (.jsonl, .jsonl.gz, .parquet, .csv); load others with load_dataset()"
         raise DataError(field, str(path), fix)
+    _require_content(file, field)
     return read(file, field)
+
+
+def _require_content(path: Path, field: str) -> None:
+    """Refuse what stands for a file that has not been fetched."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise DataError(field, str(path), f"cannot be read ({error})") from None
+    if not start:
+        raise DataError(field, str(path), "is empty (0 bytes); write or fetch it again")
+    if start == _LFS_POINTER:
+        fix = "is a pointer of Git LFS and not the data; run git lfs pull in its repository, or fetch the file itself"
+        raise DataError(field, str(path), fix)
 
 
 def _reader(path: Path) -> Callable[[Path, str], Any] | None:
     """What reads a file of this name."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"] and suffixes[-2:-1] and suffixes[-2] in JSON_LINES_SUFFIXES:
-        return _parse_json_lines
+        return _parse_json
     kind = suffixes[-1] if suffixes else ""
-    return _parse_json_lines if kind in JSON_LINES_SUFFIXES else _TABLES.get(kind)
+    return _parse_json if kind in JSON_LINES_SUFFIXES else _TABLES.get(kind)
 
 
 def _read_parquet(path: Path, field: str) -> Any:
@@ -85,7 +102,7 @@ def _read_csv(path: Path, field: str) -> Any:
         cells = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
     except (ValueError, OSError, pandas.errors.ParserError) as error:
         raise DataError(field, str(path), f"is not a CSV file with a header in UTF-8 ({error})") from None
-    return cells.astype(object).map(csv_cell)
+    return cells.astype(object)
 
 
 _TABLES = {".parquet": _read_parquet, ".csv": _read_csv}
@@ -109,11 +126,15 @@ def _load_from_hub(name: str, split: str, field: str) -> Any:
         raise DataError(field, name, fix) from error
 
 
-def _parse_json_lines(path: Path, field: str) -> Iterator[object]:
+def _parse_json(path: Path, field: str) -> Iterator[object]:
+    """The objects of JSON lines, or of a JSON array."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
+            numbered = ((number, line) for number, line in enumerate(lines, start=1) if _has_text(line))
+            for first, (number, line) in enumerate(numbered):
+                if first == 0 and line.lstrip(_MARK).lstrip().startswith(b"["):
+                    yield from _parse_array(line + lines.read(), number, path, field)
+                else:
                     yield _parse_object(line, number, path, field)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(field, str(path), f"is not a whole gzip file ({error}); fetch or compress it again") from None
@@ -121,11 +142,33 @@ def _parse_json_lines(path: Path, field: str) -> Iterator[object]:
         raise DataError(field, str(path), f"cannot be read ({error})") from None
 
 
+def _has_text(line: bytes) -> bool:
+    return bool(line.lstrip(_MARK).strip())
+
+
+def _parse_array(content: bytes, line: int, path: Path, field: str) -> Iterator[object]:
+    """The objects of an array that begins on a line of a file."""
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        where = f"line {line + error.lineno - 1} of a JSON array"
+        raise DataError(field, str(path), f"{where} is not valid JSON ({error.msg}); correct it") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(field, str(path), f"line {line} is not valid JSON ({error}); correct or remove it") from None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            fix = f"item {number} of the JSON array is a {type(row).__name__}; each must be an object"
+            raise DataError(field, str(path), fix)
+        yield row
+
+
 def _parse_object(line: bytes, number: int, path: Path, field: str) -> object:
     try:
-        value = json.loads(line.decode("utf-8-sig"))  # some editors put a byte-order mark in front
+        value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets without end
-        raise DataError(field, str(path), f"line {number} is not valid JSON ({error}); correct or remove it") from None
+        hint = "; an object over several lines is not read: write one on each line, or an array" if number == 1 else ""
+        fix = f"line {number} is not valid JSON ({error}); correct or remove it{hint}"
+        raise DataError(field, str(path), fix) from None
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise DataError(field, str(path), f"line {number} holds a {kind}; JSON lines have one object on each line")

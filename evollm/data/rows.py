@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
-from evollm.data.cells import Message, Row, UnusableRowError, without_nones
-from evollm.data.columns import unused_column
+from evollm.data.cells import Message, Row, UnreadableCell, UnusableRowError, is_missing, without_nones
+from evollm.data.columns import Layout, layout_of
 from evollm.data.files import is_files, open_dataset
+from evollm.data.mapping import ColumnMapping, mapping_of, value_of
+from evollm.data.shapes import FIRST, GOOD, INSTRUCTION, SECOND, TIE, Kind
 from evollm.errors import DataError, EvoLLMError
 
 DroppedRows: TypeAlias = dict[str, list[int]]
@@ -18,6 +20,10 @@ DroppedRows: TypeAlias = dict[str, list[int]]
 NESTED_TOO_DEEPLY = "nested too deeply"
 NO_PROMPT_MESSAGE = "no message before the completion"
 MIXED_KINDS = "text and messages mixed"
+NO_SIDE_IS_BETTER = "neither side is better"
+REPEATED_PROMPT = "the prompt repeated in front of their sides, from which it was taken off"
+# Keys of rows beside the roles of their columns.
+SPOKEN, REMARK, LABELLED = "spoken", "remark", "labelled"
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,14 @@ class TextPair:
         prompt: What both completions continue; may be empty.
         chosen: The preferred completion.
         rejected: The other completion; None: an example for SFT, which has one completion.
+        remarks: What is strange about the row.
     """
 
     row: int
     prompt: str
     chosen: str
     rejected: str | None = None
+    remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
 
     @property
     def question(self) -> str:
@@ -58,6 +66,8 @@ class ChatPair:
         rejected: The messages of the other completion, at least one; None: an example for SFT.
         tools: Functions or JSON schemas of the tools that the chat template is told of; None: none.
         template_kwargs: Further arguments of the chat template, such as `enable_thinking`.
+        remarks: What is strange about the row.
+        plain: The same as text, of rows that are strings, for a tokenizer without a chat template; None: there is none.
     """
 
     row: int
@@ -66,6 +76,8 @@ class ChatPair:
     rejected: Sequence[Message] | None = None
     tools: Sequence[Any] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
+    plain: TextPair | None = field(default=None, compare=False, kw_only=True)
 
     @property
     def question(self) -> str:
@@ -78,41 +90,82 @@ class ChatPair:
         return (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
 
 
+def in_form(pair: TextPair | ChatPair, has_template: bool) -> TextPair | ChatPair:
+    """The pair as a tokenizer takes it: of one without a chat template as text, if the row was text."""
+    if isinstance(pair, ChatPair) and pair.plain is not None and not has_template:
+        return pair.plain
+    return pair
+
+
 @dataclass(frozen=True)
 class RowFormat:
-    """Which columns the rows of a dataset have, and what a row becomes.
+    """What the rows of a dataset may look like, and what a row becomes.
 
     Attributes:
         noun: What a row becomes, for messages.
-        columns: The columns that are read, as far as they are there; two more go to the chat template.
-        fault: From the columns of a dataset to what is wrong with them and how to correct it; "" when nothing is.
-        read: From a row's position, the row, and the columns that any row has, to its texts or messages. It raises
-            `UnusableRowError`.
+        kind: The shapes that rows may have.
+        read: From a row's position, the row by the roles of its columns, and the roles that any row has, to its texts
+            or messages. It raises `UnusableRowError`, and `UnusedColumnError` for a row that says more than is used.
+        mapping: What the user says of the columns.
     """
 
     noun: str
-    columns: tuple[str, ...]
-    fault: Callable[[Sequence[str]], str]
+    kind: Kind
     read: Callable[[int, Row, AbstractSet[str]], TextPair | ChatPair]
+    mapping: ColumnMapping = field(default_factory=ColumnMapping)
 
-    def check(self, columns: Iterable[str], field: str) -> None:
-        """Raise unless a dataset with these columns can be read."""
-        seen = list(columns)
-        fix = self.fault(seen) or unused_column(seen, self.columns)
-        if fix:
-            raise DataError(field, f"columns {seen}", fix)
+    def with_columns(self, columns: object) -> RowFormat:
+        """The format of rows whose columns are what a mapping says; see `evollm.data.mapping.mapping_of`.
+
+        Raises:
+            ConfigurationError: The mapping has an impossible entry.
+        """
+        return self if columns is None else replace(self, mapping=mapping_of(columns, self.kind))
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that may be read."""
+        return sorted({*self.kind.names, *self.mapping.roles.values()})
+
+    def layout(self, columns: Iterable[str], where: str) -> Layout:
+        """What a dataset's columns are; `DataError` if that cannot be known."""
+        return layout_of(list(columns), self.kind, self.mapping, where)
 
 
-class RowsOfDataset(list[Row]):
-    """Some of a dataset's rows, which keep the positions that they have there.
+class UnusedColumnError(Exception):
+    """A row says something in a column that would not be used.
 
-    Attributes:
-        positions: One for each row.
+    Args:
+        role: The column's role.
+        fix: What is wrong with it.
     """
 
-    def __init__(self, rows: Sequence[Row], positions: Sequence[int]) -> None:
-        super().__init__(rows[position] for position in positions)
-        self.positions = positions
+    def __init__(self, role: str, fix: str) -> None:
+        super().__init__(fix)
+        self.role = role
+
+
+class Rows(list[Row]):
+    """Rows by the roles of their columns.
+
+    Attributes:
+        layouts: What the columns were, of each file.
+        positions: For each row its position in the user's dataset.
+    """
+
+    def __init__(self, rows: Iterable[Row], layouts: Sequence[Layout], positions: Sequence[int] | None = None) -> None:
+        super().__init__(rows)
+        self.layouts = list(layouts)
+        self.positions = range(len(self)) if positions is None else positions
+
+    def part(self, places: Sequence[int]) -> Rows:
+        """Some of the rows, which keep their positions."""
+        return Rows([self[place] for place in places], self.layouts, [self.positions[place] for place in places])
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles that any row has."""
+        return frozenset().union(*self)
 
 
 def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[list[TextPair | ChatPair], DroppedRows]:
@@ -120,8 +173,9 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
 
     Args:
         dataset: A `datasets.Dataset` or `IterableDataset`, any iterable of mappings, a mapping of columns, a pandas
-            `DataFrame`, a pyarrow `Table`, the path of a JSON-lines (`.gz` too), Parquet or CSV file, or the name of a
-            dataset on the hub: see `open_dataset`; or a list of paths and names, which are read one after the other.
+            `DataFrame`, a pyarrow `Table`, the path of a JSON or JSON-lines (`.gz` too), Parquet or CSV file, or the
+            name of a dataset on the hub: see `open_dataset`; or a list of paths and names, which are read one after the
+            other.
         field: What the user calls the dataset, for messages.
         row_format: What its rows look like.
 
@@ -129,56 +183,149 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
         What the rows hold, in the dataset's order, and for each reason the positions of the rows that were dropped.
 
     Raises:
-        DataError: The dataset cannot be read, lacks a column or has no row.
+        DataError: The dataset cannot be read, lacks a column, has one that would not be used, or has no row.
     """
     rows = read_rows(dataset, field, row_format)
-    columns = set().union(*rows)
     found: list[TextPair | ChatPair] = []
     dropped: DroppedRows = {}
-    positions = dataset.positions if isinstance(dataset, RowsOfDataset) else range(len(rows))
-    for number, row in zip(positions, rows, strict=True):
-        try:
-            found.append(row_format.read(number, row, columns))
-        except UnusableRowError as unusable:
-            dropped.setdefault(str(unusable), []).append(number)
-        except RecursionError:
-            dropped.setdefault(NESTED_TOO_DEEPLY, []).append(number)
+    for number, pair in read_each(rows, field, row_format):
+        if isinstance(pair, str):
+            dropped.setdefault(pair, []).append(number)
+        else:
+            found.append(pair)
     return found, dropped
 
 
-def read_rows(dataset: object, field: str, row_format: RowFormat) -> list[Row]:
-    """The dataset's rows, reduced to the columns that matter here; those of several files follow each other."""
-    if is_files(dataset):
-        return [row for path in cast("list[str]", dataset) for row in _read_file(path, field, row_format)]
-    columns: dict[str, None] = {}
-    rows: list[Row] = []
-    for number, row in enumerate(_guarded(dataset, field, row_format)):
-        if not isinstance(row, Mapping):
-            wanted = " and ".join(row_format.columns)
-            fix = f"each row must be a mapping with columns such as {wanted}"
-            raise DataError(field, f"row {number} is a {type(row).__name__}", fix)
-        columns.update(dict.fromkeys(row))
-        rows.append({name: row[name] for name in row_format.columns if name in row})
-    if not rows:
-        raise DataError(field, _describe(dataset), f"has no rows; hand in at least one {row_format.noun}")
-    row_format.check(columns, field)
+def read_each(rows: Rows, field: str, row_format: RowFormat) -> Iterator[tuple[int, TextPair | ChatPair | str]]:
+    """Each row's position with what it holds, or with the reason why it cannot be used.
+
+    Raises:
+        DataError: A row says something in a column that would not be used.
+    """
+    roles = rows.roles
+    for number, row in zip(rows.positions, rows, strict=True):
+        try:
+            yield number, row_format.read(number, row, roles)
+        except UnusableRowError as unusable:
+            yield number, str(unusable)
+        except RecursionError:
+            yield number, NESTED_TOO_DEEPLY
+        except UnusedColumnError as unused:
+            column = next((layout.roles[unused.role] for layout in rows.layouts if unused.role in layout.roles), "")
+            fix = f"{column!r} {unused}; say columns: {{ignore: [{column}]}}, or leave it out of the data"
+            raise DataError(field, f"row {number}", fix) from None
+
+
+def read_rows(dataset: object, field: str, row_format: RowFormat) -> Rows:
+    """The dataset's rows by the roles of their columns; those of several files follow each other.
+
+    String sides that repeat their prompt in all rows are given without it.
+    """
+    if isinstance(dataset, Rows):
+        return dataset
+    files = cast("list[str]", dataset) if is_files(dataset) else None
+    parts = [_read_rows(dataset, field, row_format)] if files is None else _read_files(files, field, row_format)
+    rows = Rows([row for part in parts for row in part], [layout for part in parts for layout in part.layouts])
+    _take_prompts_off(rows, row_format.kind.sides)
     return rows
 
 
-def _read_file(path: str, field: str, row_format: RowFormat) -> list[Row]:
-    """The rows of one file of several, which an error names."""
+def _read_rows(source: object, field: str, row_format: RowFormat) -> Rows:
+    dataset = _opened(source, field) if isinstance(source, str | os.PathLike) else source
+    known = _columns_of(dataset, field)
+    layout = None if known is None else row_format.layout(known, field)
+    names = row_format.names if layout is None else list(layout.roles.values())
+    seen: dict[str, None] = {}
+    rows: list[Row] = []
+    for number, row in enumerate(_guarded(dataset, names, field, row_format.noun)):
+        if not isinstance(row, Mapping):
+            wanted = " and ".join(row_format.kind.sides)
+            fix = f"each row must be a mapping with columns such as {wanted}"
+            raise DataError(field, f"row {number} is a {type(row).__name__}", fix)
+        seen.update(dict.fromkeys(row))
+        rows.append({name: row[name] for name in names if name in row})
+    if not rows:
+        raise DataError(field, _describe(source), f"has no rows; hand in at least one {row_format.noun}")
+    layout = layout or row_format.layout(seen, field)
+    return Rows([_by_role(row, layout, number, field) for number, row in enumerate(rows)], [layout])
+
+
+def _opened(path: str | os.PathLike[str], field: str) -> Any:
     try:
-        return read_rows(path, field, row_format)
-    except DataError as error:
-        where = "" if str(path) in str(error) else f" (in {path})"
-        raise DataError(error.field, error.value, f"{error.fix}{where}") from error
+        return open_dataset(path, field)
+    except EvoLLMError:
+        raise
+    except Exception as error:  # Of a name that no file can have, too.
+        raise DataError(field, str(path), f"cannot be opened ({type(error).__name__}: {error})") from error
 
 
-def _guarded(dataset: object, field: str, row_format: RowFormat) -> Iterator[object]:
+def _read_files(paths: Sequence[str], field: str, row_format: RowFormat) -> list[Rows]:
+    """The rows of each of several files, which an error names."""
+    parts = []
+    for path in paths:
+        try:
+            parts.append(_read_rows(path, field, row_format))
+        except DataError as error:
+            where = "" if str(path) in str(error) else f" (in {path})"
+            raise DataError(error.field, error.value, f"{error.fix}{where}") from error
+    return parts
+
+
+def _by_role(row: Row, layout: Layout, number: int, field: str) -> Row:
+    """A row with roles for the names of its columns, and of two answers with the better one as the chosen side."""
+    found = {role: row[column] for role, column in layout.roles.items() if column in row}
+    if layout.roles.get("prompt") == INSTRUCTION or {"system", "history"} & layout.roles.keys():
+        found[SPOKEN] = True
+    if FIRST in layout.roles:
+        _choose(found, layout, number, field)
+    elif "label" in found and not is_missing(found["label"]):
+        meaning = layout.meaning(found["label"])
+        found["label"] = None if meaning is None else meaning == GOOD
+        found[LABELLED] = True
+    return found
+
+
+def _choose(row: Row, layout: Layout, number: int, field: str) -> None:
+    """Give the two answers of a row as its sides."""
+    answers = {FIRST: row.pop(FIRST, None), SECOND: row.pop(SECOND, None)}
+    label, other = row.pop("label", None), row.pop("other_label", None)
+    better = layout.meaning(label)
+    column = layout.roles["label"]
+    if better is None and value_of(label) is not None:
+        known = "; ".join(f"{meaning}: {', '.join(values)}" for meaning, values in layout.values.items())
+        fix = f"says neither side ({known}); add it to columns.label.{FIRST}, {SECOND} or {TIE}"
+        raise DataError(field, f"{column} {label!r} in row {number}", fix)
+    if better in (None, TIE):
+        reason = f"{column} is missing" if better is None else NO_SIDE_IS_BETTER
+        row["chosen"] = row["rejected"] = UnreadableCell(reason)
+        return
+    row["chosen"], row["rejected"] = (answers[FIRST], answers[SECOND])[:: 1 if better == FIRST else -1]
+    if layout.meaning(other) not in (None, TIE, better):
+        row[REMARK] = f"{layout.roles['other_label']} prefers the side that {column} does not"
+
+
+def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
+    """Give string sides without the prompt, where all rows have it in front of them too."""
+    repeats = []
+    for row in rows:
+        prompt, texts = row.get("prompt"), [row.get(side) for side in sides]
+        if any(map(is_missing, (prompt, *texts))) or any(isinstance(text, UnreadableCell) for text in texts):
+            continue
+        if not isinstance(prompt, str) or not prompt.strip() or any(row.get(more) for more in ("input", "history")):
+            return
+        if not all(isinstance(text, str) and text.startswith(prompt) for text in texts):
+            return
+        repeats.append(row)
+    for row in repeats:
+        row.update({side: row[side][len(row["prompt"]) :] for side in sides})
+        row[REMARK] = REPEATED_PROMPT
+
+
+def _guarded(dataset: object, names: Sequence[str], field: str, noun: str) -> Iterator[object]:
     """The dataset's rows; whatever its library raises on the way is a `DataError`."""
     number = 0
     try:
-        for number, row in enumerate(_iterate_rows(dataset, field, row_format), start=1):  # noqa: B007
+        for number, row in enumerate(_iterate_rows(dataset, names, field, noun), start=1):  # noqa: B007
             yield row
     except EvoLLMError:
         raise
@@ -190,24 +337,36 @@ def _guarded(dataset: object, field: str, row_format: RowFormat) -> Iterator[obj
 # ---------------------------------------------------------------------------------------------------------- containers
 
 
-def _iterate_rows(dataset: Any, field: str, row_format: RowFormat) -> Iterable[object]:
-    """Containers are told apart by their methods, so that pandas and pyarrow need not be imported."""
-    if isinstance(dataset, str | os.PathLike):
-        return _iterate_rows(open_dataset(dataset, field), field, row_format)
+def _columns_of(dataset: Any, field: str) -> list[str] | None:
+    """The names of a container's columns, if it knows them.
+
+    Containers are told apart by their methods, so that pandas and pyarrow need not be imported.
+    """
     if isinstance(dataset, Mapping):
-        return _rows_of_columns(dataset, field, row_format)
-    if hasattr(dataset, "notna") and hasattr(dataset, "to_dict"):
-        columns = getattr(dataset, "columns", ())
-        row_format.check(columns, field)
-        wanted = [name for name in row_format.columns if name in columns]
-        return map(_without_nones, dataset[wanted].to_dict(orient="records"))
-    names = getattr(dataset, "column_names", None)
-    if names:
-        row_format.check(names, field)
-        wanted = [name for name in row_format.columns if name in names]
+        if any(hasattr(value, "column_names") for value in dataset.values()):
+            splits = sorted(map(str, dataset))
+            fix = f'holds the splits {splits}; pass one of them, as in data["{splits[0]}"]'
+            raise DataError(field, _describe(dataset), fix)
+        return list(dataset)
+    if _is_data_frame(dataset):
+        return list(getattr(dataset, "columns", ()))
+    return list(getattr(dataset, "column_names", None) or ()) or None
+
+
+def _is_data_frame(dataset: object) -> bool:
+    return hasattr(dataset, "notna") and hasattr(dataset, "to_dict")
+
+
+def _iterate_rows(dataset: Any, names: Sequence[str], field: str, noun: str) -> Iterable[object]:
+    """The rows, of a container that knows its columns with these alone."""
+    if isinstance(dataset, Mapping):
+        return _rows_of_columns(dataset, names, field, noun)
+    if _is_data_frame(dataset):
+        return map(_without_nones, dataset[list(names)].to_dict(orient="records"))
+    if getattr(dataset, "column_names", None):
         if hasattr(dataset, "to_pylist"):
-            return map(_without_nones, dataset.select(wanted).to_pylist())
-        return map(_without_nones, dataset.select_columns(wanted).with_format(None))
+            return map(_without_nones, dataset.select(list(names)).to_pylist())
+        return map(_without_nones, dataset.select_columns(list(names)).with_format(None))
     try:
         rows = iter(dataset)
     except TypeError:
@@ -225,20 +384,14 @@ def _without_nones(row: Row) -> Row:
     return {name: without_nones(value) for name, value in row.items()}
 
 
-def _rows_of_columns(table: Mapping[str, Any], field: str, row_format: RowFormat) -> Iterator[Row]:
-    if any(hasattr(value, "column_names") for value in table.values()):
-        splits = sorted(map(str, table))
-        raise DataError(
-            field, _describe(table), f'holds the splits {splits}; pass one of them, as in data["{splits[0]}"]'
-        )
-    row_format.check(table, field)
-    columns = {name: table[name] for name in row_format.columns if name in table}
+def _rows_of_columns(table: Mapping[str, Any], names: Sequence[str], field: str, noun: str) -> Iterator[Row]:
+    columns = {name: table[name] for name in names}
     for name, values in columns.items():
         if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
             raise DataError(f"{field}[{name!r}]", type(values).__name__, "a mapping must hold one list for each column")
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        fix = f"columns differ in length; give each column one value for each {row_format.noun}"
+        fix = f"columns differ in length; give each column one value for each {noun}"
         raise DataError(field, lengths, fix)
     return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from evollm.data.cells import (
     GIVEN_ROLES,
-    TEMPLATE_COLUMNS,
     Message,
     Row,
     UnusableRowError,
@@ -17,8 +16,9 @@ from evollm.data.cells import (
     require_text,
     template_arguments,
 )
-from evollm.data.columns import missing_hint
+from evollm.data.prompts import Given, conversation_of, given_of, remarks_of, require_said, with_system
 from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
+from evollm.data.shapes import PAIR
 
 REQUIRED_COLUMNS = ("chosen", "rejected")
 ASSISTANT_MARKER = "\n\nAssistant:"
@@ -33,7 +33,8 @@ def read_pairs(dataset: object, field: str) -> tuple[list[TextPair | ChatPair], 
     Args:
         dataset: What [`evollm.data.rows.read_dataset`][] takes. The columns `chosen` and `rejected` hold strings or
             lists of `{"role", "content"}` messages; so does `prompt`, which is optional. Of messages `tools`, functions
-            or JSON schemas, and `chat_template_kwargs`, a mapping, go to the chat template.
+            or JSON schemas, and `chat_template_kwargs`, a mapping, go to the chat template. `evollm.data.shapes` has
+            the other shapes that are read.
         field: What the user calls the dataset, for messages.
 
     Returns:
@@ -59,25 +60,32 @@ def shared_length(*sequences: Sequence[Any]) -> int:
     return shared
 
 
-def _fault(columns: Sequence[str]) -> str:
-    missing = [name for name in REQUIRED_COLUMNS if name not in columns]
-    if missing:
-        meant = (
-            " (rows with a completion or messages are for SFTGym)" if {"completion", "messages"} & {*columns} else ""
-        )
-        lacking = f"lacks {' and '.join(missing)}{missing_hint(missing, columns, PAIRS.columns)}"
-        return f"{lacking}; rename its columns to chosen and rejected (and prompt, if there is one){meant}"
-    return ""
-
-
-def _to_pair(number: int, row: Row, columns: AbstractSet[str]) -> TextPair | ChatPair:
+def _to_pair(number: int, row: Row, roles: AbstractSet[str]) -> TextPair | ChatPair:
     chosen, rejected = (cell(row, name) for name in REQUIRED_COLUMNS)
-    prompt = cell(row, "prompt") if "prompt" in columns else None
-    if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
-        return _text_pair(number, prompt, chosen, rejected)
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return replace(_chat_pair(number, prompt, chosen, rejected), **template_arguments(row))
-    raise UnusableRowError(MIXED_KINDS)
+    if isinstance(chosen, str) is not isinstance(rejected, str):
+        raise UnusableRowError(MIXED_KINDS)
+    given = conversation_of(row, given_of(row, roles), chosen)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if not isinstance(given.prompt, list) and not given.spoken:
+            return replace(_text_pair(number, given.prompt, chosen, rejected), remarks=remarks_of(row))
+        pair = _answered(number, given, chosen, rejected)
+    else:
+        pair = _chat_pair(number, given, cast("list[Message]", chosen), cast("list[Message]", rejected))
+    return replace(pair, **template_arguments(row), remarks=remarks_of(row, *pair.completions))
+
+
+def _answered(number: int, given: Given, chosen: str, rejected: str) -> ChatPair:
+    """Strings that answer a conversation."""
+    _require_two_completions(chosen, rejected)
+    prompt = given.messages()
+    if not prompt:
+        raise UnusableRowError(NO_PROMPT_MESSAGE)
+    if prompt[-1]["role"] not in GIVEN_ROLES:
+        raise UnusableRowError(MIXED_KINDS)
+    first, second = ([{"role": "assistant", "content": side}] for side in (chosen, rejected))
+    text = given.text((chosen, rejected)) if isinstance(given.prompt, str) else None
+    plain = None if text is None else TextPair(number, text, chosen, rejected)
+    return ChatPair(number, prompt, first, second, plain=plain)
 
 
 # ------------------------------------------------------------------------------------------------------------- strings
@@ -127,23 +135,32 @@ def _is_word(character: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------ messages
 
 
-def _chat_pair(
-    row: int, prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
-) -> ChatPair:
-    explicit = prompt if isinstance(prompt, list) else []
-    chosen, rejected = (_without_prefix(side, explicit) for side in (chosen, rejected))
+def _chat_pair(row: int, given: Given, chosen: list[Message], rejected: list[Message]) -> ChatPair:
+    prompt = given.prompt
+    explicit: list[Message] = []
+    if (prompt is None or isinstance(prompt, str) or not prompt) and _is_whole(chosen) and _is_whole(rejected):
+        chosen, rejected = (with_system(given.before, side) for side in (chosen, rejected))
+    else:
+        explicit = given.messages()
+        repeated = prompt if isinstance(prompt, list) else []
+        chosen, rejected = (_without_prefix(_without_prefix(side, explicit), repeated) for side in (chosen, rejected))
     _require_two_completions(chosen, rejected)
-    given = _shared_messages(chosen, rejected, only_given=bool(explicit))
-    full_prompt = [*explicit, *chosen[:given]]
-    chosen, rejected = chosen[given:], rejected[given:]
+    shared = _shared_messages(chosen, rejected, only_given=bool(explicit))
+    full_prompt = [*explicit, *chosen[:shared]]
+    chosen, rejected = chosen[shared:], rejected[shared:]
     if any(side[0]["role"] in GIVEN_ROLES for side in (chosen, rejected)):
         raise UnusableRowError(DIFFERENT_PROMPTS)
     _require_two_completions(chosen, rejected)
-    if isinstance(prompt, str) and not any(message["role"] == "user" for message in full_prompt):
-        raise UnusableRowError(MIXED_KINDS)
+    if isinstance(prompt, str):
+        require_said(prompt, full_prompt, "prompt")
     if not full_prompt:
         raise UnusableRowError(NO_PROMPT_MESSAGE)
     return ChatPair(row, full_prompt, chosen, rejected)
+
+
+def _is_whole(side: list[Message]) -> bool:
+    """Whether a side is a conversation from its beginning, and not an answer alone."""
+    return bool(side) and side[0]["role"] in GIVEN_ROLES
 
 
 def _without_prefix(messages: list[Message], prefix: list[Message]) -> list[Message]:
@@ -159,4 +176,4 @@ def _shared_messages(chosen: list[Message], rejected: list[Message], only_given:
     return next(answers, shared)
 
 
-PAIRS = RowFormat("pair", ("prompt", *REQUIRED_COLUMNS, *TEMPLATE_COLUMNS), _fault, _to_pair)
+PAIRS = RowFormat("pair", PAIR, _to_pair)

@@ -17,8 +17,9 @@ from evollm.checks import optional_whole_number, usable_path
 from evollm.data.batch import IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, Message, UnusableRowError, require_unicode
 from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
-from evollm.data.report import DataReport, Example, mixture_warning
-from evollm.data.rows import ChatPair, RowFormat, TextPair, read_dataset
+from evollm.data.remarks import remarks_on
+from evollm.data.report import DataReport, Example
+from evollm.data.rows import ChatPair, RowFormat, TextPair, in_form, read_dataset
 from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
 
@@ -91,7 +92,7 @@ def load_pairs(
     places = sorted({number * len(kept) // NUM_EXAMPLES for number in range(NUM_EXAMPLES)}) if kept else []
     examples = [Example(place, kept[place].question) for place in places]
     report = DataReport.from_rows(
-        name, len(split.pairs), dropped, split.prompts_cut, examples, row_format.noun, mixture_warning(kept)
+        name, len(split.pairs), dropped, split.prompts_cut, examples, row_format.noun, remarks_on(kept)
     )
     if split.pairs:
         return split.pairs, report
@@ -189,7 +190,7 @@ def context_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _as_text(
     pairs: Sequence[TextPair | ChatPair], tokenizer: PreTrainedTokenizerBase, split: TokenizedSplit
 ) -> Iterator[TextPair]:
-    for pair in pairs:
+    for pair in (in_form(pair, bool(tokenizer.chat_template)) for pair in pairs):
         if isinstance(pair, TextPair):
             yield pair
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.data.batch import TokenizedPair
 from evollm.data.examples import EXAMPLES
 from evollm.data.kept_tokens import TokenizedSplit
-from evollm.data.report import DataReport, count_seen, mixture_warning
-from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
+from evollm.data.remarks import remarks_on
+from evollm.data.report import DataReport, count_seen
+from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Rows, TextPair, read_dataset, read_rows
+from evollm.data.shapes import EXAMPLE, PAIR
 from evollm.data.sources import PAIRS
 from evollm.data.tokenization import TOO_LONG, context_limit, shortest_context, tokenize_pairs
 from evollm.errors import ConfigurationError, DataError
@@ -43,6 +45,7 @@ def inspect_data(
     population: int = 4,
     epochs: int = 1,
     estimate: bool = False,
+    columns: Mapping[str, Any] | None = None,
 ) -> Inspection:
     """Say what evollm understands of a dataset: what is used, how long it is, what the loss sees.
 
@@ -57,6 +60,7 @@ def inspect_data(
         population: Agents of the run whose memory and time are estimated.
         epochs: Its epochs.
         estimate: Load the model's weights and time a few steps of one agent, for an estimate of the run's time.
+        columns: As for the gyms.
 
     Raises:
         ConfigurationError: An argument cannot work, or the model's tokenizer cannot be loaded.
@@ -73,12 +77,12 @@ def inspect_data(
         min_completion_length=min_completion_length,
         encoder_decoder=is_encoder_decoder(config),
     )
-    raw, dropped, row_format = _read(_with_split(data, split), "data", sft)
+    rows, row_format = _rows(_with_split(data, split), "data", sft, columns)
+    raw, dropped = read_dataset(rows, "data", row_format)
     whole = tokenize(raw)
     others = None
     if against is not None:
-        texts, _, _ = _read(against, "against", row_format is EXAMPLES)
-        others = tokenize(texts).pairs
+        others = tokenize(read_dataset(against, "against", row_format)[0]).pairs
     unused = {row for rows in whole.dropped.values() for row in rows}
     texts = [text for text in raw if text.row not in unused]
     bos_id = tokenizer.bos_token_id
@@ -87,8 +91,11 @@ def inspect_data(
     report = _report(whole, dropped, texts, set(kept), row_format, _fit(whole.pairs, limit, bos_id))
     pairs = [whole.pairs[n] for n in kept]
     chosen_longer, rejected_longer = _longer_sides(pairs, row_format)
+    roles = {role: column for layout in rows.layouts for role, column in layout.roles.items()}
     return Inspection(
         report=report,
+        columns=roles,
+        unused=tuple(dict.fromkeys(name for layout in rows.layouts for name in layout.unused)),
         lengths=_lengths(pairs, row_format),
         num_tokens=sum(pair.num_tokens for pair in pairs),
         prompt_share=sum(len(pair.prompt_ids) for pair in pairs) / max(1, sum(pair.num_tokens for pair in pairs)),
@@ -119,20 +126,22 @@ def _with_split(data: object, split: object) -> object:
     return f"{data}:{split}"
 
 
-def _read(data: Any, field: str, sft: object) -> tuple[list[TextPair | ChatPair], DroppedRows, RowFormat]:
+def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, RowFormat]:
     """The rows, in the format that was asked for, or in that of preferences if it is not the other."""
     if sft is not None:
-        row_format = EXAMPLES if switch("sft", sft) else PAIRS
-        return *read_dataset(data, field, row_format), row_format
+        row_format = (EXAMPLES if switch("sft", sft) else PAIRS).with_columns(columns)
+        return read_rows(data, field, row_format), row_format
     if hasattr(data, "__next__"):
         data = list(data)  # to be read twice
     try:
-        return *read_dataset(data, field, PAIRS), PAIRS
-    except DataError as error:
+        row_format = PAIRS.with_columns(columns)
+        return read_rows(data, field, row_format), row_format
+    except ConfigurationError as error:
         try:
-            return *read_dataset(data, field, EXAMPLES), EXAMPLES
-        except DataError as other:
-            raise (other if "SFTGym" in str(error) else error) from None
+            row_format = EXAMPLES.with_columns(columns)
+            return read_rows(data, field, row_format), row_format
+        except ConfigurationError as other:
+            raise (other if "SFTGym" in str(error) or not isinstance(error, DataError) else error) from None
 
 
 def _report(
@@ -148,9 +157,7 @@ def _report(
     for reason, rows in {**whole.dropped, **({TOO_LONG: too_long} if too_long else {})}.items():
         reasons.setdefault(reason, []).extend(rows)
     used = [text for n, text in enumerate(texts) if n in kept]
-    return DataReport.from_rows(
-        "data", len(used), reasons, fit.prompts_cut, (), row_format.noun, mixture_warning(used) if used else ""
-    )
+    return DataReport.from_rows("data", len(used), reasons, fit.prompts_cut, (), row_format.noun, remarks_on(used))
 
 
 def _fit(pairs: Sequence[TokenizedPair], limit: int | None, bos_id: int | None) -> Fit:
@@ -165,7 +172,7 @@ def _lengths(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> dict[str,
     if not pairs:
         return {}
     chosen = [len(pair.chosen_ids) for pair in pairs]
-    if row_format is PAIRS:
+    if row_format.kind is PAIR:
         sides = {"chosen": chosen, "rejected": [len(pair.rejected_ids) for pair in pairs]}
     else:
         sides = {"completion": chosen}
@@ -190,7 +197,7 @@ def _repetitions(pairs: Sequence[TokenizedPair]) -> dict[str, int]:
 
 def _longer_sides(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> tuple[float | None, float | None]:
     """How often the chosen side is the longer one, and how often the rejected one."""
-    if row_format is not PAIRS or not pairs:
+    if row_format.kind is not PAIR or not pairs:
         return None, None
     excess = np.array([len(pair.chosen_ids) - len(pair.rejected_ids) for pair in pairs])
     return float((excess > 0).mean()), float((excess < 0).mean())
@@ -224,6 +231,5 @@ def _forecast(
 ) -> Any:
     if not isinstance(model, str | os.PathLike) or not pairs:
         return None
-    return forecast(
-        str(model), config, pairs, population=population, epochs=epochs, sft=row_format is EXAMPLES, measured=estimate
-    )
+    sft = row_format.kind is EXAMPLE
+    return forecast(str(model), config, pairs, population=population, epochs=epochs, sft=sft, measured=estimate)

@@ -13,6 +13,10 @@ from evollm.inspection.forecast import Forecast
 from evollm.inspection.result import Inspection, RenderedRow
 
 MOST_CHARACTERS = 600
+UNPAIRED = (
+    "Rows with a label (unpaired preferences, as for KTO): used for SFT, on the completions that are labelled good "
+    "alone; evollm learns preferences from pairs"
+)
 
 
 def print_inspection(inspection: Inspection, console: rich.console.Console | None = None) -> None:
@@ -23,12 +27,8 @@ def print_inspection(inspection: Inspection, console: rich.console.Console | Non
         console.print(what, highlight=False, soft_wrap=isinstance(what, str))
 
     report = inspection.report
-    say(f"{report.kept} {report.noun}{'' if report.kept == 1 else 's'} kept, {report.num_dropped} dropped")
-    for reason, (count, rows) in report.dropped.items():
-        more = ", ..." if count > len(rows) else ""
-        say(escape(f"  {count} {reason}: row{'' if count == 1 else 's'} {', '.join(map(str, rows))}{more}"))
-    if report.warning:
-        say(escape(f"Warning: {report.warning}"))
+    for line in _rows_lines(inspection):
+        say(escape(line))
     if not report.kept:
         return
     say(_length_table(inspection))
@@ -51,6 +51,22 @@ def print_inspection(inspection: Inspection, console: rich.console.Console | Non
         _say_example(console, example)
     if inspection.forecast is not None:
         say("\n" + _forecast_lines(inspection.forecast))
+
+
+def _rows_lines(inspection: Inspection) -> list[str]:
+    """Which columns are read, and what became of the rows."""
+    report = inspection.report
+    read = ", ".join(name if name == role else f"{name} as {role}" for role, name in inspection.columns.items())
+    lines = [f"Columns read: {read}"]
+    if inspection.unused:
+        lines.append(f"Columns not used: {', '.join(inspection.unused)}")
+    if report.noun == "example" and "label" in inspection.columns:
+        lines.append(UNPAIRED)
+    lines.append(f"{report.kept} {report.noun}{'' if report.kept == 1 else 's'} kept, {report.num_dropped} dropped")
+    for reason, (count, rows) in report.dropped.items():
+        more = ", ..." if count > len(rows) else ""
+        lines.append(f"  {count} {reason}: row{'' if count == 1 else 's'} {', '.join(map(str, rows))}{more}")
+    return [*lines, f"Warning: {report.warning}"] if report.warning else lines
 
 
 def _length_table(inspection: Inspection) -> Table:

@@ -67,6 +67,8 @@ class Inspection:
 
     Attributes:
         report: Rows kept and dropped with the reasons, and the prompts that were cut.
+        columns: For each role that columns have, such as `prompt`, the column that has it.
+        unused: The other columns.
         lengths: In tokens: `prompt`, `chosen`, `rejected`, and `whole`, the row with its prompt counted once. Of
             examples `prompt`, `completion` and `whole`.
         num_tokens: Tokens of all rows, each prompt counted once.
@@ -84,6 +86,8 @@ class Inspection:
     """
 
     report: DataReport
+    columns: Mapping[str, str]
+    unused: tuple[str, ...]
     lengths: Mapping[str, Lengths]
     num_tokens: int
     prompt_share: float

@@ -68,7 +68,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         largest_id: The largest token id in any split.
     """
 
-    row_format: ClassVar[RowFormat]
+    row_format: RowFormat
     largest_action: ClassVar[float] = np.inf
 
     metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium declares it so
@@ -87,6 +87,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         final_dataset: object | None = None,
         encoder_decoder: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> None:
         processes = check_processes(accelerator)
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
@@ -96,6 +97,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         # Every process is served the whole batch; the agents divide it among themselves.
         self.batch_size = self.data_batch_size_per_gpu * processes.size
         self.seed = whole_number("seed", seed, 0)
+        self.row_format = type(self).row_format.with_columns(columns)
         self.encoder_decoder = switch("encoder_decoder", encoder_decoder)
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, list[TokenizedPair]] = {}

@@ -40,6 +40,8 @@ class PreferenceGym(DatasetGym):
             sequences.
         cache_dir: Folder that keeps token ids between runs, for rows, tokenizer and lengths that are the same; None:
             none. Rows are read, and chat templates applied, in any case.
+        columns: Which column is what, and which value of a label means what, in rows of a shape that is not known by
+            itself; None: what the columns' names say. See [`evollm.data.mapping.mapping_of`][].
 
     Attributes:
         tokenizer, seed, data_batch_size_per_gpu: As given; `reset(seed=...)` sets another seed.

@@ -166,7 +166,8 @@ def make_env(request: Request, settings: Settings) -> DatasetGym:
     wanted = [name for name in given if given[name] is None and (name == "test_dataset" or request.population > 1)]
     splits = {name: rows for name, rows in given.items() if rows is not None and rows is not False}
     if wanted:
-        divided = hold_out(data, pieces.row_format, len(wanted), settings["seed"])
+        row_format = pieces.row_format.with_columns(settings.get("columns"))
+        divided = hold_out(data, row_format, len(wanted), settings["seed"])
         data, splits = divided.train, splits | dict(zip(wanted, divided.parts, strict=True))
     arguments = {"test_dataset": None, **splits, **taken_by(pieces.gym, settings)}
     if "encoder_decoder" not in arguments:

@@ -7,8 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evollm.data.cells import Row, UnusableRowError
-from evollm.data.rows import ChatPair, RowFormat, RowsOfDataset, TextPair, read_rows
+from evollm.data.rows import ChatPair, RowFormat, Rows, TextPair, read_each, read_rows
 from evollm.errors import DataError
 
 SHARE = 0.1
@@ -26,8 +25,8 @@ class Splits:
         parts: The held-out splits, in the order in which they were asked for.
     """
 
-    train: Sequence[Row]
-    parts: Sequence[Sequence[Row]]
+    train: Rows
+    parts: Sequence[Rows]
 
 
 def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> Splits:
@@ -48,12 +47,9 @@ def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> S
     """
     rows = read_rows(dataset, "data", row_format)
     by_prompt: dict[str, list[int]] = {}
-    columns = frozenset().union(*rows)
-    for number, row in enumerate(rows):
-        try:
-            by_prompt.setdefault(_prompt(row_format.read(number, row, columns)), []).append(number)
-        except UnusableRowError:
-            continue
+    for place, (_, pair) in enumerate(read_each(rows, "data", row_format)):
+        if not isinstance(pair, str):
+            by_prompt.setdefault(_prompt(pair), []).append(place)
     usable = sum(map(len, by_prompt.values()))
     size = min(max(round(SHARE * usable), FEWEST), MOST)
     digests = {prompt: hashlib.blake2b(f"{seed} {prompt}".encode()).digest() for prompt in by_prompt}
@@ -70,8 +66,8 @@ def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> S
         )
         raise DataError("data", f"{usable} usable {noun}s with {len(by_prompt)} prompts", fix)
     apart = {number for taken in held_out for number in taken}
-    train = RowsOfDataset(rows, [number for number in range(len(rows)) if number not in apart])
-    return Splits(train, [RowsOfDataset(rows, sorted(taken)) for taken in held_out])
+    train = rows.part([place for place in range(len(rows)) if place not in apart])
+    return Splits(train, [rows.part(sorted(taken)) for taken in held_out])
 
 
 def _prompt(pair: TextPair | ChatPair) -> str:

@@ -98,7 +98,8 @@ def test_several_files_are_one_dataset_in_their_order(tmp_path: Path) -> None:
     [
         ('{"prompt": "a"', r"data='.*/bad\.jsonl': line 1 is not valid JSON"),
         ('{"prompt": "a", "answer": "b"}', r"data=.*lacks chosen and rejected.*\(in .*/bad\.jsonl\)"),
-        ("", r"data='.*/bad\.jsonl': has no rows"),
+        ("", r"data='.*/bad\.jsonl': is empty \(0 bytes\)"),
+        ("\n", r"data='.*/bad\.jsonl': has no rows"),
         (None, r"data='.*/bad\.jsonl': no such file"),
     ],
 )
@@ -161,13 +162,23 @@ def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch) -> None:
         ("folder", "no such file"),
         ("pairs.txt", "is of no kind that is read"),
         ("pairs.parquet", "is not a whole Parquet file"),
-        ("empty.csv", "is not a CSV file with a header"),
+        ("blank.csv", "is not a CSV file with a header"),
+        ("empty.csv", r"is empty \(0 bytes\)"),
+        ("empty.parquet", r"is empty \(0 bytes\)"),
+        ("empty.json", r"is empty \(0 bytes\)"),
+        ("lfs.jsonl", "is a pointer of Git LFS and not the data; run git lfs pull"),
+        ("lfs.parquet", "is a pointer of Git LFS and not the data; run git lfs pull"),
+        ("lfs.csv", "is a pointer of Git LFS and not the data; run git lfs pull"),
     ],
 )
 def test_a_path_that_cannot_be_read_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
-    for file in ("pairs.txt", "pairs.parquet", "empty.csv"):
+    for file in ("pairs.txt", "empty.csv", "empty.parquet", "empty.json"):
         (tmp_path / file).touch()
+    for file in ("pairs.parquet", "blank.csv"):
+        (tmp_path / file).write_text("\n")
+    for file in ("lfs.jsonl", "lfs.parquet", "lfs.csv"):
+        (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(DataError, match=rf"train_dataset='.*{name}': {message}"):
         read_pairs(tmp_path / name, "train_dataset")
 
@@ -312,8 +323,7 @@ def test_keys_that_arrow_filled_with_none_are_not_part_of_a_message() -> None:
         ({"chosen": ["a"], "rejected": [bot("a")]}, MALFORMED_MESSAGES),
         ({"chosen": [bot("a")], "rejected": [bot("b")]}, NO_PROMPT_MESSAGE),
         ({"chosen": "a", "rejected": [user("b"), bot("c")]}, MIXED_KINDS),
-        ({"prompt": [user("a")], "chosen": "b", "rejected": "c"}, MIXED_KINDS),
-        ({"prompt": "a", "chosen": [bot("b")], "rejected": [bot("c")]}, MIXED_KINDS),
+        ({"prompt": [user("a"), bot("b")], "chosen": "c", "rejected": "d"}, MIXED_KINDS),
         ({"prompt": "p", "chosen": "\ud800", "rejected": "b"}, INVALID_UNICODE),
     ],
 )
@@ -335,10 +345,9 @@ def test_dropped_rows_are_numbered_by_their_position(container: str) -> None:
     assert dropped == {"chosen is missing": [1], "rejected is missing": [3], EMPTY_COMPLETION: [4]}
 
 
-@pytest.mark.parametrize("alias", ["question", "instruction"])
-def test_a_prompt_under_another_name_is_not_left_out_silently(alias: str) -> None:
-    rows = [{alias: "Is it?", "chosen": "yes", "rejected": "no"}]
+@pytest.mark.parametrize("alias", ["question", "query"])
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "Is it really?"}])
+def test_a_prompt_under_another_name_is_not_left_out_silently(alias: str, prompt: dict[str, str]) -> None:
+    row = {alias: "Is it?", "chosen": "yes", "rejected": "no", **prompt}
     with pytest.raises(DataError, match=f"column '{alias}' that would not be used; rename it to prompt"):
-        read_pairs(rows, "train_dataset")
-    pairs, _ = read_pairs([{"prompt": "Is it really?", **rows[0]}], "train_dataset")
-    assert pairs[0].prompt == "Is it really?"
+        read_pairs([row], "train_dataset")

@@ -316,7 +316,7 @@ def test_columns_that_published_datasets_have_beside_the_pairs_do_no_harm() -> N
     more = {"prompt_id": "a", "messages": [], "score_chosen": 1, "chosen_model": "m", "source": "s", "margin": 1.0}
     assert len(read_pairs([PAIR | more], "data")[0]) == 1
     assert len(read_pairs([{"chosen": "It is a", "rejected": "It is b", "prompt_id": "a"}], "data")[0]) == 1
-    assert len(read_examples([{"messages": [USER, DONE], "prompt": "a", "prompt_id": "a"}], "data")[0]) == 1
+    assert len(read_examples([{"messages": [USER, DONE], "prompt": USER["content"], "prompt_id": "a"}], "data")[0]) == 1
 
 
 def test_a_dataset_of_text_and_of_chat_messages_is_reported() -> None:
