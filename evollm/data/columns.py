@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +33,8 @@ _OPTIONAL = ("prompt", "tools", "chat_template_kwargs")
 # How alike names are, from 0 to 1. A column that is not needed must be very like one that is known to be taken for it:
 # a dataset may well have a prompt_id.
 _MISSING_LIKE, _UNUSED_LIKE = 0.6, 0.85
+# Letters first, so that it is no number; true, null and the like are no names that anybody gives a column.
+_PLAIN_IN_YAML = re.compile(r"[A-Za-z][\w.-]*( [\w.-]+)*")
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,9 @@ def suggestion(columns: Sequence[str], kind: Kind, mapping: ColumnMapping | None
             free.remove(found)
     # What has the name of its role is found without being named.
     named = {role: name for role, name in {**given, **sides}.items() if name != role or role == "input"}
-    inner = ", ".join(f"{role}: {name}" for role, name in {**roles, **named}.items())
+    inner = ", ".join(
+        f"{role}: {name if role == 'label' else in_yaml(name)}" for role, name in {**roles, **named}.items()
+    )
     return f"say which column is what, as in columns: {{{inner}}}"
 
 
@@ -169,7 +175,7 @@ def _sides_of(columns: Sequence[str], kind: Kind) -> dict[str, str]:
             other = name[:-1] + (second.upper() if name[-1:].isupper() else second)
             if name[-1:].lower() == first and len(name) > 1 and other in columns and not _is_label(name):
                 label = next((one for one in (*LABELS, *OTHER_LABELS) if one in columns), "LABEL")
-                values = f"{{column: {label}, {FIRST}: {first}, {SECOND}: {second}, {TIE}: {tie}}}"
+                values = f"{{column: {in_yaml(label)}, {FIRST}: {first}, {SECOND}: {second}, {TIE}: {tie}}}"
                 return {FIRST: name, SECOND: other, "label": values}
     return {}
 
@@ -207,7 +213,7 @@ def _unused_that_matters(unused: Sequence[str], roles: Mapping[str, str], kind: 
         if name in IMAGES:
             return (
                 f"has a column {name!r}, and evollm tunes on text alone; leave it out if the text makes sense so, or "
-                f"say columns: {{ignore: [{name}]}}"
+                f"say columns: {{ignore: [{in_yaml(name)}]}}"
             )
     has_prompt = {"prompt", "conversation", "messages", "text"} & roles.keys()
     for name in unused:
@@ -220,7 +226,7 @@ def _unused_that_matters(unused: Sequence[str], roles: Mapping[str, str], kind: 
         if plain in CONVERSATIONS:
             return _would_not_be_used(name, "prompt" if kind is PAIR else "messages")
         if kind is PAIR and "label" not in roles and plain in LABELS:
-            fix = f"say columns: {{ignore: [{name}]}} if chosen is the better side in all rows"
+            fix = f"say columns: {{ignore: [{in_yaml(name)}]}} if chosen is the better side in all rows"
             return f"has a column {name!r} that would not be used; {fix}"
     optional = [role for role in _OPTIONAL if role not in roles and not (role == "prompt" and has_prompt)]
     for role in optional:
@@ -237,7 +243,13 @@ def _would_not_be_used(column: str, role: str) -> str:
 
 
 def _said(column: str, role: str) -> str:
-    return f", or say columns: {{{role}: {column}}} or {{ignore: [{column}]}}"
+    name = in_yaml(column)
+    return f", or say columns: {{{role}: {name}}} or {{ignore: [{name}]}}"
+
+
+def in_yaml(name: str) -> str:
+    """The name as it can stand in a mapping of YAML."""
+    return name if _PLAIN_IN_YAML.fullmatch(name) else json.dumps(name)
 
 
 def _nearest(name: str, columns: Sequence[str], cutoff: float) -> str | None:
