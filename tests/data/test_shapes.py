@@ -124,9 +124,9 @@ SHAPES: dict[str, tuple[RowFormat, list[Json], TextPair | ChatPair]] = {
         EXAMPLES,
         [
             {"instruction": "Add.", "input": "1 2", "output": "3"},
-            {"instruction": "Greet.", "input": "", "output": "Hi"},
+            {"instruction": "Hail.", "input": "", "output": "Hi"},
         ],
-        ChatPair(1, [user("Greet.")], [bot("Hi")]),
+        ChatPair(1, [user("Hail.")], [bot("Hi")]),
     ),
     "alpaca pairs": (PAIRS, ALPACA_PAIRS, ChatPair(1, ALPACA_GIVEN, [bot("Rain")], [bot("No")])),
     "ShareGPT, sides as one message": (
@@ -351,7 +351,7 @@ def test_pairs_whose_scores_say_the_reverse_are_kept_counted_and_said(names: Any
 
 
 def test_two_ids_that_disagree_are_said() -> None:
-    pairs, report = load_pairs(SAFE, make_tokenizer(), name="train")
+    _, report = load_pairs(SAFE, make_tokenizer(), name="train")
     assert report.warning == "1 with safer_response_id prefers the side that better_response_id does not: row 1"
     assert read_dataset(SAFE, "data", PAIRS.with_columns({"label": "safer_response_id"}))[0][1] == TextPair(
         1, "Tea?", " yes", " no"
@@ -363,8 +363,10 @@ def test_two_ids_that_disagree_are_said() -> None:
 
 @pytest.mark.parametrize(
     ("label", "kept"),
-    [(1, True), (0, False), ("1", True), ("0", False), (1.0, True), (0.0, False)]
-    + [("TRUE", True), ("False", False), (" true ", True), (None, True), (float("nan"), True)],
+    [
+        *((1, True), (0, False), ("1", True), ("0", False), (1.0, True), (0.0, False)),
+        *(("TRUE", True), ("False", False), (" true ", True), (None, True), (float("nan"), True)),
+    ],
 )
 def test_labels_of_examples_are_0_1_true_and_false(label: Any, kept: bool) -> None:
     rows = [{"prompt": "a", "completion": "b", "label": label}]
@@ -404,7 +406,7 @@ LETTERS = [{"query": "Is it?", "answer_a": " a", "answer_b": " b", "winner": lab
         (BAR, "prompt: input, first: output_1, second: output_2, label: {column: label, first: 1, second: 2, tie: 0}"),
         (
             LETTERS,
-            "prompt: query, first: answer_a, second: answer_b, label: {column: winner, first: a, second: b, tie:",
+            "prompt: query, first: answer_a, second: answer_b, label: {column: winner, first: a, ",
         ),
     ],
 )

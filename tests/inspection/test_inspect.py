@@ -187,6 +187,83 @@ def test_the_command_prints_what_was_understood(model_folder: Path, tmp_path: Pa
         assert line in out
 
 
+PAIR = {"prompt": "Is it?", "chosen": " yes", "rejected": " no"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        ([PAIR | {"id": 1, "source": "s"}], ["Columns read: prompt, chosen, rejected", "Columns not used: id, source"]),
+        (
+            [{"instruction": "Is it?", "output": "yes", "category": "c", "text": "x"}],
+            ["Columns read: instruction as prompt, output as completion", "Columns not used: category, text"],
+        ),
+        ([PAIR], ["Columns read: prompt, chosen, rejected", "1 pair kept, 0 dropped"]),
+    ],
+)
+def test_the_command_lists_what_each_column_is_and_every_column_that_is_not_used(
+    rows: list[Any], lines: list[str], model_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["inspect", str(tmp_path / "a.jsonl"), "--model", str(model_folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[: len(lines)] == lines
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": "Is it?", "completion": " yes", "label": label} for label in (True, False)],
+        [{"text": text, "label": label} for text, label in (("It is so.", 1), ("It is not.", 0))],
+    ],
+)
+def test_rows_of_unpaired_preferences_are_said_to_be_for_sft(
+    rows: list[Any], model_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert main(["inspect", str(tmp_path / "a.json"), "--model", str(model_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "unpaired preferences, as for KTO): used for SFT" in out
+    assert "1 example kept, 1 dropped\n  1 labelled as not preferred: row 1\n" in out
+
+
+@pytest.mark.parametrize(
+    "rows", [[row("a", " b", " b")], [PAIR | {"chosen": None}], [{"messages": [{"role": "user", "content": "a"}]}] * 2]
+)
+def test_the_command_fails_when_no_row_is_kept(rows: list[Any], model_folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["inspect", str(tmp_path / "a.jsonl"), "--model", str(model_folder)]) == 1
+    said = capsys.readouterr()
+    assert " kept, " in said.out
+    assert said.err.startswith("evollm: data=")
+    assert "no row can be used" in said.err
+
+
+@pytest.mark.parametrize(
+    ("mapping", "status"),
+    [("{prompt: question}", 0), ("prompt: question", 0), ("[question]", 1), ("{prompt: answer}", 1)],
+)
+def test_the_command_takes_a_mapping_of_columns(
+    mapping: str, status: int, model_folder: Path, tmp_path: Path, capsys
+) -> None:
+    rows = [{"question": "Is it?", "chosen": " yes", "rejected": " no"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["inspect", str(tmp_path / "a.jsonl"), "--model", str(model_folder), "--columns", mapping]
+    assert main(command) == status
+    assert ("question as prompt" in capsys.readouterr().out) is (status == 0)
+
+
+def test_rows_of_examples_under_other_names_are_told_which_they_could_be(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"question": "a", "answer": "b"}]
+    with pytest.raises(DataError, match=r"lacks completion.*columns: \{prompt: question, completion: answer\}"):
+        inspect_data(rows, tokenizer)
+    columns = {"prompt": "question", "completion": "answer"}
+    assert inspect_data(rows, tokenizer, columns=columns).report.kept == 1
+    with pytest.raises(DataError, match=r"algorithm: sft, or --sft"):
+        inspect_data([{"prompt": "a", "completion": "b"}], tokenizer, sft=False)
+
+
 def test_the_command_says_in_a_line_what_is_wrong(tmp_path: Path, capsys) -> None:
     (tmp_path / "broken.jsonl").write_text("{")
     assert main(["inspect", str(tmp_path / "broken.jsonl"), "--model", str(tmp_path)]) == 1
