@@ -232,19 +232,22 @@ def _unused_that_matters(unused: Sequence[str], roles: Mapping[str, str], kind: 
     for role in optional:
         column = _nearest(role, [name for name in unused if name not in kind.names], _UNUSED_LIKE)
         if column is not None:
-            return f"has a column {column!r} that would not be used; rename it to {role}, or leave it out" + _said(
-                column, role
-            )
+            fix = f"rename it to {role}, or leave it out, or {_said(column, role)}"
+            return f"has a column {column!r} that would not be used; {fix}"
     return ""
 
 
 def _would_not_be_used(column: str, role: str) -> str:
-    return f"has a column {column!r} that would not be used; rename it to {role}" + _said(column, role)
+    said = _said(column, role)
+    # There is no name by which further input is always taken for it.
+    return f"has a column {column!r} that would not be used; " + (
+        said if role == "input" else f"rename it to {role}, or {said}"
+    )
 
 
 def _said(column: str, role: str) -> str:
     name = in_yaml(column)
-    return f", or say columns: {{{role}: {name}}} or {{ignore: [{name}]}}"
+    return f"say columns: {{{role}: {name}}} or {{ignore: [{name}]}}"
 
 
 def in_yaml(name: str) -> str:

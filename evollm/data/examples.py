@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from evollm.data.cells import (
@@ -54,17 +53,17 @@ def read_examples(dataset: object, field: str) -> tuple[list[TextPair | ChatPair
     return read_dataset(dataset, field, EXAMPLES)
 
 
-def _to_example(number: int, row: Row, roles: AbstractSet[str]) -> TextPair | ChatPair:
+def _to_example(number: int, row: Row) -> TextPair | ChatPair:
     if LABELLED in row and not row["label"]:  # unpaired preferences: one of two kinds of completions
         raise UnusableRowError(UNKNOWN_LABEL if row["label"] is None else NOT_PREFERRED)
-    if "messages" in roles:
-        example = _conversation(number, cell(row, "messages"), given_of(row, frozenset()))
+    if "messages" in row:
+        example = _conversation(number, cell(row, "messages"), given_of(row))
         if isinstance(row.get("repeated"), str):
             require_said(row["repeated"], [*example.prompt, *example.chosen], "repeated")
         return replace(example, **template_arguments(row), remarks=remarks_of(row, example.chosen))
-    if "completion" not in roles:
+    if "completion" not in row:
         return _whole_text(number, cell(row, "text"))
-    given, completion = given_of(row, roles), cell(row, "completion")
+    given, completion = given_of(row), cell(row, "completion")
     require_text(completion)
     if isinstance(given.prompt, str) and isinstance(completion, str) and not given.spoken:
         return TextPair(number, given.prompt, completion, remarks=remarks_of(row))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from evollm.data.cells import GIVEN_ROLES, Message, Row, UnusableRowError, cell, history, is_missing, optional_text
@@ -41,13 +40,13 @@ class Given:
         return text if any(side[:1].isspace() for side in completions) or not text else f"{text}\n"
 
 
-def given_of(row: Row, roles: AbstractSet[str]) -> Given:
+def given_of(row: Row) -> Given:
     """What a row gives.
 
     Raises:
         UnusableRowError: It is no text and no messages, or both.
     """
-    prompt = cell(row, "prompt") if "prompt" in roles else None
+    prompt = cell(row, "prompt") if "prompt" in row else None
     more = optional_text(row, "input")
     if more and not isinstance(prompt, str):
         raise UnusableRowError(MIXED_KINDS)

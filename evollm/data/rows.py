@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
@@ -104,14 +103,14 @@ class RowFormat:
     Attributes:
         noun: What a row becomes, for messages.
         kind: The shapes that rows may have.
-        read: From a row's position, the row by the roles of its columns, and the roles that any row has, to its texts
-            or messages. It raises `UnusableRowError`, and `UnusedColumnError` for a row that says more than is used.
+        read: From a row's position and the row, by the roles of its dataset's columns, to its texts or messages. It
+            raises `UnusableRowError`, and `UnusedColumnError` for a row that says more than is used.
         mapping: What the user says of the columns.
     """
 
     noun: str
     kind: Kind
-    read: Callable[[int, Row, AbstractSet[str]], TextPair | ChatPair]
+    read: Callable[[int, Row], TextPair | ChatPair]
     mapping: ColumnMapping = field(default_factory=ColumnMapping)
 
     def with_columns(self, columns: object) -> RowFormat:
@@ -162,11 +161,6 @@ class Rows(list[Row]):
         """Some of the rows, which keep their positions."""
         return Rows([self[place] for place in places], self.layouts, [self.positions[place] for place in places])
 
-    @property
-    def roles(self) -> frozenset[str]:
-        """The roles that any row has."""
-        return frozenset().union(*self)
-
 
 def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[list[TextPair | ChatPair], DroppedRows]:
     """Read a dataset and set apart the rows that are not usable.
@@ -202,10 +196,9 @@ def read_each(rows: Rows, field: str, row_format: RowFormat) -> Iterator[tuple[i
     Raises:
         DataError: A row says something in a column that would not be used.
     """
-    roles = rows.roles
     for number, row in zip(rows.positions, rows, strict=True):
         try:
-            yield number, row_format.read(number, row, roles)
+            yield number, row_format.read(number, row)
         except UnusableRowError as unusable:
             yield number, str(unusable)
         except RecursionError:
@@ -272,13 +265,16 @@ def _read_files(paths: Sequence[str], field: str, row_format: RowFormat) -> list
 
 
 def _by_role(row: Row, layout: Layout, number: int, field: str) -> Row:
-    """A row with roles for the names of its columns, and of two answers with the better one as the chosen side."""
-    found = {role: row[column] for role, column in layout.roles.items() if column in row}
+    """A row with roles for the names of its columns, and of two answers with the better one as the chosen side.
+
+    It has all roles of its dataset: what a row leaves out is missing.
+    """
+    found = {role: row.get(column) for role, column in layout.roles.items()}
     if layout.roles.get("prompt") == INSTRUCTION or {"system", "history"} & layout.roles.keys():
         found[SPOKEN] = True
     if FIRST in layout.roles:
         _choose(found, layout, number, field)
-    elif "label" in found and not is_missing(found["label"]):
+    elif not is_missing(found.get("label")):
         meaning = layout.meaning(found["label"])
         found["label"] = None if meaning is None else meaning == GOOD
         found[LABELLED] = True
@@ -301,7 +297,7 @@ def _choose(row: Row, layout: Layout, number: int, field: str) -> None:
         return
     row["chosen"], row["rejected"] = (answers[FIRST], answers[SECOND])[:: 1 if better == FIRST else -1]
     if layout.meaning(other) not in (None, TIE, better):
-        row[REMARK] = f"{layout.roles['other_label']} prefers the side that {column} does not"
+        row[REMARK] = f"{layout.roles['other_label']} for the other side than {column}"
 
 
 def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:

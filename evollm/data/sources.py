@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any, cast
 
@@ -60,11 +59,11 @@ def shared_length(*sequences: Sequence[Any]) -> int:
     return shared
 
 
-def _to_pair(number: int, row: Row, roles: AbstractSet[str]) -> TextPair | ChatPair:
+def _to_pair(number: int, row: Row) -> TextPair | ChatPair:
     chosen, rejected = (cell(row, name) for name in REQUIRED_COLUMNS)
     if isinstance(chosen, str) is not isinstance(rejected, str):
         raise UnusableRowError(MIXED_KINDS)
-    given = conversation_of(row, given_of(row, roles), chosen)
+    given = conversation_of(row, given_of(row), chosen)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not isinstance(given.prompt, list) and not given.spoken:
             return replace(_text_pair(number, given.prompt, chosen, rejected), remarks=remarks_of(row))

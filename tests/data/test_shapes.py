@@ -211,6 +211,14 @@ def test_home_is_found_in_lists_of_files_too(monkeypatch, tmp_path: Path) -> Non
     ]
 
 
+def test_files_of_several_shapes_are_one_dataset(tmp_path: Path) -> None:
+    rows = [SHAPES[shape][1][0] for shape in ("ShareGPT, sides as text", "alpaca pairs", "the better of two")]
+    files = [_written(tmp_path / f"{n}.json", json.dumps([row])) for n, row in enumerate(rows)]
+    pairs, dropped = read_pairs(files, "data")
+    assert [pair.question for pair in pairs] == ["Coffee?", "Translate.\ntea", "Coffee?"]
+    assert not dropped
+
+
 # -------------------------------------------------------------------------------------------- what rows are turned into
 
 
@@ -352,7 +360,7 @@ def test_pairs_whose_scores_say_the_reverse_are_kept_counted_and_said(names: Any
 
 def test_two_ids_that_disagree_are_said() -> None:
     _, report = load_pairs(SAFE, make_tokenizer(), name="train")
-    assert report.warning == "1 with safer_response_id prefers the side that better_response_id does not: row 1"
+    assert report.warning == "1 with safer_response_id for the other side than better_response_id: row 1"
     assert read_dataset(SAFE, "data", PAIRS.with_columns({"label": "safer_response_id"}))[0][1] == TextPair(
         1, "Tea?", " yes", " no"
     )

@@ -15,6 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import evollm
 from evollm import ConfigurationError, DataError, HyperparameterConfig, RLParameter
 from evollm.algorithms.core import DEFAULT_LORA
+from evollm.cli import main
 from evollm.data.examples import EXAMPLES
 from evollm.data.sources import PAIRS
 from evollm.errors import MissingExtraError
@@ -286,6 +287,43 @@ def test_no_prompt_is_in_two_splits_whatever_the_order_of_the_rows() -> None:
 def test_texts_without_a_prompt_are_set_apart_one_by_one() -> None:
     splits = hold_out([{"text": f"Story {number}"} for number in range(50)], EXAMPLES, 2, seed=1)
     assert [len(part) for part in (splits.train, *splits.parts)] == [40, 5, 5]
+
+
+def test_whether_the_prompt_is_repeated_is_the_same_in_all_splits() -> None:
+    sides = ("chosen", "rejected")
+    repeating = [{**row, **{side: row["prompt"] + row[side] for side in sides}} for row in make_rows(60)]
+    for rows, stripped in ((repeating, True), ([*repeating, *make_rows(1)], False)):
+        splits = hold_out(rows, PAIRS, 2, seed=1)
+        found = [row["chosen"].startswith(row["prompt"]) for part in splits.parts for row in part]
+        assert found == [not stripped] * len(found)
+
+
+OTHER_NAMES = [
+    {"question": row["prompt"], "a": row["chosen"], "b": row["rejected"], "best": "ab"[n % 2]}
+    for n, row in enumerate(make_rows(40))
+]
+COLUMNS = {"prompt": "question", "first": "a", "second": "b", "label": {"column": "best", "first": "a", "second": "b"}}
+
+
+def test_a_mapping_of_columns_reaches_the_splits_the_gym_and_the_record(tune, tmp_path) -> None:
+    with pytest.raises(DataError, match=r"data=.*lacks chosen and rejected"):
+        tune(data=OTHER_NAMES)
+    result = tune(data=OTHER_NAMES, columns=COLUMNS)
+    asked = json.loads((result.run_dir / ASKED).read_text())["settings"]
+    assert asked["columns"] == COLUMNS
+    with pytest.raises(ConfigurationError, match=r"columns\.promt='question': is none of"):
+        tune(data=OTHER_NAMES, columns={"promt": "question"}, run_dir=tmp_path / "another")
+
+
+def test_a_mapping_of_columns_is_given_in_yaml_and_on_the_command_line(model_folder, tmp_path, capsys) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(OTHER_NAMES))
+    label = "{column: best, first: a, second: b}"
+    config = f"model: {model_folder}\ndata: {tmp_path}/a.json\ncolumns: {{first: a, second: b, label: {label}}}\n"
+    (tmp_path / "c.yaml").write_text(config)
+    assert main(["validate", str(tmp_path / "c.yaml")]) == 1
+    assert "has a column 'question' that would not be used" in capsys.readouterr().err
+    assert main(["validate", str(tmp_path / "c.yaml"), "columns.prompt=question"]) == 0
+    assert "pairs" in capsys.readouterr().out
 
 
 def test_too_little_data_to_divide_is_named() -> None:
