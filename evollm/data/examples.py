@@ -13,7 +13,7 @@ from evollm.data.cells import (
     require_text,
     template_arguments,
 )
-from evollm.data.prompts import Given, given_of, remarks_of, require_said, with_system
+from evollm.data.prompts import Given, given_of, remarks_of, require_no_template, require_said, with_system
 from evollm.data.rows import (
     LABELLED,
     MIXED_KINDS,
@@ -66,6 +66,7 @@ def _to_example(number: int, row: Row) -> TextPair | ChatPair:
     given, completion = given_of(row), cell(row, "completion")
     require_text(completion)
     if isinstance(given.prompt, str) and isinstance(completion, str) and not given.spoken:
+        require_no_template(row)
         return TextPair(number, given.prompt, completion, remarks=remarks_of(row))
     prompt = given.messages()
     if isinstance(completion, str):
@@ -73,11 +74,12 @@ def _to_example(number: int, row: Row) -> TextPair | ChatPair:
             raise UnusableRowError(MIXED_KINDS)
         example = _chat_example(number, prompt, [{"role": "assistant", "content": completion}])
         if isinstance(given.prompt, str):
-            plain = TextPair(number, given.text([completion]), completion)
-            example = replace(example, plain=plain)
+            example = replace(example, plain=TextPair(number, given.text([completion]), completion))
     else:
         example = _chat_example(number, prompt, completion)
-    return replace(example, **template_arguments(row), remarks=remarks_of(row, example.chosen))
+    arguments = template_arguments(row)
+    plain = None if any(arguments.values()) else example.plain
+    return replace(example, **arguments, remarks=remarks_of(row, example.chosen), plain=plain)
 
 
 def _whole_text(number: int, text: str | list[Message]) -> TextPair:

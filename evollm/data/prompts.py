@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evollm.data.cells import GIVEN_ROLES, Message, Row, UnusableRowError, cell, history, is_missing, optional_text
+from evollm.data.cells import (
+    GIVEN_ROLES,
+    TEMPLATE_COLUMNS,
+    Message,
+    Row,
+    UnusableRowError,
+    cell,
+    history,
+    is_missing,
+    optional_text,
+    template_arguments,
+)
 from evollm.data.rows import MIXED_KINDS, REMARK, SPOKEN, UnusedColumnError
 
 TWO_SYSTEMS = "two system texts that differ"
@@ -116,6 +127,19 @@ def require_said(text: str, messages: Sequence[Message], role: str) -> None:
     plain = " ".join(text.split())
     if not any(plain in " ".join(str(message.get("content", "")).split()) for message in messages):
         raise UnusedColumnError(role, "is not what the messages say and would not be used")
+
+
+def require_no_template(row: Row) -> None:
+    """Refuse what is for a chat template beside strings that go through none.
+
+    Raises:
+        UnusableRowError: It is something else than a template takes.
+        UnusedColumnError: There is something.
+    """
+    found = template_arguments(row)
+    for role, given in zip(TEMPLATE_COLUMNS, found.values(), strict=True):
+        if given:
+            raise UnusedColumnError(role, "is for a chat template, and would not be used with a prompt that is text")
 
 
 def remarks_of(row: Row, *completions: Sequence[Message]) -> tuple[str, ...]:

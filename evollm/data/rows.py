@@ -243,6 +243,10 @@ def _read_rows(source: object, field: str, row_format: RowFormat) -> Rows:
     return Rows([_by_role(row, layout, number, field) for number, row in enumerate(rows)], [layout])
 
 
+def _is_filled(value: object) -> bool:
+    return not is_missing(value) and (not hasattr(value, "__len__") or len(value) > 0)
+
+
 def _opened(path: str | os.PathLike[str], field: str) -> Any:
     try:
         return open_dataset(path, field)
@@ -307,7 +311,11 @@ def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
         prompt, texts = row.get("prompt"), [row.get(side) for side in sides]
         if any(map(is_missing, (prompt, *texts))) or any(isinstance(text, UnreadableCell) for text in texts):
             continue
-        if not isinstance(prompt, str) or not prompt.strip() or any(row.get(more) for more in ("input", "history")):
+        if (
+            not isinstance(prompt, str)
+            or not prompt.strip()
+            or any(_is_filled(row.get(more)) for more in ("input", "history"))
+        ):
             return
         if not all(isinstance(text, str) and text.startswith(prompt) for text in texts):
             return

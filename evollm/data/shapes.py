@@ -118,7 +118,7 @@ EXAMPLE = Kind(
         Shape("alpaca", {"prompt": INSTRUCTION, "completion": "output"}, {**_ALPACA, **_LABELLED}, _GOOD_OR_BAD),
         Shape("messages", {"messages": "messages"}, {"repeated": ("prompt",), **_LABELLED}, _GOOD_OR_BAD),
         Shape("ShareGPT", {"messages": "conversations"}, {"repeated": ("prompt",), **_LABELLED}, _GOOD_OR_BAD),
-        Shape("text", {"text": "text"}, _LABELLED, _GOOD_OR_BAD),
+        Shape("text", {"text": "text"}, {"label": ("label",)}, _GOOD_OR_BAD),
     ),
     sides=("completion",),
     meanings=(GOOD, BAD),
@@ -134,7 +134,7 @@ MEANT: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "input": ("input", "context", "passage", "document", "background", "article", "inputs", "evidence"),
         "system": ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "persona"),
         "history": ("history", "chat_history", "dialogue_history", "dialog_history", "conversation_history"),
-        "tools": ("functions", "available_tools"),
+        "tools": ("tools", "functions", "available_tools"),
     }
 )
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")

@@ -15,7 +15,15 @@ from evollm.data.cells import (
     require_text,
     template_arguments,
 )
-from evollm.data.prompts import Given, conversation_of, given_of, remarks_of, require_said, with_system
+from evollm.data.prompts import (
+    Given,
+    conversation_of,
+    given_of,
+    remarks_of,
+    require_no_template,
+    require_said,
+    with_system,
+)
 from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
 from evollm.data.shapes import PAIR
 
@@ -66,18 +74,21 @@ def _to_pair(number: int, row: Row) -> TextPair | ChatPair:
     given = conversation_of(row, given_of(row), chosen)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not isinstance(given.prompt, list) and not given.spoken:
+            require_no_template(row)
             return replace(_text_pair(number, given.prompt, chosen, rejected), remarks=remarks_of(row))
         pair = _answered(number, given, chosen, rejected)
     else:
         pair = _chat_pair(number, given, cast("list[Message]", chosen), cast("list[Message]", rejected))
-    return replace(pair, **template_arguments(row), remarks=remarks_of(row, *pair.completions))
+    arguments = template_arguments(row)
+    plain = None if any(arguments.values()) else pair.plain
+    return replace(pair, **arguments, remarks=remarks_of(row, *pair.completions), plain=plain)
 
 
 def _answered(number: int, given: Given, chosen: str, rejected: str) -> ChatPair:
     """Strings that answer a conversation."""
     _require_two_completions(chosen, rejected)
     prompt = given.messages()
-    if not prompt:
+    if not any(message["role"] == "user" for message in prompt):
         raise UnusableRowError(NO_PROMPT_MESSAGE)
     if prompt[-1]["role"] not in GIVEN_ROLES:
         raise UnusableRowError(MIXED_KINDS)

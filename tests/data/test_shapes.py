@@ -269,6 +269,7 @@ def test_what_is_no_history_costs_its_row_and_is_counted(history: Any) -> None:
             TWO_SYSTEMS,
         ),
         ({"conversations": [*TALK, says("gpt", "a")], "chosen": "b", "rejected": "c"}, ENDS_WITH_ANSWER),
+        ({"system": "a", "chosen": "It is b", "rejected": "It is c"}, "no message before the completion"),
         ({"conversations": "Tea?", "chosen": "b", "rejected": "c"}, "text and messages mixed"),
         ({"system": 7, "prompt": "a", "chosen": "b", "rejected": "c"}, "system is not text"),
     ],
@@ -584,6 +585,8 @@ def test_a_column_that_matters_and_is_not_used_is_refused_with_the_line_to_write
         ({"messages": [user("a"), bot("b")], "system_message": "x"}, "system_message"),
         ({"messages": [user("a"), bot("b")], "chat_history": "x"}, "chat_history"),
         ({"text": "a", "context": "x"}, "context"),
+        ({"text": "a", "system": "x"}, "system"),
+        ({"text": "a", "tools": [{"name": "x"}]}, "tools"),
         ({"prompt": "a", "completion": "b", "passage": "x"}, "passage"),
     ],
 )
@@ -599,6 +602,8 @@ def test_a_column_of_examples_that_matters_is_refused_too(row: Json, column: str
         ({**PAIR, "messages": [user("Something else?")]}, "messages"),
         ({**PAIR, "conversations": [says("human", "Hi"), says("gpt", "Hi"), says("human", "Is it?")]}, "conversations"),
         ({"chosen": [user("a"), bot("b")], "rejected": [user("a"), bot("c")], "messages": [user("d")]}, "messages"),
+        ({**PAIR, "tools": [{"name": "x"}]}, "tools"),
+        ({**PAIR, "chat_template_kwargs": '{"enable_thinking": false}'}, "chat_template_kwargs"),
         ({"prompt": "Be a pirate.", "chosen": [user("a"), bot("b")], "rejected": [user("a"), bot("c")]}, "prompt"),
     ],
 )
@@ -606,6 +611,17 @@ def test_a_row_that_says_more_than_is_used_is_refused_with_its_column(row: Json,
     with pytest.raises(DataError, match=rf"data='row 0': '{column}' .*ignore: \[{column}\]"):
         read_pairs([row], "data")
     assert len(read_dataset([row], "data", PAIRS.with_columns({"ignore": [column]}))[0]) == 1
+
+
+@pytest.mark.parametrize("tools", [None, [], "[]", float("nan")])
+def test_no_tools_beside_text_are_no_tools(tools: Any) -> None:
+    assert read_pairs([{**PAIR, "tools": tools}], "data") == ([TextPair(0, "Is it?", " yes", " no")], {})
+
+
+def test_tools_beside_an_instruction_need_a_template() -> None:
+    row = {**ALPACA[0], "tools": '[{"name": "x"}]'}
+    with pytest.raises(DataError, match=r"tokenizer\.chat_template=None"):
+        load_pairs([row], make_tokenizer(), name="train", row_format=EXAMPLES)
 
 
 def test_a_prompt_that_is_not_in_its_messages_is_refused() -> None:
