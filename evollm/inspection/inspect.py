@@ -141,7 +141,9 @@ def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, Ro
             row_format = EXAMPLES.with_columns(columns)
             return read_rows(data, field, row_format), row_format
         except ConfigurationError as other:
-            raise (other if "SFTGym" in str(error) or not isinstance(error, DataError) else error) from None
+            # A mapping that only one of the formats takes says which one is meant.
+            meant = "SFTGym" in str(error) or (isinstance(other, DataError) and not isinstance(error, DataError))
+            raise (other if meant else error) from None
 
 
 def _report(

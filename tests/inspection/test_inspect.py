@@ -254,6 +254,22 @@ def test_the_command_takes_a_mapping_of_columns(
     assert ("question as prompt" in capsys.readouterr().out) is (status == 0)
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"first": "a"}, "names one of two answers: say second too"),
+        ({"promt": "a"}, r"columns\.promt='a': is none of"),
+        ({"prompt": "question", "completion": "anser"}, "has no column 'anser'.*perhaps 'answer'"),
+        ({"first": "question", "second": "ansr", "label": "l"}, "has no column 'ansr'"),
+    ],
+)
+def test_a_mapping_that_cannot_be_is_refused_as_the_format_that_takes_it_does(
+    columns: Any, message: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        inspect_data([{"question": "a", "answer": "b"}], tokenizer, columns=columns)
+
+
 def test_rows_of_examples_under_other_names_are_told_which_they_could_be(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"question": "a", "answer": "b"}]
     with pytest.raises(DataError, match=r"lacks completion.*columns: \{prompt: question, completion: answer\}"):
