@@ -18,6 +18,7 @@ from evollm.data.shapes import (
     IMAGES,
     LABELS,
     MEANT,
+    NO_ANSWERS,
     OTHER_LABELS,
     PAIR,
     SECOND,
@@ -173,15 +174,15 @@ def _sides_of(columns: Sequence[str], kind: Kind) -> dict[str, str]:
     for first, second, tie in ENDINGS:
         for name in columns:
             other = name[:-1] + (second.upper() if name[-1:].isupper() else second)
-            if name[-1:].lower() == first and len(name) > 1 and other in columns and not _is_label(name):
+            if name[-1:].lower() == first and len(name) > 1 and other in columns and not _is_no_answer(name):
                 label = next((one for one in (*LABELS, *OTHER_LABELS) if one in columns), "LABEL")
                 values = f"{{column: {in_yaml(label)}, {FIRST}: {first}, {SECOND}: {second}, {TIE}: {tie}}}"
                 return {FIRST: name, SECOND: other, "label": values}
     return {}
 
 
-def _is_label(name: str) -> bool:
-    return name.rstrip("_0123456789").rstrip("_") in {*LABELS, *OTHER_LABELS}
+def _is_no_answer(name: str) -> bool:
+    return not NO_ANSWERS.isdisjoint(re.findall(r"[a-z]+", name.lower()))
 
 
 def _missing_hint(missing: Sequence[str], columns: Sequence[str], known: Collection[str]) -> str:

@@ -130,14 +130,25 @@ EXAMPLE = Kind(
 # rows mean, and their meaning is not settled enough to be taken for granted.
 MEANT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "prompt": ("question", "instruction", "query", "prompts", "problem", "user_prompt", "input", "context", "post"),
+        "prompt": (
+            "question",
+            "instruction",
+            "query",
+            "prompts",
+            "problem",
+            "user_prompt",
+            "input",
+            "context",
+            "post",
+            "history",
+        ),
         "input": ("input", "context", "passage", "document", "background", "article", "inputs", "evidence"),
         "system": ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "persona"),
         "history": ("history", "chat_history", "dialogue_history", "dialog_history", "conversation_history"),
         "tools": ("tools", "functions", "available_tools"),
     }
 )
-CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "trajectory")
 LABELS = ("label", "labels", "preference", "overall_preference", "preferred", "winner", "better", "better_response_id")
 OTHER_LABELS = ("safer_response_id", "annotator", "annotator1", "annotator_1", "annotation", "choice", "vote")
 IMAGES = ("image", "images", "videos", "video", "audio", "audios")
@@ -148,6 +159,10 @@ ANSWERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "rejected": ("dispreferred", "negative", "worse", "bad", "lose", "response_rejected", "rejected_response"),
         "completion": ("output", "response", "answer", "target", "solution", "reply", "outputs", "responses"),
     }
+)
+# What comes in twos beside the answers, as a part of a name.
+NO_ANSWERS = frozenset(
+    {"id", "ids", "model", "score", "scores", "rating", "annotator", "label", "rank", "safe", "name"}
 )
 # Two answers that differ in the last character of their names: the first, the second, neither.
 ENDINGS = (("1", "2", "0"), ("0", "1", "-1"), ("a", "b", "tie"))

@@ -437,6 +437,36 @@ def test_the_line_that_a_message_spells_out_loads_the_rows(
     assert dropped == ({NO_SIDE_IS_BETTER: [2]} if len(rows) == 3 else {})
 
 
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            {
+                "history": "Post.",
+                "c_root_id_A": 1,
+                "c_root_id_B": 2,
+                "human_ref_A": "a",
+                "human_ref_B": "b",
+                "labels": 1,
+            },
+            "{prompt: history, first: human_ref_A, second: human_ref_B, label: {column: labels,",
+        ),
+        (
+            {"model_a": "x", "model_b": "y", "winner": "model_a", "conversation_a": TALK, "conversation_b": TALK},
+            "{first: conversation_a, second: conversation_b, label: {column: winner,",
+        ),
+        (
+            {"prompt": "a", "annotator_1": 1, "annotator_2": 2, "reply_1": "b", "reply_2": "c"},
+            "{first: reply_1, second:",
+        ),
+    ],
+)
+def test_what_comes_in_twos_and_is_no_answer_is_not_taken_for_one(row: Json, line: str) -> None:
+    with pytest.raises(DataError, match="lacks chosen and rejected") as error:
+        read_pairs([row], "data")
+    assert f"columns: {line}" in str(error.value)
+
+
 def test_names_that_yaml_would_take_for_something_else_are_quoted() -> None:
     row = {"question": "a", "answer: 1": " b", "answer: 2": " c", "label": 1}
     with pytest.raises(DataError, match="as in columns") as error:
@@ -558,6 +588,7 @@ PAIR = {"prompt": "Is it?", "chosen": " yes", "rejected": " no"}
         ({**PAIR, "system_prompt": "x"}, "system_prompt", "{system: system_prompt} or"),
         ({**PAIR, "chat_history": "x"}, "chat_history", "{history: chat_history} or"),
         ({**PAIR, "dialogue": "x"}, "dialogue", "{prompt: dialogue} or"),
+        ({**PAIR, "trajectory": "x"}, "trajectory", "{prompt: trajectory} or"),
         ({**PAIR, "instruction": "x"}, "instruction", "{prompt: instruction} or"),
         ({**PAIR, "functions": "x"}, "functions", "{tools: functions} or"),
         ({**PAIR, "winner": "model_b"}, "winner", "{ignore: [winner]}"),
