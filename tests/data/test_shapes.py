@@ -698,3 +698,12 @@ def test_nothing_is_said_once_for_each_row() -> None:
         gym = PreferenceGym(rows, None, make_tokenizer())
     assert caught == []
     assert len(str(gym.reports["train"])) < 300
+
+
+@pytest.mark.parametrize("container", ["rows", "JSONL", "Dataset", "stream of unknown columns"])
+def test_a_row_that_leaves_out_what_others_have_is_dropped_and_counted(container: str, tmp_path: Path) -> None:
+    rows = [PAIR, {"chosen": "It is a", "rejected": "It is b"}]
+    pairs, dropped = read_pairs(CONTAINERS[container](rows, tmp_path), "data")
+    assert ([pair.row for pair in pairs], dropped) == ([0], {"prompt is missing": [1]})
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a"}]
+    assert read_examples(CONTAINERS[container](rows, tmp_path), "data")[1] == {"completion is missing": [1]}
