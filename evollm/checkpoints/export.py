@@ -73,7 +73,7 @@ def save_merged_model(
             hyperparameters and scores.
 
     Raises:
-        ConfigurationError: The base is quantised, the adapter is no plain LoRA, or it reaches tied weights.
+        ConfigurationError: The base is quantised, or merged weights would not compute what the adapter computes.
         CheckpointError: The run folder cannot be read.
     """
     main_writes(lambda: _write_merged_model(agent, path, tokenizer, run_dir), agent.base)

@@ -23,6 +23,7 @@ from evollm.checks import expanded, usable_path
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
 from evollm.hub import hub_or_cache, is_absence
 from evollm.models.encoder_decoder import is_encoder_decoder
+from evollm.models.merging import adapted_layers, all_logprobs, check_same, own_name
 from evollm.quiet import quiet
 
 _RELOADABLE = frozenset(
@@ -30,6 +31,7 @@ _RELOADABLE = frozenset(
 )
 _ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
 _NAMED_AT_MOST = 5
+_NOT_MERGED = "a weight may be tied to another one; untie the base's embeddings and train the adapter on that"
 # Where a model's files are looked for; the other arguments of `from_pretrained` are about its weights.
 _ABOUT_FILES = frozenset(
     {
@@ -273,11 +275,28 @@ def _with_adapter(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
         fix = "is a PEFT adapter, which cannot be merged into quantised weights: merge it unquantised, and save that"
         raise ConfigurationError("model_name", name, fix)
     try:
-        merged = cast(Any, PeftModel.from_pretrained(model, name)).merge_and_unload()
+        merged, fault = _merged(model, name)
     except Exception as error:
         reason = f"is a PEFT adapter that cannot be merged into {base_name!r}: {type(error).__name__}: {error}"
         raise ConfigurationError("model_name", name, reason) from error
+    if fault is not None:
+        fix = f"is a PEFT adapter that cannot be merged into {base_name!r} ({fault}): {_NOT_MERGED}"
+        raise ConfigurationError("model_name", name, fix)
     assert isinstance(merged, PreTrainedModel)
     # By this name a checkpoint finds the same weights again.
     merged.config._name_or_path = name
     return merged
+
+
+def _merged(model: PreTrainedModel, name: str) -> tuple[Any, str | None]:
+    """The model with an adapter merged into it, and what is wrong if its log-probs are not the adapter's."""
+    adapted = cast(Any, PeftModel.from_pretrained(model, name)).eval()
+    (adapter,) = adapted.peft_config
+    new_tokens = getattr(adapted.peft_config[adapter], "trainable_token_indices", None) or []
+    tokens = new_tokens if isinstance(new_tokens, list) else [token for part in new_tokens.values() for token in part]
+    paths = [own_name(path) for path in adapted_layers(adapted.get_base_model(), adapter)]
+    expected = all_logprobs(adapted.get_base_model(), tokens)
+    merged = adapted.merge_and_unload().eval()
+    modules = dict(merged.named_modules())
+    layers = [modules[path] for path in paths if path in modules]
+    return merged, check_same(expected, lambda: all_logprobs(merged, tokens), layers)

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,15 @@ from evollm.models.attention import PairLayout, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
 from evollm.models.identity import adapter_fingerprint, canonical_settings, weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
-from evollm.models.merging import merged_weights
+from evollm.models.merging import (
+    INSTEAD,
+    adapted_layers,
+    all_logprobs,
+    check_same,
+    in_place,
+    merged_weights,
+    own_name,
+)
 from evollm.models.quantised import check_gradients, keep_differentiable
 from evollm.models.reference_cache import ReferenceCache
 from evollm.models.requirements import check_lora_config, check_plain_model, refusal
@@ -338,12 +346,25 @@ class SharedBase:
             )
             raise ConfigurationError("base", self.name, fix)
         adapters = {id(tensor) for adapter in self._adapters.values() for tensor in adapter.tensors.values()}
-        weights = {
-            name.replace(".base_layer.", "."): tensor.detach()
+        changed = {} if merged is None else self._merged(merged)
+        return {
+            own_name(name): changed.get(tensor, tensor).detach()
             for name, tensor in self.network.state_dict(keep_vars=True).items()
             if id(tensor) not in adapters
         }
-        return weights if merged is None else weights | merged_weights(self.network, merged)
+
+    def _merged(self, adapter: str) -> Mapping[Tensor, Tensor]:
+        """The weights that an adapter changes, merged, if they compute what the adapter computes."""
+        merged = merged_weights(self.network, adapter)
+        with self.active(adapter) as network:
+            expected = all_logprobs(network)
+        with self.active(None) as network, in_place(merged):
+            layers = adapted_layers(network, adapter).values()
+            fault = check_same(expected, lambda: all_logprobs(network), layers)
+        if fault is not None:
+            fix = f"its adapters cannot be merged ({fault}): a weight may be tied to another one; {INSTEAD}"
+            raise ConfigurationError("lora_config.target_modules", self.config(adapter).target_modules, fix)
+        return merged
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite an adapter's weights in place.
@@ -442,9 +463,20 @@ class SharedBase:
         """Whether each process holds a share of the layers' weights; all must then call the layers alike."""
         return self.layers.gathered is not None
 
-    def whole(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def whole(self) -> Iterator[None]:
         """All weights are whole inside the block; of a sharded base all processes must enter it."""
-        return self.layers.gathered(self.layers.modules) if self.layers.gathered is not None else nullcontext()
+        gathered = self.layers.gathered
+        if gathered is None:
+            yield
+            return
+        with gathered(self.layers.modules):
+            # A process may then compute by itself.
+            self.layers.gathered = None
+            try:
+                yield
+            finally:
+                self.layers.gathered = gathered
 
     @property
     def can_checkpoint(self) -> bool:

@@ -17,7 +17,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from evollm import (
     DPO,
     CheckpointError,
-    ConfigurationError,
     HyperparameterConfig,
     Mutations,
     PreferenceGym,
@@ -110,22 +109,6 @@ def test_a_model_of_conv1d_layers_is_merged_too(gym, tokenizer, elsewhere, tmp_p
     agent.learn(gym.next_batch())
     save_merged_model(agent, tmp_path / "merged")
     assert (elsewhere(tmp_path / "merged") - here(agent)).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("lora", "fault"),
-    [
-        (LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), "no plain LoRA"),
-        (LoraConfig(r=4, target_modules=["embed_tokens"]), "is tied to another module"),
-    ],
-)
-def test_what_cannot_be_merged_is_refused_and_leaves_nothing_behind(
-    make_agent, make_model, tmp_path, lora, fault
-) -> None:
-    agent = make_agent(lora_config=lora, actor_network=make_model(tie_word_embeddings=True))
-    with pytest.raises(ConfigurationError, match=fault):
-        save_merged_model(agent, tmp_path / "merged")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_model_card_states_data_schedule_and_scores(make_population, tokenizer, tmp_path) -> None:
