@@ -175,6 +175,10 @@ class SavableAgent(LLMAgent):
             adapters = {
                 role: AdapterState(fresh.config, pad_adapter(state, fresh)) for role, state in folder.adapters.items()
             }
+            fault = self.base.difference(folder.adapter(ACTOR), adapters[ACTOR])
+            if fault is not None:
+                fix = f"would not compute what was saved ({fault}): build the agent with the checkpoint's lora_config"
+                raise ConfigurationError("merge_lora_configs", True, fix)
         except ConfigurationError:
             self.base.use(self.actor_adapter)
             self.base.release(name)

@@ -23,7 +23,18 @@ _NOT_COMPARED = LORA_PROVENANCE | {"auto_mapping", "task_type", "lora_dropout"}
 def differing_fields(current: LoraConfig, saved: LoraConfig) -> dict[str, tuple[Any, Any]]:
     """The fields in which two configurations compute differently: name to (current, saved)."""
     values = {field.name: (getattr(current, field.name), getattr(saved, field.name, None)) for field in fields(current)}
-    return {name: (one, other) for name, (one, other) in values.items() if name not in _NOT_COMPARED and one != other}
+    return {
+        name: (one, other)
+        for name, (one, other) in values.items()
+        if name not in _NOT_COMPARED and _plain(one) != _plain(other)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Names in their order, which means nothing; nothing for no names. PEFT keeps them as sets, and files as lists."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return sorted(value) or None
+    return value or None if isinstance(value, Mapping) else value
 
 
 def check_same_lora(current: LoraConfig, saved: LoraConfig) -> None:

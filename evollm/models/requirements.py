@@ -85,6 +85,9 @@ def _check_modules(config: LoraConfig) -> None:
     for option in ("target_modules", "exclude_modules"):
         names = getattr(config, option)
         named = isinstance(names, list | tuple | set) and all(isinstance(name, str) for name in names)
+        if named and not names and config.target_parameters:
+            # So PEFT keeps it of a model whose experts are parameters.
+            continue
         if names is not None and not (names and (isinstance(names, str) or named)):
             raise ConfigurationError(f"lora_config.{option}", names, "must be names of modules, or a pattern of them")
     layers = config.layers_to_transform

@@ -37,6 +37,7 @@ from evollm.models.quantised import check_gradients, keep_differentiable
 from evollm.models.reference_cache import ReferenceCache
 from evollm.models.requirements import check_lora_config, check_plain_model, refusal
 from evollm.models.routing import AdapterRouter
+from evollm.models.targets import check_tensors, language_model, resolve_all_linear, text_config
 from evollm.quiet import quiet
 
 _ATTRIBUTE = "_evollm_shared_base"
@@ -70,7 +71,7 @@ class SharedBase:
         self._created = 0
         self.lost_shares: deque[str] = deque()
         self.router = AdapterRouter()
-        self.layers = LayerStack(model, self._same_again)
+        self.layers = LayerStack(language_model(model), self._same_again)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> SharedBase:
@@ -120,7 +121,7 @@ class SharedBase:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence that the base was made for, in tokens, where its configuration says."""
-        positions = getattr(self.network.config, "max_position_embeddings", None)
+        positions = getattr(text_config(self.network.config), "max_position_embeddings", None)
         return int(positions) if positions else None
 
     @property
@@ -173,6 +174,7 @@ class SharedBase:
             config.task_type = "SEQ_2_SEQ_LM"
         # That of another run's base, perhaps; PEFT fills in this one's.
         config.base_model_name_or_path = None
+        resolve_all_linear(config, self.network)
         name = self._new_name(role)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
@@ -189,8 +191,13 @@ class SharedBase:
                 self._peft = get_peft_model(self.network, config, adapter_name=name)
             else:
                 self._peft.add_adapter(name, config)
+            check_tensors(self.network, name)
         except Exception as error:  # Whatever PEFT makes of what is wrong with it.
             drop_adapter(self.network, name)
+            if isinstance(error, ConfigurationError):
+                # PEFT itself found nothing wrong.
+                self.peft_model.peft_config.pop(name, None)
+                raise
             raise refusal(given, self.network, error) from error
         self.router.take_over(self._peft)
         self._adapter_layers.find(self._peft)
@@ -365,6 +372,26 @@ class SharedBase:
             fix = f"its adapters cannot be merged ({fault}): a weight may be tied to another one; {INSTEAD}"
             raise ConfigurationError("lora_config.target_modules", self.config(adapter).target_modules, fix)
         return merged
+
+    def difference(self, one: AdapterState, other: AdapterState) -> str | None:
+        """How far the log-probs of two adapters are apart, in words; None: by no more than rounding explains.
+
+        Raises:
+            ConfigurationError: One of them does not fit the base, or the adapters on it.
+        """
+        names: list[str] = []
+        with self.active(self._active):
+            try:
+                for state in (one, other):
+                    names.append(self.frozen_adapter(state, "check"))
+                with self.active(names[0]) as network:
+                    expected = all_logprobs(network)
+                with self.active(names[1]) as network:
+                    layers = adapted_layers(network, names[1]).values()
+                    return check_same(expected, lambda: all_logprobs(network), layers)
+            finally:
+                for name in names:
+                    self.release(name)
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite an adapter's weights in place.
