@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,24 +57,21 @@ def resolve_all_linear(config: LoraConfig, model: PreTrainedModel) -> None:
     inside = {id(module) for module in part.modules()}
     head = model.get_output_embeddings()
     paths = []
-    for path, module in model.named_modules():
-        path = own_name(path)
+    for place, module in model.named_modules():
+        path = own_name(place)
         named = isinstance(config.target_modules, str) or path.rpartition(".")[2] in config.target_modules
         if named and _is_linear(module) and id(module) in inside and module is not head and path not in chooses:
             paths.append(path)
     config.target_modules = sorted(set(paths))
 
 
-def _convert(config: LoraConfig, model: nn.Module) -> None:
+def _convert(config: LoraConfig, model: PreTrainedModel) -> None:
     """PEFT's own translation of `all-linear` for models whose experts transformers has stacked."""
     try:
-        from peft.utils.transformers_weight_conversion import (  # noqa: PLC0415
-            convert_peft_config_for_transformers,
-            get_model_conversion_mapping,
-        )
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers  # noqa: PLC0415
     except ImportError:  # A version of PEFT that translates nothing.
         return
-    convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
+    convert_peft_config_for_transformers(config, model=model, conversions=None)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -85,7 +81,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def routers(model: nn.Module) -> Iterator[str]:
-    """Paths of the linear layers that choose among experts: they lie beside the experts, and give one number for each."""
+    """Paths of the linear layers that choose among experts: beside the experts, with one number for each of them."""
     for path, block in model.named_modules():
         experts = getattr(block, _EXPERTS, None)
         if isinstance(experts, nn.Module):
