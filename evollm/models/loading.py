@@ -17,6 +17,7 @@ from evollm.models.precision import default_device, with_dtype
 from evollm.models.pretrained import find_config, load_base_model, reloadable
 from evollm.models.requirements import check_plain_model
 from evollm.models.shared_base import SharedBase
+from evollm.models.targets import text_config
 from evollm.processes import check_processes, uses_deepspeed
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def _network(
         for field, value in (("model_config", model_config), ("dtype", dtype)):
             if value is not None:
                 raise ConfigurationError(field, value, "belongs to model_name; a loaded model has its own")
+        _check_size(actor_network)
         return actor_network, None
     if not isinstance(model_name, str | os.PathLike):
         fix = "must be a hub name or a folder; a loaded model is passed as actor_network"
@@ -155,6 +157,26 @@ def _network(
     if dtype is not None:
         model_config = with_dtype(model_config, dtype, find_config(model_name, model_config), device)
     return load_base_model(model_name, model_config), model_config
+
+
+def _check_size(model: PreTrainedModel) -> None:
+    """Refuse a loaded model with tokens that are not where it came from: no checkpoint would hold their weights.
+
+    Raises:
+        ConfigurationError: Its vocabulary is of another size than that of the model of its name.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.name_or_path or SharedBase.on(model) is not None:
+        return
+    # It has been loaded from there: without asking the hub again.
+    found = find_config(model.name_or_path, {"local_files_only": True})
+    before = getattr(text_config(found), "vocab_size", None)
+    now = getattr(text_config(model.config), "vocab_size", None)
+    if before is not None and now is not None and before != now:
+        fix = (
+            f"it has {now} tokens and {model.name_or_path!r} has {before}, so that no checkpoint would hold the rows "
+            "of the others: model.save_pretrained(folder), tokenizer.save_pretrained(folder), and model_name=folder"
+        )
+        raise ConfigurationError("actor_network", type(model).__name__, fix)
 
 
 def _shards_base(accelerator: Accelerator | None) -> bool:

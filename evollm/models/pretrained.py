@@ -10,9 +10,12 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -31,6 +34,8 @@ _RELOADABLE = frozenset(
 )
 _ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
 _NAMED_AT_MOST = 5
+# Of a folder that PEFT saves.
+_ADAPTER_WEIGHTS, _PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 _NOT_MERGED = "a weight may be tied to another one; untie the base's embeddings and train the adapter on that"
 # Where a model's files are looked for; the other arguments of `from_pretrained` are about its weights.
 _ABOUT_FILES = frozenset(
@@ -104,7 +109,12 @@ def _about_files(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a language model of this configuration."""
-    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+    if is_encoder_decoder(config):
+        return AutoModelForSeq2SeqLM
+    # One that reads pictures too, and of which transformers has no part for text alone.
+    reads_pictures = type(config) in AutoModelForImageTextToText._model_mapping
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if reads_pictures and not causal else AutoModelForCausalLM
 
 
 def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
@@ -290,6 +300,7 @@ def _with_adapter(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
 
 def _merged(model: PreTrainedModel, name: str) -> tuple[Any, str | None]:
     """The model with an adapter merged into it, and what is wrong if its log-probs are not the adapter's."""
+    _make_room(model, name)
     adapted = cast(Any, PeftModel.from_pretrained(model, name)).eval()
     (adapter,) = adapted.peft_config
     new_tokens = getattr(adapted.peft_config[adapter], "trainable_token_indices", None) or []
@@ -300,3 +311,17 @@ def _merged(model: PreTrainedModel, name: str) -> tuple[Any, str | None]:
     modules = dict(merged.named_modules())
     layers = [modules[path] for path in paths if path in modules]
     return merged, check_same(expected, lambda: all_logprobs(merged, tokens), layers)
+
+
+def _make_room(model: PreTrainedModel, name: str) -> None:
+    """Resize a base's embeddings where an adapter was saved with its own, of another size: tokens were added."""
+    path = Path(name, _ADAPTER_WEIGHTS)
+    if not path.is_file():
+        return
+    embeddings = cast(nn.Embedding, model.get_input_embeddings())
+    own = next(key for key, module in model.named_modules() if module is embeddings)
+    with safe_open(path, framework="pt") as file:
+        key = f"{_PEFT_PREFIX}{own}.weight"
+        rows = file.get_slice(key).get_shape()[0] if key in file.keys() else len(embeddings.weight)  # noqa: SIM118
+    if rows != len(embeddings.weight):
+        model.resize_token_embeddings(rows, mean_resizing=False)

@@ -33,6 +33,9 @@ _UNSUPPORTED = (
     "velora_config",
 )
 
+# Of these, what people use to train the rows of new tokens.
+_TRAIN_WEIGHTS = ("modules_to_save", "trainable_token_indices")
+
 
 def check_plain_model(field: str, model: object) -> None:
     """Refuse what no agent can be built on.
@@ -129,7 +132,10 @@ def check_lora_config(config: LoraConfig) -> None:
         )
     for option in _UNSUPPORTED:
         if getattr(config, option, None):
-            raise ConfigurationError(f"lora_config.{option}", getattr(config, option), "does not work on a shared base")
+            fix = "does not work on a shared base"
+            if option in _TRAIN_WEIGHTS:
+                fix += ": name embed_tokens or lm_head in target_modules, which gives them adapters"
+            raise ConfigurationError(f"lora_config.{option}", getattr(config, option), fix)
     if config.bias != "none":
         raise ConfigurationError("lora_config.bias", config.bias, "trains the shared base's own biases; use 'none'")
     check_readable(config)
