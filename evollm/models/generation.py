@@ -20,13 +20,15 @@ def greedy_answers(
         base: The shared base.
         adapter: Name of the adapter that answers; None: the base itself.
         prompts: Token ids, (P_i,) each.
-        tokenizer: Turns the answers into text; its EOS ends them.
+        tokenizer: Turns the answers into text; its EOS ends them, and so does what ends those of `generate`: the tokens
+            and strings of the base's `generation_config`.
         max_new_tokens: Longest answer, in tokens.
 
     Returns:
         The answers without their prompts and special tokens.
     """
     answers = []
+    ends = _ends(base, tokenizer)
     with base.active(adapter) as network, torch.no_grad():
         for prompt in prompts:
             input_ids = torch.from_numpy(prompt).to(base.device).unsqueeze(0)  # (1, P)
@@ -38,10 +40,19 @@ def greedy_answers(
                 top_p=None,
                 top_k=None,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends or None,
+                pad_token_id=ends[0] if ends else None,
+                # For strings that end an answer.
+                tokenizer=tokenizer,
             )
             # A decoder's output begins with its own start token, not with the prompt.
             start = 0 if base.is_encoder_decoder else len(prompt)
             answers.append(tokenizer.decode(output[0, start:], skip_special_tokens=True).strip())
     return answers
+
+
+def _ends(base: SharedBase, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, the tokenizer's own first."""
+    configured = getattr(base.network.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list | tuple) else [configured]
+    return list(dict.fromkeys(int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None))

@@ -1,0 +1,77 @@
+"""Answers stop where those of `generate` stop."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evollm import DPO
+from evollm.models.generation import greedy_answers
+
+
+def says(model: Any, following: dict[int, int], first: int) -> None:
+    """Make a model say one token after another."""
+    own = model.forward
+
+    def forward(self: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        output = own(input_ids=input_ids, **inputs)
+        output.logits[:, -1] = -50
+        output.logits[:, -1, following.get(int(input_ids[0, -1]), first)] = 50
+        return output
+
+    model.forward = MethodType(forward, model)
+
+
+@pytest.fixture
+def ids(tokenizer) -> dict[str, int]:
+    return {letter: tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in "abc"}
+
+
+def answers(agent: DPO, prompt: list[int], tokenizer: Any) -> tuple[list[int], str]:
+    """The tokens that `generate` gives, and evollm's text."""
+    inputs = torch.tensor([prompt])
+    found = agent.base.network.generate(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=9,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+        tokenizer=tokenizer,
+    )
+    (text,) = greedy_answers(agent.base, None, [np.array(prompt)], tokenizer, max_new_tokens=9)
+    return found[0, len(prompt) :].tolist(), text
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_answers_stop_at_each_token_that_ends_those_of_generate(make_model, tokenizer, ids, listed: bool) -> None:
+    model = make_model()
+    agent = DPO(actor_network=model)
+    end = ids["b"]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end] if listed else end
+    says(model, {ids["a"]: end, end: ids["c"], ids["c"]: ids["c"]}, first=ids["a"])
+    tokens, text = answers(agent, [ids["c"] + 1], tokenizer)
+    assert tokens == [ids["a"], end]
+    assert text == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_answers_stop_at_the_tokenizers_own_end_whatever_the_base_says(make_model, tokenizer, ids) -> None:
+    model = make_model()
+    agent = DPO(actor_network=model)
+    model.generation_config.eos_token_id = ids["b"]
+    says(model, {ids["a"]: tokenizer.eos_token_id, tokenizer.eos_token_id: ids["c"]}, first=ids["a"])
+    (text,) = greedy_answers(agent.base, None, [np.array([ids["c"] + 1])], tokenizer, max_new_tokens=9)
+    assert text == "a"
+
+
+def test_answers_stop_at_strings_that_end_those_of_generate(make_model, tokenizer, ids) -> None:
+    model = make_model()
+    agent = DPO(actor_network=model)
+    model.generation_config.stop_strings = ["ab"]
+    says(model, {ids["a"]: ids["b"], ids["b"]: ids["c"], ids["c"]: ids["c"]}, first=ids["a"])
+    tokens, text = answers(agent, [ids["c"] + 1], tokenizer)
+    assert tokens == [ids["a"], ids["b"]]
+    assert text == "ab"
