@@ -105,6 +105,15 @@ def expanded(path: str | os.PathLike[str]) -> str:
     return os.path.expanduser(os.fspath(path))
 
 
+def located(name: str | os.PathLike[str]) -> str:
+    """The absolute path of a file or folder that is there, so that it is found from anywhere; a name stays as it is."""
+    text = expanded(name)
+    try:
+        return os.path.abspath(text) if text and os.path.exists(text) else text
+    except ValueError:  # with a null byte
+        return text
+
+
 def usable_path(field: str, value: object) -> Path:
     """Return `value` as a path, which may or may not exist; `~` is the user's home.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evollm.checks import usable_path
+from evollm.checks import located, usable_path
 from evollm.errors import CheckpointError
 from evollm.plain_data import read_plain
 
@@ -28,7 +28,7 @@ class PolicyArchive:
     """What a `policy.pt` says beside its weights.
 
     Attributes:
-        path: The file, as it was given.
+        path: The file.
         step_idx: How far its training had come; the original repository counts examples, evollm steps.
         metrics: Its scores by name, None if it has none.
     """
@@ -62,7 +62,7 @@ def read_policy_archive(path: str | Path) -> tuple[PolicyArchive, dict[str, Tens
     if strange:
         fix = "give policy.pt, not the optimizer's or the scheduler's file"
         raise CheckpointError(f"{path}: state holds what is not the weights of a model: {_listed(strange)}; {fix}")
-    return PolicyArchive(str(path), step_idx, metrics), state
+    return PolicyArchive(located(path), step_idx, metrics), state
 
 
 def copy_state(path: str | Path, state: Mapping[str, Tensor], model: nn.Module) -> None:

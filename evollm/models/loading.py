@@ -167,6 +167,9 @@ def _check_size(model: PreTrainedModel) -> None:
     """
     if not isinstance(model, PreTrainedModel) or not model.name_or_path or SharedBase.on(model) is not None:
         return
+    if Path(model.name_or_path, "adapter_config.json").is_file():
+        # An adapter's folder holds the rows.
+        return
     # It has been loaded from there: without asking the hub again.
     found = find_config(model.name_or_path, {"local_files_only": True})
     before = getattr(text_config(found), "vocab_size", None)

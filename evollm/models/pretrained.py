@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from evollm.checks import expanded, usable_path
+from evollm.checks import expanded, located, usable_path
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
 from evollm.hub import hub_or_cache, is_absence
 from evollm.models.encoder_decoder import is_encoder_decoder
@@ -35,7 +36,13 @@ _RELOADABLE = frozenset(
 _ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
 _NAMED_AT_MOST = 5
 # Of a folder that PEFT saves.
-_ADAPTER_WEIGHTS, _PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, _PEFT_PREFIX = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base_model.model.",
+)
+# One of them a folder with a tokenizer has.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _NOT_MERGED = "a weight may be tied to another one; untie the base's embeddings and train the adapter on that"
 # Where a model's files are looked for; the other arguments of `from_pretrained` are about its weights.
 _ABOUT_FILES = frozenset(
@@ -125,7 +132,8 @@ def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
     if path.exists():
         raise ConfigurationError(field, text, "is no folder: give that of a model, or its name on the hub")
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise ConfigurationError(field, text, "no such folder: give that of a model, or its name on the hub")
+        fix = "no such folder: give that of a model, or its name on the hub; of a base that was moved, where it is now"
+        raise ConfigurationError(field, text, fix)
 
 
 def find_config(name: str | os.PathLike[str], model_config: Mapping[str, Any] | None = None) -> Any | None:
@@ -135,9 +143,10 @@ def find_config(name: str | os.PathLike[str], model_config: Mapping[str, Any] | 
         name: As for `load_base_model`.
         model_config: Likewise.
     """
+    name = _described_by(expanded(name), "config.json")
     try:
-        with quiet(), hub_or_cache(expanded(name)):
-            return AutoConfig.from_pretrained(expanded(name), **_about_files(model_config))
+        with quiet(), hub_or_cache(name):
+            return AutoConfig.from_pretrained(name, **_about_files(model_config))
     except Exception:  # Loading the model itself says what is wrong.
         return None
 
@@ -154,8 +163,24 @@ def load_tokenizer(name: str | os.PathLike[str], model_config: Mapping[str, Any]
     """
     name = expanded(name)
     _check_folder("model", name)
+    base = _described_by(name, *_TOKENIZER_FILES)
+    if base != name:
+        _check_folder("model", base)
+        name = base
     with quiet(), hub_or_cache(name) as no_hub:
         return _tokenizer(name, model_config, no_hub)
+
+
+def _described_by(name: str, *files: str) -> str:
+    """The base that the folder of an adapter names, if the folder has none of these files; else the name itself."""
+    folder = Path(name)
+    if not (folder / _ADAPTER_CONFIG).is_file() or any((folder / file).is_file() for file in files):
+        return name
+    try:
+        base = json.loads((folder / _ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):  # Loading the adapter says what is wrong with it.
+        return name
+    return expanded(base) if isinstance(base, str) and base else name
 
 
 def _tokenizer(name: str, model_config: Mapping[str, Any] | None, no_hub: str | None) -> Any:
@@ -193,11 +218,12 @@ def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) ->
         MissingExtraError: It needs a package that is not installed.
     """
     arguments = {"trust_remote_code": False, **(model_config or {})}
-    name = expanded(name)
+    # By its name checkpoints and run folders find it again.
+    name = located(name)
     folder = Path(name)
     if (folder / "config.json").is_file() or not folder.is_dir():
         return _load(name, arguments)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / _ADAPTER_CONFIG).is_file():
         return _with_adapter(name, arguments)
     if (folder / "attributes.pt").is_file():
         fix = "is an agent's checkpoint: build the agent on its base and call load_checkpoint(path), or DPO.load(path)"

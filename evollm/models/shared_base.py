@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from evollm.checks import located
 from evollm.errors import ConfigurationError
 from evollm.models.adapter_layers import AdapterLayers
 from evollm.models.adapters import Adapter, AdapterState, drop_adapter, parameters_of, saved_tensors
@@ -60,6 +61,9 @@ class SharedBase:
             start_token(model)
         keep_differentiable(model)
         self.network = model
+        if self.name:
+            # A relative path would lead elsewhere from another folder.
+            self.network.config._name_or_path = located(self.name)
         self.model_config: Mapping[str, Any] = {}
         self.weights_fingerprint = weights_fingerprint(model)
         self.reference_cache = ReferenceCache()

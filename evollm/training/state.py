@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,11 @@ _MAY_CHANGE = {
     "settings": {"drop_nonfinite_rows"},
     "options": {"num_epochs", "max_steps", "checkpoint_steps", "keep_last", "save_elite", "num_sample_answers"},
     "schedule": {"total", "checkpoint_every"},
-    # Restored, wherever the gym stands now.
-    "data": {"position"},
+    # Restored, wherever the gym stands now. The fingerprint says whether texts differ, digests say which.
+    "data": {"position", "digests", "written_at"},
 }
-_NOT_COMPARED = {"versions"}
+# The base is known by its digest, wherever it lies.
+_NOT_COMPARED = {"versions", "base"}
 
 
 @dataclass
@@ -125,12 +126,15 @@ def set_global_generators(state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the states of the random generators are incomplete: {error!r}") from error
 
 
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_same_run(
+    saved: Mapping[str, Any], current: Mapping[str, Any], changed_text: Callable[[Mapping[str, Any]], str] | None = None
+) -> None:
     """Refuse to go on with other settings, data, agents or another base than the run began with.
 
     Args:
         saved: What `describe_run` gave when the run began.
         current: What it gives now.
+        changed_text: From the digests of the texts then to what has become of them, in words.
 
     Raises:
         ConfigurationError: They differ in more than the length of the run; the message lists each difference.
@@ -140,6 +144,9 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
         for name, before, now in differences(_comparable(saved), _comparable(current), "")
     ]
     if differing:
+        digests = saved["data"].get("digests") if isinstance(saved.get("data"), Mapping) else None
+        if changed_text is not None and digests and any(name.startswith("data.fingerprint:") for name in differing):
+            differing.insert(0, changed_text(digests))
         raise ConfigurationError(
             "resume_from_checkpoint",
             "other settings",

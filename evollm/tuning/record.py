@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from evollm.checks import expanded, usable_path
+from evollm.checks import expanded, located, usable_path
 from evollm.data.files import is_files
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import Birth, EvolutionPlan, HyperparameterConfig, ancestry
@@ -42,6 +42,8 @@ _USED: tuple[tuple[str, str, type], ...] = (
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?")
 # Where a run writes, besides its folder.
 _PLACES = {"checkpoint_path": CHECKPOINTS, "elite_path": ELITE}
+# Arguments that may be paths: the folder may be used from another one.
+_PATHS = {*_ROWS, *_PLACES, "model", "tokenizer", "start_from", "archive", "cache_dir"}
 # Where it may write besides, and need not.
 _CACHE = "cache_dir"
 # What is never taken from a folder, since it says which folder it is.
@@ -307,13 +309,18 @@ _NOT_PLAIN = object()
 
 
 def _recorded(name: str, value: Any) -> Any:
-    """An argument of `tune` as its record has it, or `_NOT_PLAIN`."""
+    """An argument of `tune` as its record has it, with paths from the root, or `_NOT_PLAIN`."""
     if name in _ROWS and value is not False and not (isinstance(value, str | os.PathLike) or is_files(value)):
         return _NOT_PLAIN
     if name == "model_config" and isinstance(value, Mapping):
         return _harmless(value)
     if name == "lora_config" and type(value) is LoraConfig:
         return _plain(_lora_fields(value))
+    if name in _PATHS and isinstance(value, str | os.PathLike):
+        # What is not there yet is no name on the hub.
+        return os.path.abspath(expanded(value)) if name in _PLACES else located(value)
+    if name in _ROWS and is_files(value):
+        return [located(path) for path in value]
     return _plain(value)
 
 
