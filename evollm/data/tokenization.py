@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from evollm.checks import optional_whole_number, usable_path
+from evollm.data import clock
 from evollm.data.batch import IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, Message, UnusableRowError, require_unicode
 from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
@@ -232,6 +233,7 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> TextPair:
                 tools=None if pair.tools is None else list(pair.tools),
                 tokenize=False,
                 add_generation_prompt=generation,
+                **clock.template_arguments(tokenizer.chat_template),
                 **pair.template_kwargs,
             )
         )

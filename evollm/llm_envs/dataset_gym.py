@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from evollm.checks import optional_whole_number, switch, whole_number
+from evollm.data import clock
 from evollm.data.batch import FIELDS, IntArray, PreferenceBatch, TokenizedPair
 from evollm.data.report import DataReport, count_seen
 from evollm.data.rows import RowFormat
@@ -37,6 +38,8 @@ FloatArray: TypeAlias = NDArray[np.float32]
 
 SPLITS = ("train", "test", "final")
 NO_PAIRS = PreferenceBatch(np.zeros((0, 0), np.int64), *(np.zeros(0, np.int64) for _ in FIELDS[1:]))
+# Parts of a split that are told apart, and tokens of a text that are shown.
+_SHARES, _SHOWN_TOKENS = 256, 40
 STATE_KEYS = frozenset({"seed", "epoch", "index", "awaiting_action", "num_pairs", "batch_size"})
 
 
@@ -101,19 +104,21 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         self.encoder_decoder = switch("encoder_decoder", encoder_decoder)
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, list[TokenizedPair]] = {}
+        self.written_at = clock.moment()
         for split, dataset in zip(SPLITS, (train_dataset, test_dataset, final_dataset), strict=True):
             self._pairs[split] = []
             if dataset is not None or split == "train":
-                self._pairs[split], self.reports[split] = load_pairs(
-                    dataset,
-                    tokenizer,
-                    name=split,
-                    max_context_length=max_context_length,
-                    min_completion_length=min_completion_length,
-                    row_format=self.row_format,
-                    encoder_decoder=encoder_decoder,
-                    cache_dir=cache_dir,
-                )
+                with clock.at(self.written_at):
+                    self._pairs[split], self.reports[split] = load_pairs(
+                        dataset,
+                        tokenizer,
+                        name=split,
+                        max_context_length=max_context_length,
+                        min_completion_length=min_completion_length,
+                        row_format=self.row_format,
+                        encoder_decoder=encoder_decoder,
+                        cache_dir=cache_dir,
+                    )
         _warn_of_overlap(self._pairs, self.row_format.noun)
         all_pairs = self.all_pairs
         self.longest_sequence = max(
@@ -159,6 +164,28 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
             for pair in pairs:
                 digest.update(pair.key())
         return digest.hexdigest()
+
+    @property
+    def digests(self) -> dict[str, list[str]]:
+        """Digests of the pairs of each split, of equal shares of them in their order; see `changed_text`."""
+        return {split: [_digest_of(share) for share in _shares(pairs)] for split, pairs in self._pairs.items() if pairs}
+
+    def changed_text(self, before: Mapping[str, Any]) -> str:
+        """The first text in which the pairs differ from those of other `digests`, in words.
+
+        Args:
+            before: The digests then.
+        """
+        for split, pairs in self._pairs.items():
+            then = before.get(split) or []
+            for number, share in enumerate(_shares(pairs)):
+                if number >= len(then) or then[number] != _digest_of(share):
+                    text = str(self.tokenizer.decode(share[0].token_ids[:_SHOWN_TOKENS]))
+                    many = f"one of {len(share)} {self.row_format.noun} from" if len(share) > 1 else "that of"
+                    return f"{split}: the first other text is {many} row {share[0].row}, which now begins {text!r}"
+            if len(then) > len(_shares(pairs)):
+                return f"{split}: there are fewer {self.row_format.noun} than then, {len(pairs)}"
+        return "the number of rows in a split"
 
     @property
     def num_epochs(self) -> int:
@@ -402,3 +429,16 @@ def _warn_of_overlap(pairs: Mapping[str, Sequence[TokenizedPair]], noun: str) ->
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def _shares(pairs: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+    """Up to `_SHARES` equal parts, in their order."""
+    size = -(-len(pairs) // _SHARES) or 1
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def _digest_of(pairs: Iterable[TokenizedPair]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for pair in pairs:
+        digest.update(pair.key())
+    return digest.hexdigest()

@@ -316,6 +316,8 @@ def describe_run(
             "noun": env.row_format.noun,
             "reports": [str(report) for report in env.reports.values()],
             "fingerprint": env.fingerprint,
+            "digests": env.digests,
+            "written_at": env.written_at.isoformat(),
             "position": env.state_dict(),
         },
         # Its own from the code that runs, which need not be installed.

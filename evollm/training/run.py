@@ -155,7 +155,7 @@ class Run(Generic[A]):
             return
         saved = read_population(path)
         _check_state(saved, path, len(self.population))
-        check_same_run(saved.state["config"], self.config)
+        check_same_run(saved.state["config"], self.config, self.env.changed_text)
         progress = Progress.from_dict(saved.state, saved.tensors)
         if progress.step > self.schedule.total:
             fix = f"the checkpoint has {progress.step} steps already: give a larger num_epochs or max_steps"
@@ -185,7 +185,7 @@ class Run(Generic[A]):
         if any(line["kind"] == "end" for line in (read_lines(metrics) if metrics.exists() else ())):
             fix = "the run has ended, and its checkpoints are gone: there is nothing to go on from; begin a new run"
             raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
-        check_same_run(json.loads(read_bytes(inside(folder, CONFIG))), self.config)
+        check_same_run(json.loads(read_bytes(inside(folder, CONFIG))), self.config, self.env.changed_text)
 
     def _score_baseline(self) -> None:
         scores = self._final_scores(self.population[:1])

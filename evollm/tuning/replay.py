@@ -18,6 +18,7 @@ from evollm.checkpoints import newest_population
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.checkpoints.run import STATE
 from evollm.checks import usable_path
+from evollm.data import clock
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import Value
 from evollm.llm_envs import DatasetGym
@@ -189,7 +190,9 @@ def replay(
     if (agents is None) != (env is None) or (agents is not None and handed_in):
         raise ConfigurationError("agents", None, "pass agents and env together, and then no data, or neither")
     if agents is None or env is None:
-        agents, env = _as_tuned(run, handed_in, trust_remote_code)
+        # A template that writes the date writes that of the run.
+        with clock.at(clock.read_moment(record.config["data"].get("written_at"))):
+            agents, env = _as_tuned(run, handed_in, trust_remote_code)
     agent = _founder(agents, record)
     config = record.config
     stretched = _why_stretched(env.fingerprint == config["data"]["fingerprint"], num_epochs, max_steps)

@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import optional_whole_number, usable_path, whole_number
+from evollm.data import clock
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import DatasetGym
@@ -127,7 +129,8 @@ def set_up(request: Request) -> Setup:
     resume = settings.get("resume_from_checkpoint")
     if resume is not None or "run_dir" in settings:
         RunPaths.of(settings.get("run_dir"), settings.get("checkpoint_path"), settings.get("elite_path"), resume)
-    env = make_env(request, settings)
+    with clock.at(None if resume is None else _begun_at(resume)):
+        env = make_env(request, settings)
     # Before the model is loaded, which takes a while.
     loop = _loop(request, settings, env)
     _check_listeners(request.pieces, loop)
@@ -247,6 +250,15 @@ def _check_listeners(pieces: Pieces, loop: Settings) -> None:
     tracker_names(found["report_to"], wb=found["wb"], tensorboard=found["tensorboard"])
     check_callbacks(found["callbacks"])
     check_fitness(found["fitness"], pieces.stage)
+
+
+def _begun_at(run_dir: Any) -> datetime | None:
+    """When a run's texts were written; None where the folder does not say it."""
+    try:
+        config = json.loads(read_bytes(inside(usable_path("resume_from_checkpoint", run_dir), CONFIG)))
+        return clock.read_moment(config["data"].get("written_at"))
+    except (OSError, CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _evo_steps_of(run_dir: Any) -> int | None:
