@@ -18,7 +18,7 @@ from evollm.algorithms.losses import dpo_sigmoid_loss
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a loss may depend on; sums are over the tokens of a completion, EOS included.
+    """What a loss may depend on; sums are over the tokens of a completion, with what ends it.
 
     Attributes:
         chosen: (B,) log pi(y_w | x).

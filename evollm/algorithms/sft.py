@@ -146,9 +146,9 @@ class SFT(EvolvableAlgorithm):
     def learn(self, experiences: PreferenceBatch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
         """Update the actor on a batch of examples, `update_epochs` times.
 
-        The loss is the mean negative log-likelihood of the completions' tokens, EOS included, given all tokens before
-        them: a mean over all completion tokens of the optimizer batch, whatever the micro-batch and however many
-        processes, so that a token of a long completion weighs what one of a short completion weighs.
+        The loss is the mean negative log-likelihood of the completions' tokens, with what ends them, given all tokens
+        before them: a mean over all completion tokens of the optimizer batch, whatever the micro-batch and however
+        many processes, so that a token of a long completion weighs what one of a short completion weighs.
 
         Args:
             experiences: A batch, or an observation of `SFTGym`. Rejected sides play no part.

@@ -23,8 +23,9 @@ class TokenizedPair:
 
     Attributes:
         prompt_ids: (P,) token ids, at least one.
-        chosen_ids: (C,) token ids of the preferred completion, ending in one EOS.
-        rejected_ids: (R,) token ids of the other completion, ending in one EOS; R is 0 for an SFT example.
+        chosen_ids: (C,) token ids of the preferred completion, with what ends it: one EOS after a string, and after
+            messages whatever the chat template writes.
+        rejected_ids: (R,) token ids of the other completion, likewise; R is 0 for an SFT example.
         row: Position of its row in the user's dataset, where there is one.
     """
 
@@ -63,8 +64,8 @@ class PreferenceBatch:
     Attributes:
         input_ids: (B, L) token ids. Padding is recognised by the lengths, never by its id.
         prompt_lengths: (B,) tokens of each prompt.
-        chosen_lengths: (B,) tokens of each chosen completion, EOS included.
-        rejected_lengths: (B,) tokens of each rejected completion, EOS included; 0 for SFT examples.
+        chosen_lengths: (B,) tokens of each chosen completion, with what ends it.
+        rejected_lengths: (B,) tokens of each rejected completion, with what ends it; 0 for SFT examples.
         rows: (B,) positions of the pairs' rows in the user's dataset; None where they are not known.
         split_name: The split of that dataset, such as "train"; "" where it is not known.
     """

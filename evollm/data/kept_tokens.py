@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from evollm.data.batch import TokenizedPair
+from evollm.data.chat_template import RenderedChat
 from evollm.data.rows import DroppedRows, TextPair
 from evollm.own_files import replace_bytes
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # To be raised whenever the same texts become other ids, or the file changes.
-FORMAT = 1
+FORMAT = 2
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 # What of a tokenizer is not in its backend's own description.
 _ATTRIBUTES = (
@@ -65,7 +66,7 @@ class TokenizedSplit:
 
 def kept_or_made(
     cache_dir: Path,
-    texts: Sequence[TextPair],
+    texts: Sequence[TextPair | RenderedChat],
     tokenizer: PreTrainedTokenizerBase,
     settings: Mapping[str, Any],
     make: Callable[[], TokenizedSplit],
@@ -99,16 +100,18 @@ def kept_or_made(
     return split
 
 
-def _digest_of(texts: Sequence[TextPair], tokenizer: Any, settings: Mapping[str, Any]) -> str:
+def _digest_of(texts: Sequence[TextPair | RenderedChat], tokenizer: Any, settings: Mapping[str, Any]) -> str:
     of_tokenizer = {name: getattr(tokenizer, name, None) for name in _ATTRIBUTES}
     made_by = {name: version(name) for name in ("evollm", "transformers", "tokenizers")}
-    kind = type(tokenizer).__qualname__
+    of_class = type(tokenizer).__qualname__
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([FORMAT, made_by, kind, of_tokenizer, dict(settings)], sort_keys=True).encode())
+    digest.update(json.dumps([FORMAT, made_by, of_class, of_tokenizer, dict(settings)], sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for text in texts:
-        parts = [part.encode() for part in (text.prompt, *text.completions)]
-        digest.update(b"".join([b"%d:" % text.row, *(b"%d " % len(part) for part in parts), *parts]))
+        kind, sides = ("chat", text.wholes) if isinstance(text, RenderedChat) else ("text", text.completions)
+        parts = [part.encode() for part in (text.prompt, *sides)]
+        lengths = " ".join(str(len(part)) for part in parts)
+        digest.update(b"".join([f"{text.row} {kind} {lengths}:".encode(), *parts]))
     return digest.hexdigest()
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from evollm.checks import optional_whole_number, usable_path
-from evollm.data import clock
 from evollm.data.batch import IntArray, TokenizedPair
-from evollm.data.cells import EMPTY_COMPLETION, Message, UnusableRowError, require_unicode
+from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicode
+from evollm.data.chat_template import RenderedChat, render_chat
 from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
 from evollm.data.remarks import remarks_on
 from evollm.data.report import DataReport, Example
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids: TypeAlias = list[int]
+Text: TypeAlias = TextPair | RenderedChat
 
 PAIRS_PER_CALL = 512
 NUM_EXAMPLES = 12
@@ -61,7 +62,7 @@ def load_pairs(
         name: The split, such as "train"; messages speak of `train_dataset`.
         max_context_length: Most tokens of prompt + longer completion. Longer prompts are cut from the left; pairs whose
             completion does not fit are dropped. None: what the tokenizer states, if it states a limit.
-        min_completion_length: Pairs with a completion of fewer tokens, EOS included, are dropped.
+        min_completion_length: Pairs with a completion of fewer tokens, with what ends it, are dropped.
         row_format: What the rows look like: `PAIRS`, or `EXAMPLES`, which become pairs without a rejected side.
         encoder_decoder: Whether they are for an encoder-decoder model; see `tokenize_pairs`.
         cache_dir: Folder that keeps token ids between runs; None: none.
@@ -123,16 +124,19 @@ def tokenize_pairs(
 
     All sides of a pair get the same prompt ids: the longest token prefix that prompt, prompt + chosen and, if there is
     one, prompt + rejected share. A token that spans the boundary thereby belongs to the completions, and the ids of
-    prompt + completion are those of the whole text. A sequence starts with one BOS if the tokenizer puts one in front
-    of plain text (or the template brought one), and each completion ends with one EOS.
+    prompt + completion are those of the whole text.
+
+    The ids of messages are exactly those that `apply_chat_template` gives for the conversation, and their prompt is
+    that of the messages before the completion with `add_generation_prompt=True`. A sequence of strings starts with one
+    BOS if the tokenizer puts one in front of plain text, and each of its completions ends with one EOS.
 
     Args:
         pairs: Pairs of strings, or of messages for the tokenizer's chat template.
         tokenizer: The model's tokenizer.
         max_context_length: Most tokens of prompt + longer completion; None: no limit.
-        min_completion_length: Fewest tokens of a completion, EOS included.
+        min_completion_length: Fewest tokens of a completion, with what ends it.
         encoder_decoder: Tokenise prompt and completions apart, each as the tokenizer does by itself, since they are
-            two sequences to such a model: T5's prompts then end with EOS.
+            two sequences to such a model: T5's prompts then end with EOS. So it is with messages, too.
         cache_dir: Folder that keeps token ids between runs; see `kept_or_made`.
 
     Raises:
@@ -141,7 +145,7 @@ def tokenize_pairs(
     """
     marks = _Marks.of(tokenizer)
     refused = TokenizedSplit()
-    texts = list(_as_text(pairs, tokenizer, refused))
+    texts = list(_as_text(pairs, tokenizer, refused, encoder_decoder))
     settings: dict[str, Any] = {
         "max_context_length": max_context_length,
         "min_completion_length": min_completion_length,
@@ -155,7 +159,7 @@ def tokenize_pairs(
 
 
 def _tokenize(
-    texts: Sequence[TextPair],
+    texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase,
     marks: _Marks,
     *,
@@ -165,12 +169,10 @@ def _tokenize(
 ) -> TokenizedSplit:
     split = TokenizedSplit()
     encode = _encode_apart if encoder_decoder else _encode_pairs
-    for text, (prompt_text, *completions) in encode(iter(texts), tokenizer):
-        prompt = prompt_text if encoder_decoder else marks.one_bos(prompt_text)
-        sides = [marks.one_eos(ids) for ids in completions]
-        if not prompt and text.rejected is None:  # what a language model does with a text: the first token is given
-            prompt, sides = sides[0][:1], [sides[0][1:]]
-        reason = _fault(prompt, sides, min_completion_length)
+    for text, parts in encode(iter(texts), tokenizer):
+        is_chat = isinstance(text, RenderedChat)  # A template writes its marks itself.
+        prompt, *sides = parts if is_chat else marks.put_around(*parts, with_bos=not encoder_decoder)
+        reason = _fault(prompt, sides, min_completion_length, nothing=0 if is_chat else 1)
         if reason is None:
             pair = TokenizedPair(*(np.array(ids, dtype=np.int64) for ids in (prompt, *sides)), row=text.row)
             reason = _fit_into(split, pair, max_context_length, marks.bos_id)
@@ -189,15 +191,18 @@ def context_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _as_text(
-    pairs: Sequence[TextPair | ChatPair], tokenizer: PreTrainedTokenizerBase, split: TokenizedSplit
-) -> Iterator[TextPair]:
+    pairs: Sequence[TextPair | ChatPair],
+    tokenizer: PreTrainedTokenizerBase,
+    split: TokenizedSplit,
+    encoder_decoder: bool,
+) -> Iterator[Text]:
     for pair in (in_form(pair, bool(tokenizer.chat_template)) for pair in pairs):
         if isinstance(pair, TextPair):
             yield pair
             continue
         try:
-            text = render_chat(pair, tokenizer)
-            require_unicode("".join(_whole_texts(text)))  # of tools, too
+            chat = render_chat(pair, tokenizer)
+            require_unicode("".join(_whole_texts(chat)))  # of tools, too
         except EvoLLMError:
             raise
         except UnusableRowError as unusable:
@@ -205,47 +210,10 @@ def _as_text(
         except Exception as error:  # A template is code of somebody else's, and raises whatever it likes.
             split.drop(f"{TEMPLATE_REFUSES} ({shorten(str(error), MOST_WORDS)})", pair.row)
         else:
-            yield text
+            yield chat.apart() if encoder_decoder else chat
 
 
-def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> TextPair:
-    """Write messages out as the model's chat template has them.
-
-    The prompt is what the prompt with its generation prompt and all conversations have in common, so that a template
-    that writes the generation prompt unlike a real turn costs no text.
-
-    Raises:
-        DataError: The tokenizer has no chat template.
-        Exception: The template does not take these messages or tools.
-    """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "tokenizer.chat_template",
-            None,
-            "the dataset holds chat messages; take the tokenizer of an instruct model, set tokenizer.chat_template, or "
-            "hand in strings",
-        )
-
-    def render(messages: Sequence[Message], generation: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages),
-                tools=None if pair.tools is None else list(pair.tools),
-                tokenize=False,
-                add_generation_prompt=generation,
-                **clock.template_arguments(tokenizer.chat_template),
-                **pair.template_kwargs,
-            )
-        )
-
-    wholes = [render([*pair.prompt, *side]) for side in pair.completions]
-    end = shared_length(render(pair.prompt, generation=True), *wholes)
-    return TextPair(pair.row, wholes[0][:end], *(whole[end:] for whole in wholes))
-
-
-def _encode_pairs(
-    texts: Iterator[TextPair], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[TextPair, tuple[Ids, ...]]]:
+def _encode_pairs(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Text, tuple[Ids, ...]]]:
     """Each pair with the ids of its prompt and of its completions."""
     while chunk := list(islice(texts, PAIRS_PER_CALL)):
         encoded = iter(_encode([text for pair in chunk for text in _whole_texts(pair)], tokenizer))
@@ -254,24 +222,24 @@ def _encode_pairs(
             yield pair, _at_shared_prompt(pair, whole, tokenizer)
 
 
-def _encode_apart(
-    texts: Iterator[TextPair], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[TextPair, tuple[Ids, ...]]]:
+def _encode_apart(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Text, tuple[Ids, ...]]]:
     """The same for an encoder-decoder model, with the special tokens of inputs and of targets."""
-    for pair in texts:
+    for pair in cast("Iterator[TextPair]", texts):
         prompt = tokenizer(pair.prompt, verbose=False)["input_ids"]
         targets = tokenizer(text_target=list(pair.completions), verbose=False)["input_ids"]
         yield pair, (list(prompt), *(list(ids) for ids in targets))
 
 
-def _whole_texts(pair: TextPair) -> list[str]:
+def _whole_texts(pair: Text) -> list[str]:
+    if isinstance(pair, RenderedChat):
+        return [pair.prompt, *pair.wholes]
     return [pair.prompt, *(pair.prompt + completion for completion in pair.completions)]
 
 
-def _at_shared_prompt(pair: TextPair, whole: list[Ids], tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, ...]:
+def _at_shared_prompt(pair: Text, whole: list[Ids], tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, ...]:
     prompt, *sides = whole
     end = shared_length(*whole)
-    if end:
+    if end or isinstance(pair, RenderedChat):
         return prompt[:end], *(ids[end:] for ids in sides)
     # The prompt's only token merges with a completion: better another tokenisation than a pair without a prompt.
     return prompt, *_encode(list(pair.completions), tokenizer)
@@ -318,8 +286,16 @@ class _Marks:
             is_whitespace=lru_cache(maxsize=None)(lambda token: not str(tokenizer.decode([token])).strip()),
         )
 
+    def put_around(self, prompt: Ids, *completions: Ids, with_bos: bool) -> tuple[Ids, ...]:
+        """The ids of strings with the tokens that open and close them."""
+        prompt = self.one_bos(prompt) if with_bos else prompt
+        first, *others = map(self.one_eos, completions)
+        if not prompt and not others:  # what a language model does with a text: the first token is given
+            return first[:1], first[1:]
+        return prompt, first, *others
+
     def one_bos(self, ids: Ids) -> Ids:
-        """A prompt's ids behind a single BOS, if the tokenizer adds one; a template may have brought its own."""
+        """A text's ids behind a single BOS, if the tokenizer adds one; the text may have brought its own."""
         if not self.adds_bos:
             return ids
         brought = next((place for place, token in enumerate(ids) if token != self.bos_id), len(ids))
@@ -334,12 +310,12 @@ class _Marks:
         return [*ids[:end], self.eos_id]
 
 
-def _fault(prompt: Ids, completions: list[Ids], min_completion_length: int) -> str | None:
-    """Why these ids make no pair, if they do not."""
+def _fault(prompt: Ids, completions: list[Ids], min_completion_length: int, nothing: int) -> str | None:
+    """Why these ids make no pair, if they do not; a completion of `nothing` tokens is empty."""
     shortest = min(map(len, completions))
     if completions[0] in completions[1:]:
         return SAME_COMPLETIONS
-    if shortest == 1:  # the EOS
+    if shortest <= nothing:
         return EMPTY_COMPLETION
     if not prompt:
         return NO_PROMPT

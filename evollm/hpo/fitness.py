@@ -71,7 +71,7 @@ class LikelihoodEvaluation:
 
     Attributes:
         logprobs: (n,) log pi of each completion, summed over its tokens, in nats.
-        num_tokens: (n,) tokens of each completion, EOS included.
+        num_tokens: (n,) tokens of each completion, with what ends it.
 
     Raises:
         ConfigurationError: If there is no example, or the two are not vectors of the same length.

@@ -33,7 +33,7 @@ class PreferenceGym(DatasetGym):
         data_batch_size_per_gpu: Pairs in a batch for each process; B is that times the processes.
         accelerator: An `accelerate.Accelerator`, or None.
         max_context_length: Most tokens of prompt + longer completion; None: what the tokenizer states.
-        min_completion_length: Fewest tokens of a completion, EOS included; None: no bound.
+        min_completion_length: Fewest tokens of a completion, with what ends it; None: no bound.
         seed: Seed of the order.
         final_dataset: Pairs for the final score, which nothing is selected by, or None.
         encoder_decoder: Whether the model is one, such as T5: prompts and completions are then tokenised apart, as two

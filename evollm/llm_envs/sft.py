@@ -16,10 +16,10 @@ class SFTGym(DatasetGym):
     """Serves examples in batches; an agent acts by giving each completion a log-probability.
 
     An observation is a batch of B examples, padded to fixed shapes: `input_ids` (B, L) with `prompt | completion` in
-    each row, and `prompt_lengths`, `chosen_lengths` (the completions', EOS included) and `rejected_lengths` (B,), which
-    are 0 for rows without an example; an example is a pair without a rejected side, so that the last are always 0. An
-    action is the log-probability of each completion (B,), summed over its tokens, in nats. The reward is the mean
-    log-probability of a completion token of the examples present. An episode is an epoch.
+    each row, and `prompt_lengths`, `chosen_lengths` (those of completions, with what ends them) and `rejected_lengths`
+    (B,), which are 0 for rows without an example; an example is a pair without a rejected side, so that the last are
+    always 0. An action is the log-probability of each completion (B,), summed over its tokens, in nats. The reward is
+    the mean log-probability of a completion token of the examples present. An episode is an epoch.
 
     Prompts and completions get the token ids that [`evollm.llm_envs.PreferenceGym`][] gives to the same texts. The
     order of the batches is the same function of seed, epoch and index.
@@ -31,7 +31,7 @@ class SFTGym(DatasetGym):
         data_batch_size_per_gpu: Examples in a batch for each process; B is that times the processes.
         accelerator: An `accelerate.Accelerator`, or None.
         max_context_length: Most tokens of prompt + completion; None: what the tokenizer states.
-        min_completion_length: Fewest tokens of a completion, EOS included; None: no bound.
+        min_completion_length: Fewest tokens of a completion, with what ends it; None: no bound.
         seed: Seed of the order.
         final_dataset: Examples for the final score, which nothing is selected by, or None.
         encoder_decoder: Whether the model is one, such as T5: prompts and completions are then tokenised apart, as two

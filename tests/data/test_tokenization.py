@@ -95,7 +95,7 @@ def test_a_bos_in_the_text_is_not_doubled(prompt: str) -> None:
     assert tokenizer.decode(pair.prompt_ids) == "<s>" + QUESTION
 
 
-def test_a_bos_that_the_template_brings_is_not_doubled() -> None:
+def test_a_bos_is_the_one_that_the_template_brings() -> None:
     tokenizer = bos_template_tokenizer()
     (pair,) = load(tokenizer, CHAT)
     assert tokenizer.decode(sides(pair)[0]) == f"<s>[{QUESTION}]yes or no</s>"
@@ -116,14 +116,14 @@ def test_whitespace_before_the_eos_is_kept() -> None:
     assert [tokenizer.decode(pair.chosen_ids) for pair in pairs] == [" yes \n</s>"] * 2
 
 
-def test_chat_turns_end_at_the_eos_that_the_template_brings_though_it_is_the_padding_too() -> None:
+def test_what_follows_the_end_of_a_chat_turn_is_kept_as_the_template_has_it() -> None:
     tokenizer = chatml_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     (pair,) = load(tokenizer, CHAT)
     prompt = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(pair.prompt_ids) == prompt
-    assert tokenizer.decode(pair.chosen_ids) == "yes or no<|im_end|>"
-    assert tokenizer.decode(pair.rejected_ids) == "no answer<|im_end|>"
+    assert tokenizer.decode(pair.chosen_ids) == "yes or no<|im_end|>\n"
+    assert tokenizer.decode(pair.rejected_ids) == "no answer<|im_end|>\n"
 
 
 def test_text_ends_with_one_eos_when_it_is_the_padding_too() -> None:
@@ -132,12 +132,12 @@ def test_text_ends_with_one_eos_when_it_is_the_padding_too() -> None:
     assert tokenizer.decode(pair.chosen_ids) == " yes</s>"
 
 
-def test_an_eos_is_appended_when_the_template_has_none() -> None:
+def test_no_eos_is_appended_when_the_template_has_none() -> None:
     tokenizer = no_eos_template_tokenizer()
     (pair,) = load(tokenizer, CHAT)
     # The generation prompt's space merges with the completion's first word.
     assert tokenizer.decode(pair.prompt_ids) == f"user: {QUESTION}\nassistant:"
-    assert tokenizer.decode(pair.chosen_ids) == " yes or no\n</s>"
+    assert tokenizer.decode(pair.chosen_ids) == " yes or no\n"
 
 
 def test_a_generation_prompt_unlike_a_real_turn_costs_no_text() -> None:

@@ -119,8 +119,8 @@ def test_tools_and_tool_calls_go_through_the_chat_template_from_every_container(
     given = (
         f"<|im_start|>tools {json.dumps([LIGHT, RADIO])}<|im_end|>\n<|im_start|>user\nTurn on the lights.<|im_end|>\n"
     )
-    chosen = LIGHT_CALL + "<|im_start|>tool\non<|im_end|>\n<|im_start|>assistant\nDone!<|im_end|>"
-    rejected = '<call>{"name": "control_radio", "arguments": {"station": "five"}}<|im_end|>'
+    chosen = LIGHT_CALL + "<|im_start|>tool\non<|im_end|>\n<|im_start|>assistant\nDone!<|im_end|>\n"
+    rejected = '<call>{"name": "control_radio", "arguments": {"station": "five"}}<|im_end|>\n'
     assert _sorted_keys(first[0]) == _sorted_keys(given + "<|im_start|>assistant\n")
     assert first[1:] == (chosen, rejected)
     assert second[1:] == (rejected, chosen)
@@ -160,7 +160,7 @@ def test_an_example_has_tools_and_ends_in_a_tool_call() -> None:
     row = {"messages": [USER, call("control_light", room="hall")], "tools": [LIGHT]}
     ((prompt, completion),) = texts(EXAMPLES, row)
     assert prompt.startswith(f"<|im_start|>tools {json.dumps([LIGHT])}<|im_end|>\n")
-    assert completion == LIGHT_CALL.strip()
+    assert completion == LIGHT_CALL
     split = {"prompt": [USER], "completion": row["messages"][1:], "tools": json.dumps([LIGHT])}
     assert texts(EXAMPLES, split) == [(prompt, completion)]
 
@@ -179,7 +179,7 @@ def test_each_row_has_its_own_arguments_for_the_chat_template(container: str, tm
     found = texts(PAIRS, data=CONTAINERS[container](rows, tmp_path))
     prompt = "<|im_start|>user\nTurn on the lights.<|im_end|>\n<|im_start|>assistant\n"
     # The prompt ends where the three renderings cease to agree; a template whose sides are equal makes no pair.
-    assert found == [(prompt, answer + "<|im_end|>", "Done!<|im_end|>")] * 2
+    assert found == [(prompt, answer + "<|im_end|>\n", "Done!<|im_end|>\n")] * 2
 
 
 def test_a_switch_of_the_template_reaches_the_prompt_of_an_example() -> None:

@@ -81,7 +81,7 @@ def test_rows_are_rendered_with_what_is_scored_and_their_special_tokens() -> Non
     }
     found = inspect_data([chat | {"chosen": []}, chat], chatml_tokenizer())
     prompt = "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n"
-    assert found.examples == (RenderedRow(1, prompt, "yes<|im_end|>", "no<|im_end|>", 4),)
+    assert found.examples == (RenderedRow(1, prompt, "yes<|im_end|>\n", "no<|im_end|>\n", 6),)
 
 
 @pytest.mark.parametrize("wrap", [list, iter])
