@@ -1,4 +1,4 @@
-"""Chat templates in the manner of the families that use them, written anew and shortened, and a tokenizer for each."""
+"""Chat templates in the manner of the families that use them, written anew and shortened, and rows to write."""
 
 from __future__ import annotations
 
@@ -117,3 +117,45 @@ def family_tokenizer(family: str, adds_bos: bool = True) -> PreTrainedTokenizerF
     template, markers, special = FAMILIES[family]
     more: dict[str, Any] = {"additional_special_tokens": markers} if markers else {}
     return make_tokenizer(adds_bos=adds_bos, chat_template=template, **special, **more)
+
+
+def said(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+SYSTEM, USER = said("system", "Answer in one word."), said("user", "What colour is the sky?")
+BLUE, GREEN, AGAIN = said("assistant", "Blue."), said("assistant", "  Green,\nmaybe. "), said("user", "Are you sure?")
+LOOK: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks at the sky",
+        "parameters": {"type": "object", "properties": {"direction": {"type": "string"}}},
+    },
+}
+CALL = said(
+    "assistant",
+    "",
+    tool_calls=[{"type": "function", "function": {"name": "look_up", "arguments": {"direction": "north"}}}],
+)
+RESULT = said("tool", 'clear, "blue"', name="look_up")
+
+ROWS: dict[str, dict[str, Any]] = {
+    "one turn": {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]},
+    "system": {"prompt": [SYSTEM, USER], "chosen": [BLUE], "rejected": [GREEN]},
+    "turns": {"prompt": [SYSTEM, USER, GREEN, AGAIN], "chosen": [BLUE], "rejected": [GREEN]},
+    "turns in a completion": {"prompt": [USER], "chosen": [BLUE, AGAIN, BLUE], "rejected": [GREEN, AGAIN, GREEN]},
+    "tool call": {"prompt": [USER], "chosen": [CALL], "rejected": [BLUE], "tools": [LOOK]},
+    "tool result": {"prompt": [SYSTEM, USER, CALL, RESULT], "chosen": [BLUE], "rejected": [GREEN], "tools": [LOOK]},
+    "reasoning": {
+        "prompt": [USER],
+        "chosen": [said("assistant", "Blue.", reasoning_content="The sky scatters.")],
+        "rejected": [said("assistant", "Green.", reasoning_content="Like grass.")],
+    },
+    "a switch": {
+        "prompt": [USER],
+        "chosen": [BLUE],
+        "rejected": [GREEN],
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
+}

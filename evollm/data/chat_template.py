@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,12 @@ class RenderedChat:
         """Prompt and completions by themselves, for a model to which they are two sequences."""
         given = self.given
         return TextPair(self.row, given, *(whole[len(given) :] for whole in self.wholes))
+
+
+def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The source of the tokenizer's chat template, of all of them if there are several; "" if there is none."""
+    template = tokenizer.chat_template
+    return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else str(template or "")
 
 
 def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedChat:

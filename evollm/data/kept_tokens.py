@@ -49,6 +49,7 @@ class TokenizedSplit:
     Attributes:
         pairs: The pairs that fit, in the order of their rows.
         dropped: For each reason the positions of the rows that were dropped.
+        noted: For each remark the positions of the rows that it is about.
         prompts_cut: Pairs whose prompt was cut from the left.
         shortest_overlong: The smallest `max_context_length` that would take one of the pairs that were too long for the
             given one; None when none was.
@@ -58,10 +59,15 @@ class TokenizedSplit:
     dropped: DroppedRows = field(default_factory=dict)
     prompts_cut: int = 0
     shortest_overlong: int | None = None
+    noted: DroppedRows = field(default_factory=dict)
 
     def drop(self, reason: str, row: int) -> None:
         """Note that a row is not used."""
         self.dropped.setdefault(reason, []).append(row)
+
+    def note(self, remark: str, row: int) -> None:
+        """Note something of a row that is used all the same."""
+        self.noted.setdefault(remark, []).append(row)
 
 
 def kept_or_made(
@@ -122,7 +128,7 @@ def _write(path: Path, split: TokenizedSplit) -> None:
         "lengths": np.array([len(side) for side in sides], np.int64),  # (3n,)
         "rows": np.array([pair.row for pair in split.pairs], np.int64),  # (n,)
     }
-    rest = {name: getattr(split, name) for name in ("dropped", "prompts_cut", "shortest_overlong")}
+    rest = {name: getattr(split, name) for name in ("dropped", "prompts_cut", "shortest_overlong", "noted")}
     text = json.dumps(rest)
     content = save(arrays, metadata={"rest": text, "digest": _checksum(arrays, text)})
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from evollm.data.batch import TokenizedPair
 from evollm.data.rows import ChatPair, TextPair
@@ -36,6 +36,8 @@ class DataReport:
         examples: Some of the kept pairs' prompts, spread over the dataset, to show to a person.
         noun: What a pair is called: that of an SFT dataset is an "example".
         warning: What is strange about the kept pairs; "" when nothing is.
+        noted: For each remark about chat rows that are kept, such as what the chat template leaves out, how many they
+            are, and the positions of the first of them.
     """
 
     name: str
@@ -45,6 +47,7 @@ class DataReport:
     examples: tuple[Example, ...] = ()
     noun: str = "pair"
     warning: str = ""
+    noted: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     @classmethod
     def from_rows(
@@ -56,10 +59,11 @@ class DataReport:
         examples: Sequence[Example] = (),
         noun: str = "pair",
         warning: str = "",
+        noted_rows: Mapping[str, Sequence[int]] | None = None,
     ) -> DataReport:
-        """Count the rows that were dropped, and keep the first few positions of each reason."""
-        dropped = {reason: (len(rows), tuple(sorted(rows)[:FIRST_ROWS])) for reason, rows in dropped_rows.items()}
-        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun, warning)
+        """Count the rows that were dropped and those with a remark, and keep the first few positions of each."""
+        dropped, noted = _first(dropped_rows), _first(noted_rows or {})
+        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun, warning, noted)
 
     @property
     def num_dropped(self) -> int:
@@ -75,7 +79,22 @@ class DataReport:
             parts.append(f"{self.num_dropped} dropped ({reasons})")
         if self.prompts_cut:
             parts.append(f"{_counted(self.prompts_cut, 'prompt')} cut")
-        return f"{self.name}: {', '.join(parts)}{'; warning: ' if self.warning else ''}{self.warning}"
+        warnings = "; ".join(self.warnings)
+        return f"{self.name}: {', '.join(parts)}{'; warning: ' if warnings else ''}{warnings}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is strange about the kept rows, a sentence each."""
+        return [*([self.warning] if self.warning else []), *self.remarks]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is strange about chat rows as the template writes them, with counts and the first rows."""
+        return [f"{count} {remark}: {_listed(count, rows)}" for remark, (count, rows) in self.noted.items()]
+
+
+def _first(rows_of: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    return {reason: (len(rows), tuple(sorted(rows)[:FIRST_ROWS])) for reason, rows in rows_of.items()}
 
 
 def mixture_warning(pairs: Sequence[TextPair | ChatPair]) -> str:

@@ -16,12 +16,13 @@ import numpy as np
 from evollm.checks import optional_whole_number, usable_path
 from evollm.data.batch import IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicode
-from evollm.data.chat_template import RenderedChat, render_chat
+from evollm.data.chat_template import RenderedChat, render_chat, template_source
 from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
 from evollm.data.remarks import remarks_on
 from evollm.data.report import DataReport, Example
-from evollm.data.rows import ChatPair, RowFormat, TextPair, in_form, read_dataset
+from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, in_form, read_dataset
 from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
+from evollm.data.unwritten import QUESTION_SCORED, remarks
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Ids: TypeAlias = list[int]
 Text: TypeAlias = TextPair | RenderedChat
+_Encoded: TypeAlias = tuple[Text, tuple[Ids, ...], bool]
 
 PAIRS_PER_CALL = 512
 NUM_EXAMPLES = 12
@@ -41,6 +43,7 @@ NO_PROMPT = "no prompt token"
 TOO_LONG = "longer than max_context_length"
 TOO_SHORT = "shorter than min_completion_length"
 TEMPLATE_REFUSES = "refused by the chat template"
+UNLIKE_INFERENCE = "whose prompt, as written for an answer, is not how the conversation begins, token for token"
 
 
 def load_pairs(
@@ -94,7 +97,14 @@ def load_pairs(
     places = sorted({number * len(kept) // NUM_EXAMPLES for number in range(NUM_EXAMPLES)}) if kept else []
     examples = [Example(place, kept[place].question) for place in places]
     report = DataReport.from_rows(
-        name, len(split.pairs), dropped, split.prompts_cut, examples, row_format.noun, remarks_on(kept)
+        name,
+        len(split.pairs),
+        dropped,
+        split.prompts_cut,
+        examples,
+        row_format.noun,
+        remarks_on(kept),
+        split.noted,
     )
     if split.pairs:
         return split.pairs, report
@@ -153,9 +163,21 @@ def tokenize_pairs(
     }
     make = partial(_tokenize, texts, tokenizer, marks, **settings)
     split = make() if cache_dir is None else kept_or_made(cache_dir, texts, tokenizer, settings, make)
-    reasons = refused.dropped | split.dropped
-    dropped = {reason: [*refused.dropped.get(reason, ()), *split.dropped.get(reason, ())] for reason in reasons}
-    return replace(split, dropped=dropped)
+    dropped = _merged(refused.dropped, split.dropped)
+    unused = {row for rows in dropped.values() for row in rows}
+    noted = {
+        remark: used
+        for remark, rows in _merged(refused.noted, split.noted).items()
+        if (used := [row for row in rows if row not in unused])
+    }
+    if QUESTION_SCORED in noted:  # which says it already
+        unlike = [row for row in noted.pop(UNLIKE_INFERENCE, []) if row not in noted[QUESTION_SCORED]]
+        noted |= {UNLIKE_INFERENCE: unlike} if unlike else {}
+    return replace(split, dropped=dropped, noted=noted)
+
+
+def _merged(first: DroppedRows, second: DroppedRows) -> DroppedRows:
+    return {reason: [*first.get(reason, ()), *second.get(reason, ())] for reason in first | second}
 
 
 def _tokenize(
@@ -169,7 +191,7 @@ def _tokenize(
 ) -> TokenizedSplit:
     split = TokenizedSplit()
     encode = _encode_apart if encoder_decoder else _encode_pairs
-    for text, parts in encode(iter(texts), tokenizer):
+    for text, parts, is_shortened in encode(iter(texts), tokenizer):
         is_chat = isinstance(text, RenderedChat)  # A template writes its marks itself.
         prompt, *sides = parts if is_chat else marks.put_around(*parts, with_bos=not encoder_decoder)
         reason = _fault(prompt, sides, min_completion_length, nothing=0 if is_chat else 1)
@@ -178,6 +200,8 @@ def _tokenize(
             reason = _fit_into(split, pair, max_context_length, marks.bos_id)
         if reason is not None:
             split.drop(reason, text.row)
+        elif is_shortened and is_chat:
+            split.note(UNLIKE_INFERENCE, text.row)
     return split
 
 
@@ -196,38 +220,52 @@ def _as_text(
     split: TokenizedSplit,
     encoder_decoder: bool,
 ) -> Iterator[Text]:
+    template = template_source(tokenizer)
     for pair in (in_form(pair, bool(tokenizer.chat_template)) for pair in pairs):
         if isinstance(pair, TextPair):
             yield pair
             continue
         try:
-            chat = render_chat(pair, tokenizer)
-            require_unicode("".join(_whole_texts(chat)))  # of tools, too
-        except EvoLLMError:
-            raise
+            chat = _as_written(pair, tokenizer)
+            found = remarks(pair, chat, template)
         except UnusableRowError as unusable:
             split.drop(str(unusable), pair.row)
-        except Exception as error:  # A template is code of somebody else's, and raises whatever it likes.
-            split.drop(f"{TEMPLATE_REFUSES} ({shorten(str(error), MOST_WORDS)})", pair.row)
-        else:
-            yield chat.apart() if encoder_decoder else chat
+            continue
+        for remark in found:
+            split.note(remark, pair.row)
+        if encoder_decoder and chat.given != chat.prompt:
+            split.note(UNLIKE_INFERENCE, pair.row)
+        yield chat.apart() if encoder_decoder else chat
 
 
-def _encode_pairs(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Text, tuple[Ids, ...]]]:
-    """Each pair with the ids of its prompt and of its completions."""
+def _as_written(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedChat:
+    """The row as the template writes it; `UnusableRowError` if it does not."""
+    try:
+        chat = render_chat(pair, tokenizer)
+    except EvoLLMError:
+        raise
+    except Exception as error:  # A template is code of somebody else's, and raises whatever it likes.
+        raise UnusableRowError(f"{TEMPLATE_REFUSES} ({shorten(str(error), MOST_WORDS)})") from error
+    require_unicode("".join(_whole_texts(chat)))  # of tools, too
+    return chat
+
+
+def _encode_pairs(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoded]:
+    """Each pair with the ids of its prompt and of its completions, and whether the prompt has lost its end to these."""
     while chunk := list(islice(texts, PAIRS_PER_CALL)):
         encoded = iter(_encode([text for pair in chunk for text in _whole_texts(pair)], tokenizer))
         for pair in chunk:
             whole = list(islice(encoded, len(_whole_texts(pair))))
-            yield pair, _at_shared_prompt(pair, whole, tokenizer)
+            parts = _at_shared_prompt(pair, whole, tokenizer)
+            yield pair, parts, len(parts[0]) < len(whole[0])
 
 
-def _encode_apart(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Text, tuple[Ids, ...]]]:
+def _encode_apart(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoded]:
     """The same for an encoder-decoder model, with the special tokens of inputs and of targets."""
     for pair in cast("Iterator[TextPair]", texts):
         prompt = tokenizer(pair.prompt, verbose=False)["input_ids"]
         targets = tokenizer(text_target=list(pair.completions), verbose=False)["input_ids"]
-        yield pair, (list(prompt), *(list(ids) for ids in targets))
+        yield pair, (list(prompt), *(list(ids) for ids in targets)), False
 
 
 def _whole_texts(pair: Text) -> list[str]:

@@ -159,7 +159,11 @@ def _report(
     for reason, rows in {**whole.dropped, **({TOO_LONG: too_long} if too_long else {})}.items():
         reasons.setdefault(reason, []).extend(rows)
     used = [text for n, text in enumerate(texts) if n in kept]
-    return DataReport.from_rows("data", len(used), reasons, fit.prompts_cut, (), row_format.noun, remarks_on(used))
+    numbers = {text.row for text in used}
+    noted = {remark: left for remark, rows in whole.noted.items() if (left := [row for row in rows if row in numbers])}
+    return DataReport.from_rows(
+        "data", len(used), reasons, fit.prompts_cut, (), row_format.noun, remarks_on(used), noted
+    )
 
 
 def _fit(pairs: Sequence[TokenizedPair], limit: int | None, bos_id: int | None) -> Fit:

@@ -66,7 +66,7 @@ def _rows_lines(inspection: Inspection) -> list[str]:
     for reason, (count, rows) in report.dropped.items():
         more = ", ..." if count > len(rows) else ""
         lines.append(f"  {count} {reason}: row{'' if count == 1 else 's'} {', '.join(map(str, rows))}{more}")
-    return [*lines, f"Warning: {report.warning}"] if report.warning else lines
+    return [*lines, *(f"Warning: {warning}" for warning in report.warnings)]
 
 
 def _length_table(inspection: Inspection) -> Table:

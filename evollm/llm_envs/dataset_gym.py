@@ -119,6 +119,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
                         encoder_decoder=encoder_decoder,
                         cache_dir=cache_dir,
                     )
+        _warn_of_templates(self.reports)
         _warn_of_overlap(self._pairs, self.row_format.noun)
         all_pairs = self.all_pairs
         self.longest_sequence = max(
@@ -417,6 +418,17 @@ def _check_state(state: Mapping[str, Any], present: Mapping[str, Any], num_batch
                 state[name],
                 f"this environment has {present[name]}; build it from the same data and sizes",
             )
+
+
+def _warn_of_templates(reports: Mapping[str, DataReport]) -> None:
+    found = [f"{name}: {'; '.join(remarks)}" for name, report in reports.items() if (remarks := report.remarks)]
+    if found:
+        warnings.warn(
+            f"chat rows are learnt from otherwise than they read ({'. '.join(found)}). Correct these rows, or set "
+            "tokenizer.chat_template to one that writes them out; `evollm inspect` shows what is scored",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_overlap(pairs: Mapping[str, Sequence[TokenizedPair]], noun: str) -> None:

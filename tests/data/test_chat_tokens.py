@@ -5,54 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chat_templates import FAMILIES, WITH_TOOLS, family_tokenizer
+from chat_templates import FAMILIES, ROWS, WITH_TOOLS, family_tokenizer
 
 from evollm.data import TokenizedPair, load_pairs
 from evollm.data.examples import EXAMPLES
 from evollm.data.rows import RowFormat
 from evollm.data.sources import PAIRS
 
-
-def said(role: str, content: str, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
-
-
-SYSTEM, USER = said("system", "Answer in one word."), said("user", "What colour is the sky?")
-BLUE, GREEN, AGAIN = said("assistant", "Blue."), said("assistant", "  Green,\nmaybe. "), said("user", "Are you sure?")
-LOOK: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "Looks at the sky",
-        "parameters": {"type": "object", "properties": {"direction": {"type": "string"}}},
-    },
-}
-CALL = said(
-    "assistant",
-    "",
-    tool_calls=[{"type": "function", "function": {"name": "look_up", "arguments": {"direction": "north"}}}],
-)
-RESULT = said("tool", 'clear, "blue"', name="look_up")
-
-ROWS: dict[str, dict[str, Any]] = {
-    "one turn": {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]},
-    "system": {"prompt": [SYSTEM, USER], "chosen": [BLUE], "rejected": [GREEN]},
-    "turns": {"prompt": [SYSTEM, USER, GREEN, AGAIN], "chosen": [BLUE], "rejected": [GREEN]},
-    "turns in a completion": {"prompt": [USER], "chosen": [BLUE, AGAIN, BLUE], "rejected": [GREEN, AGAIN, GREEN]},
-    "tool call": {"prompt": [USER], "chosen": [CALL], "rejected": [BLUE], "tools": [LOOK]},
-    "tool result": {"prompt": [SYSTEM, USER, CALL, RESULT], "chosen": [BLUE], "rejected": [GREEN], "tools": [LOOK]},
-    "reasoning": {
-        "prompt": [USER],
-        "chosen": [said("assistant", "Blue.", reasoning_content="The sky scatters.")],
-        "rejected": [said("assistant", "Green.", reasoning_content="Like grass.")],
-    },
-    "a switch": {
-        "prompt": [USER],
-        "chosen": [BLUE],
-        "rejected": [GREEN],
-        "chat_template_kwargs": {"enable_thinking": False},
-    },
-}
 CASES = [(family, case) for family in FAMILIES for case in ROWS if "tool" not in case or family in WITH_TOOLS]
 
 

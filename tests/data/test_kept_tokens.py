@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,8 @@ def test_nothing_is_served_for_what_differs(change, tmp_path, count) -> None:
 def test_a_template_that_writes_the_date_is_not_served_from_another_day(tmp_path, count) -> None:
     def make(day: str) -> Any:
         tokenizer = chatml_tokenizer()
-        tokenizer.chat_template = "{{ '" + day + "' }}" + CHATML
-        rows = [{**row, "chat_template_kwargs": {"unused": day}} for row in chat_rows(4)]
+        tokenizer.chat_template = "{{ day }}" + CHATML
+        rows = [{**row, "chat_template_kwargs": {"day": day}} for row in chat_rows(4)]
         return content(PreferenceGym(rows, None, tokenizer, cache_dir=tmp_path))
 
     first, second = make("Monday"), make("Tuesday")
@@ -117,6 +118,18 @@ def test_a_template_that_writes_the_date_is_not_served_from_another_day(tmp_path
     assert make("Monday") == first
     assert make("Tuesday") == second
     assert not count
+
+
+def test_strings_are_not_served_what_messages_with_the_same_texts_are(tmp_path, count) -> None:
+    tokenizer = chatml_tokenizer()
+    (chat,) = chat_rows(1)
+    write = partial(tokenizer.apply_chat_template, tokenize=False)
+    text = {side: write([*chat["prompt"], *chat[side]]) for side in ("chosen", "rejected")}
+    text["prompt"] = write(chat["prompt"], add_generation_prompt=True)
+    first = PreferenceGym([chat], None, tokenizer, cache_dir=tmp_path)
+    second = PreferenceGym([text], None, tokenizer, cache_dir=tmp_path)
+    assert len(count) == 2
+    assert first.fingerprint != second.fingerprint
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "no file of this kind", "a bit of the ids", "a bit of the rest"])
