@@ -8,6 +8,8 @@ Run it in a virtual environment with the extra `benchmark`:
 
 `--loss-type all` compares every loss that both have, over as many steps each. `--model` and `--pairs` take another
 model folder and another JSONL file (prompt, chosen, rejected as strings, or chosen and rejected alone as in hh-rlhf).
+`--chat` hands both libraries chat messages: those of the file, or its strings as a user's and an assistant's message.
+They go through the model's chat template, or through ChatML where it has none; losses are then bound to 1e-5.
 Exits with 1 when a loss differs by more than 1e-4 (relative where it is above 1) or a gradient norm by more than 1e-2,
 relative; in bfloat16 (`--dtype`), which rounds, by more than 0.1 and 0.3. `--device cuda` runs both on a card.
 """
@@ -19,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -32,16 +34,26 @@ from trl import DPOConfig, DPOTrainer
 from evollm import DPO, PreferenceGym
 from evollm.algorithms.preference_losses import LOSSES, SMOOTHED
 from evollm.data import read_pairs
+from evollm.data.batch import IntArray
+from evollm.data.rows import ChatPair, TextPair
 from evollm.demo import demo_model, demo_pairs
 
 # Of losses, and of gradient norms.
 TOLERANCES = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}
 CLIP = 1.0
 
+CHAT_BOUND = 1e-5
+# For a tokenizer without a template; its markers are plain text then.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 # TRL has these in trainers of their own, and leaves smoothing out of this one.
 NOT_TRLS, NOT_SMOOTHED_BY_TRL = ("simpo", "orpo"), "sigmoid"
 
 Curve = list[tuple[float, float]]
+Row = dict[str, Any]
 
 
 class RecordingTrainer(DPOTrainer):
@@ -68,7 +80,10 @@ def main() -> int:
     losses = [name for name in LOSSES if name not in NOT_TRLS] if options.loss_type == "all" else [options.loss_type]
     status = 0
     for options.loss_type in losses:
-        status |= report(*compare(options), *TOLERANCES[options.dtype])
+        loss_bound, norm_bound = TOLERANCES[options.dtype]
+        if options.chat and options.dtype == "float32":
+            loss_bound = CHAT_BOUND
+        status |= report(*compare(options), loss_bound, norm_bound)
     return status
 
 
@@ -76,7 +91,9 @@ def compare(options: argparse.Namespace) -> tuple[Curve, Curve]:
     """Evollm's curve and TRL's."""
     model_folder = options.model or str(demo_model())
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows = _rows(options.pairs, tokenizer, options.steps * options.batch_size)
+    if options.chat and not tokenizer.chat_template:
+        tokenizer.chat_template = CHATML
+    rows = _rows(options.pairs, tokenizer, options.steps * options.batch_size, options.chat)
     is_smoothed = options.loss_type in SMOOTHED and options.loss_type != NOT_SMOOTHED_BY_TRL
     options.label_smoothing = 0.1 if is_smoothed else 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -87,11 +104,10 @@ def compare(options: argparse.Namespace) -> tuple[Curve, Curve]:
 
 
 def run_evollm(
-    model_folder: str, tokenizer: Any, rows: list[dict[str, str]], options: argparse.Namespace, folder: Path
-) -> tuple[Curve, list[dict[str, str]]]:
+    model_folder: str, tokenizer: Any, rows: list[Row], options: argparse.Namespace, folder: Path
+) -> tuple[Curve, list[Row]]:
     """Train with evollm; returns each step's loss and gradient norm, and the rows in the order of training."""
     env = PreferenceGym(rows, None, tokenizer, data_batch_size_per_gpu=options.batch_size)
-    positions = {pair.chosen_ids.tobytes() + pair.rejected_ids.tobytes(): i for i, pair in enumerate(env.train_pairs)}
     agent = DPO(
         actor_network=AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, options.dtype)),
         device=options.device,
@@ -110,16 +126,13 @@ def run_evollm(
     curve, ordered = [], []
     for _ in range(options.steps):
         batch = env.next_batch()
-        pairs = [batch.pair(row) for row in range(len(batch))]
-        ordered += [rows[positions[pair.chosen_ids.tobytes() + pair.rejected_ids.tobytes()]] for pair in pairs]
+        ordered += [rows[position] for position in cast("IntArray", batch.rows)]
         metrics = agent.learn(batch)
         curve.append((metrics["loss"], metrics["grad_norm"]))
     return curve, ordered
 
 
-def run_trl(
-    model_folder: str, tokenizer: Any, rows: list[dict[str, str]], options: argparse.Namespace, folder: Path
-) -> Curve:
+def run_trl(model_folder: str, tokenizer: Any, rows: list[Row], options: argparse.Namespace, folder: Path) -> Curve:
     """Train the same adapter with TRL on the same batches."""
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, options.dtype))
     model = PeftModel.from_pretrained(base, str(folder / "start" / "actor"), is_trainable=True)
@@ -175,14 +188,17 @@ def report(ours: Curve, theirs: Curve, loss_bound: float, norm_bound: float) -> 
     return 0 if agree else 1
 
 
-def _rows(path: str | None, tokenizer: Any, count: int) -> list[dict[str, str]]:
-    """Short string pairs with an explicit prompt, so that both libraries read the same text."""
-    dataset: Any = path or [{side: row[side][0]["content"] for side in row} for row in demo_pairs("train")]
-    if path is None:
+def _rows(path: str | None, tokenizer: Any, count: int, chat: bool) -> list[Row]:
+    """Short pairs with an explicit prompt, so that both libraries read the same."""
+    dataset: Any = path or demo_pairs("train")
+    if path is None and not chat:
+        dataset = [{side: row[side][0]["content"] for side in row} for row in dataset]
         dataset = [{**row, "chosen": " " + row["chosen"], "rejected": " " + row["rejected"]} for row in dataset]
     pairs, _ = read_pairs(dataset, "--pairs")
-    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
-    rows.sort(key=lambda row: len(tokenizer(row["prompt"] + row["chosen"] + row["rejected"])["input_ids"]))
+    if any(isinstance(pair, ChatPair) for pair in pairs) and not chat:
+        raise SystemExit("--pairs holds chat messages: add --chat")
+    rows = [_row(pair, chat) for pair in pairs]
+    rows.sort(key=lambda row: len(tokenizer("".join(map(str, row.values())))["input_ids"]))
     # Not the very shortest: pairs around the first quarter.
     start = min(len(rows) // 4, len(rows) - count)
     if start < 0:
@@ -190,11 +206,21 @@ def _rows(path: str | None, tokenizer: Any, count: int) -> list[dict[str, str]]:
     return rows[start : start + count]
 
 
+def _row(pair: TextPair | ChatPair, chat: bool) -> Row:
+    row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    if isinstance(pair, ChatPair) or not chat:
+        return row
+    return {
+        name: [{"role": "user" if name == "prompt" else "assistant", "content": text}] for name, text in row.items()
+    }
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Options from the command line, or from these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder or name (default: the demo's)")
     parser.add_argument("--pairs", help="JSONL file of pairs as strings (default: the demo's)")
+    parser.add_argument("--chat", action="store_true", help="pairs of chat messages")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-4)
