@@ -178,7 +178,7 @@ def test_a_replay_finds_what_the_run_wrote_elsewhere(begin, monkeypatch) -> None
     monkeypatch.setattr(replay_module, "newest_population", lambda path: looked_in.append(path) or newest(path))
     run = begin(elite_path="best", checkpoint_path="saved")
     elsewhere = {"elite_path": "best", "checkpoint_path": "saved"}
-    with pytest.raises(ConfigurationError, match="checkpoint_path='/.*/saved', or --checkpoints /.*/saved"):
+    with pytest.raises(ConfigurationError, match=r"checkpoint_path='/.*/saved', or --checkpoints /.*/saved"):
         replay(run, run_dir="again", verbose=False)
     assert replay(run, run_dir="again", verbose=False, **elsewhere).exact
     assert looked_in == [Path("saved")]
