@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from evollm.checks import expanded, located, usable_path
+from evollm.checks import expanded, usable_path
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
 from evollm.hub import hub_or_cache, is_absence
 from evollm.models.encoder_decoder import is_encoder_decoder
@@ -218,8 +218,7 @@ def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) ->
         MissingExtraError: It needs a package that is not installed.
     """
     arguments = {"trust_remote_code": False, **(model_config or {})}
-    # By its name checkpoints and run folders find it again.
-    name = located(name)
+    name = expanded(name)
     folder = Path(name)
     if (folder / "config.json").is_file() or not folder.is_dir():
         return _load(name, arguments)
