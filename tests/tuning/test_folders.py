@@ -33,9 +33,9 @@ def workplace(make_model, tmp_path, monkeypatch) -> Path:
     """A folder with a base and rows, in which one is."""
     # Drawing a report takes longer than these runs.
     monkeypatch.setattr(importlib.import_module("evollm.tuning.tune"), "write_report", lambda run_dir: None)
-    (tmp_path / "work").mkdir()
+    (tmp_path / "first").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "first")
     make_model().save_pretrained("base")
     chatml_tokenizer().save_pretrained("base")
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
@@ -50,9 +50,9 @@ def logprobs_of(agent: Any) -> torch.Tensor:
 def test_a_run_that_was_begun_with_relative_paths_is_used_from_anywhere(workplace, monkeypatch) -> None:
     tune("base", ["rows.jsonl"], run_dir="run", cache_dir="cache", tokenizer="base", elite_path="run/best", **SHORT)
     monkeypatch.chdir(workplace / "elsewhere")
-    run = "../work/run"
+    run = "../first/run"
     asked = read_asked(run)
-    at = str(workplace / "work")
+    at = str(workplace / "first")
     assert (asked["model"], asked["tokenizer"], asked["data"]) == (f"{at}/base", f"{at}/base", [f"{at}/rows.jsonl"])
     assert asked["elite_path"] == f"{at}/run/best"
     assert read_record(run).config["base"] == f"{at}/base"
@@ -81,16 +81,16 @@ def test_a_base_that_was_moved_is_one_line_and_is_found_where_it_is_given(workpl
         assert "\n" not in str(error.value)
     assert open_winner("run", model=str(workplace / "moved")).agent.steps > 0
     monkeypatch.chdir(workplace / "elsewhere")
-    asked = {**read_asked("../work/run"), "model": "../moved", "num_epochs": 2}
-    tune(**asked, resume_from_checkpoint="../work/run")
+    asked = {**read_asked("../first/run"), "model": "../moved", "num_epochs": 2}
+    tune(**asked, resume_from_checkpoint="../first/run")
 
 
 def test_a_loaded_model_of_a_relative_name_is_found_from_anywhere(workplace, monkeypatch) -> None:
     agent = DPO(actor_network=AutoModelForCausalLM.from_pretrained("base"))
     agent.save_checkpoint("agent")
     monkeypatch.chdir(workplace / "elsewhere")
-    loaded = DPO.load("../work/agent")
-    assert loaded.base.name == str(workplace / "work" / "base")
+    loaded = DPO.load("../first/agent")
+    assert loaded.base.name == str(workplace / "first" / "base")
     assert torch.equal(logprobs_of(loaded), logprobs_of(agent))
 
 
@@ -98,15 +98,15 @@ def test_the_folder_of_an_adapter_takes_the_tokenizer_of_its_base(workplace, mon
     tune("base", "rows.jsonl", run_dir="run", **SHORT)
     export("run", "adapter", "adapter")
     monkeypatch.chdir(workplace / "elsewhere")
-    assert not any("token" in name for name in os.listdir("../work/adapter"))
-    tokenizer = load_tokenizer("../work/adapter")
+    assert not any("token" in name for name in os.listdir("../first/adapter"))
+    tokenizer = load_tokenizer("../first/adapter")
     assert tokenizer.get_vocab() == chatml_tokenizer().get_vocab()
-    tune("../work/adapter", "../work/rows.jsonl", run_dir="next", **SHORT)
+    tune("../first/adapter", "../first/rows.jsonl", run_dir="next", **SHORT)
     assert open_winner("next").tokenizer.chat_template == tokenizer.chat_template
     # One of its own comes first.
     tokenizer.chat_template = "{{ messages }}"
-    tokenizer.save_pretrained("../work/adapter")
-    assert load_tokenizer("../work/adapter").chat_template == "{{ messages }}"
+    tokenizer.save_pretrained("../first/adapter")
+    assert load_tokenizer("../first/adapter").chat_template == "{{ messages }}"
 
 
 def test_an_adapter_whose_base_is_gone_says_so(workplace) -> None:
