@@ -67,20 +67,18 @@ def test_a_pass_on_a_gpu_goes_through_the_flash_kernel_in_half_precision(
         engine = Engine.of(agents[0].base)
         few = _FewPairs(agents[0].base, batch, names, FastPaths(longest=64))
         half = dtype == torch.bfloat16
-        slow = (
-            pytest.warns(UserWarning, match="load the base with dtype='bfloat16'")
-            if not half
-            else contextlib.nullcontext()
-        )
-        with slow, few.forward([0, 1], PassOptions(gradient_checkpointing=gradient_checkpointing)) as found:
+        with few.forward([0, 1], PassOptions(gradient_checkpointing=gradient_checkpointing)) as found:
             assert len(found) == 2
             for column in (column for member in found for column in member.columns):
                 assert (column.shape, column.device, column.requires_grad) == ((3,), CUDA, True)
         assert few.attention == (attention.FLASH if half else attention.ONE_BY_ONE)
 
         engine.prepare = lambda members, length: FastPaths(longest=64)  # type: ignore
-        for found_by in engine.logprobs(batch, [*names, None], PassOptions(token_budget=64)):
-            assert found_by.chosen.device == found_by.rejected.device == CUDA
+        slow = pytest.warns(UserWarning, match="load it with dtype='bfloat16'")
+        with contextlib.nullcontext() if half else slow:
+            parts = engine.logprobs(batch, [*names, None], PassOptions(token_budget=64))
+        for part in parts:
+            assert part.chosen.device == part.rejected.device == CUDA
         assert engine.attention == few.attention
 
 
