@@ -227,7 +227,7 @@ def test_an_instruction_is_a_turn_where_there_is_a_template_and_lines_of_text_wh
     ((pair,), _) = load_pairs(ALPACA[:1], tokenizer, name="train", row_format=EXAMPLES)
     turns = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Translate.\ntea"))
     prompt = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
-    assert (tokenizer.decode(pair.prompt_ids), tokenizer.decode(pair.chosen_ids)) == (prompt, "Tee<|im_end|>")
+    assert (tokenizer.decode(pair.prompt_ids), tokenizer.decode(pair.chosen_ids)) == (prompt, "Tee<|im_end|>\n")
     plain = make_tokenizer()
     ((pair,), _) = load_pairs(ALPACA[:1], plain, name="train", row_format=EXAMPLES)
     assert plain.decode(pair.token_ids) == "Be brief.\nHi\nHello\nTranslate.\ntea\nTee</s>"
