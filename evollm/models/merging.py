@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from evollm.errors import ConfigurationError, brief
+from evollm.models.rounding import outputs_rounded_otherwise
 from evollm.models.routing import holds_any
 
 # Merged and adapter may be apart by so many times what rounding is seen to do; as in `evollm.models.probe`.
@@ -128,7 +129,7 @@ def check_same(expected: Tensor, compute: Callable[[], Tensor], layers: Iterable
     for seed in range(_ROUNDINGS):
         if gap <= _BOUND * floor:
             break
-        with _rounded_otherwise(layers, seed):
+        with outputs_rounded_otherwise(layers, seed):
             floor = max(floor, _apart(compute(), found))
     if gap <= _BOUND * floor:
         return None
@@ -142,21 +143,3 @@ def _apart(one: Tensor, other: Tensor) -> float:
     both = ~one.isfinite() & ~other.isfinite()
     gaps = (one - other).abs().masked_fill(both, 0.0).nan_to_num(nan=float("inf"))
     return float(gaps.max())
-
-
-@contextmanager
-def _rounded_otherwise(layers: Iterable[nn.Module], seed: int) -> Iterator[None]:
-    """Inside the block the outputs of these layers are rounded in another way, for each seed its own."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def move(module: nn.Module, inputs: object, output: Any) -> Any:
-        del module, inputs
-        if not (isinstance(output, Tensor) and output.is_floating_point()):
-            return output
-        steps = torch.randint(-1, 2, output.shape, generator=generator).to(output)
-        return output * (1 + torch.finfo(output.dtype).eps * steps)
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_hook(move).remove)
-        yield

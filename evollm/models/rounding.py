@@ -7,46 +7,61 @@ the manner of CESTAC: Vignes, Mathematics and Computers in Simulation 35, 1993).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from evollm.models.quantised import quantised_layers
-from evollm.models.shared_base import SharedBase
+
+if TYPE_CHECKING:
+    from evollm.models.shared_base import SharedBase
+
+
+@contextmanager
+def outputs_rounded_otherwise(modules: Iterable[nn.Module], seed: int, least: float = 0.0) -> Iterator[None]:
+    """Inside the block the outputs of these modules are moved by a unit in their last place, or by `least`, relative.
+
+    The draws go on from one output to the next, so the modules' order of computing decides them, and the seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(module: nn.Module, inputs: object, output: Any) -> Any:
+        del module, inputs
+        if not (isinstance(output, Tensor) and output.is_floating_point()):
+            return output
+        unit = max(torch.finfo(output.dtype).eps, least)
+        steps = torch.randint(-1, 2, output.shape, generator=generator).to(output)
+        return output * (1 + unit * steps)
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(move).remove)
+        yield
 
 
 @contextmanager
 def rounded_otherwise(base: SharedBase, adapters: Sequence[str], seed: int) -> Iterator[None]:
     """Inside the block the base's embeddings and these adapters are rounded in another way, for each seed its own."""
-    generator = torch.Generator().manual_seed(seed)
-
     # Parts of many models compute in float32 whatever their own type: less would be lost there.
     least = torch.finfo(torch.float32).eps
     if any(layer.weight.dtype == torch.int8 for _, layer in quantised_layers(base.network)):
         # LLM.int8() computes in float16.
         least = torch.finfo(torch.float16).eps
 
-    def move(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        unit = max(torch.finfo(output.dtype).eps, least)
-        steps = torch.randint(-1, 2, output.shape, generator=generator).to(output)
-        return output * (1 + unit * steps)
-
     network = cast(Any, base.network)
     embeddings = [network.get_input_embeddings()]
     # An encoder and a decoder may each have a module for the weights that they share.
     embeddings += [module for module in network.modules() if isinstance(module, nn.Embedding)]
-    handles = [module.register_forward_hook(move) for module in dict.fromkeys(embeddings)]
     weights = [parameter for name in adapters for parameter in base.parameters(name).values()]
     before = [weight.detach().clone() for weight in weights]
     try:
         for weight in weights:
             weight.data.copy_(weight.data.to(base.network.dtype))
-        yield
+        with outputs_rounded_otherwise(dict.fromkeys(embeddings), seed, least):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for weight, value in zip(weights, before, strict=True):
             weight.data.copy_(value)
