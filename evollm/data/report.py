@@ -74,7 +74,7 @@ class DataReport:
         parts = [f"{_counted(self.kept, self.noun)} kept"]
         if self.dropped:
             reasons = "; ".join(
-                f"{count} {reason}: {_listed(count, rows)}" for reason, (count, rows) in self.dropped.items()
+                f"{count} {reason}: {listed(count, rows)}" for reason, (count, rows) in self.dropped.items()
             )
             parts.append(f"{self.num_dropped} dropped ({reasons})")
         if self.prompts_cut:
@@ -90,7 +90,7 @@ class DataReport:
     @property
     def remarks(self) -> list[str]:
         """What is strange about chat rows as the template writes them, with counts and the first rows."""
-        return [f"{count} {remark}: {_listed(count, rows)}" for remark, (count, rows) in self.noted.items()]
+        return [f"{count} {remark}: {listed(count, rows)}" for remark, (count, rows) in self.noted.items()]
 
 
 def _first(rows_of: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -104,8 +104,8 @@ def mixture_warning(pairs: Sequence[TextPair | ChatPair]) -> str:
         return ""
     of_text = [pair.row for pair in pairs if isinstance(pair, TextPair)]
     return (
-        f"{len(of_text)} are plain text ({_listed(len(of_text), of_text[:FIRST_ROWS])}) and {len(of_chat)} are chat "
-        f"messages ({_listed(len(of_chat), of_chat[:FIRST_ROWS])}), and only these go through the chat template"
+        f"{len(of_text)} are plain text ({listed(len(of_text), of_text[:FIRST_ROWS])}) and {len(of_chat)} are chat "
+        f"messages ({listed(len(of_chat), of_chat[:FIRST_ROWS])}), and only these go through the chat template"
     )
 
 
@@ -121,6 +121,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _listed(count: int, rows: Sequence[int]) -> str:
+def listed(count: int, rows: Sequence[int]) -> str:
+    """So many rows, of which these are the first, such as `rows 3, 5, ...`."""
     numbers = ", ".join(map(str, rows))
     return f"{'row' if count == 1 else 'rows'} {numbers}{', ...' if count > len(rows) else ''}"

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from evollm.data.report import listed
 from evollm.inspection.forecast import Forecast
 from evollm.inspection.result import Inspection, RenderedRow
 
@@ -64,8 +65,7 @@ def _rows_lines(inspection: Inspection) -> list[str]:
         lines.append(UNPAIRED)
     lines.append(f"{report.kept} {report.noun}{'' if report.kept == 1 else 's'} kept, {report.num_dropped} dropped")
     for reason, (count, rows) in report.dropped.items():
-        more = ", ..." if count > len(rows) else ""
-        lines.append(f"  {count} {reason}: row{'' if count == 1 else 's'} {', '.join(map(str, rows))}{more}")
+        lines.append(f"  {count} {reason}: {listed(count, rows)}")
     return [*lines, *(f"Warning: {warning}" for warning in report.warnings)]
 
 
