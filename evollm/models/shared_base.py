@@ -37,6 +37,7 @@ from evollm.models.merging import (
 from evollm.models.quantised import check_gradients, keep_differentiable
 from evollm.models.reference_cache import ReferenceCache
 from evollm.models.requirements import check_lora_config, check_plain_model, refusal
+from evollm.models.rope import forget_longest_sequences, longest_sequence
 from evollm.models.routing import AdapterRouter
 from evollm.models.targets import check_tensors, language_model, resolve_all_linear, text_config
 from evollm.quiet import quiet
@@ -60,6 +61,7 @@ class SharedBase:
         if is_encoder_decoder(model.config):
             start_token(model)
         keep_differentiable(model)
+        forget_longest_sequences(model)
         self.network = model
         if self.name:
             # A relative path would lead elsewhere from another folder.
@@ -125,8 +127,7 @@ class SharedBase:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence that the base was made for, in tokens, where its configuration says."""
-        positions = getattr(text_config(self.network.config), "max_position_embeddings", None)
-        return int(positions) if positions else None
+        return longest_sequence(text_config(self.network.config))
 
     @property
     def num_embeddings(self) -> int:
@@ -185,6 +186,9 @@ class SharedBase:
             torch.manual_seed(seed)
             # PEFT asks transformers by names that those deprecate: nothing that a user of evollm can act on.
             warnings.simplefilter("ignore", FutureWarning)
+            if not (given.rank_pattern or given.alpha_pattern):
+                # all-linear gives stacked experts ranks of their own, and PEFT looks for modules of these names only.
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             with self._adapter_layers.only(name):
                 return self._put(name, config, given, trainable=trainable)
 

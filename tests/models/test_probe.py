@@ -105,6 +105,22 @@ def test_a_model_whose_pass_depends_on_its_longest_sequence_gets_each_by_itself(
     check_own_log_probs(agent, make_batch(shapes=[(50, 5, 3), (3, 4, 2), (8, 9, 0)]))
 
 
+def test_dynamic_ntk_scaling_follows_each_sequence_and_not_those_before_it() -> None:
+    """transformers scales the frequencies by the longest sequence so far; the model takes `factor` times its length."""
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    config = LlamaConfig(**{**ROTARY, "max_position_embeddings": 16}, rope_parameters=scaling)
+    agent = one_agent(AutoModelForCausalLM.from_config(config).eval())
+    assert agent.base.max_positions == 64
+    assert not paths_of(agent, 60).shared_prompt
+    batch = make_batch(shapes=[(12, 4, 4), (50, 5, 3), (15, 5, 1), (3, 4, 2)])
+    check_own_log_probs(agent, batch)
+    with agent.base.active(agent.actor_adapter) as network, torch.no_grad():
+        forwards = lone_logprobs(network, batch, agent.device)
+        backwards = lone_logprobs(network, batch.select([3, 2, 1, 0]), agent.device)
+    torch.testing.assert_close(forwards.chosen, backwards.chosen.flip(0), rtol=0, atol=0)
+    torch.testing.assert_close(forwards.rejected, backwards.rejected.flip(0), rtol=0, atol=0)
+
+
 def check_own_log_probs(agent: DPO, batch: PreferenceBatch) -> None:
     """By the engine, forward and backward, as by the model's own pass over each sequence."""
     engine, name = Engine.of(agent.base), agent.actor_adapter

@@ -1,0 +1,47 @@
+"""Rotary embeddings with dynamic NTK scaling: how long their sequences may be, and that each pass begins anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_LONGEST = "max_seq_len_cached"
+_FREQUENCIES = "inv_freq"
+_DYNAMIC = "dynamic"
+
+
+def longest_sequence(config: Any) -> int | None:
+    """The longest sequence that a text configuration is made for, in tokens; None where it does not say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        return None
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if _DYNAMIC in str(parameters.get("rope_type")):
+        return int(positions * parameters.get("factor", 1))
+    return int(positions)
+
+
+def forget_longest_sequences(model: nn.Module) -> None:
+    """Have dynamically scaled frequencies depend on the pass that uses them, and not on the passes before it.
+
+    Dynamic NTK scaling (`rope_type="dynamic"`) of transformers goes on with the frequencies of the longest sequence so
+    far until a sequence fits the model's original length. A log-prob would depend on what was computed before it.
+    """
+    for module in model.modules():
+        if hasattr(module, _LONGEST) and hasattr(module, f"original_{_FREQUENCIES}"):
+            module.register_forward_pre_hook(_begin_anew)
+
+
+def _begin_anew(module: Any, inputs: object) -> None:
+    del inputs
+    original = vars(module).get("original_max_seq_len")
+    types = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
+    for layer_type, rope_type in types.items():
+        prefix = f"{layer_type}_" if layer_type else ""
+        longest = getattr(module, f"{prefix}{_LONGEST}", module.max_seq_len_cached)
+        if _DYNAMIC in str(rope_type) and longest != original:
+            frequencies = getattr(module, f"{prefix}original_{_FREQUENCIES}")
+            device = getattr(module, f"{prefix}{_FREQUENCIES}").device
+            setattr(module, f"{prefix}{_FREQUENCIES}", frequencies.to(device))
+            setattr(module, f"{prefix}{_LONGEST}", original)
