@@ -13,7 +13,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from evollm.data.batch import IntArray, PreferenceBatch, TokenizedPair
+from evollm.errors import ConfigurationError
 from evollm.models.attention import PairLayout
+from evollm.models.bypassed import bypassed_layers_refused
 from evollm.models.encoder_decoder import (
     EncodedPairs,
     encoder_decoder_logprobs,
@@ -68,10 +70,13 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
     every, uneven, short = (PreferenceBatch.from_pairs(part) for part in (pairs, pairs[:2], pairs[1:]))
     with random_adapters(base, config) as members:
         floor, apart = make_differ(base, members, short)
-        own = _own(base, members[0], every)
+        first = _own(base, members[0], short.select([0]))
+        with bypassed_layers_refused(base.network, members[0]):
+            own = _own(base, members[0], every)
         floors = torch.full((len(own),), floor)
         floors[0] = max(floor, _floor_of_long(base, members[0], pairs[0], own[0, 0]))
         bounds = BOUND * floors
+        _refuse_memory(base, first, own[1:2], bounds[1:2])
         trial = _Trial()
         explicit, implicit, reasons = _padded_batches(base, members[0], short, own[1:], bounds[1:])
         tiled = trial.agrees(
@@ -126,6 +131,21 @@ def _padded_batches(
     if explicit:
         return explicit, implicit, []
     return explicit, implicit, with_ids.reasons if implicit else without.reasons
+
+
+def _refuse_memory(base: SharedBase, before: Tensor, after: Tensor, bounds: Tensor) -> None:
+    """Compare a short pair's log-probs before a long one went through the base and after it.
+
+    Raises:
+        ConfigurationError: They differ by more than rounding.
+    """
+    gaps = differences(after - before).cpu()
+    if not (gaps <= bounds).all():
+        fix = (
+            f"after a longer sequence has gone through it, a log-prob is {gaps.max():.2g} nats off: its code keeps "
+            "something from one pass to the next, so that no result would be its own"
+        )
+        raise ConfigurationError("actor_network", base.name or type(base.network).__name__, fix)
 
 
 @dataclass

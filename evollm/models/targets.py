@@ -1,4 +1,4 @@
-"""What of a model `all-linear` means: the linear layers of its language model that do not choose experts."""
+"""What of a model `all-linear` means: the layers of its language model on which an adapter can learn."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def resolve_all_linear(config: LoraConfig, model: PreTrainedModel) -> None:
         stacked = [name for name, weight in model.named_parameters() if weight.ndim == _STACKED]
         names = [name for name in config.target_parameters if any(own_name(path).endswith(name) for path in stacked)]
         config.target_parameters = sorted(names)
-    part, chooses = language_model(model), set(routers(model))
-    if part is model and not chooses:
+    part, left_out = language_model(model), {*routers(model), *read_by_their_mixer(model)}
+    if part is model and not left_out:
         return
     inside = {id(module) for module in part.modules()}
     head = model.get_output_embeddings()
@@ -60,7 +60,7 @@ def resolve_all_linear(config: LoraConfig, model: PreTrainedModel) -> None:
     for place, module in model.named_modules():
         path = own_name(place)
         named = isinstance(config.target_modules, str) or path.rpartition(".")[2] in config.target_modules
-        if named and _is_linear(module) and id(module) in inside and module is not head and path not in chooses:
+        if named and _is_linear(module) and id(module) in inside and module is not head and path not in left_out:
             paths.append(path)
     config.target_modules = sorted(set(paths))
 
@@ -90,6 +90,16 @@ def routers(model: nn.Module) -> Iterator[str]:
                 is_beside = not name.startswith(f"{_EXPERTS}.")
                 if is_beside and isinstance(module, nn.Linear) and module.out_features == count:
                     yield own_name(f"{path}.{name}")
+
+
+def read_by_their_mixer(model: nn.Module) -> Iterator[str]:
+    """Paths of the linear layers of state-space mixers (Mamba, Mamba 2) whose weights the mixer or its kernel reads.
+
+    An adapter on such a layer is passed by; PEFT refuses some of them.
+    """
+    for path, mixer in model.named_modules():
+        if hasattr(mixer, "A_log") and hasattr(mixer, "in_proj"):
+            yield from (own_name(f"{path}.{name}") for name in ("out_proj", "dt_proj") if hasattr(mixer, name))
 
 
 def _count(experts: nn.Module) -> int | None:
