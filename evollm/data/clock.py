@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
+from evollm.errors import ConfigurationError
+
 # What templates call; transformers gives them one that reads the clock, and lets nobody give them another.
 _FUNCTION = "strftime_now"
 _CALL = re.compile(rf"""\b{_FUNCTION}\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
@@ -34,10 +36,29 @@ def at(when: datetime | None) -> Iterator[None]:
 
 def template_arguments(template: object) -> dict[str, Any]:
     """What `apply_chat_template` needs for a template that writes the time: itself with that time; else nothing."""
-    if not isinstance(template, str) or _FUNCTION not in template:
+    if not (isinstance(template, str) and writes_time(template)):
         return {}
     when = moment()
     return {"chat_template": _CALL.sub(lambda call: json.dumps(when.strftime(call["format"])), template)}
+
+
+def writes_time(template: object) -> bool:
+    """Whether a chat template writes the time, so that its texts are others on another day."""
+    return isinstance(template, str) and _FUNCTION in template
+
+
+def given_moment(name: str, value: datetime | str | None) -> datetime:
+    """The time that an argument states; now if it is None.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if value is None:
+        return moment()
+    found = value if isinstance(value, datetime) else read_moment(value)
+    if found is None:
+        raise ConfigurationError(name, value, "must be a time, such as '2026-11-26T18:30:00'")
+    return found
 
 
 def read_moment(text: object) -> datetime | None:

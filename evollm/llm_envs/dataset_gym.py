@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
@@ -91,6 +92,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         encoder_decoder: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         columns: Mapping[str, Any] | None = None,
+        written_at: datetime | str | None = None,
     ) -> None:
         processes = check_processes(accelerator)
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
@@ -104,7 +106,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         self.encoder_decoder = switch("encoder_decoder", encoder_decoder)
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, list[TokenizedPair]] = {}
-        self.written_at = clock.moment()
+        self.written_at = clock.given_moment("written_at", written_at)
         for split, dataset in zip(SPLITS, (train_dataset, test_dataset, final_dataset), strict=True):
             self._pairs[split] = []
             if dataset is not None or split == "train":
@@ -172,11 +174,18 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         return {split: [_digest_of(share) for share in _shares(pairs)] for split, pairs in self._pairs.items() if pairs}
 
     def changed_text(self, before: Mapping[str, Any]) -> str:
-        """The first text in which the pairs differ from those of other `digests`, in words.
+        """The first text in which the pairs differ from those that a run began with, in words.
 
         Args:
-            before: The digests then.
+            before: What the run noted of its data: `digests`, and `written_at` as text.
         """
+        changed = self._first_change(before["digests"])
+        then = before.get("written_at")
+        if then == self.written_at.isoformat() or not clock.writes_time(self.tokenizer.chat_template):
+            return changed
+        return f"{changed}; the chat template writes the date: build the gym with written_at={then!r}"
+
+    def _first_change(self, before: Mapping[str, Any]) -> str:
         for split, pairs in self._pairs.items():
             then = before.get(split) or []
             for number, share in enumerate(_shares(pairs)):

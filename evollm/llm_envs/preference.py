@@ -42,6 +42,8 @@ class PreferenceGym(DatasetGym):
             none. Rows are read, and chat templates applied, in any case.
         columns: Which column is what, and which value of a label means what, in rows of a shape that is not known by
             itself; None: what the columns' names say. See [`evollm.data.mapping.mapping_of`][].
+        written_at: The time that a chat template writes, as a datetime or in ISO 8601; None: now. A run that is
+            resumed needs that of its beginning, which its `config.json` states.
 
     Attributes:
         tokenizer, seed, data_batch_size_per_gpu: As given; `reset(seed=...)` sets another seed.

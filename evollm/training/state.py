@@ -134,7 +134,7 @@ def check_same_run(
     Args:
         saved: What `describe_run` gave when the run began.
         current: What it gives now.
-        changed_text: From the digests of the texts then to what has become of them, in words.
+        changed_text: From what the run noted of its data to what has become of the texts, in words.
 
     Raises:
         ConfigurationError: They differ in more than the length of the run; the message lists each difference.
@@ -144,9 +144,10 @@ def check_same_run(
         for name, before, now in differences(_comparable(saved), _comparable(current), "")
     ]
     if differing:
-        digests = saved["data"].get("digests") if isinstance(saved.get("data"), Mapping) else None
-        if changed_text is not None and digests and any(name.startswith("data.fingerprint:") for name in differing):
-            differing.insert(0, changed_text(digests))
+        data = saved.get("data")
+        other_texts = any(name.startswith("data.fingerprint:") for name in differing)
+        if changed_text is not None and other_texts and isinstance(data, Mapping) and data.get("digests"):
+            differing.insert(0, changed_text(data))
         raise ConfigurationError(
             "resume_from_checkpoint",
             "other settings",

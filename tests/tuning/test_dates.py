@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from tokenizers_for_tests import chatml_tokenizer
 
-from evollm import ConfigurationError, PreferenceGym, replay, tune
+from evollm import DPO, ConfigurationError, PreferenceGym, finetune_llm_preference, replay, tune
 from evollm.data import clock
 from evollm.tuning.record import read_record
 from evollm.tuning.winner import open_winner
@@ -93,6 +95,27 @@ def test_a_new_run_writes_the_day_on_which_it_is_begun(dated) -> None:
         assert begun(PreferenceGym(rows(), None, tokenizer)).startswith("26 Nov 2026")
 
 
+def test_a_gym_of_ones_own_takes_the_time_that_a_refused_resume_names(dated) -> None:
+    def go_on(**settings: Any) -> None:
+        agent = DPO(model_name=str(dated / "base"), lora_config=LoraConfig(r=2, target_modules=["q_proj"]), seed=1)
+        env = PreferenceGym(rows(), None, open_tokenizer(dated), **settings.pop("gym", {}))
+        finetune_llm_preference([agent], env, verbose=False, **settings)
+
+    go_on(num_epochs=1, run_dir=dated / "run")
+    tomorrow()
+    with pytest.raises(ConfigurationError, match="the chat template writes the date: build the gym with") as refused:
+        go_on(num_epochs=2, resume_from_checkpoint=dated / "run")
+    named = re.search(r"written_at='([^']+)'", str(refused.value))
+    assert named is not None
+    go_on(num_epochs=2, resume_from_checkpoint=dated / "run", gym={"written_at": named[1]})
+
+
+@pytest.mark.parametrize("written_at", ["yesterday", 20261126, ""])
+def test_a_time_that_is_none_is_refused(dated, written_at: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"written_at=.*must be a time, such as"):
+        PreferenceGym(rows(), None, open_tokenizer(dated), written_at=written_at)
+
+
 def open_tokenizer(folder: Path) -> Any:
     from evollm.models.pretrained import load_tokenizer  # noqa: PLC0415
 
@@ -116,9 +139,9 @@ def test_a_text_that_changed_is_found_in_datasets_of_any_size(dated, count: int)
     changed = rows(count)
     changed[count - 2]["chosen"][0]["content"] = "certainly"
     after = PreferenceGym(changed, None, tokenizer)
-    said = after.changed_text(before.digests)
+    said = after.changed_text({"digests": before.digests})
     assert said.startswith("train: the first other text is ")
     first = int(said.split(" row ")[1].split(",")[0])
     assert count - 2 - count // 256 - 1 <= first <= count - 2
     fewer = PreferenceGym(rows(count)[: -count // 2], None, tokenizer)
-    assert fewer.changed_text(before.digests)
+    assert fewer.changed_text({"digests": before.digests})
