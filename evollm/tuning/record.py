@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from evollm.algorithms.core import DEFAULT_LORA
 from evollm.checks import expanded, located, usable_path
 from evollm.data.files import is_files
 from evollm.errors import CheckpointError, ConfigurationError
@@ -328,8 +329,7 @@ def _lora_fields(config: LoraConfig) -> dict[str, Any]:
     """The fields that are not at their defaults, and those to which `tune` gives defaults of its own."""
     default = LoraConfig()
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
-    own = {"target_modules", "task_type"}
-    return {name: value for name, value in fields.items() if name in own or value != getattr(default, name)}
+    return {name: value for name, value in fields.items() if name in DEFAULT_LORA or value != getattr(default, name)}
 
 
 def _plain(value: Any) -> Any:

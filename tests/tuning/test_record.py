@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig
 
 from evollm import Callback, ConfigurationError, replay, tune
 from evollm.cli import main
-from evollm.tuning.plain import model_config_of
+from evollm.tuning.plain import lora_config_of, model_config_of
 from evollm.tuning.record import asked_of, read_asked, write_asked
 from evollm.tuning.winner import open_winner
 
@@ -141,6 +141,14 @@ def test_a_run_with_objects_is_opened_exported_and_replayed_as_far_as_it_needs_n
     write_asked(run, {"model_config": {"quantization_config": quantised}})
     loaded = model_config_of(asked_of(run).settings["model_config"])
     assert loaded["quantization_config"].to_dict() == quantised.to_dict()
+
+
+@pytest.mark.parametrize("given", [{}, {"r": 8, "target_modules": ["q_proj"]}, {"r": 4, "lora_alpha": 8}, {"r": 16}])
+def test_a_lora_config_object_is_found_again_as_it_was(tmp_path, given) -> None:
+    """The defaults of PEFT and those of `tune` differ."""
+    config = LoraConfig(**given)
+    write_asked(tmp_path, {"lora_config": config})
+    assert lora_config_of(asked_of(tmp_path).settings["lora_config"]) == config
 
 
 @pytest.mark.parametrize("needed", ["tokenizer", "model"])
