@@ -7,6 +7,10 @@ from typing import Any
 from tokenizers_for_tests import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from evollm.data import TokenizedPair, load_pairs
+from evollm.data.rows import RowFormat
+from evollm.data.sources import PAIRS
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -159,3 +163,20 @@ ROWS: dict[str, dict[str, Any]] = {
         "chat_template_kwargs": {"enable_thinking": False},
     },
 }
+
+
+def template_ids(tokenizer: Any, row: dict[str, Any], *side: dict[str, Any], generation: bool = False) -> list[int]:
+    """What the model is given at inference, by the tokenizer's own method."""
+    encoding = tokenizer.apply_chat_template(
+        [*row["prompt"], *side],
+        tools=row.get("tools"),
+        add_generation_prompt=generation,
+        return_dict=True,
+        **row.get("chat_template_kwargs", {}),
+    )
+    return list(encoding["input_ids"])
+
+
+def only(tokenizer: Any, row: dict[str, Any], row_format: RowFormat = PAIRS, **limits: Any) -> TokenizedPair:
+    (pair,), _ = load_pairs([row], tokenizer, name="train", row_format=row_format, **limits)
+    return pair

@@ -80,14 +80,14 @@ class DPOObjective:
         quiet = PairLogprobs.of([quiet_gradient(column) for column in policy.columns])
         compared, reference = quiet.weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
         chosen, rejected = compared.chosen, compared.rejected
-        num_chosen_tokens = int(self.batch.chosen_lengths.sum())
+        num_chosen_tokens = int(self.batch.chosen_scored.sum())
         scores = PairScores(
             chosen=chosen,
             rejected=rejected,
             reference_chosen=reference.chosen[rows].to(chosen),
             reference_rejected=reference.rejected[rows].to(rejected),
-            chosen_lengths=torch.from_numpy(self.batch.chosen_lengths[list(rows)]).to(chosen),
-            rejected_lengths=torch.from_numpy(self.batch.rejected_lengths[list(rows)]).to(rejected),
+            chosen_lengths=torch.from_numpy(self.batch.chosen_scored[list(rows)]).to(chosen),
+            rejected_lengths=torch.from_numpy(self.batch.rejected_scored[list(rows)]).to(rejected),
             mean_chosen_length=num_chosen_tokens / self.weight,
             chosen_likelihood=quiet.chosen,
         )

@@ -27,7 +27,7 @@ class SFTObjective:
     """The loss of `SFT.learn` for one optimizer batch.
 
     Attributes:
-        weight: Completion tokens of the whole batch.
+        weight: Scored completion tokens of the whole batch.
     """
 
     weight: int
@@ -63,7 +63,7 @@ def learn_together(agents: Sequence[SFT], batch: PreferenceBatch, *, training: b
 
 
 def _objectives(agents: Sequence[SFT], batch: PreferenceBatch) -> list[SFTObjective]:
-    return [SFTObjective(int(batch.chosen_lengths.sum()))] * len(agents)
+    return [SFTObjective(int(batch.chosen_scored.sum()))] * len(agents)
 
 
 def _usable_rows(agents: Sequence[SFT], batch: PreferenceBatch, suspects: Sequence[int]) -> list[Rows]:
@@ -84,5 +84,5 @@ def evaluate_together(agents: Sequence[SFT], env: DatasetGym, split: str = "test
         for row, policy in enumerate(policies):
             logprobs[row, positions] = policy.chosen.double().cpu().numpy()
         scored += positions.tolist()
-    num_tokens = np.array([len(example.chosen_ids) for example in examples])
+    num_tokens = np.array([example.num_scored[0] for example in examples])
     return [LikelihoodEvaluation(row, num_tokens[sorted(scored)]) for row in logprobs[:, sorted(scored)]]

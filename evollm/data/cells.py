@@ -180,6 +180,16 @@ def says_nothing(completion: Sequence[Message] | str) -> bool:
     return not any(message.get("content", "").strip() or len(message.get("tool_calls", ())) for message in completion)
 
 
+def speaks(message: Message, first: Message) -> bool:
+    """Whether it is the assistant that speaks in a message of a completion that begins with `first`."""
+    return message["role"] in (first["role"], "assistant")
+
+
+def others_speak(completion: Sequence[Message]) -> bool:
+    """Whether a completion holds turns that are not the assistant's."""
+    return not all(speaks(message, completion[0]) for message in completion)
+
+
 def require_text(*completions: Sequence[Message] | str) -> None:
     """Raise `UnusableRowError` unless each completion says something."""
     if any(map(says_nothing, completions)):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from evollm.data import clock
-from evollm.data.cells import Message
-from evollm.data.rows import ChatPair, TextPair
+from evollm.data.cells import Message, UnusableRowError, others_speak, speaks
+from evollm.data.rows import ChatPair, TextPair, Turns
 from evollm.data.sources import shared_length
 from evollm.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TURNS_NOT_FOUND = (
+    "with turns of others in a completion, which cannot be told from the assistant's, as the chat template writes "
+    "these otherwise once more follows (put all but the last answer into the prompt)"
+)
+_Render: TypeAlias = Callable[[Sequence[Message], bool], str]
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,14 @@ class RenderedChat:
         row: Position of the row in the user's dataset.
         prompt: The messages before the completion, and what opens an answer: what the model is given at inference.
         wholes: The one or two whole conversations, that of the chosen side first.
+        turns: For each of them the characters between which the assistant speaks, from the completion on; None: nobody
+            else does there.
     """
 
     row: int
     prompt: str
     wholes: tuple[str, ...]
+    turns: tuple[Turns | None, ...] = ()
 
     @property
     def given(self) -> str:
@@ -38,7 +47,12 @@ class RenderedChat:
     def apart(self) -> TextPair:
         """Prompt and completions by themselves, for a model to which they are two sequences."""
         given = self.given
-        return TextPair(self.row, given, *(whole[len(given) :] for whole in self.wholes))
+        turns = tuple(
+            of_side and tuple((max(0, start - len(given)), end - len(given)) for start, end in of_side)
+            for of_side in self.turns
+        )
+        chosen, *rejected = (whole[len(given) :] for whole in self.wholes)
+        return TextPair(self.row, given, chosen, rejected[0] if rejected else None, turns)
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -52,6 +66,7 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedC
 
     Raises:
         DataError: The tokenizer has no chat template.
+        UnusableRowError: The assistant's turns of a completion in which others speak cannot be found.
         Exception: The template does not take these messages or tools.
     """
     if not tokenizer.chat_template:
@@ -62,7 +77,7 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedC
             "hand in strings",
         )
 
-    def render(messages: Sequence[Message], generation: bool = False) -> str:
+    def render(messages: Sequence[Message], generation: bool) -> str:
         return str(
             tokenizer.apply_chat_template(
                 list(messages),
@@ -74,5 +89,72 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedC
             )
         )
 
-    wholes = tuple(render([*pair.prompt, *side]) for side in pair.completions)
-    return RenderedChat(pair.row, render(pair.prompt, generation=True), wholes)
+    wholes = tuple(render([*pair.prompt, *side], False) for side in pair.completions)
+    turns = tuple(
+        _turns_of([*pair.prompt, *side], len(pair.prompt), whole, render, str(tokenizer.eos_token or ""))
+        if others_speak(side)
+        else None
+        for side, whole in zip(pair.completions, wholes, strict=True)
+    )
+    return RenderedChat(pair.row, render(pair.prompt, True), wholes, turns)
+
+
+def _turns_of(messages: Sequence[Message], first: int, whole: str, render: _Render, eos: str) -> Turns:
+    """Where each turn of the assistant stands in a whole conversation whose completion begins with message `first`.
+
+    A turn begins where the model is asked for it, behind its header, and ends with what the template writes to end it.
+
+    Raises:
+        UnusableRowError: One cannot be found.
+    """
+    found: list[tuple[int, int]] = []
+    end = 0
+    for number in range(first, len(messages)):
+        message = messages[number]
+        if not speaks(message, messages[first]):
+            continue
+        start = _start_of_turn(message, render(messages[:number], False), render(messages[:number], True), whole)
+        if start is None or start < end:
+            raise UnusableRowError(TURNS_NOT_FOUND)
+        end = _end_of_turn(message, start, render(messages[: number + 1], False), whole, eos) or 0
+        if end <= start:
+            raise UnusableRowError(TURNS_NOT_FOUND)
+        found.append((start, end))
+    return tuple(found)
+
+
+def _start_of_turn(message: Message, before: str, asked: str, whole: str) -> int | None:
+    """Where a turn begins in the whole; `asked` is the conversation `before` it with what asks for the turn."""
+    if whole.startswith(asked):
+        return len(asked)
+    start = shared_length(asked, whole)
+    if start < shared_length(before, asked):
+        return None
+    # What asks for an answer opens a thought, and the answer may begin as that does.
+    place = whole.find(_says(message), shared_length(before, whole))
+    return start if place < 0 else min(start, place)
+
+
+def _end_of_turn(message: Message, start: int, until: str, whole: str, eos: str) -> int | None:
+    """Where a turn that begins at `start` ends in the whole; `until` is the conversation as it is at its end."""
+    endings = [until, *([until.removesuffix(eos)] if eos and until.endswith(eos) else [])]  # Phi's ends in one more.
+    for text in endings:
+        if whole.startswith(text):
+            return len(text)
+    # Templates leave reasoning out of a turn once more follows: the end of the turn stays as it is.
+    said = _says(message)
+    for text in endings:
+        turn = text[start:]
+        kept = next((place for place in range(len(turn)) if whole.startswith(turn[place:], start)), len(turn))
+        if said and said in turn[kept:]:
+            return start + len(turn) - kept
+    return None
+
+
+def _says(message: Message) -> str:
+    """What an answer says, without its reasoning; of a message that only calls tools the name of one."""
+    answer = str(message.get("content", "")).rpartition("</think>")[2].strip()
+    for call in () if answer else message.get("tool_calls", ()):
+        function = call.get("function", call)
+        answer = answer or str(function.get("name", ""))
+    return answer

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # To be raised whenever the same texts become other ids, or the file changes.
-FORMAT = 2
+FORMAT = 3
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 # What of a tokenizer is not in its backend's own description.
 _ATTRIBUTES = (
@@ -116,7 +116,7 @@ def _digest_of(texts: Sequence[TextPair | RenderedChat], tokenizer: Any, setting
     for text in texts:
         kind, sides = ("chat", text.wholes) if isinstance(text, RenderedChat) else ("text", text.completions)
         parts = [part.encode() for part in (text.prompt, *sides)]
-        lengths = " ".join(str(len(part)) for part in parts)
+        lengths = " ".join([*(str(len(part)) for part in parts), *map(str, text.turns)])
         digest.update(b"".join([f"{text.row} {kind} {lengths}:".encode(), *parts]))
     return digest.hexdigest()
 
@@ -127,6 +127,7 @@ def _write(path: Path, split: TokenizedSplit) -> None:
         "ids": np.concatenate([*sides, np.zeros(0, np.int64)]).astype(np.int32),
         "lengths": np.array([len(side) for side in sides], np.int64),  # (3n,)
         "rows": np.array([pair.row for pair in split.pairs], np.int64),  # (n,)
+        "unscored": _unscored(split.pairs),  # (u, 2) pairs, and places in their completions
     }
     rest = {name: getattr(split, name) for name in ("dropped", "prompts_cut", "shortest_overlong", "noted")}
     text = json.dumps(rest)
@@ -137,7 +138,7 @@ def _write(path: Path, split: TokenizedSplit) -> None:
 
 def _read(path: Path) -> TokenizedSplit:
     with safe_open(path, framework="np") as file:
-        arrays = {name: file.get_tensor(name) for name in ("ids", "lengths", "rows")}
+        arrays = {name: file.get_tensor(name) for name in ("ids", "lengths", "rows", "unscored")}
         metadata = file.metadata()
     if metadata["digest"] != _checksum(arrays, metadata["rest"]):
         raise ValueError("its content is not what was written")
@@ -146,7 +147,22 @@ def _read(path: Path) -> TokenizedSplit:
     sides = [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     rows = arrays["rows"].tolist()
     pairs = [TokenizedPair(*sides[3 * n : 3 * n + 3], row=row) for n, row in enumerate(rows)]
+    for number in np.unique(arrays["unscored"][:, 0]):
+        pair = pairs[number]
+        mask = np.ones(len(pair.chosen_ids) + len(pair.rejected_ids), np.bool_)
+        mask[arrays["unscored"][arrays["unscored"][:, 0] == number, 1]] = False
+        pairs[number] = pair.with_mask(mask)
     return TokenizedSplit(pairs, **json.loads(metadata["rest"]))
+
+
+def _unscored(pairs: Sequence[TokenizedPair]) -> NDArray[np.int64]:
+    found = [
+        (number, place)
+        for number, pair in enumerate(pairs)
+        if not all(mask is None for mask in (pair.chosen_mask, pair.rejected_mask))
+        for place in np.flatnonzero(~np.concatenate(pair.masks))
+    ]
+    return np.array(found, np.int64).reshape(-1, 2)
 
 
 def _checksum(arrays: Mapping[str, NDArray[Any]], text: str) -> str:

@@ -15,12 +15,13 @@ from evollm.data.cells import (
     history,
     is_missing,
     optional_text,
+    others_speak,
     template_arguments,
 )
 from evollm.data.rows import MIXED_KINDS, REMARK, SPOKEN, UnusedColumnError
 
 TWO_SYSTEMS = "two system texts that differ"
-USER_IN_COMPLETION = "user turns in a completion, which are scored as the assistant's are"
+OTHERS_IN_COMPLETION = "turns in a completion that are not the assistant's, and are not scored"
 ENDS_WITH_ANSWER = "the conversation ends with an answer that is not the chosen one"
 
 
@@ -145,8 +146,8 @@ def require_no_template(row: Row) -> None:
 def remarks_of(row: Row, *completions: Sequence[Message]) -> tuple[str, ...]:
     """What is strange about a row."""
     found = [row[REMARK]] if REMARK in row else []
-    if any(message["role"] == "user" for side in completions for message in side):
-        found.append(USER_IN_COMPLETION)
+    if any(map(others_speak, completions)):
+        found.append(OTHERS_IN_COMPLETION)
     low, high = _number(row.get("score_chosen")), _number(row.get("score_rejected"))
     if low is not None and high is not None and low < high:
         found.append("a score of the chosen side below that of the rejected one")

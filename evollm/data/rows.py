@@ -15,6 +15,8 @@ from evollm.data.shapes import FIRST, GOOD, INSTRUCTION, SECOND, TIE, Kind
 from evollm.errors import DataError, EvoLLMError
 
 DroppedRows: TypeAlias = dict[str, list[int]]
+# Characters between which the assistant speaks, one turn behind the other.
+Turns: TypeAlias = tuple[tuple[int, int], ...]
 
 NESTED_TOO_DEEPLY = "nested too deeply"
 NO_PROMPT_MESSAGE = "no message before the completion"
@@ -35,12 +37,15 @@ class TextPair:
         chosen: The preferred completion.
         rejected: The other completion; None: an example for SFT, which has one completion.
         remarks: What is strange about the row.
+        turns: For each completion the characters between which the assistant speaks, if others do so too, else None;
+            empty: nobody else does.
     """
 
     row: int
     prompt: str
     chosen: str
     rejected: str | None = None
+    turns: tuple[Turns | None, ...] = ()
     remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
 
     @property

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from evollm.checks import optional_whole_number, usable_path
-from evollm.data.batch import IntArray, TokenizedPair
+from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicode
 from evollm.data.chat_template import RenderedChat, render_chat, template_source
 from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
 from evollm.data.remarks import remarks_on
 from evollm.data.report import DataReport, Example
-from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, in_form, read_dataset
+from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, Turns, in_form, read_dataset
 from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.data.unwritten import QUESTION_SCORED, remarks
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 Ids: TypeAlias = list[int]
 Text: TypeAlias = TextPair | RenderedChat
-_Encoded: TypeAlias = tuple[Text, tuple[Ids, ...], bool]
+# A pair, the ids of its prompt and of its completions, what is scored of these, whether the prompt has lost its end.
+_Encoded: TypeAlias = tuple[Text, tuple[Ids, ...], list[BoolArray | None], bool]
 
 PAIRS_PER_CALL = 512
 NUM_EXAMPLES = 12
@@ -136,6 +137,9 @@ def tokenize_pairs(
     one, prompt + rejected share. A token that spans the boundary thereby belongs to the completions, and the ids of
     prompt + completion are those of the whole text.
 
+    Of a completion in which not only the assistant speaks, its turns alone are scored, each with what the template
+    writes to end it. A token that spans the beginning of a turn belongs to it, and one that spans its end does not.
+
     The ids of messages are exactly those that `apply_chat_template` gives for the conversation, and their prompt is
     that of the messages before the completion with `add_generation_prompt=True`. A sequence of strings starts with one
     BOS if the tokenizer puts one in front of plain text, and each of its completions ends with one EOS.
@@ -191,12 +195,14 @@ def _tokenize(
 ) -> TokenizedSplit:
     split = TokenizedSplit()
     encode = _encode_apart if encoder_decoder else _encode_pairs
-    for text, parts, is_shortened in encode(iter(texts), tokenizer):
+    for text, parts, masks, is_shortened in encode(iter(texts), tokenizer):
         is_chat = isinstance(text, RenderedChat)  # A template writes its marks itself.
         prompt, *sides = parts if is_chat else marks.put_around(*parts, with_bos=not encoder_decoder)
-        reason = _fault(prompt, sides, min_completion_length, nothing=0 if is_chat else 1)
+        scored = [_as_long_as(side, mask) for side, mask in zip(sides, masks, strict=True)]
+        reason = _fault(prompt, sides, scored, min_completion_length, nothing=0 if is_chat else 1)
         if reason is None:
-            pair = TokenizedPair(*(np.array(ids, dtype=np.int64) for ids in (prompt, *sides)), row=text.row)
+            arrays = [np.array(ids, dtype=np.int64) for ids in (prompt, *sides)]
+            pair = TokenizedPair(*arrays, row=text.row).with_mask(np.concatenate(scored))
             reason = _fit_into(split, pair, max_context_length, marks.bos_id)
         if reason is not None:
             split.drop(reason, text.row)
@@ -242,7 +248,7 @@ def _as_written(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedC
     """The row as the template writes it; `UnusableRowError` if it does not."""
     try:
         chat = render_chat(pair, tokenizer)
-    except EvoLLMError:
+    except (EvoLLMError, UnusableRowError):
         raise
     except Exception as error:  # A template is code of somebody else's, and raises whatever it likes.
         raise UnusableRowError(f"{TEMPLATE_REFUSES} ({shorten(str(error), MOST_WORDS)})") from error
@@ -251,21 +257,60 @@ def _as_written(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedC
 
 
 def _encode_pairs(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoded]:
-    """Each pair with the ids of its prompt and of its completions, and whether the prompt has lost its end to these."""
+    """Each pair with its ids and what is scored."""
     while chunk := list(islice(texts, PAIRS_PER_CALL)):
         encoded = iter(_encode([text for pair in chunk for text in _whole_texts(pair)], tokenizer))
         for pair in chunk:
             whole = list(islice(encoded, len(_whole_texts(pair))))
             parts = _at_shared_prompt(pair, whole, tokenizer)
-            yield pair, parts, len(parts[0]) < len(whole[0])
+            starts = [len(parts[0])] * (len(parts) - 1)
+            texts_of_sides = _whole_texts(pair)[1:]
+            masks = _masks(pair.turns, texts_of_sides, whole[1:], starts, partial(_encode, tokenizer=tokenizer))
+            yield pair, parts, masks, len(parts[0]) < len(whole[0])
 
 
 def _encode_apart(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoded]:
     """The same for an encoder-decoder model, with the special tokens of inputs and of targets."""
+
+    def encode(texts: list[str]) -> list[Ids]:
+        return [list(ids) for ids in tokenizer(text_target=texts, verbose=False)["input_ids"]]
+
     for pair in cast("Iterator[TextPair]", texts):
         prompt = tokenizer(pair.prompt, verbose=False)["input_ids"]
-        targets = tokenizer(text_target=list(pair.completions), verbose=False)["input_ids"]
-        yield pair, (list(prompt), *(list(ids) for ids in targets)), False
+        targets = encode(list(pair.completions))
+        masks = _masks(pair.turns, pair.completions, targets, [0] * len(targets), encode)
+        yield pair, (list(prompt), *targets), masks, False
+
+
+def _masks(
+    turns: Sequence[Turns | None],
+    wholes: Sequence[str],
+    ids: Sequence[Ids],
+    starts: Sequence[int],
+    encode: Callable[[list[str]], list[Ids]],
+) -> list[BoolArray | None]:
+    """What is scored of each side, None for all of it: from its turns, its whole text, its ids and its start."""
+    sides = zip(turns or [None] * len(ids), wholes, ids, starts, strict=True)
+    return [
+        None if not of_side else _mask(of_side, text, whole, start, encode) for of_side, text, whole, start in sides
+    ]
+
+
+def _mask(turns: Turns, text: str, ids: Ids, start: int, encode: Callable[[list[str]], list[Ids]]) -> BoolArray:
+    ends = encode([text[:place] for turn in turns for place in turn])
+    places = iter([shared_length(part, ids) for part in ends])
+    mask = np.zeros(len(ids), np.bool_)
+    for number, (_, end) in enumerate(turns):
+        first, last = next(places), next(places)
+        mask[start if number == 0 else first : len(ids) if end == len(text) else last] = True
+    return mask[start:]
+
+
+def _as_long_as(ids: Ids, mask: BoolArray | None) -> BoolArray:
+    """A side's mask, after an EOS has been put to its end, or what follows one has been taken off."""
+    if mask is None:
+        return np.ones(len(ids), np.bool_)
+    return np.concatenate([mask, mask[-1:]])[: len(ids)]
 
 
 def _whole_texts(pair: Text) -> list[str]:
@@ -348,9 +393,11 @@ class _Marks:
         return [*ids[:end], self.eos_id]
 
 
-def _fault(prompt: Ids, completions: list[Ids], min_completion_length: int, nothing: int) -> str | None:
-    """Why these ids make no pair, if they do not; a completion of `nothing` tokens is empty."""
-    shortest = min(map(len, completions))
+def _fault(
+    prompt: Ids, completions: list[Ids], scored: list[BoolArray], min_completion_length: int, nothing: int
+) -> str | None:
+    """Why these ids make no pair, if they do not; a completion of `nothing` scored tokens is empty."""
+    shortest = min(int(mask.sum()) for mask in scored)
     if completions[0] in completions[1:]:
         return SAME_COMPLETIONS
     if shortest <= nothing:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evollm.checks import optional_whole_number, switch, whole_number
-from evollm.data.batch import TokenizedPair
+from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.examples import EXAMPLES
 from evollm.data.kept_tokens import TokenizedSplit
 from evollm.data.remarks import remarks_on
@@ -202,10 +202,10 @@ def _repetitions(pairs: Sequence[TokenizedPair]) -> dict[str, int]:
 
 
 def _longer_sides(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> tuple[float | None, float | None]:
-    """How often the chosen side is the longer one, and how often the rejected one."""
+    """How often the chosen side is the longer one in scored tokens, and how often the rejected one."""
     if row_format.kind is not PAIR or not pairs:
         return None, None
-    excess = np.array([len(pair.chosen_ids) - len(pair.rejected_ids) for pair in pairs])
+    excess = np.array([np.subtract(*pair.num_scored) for pair in pairs])
     return float((excess > 0).mean()), float((excess < 0).mean())
 
 
@@ -218,12 +218,20 @@ def _rendered(
         RenderedRow(
             row=rows[place],
             prompt=str(tokenizer.decode(pairs[place].prompt_ids)),
-            chosen=str(tokenizer.decode(pairs[place].chosen_ids)),
-            rejected=str(tokenizer.decode(pairs[place].rejected_ids)) if len(pairs[place].rejected_ids) else None,
-            num_scored=len(pairs[place].chosen_ids) + len(pairs[place].rejected_ids),
+            chosen=_side(pairs[place].chosen_ids, pairs[place].masks[0], tokenizer),
+            rejected=_side(pairs[place].rejected_ids, pairs[place].masks[1], tokenizer) or None,
+            num_scored=sum(pairs[place].num_scored),
         )
         for place in places
     )
+
+
+def _side(ids: IntArray, mask: BoolArray, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A side as text, what is not scored of it between bars that close and open."""
+    cuts = np.flatnonzero(np.diff(mask)) + 1
+    parts = zip(np.split(ids, cuts), np.split(mask, cuts), strict=True)
+    texts = ((str(tokenizer.decode(part)), bool(scored.all())) for part, scored in parts)
+    return "".join(text if is_scored else f"▐{text}▌" for text, is_scored in texts)
 
 
 def _forecast(

@@ -49,8 +49,9 @@ class RenderedRow:
     Attributes:
         row: Its position in the dataset.
         prompt: What is given. None of its tokens is scored.
-        chosen: The chosen side, or the completion of an example. All of its tokens are scored.
-        rejected: The rejected side, all of whose tokens are scored; None for an example.
+        chosen: The chosen side, or the completion of an example. All of it is scored but what stands between `▐` and
+            `▌`: turns that are not the assistant's.
+        rejected: The rejected side, likewise; None for an example.
         num_scored: Tokens that are scored, of both sides.
     """
 

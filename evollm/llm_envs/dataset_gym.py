@@ -23,7 +23,7 @@ from typing_extensions import Self
 
 from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.data import clock
-from evollm.data.batch import FIELDS, IntArray, PreferenceBatch, TokenizedPair
+from evollm.data.batch import FIELDS, MASK, IntArray, PreferenceBatch, TokenizedPair
 from evollm.data.report import DataReport, count_seen
 from evollm.data.rows import RowFormat
 from evollm.data.tokenization import load_pairs
@@ -33,7 +33,7 @@ from evollm.processes import check_processes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Observation: TypeAlias = dict[str, IntArray]
+Observation: TypeAlias = dict[str, NDArray[Any]]
 Info: TypeAlias = dict[str, Any]
 FloatArray: TypeAlias = NDArray[np.float32]
 
@@ -135,7 +135,9 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         self._evaluation: _Position | None = None
         self.largest_id = max(int(pair.token_ids.max()) for pair in all_pairs)
         largest_id = max(len(tokenizer) - 1, self.largest_id)
-        self.observation_space = _observation_space(self.batch_size, self._row_length, largest_id)
+        self._has_masks = any(pair.chosen_mask is not None or pair.rejected_mask is not None for pair in all_pairs)
+        shape = (self.batch_size, self._row_length)
+        self.observation_space = _observation_space(*shape, largest_id, with_mask=self._has_masks)
         self.action_space = spaces.Box(-np.inf, self.largest_action, (self.batch_size,), np.float32)
 
     @property
@@ -160,7 +162,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the token ids of all pairs in their order."""
+        """Digest of the token ids of all pairs in their order, and of what is not scored."""
         digest = hashlib.blake2b(digest_size=16)
         for split, pairs in self._pairs.items():
             digest.update(f"{split} {len(pairs)}".encode())
@@ -255,7 +257,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
             return observation, reward, False, False, info
         self._position = replace(position, awaiting_action=False)
         info = {"epoch": position.epoch, "index": position.index}
-        return NO_PAIRS.to_observation(self.batch_size, self._row_length), reward, True, False, info
+        return self._observation(NO_PAIRS), reward, True, False, info
 
     # ------------------------------------------------------------------------------------------------------- batches
 
@@ -364,7 +366,10 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
     def _observe_next(self) -> tuple[Observation, Info]:
         batch = self._serve(awaiting_action=True)
         info = {"epoch": self._position.epoch, "index": self._position.index - 1}
-        return batch.to_observation(self.batch_size, self._row_length), info
+        return self._observation(batch), info
+
+    def _observation(self, batch: PreferenceBatch) -> Observation:
+        return batch.to_observation(self.batch_size, self._row_length, with_mask=self._has_masks)
 
     def evaluation_pairs(self, split: str) -> list[TokenizedPair]:
         """The tokenised pairs of a split that agents are scored on, in their order.
@@ -402,9 +407,13 @@ def _epoch_order(seed: int, epoch: int, count: int) -> IntArray:
     return order
 
 
-def _observation_space(num_rows: int, row_length: int, largest_id: int) -> spaces.Space[Observation]:
+def _observation_space(
+    num_rows: int, row_length: int, largest_id: int, *, with_mask: bool
+) -> spaces.Space[Observation]:
     lengths = {name: spaces.Box(0, row_length, (num_rows,), np.int64) for name in FIELDS[1:]}
-    space = spaces.Dict({"input_ids": spaces.Box(0, largest_id, (num_rows, row_length), np.int64), **lengths})
+    mask = {MASK: spaces.MultiBinary((num_rows, row_length))} if with_mask else {}
+    ids = spaces.Box(0, largest_id, (num_rows, row_length), np.int64)
+    space = spaces.Dict({"input_ids": ids, **lengths, **mask})
     # gymnasium types the samples of a Dict as a dictionary of spaces.
     return cast("spaces.Space[Observation]", space)
 

@@ -18,9 +18,9 @@ class PreferenceGym(DatasetGym):
 
     An observation is a batch of B pairs, padded to fixed shapes: `input_ids` (B, L) with `prompt | chosen | rejected`
     in each row, and `prompt_lengths`, `chosen_lengths`, `rejected_lengths` (B,), which are 0 for rows without a pair.
-    An action is the margin of each pair (B,), for example the log-ratio of chosen minus that of rejected, in nats. The
-    reward is the share of the pairs present that it orders rightly: margin > 0, a margin of 0 counts half. An episode
-    is an epoch.
+    Where turns of a completion are not scored there is `scored_mask` (B, L), 1 at the tokens that are. An action is the
+    margin of each pair (B,), for example the log-ratio of chosen minus that of rejected, in nats. The reward is the
+    share of the pairs present that it orders rightly: margin > 0, a margin of 0 counts half. An episode is an epoch.
 
     The order of epoch e is `np.random.default_rng([seed, e]).permutation(n)`, so that seed, epoch and index say
     everything about the position, and every agent that starts from the same position sees the same batches. Train

@@ -18,8 +18,9 @@ class SFTGym(DatasetGym):
     An observation is a batch of B examples, padded to fixed shapes: `input_ids` (B, L) with `prompt | completion` in
     each row, and `prompt_lengths`, `chosen_lengths` (those of completions, with what ends them) and `rejected_lengths`
     (B,), which are 0 for rows without an example; an example is a pair without a rejected side, so that the last are
-    always 0. An action is the log-probability of each completion (B,), summed over its tokens, in nats. The reward is
-    the mean log-probability of a completion token of the examples present. An episode is an epoch.
+    always 0. Where turns of a completion are not scored there is `scored_mask` (B, L), 1 at the tokens that are. An
+    action is the log-probability of each completion (B,), summed over its scored tokens, in nats. The reward is the
+    mean log-probability of a scored token of the examples present. An episode is an epoch.
 
     Prompts and completions get the token ids that [`evollm.llm_envs.PreferenceGym`][] gives to the same texts. The
     order of the batches is the same function of seed, epoch and index.
@@ -58,4 +59,4 @@ class SFTGym(DatasetGym):
     largest_action = 0.0
 
     def _reward(self, numbers: NDArray[Any], pairs: Sequence[TokenizedPair]) -> float:
-        return float(numbers.sum() / sum(len(pair.chosen_ids) for pair in pairs))
+        return float(numbers.sum() / sum(pair.num_scored[0] for pair in pairs))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from evollm.data.batch import IntArray, PreferenceBatch
+from evollm.data.batch import BoolArray, IntArray, PreferenceBatch
 from evollm.errors import ConfigurationError
 from evollm.models.head import token_logprobs
 from evollm.models.logprobs import PairLogprobs, linear_head, shorter_lengths, sums_by_pair, target_logprobs
@@ -62,10 +62,11 @@ class EncodedPairs:
         prompt_ids: (E, P) the prompts, padded on the right; E is B where the sides share them, else S.
         prompt_mask: (E, P) 1 where there is a token.
         decoder_ids: (S, T) the start token and each side without its last token, padded on the right.
-        decoder_mask: (S, T) 1 where there is a token, which predicts a token of the side.
-        targets: (C,) the tokens of all sides.
-        sizes: S lengths of the sides.
-        shorter: S lengths of the shorter sides of the pairs that they belong to.
+        decoder_mask: (S, T) 1 where there is a token.
+        predicting: (S, T) True where a token predicts a scored token of the side.
+        targets: (C,) the scored tokens of all sides.
+        sizes: S numbers of them.
+        shorter: S numbers of the shorter sides of the pairs that they belong to.
         rejected_rows: (S - B,) the pairs that the rejected sides belong to.
         num_pairs: B.
         shared_prompt: Whether the two sides of a pair share one encoded prompt.
@@ -75,6 +76,7 @@ class EncodedPairs:
     prompt_mask: Tensor
     decoder_ids: Tensor
     decoder_mask: Tensor
+    predicting: Tensor
     targets: Tensor
     sizes: tuple[int, ...]
     shorter: tuple[int, ...]
@@ -88,6 +90,7 @@ class EncodedPairs:
         pairs = [batch.pair(row) for row in range(len(batch))]
         rejected_rows = np.flatnonzero(batch.rejected_lengths)
         sides = [pair.chosen_ids for pair in pairs] + [pairs[row].rejected_ids for row in rejected_rows]
+        masks = [pair.masks[0] for pair in pairs] + [pairs[row].masks[1] for row in rejected_rows]
         prompts = [pair.prompt_ids for pair in pairs]
         if not shared_prompt:
             prompts += [pairs[row].prompt_ids for row in rejected_rows]
@@ -99,8 +102,9 @@ class EncodedPairs:
             prompt_mask=prompt_mask,
             decoder_ids=decoder_ids,
             decoder_mask=decoder_mask,
-            targets=torch.from_numpy(np.concatenate(sides)).to(device),
-            sizes=tuple(len(side) for side in sides),
+            predicting=_padded(masks, device)[0].bool(),
+            targets=torch.from_numpy(np.concatenate(sides)[np.concatenate(masks)]).to(device),
+            sizes=tuple(int(mask.sum()) for mask in masks),
             shorter=(*shorter.tolist(), *shorter[rejected_rows].tolist()),
             rejected_rows=torch.from_numpy(rejected_rows).to(device),
             num_pairs=len(pairs),
@@ -121,7 +125,7 @@ def encoder_decoder_logprobs(
     tiled_head: bool = False,
     up_to_shorter: bool = False,
 ) -> list[PairLogprobs]:
-    """Sum the log-probabilities of each side's tokens given the prompt and all tokens of the side before them.
+    """Sum the log-probabilities of each side's scored tokens given the prompt and all tokens of the side before them.
 
     Args:
         network: A sequence-to-sequence language model of transformers.
@@ -139,7 +143,7 @@ def encoder_decoder_logprobs(
         "use_cache": False,
         **_encoder_inputs(network, pairs, num_members),
     }
-    predicting = inputs["decoder_attention_mask"].bool()  # (M S, T)
+    predicting = pairs.predicting.repeat(num_members, 1)  # (M S, T)
     targets = pairs.targets.repeat(num_members)
     if tiled_head:
         head = linear_head(network)
@@ -193,7 +197,7 @@ def _encoder_inputs(network: Any, pairs: EncodedPairs, num_members: int) -> dict
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=for_sides(encoded)), "attention_mask": for_sides(mask)}
 
 
-def _padded(sequences: Sequence[IntArray], device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded(sequences: Sequence[IntArray | BoolArray], device: torch.device) -> tuple[Tensor, Tensor]:
     """(n, L) ids and mask of n sequences."""
     lengths = np.array([len(sequence) for sequence in sequences])
     ids = np.zeros((len(sequences), lengths.max()), dtype=np.int64)

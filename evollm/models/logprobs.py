@@ -71,7 +71,7 @@ class SequenceLayout:
     Attributes:
         input_ids: (S, T) token ids, padded on the right.
         attention_mask: (S, T) 1 where there is a token.
-        completion_mask: (S, T - 1) True where position t predicts a completion's token t + 1.
+        completion_mask: (S, T - 1) True where position t predicts a completion's token t + 1 that is scored.
         rejected_rows: (S - B,) the pairs that the rejected sequences belong to.
     """
 
@@ -88,17 +88,18 @@ def two_sequences(batch: PreferenceBatch) -> SequenceLayout:
     sequences = [np.concatenate([pair.prompt_ids, pair.chosen_ids]) for pair in pairs]
     sequences += [np.concatenate([pairs[row].prompt_ids, pairs[row].rejected_ids]) for row in rejected_rows]
     lengths = np.array([len(sequence) for sequence in sequences])
-    prompt_lengths = np.concatenate([batch.prompt_lengths, batch.prompt_lengths[rejected_rows]])
+    masks = [pair.masks[0] for pair in pairs] + [pairs[row].masks[1] for row in rejected_rows]
 
     input_ids = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
-    for row, sequence in zip(input_ids, sequences, strict=True):
-        row[: len(sequence)] = sequence
+    scored = np.zeros(input_ids.shape, dtype=np.bool_)
+    for row, (sequence, mask) in enumerate(zip(sequences, masks, strict=True)):
+        input_ids[row, : len(sequence)] = sequence
+        scored[row, len(sequence) - len(mask) : len(sequence)] = mask
     columns = np.arange(input_ids.shape[1])
-    targets = columns[1:]
     return SequenceLayout(
         input_ids=input_ids,
         attention_mask=(columns < lengths[:, None]).astype(np.int64),
-        completion_mask=(targets >= prompt_lengths[:, None]) & (targets < lengths[:, None]),
+        completion_mask=scored[:, 1:],
         rejected_rows=rejected_rows,
     )
 
@@ -112,7 +113,7 @@ def completion_logprobs(
     tiled_head: bool = False,
     up_to_shorter: bool = False,
 ) -> PairLogprobs:
-    """Sum the log-probabilities of each completion's tokens given all tokens before them.
+    """Sum the log-probabilities of each completion's scored tokens given all tokens before them.
 
     log pi(y | x) = sum_t log pi(y_t | x, y_<t), the quantity of DPO (arXiv 2305.18290, equation 7). Chosen and
     rejected go through one forward pass.
@@ -191,9 +192,13 @@ def sums_by_pair(
     found = []
     for row in range(len(batch)):
         pair = batch.pair(row)
-        chosen = token_sums(pair.prompt_ids, pair.chosen_ids)
         has_rejected = len(pair.rejected_ids) > 0
+        chosen = token_sums(pair.prompt_ids, pair.chosen_ids)
         rejected = token_sums(pair.prompt_ids, pair.rejected_ids) if has_rejected else chosen.new_zeros(0)
+        if pair.chosen_mask is not None:
+            chosen = chosen[torch.from_numpy(pair.chosen_mask).to(chosen.device)]
+        if pair.rejected_mask is not None:
+            rejected = rejected[torch.from_numpy(pair.rejected_mask).to(rejected.device)]
         shorter = min(len(chosen), len(rejected))
         ends = (None, shorter) if up_to_shorter else (None,)
         found.append([side[:end].sum() for end in ends for side in (chosen, rejected)])
@@ -201,8 +206,8 @@ def sums_by_pair(
 
 
 def shorter_lengths(batch: PreferenceBatch) -> IntArray:
-    """(B,) tokens of each pair's shorter side."""
-    return np.minimum(batch.chosen_lengths, batch.rejected_lengths)
+    """(B,) scored tokens of each pair's shorter side."""
+    return np.minimum(batch.chosen_scored, batch.rejected_scored)
 
 
 def packed_logprobs(
@@ -222,13 +227,13 @@ def packed_logprobs(
     else:
         logits = _logits(network, inputs, packed.predicting)  # (M, C, V)
         found = target_logprobs(logits, packed.targets.expand(num_members, -1))
-    sizes = [size for pair in packed.lengths for size in (pair.chosen, pair.rejected)]
     # Sums of slices, not an index_add: that adds in any order on a GPU.
-    parts = found.split(sizes, dim=1)
+    parts = found.split(packed.scored, dim=1)
     sums = torch.stack([part.sum(dim=1) for part in parts], dim=1)  # (M, 2B)
     if not up_to_shorter:
         return [PairLogprobs(chosen=row[0::2], rejected=row[1::2]) for row in sums]
-    lengths = [min(pair.chosen, pair.rejected) for pair in packed.lengths for _ in range(2)]
+    pairs = zip(packed.scored[0::2], packed.scored[1::2], strict=True)
+    lengths = [min(pair) for pair in pairs for _ in range(2)]
     first = [part[:, :length].sum(dim=1) for part, length in zip(parts, lengths, strict=True)]
     both = torch.stack([sums, torch.stack(first, dim=1)], dim=1)  # (M, 2, 2B)
     return [PairLogprobs.of([side for row in rows for side in (row[0::2], row[1::2])]) for rows in both]

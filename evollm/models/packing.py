@@ -31,13 +31,15 @@ class PackedPairs:
 
     Attributes:
         lengths: (B,) the lengths of each pair's parts.
+        scored: (2B,) tokens of each side that are scored; of each pair first the chosen side's.
         input_ids: (1, N) token ids.
         position_ids: (1, N) position of each token in its own sequence.
-        predicting: (C,) columns whose logits predict a completion token; of each pair first the chosen side's.
+        predicting: (C,) columns whose logits predict a scored token; of each pair first the chosen side's.
         targets: (C,) the tokens that they predict.
     """
 
     lengths: tuple[PairLengths, ...]
+    scored: tuple[int, ...]
     input_ids: Tensor
     position_ids: Tensor
     predicting: Tensor
@@ -50,7 +52,7 @@ class PackedPairs:
         positions: list[IntArray] = []
         predicting: list[IntArray] = []
         targets: list[IntArray] = []
-        lengths = []
+        lengths, scored = [], list[int]()
         start = 0
         for row in range(len(batch)):
             pair = batch.pair(row)
@@ -59,9 +61,15 @@ class PackedPairs:
             end = middle + size.rejected
             ids += [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
             positions += [_range(0, size.prompt + size.chosen), _range(size.prompt, size.prompt + size.rejected)]
-            predicting += [_range(fork - 1, middle - 1), _range(fork - 1, fork)[: size.rejected]]
-            predicting += [_range(middle, end - 1)]
-            targets += [pair.chosen_ids, pair.rejected_ids]
+            first = _range(fork - 1, fork)
+            columns = (
+                _range(fork - 1, middle - 1),
+                np.concatenate([first[: size.rejected], _range(middle, end - 1)]),
+            )
+            for column, side, mask in zip(columns, (pair.chosen_ids, pair.rejected_ids), pair.masks, strict=True):
+                predicting.append(column[mask])
+                targets.append(side[mask])
+            scored += pair.num_scored
             lengths.append(size)
             start = end
 
@@ -70,6 +78,7 @@ class PackedPairs:
 
         return cls(
             lengths=tuple(lengths),
+            scored=tuple(scored),
             input_ids=tensor(ids).unsqueeze(0),
             position_ids=tensor(positions).unsqueeze(0),
             predicting=tensor(predicting),

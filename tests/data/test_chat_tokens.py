@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from chat_templates import FAMILIES, ROWS, WITH_TOOLS, family_tokenizer
+from chat_templates import FAMILIES, ROWS, WITH_TOOLS, family_tokenizer, only, template_ids
 
-from evollm.data import TokenizedPair, load_pairs
 from evollm.data.examples import EXAMPLES
-from evollm.data.rows import RowFormat
-from evollm.data.sources import PAIRS
 
 CASES = [(family, case) for family in FAMILIES for case in ROWS if "tool" not in case or family in WITH_TOOLS]
-
-
-def template_ids(tokenizer: Any, row: dict[str, Any], *side: dict[str, Any], generation: bool = False) -> list[int]:
-    """What the model is given at inference, by the tokenizer's own method."""
-    encoding = tokenizer.apply_chat_template(
-        [*row["prompt"], *side],
-        tools=row.get("tools"),
-        add_generation_prompt=generation,
-        return_dict=True,
-        **row.get("chat_template_kwargs", {}),
-    )
-    return list(encoding["input_ids"])
-
-
-def only(tokenizer: Any, row: dict[str, Any], row_format: RowFormat = PAIRS, **limits: Any) -> TokenizedPair:
-    (pair,), _ = load_pairs([row], tokenizer, name="train", row_format=row_format, **limits)
-    return pair
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])

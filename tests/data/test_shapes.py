@@ -19,7 +19,7 @@ from evollm import ConfigurationError, DataError, PreferenceGym, SFTGym
 from evollm.config import parse_config
 from evollm.data import read_examples, read_pairs
 from evollm.data.examples import EXAMPLES, UNKNOWN_LABEL
-from evollm.data.prompts import ENDS_WITH_ANSWER, TWO_SYSTEMS, USER_IN_COMPLETION
+from evollm.data.prompts import ENDS_WITH_ANSWER, OTHERS_IN_COMPLETION, TWO_SYSTEMS
 from evollm.data.rows import NO_SIDE_IS_BETTER, REPEATED_PROMPT, ChatPair, RowFormat, TextPair, read_dataset
 from evollm.data.sources import PAIRS
 from evollm.data.tokenization import load_pairs
@@ -331,13 +331,13 @@ def test_rows_that_are_missing_something_do_not_hide_that_the_prompt_is_repeated
     assert read_pairs(rows, "data") == ([TextPair(0, "Is it?", " yes", " no")], {"rejected is missing": [1]})
 
 
-def test_user_turns_in_a_completion_are_said() -> None:
+def test_turns_of_others_in_a_completion_are_said() -> None:
     rows = [
         {"prompt": [user("a")], "chosen": [bot("b"), *more, bot("c")], "rejected": [bot("d")]}
         for more in ([user("e")], [{"role": "tool", "content": "x"}])
     ]
     _, report = load_pairs(rows, chatml_tokenizer(), name="train")
-    assert report.warning == f"1 with {USER_IN_COMPLETION}: row 0"
+    assert report.warning == f"2 with {OTHERS_IN_COMPLETION}: rows 0, 1"
 
 
 @pytest.mark.parametrize(
