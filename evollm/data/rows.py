@@ -195,23 +195,32 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
     return found, dropped
 
 
-def read_each(rows: Rows, field: str, row_format: RowFormat) -> Iterator[tuple[int, TextPair | ChatPair | str]]:
+def read_each(rows: Rows, field: str, row_format: RowFormat) -> list[tuple[int, TextPair | ChatPair | str]]:
     """Each row's position with what it holds, or with the reason why it cannot be used.
 
     Raises:
-        DataError: A row says something in a column that would not be used.
+        DataError: More rows say something in a column that would not be used than can be used; fewer are odd ones.
     """
+    found: list[tuple[int, TextPair | ChatPair | str]] = []
+    odd: list[tuple[int, str, UnusedColumnError]] = []
     for number, row in zip(rows.positions, rows, strict=True):
         try:
-            yield number, row_format.read(number, row)
+            found.append((number, row_format.read(number, row)))
         except UnusableRowError as unusable:
-            yield number, str(unusable)
+            found.append((number, str(unusable)))
         except RecursionError:
-            yield number, NESTED_TOO_DEEPLY
+            found.append((number, NESTED_TOO_DEEPLY))
         except UnusedColumnError as unused:
             column = next((layout.roles[unused.role] for layout in rows.layouts if unused.role in layout.roles), "")
-            fix = f"{column!r} {unused}; say columns: {{ignore: [{column}]}}, or leave it out of the data"
-            raise DataError(field, f"row {number}", fix) from None
+            odd.append((number, column, unused))
+            found.append((number, f"whose {column!r} {unused}"))
+    usable = sum(not isinstance(pair, str) for _, pair in found)
+    if len(odd) > usable:
+        number, column, first = odd[0]
+        others = f" (so it is in {len(odd)} of {len(rows)} rows)" if len(rows) > 1 else ""
+        fix = f"{column!r} {first}{others}; say columns: {{ignore: [{column}]}}, or leave it out of the data"
+        raise DataError(field, f"row {number}", fix)
+    return found
 
 
 def read_rows(dataset: object, field: str, row_format: RowFormat) -> Rows:

@@ -644,6 +644,38 @@ def test_a_row_that_says_more_than_is_used_is_refused_with_its_column(row: Json,
     assert len(read_dataset([row], "data", PAIRS.with_columns({"ignore": [column]}))[0]) == 1
 
 
+ODD_PAIRS: list[tuple[Json, Json, str]] = [
+    ({**PAIR, "messages": [user("Is it?")]}, {**PAIR, "messages": [user("Something else?")]}, "messages"),
+    ({**PAIR, "tools": None}, {**PAIR, "tools": [{"name": "x"}]}, "tools"),
+    (
+        {"prompt": "a", "chosen": [user("a"), bot("b")], "rejected": [user("a"), bot("c")]},
+        {"prompt": "Be a pirate.", "chosen": [user("a"), bot("b")], "rejected": [user("a"), bot("c")]},
+        "prompt",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "odd", "column"), ODD_PAIRS)
+def test_a_few_rows_that_say_more_than_is_used_are_dropped_and_counted_and_most_are_refused(
+    row: Json, odd: Json, column: str
+) -> None:
+    pairs, dropped = read_pairs([row, odd, row], "data")
+    assert [pair.row for pair in pairs] == [0, 2]
+    ((reason, rows),) = dropped.items()
+    assert rows == [1]
+    assert reason.startswith(f"whose {column!r} ")
+    report = load_pairs([row, odd, row], chatml_tokenizer(), name="train")[1]
+    assert f"1 {reason}: row 1" in str(report)
+    with pytest.raises(DataError, match=rf"data='row 0': '{column}' .*in 2 of 3 rows.*ignore: \[{column}\]"):
+        read_pairs([odd, odd, row], "data")
+
+
+def test_a_few_conversations_that_lack_their_prompt_are_dropped_and_counted_too() -> None:
+    rows = [{"messages": [user("a"), bot("b")], "prompt": prompt} for prompt in ("a", "other", "a")]
+    examples, dropped = read_examples(rows, "data")
+    assert ([example.row for example in examples], list(dropped.values())) == ([0, 2], [[1]])
+
+
 @pytest.mark.parametrize("tools", [None, [], "[]", float("nan")])
 def test_no_tools_beside_text_are_no_tools(tools: Any) -> None:
     assert read_pairs([{**PAIR, "tools": tools}], "data") == ([TextPair(0, "Is it?", " yes", " no")], {})
