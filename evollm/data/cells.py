@@ -33,6 +33,7 @@ _RESERVED = frozenset(
 EMPTY_COMPLETION = "empty completion"
 INVALID_UNICODE = "text that is not valid Unicode"
 MALFORMED_MESSAGES = "malformed messages"
+WITHOUT_ROLES = "a list of texts that do not say who speaks (role and content)"
 MALFORMED_TOOLS = "tools is not a list of functions or JSON schemas"
 MALFORMED_TEMPLATE_KWARGS = "chat_template_kwargs is not a mapping of names to values"
 # A template is a program: one that never ends would stop the run.
@@ -77,6 +78,8 @@ def cell(row: Row, name: str) -> str | list[Message]:
     if isinstance(value, Mapping):
         return [_message(value)]
     if _is_list(value):
+        if len(value) and all(isinstance(item, str) for item in value):
+            raise UnusableRowError(WITHOUT_ROLES)
         return [_message(item) for item in value]
     raise UnusableRowError(f"{name} is neither text nor messages")
 

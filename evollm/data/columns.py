@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,21 +10,19 @@ from evollm.data.mapping import ColumnMapping, value_of
 from evollm.data.shapes import (
     ANSWERS,
     CONVERSATIONS,
-    ENDINGS,
     EXAMPLE,
     FIRST,
+    GOODNESS,
     IMAGES,
     LABELS,
     MEANT,
-    NO_ANSWERS,
-    OTHER_LABELS,
     PAIR,
-    SECOND,
-    TIE,
+    SEVERAL,
     Kind,
     Shape,
     Values,
 )
+from evollm.data.two_answers import UNKNOWN_LABEL, good_or_bad, in_yaml, two_answers
 from evollm.errors import DataError
 
 # Columns that a dataset need not have, so that nobody would notice that they are not read.
@@ -34,8 +30,6 @@ _OPTIONAL = ("prompt", "tools", "chat_template_kwargs")
 # How alike names are, from 0 to 1. A column that is not needed must be very like one that is known to be taken for it:
 # a dataset may well have a prompt_id.
 _MISSING_LIKE, _UNUSED_LIKE = 0.6, 0.85
-# Letters first, so that it is no number; true, null and the like are no names that anybody gives a column.
-_PLAIN_IN_YAML = re.compile(r"[A-Za-z][\w.-]*( [\w.-]+)*")
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,8 @@ def layout_of(columns: Sequence[str], kind: Kind, mapping: ColumnMapping, where:
         fix = f"which value of {roles['label']!r} means what? columns: {{label: {{column: {roles['label']}, ...}}}}"
         raise DataError(where, seen, fix)
     unused = [name for name in names if name not in roles.values()]
-    fix = _conflict(shape, unused, kind) or _unused_that_matters([n for n in unused if n in free], roles, kind)
+    left = [name for name in unused if name in free]
+    fix = _conflict(shape, unused, kind) or _unused_that_matters(left, roles, kind) or _unused_of_examples(left, roles)
     if fix:
         raise DataError(where, seen, fix)
     return Layout(shape.name, roles, values, tuple(unused))
@@ -115,6 +110,13 @@ def _fits(shape: Shape, mapping: ColumnMapping, free: Collection[str]) -> bool:
 
 
 def _lacking(columns: Sequence[str], kind: Kind, mapping: ColumnMapping) -> str:
+    several = next((name for name in SEVERAL if name in columns and not mapping.roles), None)
+    if several is not None and not _sides_of(columns, kind):
+        return (
+            f"is not a dataset of {'pairs' if kind is PAIR else 'prompts and completions'}: {several!r} holds several "
+            "answers in a row; write a row of each that you want, with the columns "
+            + " and ".join(("prompt", *kind.sides))
+        )
     given = mapping.roles.keys()
     missing = [side for side in kind.sides if side not in columns and side not in given]
     line = suggestion(columns, kind, mapping)
@@ -149,40 +151,38 @@ def suggestion(columns: Sequence[str], kind: Kind, mapping: ColumnMapping | None
         return ""
     free = [name for name in free if name not in sides.values() and name not in sides.get("label", "")]
     given: dict[str, str] = {}
+    prefix = f"{next(iter(sides.values())).partition('_')[0]}_"  # such as orig_instruction beside orig_response_A
     for role in ("prompt", "input", "system", "history"):
-        names = (role, *MEANT[role])
+        names = (*(f"{prefix}{name}" for name in MEANT[role]), role, *MEANT[role])
         found = next((name for name in names if name in free and role not in roles), None)
         if found is not None and found not in given.values() and (role != "input" or "prompt" in given):
             given[role] = found
             free.remove(found)
     # What has the name of its role is found without being named.
     named = {role: name for role, name in {**given, **sides}.items() if name != role or role == "input"}
-    inner = ", ".join(
-        f"{role}: {name if role == 'label' else in_yaml(name)}" for role, name in {**roles, **named}.items()
+    parts = [f"{role}: {name if role == 'label' else in_yaml(name)}" for role, name in {**roles, **named}.items()]
+    left = [name for name in free if _unused_that_matters([name], {**roles, **given, **sides}, kind)]
+    inner = ", ".join([*parts, f"ignore: [{', '.join(map(in_yaml, left))}]"] if left else parts)
+    unknown = UNKNOWN_LABEL in sides.get("label", "")
+    where = (
+        f", where {UNKNOWN_LABEL} is a column of yours that says which answer is better, by these values"
+        if unknown
+        else ""
     )
-    return f"say which column is what, as in columns: {{{inner}}}"
+    return f"say which column is what, as in columns: {{{inner}}}{where}"
 
 
 def _sides_of(columns: Sequence[str], kind: Kind) -> dict[str, str]:
     """The columns that look like answers, by role; of a label what a configuration would say."""
     if kind is EXAMPLE:
         found = next((name for name in ("completion", *ANSWERS["completion"]) if name in columns), None)
-        return {} if found is None else {"completion": found}
+        good = next((name for name in columns if name.strip().lower() in GOODNESS), None)
+        label = {"label": good_or_bad(good)} if good and found else {}
+        return {"completion": found, **label} if found else {}
     named = {side: next((name for name in (side, *ANSWERS[side]) if name in columns), None) for side in kind.sides}
     if all(named.values()):
         return {side: name for side, name in named.items() if name}
-    for first, second, tie in ENDINGS:
-        for name in columns:
-            other = name[:-1] + (second.upper() if name[-1:].isupper() else second)
-            if name[-1:].lower() == first and len(name) > 1 and other in columns and not _is_no_answer(name):
-                label = next((one for one in (*LABELS, *OTHER_LABELS) if one in columns), "LABEL")
-                values = f"{{column: {in_yaml(label)}, {FIRST}: {first}, {SECOND}: {second}, {TIE}: {tie}}}"
-                return {FIRST: name, SECOND: other, "label": values}
-    return {}
-
-
-def _is_no_answer(name: str) -> bool:
-    return not NO_ANSWERS.isdisjoint(re.findall(r"[a-z]+", name.lower()))
+    return two_answers(columns)
 
 
 def _missing_hint(missing: Sequence[str], columns: Sequence[str], known: Collection[str]) -> str:
@@ -238,6 +238,23 @@ def _unused_that_matters(unused: Sequence[str], roles: Mapping[str, str], kind: 
     return ""
 
 
+def _unused_of_examples(unused: Sequence[str], roles: Mapping[str, str]) -> str:
+    """What is wrong with rows of examples of which something would be left unused; or ""."""
+    if "text" in roles and "role" in unused:
+        return (
+            "has a column 'role' that would not be used: a row is one message; join those of a conversation in a "
+            "column messages, or say columns: {ignore: [role]} to learn from all texts alike"
+        )
+    good = next((name for name in unused if name.strip().lower() in GOODNESS), None)
+    if good is not None and {"completion", "messages", "text"} & roles.keys() and "label" not in roles:
+        name = in_yaml(good)
+        return (
+            f"has a column {good!r} that would not be used; to learn from the good ones alone say columns: "
+            f"{{label: {good_or_bad(good)}}}, or {{ignore: [{name}]}}"
+        )
+    return ""
+
+
 def _would_not_be_used(column: str, role: str) -> str:
     said = _said(column, role)
     # There is no name by which further input is always taken for it.
@@ -249,11 +266,6 @@ def _would_not_be_used(column: str, role: str) -> str:
 def _said(column: str, role: str) -> str:
     name = in_yaml(column)
     return f"say columns: {{{role}: {name}}} or {{ignore: [{name}]}}"
-
-
-def in_yaml(name: str) -> str:
-    """The name as it can stand in a mapping of YAML."""
-    return name if _PLAIN_IN_YAML.fullmatch(name) else json.dumps(name)
 
 
 def _nearest(name: str, columns: Sequence[str], cutoff: float) -> str | None:

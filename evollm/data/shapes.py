@@ -101,6 +101,12 @@ PAIR = Kind(
             {**_PROMPTS, **_GIVEN, "other_label": ("safer_response_id",)},
             _BY_NUMBER,
         ),
+        Shape(
+            "SHP",
+            {FIRST: "human_ref_A", SECOND: "human_ref_B", "label": "labels"},
+            {"prompt": ("prompt", "history"), "system": ("system",)},
+            {FIRST: ("1",), SECOND: ("0",)},
+        ),
         Shape("the safer of two", {**_ANSWERS, "label": "safer_response_id"}, {**_PROMPTS, **_GIVEN}, _BY_NUMBER),
     ),
     sides=("chosen", "rejected"),
@@ -142,7 +148,17 @@ MEANT: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "post",
             "history",
         ),
-        "input": ("input", "context", "passage", "document", "background", "article", "inputs", "evidence"),
+        "input": (
+            "input",
+            "context",
+            "passage",
+            "document",
+            "background",
+            "article",
+            "inputs",
+            "evidence",
+            "initial_reason_steps",
+        ),
         "system": ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "persona"),
         "history": ("history", "chat_history", "dialogue_history", "dialog_history", "conversation_history"),
         "tools": ("tools", "functions", "available_tools"),
@@ -155,14 +171,34 @@ IMAGES = ("image", "images", "videos", "video", "audio", "audios")
 # What sides are called elsewhere: for the line that a message spells out.
 ANSWERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "chosen": ("accepted", "preferred", "positive", "better", "good", "win", "response_chosen", "chosen_response"),
-        "rejected": ("dispreferred", "negative", "worse", "bad", "lose", "response_rejected", "rejected_response"),
+        "chosen": (
+            "accepted",
+            "preferred",
+            "positive",
+            "better",
+            "good",
+            "win",
+            "response_chosen",
+            "chosen_response",
+            "response_j",
+        ),
+        "rejected": (
+            "dispreferred",
+            "negative",
+            "worse",
+            "bad",
+            "lose",
+            "response_rejected",
+            "rejected_response",
+            "response_k",
+        ),
         "completion": ("output", "response", "answer", "target", "solution", "reply", "outputs", "responses"),
     }
 )
-# What comes in twos beside the answers, as a part of a name.
-NO_ANSWERS = frozenset(
-    {"id", "ids", "model", "score", "scores", "rating", "annotator", "label", "rank", "safe", "name"}
+# Columns of examples that say whether a completion is a good one, and are no label by their name alone.
+GOODNESS = (
+    *("labels", "kto_tag", "desirable", "is_desirable", "preferred", "is_preferred", "is_good", "good", "is_chosen"),
+    *("if_chosen", "is_safe", "accepted", "is_accepted", "thumbs_up", "binary_label", "is_correct"),
 )
-# Two answers that differ in the last character of their names: the first, the second, neither.
-ENDINGS = (("1", "2", "0"), ("0", "1", "-1"), ("a", "b", "tie"))
+# Columns with lists of answers to one prompt, as in UltraFeedback, Nectar and stack-exchange-preferences.
+SEVERAL = ("completions", "answers", "responses", "generations", "candidates", "summaries", "replies")

@@ -441,15 +441,12 @@ def test_the_line_that_a_message_spells_out_loads_the_rows(
     ("row", "line"),
     [
         (
-            {
-                "history": "Post.",
-                "c_root_id_A": 1,
-                "c_root_id_B": 2,
-                "human_ref_A": "a",
-                "human_ref_B": "b",
-                "labels": 1,
-            },
-            "{prompt: history, first: human_ref_A, second: human_ref_B, label: {column: labels,",
+            {"history": "Post.", "c_root_id_A": 1, "c_root_id_B": 2, "ref_A": "a", "ref_B": "b", "labels": 1},
+            "{prompt: history, first: ref_A, second: ref_B, label: {column: labels,",
+        ),
+        (
+            {"prompt": "a", "created_at_1": 1, "created_at_2": 2, "answer_1": "b", "answer_2": "c", "verdict": 1},
+            "{first: answer_1, second: answer_2, label: {column: verdict,",
         ),
         (
             {"model_a": "x", "model_b": "y", "winner": "model_a", "conversation_a": TALK, "conversation_b": TALK},

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from evollm.data.cells import EMPTY_COMPLETION, INVALID_UNICODE, MALFORMED_MESSAGES
+from evollm.data.cells import EMPTY_COMPLETION, INVALID_UNICODE, MALFORMED_MESSAGES, WITHOUT_ROLES
 from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, TextPair
 from evollm.data.sources import DIFFERENT_PROMPTS, SAME_COMPLETIONS, read_pairs
 from evollm.errors import DataError
@@ -320,7 +320,7 @@ def test_keys_that_arrow_filled_with_none_are_not_part_of_a_message() -> None:
         ({"chosen": [user("a"), bot("b")], "rejected": [user("c"), bot("d")]}, DIFFERENT_PROMPTS),
         ({"prompt": [user("a")], "chosen": [user("b"), bot("c")], "rejected": [bot("d")]}, DIFFERENT_PROMPTS),
         ({"chosen": [{"role": "user"}], "rejected": [bot("a")]}, MALFORMED_MESSAGES),
-        ({"chosen": ["a"], "rejected": [bot("a")]}, MALFORMED_MESSAGES),
+        ({"chosen": ["a"], "rejected": [bot("a")]}, WITHOUT_ROLES),
         ({"chosen": [bot("a")], "rejected": [bot("b")]}, NO_PROMPT_MESSAGE),
         ({"chosen": "a", "rejected": [user("b"), bot("c")]}, MIXED_KINDS),
         ({"prompt": [user("a"), bot("b")], "chosen": "c", "rejected": "d"}, MIXED_KINDS),
