@@ -33,6 +33,7 @@ _RESERVED = frozenset(
 EMPTY_COMPLETION = "empty completion"
 INVALID_UNICODE = "text that is not valid Unicode"
 MALFORMED_MESSAGES = "malformed messages"
+NOT_TO_BE_LEARNT = "a completion that says that it is not to be learnt (weight 0, or train: false)"
 WITHOUT_ROLES = "a list of texts that do not say who speaks (role and content)"
 MALFORMED_TOOLS = "tools is not a list of functions or JSON schemas"
 MALFORMED_TEMPLATE_KWARGS = "chat_template_kwargs is not a mapping of names to values"
@@ -44,6 +45,8 @@ MALFORMED_HISTORY = "history is not a list of [question, answer]"
 
 # A message, or a list of them, written out. An answer may be JSON too: it is messages only if it says who speaks.
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|tool_calls|name|from|value)["']\s*:""")
+# The same in other orders of keys, or written out twice.
+_MAY_HOLD_MESSAGES = re.compile(r"""\s*(\[\s*\{|"\s*\[?\s*\{)""")
 _WHO = ("role", "from")
 _TURN = ("user", "assistant")
 
@@ -183,20 +186,27 @@ def says_nothing(completion: Sequence[Message] | str) -> bool:
     return not any(message.get("content", "").strip() or len(message.get("tool_calls", ())) for message in completion)
 
 
-def speaks(message: Message, first: Message) -> bool:
-    """Whether it is the assistant that speaks in a message of a completion that begins with `first`."""
-    return message["role"] in (first["role"], "assistant")
+def is_learnt(message: Message, first: Message) -> bool:
+    """Whether a message of a completion that begins with `first` is to be learnt.
+
+    The assistant's are, unless they say that they are not: by a `weight` of 0 (OpenAI) or `train: false` (axolotl).
+    """
+    is_left_out = message.get("weight") == 0 or message.get("train") is False or message.get("training") is False
+    return message["role"] in (first["role"], "assistant") and not is_left_out
 
 
-def others_speak(completion: Sequence[Message]) -> bool:
-    """Whether a completion holds turns that are not the assistant's."""
-    return not all(speaks(message, completion[0]) for message in completion)
+def is_learnt_in_part(completion: Sequence[Message]) -> bool:
+    """Whether a completion holds turns that are not to be learnt."""
+    return not all(is_learnt(message, completion[0]) for message in completion)
 
 
 def require_text(*completions: Sequence[Message] | str) -> None:
-    """Raise `UnusableRowError` unless each completion says something."""
+    """Raise `UnusableRowError` unless each completion says something that is to be learnt."""
     if any(map(says_nothing, completions)):
         raise UnusableRowError(EMPTY_COMPLETION)
+    for side in completions:
+        if not isinstance(side, str) and not any(is_learnt(message, side[0]) for message in side):
+            raise UnusableRowError(NOT_TO_BE_LEARNT)
 
 
 def require_unicode(text: str) -> None:
@@ -229,7 +239,11 @@ def _messages_in(text: str) -> object:
     """
     looks = _MESSAGES_AS_TEXT.match(text)
     if not looks:
-        return text
+        found = _structure(text) if _MAY_HOLD_MESSAGES.match(text) else text
+        if isinstance(found, str) and found != text and len(found) < len(text):
+            inner = _messages_in(found)  # JSON in JSON
+            return text if isinstance(inner, str) else inner
+        return found if _is_list(found) and found and all(map(_is_whole_message, found)) else text
     value = _structure(text)
     items = [value] if isinstance(value, Mapping) else value
     if isinstance(items, str):
@@ -238,6 +252,13 @@ def _messages_in(text: str) -> object:
         return text
     says_who = any(isinstance(item, Mapping) and any(isinstance(item.get(who), str) for who in _WHO) for item in items)
     return value if says_who else text
+
+
+def _is_whole_message(item: object) -> bool:
+    return isinstance(item, Mapping) and any(
+        isinstance(item.get(who), str) and isinstance(item.get(what), str)
+        for who, what in zip(_WHO, ("content", "value"), strict=True)
+    )
 
 
 def _structure(value: object) -> Any:

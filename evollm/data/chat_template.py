@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from evollm.data import clock
-from evollm.data.cells import Message, UnusableRowError, others_speak, speaks
+from evollm.data.cells import Message, UnusableRowError, is_learnt, is_learnt_in_part
 from evollm.data.rows import ChatPair, TextPair, Turns
 from evollm.data.sources import shared_length
 from evollm.errors import DataError
@@ -92,7 +92,7 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedC
     wholes = tuple(render([*pair.prompt, *side], False) for side in pair.completions)
     turns = tuple(
         _turns_of([*pair.prompt, *side], len(pair.prompt), whole, render, str(tokenizer.eos_token or ""))
-        if others_speak(side)
+        if is_learnt_in_part(side)
         else None
         for side, whole in zip(pair.completions, wholes, strict=True)
     )
@@ -111,7 +111,7 @@ def _turns_of(messages: Sequence[Message], first: int, whole: str, render: _Rend
     end = 0
     for number in range(first, len(messages)):
         message = messages[number]
-        if not speaks(message, messages[first]):
+        if not is_learnt(message, messages[first]):
             continue
         start = _start_of_turn(message, render(messages[:number], False), render(messages[:number], True), whole)
         if start is None or start < end:
@@ -119,7 +119,8 @@ def _turns_of(messages: Sequence[Message], first: int, whole: str, render: _Rend
         end = _end_of_turn(message, start, render(messages[: number + 1], False), whole, eos) or 0
         if end <= start:
             raise UnusableRowError(TURNS_NOT_FOUND)
-        found.append((start, end))
+        # The first turn begins where the completion does.
+        found.append((0 if number == first else start, end))
     return tuple(found)
 
 

@@ -13,15 +13,15 @@ from evollm.data.cells import (
     UnusableRowError,
     cell,
     history,
+    is_learnt_in_part,
     is_missing,
     optional_text,
-    others_speak,
     template_arguments,
 )
 from evollm.data.rows import MIXED_KINDS, REMARK, SPOKEN, UnusedColumnError
 
 TWO_SYSTEMS = "two system texts that differ"
-OTHERS_IN_COMPLETION = "turns in a completion that are not the assistant's, and are not scored"
+OTHERS_IN_COMPLETION = "turns in a completion that are not the assistant's, or not to be learnt, and are not scored"
 ENDS_WITH_ANSWER = "the conversation ends with an answer that is not the chosen one"
 
 
@@ -146,7 +146,7 @@ def require_no_template(row: Row) -> None:
 def remarks_of(row: Row, *completions: Sequence[Message]) -> tuple[str, ...]:
     """What is strange about a row."""
     found = [row[REMARK]] if REMARK in row else []
-    if any(map(others_speak, completions)):
+    if any(map(is_learnt_in_part, completions)):
         found.append(OTHERS_IN_COMPLETION)
     low, high = _number(row.get("score_chosen")), _number(row.get("score_rejected"))
     if low is not None and high is not None and low < high:

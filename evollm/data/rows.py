@@ -23,6 +23,7 @@ NO_PROMPT_MESSAGE = "no message before the completion"
 MIXED_KINDS = "text and messages mixed"
 NO_SIDE_IS_BETTER = "neither side is better"
 REPEATED_PROMPT = "the prompt repeated in front of their sides, from which it was taken off"
+PROMPT_TWICE = "the prompt repeated in front of their sides, as other rows have not, so that it is there twice"
 # Keys of rows beside the roles of their columns.
 SPOKEN, REMARK, LABELLED = "spoken", "remark", "labelled"
 
@@ -319,8 +320,8 @@ def _choose(row: Row, layout: Layout, number: int, field: str) -> None:
 
 
 def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
-    """Give string sides without the prompt, where all rows have it in front of them too."""
-    repeats = []
+    """Give string sides without the prompt, where all rows have it in front of them too; else remark on those rows."""
+    repeats, others = [], False
     for row in rows:
         prompt, texts = row.get("prompt"), [row.get(side) for side in sides]
         if any(map(is_missing, (prompt, *texts))) or any(isinstance(text, UnreadableCell) for text in texts):
@@ -329,12 +330,14 @@ def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
             not isinstance(prompt, str)
             or not prompt.strip()
             or any(_is_filled(row.get(more)) for more in ("input", "history"))
+            or not all(isinstance(text, str) and text.startswith(prompt) for text in texts)
         ):
-            return
-        if not all(isinstance(text, str) and text.startswith(prompt) for text in texts):
-            return
+            others = True
+            continue
         repeats.append(row)
-    for row in repeats:
+    for row in repeats if others else ():
+        row.setdefault(REMARK, PROMPT_TWICE)
+    for row in () if others else repeats:
         row.update({side: row[side][len(row["prompt"]) :] for side in sides})
         row[REMARK] = REPEATED_PROMPT
 

@@ -300,9 +300,9 @@ def _mask(turns: Turns, text: str, ids: Ids, start: int, encode: Callable[[list[
     ends = encode([text[:place] for turn in turns for place in turn])
     places = iter([shared_length(part, ids) for part in ends])
     mask = np.zeros(len(ids), np.bool_)
-    for number, (_, end) in enumerate(turns):
+    for begin, end in turns:
         first, last = next(places), next(places)
-        mask[start if number == 0 else first : len(ids) if end == len(text) else last] = True
+        mask[first if begin else start : len(ids) if end == len(text) else last] = True
     return mask[start:]
 
 

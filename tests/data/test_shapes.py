@@ -20,7 +20,15 @@ from evollm.config import parse_config
 from evollm.data import read_examples, read_pairs
 from evollm.data.examples import EXAMPLES, UNKNOWN_LABEL
 from evollm.data.prompts import ENDS_WITH_ANSWER, OTHERS_IN_COMPLETION, TWO_SYSTEMS
-from evollm.data.rows import NO_SIDE_IS_BETTER, REPEATED_PROMPT, ChatPair, RowFormat, TextPair, read_dataset
+from evollm.data.rows import (
+    NO_SIDE_IS_BETTER,
+    PROMPT_TWICE,
+    REPEATED_PROMPT,
+    ChatPair,
+    RowFormat,
+    TextPair,
+    read_dataset,
+)
 from evollm.data.sources import PAIRS
 from evollm.data.tokenization import load_pairs
 
@@ -736,3 +744,61 @@ def test_a_row_that_leaves_out_what_others_have_is_dropped_and_counted(container
     assert ([pair.row for pair in pairs], dropped) == ([0], {"prompt is missing": [1]})
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a"}]
     assert read_examples(CONTAINERS[container](rows, tmp_path), "data")[1] == {"completion is missing": [1]}
+
+
+# --------------------------------------------------------------------------------------- messages that are written out
+
+WRITTEN_OUT = [
+    json.dumps([{"id": 1, "content": "Tea?", "role": "user"}, {"id": 2, "content": "Yes", "role": "assistant"}]),
+    json.dumps(json.dumps([user("Tea?"), bot("Yes")])),
+    json.dumps(json.dumps([{"weight": 1, **says("human", "Tea?")}, {"weight": 1, **says("gpt", "Yes")}])),
+    str([{"id": 1, **user("Tea?")}, {"id": None, **bot("Yes")}]),
+]
+
+
+@pytest.mark.parametrize("text", WRITTEN_OUT)
+def test_messages_in_other_orders_or_written_out_twice_are_messages(text: str) -> None:
+    (example,), _ = read_examples([{"messages": text}], "data")
+    assert (example.prompt[0]["content"], example.chosen[0]["content"]) == ("Tea?", "Yes")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[{"id": 1, "from": "Paris", "to": "Rome"}]',
+        '"{quoted}"',
+        '"[{"',
+        "[{x}]",
+        '[{"a": 1}]',
+        '"a" and "b"',
+    ],
+)
+def test_answers_that_are_json_or_in_quotation_marks_stay_text(answer: str) -> None:
+    row = {"prompt": "a", "completion": answer}
+    assert read_examples([row], "data") == ([TextPair(0, "a", answer)], {})
+
+
+def test_a_prompt_that_only_some_rows_repeat_is_said_to_be_there_twice() -> None:
+    rows = [{"prompt": "Is it?", "chosen": f"{p} yes", "rejected": f"{p} no"} for p in ("Is it?", "Is it?", "")]
+    pairs, report = load_pairs(rows, make_tokenizer(), name="train")
+    assert report.warning == f"2 with {PROMPT_TWICE}: rows 0, 1"
+    assert len(pairs) == 3
+
+
+@pytest.mark.parametrize("column", ["documents", "choices", "options", "knowledge"])
+def test_what_a_question_is_asked_about_is_not_left_unused(column: str) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", column: "d"}
+    with pytest.raises(DataError, match=rf"would not be used; say columns: {{input: {column}}} or {{ignore"):
+        read_pairs([row], "data")
+    (pair,), _ = read_dataset([row], "data", PAIRS.with_columns({"input": column}))
+    assert pair.prompt == "a\nd"
+
+
+@pytest.mark.parametrize("column", ["kto_tag", "is_safe", "desirable", "labels"])
+def test_what_says_that_a_completion_is_good_is_not_left_unused(column: str) -> None:
+    rows = [{"prompt": "a", "completion": f"b{value}", column: value} for value in (True, False, 1, 0)]
+    with pytest.raises(DataError, match=f"column '{column}' that would not be used") as error:
+        read_examples(rows, "data")
+    line = str(error.value).split("say ")[1].split(", or {")[0]
+    columns = parse_config(line, "message")["columns"]
+    assert [e.row for e in read_dataset(rows, "data", EXAMPLES.with_columns(columns))[0]] == [0, 2]

@@ -25,6 +25,7 @@ from tokenizers_for_tests import make_tokenizer
 from evollm import DataError, PreferenceGym, SFTGym, inspect_data
 from evollm.data import load_pairs
 from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.cells import NOT_TO_BE_LEARNT
 from evollm.data.chat_template import TURNS_NOT_FOUND
 from evollm.data.examples import EXAMPLES
 from evollm.data.prompts import OTHERS_IN_COMPLETION
@@ -228,3 +229,22 @@ def test_a_score_of_examples_is_a_mean_over_scored_tokens() -> None:
     reward = env.step(np.array([-6.0], np.float32))[1]
     assert reward == pytest.approx(-6 / pair.num_scored[0])
     assert pair.num_scored[0] < len(pair.chosen_ids)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}])
+def test_answers_that_say_that_they_are_not_to_be_learnt_are_not_scored(mark: dict[str, Any]) -> None:
+    tokenizer = family_tokenizer("ChatML")
+    blue, green = "Blue.<|im_end|>\n", "  Green,\nmaybe. <|im_end|>\n"
+    row = {"prompt": [USER], "chosen": [{**BLUE, **mark}, AGAIN, GREEN], "rejected": [BLUE, {**GREEN, **mark}]}
+    assert scored_texts(only(tokenizer, row), tokenizer) == [[green], [blue]]
+    learnt = {"messages": [USER, {**BLUE, "weight": 1.0, "train": True}]}
+    silent = {"messages": [USER, {**BLUE, **mark}]}
+    (pair,), report = load_pairs([learnt, silent], tokenizer, name="train", row_format=EXAMPLES)
+    assert pair.chosen_mask is None
+    assert report.dropped == {NOT_TO_BE_LEARNT: (1, (1,))}
+
+
+def test_a_first_answer_that_is_not_learnt_is_all_left_out_with_its_header_and_end() -> None:
+    tokenizer = family_tokenizer("Mistral")
+    row = {"prompt": [USER], "completion": [{**BLUE, "weight": 0}, AGAIN, GREEN]}
+    assert scored_texts(only(tokenizer, row, EXAMPLES), tokenizer) == [[" Green,\nmaybe.</s>"]]
