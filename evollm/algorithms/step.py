@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evollm.algorithms.balanced import Balanced
 from evollm.algorithms.core import LLMAgent
 from evollm.algorithms.references import Judge, Rows, finite_rows, leave_out, other_rows
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import DivergedError
 from evollm.models.engine import Engine
+from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import PairLogprobs
 from evollm.processes import Processes
 
@@ -57,16 +59,19 @@ class Linearised:
     @classmethod
     def of(cls, objective: Objective, policy: PairLogprobs) -> Linearised:
         """Around the log-probs of the whole batch, (B,)."""
-        known = PairLogprobs.of([column.detach().requires_grad_() for column in policy.columns])
+        known = policy.like([tensor.detach().requires_grad_() for tensor in policy.tensors])
         with torch.enable_grad():
             loss = objective.loss(range(len(known.chosen)), known)
-        return cls(PairLogprobs.of(torch.autograd.grad(loss, known.columns, materialize_grads=True)))
+        return cls(known.like(torch.autograd.grad(loss, known.tensors, materialize_grads=True)))
 
     def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
         """What these rows contribute."""
         columns = zip(self.gradient.columns, policy.columns, strict=True)
         first, *others = (gradient[rows].to(column) * column for gradient, column in columns)
-        return sum(others, first).sum()
+        found = sum(others, first).sum()
+        if self.gradient.loads is None or policy.loads is None:
+            return found
+        return found + (self.gradient.loads[rows].to(policy.loads) * policy.loads).sum().to(found)
 
 
 @dataclass(frozen=True)
@@ -144,12 +149,15 @@ def alike(agents: Sequence[A]) -> Iterator[list[A]]:
     yield from kinds.values()
 
 
-def policy_logprobs(agents: Sequence[LLMAgent], batch: PreferenceBatch) -> list[PairLogprobs]:
-    """(B,) log-probs of the batch's pairs under each agent's actor."""
+def policy_logprobs(
+    agents: Sequence[LLMAgent], batch: PreferenceBatch, balancing: LoadBalancing | None = None
+) -> list[PairLogprobs]:
+    """(B,) log-probs of the batch's pairs under each agent's actor, and the loads of experts for a loss of routers."""
     found: dict[int, PairLogprobs] = {}
     for together in alike(agents):
         actors = [agent.actor_adapter for agent in together]
-        policies = Engine.of(together[0].base).logprobs(batch, actors, together[0].pass_options)
+        options = replace(together[0].pass_options, balancing=balancing)
+        policies = Engine.of(together[0].base).logprobs(batch, actors, options)
         found |= {id(agent): policy for agent, policy in zip(together, policies, strict=True)}
     return [found[id(agent)] for agent in agents]
 
@@ -176,8 +184,12 @@ def _learn_from(
 
 def _step(method: Method[A], agents: Sequence[A], batch: PreferenceBatch, training: bool) -> list[tuple[A, _Step]]:
     """One optimizer step of each agent, unless rows turn out not to be usable: then without these."""
-    objectives = method.objectives(agents, batch)
-    policies = _backward(agents, objectives, batch) if training else policy_logprobs(agents, batch)
+    balancing = agents[0].base.load_balancing
+    objectives = _objectives(method, agents, batch, balancing)
+    if training:
+        policies = _backward(agents, objectives, batch, balancing)
+    else:
+        policies = policy_logprobs(agents, batch, balancing)
     suspects = other_rows(finite_rows(policies), len(batch))
     if suspects and any(len(rows) < len(batch) for rows in method.usable_rows(agents, batch, suspects)):
         for agent in agents:
@@ -191,23 +203,37 @@ def _step(method: Method[A], agents: Sequence[A], batch: PreferenceBatch, traini
     return results
 
 
+def _objectives(
+    method: Method[A], agents: Sequence[A], batch: PreferenceBatch, balancing: LoadBalancing | None
+) -> Sequence[Objective]:
+    """The objective of each agent, with the loss of routers where the base asks for it."""
+    objectives = method.objectives(agents, batch)
+    return objectives if balancing is None else [Balanced(objective, balancing) for objective in objectives]
+
+
 def _no_step(method: Method[A], agents: Sequence[A], batch: PreferenceBatch) -> list[tuple[A, _Step]]:
     """The metrics of agents that cannot learn from any row of a batch, by their names."""
-    results = []
-    for agent, objective in zip(agents, method.objectives(agents, batch), strict=True):
+    results, balancing = [], agents[0].base.load_balancing
+    for agent, objective in zip(agents, _objectives(method, agents, batch, balancing), strict=True):
         columns = 4 if agent.pass_options.up_to_shorter else 2
         unknown = PairLogprobs.of(list(torch.full((columns, len(batch)), torch.nan, dtype=torch.float64)))
+        if balancing is not None:
+            unknown = replace(unknown, loads=torch.full((len(batch), 2, balancing.experts), torch.nan))
         metrics = {**dict.fromkeys(objective.metrics(unknown), np.nan), "learning_rate": agent.lr, "grad_norm": 0.0}
         results.append((agent, _Step(0, metrics, 0)))
     return results
 
 
 def _backward(
-    agents: Sequence[LLMAgent], objectives: Sequence[Objective], batch: PreferenceBatch
+    agents: Sequence[LLMAgent],
+    objectives: Sequence[Objective],
+    batch: PreferenceBatch,
+    balancing: LoadBalancing | None,
 ) -> list[PairLogprobs]:
     """The log-probs of each agent's actor, and the gradients of the objectives in its parameters."""
     # Replaying, an agent by itself learns in the passes that it learnt in; all else is computed without others.
-    engine, options = Engine.of(agents[0].base), replace(agents[0].pass_options, seat=agents[0].seat)
+    engine = Engine.of(agents[0].base)
+    options = replace(agents[0].pass_options, seat=agents[0].seat, balancing=balancing)
     actors = [agent.actor_adapter for agent in agents]
 
     by_rows: dict[int, Objective | Linearised] = dict(enumerate(objectives))

@@ -27,6 +27,15 @@ from evollm.models.encoder_decoder import (
 from evollm.models.fast_paths import FastPaths
 from evollm.models.grouping import balanced_groups, padded_groups
 from evollm.models.layers import FanOut
+from evollm.models.load_balancing import (
+    LoadBalancing,
+    Span,
+    lone_spans,
+    packed_spans,
+    padded_spans,
+    recorded,
+    row_loads,
+)
 from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logprobs, packed_logprobs
 from evollm.models.loss_scaling import ScaledBackward
 from evollm.models.packing import PackedPairs
@@ -67,6 +76,7 @@ class PassOptions:
         up_to_shorter: Give each pair's sums up to its shorter side's length too.
         seat: Of a member by itself: it goes through the base in this place, and in the places beside it, too, from
             which nothing is taken. None: the members that are given.
+        balancing: The loss of routers for which each pair's loads of experts are given too; None: they are not.
     """
 
     token_budget: int | None = None
@@ -75,6 +85,7 @@ class PassOptions:
     gradient_checkpointing: bool | None = False
     up_to_shorter: bool = False
     seat: Seat | None = None
+    balancing: LoadBalancing | None = None
 
 
 class Engine:
@@ -182,7 +193,11 @@ class Engine:
         if own or self.base.is_sharded:
             results = self._run_here(batch, own, members, options, paths, budget, loss) or results
         columns = 4 if options.up_to_shorter else 2
-        return [_from_everywhere(result, own, (columns, len(batch)), self.base.device, processes) for result in results]
+        experts = None if options.balancing is None else options.balancing.experts
+        return [
+            _from_everywhere(result, own, (columns, len(batch)), self.base.device, processes, experts)
+            for result in results
+        ]
 
     def _run_here(
         self,
@@ -247,7 +262,7 @@ class Engine:
                     loss(taken).backward()
             if self.base.is_sharded and scaled is not None:
                 again = bool(Processes.present().largest(again))
-            results = [PairLogprobs.of([column.detach() for column in part.columns]) for part in taken]
+            results = [part.like([tensor.detach() for tensor in part.tensors]) for part in taken]
             # Their graph: the next one must not come to lie beside it.
             del logprobs, taken
         if scaled is not None:
@@ -407,14 +422,25 @@ def _read_state(
 
 
 def _from_everywhere(
-    result: PairLogprobs | None, own: Sequence[int], shape: tuple[int, int], device: torch.device, processes: Processes
+    result: PairLogprobs | None,
+    own: Sequence[int],
+    shape: tuple[int, int],
+    device: torch.device,
+    processes: Processes,
+    experts: int | None,
 ) -> PairLogprobs:
     """The log-probs of all pairs, of which each process has its own."""
     sums = torch.zeros(shape, dtype=torch.float64, device=device)
     if result is not None:
         sums[:, list(own)] = torch.stack(result.columns).double()
     processes.add_up(sums)
-    return PairLogprobs.of(list(sums))
+    if experts is None:
+        return PairLogprobs.of(list(sums))
+    loads = sums.new_zeros(shape[1], 2, experts)
+    if result is not None and result.loads is not None:
+        loads[list(own)] = result.loads.double()
+    processes.add_up(loads)
+    return PairLogprobs.of(list(sums), loads)
 
 
 class _FewPairs:
@@ -467,34 +493,46 @@ class _FewPairs:
     def forward(self, numbers: Sequence[int], options: PassOptions) -> Iterator[list[PairLogprobs]]:
         """The log-probs of these members, inside a block in which their gradients can be computed."""
         base, paths = self._base, self._paths
-        wanted = {"tiled_head": paths.tiled_head, "up_to_shorter": options.up_to_shorter}
         names = [self._members[number] for number in numbers]
         routes = tuple(name for name in names if name is not None) if paths.stacking else ()
         with ExitStack() as stack:
             recompute = bool(options.gradient_checkpointing)
             network = stack.enter_context(base.active(names[0], gradient_checkpointing=recompute))
             stack.enter_context(base.router.route(routes or None))
-            if paths.goes_alone(options.explicit_positions):
-                lone = lone_logprobs if self._sides is None else lone_encoder_decoder_logprobs
-                yield [lone(network, self._batch, base.device, up_to_shorter=options.up_to_shorter)]
+            if self._packed is not None and self._layout is not None:
+                # Without an adapter there are no members to part.
+                fan_out = self._fan_out if names[0] is not None else None
+                if fan_out is not None:
+                    fan_out.members = len(names)
+                    if options.balancing is not None:
+                        # A layer that runs once for all members has one record of its router for all of them.
+                        fan_out.first = 0
+                stack.enter_context(base.packed(self._layout, fan_out))
+            if options.balancing is None:
+                yield self._logprobs(network, len(names), options)
                 return
-            if self._sides is not None:
-                yield encoder_decoder_logprobs(network, self._sides, len(names), **wanted)
-                return
-            if self._packed is None or self._layout is None:
-                yield [
-                    completion_logprobs(
-                        network,
-                        self._batch,
-                        base.device,
-                        explicit_positions=options.explicit_positions and paths.explicit_positions,
-                        **wanted,
-                    )
-                ]
-                return
-            # Without an adapter there are no members to part.
-            fan_out = self._fan_out if names[0] is not None else None
-            if fan_out is not None:
-                fan_out.members = len(names)
-            stack.enter_context(base.packed(self._layout, fan_out))
-            yield packed_logprobs(network, self._packed, len(names), **wanted)
+            with recorded(network) as calls:
+                found = self._logprobs(network, len(names), options)
+            rows, per_token = len(self._batch), options.balancing.per_token
+            loads = row_loads(calls, self._spans(options), rows, len(names), per_token)
+            yield [replace(member, loads=part) for member, part in zip(found, loads, strict=True)]
+
+    def _logprobs(self, network: Any, num_members: int, options: PassOptions) -> list[PairLogprobs]:
+        """The log-probs of these members, whose rows have been routed."""
+        base, paths = self._base, self._paths
+        wanted = {"tiled_head": paths.tiled_head, "up_to_shorter": options.up_to_shorter}
+        if self._packed is not None:
+            return packed_logprobs(network, self._packed, num_members, **wanted)
+        if paths.goes_alone(options.explicit_positions):
+            lone = lone_logprobs if self._sides is None else lone_encoder_decoder_logprobs
+            return [lone(network, self._batch, base.device, up_to_shorter=options.up_to_shorter)]
+        if self._sides is not None:
+            return encoder_decoder_logprobs(network, self._sides, num_members, **wanted)
+        explicit = options.explicit_positions and paths.explicit_positions
+        return [completion_logprobs(network, self._batch, base.device, explicit_positions=explicit, **wanted)]
+
+    def _spans(self, options: PassOptions) -> list[Span]:
+        """Where the tokens are whose routers have been recorded."""
+        if self._packed is not None:
+            return packed_spans(self._batch)
+        return (lone_spans if self._paths.goes_alone(options.explicit_positions) else padded_spans)(self._batch)

@@ -25,11 +25,14 @@ class PairLogprobs:
         rejected: (B,) log pi(rejected | prompt), in nats; 0 where there is no rejected side.
         up_to_shorter: The same sums over the first tokens of each side, as many as the pair's shorter side has; None
             unless they were asked for.
+        loads: (B, 2, E) what each pair adds to the loads of experts, None unless it was asked for; see
+            `evollm.models.load_balancing`.
     """
 
     chosen: Tensor
     rejected: Tensor
     up_to_shorter: PairLogprobs | None = None
+    loads: Tensor | None = None
 
     @property
     def columns(self) -> list[Tensor]:
@@ -37,15 +40,26 @@ class PairLogprobs:
         return [self.chosen, self.rejected, *(self.up_to_shorter.columns if self.up_to_shorter else ())]
 
     @classmethod
-    def of(cls, columns: Sequence[Tensor]) -> PairLogprobs:
-        """From the `columns` of another one."""
-        return cls(columns[0], columns[1], cls.of(columns[2:]) if len(columns) > 2 else None)  # noqa: PLR2004
+    def of(cls, columns: Sequence[Tensor], loads: Tensor | None = None) -> PairLogprobs:
+        """From the `columns` of another one, and its loads."""
+        return cls(columns[0], columns[1], cls.of(columns[2:]) if len(columns) > 2 else None, loads)  # noqa: PLR2004
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All sums, and the loads where there are any."""
+        return [*self.columns, *([] if self.loads is None else [self.loads])]
+
+    def like(self, tensors: Sequence[Tensor]) -> PairLogprobs:
+        """The same with other `tensors`."""
+        count = len(self.columns)
+        return PairLogprobs.of(tensors[:count], *tensors[count:])
 
     @classmethod
     def join(cls, parts: Sequence[PairLogprobs], rows: Sequence[Sequence[int]]) -> PairLogprobs:
         """Put the pairs of several parts, each with the rows that it holds, into the order of the rows."""
         order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable")).to(parts[0].chosen.device)
-        return cls.of([torch.cat(column)[order] for column in zip(*(part.columns for part in parts), strict=True)])
+        tensors = zip(*(part.tensors for part in parts), strict=True)
+        return parts[0].like([torch.cat(column)[order] for column in tensors])
 
     def with_rows(self, rows: Sequence[int], other: PairLogprobs) -> PairLogprobs:
         """The same with the pairs of another one, in its order, at these rows."""

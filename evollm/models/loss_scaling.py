@@ -56,15 +56,15 @@ class ScaledBackward:
         Returns:
             Whether a member's gradient exceeds float16, so that another forward pass and attempt are needed.
         """
-        leaves = [PairLogprobs.of([column.detach().requires_grad_() for column in one.columns]) for one in policies]
-        columns = [column for leaf in leaves for column in leaf.columns]
+        leaves = [one.like([tensor.detach().requires_grad_() for tensor in one.tensors]) for one in policies]
+        columns = [column for leaf in leaves for column in leaf.tensors]
         towards = torch.autograd.grad(loss(leaves), columns, materialize_grads=True)
         width = len(columns) // len(leaves)
         parts = [towards[start : start + width] for start in range(0, len(columns), width)]
-        largest = torch.stack([torch.stack(list(part)).abs().max() for part in parts]).tolist()
+        largest = torch.stack([torch.stack([one.abs().max() for one in part]).max() for part in parts]).tolist()
         exponents = [scale_exponent(one) - down for one, down in zip(largest, self._lowered, strict=True)]
         scaled = [gradient * 2.0**k for k, part in zip(exponents, parts, strict=True) for gradient in part]
-        own = [column for one in policies for column in one.columns]
+        own = [column for one in policies for column in one.tensors]
         # The rejected sides of examples that have none depend on nothing.
         wanted = [(column, gradient) for column, gradient in zip(own, scaled, strict=True) if column.requires_grad]
         outputs, directions = zip(*wanted, strict=True)

@@ -74,14 +74,19 @@ _QUANTISATION: Mapping[str, Callable[[object], bool]] = {
     "llm_int8_enable_fp32_cpu_offload": lambda value: isinstance(value, bool),
     "llm_int8_skip_modules": _is_names,
 }
+# What a checkpoint may say of the loss of routers.
+_ROUTERS: Mapping[str, Callable[[object], bool]] = {
+    "output_router_logits": lambda value: isinstance(value, bool),
+    "router_aux_loss_coef": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+}
 
 
 def reloadable(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of `model_config` that a checkpoint keeps, and that is taken from it, so that its base loads alike.
 
-    Only what chooses among the weights of a name, their type, and how bitsandbytes rounds them: a checkpoint must not
-    be able to ask for code of somebody else's (`trust_remote_code`, kernels or quantisers by name), and must not hold a
-    password (`token`).
+    Only what chooses among the weights of a name, their type, how bitsandbytes rounds them, and whether routers have a
+    loss: a checkpoint must not be able to ask for code of somebody else's (`trust_remote_code`, kernels or quantisers
+    by name), and must not hold a password (`token`).
     """
     kept: dict[str, Any] = {}
     if not isinstance(model_config, Mapping):
@@ -90,6 +95,9 @@ def reloadable(model_config: Mapping[str, Any]) -> dict[str, Any]:
         value = _plain(model_config[name])
         if isinstance(value, str) and (name != "attn_implementation" or value in _ATTENTION):
             kept[name] = value
+    for name, is_right in _ROUTERS.items():
+        if is_right(model_config.get(name)):
+            kept[name] = model_config[name]
     quantisation = _quantisation(model_config.get("quantization_config"))
     return kept | ({"quantization_config": quantisation} if quantisation else {})
 

@@ -25,6 +25,7 @@ from evollm.models.attention import PairLayout, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
 from evollm.models.identity import adapter_fingerprint, canonical_settings, weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
+from evollm.models.load_balancing import LoadBalancing, asked_for, load_balancing
 from evollm.models.merging import (
     INSTEAD,
     adapted_layers,
@@ -76,6 +77,7 @@ class SharedBase:
         self._active_blocks = 0
         self._created = 0
         self.lost_shares: deque[str] = deque()
+        self._balancing: tuple[Mapping[str, Any], LoadBalancing | None] = {}, None
         self.router = AdapterRouter()
         self.layers = LayerStack(language_model(model), self._same_again)
 
@@ -115,7 +117,8 @@ class SharedBase:
         return {
             "base_name": self.name,
             "base_fingerprint": self.weights_fingerprint,
-            "model_config": dict(self.model_config),
+            # A model that was handed in may have been told after it was loaded.
+            "model_config": {**self.model_config, **asked_for(self.network)},
             "archive": None if self.archive is None else self.archive.path,
         }
 
@@ -123,6 +126,18 @@ class SharedBase:
     def is_encoder_decoder(self) -> bool:
         """Whether prompts go through an encoder and completions through a decoder, as T5's do."""
         return is_encoder_decoder(self.network.config)
+
+    @property
+    def load_balancing(self) -> LoadBalancing | None:
+        """The loss of routers that the base's configuration asks for at present.
+
+        Raises:
+            ConfigurationError: It asks for one that cannot be computed.
+        """
+        asked = asked_for(self.network)
+        if asked != self._balancing[0]:
+            self._balancing = asked, load_balancing(self.network)
+        return self._balancing[1]
 
     @property
     def max_positions(self) -> int | None:
@@ -173,6 +188,8 @@ class SharedBase:
         if self._peft is None:
             # Here the base is on the device that it computes on.
             check_gradients(self.network)
+            # So that what cannot be computed is refused before training.
+            _ = self.load_balancing
         given, config = config, copy.deepcopy(config)
         if self.is_encoder_decoder:
             # A saved adapter says by its task which class of transformers it belongs on.

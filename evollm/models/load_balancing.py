@@ -1,0 +1,192 @@
+"""The loss that keeps a mixture of experts balanced, where the base's configuration asks for it.
+
+It is transformers' own (`load_balancing_loss_func`; Switch Transformer, arXiv 2101.03961, equations 4 to 6): E times
+the sum over experts of f P, with f the share of tokens that an expert is chosen for, and P the mean probability that
+routers give it, both over all layers and tokens. It is no mean over rows, but f and P are: what each row adds to them
+is computed in whatever pass the row is in, and the loss is that of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evollm.data.batch import PreferenceBatch
+from evollm.errors import ConfigurationError
+from evollm.models.encoder_decoder import is_encoder_decoder
+from evollm.models.targets import text_config
+
+_SWITCH = "output_router_logits"
+_COEFFICIENT = "router_aux_loss_coef"
+# Tokens of the sequences on which the loss is compared with the model's own.
+_TRIED = (9, 6)
+_TOLERANCE = 1e-3
+
+# Of each layer the logits of its router, (tokens, E).
+RouterLogits = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class LoadBalancing:
+    """The loss of a base.
+
+    Attributes:
+        coefficient: Its weight beside the loss of the batch.
+        experts: E, how many there are in a layer.
+        per_token: How many of them each token goes to.
+    """
+
+    coefficient: float
+    experts: int
+    per_token: int
+
+    def loss(self, loads: Tensor) -> Tensor:
+        """The loss of B rows, without its coefficient.
+
+        Args:
+            loads: (B, 2, E) for each row how often its tokens choose each expert, and their probabilities of it,
+                summed over tokens and layers.
+        """
+        chosen, probabilities = loads.sum(dim=0)
+        tokens = chosen.sum() / self.per_token
+        products: Tensor = chosen / tokens * (probabilities / tokens)
+        return products.sum() * self.experts
+
+
+class Span(NamedTuple):
+    """Tokens that stand beside each other: of which row, how often each counts, and how many there are."""
+
+    row: int
+    weight: int
+    length: int
+
+
+def asked_for(network: PreTrainedModel) -> dict[str, Any]:
+    """What a base's configuration says of the loss, by its own names; {} where it does not ask for it."""
+    config = text_config(network.config)
+    coefficient = getattr(config, _COEFFICIENT, None)
+    return {_SWITCH: True, _COEFFICIENT: coefficient} if getattr(config, _SWITCH, False) and coefficient else {}
+
+
+def load_balancing(network: PreTrainedModel) -> LoadBalancing | None:
+    """The loss of a base; None where its configuration does not ask for one.
+
+    Raises:
+        ConfigurationError: It asks for one that cannot be computed here, or comes out otherwise than the model's own.
+    """
+    asked = asked_for(network)
+    if not asked:
+        return None
+    field, otherwise = f"model.config.{_SWITCH}", "set it to False to train without that loss"
+    if is_encoder_decoder(network.config):
+        fix = f"the loss of routers is not computed for encoder-decoder models: {otherwise}"
+        raise ConfigurationError(field, True, fix)
+    try:
+        found, ours, own = _tried(network, float(asked[_COEFFICIENT]))
+    except Exception as error:  # Whatever a model does that gives its routers' logits in another way.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fix = f"the loss of routers cannot be computed for {type(network).__name__} ({reason}): {otherwise}"
+        raise ConfigurationError(field, True, fix) from error
+    if not abs(ours - own) <= _TOLERANCE * abs(own):
+        fix = f"{type(network).__name__}'s own loss of routers is {own:.4g} where {ours:.4g} is computed: {otherwise}"
+        raise ConfigurationError(field, True, fix)
+    return found
+
+
+@torch.no_grad()
+def _tried(network: Any, coefficient: float) -> tuple[LoadBalancing, float, float]:
+    """The loss of a base, and its value on a padded batch beside the model's own."""
+    device = network.get_input_embeddings().weight.device
+    mask = torch.arange(max(_TRIED)).lt(torch.tensor(_TRIED)[:, None]).long().to(device)
+    ids = torch.arange(mask.numel(), device=device).view_as(mask) % network.get_input_embeddings().weight.shape[0]
+    network.eval()
+    with recorded(network) as calls:
+        own = network(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True).aux_loss
+    per_token = getattr(network, "num_experts_per_tok", None) or text_config(network.config).num_experts_per_tok
+    found = LoadBalancing(coefficient, calls[0][0].shape[-1], per_token)
+    spans = [Span(row, *part) for row, count in enumerate(_TRIED) for part in _padded(count, mask.shape[1])]
+    loads = row_loads(calls, spans, len(_TRIED), 1, per_token)[0]
+    return found, found.loss(loads).item(), float(own)
+
+
+@contextmanager
+def recorded(network: Any) -> Iterator[list[RouterLogits]]:
+    """The logits of the routers in each forward pass inside the block, of a base that is asked for them."""
+    calls: list[RouterLogits] = []
+    hook = network.get_decoder().register_forward_hook(lambda _, __, output: calls.append(tuple(output.router_logits)))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def row_loads(
+    calls: Sequence[RouterLogits], spans: Sequence[Span], num_rows: int, num_members: int, per_token: int
+) -> Tensor:
+    """What each of B rows adds to the loads of M members' experts.
+
+    Args:
+        calls: The logits of the routers, (M n, E) a layer in each of the forward passes; all n together are N.
+        spans: The N tokens, in their order.
+        num_rows: B.
+        num_members: M.
+        per_token: How many experts each token goes to.
+
+    Returns:
+        (M, B, 2, E), differentiable in the probabilities; see `LoadBalancing.loss`.
+    """
+    total: Tensor | None = None
+    for layer in zip(*calls, strict=True):
+        logits = torch.cat([part.reshape(num_members, -1, part.shape[-1]) for part in layer], dim=1)  # (M, N, E)
+        probabilities = logits.softmax(dim=-1)
+        chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(per_token, dim=-1).indices, 1)
+        both = torch.stack([chosen, probabilities], dim=2)
+        both = both.to(torch.promote_types(both.dtype, torch.float32))
+        total = both if total is None else total + both
+    assert total is not None
+    rows, weights, lengths = (np.array(column) for column in zip(*spans, strict=True))
+    counts = np.zeros((num_rows, lengths.sum()))
+    counts[np.repeat(rows, lengths), np.arange(lengths.sum())] = np.repeat(weights, lengths)
+    # A product rather than an index_add, which adds in any order on a GPU.
+    return torch.einsum("bn,mnke->mbke", torch.from_numpy(counts).to(total), total)
+
+
+def packed_spans(batch: PreferenceBatch) -> list[Span]:
+    """Of packed pairs: a prompt counts for each of the sides that follow it, as if it had been repeated."""
+    spans = []
+    for row, (prompt, chosen, rejected) in enumerate(_lengths(batch)):
+        spans += [Span(row, 1 + (rejected > 0), prompt), Span(row, 1, chosen), Span(row, 1, rejected)]
+    return spans
+
+
+def padded_spans(batch: PreferenceBatch) -> list[Span]:
+    """Of the sequences of `two_sequences`, with their padding."""
+    sequences = [(row, prompt + chosen) for row, (prompt, chosen, _) in enumerate(_lengths(batch))]
+    sequences += [(row, prompt + rejected) for row, (prompt, _, rejected) in enumerate(_lengths(batch)) if rejected]
+    longest = max(length for _, length in sequences)
+    return [Span(row, *part) for row, length in sequences for part in _padded(length, longest)]
+
+
+def lone_spans(batch: PreferenceBatch) -> list[Span]:
+    """Of sequences one by one, a pair's chosen side before its rejected one."""
+    return [
+        Span(row, 1, prompt + side) for row, (prompt, *sides) in enumerate(_lengths(batch)) for side in sides if side
+    ]
+
+
+def _padded(length: int, longest: int) -> list[tuple[int, int]]:
+    """Weights and lengths of a sequence's tokens and of its padding."""
+    return [(1, length), (0, longest - length)]
+
+
+def _lengths(batch: PreferenceBatch) -> list[list[int]]:
+    """Tokens of each pair's prompt, chosen and rejected side."""
+    columns = batch.prompt_lengths, batch.chosen_lengths, batch.rejected_lengths
+    return [list(map(int, sizes)) for sizes in zip(*columns, strict=True)]
