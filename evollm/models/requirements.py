@@ -50,12 +50,29 @@ def check_plain_model(field: str, model: object) -> None:
             "must be a language model of transformers, causal or encoder-decoder (or use model_name)",
         )
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ConfigurationError(
-            field,
-            type(model).__name__,
-            "already carries adapters; pass the plain base model, and the LoRA settings as lora_config "
-            "(an adapter that was trained before: model.merge_and_unload() first)",
+        raise ConfigurationError(field, type(model).__name__, f"already carries adapters: {_instead(model)}")
+
+
+def _instead(model: PreTrainedModel | PeftModel) -> str:
+    """What to pass instead of a model that carries adapters, so that actor and reference start from what it computes.
+
+    Of PEFT's, TRL trains the adapter on and makes a copy of it the reference.
+    """
+    if not isinstance(model, PeftModel):
+        return "pass the plain base model, as it was before, and the LoRA settings as lora_config"
+    settings = f"lora_config=model.peft_config[{model.active_adapter!r}]"
+    ups = [weight for name, weight in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
+    if ups and not any(weight.any() for weight in ups):
+        return f"they change nothing yet, so pass the base and their settings: model.unload(), {settings}"
+    if getattr(model.get_base_model(), "is_quantized", False):
+        return (
+            "model.save_pretrained(folder), and model_name=folder, which merges them into the base in the type that it "
+            "is stored in; actor and reference then start from them"
         )
+    return (
+        f"merge them into the base, from which actor and reference then start: model.merge_and_unload(), {settings} "
+        "(or another one)"
+    )
 
 
 def refusal(config: LoraConfig, model: nn.Module, error: Exception) -> ConfigurationError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
@@ -20,6 +21,7 @@ from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.precision import AUTO, names_dtype
 from evollm.models.pretrained import find_config, load_tokenizer
+from evollm.models.requirements import check_plain_model
 from evollm.own_files import inside, read_bytes
 from evollm.runs.folder import CONFIG
 from evollm.tracking import tracker_names
@@ -61,6 +63,8 @@ class Request:
     settings: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, PeftModel):
+            check_plain_model("model", self.model)
         if not isinstance(self.model, str | os.PathLike | PreTrainedModel):
             fix = "must be a hub name, a folder, or a loaded language model of transformers without adapters"
             raise ConfigurationError("model", self.model, fix)
