@@ -10,6 +10,7 @@ Run it in a virtual environment with the extra `benchmark`:
 model folder and another JSONL file (prompt, chosen, rejected as strings, or chosen and rejected alone as in hh-rlhf).
 `--chat` hands both libraries chat messages: those of the file, or its strings as a user's and an assistant's message.
 They go through the model's chat template, or through ChatML where it has none; losses are then bound to 1e-5.
+A mixture of experts needs `output_router_logits` in its configuration: TRL adds the loss of routers without it, too.
 Exits with 1 when a loss differs by more than 1e-4 (relative where it is above 1) or a gradient norm by more than 1e-2,
 relative; in bfloat16 (`--dtype`), which rounds, by more than 0.1 and 0.3. `--device cuda` runs both on a card.
 """

@@ -80,10 +80,13 @@ def test_every_tutorial_is_listed_and_its_name_exists() -> None:
 
 
 def test_the_arguments_in_the_table_for_trls_users_exist() -> None:
-    places = {"DPO": evollm.DPO, "PreferenceGym": evollm.PreferenceGym, "loop": evollm.finetune_llm_preference}
+    places = {
+        **{"DPO": evollm.DPO, "PreferenceGym": evollm.PreferenceGym, "SFTGym": evollm.SFTGym},
+        "loop": evollm.finetune_llm_preference,
+    }
     text = (DOCS / "from_trl.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\|[^|]+\| (`.*?`)[^|]*\| `?(DPO|PreferenceGym|loop)\b", text, re.MULTILINE)
-    assert len(rows) >= 14
+    rows = re.findall(r"^\|[^|]+\| (`.*?`)[^|]*\| `?(DPO|PreferenceGym|SFTGym|loop)\b", text, re.MULTILINE)
+    assert len(rows) >= 30
     for names, place in rows:
         known = inspect.signature(places[place]).parameters
         assert [name for name in re.findall(r"`(\w+)`", names) if name not in known] == []
