@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from conftest import make_rows
 from peft import LoraConfig
 from torch import Tensor
 
-from evollm import DPO, SFT, ConfigurationError
+from evollm import DPO, SFT, ConfigurationError, tune
 from evollm.algorithms.dpo_step import learn_together
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models import engine as engines
@@ -21,6 +23,7 @@ from evollm.models.fast_paths import FastPaths
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import PairLogprobs, two_sequences
 from evollm.processes import Processes
+from evollm.tuning.record import asked_of
 
 # That members go one by one, PEFT's remarks on target_parameters.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 VOCABULARY, COEFFICIENT = 90, 0.3
 SMALL = {
     **{"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"num_key_value_heads": 2, "intermediate_size": 48, "num_experts_per_tok": 2, "max_position_embeddings": 64},
+    **{"num_key_value_heads": 2, "intermediate_size": 48, "num_experts_per_tok": 2, "max_position_embeddings": 256},
     **{"initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 ASKED = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
@@ -53,7 +56,7 @@ SHAPES = [(5, 7, 3), (9, 2, 8), (3, 4, 4), (1, 6, 9)]
 def make_base(kind: str = "mixtral", **asked: Any) -> Any:
     model, config, own, _ = BASES[kind]
     torch.manual_seed(0)
-    return model(config(**SMALL, **own, **(asked or ASKED))).eval()
+    return model(config(**{**SMALL, **own, **(asked or ASKED)})).eval()
 
 
 def make_batch(rejected: bool = True) -> PreferenceBatch:
@@ -208,6 +211,19 @@ def test_a_checkpoint_asks_for_it_again(tmp_path) -> None:
     loaded = DPO.load(str(tmp_path / "agent"))
     assert loaded.learn(batch, training=False) == agent.learn(batch, training=False)
     assert loaded.base.load_balancing == LoadBalancing(COEFFICIENT, experts=4, per_token=2)
+
+
+def test_a_run_on_a_base_by_name_has_it_and_its_folder_says_so(tokenizer, tmp_path) -> None:
+    make_base(output_router_logits=False, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    asked = {"model_config": {**ASKED, "trust_remote_code": False}, "tokenizer": tokenizer, "lora_config": {"r": 2}}
+    run = {"population": 1, "max_steps": 2, "num_sample_answers": 0, "verbose": False, "run_dir": tmp_path / "run"}
+    result = tune(str(tmp_path / "base"), make_rows(12), test_data=False, **asked, **run)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [value for line in lines for name, value in line.items() if name.endswith("aux_loss")]
+    assert len(losses) == 2, lines[:3]
+    assert asked_of(tmp_path / "run").settings["model_config"] == ASKED
+    again = DPO.load(str(result.run_dir / "elite")).base.load_balancing
+    assert again == LoadBalancing(COEFFICIENT, experts=4, per_token=2)
 
 
 def encoder_decoder() -> Any:
