@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -167,8 +168,17 @@ def seal(folder: Path) -> None:
             _flush(file)
     (folder / MANIFEST).write_text(_manifest_text(files), encoding="utf-8")
     _flush(folder / MANIFEST)
+    _give_ordinary_permissions(folder, list(files))
     for inner in [folder, *(inner for inner in folder.rglob("*") if inner.is_dir())]:
         _flush(inner)
+
+
+def _give_ordinary_permissions(folder: Path, names: list[str]) -> None:
+    """Let files be read by whom the user's umask lets read: some libraries write weights for the owner alone."""
+    ordinary = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
+    for name in names:
+        if stat.S_IMODE((folder / name).stat().st_mode) != ordinary:
+            (folder / name).chmod(ordinary)
 
 
 def verify(folder: Path) -> list[str]:

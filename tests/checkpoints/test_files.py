@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from faults import broken, die
+from tokenizers_for_tests import make_tokenizer
 
-from evollm import DPO, CheckpointError
+from evollm import DPO, CheckpointError, save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.checkpoints import newest_population, only_writer, prune_populations, read_population, replace_folder
 from evollm.checkpoints.files import MANIFEST, existing_folder, seal, verify
 from evollm.checkpoints.run import Population, write_population
@@ -192,3 +194,22 @@ def test_a_file_that_would_run_code_is_refused_even_with_a_right_manifest(popula
     with pytest.raises(CheckpointError):
         read_population(path)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("mask", "files", "folders"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0o077, 0o600, 0o700)]
+)
+def test_what_is_written_has_the_permissions_of_the_users_umask(make_agent, tmp_path, mask, files, folders) -> None:
+    agent = make_agent()
+    before = os.umask(mask)
+    try:
+        agent.save_checkpoint(str(tmp_path / "agent"), lora_only=False)
+        save_merged_model(agent, tmp_path / "merged", make_tokenizer())
+        save_llm_checkpoint(agent, tmp_path / "adapter")
+        save_policy_archive(agent, tmp_path / "policy.pt")
+    finally:
+        os.umask(before)
+    found = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert sum(path.name == "model.safetensors" for path in found) == 2
+    assert {mode for path, mode in found.items() if path.is_file()} == {files}
+    assert {mode for path, mode in found.items() if path.is_dir()} == {folders}
