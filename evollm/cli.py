@@ -28,21 +28,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         return _run(arguments)
-    except KeyboardInterrupt:
-        # At any time: also while a command imports what it needs.
-        print("evollm: interrupted; evollm resume RUN goes on with a run that has saved a checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        # At any time: also while a command imports what it needs. A run says how to go on with it.
+        print(": ".join(filter(None, ("evollm: interrupted", str(stopped)))), file=sys.stderr)
         return INTERRUPTED
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     from evollm.commands.remarks import own_warnings_only  # noqa: PLC0415 - main() must be there before Ctrl-C
     from evollm.errors import EvoLLMError, one_line  # noqa: PLC0415
+    from evollm.pace import progress_told  # noqa: PLC0415
 
     _survive_any_text()
     try:
         try:
             options = _parser().parse_args(arguments)
-            with own_warnings_only():
+            with own_warnings_only(), progress_told():
                 options.run(options)
         finally:
             sys.stdout.flush()

@@ -6,6 +6,8 @@ Each message names the field, the value it had and what to do about it. All of t
 
 from __future__ import annotations
 
+from unicodedata import category
+
 # Of a value, in characters: the rest of the message must stay in sight.
 _LONGEST = 400
 # Of what to do about it, which may quote a library or a path.
@@ -38,6 +40,11 @@ def one_line(text: str) -> str:
     """The text without line breaks, and without characters that a terminal would obey."""
     line = " ".join(part.strip() for part in text.splitlines() if part.strip())
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+def shown(text: str) -> str:
+    """The text with its lines, and without characters that a terminal would obey."""
+    return "".join(repr(char)[1:-1] if category(char) == "Cc" and char not in "\n\t" else char for char in text)
 
 
 def brief(text: str) -> str:

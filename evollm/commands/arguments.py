@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from evollm.config import override, parse_config, read_config
@@ -40,6 +41,11 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
         if config.get(name) is None:
             raise ConfigurationError(name, None, f"{where} does not say it: add it, or give {name}=... behind it")
     return config
+
+
+def trusts(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration asks for code that comes with the base."""
+    return bool((config.get("model_config") or {}).get("trust_remote_code"))
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

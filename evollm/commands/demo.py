@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from evollm.commands.ending import print_ending
 from evollm.commands.parsing import Subparsers, add_command
 
 
@@ -37,7 +38,11 @@ def _run(options: argparse.Namespace) -> None:
     print(
         "SmolLM2-135M-Instruct learns to answer briefly. The first run converts the model, which takes half a minute."
     )
+    from evollm.checks import usable_path
     from evollm.demo import run_demo
+    from evollm.training.options import new_run_dir
 
-    run_demo(options.population, options.generations, options.run_dir, options.seed, dtype=options.dtype)
+    run_dir = new_run_dir() if options.run_dir is None else usable_path("run_dir", options.run_dir)
+    run_demo(options.population, options.generations, run_dir, options.seed, dtype=options.dtype)
     print(f"\nThe demo took {time.monotonic() - start:.0f} s.")
+    print_ending(run_dir, None)

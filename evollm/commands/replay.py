@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evollm.checks import usable_path
+from evollm.command_line import command, place
 from evollm.commands.arguments import add_elite, add_trust
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.errors import ConfigurationError
+from evollm.runs.folder import is_run
 
 if TYPE_CHECKING:
     from evollm.tuning import ReplayResult
@@ -40,24 +44,42 @@ def add_to(commands: Subparsers) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from evollm.demo import demo_agents_and_env, is_demo
+    from evollm.training.options import new_run_dir
     from evollm.tuning import replay
 
+    run_dir = options.run_dir
+    if run_dir is None and options.resume is None:
+        # To be known if the replay is interrupted.
+        run_dir = str(new_run_dir())
     given = {
         "num_epochs": options.num_epochs,
         "max_steps": options.max_steps,
-        "run_dir": options.run_dir,
+        "run_dir": run_dir,
         "resume_from_checkpoint": options.resume,
         "checkpoint_path": options.checkpoints,
         "elite_path": options.elite,
     }
-    if is_demo(options.source):
-        if options.data is not None:
-            raise ConfigurationError("data", options.data, "the demo has its own: leave it out")
-        agents, env = demo_agents_and_env(options.source)
-        result = replay(options.source, agents, env, **given)
-    else:
-        result = replay(options.source, data=options.data, trust_remote_code=options.trust_remote_code, **given)
+    try:
+        if is_demo(options.source):
+            if options.data is not None:
+                raise ConfigurationError("data", options.data, "the demo has its own: leave it out")
+            agents, env = demo_agents_and_env(options.source)
+            result = replay(options.source, agents, env, **given)
+        else:
+            result = replay(options.source, data=options.data, trust_remote_code=options.trust_remote_code, **given)
+    except KeyboardInterrupt:
+        folder = usable_path("run_dir", options.resume or run_dir)
+        raise KeyboardInterrupt(*([f"go on with: {_again(options, folder)}"] if is_run(folder) else [])) from None
     print(f"\nRun folder: {result.run_dir}\n{_verdict(result)}")
+
+
+def _again(options: argparse.Namespace, folder: Path) -> str:
+    """The command that goes on with a replay that was interrupted."""
+    named = ("data", "num_epochs", "max_steps", "elite", "checkpoints")
+    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in named}
+    words = [word for name, value in given.items() if value is not None for word in (name, place(value))]
+    trust = ["--trust-remote-code"] if options.trust_remote_code else []
+    return command("replay", place(options.source), "--resume", place(folder), *words, *trust)
 
 
 def _verdict(result: ReplayResult) -> str:

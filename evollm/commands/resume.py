@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from evollm.commands.arguments import add_run
+from evollm.commands.arguments import add_run, trusts
+from evollm.commands.ending import print_ending
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.config import override
 from evollm.errors import ConfigurationError
@@ -46,9 +48,12 @@ def _run(options: argparse.Namespace) -> None:
         if given:
             raise ConfigurationError("override", options.overrides[0], "a run of the demo goes on as it began")
         resume_demo(options.run_dir)
+        print_ending(Path(options.run_dir).expanduser(), None)
         return
     asked = read_asked(options.run_dir, given)
     # One length instead of all that the run had: the shortest of several would be the run's.
     if any(given.get(name) is not None for name in LENGTHS):
         asked = {name: value for name, value in asked.items() if name not in LENGTHS}
-    tune(**override(asked, options.overrides), resume_from_checkpoint=options.run_dir)
+    config = override(asked, options.overrides)
+    result = tune(**config, resume_from_checkpoint=options.run_dir)
+    print_ending(result.run_dir, result.report, trusts(config))

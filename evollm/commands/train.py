@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 
-from evollm.commands.arguments import add_config, config_of
+from evollm.commands.arguments import add_config, config_of, trusts
+from evollm.commands.ending import print_ending
 from evollm.commands.parsing import Subparsers, add_command
 
 
@@ -28,10 +28,4 @@ def _run(options: argparse.Namespace) -> None:
     from evollm.tuning import tune
 
     result = tune(**config)
-    print(f"\nRun folder: {result.run_dir}")
-    if result.report is not None:
-        print(f"Report: {result.report}")
-    run_dir = str(result.run_dir)
-    print("Next:")
-    for command in (["chat", run_dir], ["export", run_dir, "--to", "my-model"]):
-        print(f"  {shlex.join(['evollm', *command])}")
+    print_ending(result.run_dir, result.report, trusts(config))

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from evollm.data.batch import TokenizedPair
-from evollm.data.rows import ChatPair, TextPair
+from evollm.data.rows import ChatPair, TextPair, in_form
 
 FIRST_ROWS = 5
+# What rows are learnt as.
+FORMS = ("chat", "text", "mixed")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class DataReport:
         examples: Some of the kept pairs' prompts, spread over the dataset, to show to a person.
         noun: What a pair is called: that of an SFT dataset is an "example".
         warning: What is strange about the kept pairs; "" when nothing is.
+        form: What the kept rows are learnt as: `chat`, through the chat template; `text`, as strings; `mixed`.
         noted: For each remark about chat rows that are kept, such as what the chat template leaves out, how many they
             are, and the positions of the first of them.
     """
@@ -48,6 +51,7 @@ class DataReport:
     noun: str = "pair"
     warning: str = ""
     noted: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    form: str = ""
 
     @classmethod
     def from_rows(
@@ -107,6 +111,12 @@ def mixture_warning(pairs: Sequence[TextPair | ChatPair]) -> str:
         f"{len(of_text)} are plain text ({listed(len(of_text), of_text[:FIRST_ROWS])}) and {len(of_chat)} are chat "
         f"messages ({listed(len(of_chat), of_chat[:FIRST_ROWS])}), and only these go through the chat template"
     )
+
+
+def form_of(pairs: Sequence[TextPair | ChatPair], has_template: bool) -> str:
+    """What rows are learnt as; see `DataReport.form`."""
+    kinds = {"chat" if isinstance(in_form(pair, has_template), ChatPair) else "text" for pair in pairs}
+    return "mixed" if len(kinds) > 1 else "".join(kinds)
 
 
 def count_seen(pairs: Sequence[TokenizedPair], others: Sequence[TokenizedPair]) -> int:

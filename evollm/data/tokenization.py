@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -19,11 +19,12 @@ from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicod
 from evollm.data.chat_template import RenderedChat, render_chat, template_source
 from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
 from evollm.data.remarks import remarks_on
-from evollm.data.report import DataReport, Example
+from evollm.data.report import DataReport, Example, form_of
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, Turns, in_form, read_dataset
 from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.data.unwritten import QUESTION_SCORED, remarks
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
+from evollm.pace import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,6 +108,7 @@ def load_pairs(
         remarks_on(kept),
         split.noted,
     )
+    report = replace(report, form=form_of(kept, bool(tokenizer.chat_template)))
     if split.pairs:
         return split.pairs, report
     if split.shortest_overlong is None:
@@ -159,7 +161,8 @@ def tokenize_pairs(
     """
     marks = _Marks.of(tokenizer)
     refused = TokenizedSplit()
-    texts = list(_as_text(pairs, tokenizer, refused, encoder_decoder))
+    told = counted(pairs, len(pairs), "rows written out")
+    texts = list(_as_text(told, tokenizer, refused, encoder_decoder))
     settings: dict[str, Any] = {
         "max_context_length": max_context_length,
         "min_completion_length": min_completion_length,
@@ -195,7 +198,8 @@ def _tokenize(
 ) -> TokenizedSplit:
     split = TokenizedSplit()
     encode = _encode_apart if encoder_decoder else _encode_pairs
-    for text, parts, masks, is_shortened in encode(iter(texts), tokenizer):
+    encoded = counted(encode(iter(texts), tokenizer), len(texts), "rows tokenised")
+    for text, parts, masks, is_shortened in encoded:
         is_chat = isinstance(text, RenderedChat)  # A template writes its marks itself.
         prompt, *sides = parts if is_chat else marks.put_around(*parts, with_bos=not encoder_decoder)
         scored = [_as_long_as(side, mask) for side, mask in zip(sides, masks, strict=True)]
@@ -211,6 +215,24 @@ def _tokenize(
     return split
 
 
+def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False) -> IntArray:
+    """The ids of a prompt that is a string, as those of a row of strings are made.
+
+    Args:
+        text: The prompt.
+        tokenizer: The model's tokenizer.
+        encoder_decoder: As for `tokenize_pairs`.
+
+    Returns:
+        (P,) token ids.
+    """
+    if encoder_decoder:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    else:
+        ids = _Marks.of(tokenizer).one_bos(_encode([text], tokenizer)[0])
+    return np.array(ids, dtype=np.int64)
+
+
 def context_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The most tokens that the tokenizer states, if it states a limit."""
     stated = tokenizer.model_max_length
@@ -221,7 +243,7 @@ def context_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _as_text(
-    pairs: Sequence[TextPair | ChatPair],
+    pairs: Iterable[TextPair | ChatPair],
     tokenizer: PreTrainedTokenizerBase,
     split: TokenizedSplit,
     encoder_decoder: bool,

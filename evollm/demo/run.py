@@ -16,11 +16,10 @@ from evollm.llm_envs import PreferenceGym
 from evollm.models.precision import AUTO, DTYPES
 from evollm.models.pretrained import load_tokenizer
 from evollm.own_files import inside, read_bytes, replace_bytes
+from evollm.runs.folder import STARTED
 from evollm.training import finetune_llm_preference
 from evollm.training.options import new_run_dir
 
-# What a run of the demo was started with, for whoever resumes it.
-STARTED = "demo.json"
 SPLITS = ("train", "selection", "final")
 BATCH_SIZE = 6
 STEPS_PER_GENERATION = 3

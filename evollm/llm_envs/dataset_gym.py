@@ -161,6 +161,12 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         return [pair for pairs in self._pairs.values() for pair in pairs]
 
     @property
+    def form(self) -> str:
+        """What the rows of all splits are learnt as: `chat`, `text` or `mixed`; see `DataReport.form`."""
+        forms = {report.form for report in self.reports.values()} - {""}
+        return forms.pop() if len(forms) == 1 else "mixed"
+
+    @property
     def fingerprint(self) -> str:
         """Digest of the token ids of all pairs in their order, and of what is not scored."""
         digest = hashlib.blake2b(digest_size=16)

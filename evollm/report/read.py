@@ -15,7 +15,7 @@ from evollm.hpo import AnyEvaluation, read_evaluations
 from evollm.own_files import inside, read_bytes
 from evollm.report.record import Ended, Evolution, Lap, RunRecord, Sample, Scored, StepLine
 from evollm.runs import read_lineage, read_lines
-from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, TIMING
+from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, TIMING, no_run
 
 T = TypeVar("T")
 
@@ -37,8 +37,8 @@ def read_run(run_dir: str | Path) -> RunRecord:
         CheckpointError: A file is missing, or nothing in it can be read, or no step is done yet; the message names it.
     """
     folder = usable_path("run_dir", run_dir)
-    if not (folder / "config.json").is_file():
-        raise ConfigurationError("run_dir", str(run_dir), "is no run folder: no config.json in it")
+    if not (folder / CONFIG).is_file():
+        raise ConfigurationError("run_dir", str(run_dir), no_run(folder))
     config = _read_config(inside(folder, CONFIG))
     metrics = read_lines(inside(folder, METRICS))
     timing = inside(folder, TIMING)

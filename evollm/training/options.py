@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -19,12 +18,13 @@ from evollm.algorithms.settings import check_evolution
 from evollm.checkpoints.files import check_replaceable, is_locked_folder
 from evollm.checkpoints.run import has_populations
 from evollm.checks import optional_whole_number, switch, usable_path, whole_number
+from evollm.command_line import command, place, setting
 from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, check_population
 from evollm.llm_envs import DatasetGym
 from evollm.models.identity import computing_settings
 from evollm.own_files import check_can_be_made, inside, read_bytes
-from evollm.runs.folder import CHECKPOINTS, CONFIG, ELITE, METRICS, RUN_FILES
+from evollm.runs.folder import CHECKPOINTS, CONFIG, ELITE, METRICS, RUN_FILES, no_run
 from evollm.training.callbacks import Callback
 from evollm.training.stages import Stage
 from evollm.version import __version__
@@ -228,6 +228,17 @@ class RunPaths:
             paths.check_new()
         return paths
 
+    def resume(self, *settings: str) -> str:
+        """The command that goes on with the run, if a command began it; places outside its folder are named anew.
+
+        Args:
+            *settings: What it must be told besides.
+        """
+        own = self.run_dir.resolve()
+        apart = {"checkpoint_path": self.checkpoints.absolute(), "elite_path": self.elite.absolute()}
+        outside = [setting(name, path) for name, path in apart.items() if own not in path.resolve().parents]
+        return command("resume", place(self.run_dir), *outside, *settings)
+
     def check_apart(self) -> None:
         """Refuse places of which one would be replaced with the other.
 
@@ -255,8 +266,7 @@ class RunPaths:
             raise ConfigurationError("run_dir", str(self.run_dir), fix)
         metrics = self.run_dir / METRICS
         if (self.run_dir / ELITE).exists() or (metrics.exists() and metrics.stat().st_size > 0):
-            command = shlex.join(["evollm", "resume", str(self.run_dir)])
-            fix = f"holds another run: resume it ({command}, or resume_from_checkpoint), or give a new folder"
+            fix = f"holds another run: resume it ({self.resume()}, or resume_from_checkpoint), or give a new folder"
             raise ConfigurationError("run_dir", str(self.run_dir), fix)
         if has_populations(self.checkpoints):
             fix = "holds checkpoints of another run, which would be taken for this one's: give another folder"
@@ -267,7 +277,7 @@ class RunPaths:
 def _check_run_folder(folder: Path) -> None:
     """Refuse to go on in a folder of something else, whose files would be written over: a model has a config.json."""
     if not (folder / CONFIG).is_file():
-        fix = "is no run folder: no config.json in it. A run that ended before that is begun anew, as run_dir"
+        fix = f"{no_run(folder)}. A run that ended before it had one is begun anew, as run_dir"
         raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
     try:
         config = json.loads(read_bytes(inside(folder, CONFIG)))
@@ -314,6 +324,7 @@ def describe_run(
         "data": {
             "batch_size": env.batch_size,
             "noun": env.row_format.noun,
+            "form": env.form,
             "reports": [str(report) for report in env.reports.values()],
             "fingerprint": env.fingerprint,
             "digests": env.digests,

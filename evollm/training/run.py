@@ -21,7 +21,7 @@ from evollm.checkpoints import (
     write_population,
 )
 from evollm.checkpoints.files import remove_unfinished
-from evollm.checkpoints.run import STEP_FOLDER
+from evollm.checkpoints.run import STEP_FOLDER, has_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, DivergedError, EvoLLMError
 from evollm.hpo import AnyEvaluation, Birth, Evolver, Member, carry_out, is_finite, rank
 from evollm.llm_envs import DatasetGym
@@ -31,7 +31,7 @@ from evollm.models.generation import greedy_answers
 from evollm.own_files import inside, read_bytes
 from evollm.processes import Processes
 from evollm.runs import read_lines
-from evollm.runs.folder import CONFIG, METRICS
+from evollm.runs.folder import CONFIG, METRICS, is_resumed_by_command, is_run
 from evollm.training.callbacks import (
     BaselineScored,
     Callback,
@@ -128,8 +128,11 @@ class Run(Generic[A]):
                     if self.schedule.checkpoints_at(self.step) or number:
                         self._checkpoint()
                     if number:
-                        stop.stop(number)
+                        stop.stop(number, self._going_on())
                 self._finish()
+        except KeyboardInterrupt:
+            # Whoever catches it, such as the command line, says it.
+            raise KeyboardInterrupt(*filter(None, [self._going_on()])) from None
         finally:
             self._close_callbacks()
             self._shares.release()
@@ -186,6 +189,19 @@ class Run(Generic[A]):
             fix = "the run has ended, and its checkpoints are gone: there is nothing to go on from; begin a new run"
             raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
         check_same_run(json.loads(read_bytes(inside(folder, CONFIG))), self.config, self.env.changed_text)
+
+    def _going_on(self) -> str:
+        """How somebody who interrupts the run goes on with it; "" where there is no run folder yet."""
+        folder = self.paths.run_dir
+        if not is_run(folder):
+            return ""
+        saved = has_populations(self.paths.checkpoints)
+        if not is_resumed_by_command(folder):
+            fix = f"go on with resume_from_checkpoint={str(folder)!r}"
+            return fix if saved else f"no checkpoint has been saved: {fix} begins anew"
+        trusts = self.base.model_config.get("trust_remote_code")
+        how = self.paths.resume(*(["model_config.trust_remote_code=true"] if trusts else []))
+        return f"go on with: {how}" if saved else f"no checkpoint has been saved: begin it anew with: {how}"
 
     def _score_baseline(self) -> None:
         scores = self._final_scores(self.population[:1])

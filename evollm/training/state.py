@@ -23,7 +23,7 @@ _MAY_CHANGE = {
     "options": {"num_epochs", "max_steps", "checkpoint_steps", "keep_last", "save_elite", "num_sample_answers"},
     "schedule": {"total", "checkpoint_every"},
     # Restored, wherever the gym stands now. The fingerprint says whether texts differ, digests say which.
-    "data": {"position", "digests", "written_at"},
+    "data": {"position", "digests", "written_at", "form"},
 }
 # The base is known by its digest, wherever it lies.
 _NOT_COMPARED = {"versions", "base"}

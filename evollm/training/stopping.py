@@ -48,8 +48,12 @@ class StopSignals:
         """Number of the signal if any of the processes got one, else 0; all must ask at the same moment."""
         return -Processes.present().smallest(-(self.received or 0))
 
-    def stop(self, number: int) -> None:
+    def stop(self, number: int, going_on: str = "") -> None:
         """End the program as the signal would have.
+
+        Args:
+            number: Of the signal.
+            going_on: How to go on with the run, which SIGTERM cannot tell whoever sent it: it is printed.
 
         Raises:
             KeyboardInterrupt: It was Ctrl-C.
@@ -57,4 +61,6 @@ class StopSignals:
         """
         if number == signal.SIGINT:
             raise KeyboardInterrupt
+        if going_on and Processes.present().is_main:
+            print(f"evollm: stopped; {going_on}", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGTERM)

@@ -18,6 +18,7 @@ from peft import LoraConfig
 
 from evollm.algorithms.core import DEFAULT_LORA
 from evollm.checks import expanded, located, usable_path
+from evollm.command_line import command, place, setting
 from evollm.data.files import is_files
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import Birth, EvolutionPlan, HyperparameterConfig, ancestry
@@ -26,7 +27,7 @@ from evollm.models.precision import AUTO, DTYPES
 from evollm.models.pretrained import reloadable
 from evollm.own_files import inside, read_bytes, replace_bytes
 from evollm.runs import read_lineage, read_lines
-from evollm.runs.folder import ASKED, CHECKPOINTS, CONFIG, ELITE, METRICS
+from evollm.runs.folder import ASKED, CHECKPOINTS, CONFIG, ELITE, METRICS, no_run, run_above
 
 # One (step, hyperparameters) for the founder, and one for each change.
 Schedule = list[tuple[int, dict[str, Value]]]
@@ -79,8 +80,12 @@ class Record:
         for line in self.metrics:
             if line["kind"] == "end":
                 return int(line["best"])
-        command = shlex.join(["evollm", "resume", str(self.run_dir)])
-        raise CheckpointError(f"{self.run_dir}: the run has not ended; go on with it first: {command}")
+        raise CheckpointError(f"{self.run_dir}: the run has not ended; go on with it first: {resume_of(self.run_dir)}")
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run has come to its end."""
+        return any(line["kind"] == "end" for line in self.metrics)
 
     @property
     def line(self) -> list[tuple[int, Birth]]:
@@ -111,8 +116,8 @@ def read_record(run_dir: str | os.PathLike[str]) -> Record:
         CheckpointError: A file of it is damaged.
     """
     folder = usable_path("run_dir", run_dir)
-    if not (folder / "config.json").is_file():
-        raise ConfigurationError("run_dir", str(run_dir), "is no run folder: no config.json in it")
+    if not (folder / CONFIG).is_file():
+        raise ConfigurationError("run_dir", str(run_dir), no_run(folder))
     try:
         config = _read_config(folder)
         lineage = read_lineage(folder)
@@ -218,9 +223,18 @@ def read_asked(run_dir: str | os.PathLike[str], given: Collection[str] = ()) -> 
         CheckpointError: The file is damaged.
     """
     asked = asked_of(run_dir)
-    asked.require_places(_PLACES.keys() - set(given), run_dir, lambda name, path: f"{name}={shlex.quote(path)}")
+    asked.require_places(_PLACES.keys() - set(given), run_dir, lambda name, path: shlex.quote(setting(name, path)))
     asked.require(asked.objects, run_dir, "call evollm.tune as then, with resume_from_checkpoint=...")
     return asked.settings
+
+
+def resume_of(run_dir: str | os.PathLike[str]) -> str:
+    """The command that goes on with a run that `tune` began, with the places that it must be told of."""
+    try:
+        elsewhere = known_of(run_dir).elsewhere
+    except (ConfigurationError, CheckpointError):  # The command itself says what is wrong.
+        elsewhere = {}
+    return command("resume", place(run_dir), *(setting(name, path) for name, path in sorted(elsewhere.items())))
 
 
 def known_of(run_dir: str | os.PathLike[str]) -> Asked:
@@ -244,11 +258,14 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
     """
     path = usable_path("run_dir", run_dir) / ASKED
     if not path.is_file():
+        above = run_above(path.parent)
+        if above is not None:
+            raise ConfigurationError("run_dir", str(run_dir), no_run(path.parent))
         fix = (
             "is no run that a command began. One that did not get to its first step is begun again by the command that "
             "began it; one that a script began goes on by the script, with "
-            f"finetune_llm_preference(..., resume_from_checkpoint=...), and a replay with evollm replay RUN --resume "
-            f"FOLDER (it has no {ASKED})"
+            "finetune_llm_preference(..., resume_from_checkpoint=...), and a replay with "
+            f"evollm replay RUN --resume {shlex.quote(place(run_dir))} (it has no {ASKED})"
         )
         raise ConfigurationError("run_dir", str(run_dir), fix)
     try:

@@ -1,0 +1,40 @@
+"""What is printed after a run: where it is, and what to type next."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from evollm.command_line import command, place
+
+
+def print_ending(run_dir: Path, report: Path | None, trusted: bool = False) -> None:
+    """Say where a run that has ended lies, and how it goes on from there.
+
+    Args:
+        run_dir: The run folder.
+        report: Its page, None where none was written.
+        trusted: Whether code that comes with the base was run.
+    """
+    from evollm.tuning.record import known_of
+
+    print(f"\nRun folder: {run_dir}")
+    if report is not None:
+        print(f"Report: {report}")
+    print("Next:")
+    run = place(run_dir)
+    elite = known_of(run_dir).elsewhere.get("elite_path")
+    more = [*(["--elite", place(elite)] if elite else []), *(["--trust-remote-code"] if trusted else [])]
+    lines = [] if report is not None else [command("report", run)]
+    for line in (*lines, command("chat", run, *more), command("export", run, "--to", _free("my-model"), *more)):
+        print(f"  {line}")
+
+
+def _free(name: str) -> str:
+    """A name that nothing in this folder has yet."""
+    number = 2
+    found = name
+    while os.path.lexists(found):
+        found = f"{name}-{number}"
+        number += 1
+    return found
