@@ -17,6 +17,7 @@ from evollm.algorithms.optimizers import check_moments
 from evollm.algorithms.saved_attributes import SavedAttributes, accepted_by, read_attributes
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
 from evollm.checkpoints.export import main_writes
+from evollm.checkpoints.find import find_agent
 from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models import AdapterState
@@ -42,7 +43,7 @@ class SavableAgent(LLMAgent):
         """Rebuild an agent from a folder that `save_checkpoint` wrote.
 
         Args:
-            path: The folder.
+            path: The folder; or that of a run, whose best agent is loaded; see `load_checkpoint`.
             device: Where to put the base; None: as for the constructor.
             accelerator: As for the constructor.
             actor_network: The base; by default it is the checkpoint's own (`lora_only=False`), else it is loaded by the
@@ -58,6 +59,7 @@ class SavableAgent(LLMAgent):
             ConfigurationError: The base has no name to load it by, or cannot be loaded, or the agent is of another
                 algorithm.
         """
+        path = _agent_folder(path)
         folder = read_agent_folder(path)
         attributes = folder.attributes
         if attributes["algorithm"] != cls.algorithm:
@@ -126,7 +128,8 @@ class SavableAgent(LLMAgent):
         """Restore the agent from a folder that `save_checkpoint` wrote.
 
         Args:
-            path: The folder.
+            path: The folder. That of a run stands for its best agent, or, while it has not ended, for the best one of
+                its newest checkpoint, with a warning; that of a checkpoint for the best agent in it.
             load_optimizer: A resume also restores the optimizer's moments; with none saved it warns and starts afresh.
                 A next stage starts afresh: moments of another loss, or of one against another reference, would
                 mislead it. False keeps the live optimizer.
@@ -146,6 +149,7 @@ class SavableAgent(LLMAgent):
                 reference, which a next stage cannot change.
         """
         del overwrite_critic_adapter
+        path = _agent_folder(path)
         folder = read_agent_folder(path)
         if check_base and folder.attributes["base_fingerprint"] != self.base.weights_fingerprint:
             saved_on = folder.attributes["base_name"] or "a base without a name"
@@ -265,3 +269,11 @@ class SavableAgent(LLMAgent):
         # A checkpoint holds moments; how they are used is not its to say.
         for group, options in zip(self.optimizer.param_groups, own, strict=True):
             group.update(options)
+
+
+def _agent_folder(path: str) -> str:
+    """The folder of the agent that a folder stands for; a choice among several is said in a warning."""
+    found = find_agent("path", path)
+    if found.remark:
+        warnings.warn(found.remark, UserWarning, stacklevel=3)
+    return str(found.path)

@@ -25,6 +25,7 @@ ATTRIBUTES = "attributes.pt"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 BASE = "base"
+_WANTED = "give the folder of an agent, such as RUN/elite, or that of a run"
 REQUIRED = frozenset({"algorithm", "base_name", "base_fingerprint", "hyperparameters", "settings", "hp_config"})
 
 
@@ -95,10 +96,10 @@ def read_agent_folder(path: str | Path) -> AgentFolder:
     """
     path = existing_folder(usable_path("path", path))
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not an agent's checkpoint: there is no such folder")
+        raise CheckpointError(f"{path} is not an agent's checkpoint: there is no such folder; {_WANTED}")
     files = verify(path)
     if ATTRIBUTES not in files:
-        raise CheckpointError(f"{path} is not an agent's checkpoint: it has no {ATTRIBUTES}")
+        raise CheckpointError(f"{path} is not an agent's checkpoint: it has no {ATTRIBUTES}; {_WANTED}")
     attributes = read_plain(path / ATTRIBUTES)
     if not isinstance(attributes, dict) or not attributes.keys() >= REQUIRED:
         raise CheckpointError(f"{path}: {ATTRIBUTES} is not an agent's, it lacks some of {sorted(REQUIRED)}")

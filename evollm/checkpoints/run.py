@@ -92,7 +92,7 @@ def read_population(path: Path) -> Population:
     missing = {STATE, TENSORS, REFERENCE_LOGPROBS} - set(files)
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of a population: it lacks {sorted(missing)}")
-    state = _read_state(path)
+    state = read_state(path)
     cache = ReferenceCache()
     cache.load(path / REFERENCE_LOGPROBS)
     try:
@@ -120,7 +120,7 @@ def newest_population(folder: Path) -> Path | None:
     for path in found:
         try:
             verify(path)
-            whole[path] = int(_read_state(path)["step"])
+            whole[path] = int(read_state(path)["step"])
         except CheckpointError as error:
             faults.append(str(error))
     for fault in faults:
@@ -142,7 +142,7 @@ def prune_populations(folder: Path, keep_last: int, newest: Path) -> None:
     for path in _folders(folder):
         if not path.name.startswith(".") and path != newest:
             try:
-                steps[path] = int(_read_state(path)["step"])
+                steps[path] = int(read_state(path)["step"])
             except CheckpointError:
                 # Not ours to judge: whoever resumes is told what is wrong with it.
                 continue
@@ -168,7 +168,12 @@ def _visible(path: Path) -> Path:
     return path.with_name(name[1:-4]) if name.startswith(".") and name.endswith(".old") else path
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """The part of a population's folder that is JSON, with at least its agents and its step.
+
+    Raises:
+        CheckpointError: It is missing, or something else.
+    """
     try:
         state = json.loads(read_bytes(inside(path, STATE)))
     except (OSError, ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
+from evollm.checkpoints.find import find_agent
 from evollm.checks import optional_whole_number, usable_path, whole_number
 from evollm.data import clock
 from evollm.errors import CheckpointError, ConfigurationError
@@ -73,7 +75,7 @@ class Request:
             raise ConfigurationError("population", self.population, f"must be at most {MOST_AGENTS}")
         optional_whole_number("generations", self.generations, 2)
         if self.start_from is not None and not isinstance(self.start_from, str | os.PathLike):
-            raise ConfigurationError("start_from", self.start_from, "must be the folder of an agent, such as RUN/elite")
+            raise ConfigurationError("start_from", self.start_from, "must be the folder of an agent, or of a run")
         annotations = self.pieces.parameters()
         check_known(self.settings, [*TUNE_PARAMETERS, *annotations])
         check_types(self.settings, annotations)
@@ -201,7 +203,10 @@ def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[S
         arguments.setdefault("dtype", AUTO)
     agents = pieces.agent.population(request.population, env.observation_space, env.action_space, **arguments)
     if request.start_from is not None:
-        start = str(usable_path("start_from", request.start_from).resolve())
+        found = find_agent("start_from", request.start_from)
+        if found.remark:
+            warnings.warn(found.remark, UserWarning, stacklevel=2)
+        start = str(found.path.resolve())
         for agent in agents:
             agent.load_checkpoint(start, overwrite_reference_adapter=True)
     return agents

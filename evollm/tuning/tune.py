@@ -12,6 +12,7 @@ from typing import Any
 from evollm.algorithms.saving import SavableAgent
 from evollm.errors import MissingExtraError
 from evollm.models.precision import names_dtype
+from evollm.pace import progress_told
 from evollm.processes import Processes
 from evollm.report import write_report
 from evollm.training.callbacks import Callback, Evolved, RunEnded, RunStarted
@@ -77,8 +78,8 @@ def tune(
         population: Number of agents; 1 is an ordinary run without evolution.
         generations: How many there are at most, all of the same length but the last, with an evolution between each
             two: 8. With `evo_steps`, the steps of each, it says how long the run is.
-        start_from: Folder of an agent, such as `RUN/elite` of a run with the algorithm `sft`, whose adapter all agents
-            begin with; its weights become their reference.
+        start_from: Folder of an agent, or of a run whose best agent is taken, such as one with the algorithm `sft`. All
+            agents begin with its adapter, whose weights become their reference.
         **settings: Parameters of the pieces, by name; unknown ones are refused.
 
     Raises:
@@ -99,7 +100,10 @@ def tune(
         start_from=start_from,
         **settings,
     )
-    return _run(request, set_up(request))
+    # Rows may take a while, too.
+    with progress_told(request.settings.get("verbose", True)):
+        setup = set_up(request)
+    return _run(request, setup)
 
 
 def validate(model: Any, data: Any, **settings: Any) -> str:
