@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,41 +40,86 @@ _SCORES = {
 }
 
 
-def model_card(run_dir: Path, base_name: str) -> str:
-    """Markdown that says what the model was tuned on, with which hyperparameters, and how it scored.
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        base_name: Hub name or path of the base, as the user gave it; "" of one that was handed in as an object.
+        folder: Where the user had it written.
+        loader: Class of transformers that loads the base.
+        is_adapter: Whether the folder holds the adapter alone, and not a merged model.
+        tokenizer: What the tokenizer is loaded from: the folder, or the base.
+        has_template: Whether that has a chat template.
+        agent: Number of the agent.
+        step: Steps done when it was saved in a checkpoint; None: it is the best agent of a run that has ended.
+    """
+
+    base_name: str
+    folder: str
+    loader: str
+    is_adapter: bool
+    tokenizer: str
+    has_template: bool
+    agent: int
+    step: int | None = None
+
+    @property
+    def hub_name(self) -> str:
+        """The base's name on the hub; "" of one that is not from there."""
+        return self.base_name if _HUB_NAME.fullmatch(self.base_name) and not Path(self.base_name).exists() else ""
+
+
+def model_card(run_dir: Path, subject: Subject) -> str:
+    """Markdown that says what the model was tuned on, how it is loaded, with which hyperparameters, how it scored.
 
     Args:
-        run_dir: Folder of a run that has ended.
-        base_name: Hub name or path of the base.
+        run_dir: Folder of the run.
+        subject: What was written.
 
     Raises:
-        CheckpointError: The folder lacks a file, or the run has not ended.
+        CheckpointError: The folder lacks a file, or the run has not ended and the agent is from no checkpoint of it.
     """
     try:
         config = json.loads(read_bytes(inside(run_dir, CONFIG)))
         lineage = read_lineage(run_dir)
-        end = next((line for line in read_lines(inside(run_dir, METRICS)) if line["kind"] == "end"), None)
-        if end is None:
+        lines = read_lines(inside(run_dir, METRICS))
+        end = next((line for line in lines if line["kind"] == "end"), None)
+        if end is None and subject.step is None:
             raise CheckpointError(f"{run_dir}: the run has not ended; resume it with resume_from_checkpoint")
-        return _card(config, lineage, end, base_name)
+        rows = _STAGES[config["algorithm"]].rows
+        if subject.step is None:
+            assert end is not None
+            scores, best, step = _scores(end, rows), int(end["best"]), None
+        else:
+            best, step = subject.agent, subject.step
+            scores = _scores_before_the_end(lines, best, step, int(config["schedule"]["total"]), rows)
+        before = [(at, plan) for at, plan in lineage.evolutions if step is None or at < step]
+        return _card(config, Lineage(lineage.founders, before), scores, best, subject)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{run_dir} is not the folder of a run: {error!r}") from error
 
 
-def _card(config: Mapping[str, Any], lineage: Lineage, end: Mapping[str, Any], base_name: str) -> str:
-    # A path on somebody's machine says nothing to others.
-    hub_name = base_name if _HUB_NAME.fullmatch(base_name) and not Path(base_name).exists() else ""
-    front = ["---", *([f"base_model: {hub_name}"] if hub_name else []), "library_name: transformers"]
+def _card(config: Mapping[str, Any], lineage: Lineage, scores: list[str], best: int, subject: Subject) -> str:
+    hub_name = subject.hub_name
+    library = "peft" if subject.is_adapter else "transformers"
+    front = ["---", *([f"base_model: {hub_name}"] if hub_name else []), f"library_name: {library}"]
     stage = _STAGES[config["algorithm"]]
     front += [f"tags: [{stage.tags}, lora, evollm]", "---"]
+    base = f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else f"`{_text(subject.base_name)}`"
     lines = [
         *front,
         "",
         f"# {hub_name or 'A language model'}, {stage.title}",
         "",
+        f"Base: {base if subject.base_name else 'a model without a name'}. "
         f"Tuned with {stage.method} by evollm {_text(config['versions']['evollm'])}: "
         f"{len(config['agents'])} agents, {int(config['schedule']['total'])} steps of "
         f"{int(config['data']['batch_size'])} {stage.rows}.",
+        "",
+        "## Use",
+        "",
+        *_use(subject, str(config["data"].get("form", ""))),
         "",
         "## Data",
         "",
@@ -83,16 +128,58 @@ def _card(config: Mapping[str, Any], lineage: Lineage, end: Mapping[str, Any], b
         "",
         "## Scores",
         "",
-        *_scores(end, stage.rows),
+        *scores,
         "",
         "## Hyperparameters",
         "",
-        *_schedule(lineage, end["best"]),
+        *_schedule(lineage, best),
         "",
         f"LoRA: rank {int(config['lora']['r'])}, alpha {float(config['lora']['lora_alpha']):g}, "
         f"on {_modules(config['lora']['target_modules'])}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _use(subject: Subject, form: str) -> list[str]:
+    """Lines that load what was written and ask it something, in the form of the rows that it has learnt from."""
+    loader, folder = subject.loader, _literal(subject.folder)
+    as_text = form == "text" or not subject.has_template
+    question = '"What is tea?"'
+    if not as_text:
+        question = f'[{{"role": "user", "content": {question}}}]'
+    encode = 'tokenizer(prompt, return_tensors="pt")'
+    if not as_text:
+        encode = (
+            "tokenizer.apply_chat_template(\n"
+            '    prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)'
+        )
+    start = "" if loader == "AutoModelForSeq2SeqLM" else ', inputs["input_ids"].shape[1] :'
+    load = [f"model = {loader}.from_pretrained({folder})"]
+    if subject.is_adapter:
+        load = [
+            f"base_model = {loader}.from_pretrained({_literal(subject.base_name or 'BASE')})",
+            f"model = PeftModel.from_pretrained(base_model, {folder})",
+        ]
+    said = {"chat": "messages, through the chat template", "text": "strings, without a chat template"}
+    return [
+        *([f"It has learnt from {said[form]}.", ""] if form in said else []),
+        "```python",
+        *(["from peft import PeftModel"] if subject.is_adapter else []),
+        f"from transformers import {loader}, AutoTokenizer",
+        "",
+        *load,
+        f"tokenizer = AutoTokenizer.from_pretrained({_literal(subject.tokenizer or 'BASE')})",
+        f"prompt = {question}",
+        f"inputs = {encode}",
+        "output = model.generate(**inputs, max_new_tokens=64)",
+        f"print(tokenizer.decode(output[0{start}], skip_special_tokens=True))",
+        "```",
+    ]
+
+
+def _literal(text: str) -> str:
+    """A text as Python and Markdown have it."""
+    return json.dumps(text)
 
 
 def _text(value: object) -> str:
@@ -110,6 +197,21 @@ def _scores(end: Mapping[str, Any], rows: str) -> list[str]:
     for key, name in found.items():
         lines.append(f"| {name} | {float(end[f'before_{key}']):.3f} | {float(end[f'after_{key}']):.3f} |")
     return lines
+
+
+def _scores_before_the_end(
+    lines: Sequence[Mapping[str, Any]], agent: int, step: int, total: int, rows: str
+) -> list[str]:
+    """The last scores of an agent from a checkpoint."""
+    scored = [line for line in lines if line["kind"] == "evaluation" and line["step"] <= step]
+    own = [line for line in scored if line["agent"] == agent]
+    saved = f"The run had not ended: this is agent {agent} after step {step} of {total}"
+    found = {key: name for key, name in _SCORES.items() if own and key in own[-1]}
+    if not found:
+        return [f"{saved}, which has not been scored."]
+    at = int(own[-1]["step"])
+    head = [f"{saved}. On the {rows} that agents were selected by:", "", f"| | after step {at} |", "|---|---|"]
+    return [*head, *(f"| {name} | {float(own[-1][key]):.3f} |" for key, name in found.items())]
 
 
 def _schedule(lineage: Lineage, best: int) -> list[str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evollm.checkpoints.agent import write_adapter
-from evollm.checkpoints.card import model_card
+from evollm.checkpoints.card import Subject, model_card
 from evollm.checkpoints.files import replace_folder
 from evollm.models import SharedBase
+from evollm.models.pretrained import auto_class
 from evollm.processes import Processes
 
 
@@ -35,29 +36,45 @@ class HasActor(Protocol):
     """An agent, as far as its actor goes."""
 
     base: SharedBase
+    index: int
 
     @property
     def actor_adapter(self) -> str:
         """Name of the actor on the base."""
 
 
-def save_llm_checkpoint(agent: HasActor, path: str | Path) -> None:
+def save_llm_checkpoint(
+    agent: HasActor,
+    path: str | Path,
+    tokenizer: Any | None = None,
+    run_dir: str | Path | None = None,
+    step: int | None = None,
+) -> None:
     """Write an agent's tuned adapter alone, to deploy: `PeftModel.from_pretrained(base_model, path)` loads it.
 
     Args:
         agent: The agent.
         path: Folder to write or replace.
+        tokenizer: The base's, for the model card; it is not written.
+        run_dir: As for `save_merged_model`.
+        step: Likewise.
     """
 
     def write() -> None:
+        card = _card(agent, path, tokenizer, run_dir, step, is_adapter=True)
         with replace_folder(path) as folder:
             write_adapter(folder, agent.base.export(agent.actor_adapter), agent.base.name)
+            _write_card(folder, card)
 
     main_writes(write)
 
 
 def save_merged_model(
-    agent: HasActor, path: str | Path, tokenizer: Any | None = None, run_dir: str | Path | None = None
+    agent: HasActor,
+    path: str | Path,
+    tokenizer: Any | None = None,
+    run_dir: str | Path | None = None,
+    step: int | None = None,
 ) -> None:
     """Write the base with an agent's adapter merged into it: `AutoModelForCausalLM.from_pretrained(path)` loads it.
 
@@ -69,21 +86,53 @@ def save_merged_model(
         agent: The agent.
         path: Folder to write or replace.
         tokenizer: Written beside the model, with its chat template.
-        run_dir: The run that tuned the agent; with it the folder gets a model card that states data, schedule of
-            hyperparameters and scores.
+        run_dir: The run that tuned the agent; with it the folder gets a model card that states base, data, schedule of
+            hyperparameters and scores, with the lines that load it.
+        step: Steps that the run had done when the agent was saved, of one from a checkpoint; None: it is the best agent
+            of a run that has ended.
 
     Raises:
         ConfigurationError: The base is quantised, or merged weights would not compute what the adapter computes.
         CheckpointError: The run folder cannot be read.
     """
-    main_writes(lambda: _write_merged_model(agent, path, tokenizer, run_dir), agent.base)
+
+    def write() -> None:
+        card = _card(agent, path, tokenizer, run_dir, step, is_adapter=False)
+        with replace_folder(path) as folder:
+            agent.base.save_weights(folder, merged=agent.actor_adapter)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            _write_card(folder, card)
+
+    main_writes(write, agent.base)
 
 
-def _write_merged_model(agent: HasActor, path: str | Path, tokenizer: Any | None, run_dir: str | Path | None) -> None:
-    card = None if run_dir is None else model_card(Path(run_dir), agent.base.name)
-    with replace_folder(path) as folder:
-        agent.base.save_weights(folder, merged=agent.actor_adapter)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
+def _card(
+    agent: HasActor,
+    path: str | Path,
+    tokenizer: Any | None,
+    run_dir: str | Path | None,
+    step: int | None,
+    *,
+    is_adapter: bool,
+) -> str | None:
+    """The model card of what is written to `path`; None without a run."""
+    if run_dir is None:
+        return None
+    name = agent.base.name
+    subject = Subject(
+        base_name=name,
+        folder=str(path),
+        loader=auto_class(agent.base.network.config).__name__,
+        is_adapter=is_adapter,
+        tokenizer=str(path) if tokenizer is not None and not is_adapter else name,
+        has_template=bool(getattr(tokenizer, "chat_template", None)),
+        agent=agent.index,
+        step=step,
+    )
+    return model_card(Path(run_dir), subject)
+
+
+def _write_card(folder: Path, card: str | None) -> None:
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
