@@ -18,9 +18,9 @@ def add_to(commands: Subparsers) -> None:
         "export",
         _run,
         help="write the best agent of a run as a model, an adapter or a policy.pt",
-        description="Write the best agent of a run that has ended. merged: a model that transformers loads, with "
-        "tokenizer and\nmodel card. adapter: the adapter alone, for PEFT. policy: policy.pt of the original DPO "
-        "repository.",
+        description="Write the best agent of a run; of one that has not ended, the best of its newest checkpoint.\n"
+        "merged: a model that transformers loads, with tokenizer and model card. adapter: the adapter alone, for\n"
+        "PEFT, with a card. policy: policy.pt of the original DPO repository.",
         example="evollm export my-run --to my-model",
     )
     add_run(parser)

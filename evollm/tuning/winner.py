@@ -1,11 +1,12 @@
-"""The best agent of a run that has ended: opened, asked, handed on."""
+"""The best agent of a run: opened, asked, handed on."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.checkpoints.files import check_replaceable
+from evollm.checkpoints.find import FoundAgent, NoAgentError, best_of_run, find_agent
 from evollm.checks import usable_path
-from evollm.errors import ConfigurationError
+from evollm.data.batch import IntArray
+from evollm.data.report import FORMS
+from evollm.data.tokenization import prompt_ids
+from evollm.errors import CheckpointError, ConfigurationError, brief
 from evollm.models.generation import greedy_answers
 from evollm.models.precision import AUTO
 from evollm.models.pretrained import load_base_model, load_tokenizer, reloadable
+from evollm.runs.folder import run_above
 from evollm.tuning.plain import model_config_of
-from evollm.tuning.record import known_of, place_of, read_record
+from evollm.tuning.record import Asked, Record, known_of, place_of, read_record, resume_of
 
 KINDS = ("merged", "adapter", "policy")
 _AGENTS: dict[str, type[SavableAgent]] = {"DPO": DPO, "SFT": SFT}
@@ -36,32 +42,74 @@ class Winner:
         agent: The agent.
         tokenizer: The base's tokenizer.
         run_dir: The run folder.
+        form: What the run's rows were learnt as: `chat`, `text` or `mixed`; "" where its folder does not say it.
+        found: Which folder the agent is from.
     """
 
     agent: SavableAgent
     tokenizer: Any
     run_dir: Path
+    form: str = ""
+    found: FoundAgent = field(default_factory=lambda: FoundAgent(Path()))
 
-    def answers(self, prompt: str, max_new_tokens: int = 128, raw: bool = False) -> tuple[str, str]:
+    @property
+    def uses_template(self) -> bool:
+        """Whether prompts go through the chat template, as the rows did that were learnt from."""
+        return self.form != "text" and bool(getattr(self.tokenizer, "chat_template", None))
+
+    def answers(self, prompt: str, max_new_tokens: int = 128, raw: bool | None = None) -> tuple[str, str]:
         """The likeliest answers of the base and of the agent to what a user says.
 
         Args:
-            prompt: A user's message, written out by the tokenizer's chat template; without a template, the text that
-                is to be continued.
+            prompt: A user's message, written out by the tokenizer's chat template, or a text that is to be continued.
             max_new_tokens: Longest answer, in tokens.
-            raw: Continue the text as it is, template or not: what rows of strings are learnt from.
+            raw: Continue the text as it is, template or not: what rows of strings are learnt from. None: as the run's
+                rows were.
         """
-        text = prompt
-        if not raw and getattr(self.tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # A template writes the BOS itself.
-        ids = np.array(self.tokenizer(text, add_special_tokens=text is prompt)["input_ids"], dtype=np.int64)
-        base, tuned = (
-            greedy_answers(self.agent.base, adapter, [ids], self.tokenizer, max_new_tokens)[0]
-            for adapter in (None, self.agent.actor_adapter)
-        )
+        raw = not self.uses_template if raw is None else raw
+        asked = prompt if raw else [{"role": "user", "content": prompt}]
+        base, tuned = (self.answer(asked, max_new_tokens, tuned=is_tuned) for is_tuned in (False, True))
         return base, tuned
+
+    def answer(self, prompt: str | Sequence[Mapping[str, str]], max_new_tokens: int, *, tuned: bool) -> str:
+        """The likeliest answer of the agent, or of the base.
+
+        Args:
+            prompt: A text that is to be continued, or the messages of a conversation.
+            max_new_tokens: Longest answer, in tokens.
+            tuned: Whether the agent answers, and not the base.
+
+        Raises:
+            ConfigurationError: It is too long, or the chat template refuses the conversation, or there is none.
+        """
+        base = self.agent.base
+        ids = self.prompt_ids(prompt)
+        limit = base.max_positions
+        if limit is not None and len(ids) >= limit:
+            raise ConfigurationError("prompt", f"{len(ids)} tokens", f"the base takes {limit}: ask something shorter")
+        if limit is not None and not base.is_encoder_decoder:
+            max_new_tokens = min(max_new_tokens, limit - len(ids))
+        adapter = self.agent.actor_adapter if tuned else None
+        return greedy_answers(base, adapter, [ids], self.tokenizer, max_new_tokens)[0]
+
+    def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> IntArray:
+        """(P,) token ids of what `answer` takes, as those of the rows of a run are made.
+
+        Raises:
+            ConfigurationError: The chat template refuses the conversation, or there is none.
+        """
+        is_encoder_decoder = self.agent.base.is_encoder_decoder
+        if isinstance(prompt, str):
+            return prompt_ids(prompt, self.tokenizer, encoder_decoder=is_encoder_decoder)
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigurationError("tokenizer.chat_template", None, "there is none: ask with strings (--raw)")
+        try:
+            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # Whatever the template's own code raises.
+            fix = f"refuses this conversation: {brief(str(error))}"
+            raise ConfigurationError("tokenizer.chat_template", self.tokenizer.name_or_path, fix) from error
+        # A template writes the BOS itself; an encoder reads a text as the tokenizer makes it.
+        return np.array(self.tokenizer(text, add_special_tokens=is_encoder_decoder)["input_ids"], dtype=np.int64)
 
 
 def open_winner(
@@ -70,21 +118,27 @@ def open_winner(
     trust_remote_code: bool = False,
     elite: str | os.PathLike[str] | None = None,
 ) -> Winner:
-    """Load the best agent of a run.
+    """Load the best agent of a run; of one that has not ended, the best of its newest checkpoint.
 
     Args:
-        run_dir: The run folder; the run has ended.
+        run_dir: The run folder, or the folder of an agent or of a checkpoint in it.
         model: Hub name or folder of the base; None: the one that the run names.
         trust_remote_code: Run code that comes with the base. A run folder cannot ask for it.
-        elite: Folder of the best agent, of a run that keeps it outside its folder.
+        elite: Folder of the best agent, or of checkpoints, of a run that keeps them outside its folder.
 
     Raises:
         ConfigurationError: This is no run folder, or the base cannot be loaded.
-        CheckpointError: The run has not ended, or its files are damaged.
+        CheckpointError: The run has saved no agent yet, or its files are damaged.
     """
+    above = run_above(usable_path("run_dir", run_dir))
+    if above is not None and elite is None:
+        run_dir, elite = above, run_dir
     record = read_record(run_dir)
-    _ = record.best  # Before a model is loaded: the run must have ended.
     known = known_of(run_dir)
+    # Before a model is loaded: there must be an agent.
+    found = _best_of(record, known) if elite is None else find_agent("elite", elite)
+    if found.remark:
+        warnings.warn(found.remark, UserWarning, stacklevel=2)
     asked = known.settings
     name = model or asked.get("model") or record.config["base"]
     if model is None:
@@ -93,15 +147,32 @@ def open_winner(
     if not name:
         raise ConfigurationError("model", None, f"{run_dir} does not name the model that it ran on: give it")
     agent_class = _AGENTS[record.config["algorithm"]]
-    if elite is None:
-        known.require_places(["elite_path"], run_dir, lambda _, path: f"--elite {shlex.quote(path)}")
-        elite = place_of(record.run_dir, known, "elite_path")
-    model_config = _model_config(asked, usable_path("elite", elite), trust_remote_code)
+    model_config = _model_config(asked, found.path, trust_remote_code)
     tokenizer = load_tokenizer(asked.get("tokenizer") or name, model_config)
     base: dict[str, Any] = (
         {"model_config": model_config} if model is None else {"actor_network": load_base_model(model, model_config)}
     )
-    return Winner(agent_class.load(str(elite), asked.get("device"), **base), tokenizer, record.run_dir)
+    agent = agent_class.load(str(found.path), asked.get("device"), **base)
+    form = record.config["data"].get("form")
+    return Winner(agent, tokenizer, record.run_dir, form if form in FORMS else "", found)
+
+
+def _best_of(record: Record, known: Asked) -> FoundAgent:
+    """The best agent of a run whose places lie in its folder.
+
+    Raises:
+        ConfigurationError: They lie outside of it.
+        CheckpointError: There is no agent, or it is damaged.
+    """
+    needed = "elite_path" if record.has_ended else "checkpoint_path"
+    known.require_places([needed], record.run_dir, lambda _, path: f"--elite {shlex.quote(path)}")
+    inner = {name: place_of(record.run_dir, known, name) for name in ("elite_path", "checkpoint_path")}
+    try:
+        return best_of_run(record.run_dir, inner["elite_path"], inner["checkpoint_path"])
+    except NoAgentError as error:
+        every = record.config["schedule"].get("checkpoint_every")
+        when = f"it saves one every {every} steps" if every else "it saves none (checkpoint_steps=0)"
+        raise CheckpointError(f"{error} ({when}); go on with it: {resume_of(record.run_dir)}") from None
 
 
 def _model_config(asked: Mapping[str, Any], elite: Path, trust_remote_code: bool) -> dict[str, Any]:
@@ -122,13 +193,13 @@ def export(
     trust_remote_code: bool = False,
     elite: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write the best agent of a run for others to load.
+    """Write the best agent of a run for others to load; of one that has not ended, the best of its newest checkpoint.
 
     Args:
-        run_dir: The run folder.
+        run_dir: As for `open_winner`.
         to: Folder to write.
         what: `merged`: a model that transformers loads, with tokenizer and model card; `adapter`: the adapter alone,
-            which PEFT loads; `policy`: `policy.pt` of the original DPO repository.
+            which PEFT loads, with a model card; `policy`: `policy.pt` of the original DPO repository.
         model: Hub name or folder of the base; None: the one that the run names.
         trust_remote_code: As for `open_winner`.
         elite: Likewise.
@@ -138,7 +209,7 @@ def export(
 
     Raises:
         ConfigurationError: Something else lies at `to`, there is no such kind, or the base cannot be merged.
-        CheckpointError: The run has not ended, or its files are damaged.
+        CheckpointError: The run has saved no agent yet, or its files are damaged.
     """
     path = usable_path("to", to)
     if what not in KINDS:
@@ -149,9 +220,9 @@ def export(
     check_replaceable("to", path)
     winner = open_winner(run_dir, model, trust_remote_code, elite)
     if what == "merged":
-        save_merged_model(winner.agent, path, winner.tokenizer, run_dir=winner.run_dir)
+        save_merged_model(winner.agent, path, winner.tokenizer, winner.run_dir, winner.found.step)
     elif what == "adapter":
-        save_llm_checkpoint(winner.agent, path)
+        save_llm_checkpoint(winner.agent, path, winner.tokenizer, winner.run_dir, winner.found.step)
     else:
         path.mkdir(parents=True, exist_ok=True)
         path = path / "policy.pt"
