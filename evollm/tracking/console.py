@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from evollm.errors import shown
 from evollm.hpo import (
     AnyEvaluation,
     Birth,
@@ -30,6 +33,7 @@ from evollm.hpo import (
     format_value,
     rank,
 )
+from evollm.pace import Pace
 from evollm.training.callbacks import (
     BaselineScored,
     Callback,
@@ -41,6 +45,7 @@ from evollm.training.callbacks import (
     StepDone,
 )
 
+BAR_WIDTH = 12
 SHOWN = ("lr", "beta", "nll_alpha")
 # Shown too where they are not these.
 USUAL = {"loss_type": "sigmoid", "label_smoothing": 0.0}
@@ -61,19 +66,25 @@ class Console(Callback):
     """
 
     def __init__(self, console: rich.console.Console | None = None) -> None:
-        self._console = console or rich.console.Console()
+        # No emoji: a text such as a folder or an answer may hold what rich takes for the name of one.
+        self._console = console or rich.console.Console(emoji=False)
+        # Elsewhere, such as in a file, there is a line now and then instead.
+        self._has_bar = _can_move(self._console)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(BAR_WIDTH),
             MofNCompleteColumn(),
-            TextColumn("steps"),
             TimeElapsedColumn(),
-            TextColumn("left:"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             console=self._console,
             transient=True,
+            # By default it knows nothing of steps that take half a minute.
+            speed_estimate_period=3600,
         )
         self._task: TaskID | None = None
+        self._total = 0
+        self._pace: Pace | None = None
         self._births: dict[int, Birth] = {}
         self._losses: dict[int, float] = {}
         self._plans: list[EvolutionPlan] = []
@@ -91,44 +102,48 @@ class Console(Callback):
         base = f"{event.config['base_dtype'].removeprefix('torch.')}, on {event.config['device']}"
         self._print(
             f"{agents} on one base ({base}), {event.total_steps} steps of {data['batch_size']} "
-            f"{data.get('noun', 'pair')}s; folder {event.run_dir}",
+            f"{data.get('noun', 'pair')}s; folder {escape(str(event.run_dir))}",
             soft_wrap=True,
         )
         if event.step:
             self._print(f"resumed after step {event.step}")
+        self._total = event.total_steps
         self._task = self._progress.add_task("", total=event.total_steps, completed=event.step)
-        self._progress.start()
+        if self._has_bar:
+            self._progress.start()
         self._phase("training" if event.step else "scoring the untuned model")
+        self._pace = Pace(event.total_steps, event.step)
 
     def on_baseline(self, event: BaselineScored) -> None:
         """Training is next."""
         self._phase("training")
+        self._pace = Pace(self._total)
 
     def _phase(self, name: str) -> None:
         """Say what takes the time now: beside the bar, or in a line where there is none."""
         assert self._task is not None
         self._progress.update(self._task, description=name)
-        if not self._console.is_terminal:
+        if not self._has_bar:
             self._print(f"{name} ...")
 
     def on_step(self, event: StepDone) -> None:
-        """Move the bar, and say what attention is computed by, once."""
+        """Move the bar, or say how far the run is; and say what attention is computed by, once."""
         if event.attention not in self._attention:
             self._attention.add(event.attention)
             self._print(f"[dim]attention: {escape(event.attention)}[/dim]", soft_wrap=True)
         self._losses |= {index: metrics["loss"] for index, metrics in event.metrics.items()}
         assert self._task is not None
-        found = list(event.metrics.values())
-        if "rewards/accuracies" in found[0]:
-            best = f"best batch accuracy {max(metrics['rewards/accuracies'] for metrics in found):.2f}"
-        else:
-            best = f"lowest batch loss {min(metrics['loss'] for metrics in found):.3f}"
-        self._progress.update(self._task, completed=event.step, description=f"training, {best}")
+        assert self._pace is not None
+        found = batch_line(list(event.metrics.values()))
+        self._progress.update(self._task, completed=event.step, description=found)
+        if not self._has_bar and self._pace.is_due(event.step):
+            share = f"{event.step / self._total:.0%}"
+            self._print(f"step {event.step} of {self._total} ({share}): {found}; {self._pace.left(event.step)}")
 
     def on_evaluation(self, event: Evaluated) -> None:
         """Print the table of a generation."""
         self._print(generation_table(event, self._births, self._losses))
-        if self._task is not None and event.step == self._progress.tasks[self._task].total:
+        if self._task is not None and event.step == self._total:
             self._phase("final score and sample answers")
 
     def on_evolution(self, event: Evolved) -> None:
@@ -143,7 +158,7 @@ class Console(Callback):
 
     def on_checkpoint(self, event: Checkpointed) -> None:
         """Say where the population was saved."""
-        self._print(f"step {event.step}: population saved in {event.path}", soft_wrap=True)
+        self._print(f"step {event.step}: population saved in {escape(str(event.path))}", soft_wrap=True)
 
     def on_end(self, event: RunEnded) -> None:
         """Print the result."""
@@ -154,20 +169,39 @@ class Console(Callback):
         if self._plans:
             self._print("Its line: " + schedule_line(ancestry(self._plans, event.best.index)), soft_wrap=True)
         for sample in event.samples:
-            self._print(f"\n[bold]{escape(sample.prompt)}[/bold]")
+            self._print(f"\n[bold]{escape(shown(sample.prompt))}[/bold]")
             for label, answer in (("[dim]before:[/dim]", sample.before), ("[green]after:[/green]", sample.after)):
-                self._print(Padding(f"{label} {escape(answer) or '(empty)'}", (0, 0, 0, 2)))
+                text = Text.from_markup(f"{label} {escape(shown(answer)) or '(empty)'}", emoji=False)
+                self._print(Padding(text, (0, 0, 0, 2)))
         if event.best_path is not None:
-            self._print(f"\nBest adapter: {event.best_path / 'actor'}", soft_wrap=True)
-            line = f'model = PeftModel.from_pretrained(base_model, "{event.best_path / "actor"}")'
+            actor = str(event.best_path / "actor")
+            self._print(f"\nBest adapter: {escape(actor)}", soft_wrap=True)
+            line = f"model = PeftModel.from_pretrained(base_model, {json.dumps(actor, ensure_ascii=False)})"
             self._print(f"Load it with: [bold]{escape(line)}[/bold]", soft_wrap=True)
 
     def close(self) -> None:
         """Take the bar away."""
-        self._progress.stop()
+        if self._has_bar:
+            self._progress.stop()
 
     def _print(self, what: object, *, soft_wrap: bool = False) -> None:
-        self._console.print(what, soft_wrap=soft_wrap, highlight=False)
+        self._console.print(what, soft_wrap=soft_wrap, highlight=False, emoji=False)
+
+
+def _can_move(console: rich.console.Console) -> bool:
+    """Whether a bar can move there: in a terminal or a notebook, not in a file that is made to look like one."""
+    is_terminal = console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
+    return console.is_jupyter or is_terminal
+
+
+def batch_line(found: Sequence[Mapping[str, float]]) -> str:
+    """What the agents made of a batch, in some words: the best of them where there are several."""
+    lowest, best = ("lowest ", "best ") if len(found) > 1 else ("", "")
+    losses = [metrics["loss"] for metrics in found]
+    line = f"{lowest}loss {min(losses):.3f}"
+    if "rewards/accuracies" in found[0]:
+        line += f", {best}accuracy {max(metrics['rewards/accuracies'] for metrics in found):.2f}"
+    return line
 
 
 def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapping[int, float]) -> Table:
