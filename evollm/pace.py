@@ -19,7 +19,7 @@ INTERVAL = 30.0
 # Afterwards a line comes whenever the time has grown by this share.
 _GROWTH = 0.02
 # A share of the whole after which a line comes earlier, and the fewest seconds between two of these.
-_SHARE, _AT_LEAST = 0.05, 2.0
+_SHARE, _AT_LEAST = 0.05, 5.0
 # Seconds between two changes of a line in a terminal, and before the first one.
 _REFRESH, _WAIT = 0.2, 1.0
 _MINUTE, _HOUR = 60, 3600

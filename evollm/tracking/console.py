@@ -45,7 +45,7 @@ from evollm.training.callbacks import (
     StepDone,
 )
 
-BAR_WIDTH = 12
+BAR_WIDTH = 8
 SHOWN = ("lr", "beta", "nll_alpha")
 # Shown too where they are not these.
 USUAL = {"loss_type": "sigmoid", "label_smoothing": 0.0}
