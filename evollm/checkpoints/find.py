@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from evollm.checkpoints.agent import ATTRIBUTES
 from evollm.checkpoints.files import existing_folder
 from evollm.checkpoints.run import STATE, has_populations, newest_population, read_state
-from evollm.checks import usable_path
-from evollm.errors import CheckpointError
+from evollm.checks import expanded, usable_path
+from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import EvolutionPlan, Fitness, is_finite, rank
 from evollm.own_files import inside
 from evollm.runs import read_lines
@@ -121,3 +122,22 @@ def _fitness(number: int, known: dict[int, Fitness], parents: dict[int, int | No
     parent = parents.get(number)
     unknown = (float("nan"),)
     return known.get(number, unknown if parent is None else known.get(parent, unknown))
+
+
+def check_is_base(field: str, model: object) -> None:
+    """Refuse the folder of a run or of an agent where that of a model is asked for, and say what is to be given.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
+    if not isinstance(model, str | os.PathLike) or not str(model):
+        return
+    folder = Path(expanded(model))
+    try:
+        what = "a run" if is_run(folder) else "an agent" if (folder / ATTRIBUTES).is_file() else ""
+    except (OSError, ValueError):  # No path at all.
+        return
+    if what:
+        actor = (folder / ELITE if what == "a run" else folder) / _ACTOR
+        fix = f"is the folder of {what}: give its base and start_from={model}, or {actor}, an adapter for its base"
+        raise ConfigurationError(field, str(model), fix)

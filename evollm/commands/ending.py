@@ -16,16 +16,22 @@ def print_ending(run_dir: Path, report: Path | None, trusted: bool = False) -> N
         report: Its page, None where none was written.
         trusted: Whether code that comes with the base was run.
     """
-    from evollm.tuning.record import known_of
+    from evollm.checkpoints.run import has_populations
+    from evollm.tuning.record import known_of, place_of
 
     print(f"\nRun folder: {run_dir}")
     if report is not None:
         print(f"Report: {report}")
     print("Next:")
     run = place(run_dir)
-    elite = known_of(run_dir).elsewhere.get("elite_path")
-    more = [*(["--elite", place(elite)] if elite else []), *(["--trust-remote-code"] if trusted else [])]
+    known = known_of(run_dir)
     lines = [] if report is not None else [command("report", run)]
+    elite = known.elsewhere.get("elite_path")
+    inner = {name: place_of(run_dir, known, name) for name in ("elite_path", "checkpoint_path")}
+    if not elite and not inner["elite_path"].is_dir() and not has_populations(inner["checkpoint_path"]):
+        print("\n".join(f"  {line}" for line in lines) or "  nothing: the run kept no agent to ask or to export")
+        return
+    more = [*(["--elite", place(elite)] if elite else []), *(["--trust-remote-code"] if trusted else [])]
     for line in (*lines, command("chat", run, *more), command("export", run, "--to", _free("my-model"), *more)):
         print(f"  {line}")
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
-from evollm.checkpoints.find import find_agent
+from evollm.checkpoints.find import check_is_base, find_agent
 from evollm.checks import optional_whole_number, usable_path, whole_number
 from evollm.data import clock
 from evollm.errors import CheckpointError, ConfigurationError
@@ -70,6 +70,7 @@ class Request:
         if not isinstance(self.model, str | os.PathLike | PreTrainedModel):
             fix = "must be a hub name, a folder, or a loaded language model of transformers without adapters"
             raise ConfigurationError("model", self.model, fix)
+        check_is_base("model", self.model)
         whole_number("population", self.population, 1)
         if self.population > MOST_AGENTS:
             raise ConfigurationError("population", self.population, f"must be at most {MOST_AGENTS}")

@@ -17,7 +17,7 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.checkpoints.files import check_replaceable
-from evollm.checkpoints.find import FoundAgent, NoAgentError, best_of_run, find_agent
+from evollm.checkpoints.find import FoundAgent, NoAgentError, best_of_run, check_is_base, find_agent
 from evollm.checks import usable_path
 from evollm.data.batch import IntArray
 from evollm.data.report import FORMS
@@ -130,6 +130,7 @@ def open_winner(
         ConfigurationError: This is no run folder, or the base cannot be loaded.
         CheckpointError: The run has saved no agent yet, or its files are damaged.
     """
+    check_is_base("model", model)
     above = run_above(usable_path("run_dir", run_dir))
     if above is not None and elite is None:
         run_dir, elite = above, run_dir

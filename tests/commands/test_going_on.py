@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shlex
 import shutil
 import signal
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from command_runs import MESSAGES, train
+from quick_page import quick_page
 from safetensors.torch import load_file
 
 from evollm import DPO, tune
 from evollm.checkpoints.find import find_agent
 from evollm.cli import main
 from evollm.config import override
+from evollm.report import write_report
 from evollm.training import run as run_module
 from evollm.tuning.record import read_record
 
@@ -184,3 +189,43 @@ def test_agents_born_after_the_last_scoring_are_ranked_by_their_parents(tmp_path
     found = find_agent("path", tmp_path)
     assert found.index == 2
     assert "none has been scored" in found.remark
+
+
+def test_a_run_in_place_of_a_model_is_refused_with_what_to_give(workplace, capsys) -> None:
+    assert train("run_dir=run") == 0
+    for given, actor in (("run", "run/elite/actor"), ("run/elite", "run/elite/actor")):
+        for command in (["validate", "--recipe", "dpo", f"model={given}", "data=messages.jsonl"], ["chat", "run"]):
+            more = ["--model", given, "--prompt", "a"] if command[0] == "chat" else []
+            assert main([*command, *more]) == 1
+            said = capsys.readouterr().err
+            assert f"model='{given}': is the folder of a" in said
+            assert f"start_from={given}, or {actor}" in said
+
+
+def test_a_run_that_kept_no_agent_offers_none(workplace, capsys) -> None:
+    assert train("run_dir=run", "save_elite=false", "checkpoint_steps=0") == 0
+    said = capsys.readouterr().out
+    assert said.endswith("Next:\n  nothing: the run kept no agent to ask or to export\n")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_all_of_a_run_and_of_an_export_has_the_permissions_of_the_umask(workplace, monkeypatch, mask) -> None:
+    tune_module = importlib.import_module("evollm.tuning.tune")
+    monkeypatch.setattr(tune_module, "write_report", write_report)
+    monkeypatch.setattr("evollm.report.write.render", quick_page)
+    before = os.umask(mask)
+    try:
+        assert train("run_dir=run") == 0
+        for what in ("merged", "adapter", "policy"):
+            assert main(["export", "run", "--to", f"out/{what}", "--what", what]) == 0
+    finally:
+        os.umask(before)
+    found = [path for folder in ("run", "out") for path in (Path(folder), *Path(folder).rglob("*"))]
+    names = {path.name for path in found}
+    assert {"report.html", "README.md", "policy.pt", "model.safetensors", "population.json"} <= names
+    wrong = {
+        str(path): oct(path.stat().st_mode)
+        for path in found
+        if stat.S_IMODE(path.stat().st_mode) != (0o777 if path.is_dir() else 0o666) & ~mask
+    }
+    assert wrong == {}
