@@ -185,7 +185,7 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
 
     Example:
         >>> config = HyperparameterConfig(lr=RLParameter(min=1e-7, max=1e-4), beta=RLParameter(min=0.01, max=1.0))
-        >>> config.names
+        >>> config.names()
         ('lr', 'beta')
 
     Args:
@@ -220,7 +220,6 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
         """Return the class name with the parameters by name."""
         return f"HyperparameterConfig({', '.join(f'{name}={parameter!r}' for name, parameter in self.items())})"
 
-    @property
     def names(self) -> tuple[str, ...]:
         """The names in the order of declaration."""
         return tuple(self._parameters)

@@ -143,7 +143,7 @@ def config() -> HyperparameterConfig:
 
 def test_a_config_is_a_mapping_in_the_order_of_declaration() -> None:
     made = config()
-    assert made.names == ("lr", "beta")
+    assert made.names() == ("lr", "beta")
     assert [name for name, _ in made.items()] == ["lr", "beta"]
     assert made["beta"].max == 1.0
     assert made == pickle.loads(pickle.dumps(made))
