@@ -80,7 +80,18 @@ hold_back(KERNEL)
 # Packages and modules that these names come from, or are made with: `import evollm` is enough to write `evollm.hpo`.
 _PARTS = frozenset(
     {
-        *{"algorithms", "checkpoints", "checks", "data", "errors", "hpo", "inspection", "llm_envs", "models"},
+        *{
+            "algorithms",
+            "checkpoints",
+            "checks",
+            "data",
+            "errors",
+            "foreign",
+            "hpo",
+            "inspection",
+            "llm_envs",
+            "models",
+        },
         *{"own_files", "plain_data", "processes", "report", "runs", "tracking", "training", "tuning"},
     }
 )

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from evollm.checkpoints.agent import write_adapter
 from evollm.checkpoints.card import Subject, model_card
 from evollm.checkpoints.files import replace_folder
+from evollm.foreign import SAVE_ADAPTER, explains
 from evollm.models import SharedBase
 from evollm.models.pretrained import auto_class
 from evollm.processes import Processes
@@ -43,6 +44,7 @@ class HasActor(Protocol):
         """Name of the actor on the base."""
 
 
+@explains(SAVE_ADAPTER)
 def save_llm_checkpoint(
     agent: HasActor,
     path: str | Path,

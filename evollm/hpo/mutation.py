@@ -10,18 +10,20 @@ import numpy as np
 
 from evollm.checks import finite_number, switch, whole_number
 from evollm.errors import ConfigurationError
+from evollm.foreign import MUTATIONS, MUTATIONS_ORDER, explains_construction
 from evollm.hpo.hyperparameters import HyperparameterConfig, Value
 
 PLAIN_FROM, PLAIN_BELOW = 1e-3, 1e4
 
 
+@explains_construction(MUTATIONS, MUTATIONS_ORDER)
 @dataclass(frozen=True)
 class Mutations:
     """Settings of the mutation of hyperparameters.
 
     Everything after `rand_seed` is accepted so that calls written for other libraries run. evollm mutates
     hyperparameters only, and an elite always passes unmutated, so the switches for other mutations have to stay off and
-    what they would need is not looked at.
+    what they would need is not looked at. All but the first two are given by their names.
 
     Args:
         no_mutation: Relative weight of a child that stays like its parent.
@@ -43,8 +45,8 @@ class Mutations:
 
     no_mutation: float = 0.3
     rl_hp: float = 0.7
-    rand_seed: int = 42
     _: KW_ONLY
+    rand_seed: int = 42
     architecture: float = 0.0
     new_layer_prob: InitVar[float] = 0.0
     parameters: float = 0.0

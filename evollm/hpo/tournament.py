@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
 from evollm.checks import whole_number
 from evollm.errors import ConfigurationError, DivergedError
+from evollm.foreign import TOURNAMENT, TOURNAMENT_ORDER, explains_construction
 from evollm.hpo.fitness import Fitness, is_finite, rank
 
 
+@explains_construction(TOURNAMENT, TOURNAMENT_ORDER)
 @dataclass(frozen=True)
 class TournamentSelection:
     """Settings of the selection between two generations.
@@ -23,7 +25,7 @@ class TournamentSelection:
         tournament_size: How many agents meet in a tournament.
         elitism: Whether the best agent passes into the next generation as it is.
         population_size: How many agents there are in every generation.
-        rand_seed: Seed of the draws.
+        rand_seed: Seed of the draws; given by its name.
 
     Raises:
         ConfigurationError: If a size is below 1, the tournament is larger than the population, `elitism` is not a bool
@@ -33,6 +35,7 @@ class TournamentSelection:
     tournament_size: int = 2
     elitism: bool = True
     population_size: int = 4
+    _: KW_ONLY
     rand_seed: int = 42
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from evollm.data.report import DataReport, count_seen
 from evollm.data.rows import RowFormat
 from evollm.data.tokenization import load_pairs
 from evollm.errors import ConfigurationError
+from evollm.foreign import GYM, RESET, RESET_ORDER, explains
 from evollm.processes import check_processes
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium declares it so
 
+    @explains(GYM)
     def __init__(
         self,
         train_dataset: object,
@@ -218,6 +220,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     # ----------------------------------------------------------------------------------------------- gymnasium's API
 
+    @explains(RESET, RESET_ORDER)
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
         """Start an epoch: the next one if the current one was begun, epoch 0 of that seed if a seed is given.
 
@@ -451,7 +454,7 @@ def _warn_of_templates(reports: Mapping[str, DataReport]) -> None:
             f"chat rows are learnt from otherwise than they read ({'. '.join(found)}). Correct these rows, or set "
             "tokenizer.chat_template to one that writes them out; `evollm inspect` shows what is scored",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -463,7 +466,7 @@ def _warn_of_overlap(pairs: Mapping[str, Sequence[TokenizedPair]], noun: str) ->
                 f"{count} of {len(pairs[second])} {noun}s of {second}_dataset are in {first}_dataset too: a score on "
                 f"them says nothing about new {noun}s; split the data by prompt",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -12,7 +12,9 @@ from evollm.algorithms.dpo import DPO
 from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.sft import SFT
 from evollm.checkpoints import only_writer
+from evollm.checks import switch
 from evollm.errors import ConfigurationError
+from evollm.foreign import LOOP, LOOP_ORDER, explains
 from evollm.hpo import Mutations, TournamentSelection, likelihood_fitness, preference_fitness
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import Processes, check_processes
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound=SavableAgent)
 
 
+@explains(LOOP, LOOP_ORDER)
 def finetune_llm_preference(
     pop: Sequence[DPO],
     env: PreferenceGym,
@@ -129,6 +132,7 @@ def finetune_llm_preference(
     )
 
 
+@explains(LOOP, LOOP_ORDER)
 def finetune_llm_sft(
     pop: Sequence[SFT],
     env: SFTGym,
@@ -243,6 +247,7 @@ class _Listeners:
     def callbacks_of(self, processes: Processes) -> list[Callback]:
         """All callbacks of this process; the main one writes."""
         listeners = list(check_callbacks(self.callbacks))
+        switch("verbose", self.verbose)
         # Which imports the events of this package.
         from evollm.tracking import TRACKERS, Console, RunFolder, tracker_names  # noqa: PLC0415
 

@@ -137,7 +137,7 @@ def test_the_keywords_of_other_libraries_are_accepted_and_the_unused_not_kept() 
         device="cpu",
         accelerator=object(),
     )
-    assert settings == Mutations(0.4, 0.6, 1)
+    assert settings == Mutations(0.4, 0.6, rand_seed=1)
     assert not {"device", "accelerator"} & set(dataclasses.asdict(settings))
 
 

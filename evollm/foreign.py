@@ -1,0 +1,147 @@
+"""Arguments that scripts written for other libraries pass, and evollm does not take.
+
+Python's own message names such an argument, but not what to write instead. What is not listed here is left to Python.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from evollm.errors import ConfigurationError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound=type)
+
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+# Their values may hold a key.
+_NOT_SHOWN = frozenset({"wandb_api_key", "wandb_kwargs", "init_hp"})
+_TRACKER = "report_to='wandb' reads wandb's own variables"
+
+# For each callable the names that AgileRL gives to its arguments, and what to write here.
+AGENT = {
+    "mini_batch_size": "batch_size is the pairs of an optimizer step and micro_batch_size_per_gpu those of a pass",
+    "quantization_config": "give it as model_config={'quantization_config': ...}, with model_name",
+    "lora_target_scope": "give lora_config=LoraConfig(target_modules=...)",
+    "fsdp_config": "processes are spread by accelerator=, with DeepSpeed's stage 3 for a large base",
+    "activation_offload": "gradient_checkpointing=True saves memory: leave it out",
+    "moe_lora_recompute": "gradient_checkpointing=True saves memory: leave it out",
+    "chunk_rows": "token_budget bounds a pass: leave it out",
+    "cast_logprobs_to_fp32": "log-probs are summed in float32 at least: leave it out",
+    "reduce_memory_peak": "logits of all tokens are never kept: leave it out",
+    "cosine_lr_schedule_config": "the learning rate is constant, or evolves by hp_config: leave it out",
+    "resume_from_checkpoint": "build the agents, then call load_checkpoint(path) of each",
+}
+SFT_AGENT = AGENT | {
+    "use_liger_loss": "there is one loss: leave it out",
+    "use_separate_reference_adapter": "an SFT agent has no reference: leave it out",
+}
+GYM = {
+    "objective": "the class says it, PreferenceGym or SFTGym: leave it out",
+    "response_column": "give columns={'completion': <that column>}",
+    "chat_template_kwargs": "give each row a column chat_template_kwargs",
+    "rank": "give accelerator=Accelerator(): leave it out",
+    "world_size": "give accelerator=Accelerator(): leave it out",
+}
+RESET = {"reset_dataloaders": "reset(seed=...) begins with epoch 0"}
+LOOP = {
+    "init_hp": "the agents have their hyperparameters, and the run's config.json lists them: leave it out",
+    "env_fn": "all agents see the batches of one gym: give env",
+    "selection_strategy": "give tournament=TournamentSelection(...)",
+    "wandb_api_key": f"{_TRACKER}: set WANDB_API_KEY and leave it out",
+    "wandb_project": f"{_TRACKER}: set WANDB_PROJECT and leave it out",
+    "wandb_entity": f"{_TRACKER}: set WANDB_ENTITY and leave it out",
+    "wandb_run_name": f"{_TRACKER}: set WANDB_NAME and leave it out",
+    "wandb_kwargs": f"{_TRACKER}: set WANDB_PROJECT, WANDB_ENTITY or WANDB_NAME and leave it out",
+    "tensorboard_log_dir": "TensorBoard's files are in the run folder: give run_dir",
+    "log_csv": "the run folder has metrics.jsonl: leave it out",
+}
+TOURNAMENT = {
+    "eval_loop": "a score is over all held-out pairs and the last one counts: leave it out; a seed is rand_seed=...",
+    "language_model": "leave it out",
+}
+MUTATIONS = {
+    "dormant_threshold": "evollm mutates hyperparameters only: leave it out",
+    "activation_selection": "evollm mutates hyperparameters only: leave it out",
+    "rl_hp_selection": "which hyperparameters mutate is the agents' hp_config: leave it out",
+}
+SAVE = {"weights_only": "save_optimizer=False leaves the optimizer out, lora_only=True the base's weights"}
+LOAD = {
+    "restore_config": "a resume restores it, a next stage does not (overwrite_reference_adapter): leave it out",
+    "restore_hyperparameters": "a resume restores them, a next stage does not (overwrite_reference_adapter)",
+}
+SAVE_ADAPTER = {"checkpoint_path": "the folder's name here is path"}
+TEST = {
+    "max_steps": "a test is over all held-out pairs: leave it out",
+    "swap_channels": "leave it out",
+    "sum_scores": "leave it out",
+}
+ACTION = {"training": "an agent acts in one way: leave it out"}
+
+# The order in which AgileRL takes arguments that evollm takes by name, as far as its versions agree.
+TOURNAMENT_ORDER = ("tournament_size", "elitism", "population_size", "eval_loop")
+MUTATIONS_ORDER = ("no_mutation", "architecture", "new_layer_prob", "parameters", "activation", "rl_hp", "mutation_sd")
+LOOP_ORDER = ("pop", "env", "init_hp")
+RESET_ORDER = ("self", "reset_dataloaders")
+
+
+def explains(names: Mapping[str, str], order: Sequence[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have a function say what to write instead of arguments of another library's.
+
+    Args:
+        names: Of such arguments, and what to write.
+        order: Names of the other library's first arguments, to say what one without a name was.
+
+    Returns:
+        A decorator. The function raises `ConfigurationError` for such an argument, and for one without a name where
+        it takes arguments by name.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = inspect.signature(function).parameters
+        by_place = [name for name, parameter in parameters.items() if parameter.kind in _BY_PLACE]
+
+        @wraps(function)
+        def explaining(*arguments: P.args, **named: P.kwargs) -> R:
+            if len(arguments) > len(by_place):
+                raise _misplaced(by_place, order, arguments, names)
+            for name, value in named.items():
+                if name in names and name not in parameters:
+                    raise _foreign(name, value, names[name])
+            return function(*arguments, **named)
+
+        return explaining
+
+    return decorate
+
+
+def explains_construction(names: Mapping[str, str], order: Sequence[str] = ()) -> Callable[[C], C]:
+    """`explains`, of what constructs a dataclass."""
+
+    def decorate(kind: C) -> C:
+        kind.__init__ = explains(names, ("self", *order))(kind.__init__)  # type: ignore[misc]
+        return kind
+
+    return decorate
+
+
+def _foreign(name: str, value: object, fix: str) -> ConfigurationError:
+    return ConfigurationError(name, "..." if name in _NOT_SHOWN else value, f"is not an argument here: {fix}")
+
+
+def _misplaced(
+    by_place: Sequence[str], order: Sequence[str], arguments: Sequence[object], names: Mapping[str, str]
+) -> ConfigurationError:
+    """What to say of the first argument that has no name at a place where it needs one."""
+    place = len(by_place)
+    known = place < len(order)
+    name = order[place] if known else f"argument {place + 1 - by_place.count('self')}"
+    value = "..." if name in _NOT_SHOWN else arguments[place]
+    taken = ", ".join(one for one in by_place if one != "self") or "none"
+    meant = (
+        f"in AgileRL this place is {name}'s, and {names[name]}" if name in names else "give arguments by their names"
+    )
+    return ConfigurationError(name, value, f"is given by its place, as only these can be ({taken}): {meant}")
