@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -12,23 +13,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from peft import LoraConfig
 from torch import nn
+from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from evollm.algorithms.optimizers import adamw, free
-from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, check_evolution
-from evollm.checks import whole_number
+from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, Setting, check_evolution
+from evollm.checks import located, switch, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
-from evollm.models import AdapterShares, AdapterState, SharedBase
+from evollm.models import AdapterShares, AdapterState
 from evollm.models.engine import Engine, PassOptions, Seat
+from evollm.models.loading import BaseSource
 from evollm.models.requirements import check_lora_config
 from evollm.models.slow_settings import slow_compile_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from gymnasium import spaces
 
 # What an agent's LoRA is unless the user says otherwise.
 DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -39,7 +42,10 @@ OWN = "its own reference"
 
 # Clones of an agent hold the same objects under these names, and copies of all other attributes ...
 _SHARED = frozenset(
-    {"base", "accelerator", "device", "settings", "hp_config", "lora_config", "hyperparameters", "_mutation_hooks"}
+    {
+        *{"base", "accelerator", "device", "settings", "hp_config", "lora_config", "hyperparameters", "model_config"},
+        *{"observation_space", "action_space", "_mutation_hooks"},
+    }
 )
 # ... but for these, which a clone makes anew from the weights.
 _NETWORKS = frozenset({"_adapters", "optimizer"})
@@ -51,7 +57,8 @@ class LLMAgent(ABC):
     """A member of a population: adapters on a shared base, AdamW, hyperparameters.
 
     Args:
-        load_base: Gives the shared base; called when everything else has been checked.
+        source: Where the base comes from; it is loaded when everything else has been checked.
+        device: Where to put it.
         lora_config: LoRA configuration of its adapters; None: rank 16, alpha 32, on all linear layers.
         settings: What no mutation changes.
         hyperparameters: What evolution may change.
@@ -60,6 +67,8 @@ class LLMAgent(ABC):
         observation_space: Kept as an attribute.
         action_space: Kept as an attribute.
         accelerator: Kept as an attribute.
+
+    Every argument of an agent's constructor is an attribute of the agent.
 
     Attributes:
         fitness: The scores of `test`, oldest first.
@@ -79,10 +88,20 @@ class LLMAgent(ABC):
     max_grad_norm = Evolvable[float]()
     batch_size = Evolvable[int]()
     update_epochs = Evolvable[int]()
+    seed = Setting[int]()
+    micro_batch_size_per_gpu = Setting["int | None"]()
+    gradient_checkpointing = Setting["bool | None"]()
+    calc_position_embeddings = Setting[bool]()
+    pad_token_id = Setting["int | None"]()
+    pad_token = Setting["str | None"]()
+    torch_compiler = Setting["str | None"]()
+    token_budget = Setting["int | None"]()
+    drop_nonfinite_rows = Setting[bool]()
 
     def __init__(
         self,
-        load_base: Callable[[], SharedBase],
+        source: BaseSource,
+        device: torch.device,
         lora_config: LoraConfig | None,
         settings: AgentSettings,
         hyperparameters: Hyperparameters,
@@ -94,6 +113,9 @@ class LLMAgent(ABC):
         accelerator: Accelerator | None,
     ) -> None:
         index = whole_number("index", index, 0)
+        for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+            if not isinstance(space, spaces.Space | None):
+                raise ConfigurationError(name, space, "must be a space of gymnasium or None: give the rest by its name")
         settings.check(hyperparameters)
         check_evolution(hp_config, hyperparameters, settings)
         if lora_config is None:
@@ -101,13 +123,19 @@ class LLMAgent(ABC):
         else:
             check_lora_config(lora_config)
         if lora_config.lora_dropout:
-            # Two frames up the agent is made.
+            # Three frames up the agent is made.
             warnings.warn(
                 f"lora_dropout={lora_config.lora_dropout} has no effect: the base stays in evaluation mode",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        base = load_base()
+        base = source.load(device, accelerator)
+        self.model_name = None if source.model_name is None else located(source.model_name)
+        self.model_config = source.model_config
+        # A loaded model holds the archive's weights.
+        archive = None if source.model_name is None else source.archive
+        self.archive = None if archive is None else located(archive)
+        self.dtype = source.dtype
         self.observation_space = observation_space
         self.action_space = action_space
         self.accelerator = accelerator
@@ -125,7 +153,7 @@ class LLMAgent(ABC):
         self.seat: Seat | None = None
         self.reference_update_tracker = 0
         self.rng = np.random.default_rng(settings.seed)
-        self._mutation_hooks: tuple[Callable[[LLMAgent], None], ...] = ()
+        self._mutation_hooks: tuple[Callable[[LLMAgent], object], ...] = ()
 
         self._adapters = AdapterShares(base)
         actor = self._adapters[ACTOR] = base.add_adapter(ACTOR, lora_config, trainable=True, seed=settings.seed)
@@ -136,7 +164,7 @@ class LLMAgent(ABC):
             warnings.warn(
                 "gradient_checkpointing=True has no effect: the base declares no layers for it",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         if settings.torch_compiler is not None:
             base.compile(settings.torch_compiler)
@@ -148,6 +176,11 @@ class LLMAgent(ABC):
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         return adamw(self.actor_parameters(), self.lr, self.accelerator)
+
+    @property
+    def actor_network(self) -> PreTrainedModel | None:
+        """The base as a loaded model, None where it was loaded by `model_name`."""
+        return None if self.model_name is not None else self.base.network
 
     # Adapters and their roles
 
@@ -262,6 +295,7 @@ class LLMAgent(ABC):
             ConfigurationError: As for one agent, or `size` is below 1.
         """
         whole_number("size", size, 1)
+        switch("sample_hyperparameters", sample_hyperparameters)
         arguments: dict[str, Any] = {"observation_space": observation_space, "action_space": action_space, **kwargs}
         first = cls(**arguments)
         agents = [first] + [first.clone(index=first.index + offset) for offset in range(1, size)]
@@ -297,14 +331,25 @@ class LLMAgent(ABC):
         self.hyperparameters = hyperparameters
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+
+    def register_mutation_hook(self, hook: Callable[[], object] | Callable[[LLMAgent], object]) -> None:
+        """Call a function whenever an evolution has mutated this agent, or a later clone of it.
+
+        Args:
+            hook: Called with nothing if it can be, else with the agent that was mutated. A method of this agent is
+                called as the mutated agent's own.
+
+        Raises:
+            ConfigurationError: It is no function, or needs more arguments.
+        """
+        if getattr(hook, "__self__", None) is self:
+            hook = hook.__func__  # type: ignore[union-attr]
+        self._mutation_hooks += (_of_an_agent(hook),)
+
+    def mutation_hook(self) -> None:
+        """Call the functions that were registered; evolution does so after a mutation."""
         for hook in self._mutation_hooks:
             hook(self)
-
-    def register_mutation_hook(self, hook: Callable[[LLMAgent], None]) -> None:
-        """Call `hook(agent)` after every change of hyperparameters, of this agent and of its later clones."""
-        if not callable(hook):
-            raise ConfigurationError("hook", hook, "must be a function of an agent")
-        self._mutation_hooks += (hook,)
 
     def clone(self, index: int | None = None, wrap: bool = True) -> Self:
         """A second agent like this one: own adapter, moments, hyperparameters and generator; nothing of the base.
@@ -315,7 +360,7 @@ class LLMAgent(ABC):
             index: Number of the clone, by default the agent's own.
             wrap: Accepted for compatibility; nothing is wrapped in a single process.
         """
-        del wrap
+        switch("wrap", wrap)
         clone = self.copy_attributes(self, object.__new__(type(self)))
         clone.index = self.index if index is None else whole_number("index", index, 0)
         clone._adapters = AdapterShares(self.base)
@@ -341,3 +386,18 @@ class LLMAgent(ABC):
             elif name not in _NETWORKS:
                 setattr(clone, name, copy.deepcopy(value))
         return clone
+
+
+def _of_an_agent(hook: Callable[..., object]) -> Callable[[LLMAgent], object]:
+    """A hook as a function of an agent."""
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):
+        raise ConfigurationError("hook", hook, "must be a function of an agent, or of nothing") from None
+    for takes, function in ((0, lambda agent: hook()), (1, hook)):
+        try:
+            signature.bind(*(None,) * takes)
+        except TypeError:
+            continue
+        return function
+    raise ConfigurationError("hook", hook, "must be a function of an agent, or of nothing")

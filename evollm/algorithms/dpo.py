@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,15 +21,16 @@ from evollm.algorithms.fit import batch_for, check_base, check_gym
 from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.preference_losses import LossSettings
 from evollm.algorithms.references import reference_logprobs
-from evollm.algorithms.settings import Evolvable
+from evollm.algorithms.settings import Evolvable, Setting
 from evollm.checks import switch, whole_number
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import DataError
+from evollm.foreign import ACTION, AGENT, TEST, explains
 from evollm.hpo.fitness import Evaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.llm_envs import PreferenceGym
 from evollm.models.engine import PassOptions
-from evollm.models.loading import shared_base, usable_device
+from evollm.models.loading import BaseSource, usable_device
 from evollm.models.logprobs import PairLogprobs
 
 if TYPE_CHECKING:
@@ -108,9 +108,17 @@ class DPO(EvolvableAlgorithm):
     nll_alpha = Evolvable[float]()
     loss_type = Evolvable["str | Sequence[str]"]()
     label_smoothing = Evolvable[float]()
+    loss_weights = Setting["Sequence[float] | None"]()
+    discopop_tau = Setting[float]()
+    simpo_gamma = Setting[float]()
+    ld_alpha = Setting["float | None"]()
+    use_separate_reference_adapter = Setting[bool]()
+    # Of what is in effect: the argument is accepted, and warned of.
+    use_liger_loss = False
     settings: DPOSettings
     hyperparameters: DPOHyperparameters
 
+    @explains(AGENT)
     def __init__(
         self,
         observation_space: spaces.Space[Any] | None = None,
@@ -152,7 +160,8 @@ class DPO(EvolvableAlgorithm):
         token_budget: int | None = None,
         drop_nonfinite_rows: bool = True,
     ) -> None:
-        del wrap, clone
+        switch("wrap", wrap)
+        switch("clone", clone)
         settings = DPOSettings(
             seed=seed,
             micro_batch_size_per_gpu=micro_batch_size_per_gpu,
@@ -180,10 +189,10 @@ class DPO(EvolvableAlgorithm):
             update_epochs=update_epochs,
         )
         if switch("use_liger_loss", use_liger_loss):
-            warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=2)
-        place = usable_device(accelerator, device, actor_network)
+            warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=3)
         super().__init__(
-            load_base=partial(shared_base, model_name, actor_network, model_config, place, archive, accelerator, dtype),
+            source=BaseSource(model_name, actor_network, model_config, archive, dtype),
+            device=usable_device(accelerator, device, actor_network),
             lora_config=lora_config,
             settings=settings,
             hyperparameters=hyperparameters,
@@ -259,9 +268,9 @@ class DPO(EvolvableAlgorithm):
         chosen, rejected = logratios_together([self], self._pairs(batch), reference)[0]
         return chosen.numpy(), rejected.numpy()
 
-    def get_action(self, obs: PreferenceBatch | Mapping[str, Any], *args: Any, **kwargs: Any) -> NDArray[np.float32]:
+    @explains(ACTION)
+    def get_action(self, obs: PreferenceBatch | Mapping[str, Any]) -> NDArray[np.float32]:
         """The margin that the agent gives to each pair of an observation, (num_rows,), 0 for absent rows."""
-        del args, kwargs
         chosen, rejected = self.logratios(PreferenceBatch.from_experiences(obs))
         margins = (chosen - rejected).astype(np.float32)
         if isinstance(obs, PreferenceBatch):
@@ -289,19 +298,17 @@ class DPO(EvolvableAlgorithm):
         check_base(self.base, env)
         return evaluate_together([self], env, split, reference)[0]
 
-    def test(self, env: PreferenceGym, loop: int = 1, *args: Any, **kwargs: Any) -> NDArray[np.float64]:
+    @explains(TEST)
+    def test(self, env: PreferenceGym, loop: int = 1) -> NDArray[np.float64]:
         """Preference accuracy on the environment's held-out pairs; ties count half. It is appended to `fitness`.
 
         Args:
             env: The environment.
             loop: Passes over the pairs; the score is their mean (without dropout they are all the same).
-            *args: Ignored.
-            **kwargs: Ignored.
 
         Returns:
             The score, a 0-dimensional array in [0, 1].
         """
-        del args, kwargs
         whole_number("loop", loop, 1)
         score = np.mean([self.evaluate(env).accuracy for _ in range(loop)])
         self.fitness.append(float(score))

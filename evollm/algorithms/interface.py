@@ -7,6 +7,7 @@ say for an agent whose only network is an adapter.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ from evollm.errors import ConfigurationError
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
+
+
+# Arguments that make no difference to an agent; `clone` is a method, too.
+_NO_ATTRIBUTES = frozenset({"wrap", "clone"})
 
 
 @dataclass(frozen=True)
@@ -60,20 +65,33 @@ class EvolvableAlgorithm(SavableAgent):
         self._adapters.hand_out()
         return self.base.peft_model
 
+    @property
+    def actor(self) -> PeftModel:
+        """The same as `get_policy()`."""
+        return self.get_policy()
+
     def evolvable_attributes(self, networks_only: bool = False) -> dict[str, Any]:
         """The actor, and the optimizer unless only networks are asked for."""
         networks: dict[str, Any] = {"actor": self.get_policy()}
         return networks if networks_only else {**networks, "optimizer": self.optimizer}
 
     @staticmethod
-    def inspect_attributes(agent: LLMAgent, input_args_only: bool = False) -> dict[str, Any]:
-        """The public attributes that are no networks, or those of them that the constructor takes too."""
-        names = {name for name in vars(agent) if not name.startswith("_")} - {"optimizer", "base"}
-        values = {name: getattr(agent, name) for name in sorted(names)} | agent.hyperparameter_values()
-        if not input_args_only:
-            return values
-        arguments = inspect.signature(type(agent).__init__).parameters
-        return {name: value for name, value in values.items() if name in arguments}
+    def inspect_attributes(
+        agent: LLMAgent, input_args_only: bool = False, exclude: Iterable[str] = ()
+    ) -> dict[str, Any]:
+        """The public attributes that are no tuned networks.
+
+        Args:
+            agent: The agent.
+            input_args_only: Only the constructor's arguments, from which `type(agent)(**values)` makes an equal agent
+                with fresh adapters. A base that was given as a loaded model is among them; one that was loaded by its
+                name is loaded anew.
+            exclude: Names to leave out.
+        """
+        arguments = {name for name in inspect.signature(type(agent)).parameters if hasattr(agent, name)}
+        public = {name for name in vars(agent) if not name.startswith("_")} - {"optimizer", "base"}
+        names = (arguments if input_args_only else arguments | public) - _NO_ATTRIBUTES - set(exclude)
+        return {name: getattr(agent, name) for name in sorted(names)}
 
     def set_training_mode(self, training: bool) -> None:
         """Record the mode. Dropout stays off in both: policy and reference are always compared."""

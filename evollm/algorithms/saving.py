@@ -19,7 +19,9 @@ from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent
 from evollm.checkpoints.export import main_writes
 from evollm.checkpoints.find import find_agent
 from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
+from evollm.checks import optional_switch, switch
 from evollm.errors import CheckpointError, ConfigurationError
+from evollm.foreign import LOAD, SAVE, explains
 from evollm.models import AdapterState
 from evollm.models.pretrained import reloadable
 
@@ -89,7 +91,8 @@ class SavableAgent(LLMAgent):
         agent.load_checkpoint(path, load_optimizer=folder.optimizer is not None)
         return agent
 
-    def save_checkpoint(self, path: str, lora_only: bool = True, save_optimizer: bool = True, **kwargs: Any) -> None:
+    @explains(SAVE)
+    def save_checkpoint(self, path: str, lora_only: bool = True, save_optimizer: bool = True) -> None:
         """Write the agent into a folder: one subfolder for each adapter, and `attributes.pt`.
 
         Each subfolder loads with `PeftModel.from_pretrained(base, path + "/actor")`. The folder appears whole or not
@@ -100,13 +103,12 @@ class SavableAgent(LLMAgent):
             lora_only: Leave the base's weights out. False adds them as a transformers model, in the subfolder `base`,
                 from which `load` takes them: the folder then stands by itself.
             save_optimizer: Include the optimizer's moments, to resume from.
-            **kwargs: Ignored.
 
         Raises:
             ConfigurationError: Something else lies at `path`, or `lora_only` is False and the base is quantised.
         """
-        del kwargs
-        base = None if lora_only else self.base
+        switch("save_optimizer", save_optimizer)
+        base = None if switch("lora_only", lora_only) else self.base
         # In all processes: each may hold a part.
         folder = self.to_folder(save_optimizer)
         main_writes(lambda: write_agent_folder(path, folder, base_name=self.base.name, base=base), base)
@@ -116,6 +118,7 @@ class SavableAgent(LLMAgent):
         adapters = {role: self.base.export(name) for role, name in self._adapters.items() if name is not None}
         return AgentFolder(adapters, self._attributes(), self.optimizer.state_dict() if save_optimizer else None)
 
+    @explains(LOAD)
     def load_checkpoint(
         self,
         path: str,
@@ -148,7 +151,14 @@ class SavableAgent(LLMAgent):
             ConfigurationError: The LoRA configurations differ; the message lists each field. Or the base itself is the
                 reference, which a next stage cannot change.
         """
-        del overwrite_critic_adapter
+        for name, value in (
+            ("load_optimizer", load_optimizer),
+            ("overwrite_critic_adapter", overwrite_critic_adapter),
+            ("merge_lora_configs", merge_lora_configs),
+            ("check_base", check_base),
+        ):
+            switch(name, value)
+        optional_switch("overwrite_reference_adapter", overwrite_reference_adapter)
         path = _agent_folder(path)
         folder = read_agent_folder(path)
         if check_base and folder.attributes["base_fingerprint"] != self.base.weights_fingerprint:
@@ -171,7 +181,7 @@ class SavableAgent(LLMAgent):
             warnings.warn(
                 f"LoRA configurations differ in {overruled}: the agent's values hold, not the checkpoint's",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         name = self.base.add_adapter(ACTOR, merged, trainable=True, seed=self.settings.seed)
         fresh = self.base.export(name)
@@ -260,7 +270,7 @@ class SavableAgent(LLMAgent):
             warnings.warn(
                 f"{source} holds no optimizer state for these adapters: training goes on with a fresh optimizer",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return
         groups = self.optimizer.param_groups

@@ -32,6 +32,9 @@ class AgentSettings:
     def __post_init__(self) -> None:
         for name in ("micro_batch_size_per_gpu", "token_budget"):
             object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
+        object.__setattr__(self, "pad_token_id", optional_whole_number("pad_token_id", self.pad_token_id, 0))
+        if not isinstance(self.pad_token, str | None):
+            raise ConfigurationError("pad_token", self.pad_token, "must be a text (tokenizer.pad_token) or None")
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
         if self.seed > _LARGEST_SEED:
             raise ConfigurationError("seed", self.seed, f"must be at most {_LARGEST_SEED}")
@@ -100,6 +103,32 @@ class HasHyperparameters(Protocol):
 
     def set_hyperparameters(self, values: dict[str, Any]) -> None:
         """Change hyperparameters by name."""
+
+
+class HasSettings(Protocol):
+    """What `Setting` needs of the object that it stands on."""
+
+    settings: Any
+
+
+class Setting(Generic[T]):
+    """A setting as an attribute of the agent, such as `agent.seed`, which nothing changes."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, agent: None, owner: type) -> Setting[T]: ...
+    @overload
+    def __get__(self, agent: HasSettings, owner: type) -> T: ...
+    def __get__(self, agent: HasSettings | None, owner: type) -> T | Setting[T]:
+        if agent is None:
+            return self
+        value: T = getattr(agent.settings, self.name)
+        return value
+
+    def __set__(self, agent: HasSettings, value: T) -> None:
+        raise ConfigurationError(self.name, value, "is set when an agent is made and stays: make another agent")
 
 
 class Evolvable(Generic[T]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,10 +19,11 @@ from evollm.algorithms.sft_step import evaluate_together, learn_together
 from evollm.algorithms.step import policy_logprobs
 from evollm.checks import switch, whole_number
 from evollm.data.batch import PreferenceBatch
+from evollm.foreign import ACTION, SFT_AGENT, TEST, explains
 from evollm.hpo.fitness import LikelihoodEvaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.llm_envs import SFTGym
-from evollm.models.loading import shared_base, usable_device
+from evollm.models.loading import BaseSource, usable_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,6 +80,7 @@ class SFT(EvolvableAlgorithm):
 
     algorithm: ClassVar[str] = "SFT"
 
+    @explains(SFT_AGENT)
     def __init__(
         self,
         observation_space: spaces.Space[Any] | None = None,
@@ -111,7 +112,8 @@ class SFT(EvolvableAlgorithm):
         token_budget: int | None = None,
         drop_nonfinite_rows: bool = True,
     ) -> None:
-        del wrap, clone
+        switch("wrap", wrap)
+        switch("clone", clone)
         settings = AgentSettings(
             seed=seed,
             micro_batch_size_per_gpu=micro_batch_size_per_gpu,
@@ -126,9 +128,9 @@ class SFT(EvolvableAlgorithm):
         hyperparameters = Hyperparameters(
             lr=lr, max_grad_norm=max_grad_norm, batch_size=batch_size, update_epochs=update_epochs
         )
-        place = usable_device(accelerator, device, actor_network)
         super().__init__(
-            load_base=partial(shared_base, model_name, actor_network, model_config, place, archive, accelerator, dtype),
+            source=BaseSource(model_name, actor_network, model_config, archive, dtype),
+            device=usable_device(accelerator, device, actor_network),
             lora_config=lora_config,
             settings=settings,
             hyperparameters=hyperparameters,
@@ -161,9 +163,9 @@ class SFT(EvolvableAlgorithm):
         """
         return learn_together([self], batch_for(self.base, experiences), training=switch("training", training))[0]
 
-    def get_action(self, obs: PreferenceBatch | Mapping[str, Any], *args: Any, **kwargs: Any) -> NDArray[np.float32]:
+    @explains(ACTION)
+    def get_action(self, obs: PreferenceBatch | Mapping[str, Any]) -> NDArray[np.float32]:
         """The log-probability of each completion of an observation, (num_rows,) in nats, 0 for absent rows."""
-        del args, kwargs
         (policy,) = policy_logprobs([self], batch_for(self.base, obs))
         logprobs = policy.chosen.float().cpu().numpy()
         if isinstance(obs, PreferenceBatch):
@@ -191,19 +193,17 @@ class SFT(EvolvableAlgorithm):
         check_base(self.base, env)
         return evaluate_together([self], env, split)[0]
 
-    def test(self, env: SFTGym, loop: int = 1, *args: Any, **kwargs: Any) -> NDArray[np.float64]:
+    @explains(TEST)
+    def test(self, env: SFTGym, loop: int = 1) -> NDArray[np.float64]:
         """Minus the loss on the environment's held-out examples: larger is better. It is appended to `fitness`.
 
         Args:
             env: The environment.
             loop: Passes over the examples; the score is their mean (without dropout they are all the same).
-            *args: Ignored.
-            **kwargs: Ignored.
 
         Returns:
             The score, a 0-dimensional array in nats per token, at most 0.
         """
-        del args, kwargs
         whole_number("loop", loop, 1)
         score = np.mean([-self.evaluate(env).loss for _ in range(loop)])
         self.fitness.append(float(score))

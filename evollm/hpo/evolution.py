@@ -40,6 +40,9 @@ class EvolvableAgent(Protocol):
     def set_hyperparameters(self, values: Mapping[str, Value]) -> None:
         """Change hyperparameters, and nothing else of the agent."""
 
+    def mutation_hook(self) -> None:
+        """Tell whoever asked for it that the agent has mutated."""
+
     def release(self) -> None:
         """Free what the agent holds; it left the population."""
 
@@ -230,4 +233,6 @@ def carry_out(plan: EvolutionPlan, population: Sequence[AgentT]) -> list[AgentT]
 
 def _with_values(agent: AgentT, birth: Birth) -> AgentT:
     agent.set_hyperparameters(birth.hyperparameters)
+    if birth.mutations:
+        agent.mutation_hook()
     return agent

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,7 +76,7 @@ def usable_device(
             warnings.warn(
                 f"mixed_precision={accelerator.mixed_precision!r} has no effect: load the base in the precision to use",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return cast(torch.device, accelerator.device)
     if device is None:
@@ -93,8 +94,25 @@ def _where_it_is(network: PreTrainedModel) -> torch.device:
     """The device of a loaded network, with a warning if that is the slow one of two."""
     if network.device.type == "cpu" and torch.cuda.is_available():
         fix = "pass device='cuda' to train on the card, or device='cpu' to go without this warning"
-        warnings.warn(f"actor_network is on the CPU and stays there: {fix}", UserWarning, stacklevel=5)
+        warnings.warn(f"actor_network is on the CPU and stays there: {fix}", UserWarning, stacklevel=6)
     return network.device
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """What an agent's constructor is told of its base; `DPO` documents each field."""
+
+    model_name: str | None
+    actor_network: PreTrainedModel | None
+    model_config: Mapping[str, Any] | None
+    archive: str | Path | None
+    dtype: str | torch.dtype | None
+
+    def load(self, device: torch.device, accelerator: Accelerator | None) -> SharedBase:
+        """The shared base; `shared_base` says what it raises."""
+        return shared_base(
+            self.model_name, self.actor_network, self.model_config, device, self.archive, accelerator, self.dtype
+        )
 
 
 def shared_base(

@@ -214,13 +214,9 @@ def test_setting_a_hyperparameter_reaches_the_optimizer_and_keeps_its_moments(ma
     agent = make_agent()
     agent.learn(gym.next_batch())
     moments = [state["exp_avg"].clone() for state in agent.optimizer.state.values()]
-    heard = []
-    agent.register_mutation_hook(lambda changed: heard.append((changed.index, changed.lr)))
     agent.lr = 2e-3
     agent.lr = 2e-3
     assert [group["lr"] for group in agent.optimizer.param_groups] == [2e-3]
-    agent.clone(index=4).lr = 3e-3
-    assert heard == [(0, 2e-3), (4, 3e-3)]
     for before, state in zip(moments, agent.optimizer.state.values(), strict=True):
         assert torch.equal(before, state["exp_avg"])
 

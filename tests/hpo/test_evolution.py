@@ -210,6 +210,7 @@ class FakeAgent:
 
     def __init__(self, index: int, weight: str, values: dict[str, float], events: list[str]) -> None:
         self.index, self.weight, self.values, self.events = index, weight, values, events
+        self.num_hooked = 0
         self.alive = True
 
     def hyperparameter_values(self) -> dict[str, float]:
@@ -222,6 +223,9 @@ class FakeAgent:
     def set_hyperparameters(self, values: Mapping[str, float]) -> None:
         self.events.append(f"set {self.index}")
         self.values = dict(values)
+
+    def mutation_hook(self) -> None:
+        self.num_hooked += 1
 
     def release(self) -> None:
         self.events.append(f"release {self.index}")
@@ -323,3 +327,14 @@ def test_a_plan_is_carried_out_once_and_only_on_its_own_population() -> None:
     after = carry_out(made, population())
     with pytest.raises(ConfigurationError, match=r"population=\[1, 4, 5, 6\].*\[0, 1, 2, 3\]"):
         carry_out(made, after)
+
+
+def test_those_who_have_mutated_are_told_so_and_no_others() -> None:
+    change = (Mutation("lr", 1e-5, 9e-5, 9.0),)
+    births = (
+        birth(1, 1),
+        Birth(4, 1, change, False, {"lr": 9e-5}),
+        birth(5, 2),
+        Birth(6, 2, change, False, {"lr": 9e-5}),
+    )
+    assert [agent.num_hooked for agent in carry_out(plan_of(*births), population())] == [0, 1, 0, 1]
