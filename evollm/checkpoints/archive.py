@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from evollm.checkpoints.export import HasActor, main_writes
 from evollm.checkpoints.files import replace_file
 from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.models.archive import read_policy_archive
+from evollm.models.archive import read_archive, read_policy_archive
+from evollm.models.identity import adapter_fingerprint
+
+POLICY = "policy.pt"
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+# Of the group of parameters in an optimizer's file: what they are called, and which adapter they were.
+NAMES = "param_names"
+ADAPTER = "adapter_sha256"
 
 
 class Trained(HasActor, Protocol):
@@ -22,6 +31,14 @@ class Trained(HasActor, Protocol):
 
     steps: int
     fitness: list[float]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What trains the actor."""
+
+    @property
+    def lr(self) -> float:
+        """Its learning rate."""
 
 
 def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, Any] | None = None) -> None:
@@ -32,6 +49,10 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
 
     An agent that has learnt nothing on a policy archive keeps that archive's step and metrics, and every bit of its
     weights. Otherwise `step_idx` is `agent.steps`, in batches.
+
+    Beside a file that is called `policy.pt` come `optimizer.pt` and `scheduler.pt` of the same form, as the original
+    repository saves them: the state of AdamW for the adapter, and that of a `LambdaLR` whose rate is constant.
+    `agent.load_optimizer_archive` reads them.
 
     Args:
         agent: The agent.
@@ -45,14 +66,40 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
         OSError: The disk is full, for example.
     """
     step_idx, scores = _record(agent, metrics)
+    # In all processes: each may hold a part.
+    beside = _training_state(agent) if usable_path("path", path).name == POLICY else {}
 
     def write() -> None:
-        _check_replaceable(path)
-        content = {"step_idx": step_idx, "state": _on_cpu(agent.base.state(agent.actor_adapter)), "metrics": scores}
-        with replace_file(path) as file, open(file, "wb") as stream:
-            torch.save(content, stream)
+        _check_replaceable(path, read_policy_archive)
+        states: dict[Path, Mapping[str, Any]] = {}
+        for name, state in beside.items():
+            states[usable_path("path", path).with_name(name)] = state
+        for place in states:
+            _check_replaceable(place, read_archive)
+        # The last to be written: where there is no room it is as it was.
+        states[usable_path("path", path)] = _on_cpu(agent.base.state(agent.actor_adapter))
+        for place, content in states.items():
+            with replace_file(place) as file, open(file, "wb") as stream:
+                torch.save({"step_idx": step_idx, "state": content, "metrics": scores}, stream)
 
     main_writes(write, agent.base)
+
+
+def _training_state(agent: Trained) -> dict[str, dict[str, Any]]:
+    """States of the optimizer and of a constant schedule, by their files' names."""
+    optimizer = agent.optimizer.state_dict()
+    (group,) = optimizer["param_groups"]
+    actor = agent.base.export(agent.actor_adapter)
+    said = {
+        NAMES: list(agent.base.parameters(agent.actor_adapter)),
+        ADAPTER: adapter_fingerprint(actor.config, actor.tensors),
+    }
+    num_steps = max((int(moments["step"]) for moments in optimizer["state"].values()), default=0)
+    schedule = LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=agent.lr), lambda step: 1.0).state_dict()
+    return {
+        OPTIMIZER: {**optimizer, "param_groups": [group | said]},
+        SCHEDULER: schedule | {"last_epoch": num_steps, "_step_count": num_steps + 1},
+    }
 
 
 def _record(agent: Trained, metrics: Mapping[str, Any] | None) -> tuple[int, Mapping[str, Any] | None]:
@@ -79,11 +126,11 @@ def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: moved[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
 
 
-def _check_replaceable(path: str | Path) -> None:
+def _check_replaceable(path: str | Path, read: Callable[[str | Path], object]) -> None:
     if not usable_path("path", path).exists():
         return
     try:
-        read_policy_archive(path)
+        read(path)
     except CheckpointError as error:
         fix = f"holds something else, which would be lost: give another file ({error})"
         raise ConfigurationError("path", str(path), fix) from None

@@ -18,7 +18,7 @@ from evollm.plain_data import read_plain
 
 _NAMED_AT_MOST = 5
 _ATTRIBUTE = "_evollm_policy_archive"
-_FORM = 'a dict with "step_idx", "state" (all weights by their name) and "metrics"'
+_FORM = 'a dict with "step_idx", "state" (of policy.pt all weights by their name) and "metrics"'
 # Constants that older versions of transformers kept in a model's state: causal masks, and the frequencies of positions.
 _CONSTANTS = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias|rotary_emb\.inv_freq)$")
 
@@ -47,21 +47,41 @@ def read_policy_archive(path: str | Path) -> tuple[PolicyArchive, dict[str, Tens
     Raises:
         CheckpointError: The file is missing, damaged, not plain data, or of another form.
     """
-    content = read_plain(usable_path("archive", path), mapped=True)
+    archive, state = read_archive(path, mapped=True)
+    strange = [name for name, tensor in state.items() if not isinstance(name, str) or not _is_dense(tensor)]
+    if strange:
+        fix = "give policy.pt, not the optimizer's or the scheduler's file"
+        raise CheckpointError(f"{path}: state holds what is not the weights of a model: {_listed(strange)}; {fix}")
+    return archive, state
+
+
+def read_archive(
+    path: str | Path, what: str = "a policy archive", *, mapped: bool = False
+) -> tuple[PolicyArchive, dict[str, Any]]:
+    """Read a dict of `step_idx`, `state` and `metrics` without running anything that is in it.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message.
+        mapped: Leave tensors in the file where possible, for a caller that copies them.
+
+    Returns:
+        What it says, and its state.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, not plain data, or of another form.
+    """
+    content = read_plain(usable_path("archive", path), mapped=mapped)
     if not isinstance(content, dict) or not content.keys() >= {"step_idx", "state", "metrics"}:
         found = f"has {sorted(map(str, content))[:_NAMED_AT_MOST]}" if isinstance(content, dict) else "is no dict"
-        raise CheckpointError(f"{path} is not a policy archive, {_FORM}: it {found}")
+        raise CheckpointError(f"{path} is not {what}, {_FORM}: it {found}")
     step_idx, state, metrics = content["step_idx"], content["state"], content["metrics"]
     if isinstance(step_idx, bool) or not isinstance(step_idx, int):
         raise CheckpointError(f"{path}: step_idx={step_idx!r} must be a whole number")
     if metrics is not None and not isinstance(metrics, dict):
         raise CheckpointError(f"{path}: metrics must be a dict or None, not {type(metrics).__name__}")
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: state must be a dict of weights, not {type(state).__name__}")
-    strange = [name for name, tensor in state.items() if not isinstance(name, str) or not _is_dense(tensor)]
-    if strange:
-        fix = "give policy.pt, not the optimizer's or the scheduler's file"
-        raise CheckpointError(f"{path}: state holds what is not the weights of a model: {_listed(strange)}; {fix}")
+        raise CheckpointError(f"{path}: state must be a dict, not {type(state).__name__}")
     return PolicyArchive(located(path), step_idx, metrics), state
 
 

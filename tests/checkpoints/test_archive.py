@@ -86,7 +86,7 @@ def test_an_exported_agent_loads_as_in_the_original_repository_and_gives_the_sam
     save_policy_archive(agent, path)
     save_policy_archive(agent, path, metrics={"accuracy": np.float64(0.5), "step": 3})
     assert base_bits(agent.base) == before
-    assert [entry.name for entry in path.parent.iterdir()] == ["policy.pt"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["optimizer.pt", "policy.pt", "scheduler.pt"]
     # The lines of the original repository's train.py.
     state_dict = torch.load(path, map_location="cpu")
     step, metrics = state_dict["step_idx"], state_dict["metrics"]
@@ -312,7 +312,7 @@ def test_an_archive_is_replaced_whole_or_not_at_all(make_agent, tmp_path) -> Non
         seen.append((raised, torch.load(path)["metrics"]["number"] == number))
     # And nothing is left that takes up room.
     save_policy_archive(agent, path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["policy.pt"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["optimizer.pt", "policy.pt", "scheduler.pt"]
     # What fails in removing leftovers costs nothing, and after the rename only the flush of the folder comes.
     assert set(seen) == {(True, False), (True, True), (False, True)}
     assert seen.count((True, True)) == 1
