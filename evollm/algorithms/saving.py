@@ -13,16 +13,19 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from evollm.algorithms.core import ACTOR, REFERENCE, LLMAgent
+from evollm.algorithms.optimizer_archive import check_names, check_schedule, read_optimizer
 from evollm.algorithms.optimizers import check_moments
 from evollm.algorithms.saved_attributes import SavedAttributes, accepted_by, read_attributes
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
+from evollm.checkpoints.archive import OPTIMIZER, POLICY, SCHEDULER
 from evollm.checkpoints.export import main_writes
 from evollm.checkpoints.find import find_agent
 from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
-from evollm.checks import optional_switch, switch
+from evollm.checks import optional_switch, switch, usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.foreign import LOAD, SAVE, explains
 from evollm.models import AdapterState
+from evollm.models.identity import adapter_fingerprint
 from evollm.models.pretrained import reloadable
 
 if TYPE_CHECKING:
@@ -135,11 +138,12 @@ class SavableAgent(LLMAgent):
                 its newest checkpoint, with a warning; that of a checkpoint for the best agent in it.
             load_optimizer: A resume also restores the optimizer's moments; with none saved it warns and starts afresh.
                 A next stage starts afresh: moments of another loss, or of one against another reference, would
-                mislead it. False keeps the live optimizer.
+                mislead it; it warns too where none are saved. False keeps the live optimizer.
             overwrite_reference_adapter: True: the next stage of a chain. The loaded actor is copied onto the reference,
                 if the agent has one; hyperparameters, counters and optimizer stay the agent's own. False: a resume.
                 The saved reference is restored, and from a checkpoint of the same algorithm all the rest too. None: a
-                resume when the checkpoint is of the same algorithm, the next stage otherwise.
+                resume when the checkpoint is of the same algorithm, the next stage otherwise, and where the folder is
+                an adapter by itself (`save_llm_checkpoint`).
             overwrite_critic_adapter: Accepted for compatibility; this agent has no critic.
             merge_lora_configs: Where the LoRA configurations differ, rebuild the agent's adapters with the larger rank,
                 the union of the target modules and, with a warning, its own values of other fields. The loaded
@@ -162,14 +166,47 @@ class SavableAgent(LLMAgent):
         path = _agent_folder(path)
         folder = read_agent_folder(path)
         if check_base and folder.attributes["base_fingerprint"] != self.base.weights_fingerprint:
-            saved_on = folder.attributes["base_name"] or "a base without a name"
-            raise CheckpointError(
-                f"{path} was saved on another base ({saved_on}) than {self.base.name or 'this one'}: its adapters mean "
-                "nothing here. The same model in another dtype or quantised counts as another: check_base=False"
-            )
+            raise _other_base(folder, path, self.base.name or "this one")
         if merge_lora_configs:
             folder = self._merged(folder)
         self.load_folder(folder, load_optimizer, overwrite_reference_adapter, source=path)
+
+    def load_optimizer_archive(self, folder: str | Path) -> None:
+        """Go on with the moments in `optimizer.pt`, which `save_policy_archive` wrote beside a `policy.pt`.
+
+        The actor whose moments they are, for example from a checkpoint without optimizer, goes on with the same bits.
+        An agent that has learnt nothing on the `policy.pt` as its archive has a new adapter, since that file holds the
+        old one merged: it starts with the moments of the old one, with a warning. A `scheduler.pt` has to say the
+        agent's learning rate.
+
+        Args:
+            folder: Where the files are.
+
+        Raises:
+            CheckpointError: `optimizer.pt` is missing or not AdamW's for this agent's adapter, or a file is damaged or
+                holds something else than plain data. Nothing has changed then.
+        """
+        path = usable_path("folder", folder) / OPTIMIZER
+        step_idx, state, names, adapter = read_optimizer(path)
+        check_names(path, names, self.base.parameters(self.actor_adapter))
+        check_moments(state, self.actor_parameters(), path)
+        check_schedule(path.with_name(SCHEDULER), step_idx, self.lr)
+        actor = self.base.export(self.actor_adapter)
+        if adapter != adapter_fingerprint(actor.config, actor.tensors):
+            archive = self.base.archive
+            if self.steps or archive is None or archive.step_idx != step_idx:
+                raise CheckpointError(
+                    f"{path}: its moments, of step {step_idx}, are another adapter's: call load_checkpoint of the "
+                    f"agent that has it first, or build one with archive={str(path.with_name(POLICY))!r}"
+                )
+            warnings.warn(
+                f"{path}: its moments are those of the adapter that is merged into {archive.path}, and the agent has a "
+                "new one: they give it scale and direction, and are no resume to the bit, as load_checkpoint is",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.optimizer = self._new_optimizer()
+        self._load_moments(state)
 
     def _merged(self, folder: AgentFolder) -> AgentFolder:
         """The folder's adapters in the shapes of a merged LoRA configuration, which this agent's get too."""
@@ -216,7 +253,9 @@ class SavableAgent(LLMAgent):
         check_same_lora(self.base.config(self.actor_adapter), saved_actor.config)
         same_algorithm = folder.attributes["algorithm"] == self.algorithm
         if overwrite_reference_adapter is None:
-            overwrite_reference_adapter = not same_algorithm
+            # An adapter by itself has no reference to go on with.
+            alone = folder.is_adapter and self._adapters.get(REFERENCE) is not None
+            overwrite_reference_adapter = alone or not same_algorithm
         is_resume = same_algorithm and not overwrite_reference_adapter
         if overwrite_reference_adapter and REFERENCE in self._adapters and self._adapters[REFERENCE] is None:
             fix = "the base itself is the reference and cannot become the checkpoint's actor: build the agent with True"
@@ -234,10 +273,18 @@ class SavableAgent(LLMAgent):
             self._replace_reference(saved_reference)
         if attributes is not None:
             self._restore_attributes(attributes)
-        if load_optimizer and is_resume:
-            self._load_optimizer(folder.optimizer, source)
-        elif load_optimizer:
-            self.optimizer = self._new_optimizer()
+        if not load_optimizer:
+            return
+        if folder.optimizer is None:
+            warnings.warn(
+                f"{source} holds no optimizer state for these adapters: training goes on with a fresh optimizer; "
+                "load_optimizer=False says that none is wanted",
+                UserWarning,
+                stacklevel=4,
+            )
+        self.optimizer = self._new_optimizer()
+        if is_resume and folder.optimizer is not None:
+            self._load_moments(folder.optimizer)
 
     def _read_attributes(self, folder: AgentFolder, source: object) -> SavedAttributes:
         return read_attributes(folder.attributes, self.settings_class, self.hyperparameters_class, source)
@@ -264,15 +311,7 @@ class SavableAgent(LLMAgent):
         self.rng.bit_generator.state = saved.rng
         self.set_hyperparameters(asdict(saved.hyperparameters))
 
-    def _load_optimizer(self, state: Mapping[str, Any] | None, source: object) -> None:
-        self.optimizer = self._new_optimizer()
-        if state is None:
-            warnings.warn(
-                f"{source} holds no optimizer state for these adapters: training goes on with a fresh optimizer",
-                UserWarning,
-                stacklevel=5,
-            )
-            return
+    def _load_moments(self, state: Mapping[str, Any]) -> None:
         groups = self.optimizer.param_groups
         own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self.optimizer.load_state_dict(dict(state))
@@ -287,3 +326,20 @@ def _agent_folder(path: str) -> str:
     if found.remark:
         warnings.warn(found.remark, UserWarning, stacklevel=3)
     return str(found.path)
+
+
+def _other_base(folder: AgentFolder, path: object, here: str) -> CheckpointError:
+    """What to say of a checkpoint from another base: how to load it on its own."""
+    named = str(folder.attributes["base_name"] or "")
+    own = str(folder.base or named)
+    fix = "build the agent on the model that it was tuned on"
+    if own:
+        fix = f"build the agent with model_name={own!r}"
+    if folder.base:
+        fix += ", which lies beside it"
+    elif folder.attributes.get("archive"):
+        fix += f" and archive={folder.attributes['archive']!r}"
+    if not folder.base:
+        fix += ". If it is the same model in another dtype or quantised, load with check_base=False"
+    where = named or "a base without a name"
+    return CheckpointError(f"{path} was saved on another base ({where}) than {here}, where it means nothing: {fix}")

@@ -38,12 +38,14 @@ class AgentFolder:
         attributes: Plain data: algorithm, hyperparameters, counters, generator state.
         optimizer: State of the optimizer, None when it was not saved.
         base: Folder of the base's weights, None when they were not saved.
+        is_adapter: Whether the folder itself is the actor, as `save_llm_checkpoint` writes it.
     """
 
     adapters: Mapping[str, AdapterState]
     attributes: Mapping[str, Any]
     optimizer: Mapping[str, Any] | None
     base: Path | None = None
+    is_adapter: bool = False
 
     def adapter(self, role: str) -> AdapterState:
         """The adapter in this role.
@@ -75,6 +77,11 @@ def write_agent(folder: Path, agent: AgentFolder, base_name: str) -> None:
     """Write what a checkpoint folder of one agent holds into an existing folder."""
     for role, state in agent.adapters.items():
         write_adapter(folder / role, state, base_name)
+    write_attributes(folder, agent)
+
+
+def write_attributes(folder: Path, agent: AgentFolder) -> None:
+    """Write what a checkpoint folder holds beside adapters."""
     # Through memory, so that a full disk is an OSError; torch's own writer raises something else.
     data = io.BytesIO()
     torch.save({**agent.attributes, "optimizer": agent.optimizer}, data)
@@ -98,6 +105,7 @@ def read_agent_folder(path: str | Path) -> AgentFolder:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not an agent's checkpoint: there is no such folder; {_WANTED}")
     files = verify(path)
+    is_adapter = CONFIG in files
     if ATTRIBUTES not in files:
         raise CheckpointError(f"{path} is not an agent's checkpoint: it has no {ATTRIBUTES}; {_WANTED}")
     attributes = read_plain(path / ATTRIBUTES)
@@ -105,8 +113,10 @@ def read_agent_folder(path: str | Path) -> AgentFolder:
         raise CheckpointError(f"{path}: {ATTRIBUTES} is not an agent's, it lacks some of {sorted(REQUIRED)}")
     roles = [name.removesuffix(f"/{CONFIG}") for name in files if name.endswith(f"/{CONFIG}")]
     adapters = {role: read_adapter(path / role) for role in sorted(roles) if "/" not in role and role != BASE}
+    if is_adapter:
+        adapters = {"actor": read_adapter(path)}
     base = path / BASE if any(name.startswith(f"{BASE}/") for name in files) else None
-    return AgentFolder(adapters, attributes, attributes.pop("optimizer", None), base)
+    return AgentFolder(adapters, attributes, attributes.pop("optimizer", None), base, is_adapter)
 
 
 def read_adapter(folder: Path) -> AdapterState:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-from evollm.checkpoints.agent import write_adapter
+from evollm.checkpoints.agent import AgentFolder, write_adapter, write_attributes
 from evollm.checkpoints.card import Subject, model_card
 from evollm.checkpoints.files import replace_folder
 from evollm.foreign import SAVE_ADAPTER, explains
@@ -44,15 +44,25 @@ class HasActor(Protocol):
         """Name of the actor on the base."""
 
 
+class CanBeSaved(HasActor, Protocol):
+    """An agent, as far as its attributes go, too."""
+
+    def to_folder(self, save_optimizer: bool) -> AgentFolder:
+        """What a checkpoint holds."""
+
+
 @explains(SAVE_ADAPTER)
 def save_llm_checkpoint(
-    agent: HasActor,
+    agent: CanBeSaved,
     path: str | Path,
     tokenizer: Any | None = None,
     run_dir: str | Path | None = None,
     step: int | None = None,
 ) -> None:
     """Write an agent's tuned adapter alone, to deploy: `PeftModel.from_pretrained(base_model, path)` loads it.
+
+    So does `agent.load_checkpoint(path)`, as a next stage: the folder has neither reference nor optimizer, so that the
+    adapter becomes the reference too. Beside the adapter lies `attributes.pt`, which says on which base it was tuned.
 
     Args:
         agent: The agent.
@@ -61,11 +71,13 @@ def save_llm_checkpoint(
         run_dir: As for `save_merged_model`.
         step: Likewise.
     """
+    saved = agent.to_folder(save_optimizer=False)
 
     def write() -> None:
         card = _card(agent, path, tokenizer, run_dir, step, is_adapter=True)
         with replace_folder(path) as folder:
-            write_adapter(folder, agent.base.export(agent.actor_adapter), agent.base.name)
+            write_adapter(folder, saved.adapter("actor"), agent.base.name)
+            write_attributes(folder, saved)
             _write_card(folder, card)
 
     main_writes(write)

@@ -209,7 +209,7 @@ def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[S
             warnings.warn(found.remark, UserWarning, stacklevel=2)
         start = str(found.path.resolve())
         for agent in agents:
-            agent.load_checkpoint(start, overwrite_reference_adapter=True)
+            agent.load_checkpoint(start, load_optimizer=False, overwrite_reference_adapter=True)
     return agents
 
 

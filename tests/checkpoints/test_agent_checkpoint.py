@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -23,6 +24,7 @@ from evollm import (
     HyperparameterConfig,
     RLParameter,
     save_llm_checkpoint,
+    save_policy_archive,
 )
 from evollm.checkpoints import replace_folder
 from evollm.checkpoints.files import MANIFEST, seal
@@ -74,6 +76,7 @@ def test_save_llm_checkpoint_writes_the_actor_alone(trained, make_model, gym, tm
     assert sorted(path.name for path in (tmp_path / "deploy").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "attributes.pt",
         MANIFEST,
     ]
     batch = gym.next_batch()
@@ -81,6 +84,34 @@ def test_save_llm_checkpoint_writes_the_actor_alone(trained, make_model, gym, tm
     with trained.select_adapter("actor"):
         expected = logps(trained.base.network, batch)
     torch.testing.assert_close(logps(loaded.get_base_model(), batch), expected, rtol=0, atol=1e-6)
+
+
+def test_what_save_llm_checkpoint_wrote_is_loaded_as_actor_and_reference(
+    trained, make_agent, make_model, gym, tmp_path
+) -> None:
+    save_llm_checkpoint(trained, tmp_path / "deploy")
+    agent, batch = make_agent(seed=7, lr=5e-4), gym.next_batch()
+    with pytest.warns(UserWarning, match="no optimizer state"):
+        agent.load_checkpoint(str(tmp_path / "deploy"))
+    loaded = DPO.load(str(tmp_path / "deploy"), actor_network=agent.base.network)
+    for one in (agent, loaded):
+        assert actor_bits(one) == actor_bits(trained)
+        assert (one.steps, one.fitness, bool(one.optimizer.state)) == (0, [], False)
+        assert np.array_equal(*one.logratios(batch))
+    assert (agent.lr, loaded.lr) == (5e-4, trained.lr)
+    with pytest.raises(CheckpointError, match="no reference adapter"):
+        agent.load_checkpoint(str(tmp_path / "deploy"), overwrite_reference_adapter=False)
+    with pytest.raises(CheckpointError, match="saved on another base"):
+        make_agent(actor_network=make_model(seed=1)).load_checkpoint(str(tmp_path / "deploy"))
+
+
+def test_an_sft_agent_goes_on_from_what_save_llm_checkpoint_wrote(make_sft, sft_gym, tmp_path) -> None:
+    learner = make_sft(index=2)
+    learner.learn(sft_gym.next_batch())
+    save_llm_checkpoint(learner, tmp_path / "deploy")
+    resumed = make_sft()
+    resumed.load_checkpoint(str(tmp_path / "deploy"), load_optimizer=False)
+    assert (resumed.index, resumed.steps, actor_bits(resumed)) == (2, 1, actor_bits(learner))
 
 
 @pytest.mark.parametrize("how", ["load_checkpoint", "load"])
@@ -141,6 +172,46 @@ def test_without_optimizer_state_a_warning_is_given_and_moments_start_afresh(tra
     with pytest.warns(UserWarning, match="no optimizer state"):
         agent.load_checkpoint(str(tmp_path / "agent"))
     assert not agent.optimizer.state
+
+
+def test_a_next_stage_warns_of_a_checkpoint_without_optimizer_state_too(trained, make_agent, tmp_path) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"), save_optimizer=False)
+    with pytest.warns(UserWarning, match="no optimizer state"):
+        make_agent().load_checkpoint(str(tmp_path / "agent"), overwrite_reference_adapter=True)
+    make_agent().load_checkpoint(str(tmp_path / "agent"), load_optimizer=False, overwrite_reference_adapter=True)
+    trained.save_checkpoint(str(tmp_path / "agent"))
+    make_agent().load_checkpoint(str(tmp_path / "agent"), overwrite_reference_adapter=True)
+
+
+def test_a_full_checkpoint_is_loaded_by_the_way_that_the_message_names(
+    trained, make_model, make_agent, lora, gym, tmp_path
+) -> None:
+    trained.save_checkpoint(str(tmp_path / "agent"), lora_only=False)
+    for load in (
+        lambda: make_agent(actor_network=make_model(seed=1)).load_checkpoint(str(tmp_path / "agent")),
+        lambda: DPO.load(str(tmp_path / "agent"), actor_network=make_model(seed=1)),
+    ):
+        with pytest.raises(CheckpointError, match="saved on another base") as caught:
+            load()
+        assert "check_base" not in str(caught.value)
+        # What the message says, as it stands there.
+        (named,) = re.findall(r"build the agent with (model_name='[^']*')", str(caught.value))
+        agent = eval(f"DPO({named}, lora_config=lora)", {"DPO": DPO, "lora": lora})
+        agent.load_checkpoint(str(tmp_path / "agent"))
+        batch = gym.next_batch()
+        assert agent.learn(batch) == DPO.load(str(tmp_path / "agent")).learn(batch)
+
+
+def test_a_checkpoint_without_its_base_names_the_one_to_build_on(trained, make_model, lora, tmp_path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    policy = tmp_path / "policy.pt"
+    save_policy_archive(trained, policy)
+    DPO(model_name=str(tmp_path / "base"), archive=policy, lora_config=lora).save_checkpoint(str(tmp_path / "agent"))
+    with pytest.raises(CheckpointError, match="check_base=False") as caught:
+        DPO(actor_network=make_model(seed=1), lora_config=lora).load_checkpoint(str(tmp_path / "agent"))
+    (named,) = re.findall(r"build the agent with (model_name='[^']*' and archive='[^']*')", str(caught.value))
+    agent = eval(f"DPO({named.replace(' and', ',')}, lora_config=lora)", {"DPO": DPO, "lora": lora})
+    agent.load_checkpoint(str(tmp_path / "agent"))
 
 
 def test_another_base_is_refused(trained, make_agent, make_model, gym, tmp_path) -> None:
