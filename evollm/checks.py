@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 
 from evollm.errors import ConfigurationError
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?(?P<name>[\w.-]+(?:/[\w.-]+)?)/?")
 
 
 def finite_number(field: str, value: object) -> float:
@@ -19,8 +23,7 @@ def finite_number(field: str, value: object) -> float:
         ConfigurationError: If it is not a number, a bool, or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        hint = "; PyYAML reads 1e-5 as text, write 1.0e-5" if is_number_as_text(value) else ""
-        raise ConfigurationError(field, value, f"must be a number{hint}")
+        raise ConfigurationError(field, value, f"must be a number{number_hint(value)}")
     try:
         finite = math.isfinite(value)
     except OverflowError:  # a whole number beyond all floats
@@ -35,7 +38,13 @@ def nearest_name(name: str, known: Collection[str], aliases: Mapping[str, str] |
     alias = (aliases or {}).get(name)
     if alias is not None and alias in known:
         return alias
-    return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.0)), None)
+    spelt = {_folded(one): one for one in known}
+    return next((spelt[one] for one in difflib.get_close_matches(_folded(name), spelt, 1, cutoff=0.0)), None)
+
+
+def _folded(name: str) -> str:
+    """The name in small letters, with an underscore for a hyphen."""
+    return name.lower().replace("-", "_")
 
 
 def is_number_as_text(value: object) -> bool:
@@ -44,6 +53,25 @@ def is_number_as_text(value: object) -> bool:
         return isinstance(value, str) and math.isfinite(float(value))
     except ValueError:
         return False
+
+
+def number_hint(value: object) -> str:
+    """How a number is written, for who has written it as text; "" for anything else."""
+    if is_number_as_text(value):
+        yaml = " (PyYAML reads 1e-5 as text, write 1.0e-5)" if "e" in str(value).lower() else ""
+        return f"; it is text, so take its quotation marks away{yaml}"
+    if isinstance(value, str) and is_number_as_text(value.strip().replace(",", ".", 1)):
+        return f"; write {value.strip().replace(',', '.', 1)}, with a point"
+    if isinstance(value, str) and is_number_as_text(value.strip().removesuffix("%")):
+        return f"; write {float(value.strip().removesuffix('%')) / 100!r}"
+    return ""
+
+
+def whole_hint(value: object) -> str:
+    """How a whole number is written, for who has written it otherwise."""
+    if isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    return number_hint(value)
 
 
 def positive_number(field: str, value: object) -> float:
@@ -65,7 +93,8 @@ def whole_number(field: str, value: object, minimum: int) -> int:
         ConfigurationError: If it is not an integer or lies below `minimum`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ConfigurationError(field, value, f"must be a whole number of at least {minimum}")
+        fix = f"must be a whole number of at least {minimum}{whole_hint(value)}"
+        raise ConfigurationError(field, value, fix)
     return int(value)
 
 
@@ -112,6 +141,18 @@ def located(name: str | os.PathLike[str]) -> str:
         return os.path.abspath(text) if text and os.path.exists(text) else text
     except ValueError:  # with a null byte
         return text
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file stands for one that Git LFS has not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def hub_name_in(text: str) -> str | None:
+    """The name of a model or dataset on the hub, of the address of its page; None of anything else."""
+    found = _HUB_PAGE.fullmatch(text)
+    return found["name"] if found else None
 
 
 def usable_path(field: str, value: object) -> Path:

@@ -42,7 +42,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     _survive_any_text()
     try:
         try:
-            options = _parser().parse_args(arguments)
+            options = _parsed(arguments)
             with own_warnings_only(), progress_told():
                 options.run(options)
         finally:
@@ -58,6 +58,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         _give_up_output()
         return 1
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the line asks for; exits with status 2, as argparse does, where it is not understood."""
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        takes_values = "config" in options or "overrides" in options
+        hint = "; a setting is given without dashes, as key=value: lr=1e-4" if takes_values else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return options
 
 
 def _survive_any_text() -> None:

@@ -24,6 +24,16 @@ _SCALARS = {
     _INT: r"[-+]?[0-9]+",
     _FLOAT: r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
+# What is mostly meant by what PyYAML says.
+_HINTS = {
+    "'\\t'": ": indent with spaces, not with tabs",
+    "mapping values are not allowed": ": indent the keys of a mapping alike, and put a text with a colon into "
+    "quotation marks",
+    "escape": ": put a path with \\ into single quotation marks",
+    "cannot start any token": ": put the text into quotation marks",
+    "could not find expected ':'": ": a line is key: value",
+}
+_DATA_FILES = (".jsonl", ".json", ".ndjson", ".gz", ".csv", ".parquet")
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -77,7 +87,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     try:
         text = Path(expanded(path)).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigurationError("config", str(path), f"cannot be read: {error}") from error
+        raise ConfigurationError("config", str(path), f"cannot be read: {_unread(str(path), error)}") from error
     return override(parse_config(text, str(path)), overrides)
 
 
@@ -89,7 +99,8 @@ def parse_config(text: str, where: str) -> dict[str, Any]:
     """
     config = _parse(text, where)
     if not isinstance(config, dict):
-        raise ConfigurationError("config", where, "must hold a mapping: lines such as lr: 1e-5")
+        fix = "must hold a mapping: lines such as lr: 1e-5, with a space behind the colon"
+        raise ConfigurationError("config", where, fix)
     return config
 
 
@@ -104,7 +115,10 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
         key, separator, value = text.partition("=")
         names = key.strip().split(".")
         if not separator or not all(names):
-            raise ConfigurationError("override", text, "must be key=value, such as lr=1e-5 or lora_config.r=8")
+            fix = "must be key=value, such as lr=1e-5 or lora_config.r=8"
+            if not separator and Path(text).suffix in _DATA_FILES:
+                fix = f"must be key=value: data={text}"
+            raise ConfigurationError("override", text, fix)
         place = found
         for depth, name in enumerate(names[:-1], start=1):
             if place.get(name) is None:
@@ -113,7 +127,7 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             if not isinstance(place, dict):
                 fix = f"{'.'.join(names[:depth])} is {place!r} and no mapping: give it a whole value instead"
                 raise ConfigurationError("override", text, fix)
-        place[names[-1]] = _parse(value, text)
+        place[names[-1]] = _parse(value, text, "override")
     return found
 
 
@@ -121,16 +135,30 @@ def _copy(value: Any) -> Any:
     return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, where: str, field: str = "config") -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigurationError("config", where, f"is not valid YAML: {_reason(error)}") from None
+        if Path(where).suffix in _DATA_FILES:
+            raise ConfigurationError(field, where, f"is data and no configuration: give data={where}") from None
+        raise ConfigurationError(field, where, f"is not valid YAML: {_reason(error)}") from None
     except (RecursionError, ValueError) as error:
-        raise ConfigurationError("config", where, f"cannot be read as YAML: {error}") from None
+        raise ConfigurationError(field, where, f"cannot be read as YAML: {error}") from None
 
 
 def _reason(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-    return place + str(getattr(error, "problem", None) or error).strip()
+    problem = str(getattr(error, "problem", None) or error).strip()
+    return place + problem + next((hint for part, hint in _HINTS.items() if part in problem), "")
+
+
+def _unread(path: str, error: Exception) -> str:
+    """Why a file cannot be read, and what to do."""
+    if "=" in path and isinstance(error, FileNotFoundError):
+        return "it is a value and no file: give a YAML file first, or --recipe NAME (evollm recipes lists them)"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder: give a YAML file"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is no text in UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+    return str(error)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from unicodedata import category
 
-# Of a value, in characters: the rest of the message must stay in sight.
+# Of a value, in characters: the rest of the message must stay in sight. A text may be a path, or the names of columns.
 _LONGEST = 400
+_LONGEST_OBJECT = 90
 # Of what to do about it, which may quote a library or a path.
 _LONGEST_FIX = 600
 # Of another library's reason.
@@ -59,7 +60,7 @@ def _described(value: object) -> str:
         text = repr(value)
     except Exception:  # Numbers of thousands of digits, and objects that are not finished, have no text.
         text = f"a {type(value).__name__}"
-    return _cut(text, _LONGEST)
+    return _cut(text, _LONGEST if isinstance(value, str) else _LONGEST_OBJECT)
 
 
 def _cut(text: str, longest: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from evollm.checkpoints.agent import AgentFolder, write_adapter, write_attributes
 from evollm.checkpoints.card import Subject, model_card
 from evollm.checkpoints.files import replace_folder
+from evollm.errors import ConfigurationError
 from evollm.foreign import SAVE_ADAPTER, explains
 from evollm.models import SharedBase
 from evollm.models.pretrained import auto_class
@@ -44,6 +45,12 @@ class HasActor(Protocol):
         """Name of the actor on the base."""
 
 
+def _check_agent(agent: object) -> None:
+    if not hasattr(agent, "actor_adapter"):
+        shown = agent if isinstance(agent, str) else type(agent).__name__
+        raise ConfigurationError("agent", shown, "must be an agent; of a checkpoint's folder: DPO.load(folder)")
+
+
 class CanBeSaved(HasActor, Protocol):
     """An agent, as far as its attributes go, too."""
 
@@ -70,7 +77,11 @@ def save_llm_checkpoint(
         tokenizer: The base's, for the model card; it is not written.
         run_dir: As for `save_merged_model`.
         step: Likewise.
+
+    Raises:
+        ConfigurationError: It is no agent.
     """
+    _check_agent(agent)
     saved = agent.to_folder(save_optimizer=False)
 
     def write() -> None:
@@ -106,9 +117,11 @@ def save_merged_model(
             of a run that has ended.
 
     Raises:
-        ConfigurationError: The base is quantised, or merged weights would not compute what the adapter computes.
+        ConfigurationError: It is no agent, its base is quantised, or merged weights would not compute what the
+            adapter computes.
         CheckpointError: The run folder cannot be read.
     """
+    _check_agent(agent)
 
     def write() -> None:
         card = _card(agent, path, tokenizer, run_dir, step, is_adapter=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from evollm.config import override, parse_config, read_config
 from evollm.errors import ConfigurationError
+from evollm.names import ALIASES
 from evollm.recipes import recipe_text
 
 
@@ -39,7 +40,11 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigurationError("config", None, "give a YAML file, or --recipe NAME (evollm recipes lists them)")
     for name in ("model", "data"):
         if config.get(name) is None:
-            raise ConfigurationError(name, None, f"{where} does not say it: add it, or give {name}=... behind it")
+            others = [key for key in config if key != name]
+            given = next((key for key in others if name in (key.lower(), ALIASES.get(key.lower()))), None)
+            hint = f"; it says {given}, which is called {name} here" if given else ""
+            fix = f"{where} does not say it: add it, or give {name}=... behind it{hint}"
+            raise ConfigurationError(name, None, fix)
     return config
 
 

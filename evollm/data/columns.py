@@ -123,8 +123,8 @@ def _lacking(columns: Sequence[str], kind: Kind, mapping: ColumnMapping) -> str:
     if kind is EXAMPLE:
         if "chosen" in columns:
             return (
-                "holds preference pairs; pass them to PreferenceGym, or rename chosen to completion to learn from it "
-                "alone"
+                "holds preference pairs; pass them to PreferenceGym (algorithm=dpo), or rename chosen to completion to "
+                "learn from it alone"
             )
         alias = next((name for name in MEANT["prompt"] if name in columns), None)
         if not missing and alias:
@@ -136,10 +136,10 @@ def _lacking(columns: Sequence[str], kind: Kind, mapping: ColumnMapping) -> str:
         return f"lacks {missing[0]}{hint}; rename its columns to {to}{line and f', or {line}'}"
     hint = _missing_hint(missing, columns, kind.names)
     to = "chosen and rejected (and prompt, if there is one)"
-    fix = f"lacks {' and '.join(missing)}{hint}; rename its columns to {to}{line and f', or {line}'}"
+    fix = f"rename its columns to {to}{line and f', or {line}'}"
     if not line and (_sides_of(columns, EXAMPLE) or {"messages", "conversations", "text"}.intersection(columns)):
-        fix += " (rows with a completion or messages are for SFTGym: algorithm: sft, or --sft)"
-    return fix
+        fix = f"rows with a completion or messages are for algorithm=sft (SFTGym, --sft); for pairs {fix}"
+    return f"lacks {' and '.join(missing)}{hint}; {fix}"
 
 
 def suggestion(columns: Sequence[str], kind: Kind, mapping: ColumnMapping | None = None) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evollm.checks import expanded
+from evollm.checks import expanded, is_lfs_pointer
+from evollm.data.paths import why_no_file
 from evollm.errors import DataError
 from evollm.hub import hub_or_cache
 from evollm.quiet import quiet
@@ -19,7 +20,8 @@ from evollm.quiet import quiet
 JSON_LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json")
 # Some editors put it in front.
 _MARK = b"\xef\xbb\xbf"
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# What a text in another encoding than UTF-8 may begin with.
+_OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # Such as org/name or org/name:test.
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
 
@@ -51,8 +53,7 @@ def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
     if not file.is_file():
         hub = _HUB_NAME.fullmatch(path) if isinstance(path, str) and not _reader(file) and not file.exists() else None
         if hub is None:
-            fix = "no such file; pass a JSON-lines, Parquet or CSV file, or org/name of a dataset on the hub"
-            raise DataError(field, str(path), fix)
+            raise DataError(field, str(path), why_no_file(path))
         return _load_from_hub(hub["name"], hub["split"] or "train", field)
     read = _reader(file)
     if read is None:
@@ -65,13 +66,16 @@ def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
 def _require_content(path: Path, field: str) -> None:
     """Refuse what stands for a file that has not been fetched."""
     try:
+        empty, pointer = not path.stat().st_size, is_lfs_pointer(path)
         with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
+            encoding = _OTHER_MARKS.get(file.read(2))
     except OSError as error:
         raise DataError(field, str(path), f"cannot be read ({error})") from None
-    if not start:
+    if empty:
         raise DataError(field, str(path), "is empty (0 bytes); write or fetch it again")
-    if start == _LFS_POINTER:
+    if encoding is not None:
+        raise DataError(field, str(path), f"is a text in {encoding}; save it as UTF-8")
+    if pointer:
         fix = "is a pointer of Git LFS and not the data; run git lfs pull in its repository, or fetch the file itself"
         raise DataError(field, str(path), fix)
 
@@ -102,6 +106,10 @@ def _read_csv(path: Path, field: str) -> Any:
         cells = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
     except (ValueError, OSError, pandas.errors.ParserError) as error:
         raise DataError(field, str(path), f"is not a CSV file with a header in UTF-8 ({error})") from None
+    (only, *others) = cells.columns
+    separator = next((sign for sign in ";\t" if not others and sign in str(only)), None)
+    if separator is not None:
+        raise DataError(field, str(path), f"is separated by {separator!r}; save it with commas between the columns")
     return cells.astype(object)
 
 
@@ -166,10 +174,20 @@ def _parse_object(line: bytes, number: int, path: Path, field: str) -> object:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets without end
-        hint = "; an object over several lines is not read: write one on each line, or an array" if number == 1 else ""
-        fix = f"line {number} is not valid JSON ({error}); correct or remove it{hint}"
+        what_to_do = _json_hint(line) if number == 1 else "correct or remove it"
+        fix = f"line {number} is not valid JSON ({error}); {what_to_do}"
         raise DataError(field, str(path), fix) from None
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise DataError(field, str(path), f"line {number} holds a {kind}; JSON lines have one object on each line")
     return value
+
+
+def _json_hint(line: bytes) -> str:
+    """What to do about a first line that is not JSON."""
+    start = line.lstrip(_MARK).lstrip()
+    if start.startswith(b"<"):
+        return "it is a web page or XML: download the file itself"
+    if start.startswith(b"{'"):
+        return "it is what Python prints: write lines with json.dumps, in double quotation marks"
+    return "correct or remove it; an object over several lines is not read: write one on each line, or an array"

@@ -245,7 +245,7 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
         """
         for name, parameter in self.items():
             if name not in known:
-                raise ConfigurationError(name, parameter, _unknown_name_fix(name, known))
+                raise ConfigurationError(f"hp_config.{name}", parameter, _unknown_name_fix(name, known))
             if name not in values:
                 raise ConfigurationError(name, None, "the agent has no value for it; give it one or drop it here")
             _check_value(name, values[name], parameter)

@@ -18,6 +18,8 @@ from evollm.processes import Processes
 
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# What types are called elsewhere.
+SHORT_TYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 # So many times as fast as float32 bfloat16 has to be on a CPU: with it log-probs lose two decimal digits.
 _WORTH = 1.5
 _TOKENS = 256
@@ -53,7 +55,9 @@ def with_dtype(
     named = [name for name in ("dtype", "torch_dtype") if arguments.get(name) is not None]
     name = str(dtype).removeprefix("torch.")
     if not isinstance(dtype, str | torch.dtype) or name not in (AUTO, *DTYPES):
-        raise ConfigurationError("dtype", dtype, f"must be {AUTO!r} or one of {DTYPES}")
+        meant = SHORT_TYPES.get(name.lower())
+        hint = f"; write {meant}" if meant else ""
+        raise ConfigurationError("dtype", dtype, f"must be one of {', '.join((AUTO, *DTYPES))}{hint}")
     if named:
         raise ConfigurationError("dtype", dtype, f"stands in model_config as {named[0]}, too: leave one out")
     if name == AUTO:

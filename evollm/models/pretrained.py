@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from evollm.checks import expanded, usable_path
+from evollm.checks import expanded, hub_name_in, is_lfs_pointer, nearest_name, usable_path
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
 from evollm.hub import hub_or_cache, is_absence
 from evollm.models.encoder_decoder import is_encoder_decoder
@@ -43,6 +44,10 @@ _ADAPTER_CONFIG, _ADAPTER_WEIGHTS, _PEFT_PREFIX = (
 )
 # One of them a folder with a tokenizer has.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Of a run folder.
+_LINEAGE = "lineage.jsonl"
+# In bytes; a pointer of Git LFS has some 130.
+_LARGEST_POINTER = 1024
 _NOT_MERGED = "a weight may be tied to another one; untie the base's embeddings and train the adapter on that"
 # Where a model's files are looked for; the other arguments of `from_pretrained` are about its weights.
 _ABOUT_FILES = frozenset(
@@ -51,6 +56,7 @@ _ABOUT_FILES = frozenset(
         *{"subfolder", "token", "trust_remote_code"},
     }
 )
+_ABOUT_WEIGHTS = frozenset({"device_map", "low_cpu_mem_usage", "max_memory", "quantization_config", "use_safetensors"})
 
 
 def _is_dtype(value: object) -> bool:
@@ -136,12 +142,30 @@ def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
     """Refuse a path that leads to no folder: transformers would take it for a name on the hub."""
     path, text = usable_path(field, name), str(name)
     if path.is_dir():
+        _check_content(field, text, path)
         return
     if path.exists():
-        raise ConfigurationError(field, text, "is no folder: give that of a model, or its name on the hub")
+        fix = "is no folder: give that of a model, or its name on the hub"
+        if (path.parent / "config.json").is_file():
+            fix = f"is a file of a model: give its folder, {str(path.parent)!r}"
+        raise ConfigurationError(field, text, fix)
+    page = hub_name_in(text)
+    if page is not None:
+        raise ConfigurationError(field, text, f"is the address of a page: write {page}, its name on the hub")
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         fix = "no such folder: give that of a model, or its name on the hub; of a base that was moved, where it is now"
         raise ConfigurationError(field, text, fix)
+
+
+def _check_content(field: str, text: str, folder: Path) -> None:
+    """Refuse a folder of something else, and files that have not been fetched."""
+    if (folder / _LINEAGE).is_file():
+        fix = f"is a run folder: evollm export {text} --to FOLDER writes its model, or go on from it with start_from"
+        raise ConfigurationError(field, text, fix)
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.stat().st_size <= _LARGEST_POINTER and is_lfs_pointer(file):
+            fix = f"its {file.name} is a pointer of Git LFS and not the file: run git lfs pull in its repository"
+            raise ConfigurationError(field, text, fix)
 
 
 def find_config(name: str | os.PathLike[str], model_config: Mapping[str, Any] | None = None) -> Any | None:
@@ -197,9 +221,17 @@ def _tokenizer(name: str, model_config: Mapping[str, Any] | None, no_hub: str | 
     except Exception as error:  # Whatever the hub, the network, its files and the tokenizer's own code raise.
         if no_hub is not None and is_absence(error):
             raise ConfigurationError("model", name, _nowhere(no_hub)) from error
+        if Path(name).is_dir() and not any(Path(name, file).is_file() for file in _TOKENIZER_FILES):
+            raise ConfigurationError("model", name, _lacks_tokenizer(Path(name))) from error
         reason = str(error).strip().splitlines()[:1] or [""]
         fix = f"no tokenizer can be loaded from it ({type(error).__name__}: {reason[0]})"
         raise ConfigurationError("model", name, fix) from error
+
+
+def _lacks_tokenizer(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        return "is no folder of a model: it has no config.json; give that of a model, or its name on the hub"
+    return "has no tokenizer (tokenizer.json): tokenizer.save_pretrained(folder), or pass tokenizer"
 
 
 def _nowhere(no_hub: str) -> str:
@@ -269,6 +301,7 @@ def _loaded(name: str, arguments: Mapping[str, Any], no_hub: str | None) -> PreT
         if "trust_remote_code" in str(error) and not arguments["trust_remote_code"]:
             fix = "comes with code of its own, which was not run: read it, then pass trust_remote_code=True"
             raise ConfigurationError("model_name", name, f"cannot be loaded: it {fix} in model_config") from error
+        _check_arguments(arguments, error)
         reason = f"cannot be loaded as a language model: {type(error).__name__}: {error}"
         raise ConfigurationError("model_name", name, reason) from error
     missing = sorted(loading["missing_keys"])
@@ -280,6 +313,23 @@ def _loaded(name: str, arguments: Mapping[str, Any], no_hub: str | None) -> PreT
         raise ConfigurationError("model_name", name, f"cannot be loaded, {fix}")
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _check_arguments(arguments: Mapping[str, Any], error: Exception) -> None:
+    """Raise what transformers says of one of the keyword arguments, with the argument's name."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unknown is not None and unknown[1] in arguments:
+        name, value = unknown[1], arguments[unknown[1]]
+        if name in _QUANTISATION:
+            fix = f"belongs one level down: model_config: {{quantization_config: {{{name}: {str(value).lower()}}}}}"
+        else:
+            known = sorted(_RELOADABLE | _ABOUT_FILES | _ABOUT_WEIGHTS)
+            fix = f"is no argument of from_pretrained; the nearest known one is {nearest_name(name, known)!r}"
+        raise ConfigurationError(f"model_config.{name}", value, fix) from error
+    attention = arguments.get("attn_implementation")
+    if attention is not None and attention not in _ATTENTION and "attn_implementation" in str(error):
+        fix = f"is none of {', '.join(sorted(_ATTENTION))}"
+        raise ConfigurationError("model_config.attn_implementation", attention, fix) from error
 
 
 def _what_to_install(name: str, arguments: Mapping[str, Any], error: ImportError) -> EvoLLMError:

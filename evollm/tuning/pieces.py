@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from evollm.algorithms import DPO, SFT
 from evollm.algorithms.saving import SavableAgent
-from evollm.checks import nearest_name
+from evollm.checks import number_hint, whole_hint
 from evollm.data.examples import EXAMPLES
 from evollm.data.rows import RowFormat
 from evollm.data.sources import PAIRS
@@ -29,26 +29,6 @@ _FILLED_IN = frozenset(
     | {"actor_network", "model_name", "train_dataset", "test_dataset", "final_dataset", "population_size", "size"}
     | {"index", "clone", "wrap", "wrapper_cls", "wrapper_kwargs"}
 )
-# What other libraries, and the pieces themselves, call the parameters of `tune`.
-_ALIASES = {
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "actor_network": "model",
-    "base_model": "model",
-    "train_dataset": "data",
-    "dataset": "data",
-    "test_dataset": "test_data",
-    "eval_dataset": "test_data",
-    "final_dataset": "final_data",
-    "population_size": "population",
-    "size": "population",
-    "learning_rate": "lr",
-    "rpo_alpha": "nll_alpha",
-    "per_device_train_batch_size": "data_batch_size_per_gpu",
-    "num_train_epochs": "num_epochs",
-    "output_dir": "run_dir",
-    "peft_config": "lora_config",
-}
 _PLAIN: dict[str, type | tuple[type, ...]] = {
     "int": int,
     "float": (int, float),
@@ -122,18 +102,6 @@ def default_of(piece: Callable[..., Any], name: str) -> Any:
     return parameters[name].default if name in parameters else None
 
 
-def check_known(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse names that are no parameter.
-
-    Raises:
-        ConfigurationError: The first of them, with the nearest known name.
-    """
-    for name, value in given.items():
-        if name not in known:
-            nearest = nearest_name(name, known, _ALIASES)
-            raise ConfigurationError(str(name), value, f"is no parameter; the nearest known one is {nearest!r}")
-
-
 def check_types(settings: Mapping[str, Any], annotations: Mapping[str, str]) -> None:
     """Refuse values whose type their annotation does not allow, as far as it speaks of plain types alone.
 
@@ -147,7 +115,10 @@ def check_types(settings: Mapping[str, Any], annotations: Mapping[str, str]) -> 
         fits = any(isinstance(value, _PLAIN[part]) for part in wanted)
         if not fits or (isinstance(value, bool) and "bool" not in wanted):
             names = " or ".join(_NAMES.get(part, "a path") for part in wanted)
-            raise ConfigurationError(name, value, f"must be {names}")
+            hint = number_hint(value) if "float" in wanted else whole_hint(value) if "int" in wanted else ""
+            if "None" in wanted and str(value).lower() == "none":
+                hint = "; write null"
+            raise ConfigurationError(name, value, f"must be {names}{hint}")
 
 
 def _annotations(piece: Callable[..., Any]) -> dict[str, str]:

@@ -16,7 +16,9 @@ from evollm.algorithms.core import DEFAULT_LORA
 from evollm.checks import is_number_as_text
 from evollm.errors import ConfigurationError, brief
 from evollm.hpo import HyperparameterConfig, RLParameter
-from evollm.tuning.pieces import Settings, check_known, check_types
+from evollm.models.precision import SHORT_TYPES
+from evollm.names import BOUND_ALIASES, LORA_ALIASES, check_known
+from evollm.tuning.pieces import Settings, check_types
 
 T = TypeVar("T")
 
@@ -59,7 +61,7 @@ def _parameter(field: str, entry: object) -> RLParameter:
             entry = {"min": entry[0], "max": entry[1]}
     if not isinstance(entry, Mapping):
         raise ConfigurationError(field, entry, "must be [smallest, largest], names, or a mapping with min and max")
-    check_known(entry, [one.name for one in dataclasses.fields(RLParameter)])
+    check_known(entry, [one.name for one in dataclasses.fields(RLParameter)], BOUND_ALIASES, field)
     fields = dict(entry)
     if fields.get("dtype") in _KINDS:
         fields["dtype"] = _KINDS[fields["dtype"]]
@@ -82,7 +84,7 @@ def lora_config_of(value: object) -> LoraConfig | None:
     if not isinstance(value, Mapping):
         raise ConfigurationError("lora_config", value, "must be a mapping of fields of peft.LoraConfig, such as r: 8")
     types = {field.name: str(field.type) for field in dataclasses.fields(LoraConfig) if field.init}
-    check_known(value, types)
+    check_known(value, types, LORA_ALIASES, "lora_config")
     named = {f"lora_config.{name}": entry for name, entry in value.items()}
     check_types(named, {f"lora_config.{name}": annotation for name, annotation in types.items()})
     modules = value.get("target_modules", "")
@@ -90,7 +92,7 @@ def lora_config_of(value: object) -> LoraConfig | None:
         isinstance(modules, Sequence) and all(isinstance(name, str) for name in modules)
     ):
         raise ConfigurationError("lora_config.target_modules", modules, "must be names of modules, or all-linear")
-    return _made("lora_config", LoraConfig, {**DEFAULT_LORA, **value})
+    return _made("lora_config", LoraConfig, {**DEFAULT_LORA, **value}, value)
 
 
 def model_config_of(value: object) -> Settings | None:
@@ -120,7 +122,9 @@ def _quantization(fields: Mapping[str, Any]) -> BitsAndBytesConfig:
     field = "model_config.quantization_config"
     fields = dict(fields)
     known = set(BitsAndBytesConfig(load_in_8bit=True).to_dict()) - {"quant_method"}
-    check_known(fields, sorted(name for name in known if not name.startswith("_")))
+    check_known(fields, sorted(name for name in known if not name.startswith("_")), {}, field)
+    if fields.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
+        raise ConfigurationError(f"{field}.bnb_4bit_quant_type", fields["bnb_4bit_quant_type"], "must be nf4 or fp4")
     for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
         if name in fields:
             fields[name] = _dtype(f"{field}.{name}", fields[name])
@@ -130,18 +134,21 @@ def _quantization(fields: Mapping[str, Any]) -> BitsAndBytesConfig:
 def _dtype(field: str, value: object) -> torch.dtype:
     found = getattr(torch, value, None) if isinstance(value, str) else value
     if not isinstance(found, torch.dtype):
-        raise ConfigurationError(field, value, "must be a torch type such as float32 or bfloat16")
+        meant = SHORT_TYPES.get(str(value).lower())
+        hint = f"; write {meant}" if meant else ""
+        raise ConfigurationError(field, value, f"must be a torch type such as float32 or bfloat16{hint}")
     return found
 
 
-def _made(field: str, make: Callable[..., T], fields: Mapping[str, Any]) -> T:
-    """Call a library's constructor; what it raises becomes ours."""
+def _made(field: str, make: Callable[..., T], fields: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> T:
+    """Call a library's constructor; what it raises becomes ours, about what was given (None: all of the fields)."""
     try:
         return make(**copy.deepcopy(dict(fields)))
     except ConfigurationError as error:
         raise ConfigurationError(f"{field}.{error.field}", error.value, error.fix) from None
     except Exception as error:  # Whatever another library raises for a value that it does not take.
-        raise ConfigurationError(field, dict(fields), f"cannot be used: {brief(str(error))}") from error
+        shown = dict(fields if given is None else given)
+        raise ConfigurationError(field, shown, f"cannot be used: {brief(str(error))}") from error
 
 
 _CONVERTERS: dict[str, Callable[[object], Any]] = {

@@ -24,10 +24,11 @@ from evollm.hpo.hyperparameters import Value
 from evollm.llm_envs import DatasetGym
 from evollm.models.engine import Engine, Seat
 from evollm.models.identity import computing_settings
+from evollm.names import ALIASES, check_known
 from evollm.own_files import inside, read_bytes
 from evollm.training.callbacks import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
-from evollm.tuning.pieces import check_known, pieces_of, taken_by
+from evollm.tuning.pieces import pieces_of, taken_by
 from evollm.tuning.record import Record, Schedule, asked_of, known_of, place_of, read_record
 from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
@@ -256,7 +257,7 @@ def _as_tuned(
     parameters = pieces.parameters()
     # Neither callbacks, nor a fitness, nor bounds have a part in what one agent learns from a schedule.
     shaping = {*TUNE_PARAMETERS, *taken_by(pieces.gym, parameters), *taken_by(pieces.agent, parameters)} - EVOLUTION
-    check_known(handed_in, sorted(shaping))
+    check_known(handed_in, sorted(shaping), ALIASES)
     missing = shaping - handed_in.keys()
     found = {name: value for name, value in asked.settings.items() if name in shaping} | dict(handed_in)
     if "data" in handed_in:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from peft import PeftModel
@@ -24,12 +26,13 @@ from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.precision import AUTO, names_dtype
 from evollm.models.pretrained import find_config, load_tokenizer
 from evollm.models.requirements import check_plain_model
+from evollm.names import ALIASES, check_known
 from evollm.own_files import inside, read_bytes
 from evollm.runs.folder import CONFIG
 from evollm.tracking import tracker_names
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run
 from evollm.training.population_step import check_fitness
-from evollm.tuning.pieces import Pieces, Settings, check_known, check_types, default_of, pieces_of, taken_by
+from evollm.tuning.pieces import Pieces, Settings, check_types, default_of, pieces_of, taken_by
 from evollm.tuning.plain import as_objects
 from evollm.tuning.splits import hold_out
 
@@ -42,7 +45,13 @@ GENERATIONS = 8
 MOST_AGENTS = 4096
 NUM_EPOCHS = 2
 SEED = 42
-_AS_GIVEN = {"train_dataset": "data", "test_dataset": "test_data", "final_dataset": "final_data"}
+_AS_GIVEN = {
+    "train_dataset": "data",
+    "test_dataset": "test_data",
+    "final_dataset": "final_data",
+    "model_name": "model",
+    "actor_network": "model",
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,12 @@ class Request:
             fix = "must be a hub name, a folder, or a loaded language model of transformers without adapters"
             raise ConfigurationError("model", self.model, fix)
         check_is_base("model", self.model)
+        _check_rows("data", self.data, "must be rows, the path of a file, or a list of paths")
+        for name in ("test_data", "final_data"):
+            value = getattr(self, name)
+            if value is not False:
+                fix = "must be rows, the path of a file, null for a tenth of data's rows, or false for none"
+                _check_rows(name, value, fix)
         whole_number("population", self.population, 1)
         if self.population > MOST_AGENTS:
             raise ConfigurationError("population", self.population, f"must be at most {MOST_AGENTS}")
@@ -78,7 +93,7 @@ class Request:
         if self.start_from is not None and not isinstance(self.start_from, str | os.PathLike):
             raise ConfigurationError("start_from", self.start_from, "must be the folder of an agent, or of a run")
         annotations = self.pieces.parameters()
-        check_known(self.settings, [*TUNE_PARAMETERS, *annotations])
+        check_known(self.settings, [*TUNE_PARAMETERS, *annotations], ALIASES)
         check_types(self.settings, annotations)
         if self.population == 1:
             for name, value in (("generations", self.generations), *self.settings.items()):
@@ -89,6 +104,15 @@ class Request:
     def pieces(self) -> Pieces:
         """The public pieces that it is put together from."""
         return pieces_of(self.algorithm)
+
+
+def _check_rows(name: str, value: object, fix: str) -> None:
+    """Refuse what can be no rows and no file."""
+    is_word = name != "data" and isinstance(value, str) and value.lower() in ("no", "none", "off", "yes", "on")
+    if is_word or isinstance(value, bool | int | float):
+        raise ConfigurationError(name, value, fix)
+    if isinstance(value, Mapping) and value and all(isinstance(path, str | os.PathLike) for path in value.values()):
+        raise ConfigurationError(name, value, "must be the path of a file; the others are test_data and final_data")
 
 
 # Settings that only a population makes use of.
@@ -163,7 +187,8 @@ def _tokenizer(request: Request, model_config: Mapping[str, Any] | None) -> Any:
     name = request.tokenizer or (model.name_or_path if isinstance(model, PreTrainedModel) else model)
     if not name:
         raise ConfigurationError("tokenizer", None, "the model does not say where it came from: pass its tokenizer")
-    return load_tokenizer(name, model_config)
+    with _as_given({"model": "tokenizer"} if request.tokenizer else {}):
+        return load_tokenizer(name, model_config)
 
 
 def make_env(request: Request, settings: Settings) -> DatasetGym:
@@ -184,11 +209,17 @@ def make_env(request: Request, settings: Settings) -> DatasetGym:
         model = request.model
         config = model.config if isinstance(model, PreTrainedModel) else find_config(model, model_config)
         arguments["encoder_decoder"] = is_encoder_decoder(config)
-    try:
+    with _as_given():
         return pieces.gym(data, tokenizer=tokenizer, **arguments)
+
+
+@contextmanager
+def _as_given(names: Mapping[str, str] = MappingProxyType(_AS_GIVEN)) -> Iterator[None]:
+    """Name an argument at fault as `tune` does, and not as the piece that found it."""
+    try:
+        yield
     except ConfigurationError as error:
-        field = _AS_GIVEN.get(error.field, error.field)
-        raise type(error)(field, error.value, error.fix) from None
+        raise type(error)(names.get(error.field, error.field), error.value, error.fix) from error.__cause__
 
 
 def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[SavableAgent]:
@@ -202,7 +233,8 @@ def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[S
         arguments.setdefault("hp_config", default_hp_config(pieces, settings))
     if isinstance(model, str) and not names_dtype(arguments.get("model_config")):
         arguments.setdefault("dtype", AUTO)
-    agents = pieces.agent.population(request.population, env.observation_space, env.action_space, **arguments)
+    with _as_given():
+        agents = pieces.agent.population(request.population, env.observation_space, env.action_space, **arguments)
     if request.start_from is not None:
         found = find_agent("start_from", request.start_from)
         if found.remark:
