@@ -1,4 +1,4 @@
-"""What docs/models.md promises, for the tests that hold it."""
+"""What the documents say, for the tests that hold it."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def as_documented(name: str, **found: bool) -> bool:
     """Whether a row says this of the paths `prompt_once`, `members_together`, `tiled_head`, `lower_layers_once`."""
     said = {path: documented_paths()[name][path.replace("_", " ")] for path in found}
     return all(said[path] in ("depends", "yes" if taken else "no") for path, taken in found.items())
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The blocks of code in a page; those without a language are of language ""."""
+    return [
+        block
+        for name, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        if name == language
+    ]

@@ -107,7 +107,7 @@ MISTAKES = {
     "data: {train: pairs.jsonl}": "data={...}: must be the path of a file; the others are test_data and final_data",
     "data: 3": "data=3: must be rows, the path of a file, or a list of paths",
     "data: examples.jsonl": "data=...: lacks chosen and rejected; rows with a completion or messages are for "
-    "algorithm=sft (SFTGym, --sft)...",
+    "SFTGym: algorithm: sft, or --sft...",
     "algorithm: sft": "data=...: holds preference pairs; pass them to PreferenceGym (algorithm=dpo)...",
     "test_data: no": "test_data='no': must be rows, ... or false for none",
     "final_data: None": "final_data='None': must be rows, ... or false for none",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import os
 import re
 import subprocess
@@ -13,10 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import make_rows
+from documented import blocks
+from tokenizers_for_tests import chatml_tokenizer
 
 import evollm
+from evollm import demo
 from evollm.algorithms.preference_losses import LOSSES
+from evollm.demo import demo_pairs
 from evollm.tracking import TRACKERS
 from evollm.training import callbacks
 
@@ -24,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+def page_blocks(page: str, language: str) -> list[str]:
+    return blocks((DOCS / page).read_text(encoding="utf-8"), language)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="the extra docs is not installed")
@@ -40,21 +42,21 @@ def test_the_site_builds_without_warnings(tmp_path) -> None:
     assert [name for name in public if f'id="evollm.{name}"' not in reference] == []
 
 
-def test_the_python_of_the_quickstart_runs(make_model, tokenizer, tmp_path, monkeypatch) -> None:
+def test_the_python_of_the_quickstart_runs(make_model, tmp_path, monkeypatch) -> None:
+    """Word for word, with a small model and a part of the pairs; the first block writes the files."""
     monkeypatch.chdir(tmp_path)
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    for name, rows in (("train", make_rows(8)), ("test", make_rows(4, 8))):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    chatml_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(demo, "demo_pairs", lambda split: demo_pairs(split)[:8])
     namespace: dict[str, object] = {}
-    for block in blocks("quickstart.md", "python"):
+    for block in page_blocks("quickstart.md", "python"):
         exec(block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model"), namespace)
     assert len(namespace["accuracies"]) == 4
 
 
 def test_all_python_of_the_pages_compiles() -> None:
     for page in DOCS.glob("*.md"):
-        for block in blocks(page.name, "python"):
+        for block in page_blocks(page.name, "python"):
             compile(block, str(page), "exec")
 
 

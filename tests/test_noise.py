@@ -51,7 +51,8 @@ def folder(make_model, tmp_path, monkeypatch) -> Path:
     # bitsandbytes quantises blocks of 64 values.
     make_model(hidden_size=64, intermediate_size=128).save_pretrained("model")
     chatml_tokenizer().save_pretrained("model")
-    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+    rows = [{"instruction": row.pop("prompt"), **row} for row in make_rows(40)]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 

@@ -138,7 +138,7 @@ def _lacking(columns: Sequence[str], kind: Kind, mapping: ColumnMapping) -> str:
     to = "chosen and rejected (and prompt, if there is one)"
     fix = f"rename its columns to {to}{line and f', or {line}'}"
     if not line and (_sides_of(columns, EXAMPLE) or {"messages", "conversations", "text"}.intersection(columns)):
-        fix = f"rows with a completion or messages are for algorithm=sft (SFTGym, --sft); for pairs {fix}"
+        fix = f"rows with a completion or messages are for SFTGym: algorithm: sft, or --sft; for pairs {fix}"
     return f"lacks {' and '.join(missing)}{hint}; {fix}"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from evollm.checks import nearest_name
 from evollm.data.cells import is_missing
-from evollm.data.shapes import FIRST, SECOND, Kind, Values
+from evollm.data.shapes import FIRST, INSTRUCTION, SECOND, Kind, Values
 from evollm.errors import ConfigurationError
 
 IGNORE = "ignore"
@@ -25,20 +25,23 @@ class ColumnMapping:
         roles: For each role the column that has it.
         values: For each meaning of the label the values that have it; empty: what they mean in the shape of the rows.
         ignore: Columns that are knowingly not used.
+        spoken: Whether strings are turns of a conversation: the prompt was named as an `instruction`.
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
     values: Values = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
+    spoken: bool = False
 
 
 def mapping_of(columns: object, kind: Kind) -> ColumnMapping:
     """Check a mapping of roles to columns.
 
     Args:
-        columns: None, or such as `{"prompt": "question", "ignore": ["id"]}`. `label` is a column, or a mapping of
-            `column` and, of pairs, `first`, `second` and perhaps `tie`, of examples `good` and `bad`, each a value or a
-            list of values.
+        columns: None, or such as `{"prompt": "question", "ignore": ["id"]}`. `instruction` is a prompt that is a turn
+            of a conversation, as its sides are then: with a chat template they go through it. `label` is a column, or
+            a mapping of `column` and, of pairs, `first`, `second` and perhaps `tie`, of examples `good` and `bad`, each
+            a value or a list of values.
         kind: What the dataset is for.
 
     Raises:
@@ -48,6 +51,7 @@ def mapping_of(columns: object, kind: Kind) -> ColumnMapping:
         return ColumnMapping()
     if not isinstance(columns, Mapping):
         raise ConfigurationError("columns", columns, "must be a mapping of roles to columns, such as prompt: question")
+    columns, spoken = _with_prompt(columns)
     roles: dict[str, str] = {}
     values: Values = {}
     ignore: frozenset[str] = frozenset()
@@ -55,7 +59,7 @@ def mapping_of(columns: object, kind: Kind) -> ColumnMapping:
         if role == IGNORE:
             ignore = frozenset(_names("columns.ignore", column))
         elif role not in kind.roles:
-            known = (*kind.roles, IGNORE)
+            known = (*kind.roles, INSTRUCTION, IGNORE)
             fix = f"is none of {', '.join(known)}; the nearest is {nearest_name(str(role), known)!r}"
             raise ConfigurationError(f"columns.{role}", column, fix)
         elif role == "label" and isinstance(column, Mapping):
@@ -68,7 +72,17 @@ def mapping_of(columns: object, kind: Kind) -> ColumnMapping:
     if FIRST in roles and "label" not in roles:
         fix = "must say which answer is better: label: {column: ..., first: 1, second: 2}"
         raise ConfigurationError("columns.label", None, fix)
-    return ColumnMapping(roles, values, ignore)
+    return ColumnMapping(roles, values, ignore, spoken)
+
+
+def _with_prompt(columns: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], bool]:
+    """The mapping with the column of an instruction as its prompt, and whether there was one."""
+    if INSTRUCTION not in columns:
+        return columns, False
+    column = _name("columns.instruction", columns[INSTRUCTION])
+    if "prompt" in columns:
+        raise ConfigurationError("columns.instruction", column, "is the prompt as a turn: leave one of the two out")
+    return {("prompt" if role == INSTRUCTION else role): entry for role, entry in columns.items()}, True
 
 
 def value_of(value: object) -> str | None:

@@ -41,6 +41,7 @@ class DataReport:
         form: What the kept rows are learnt as: `chat`, through the chat template; `text`, as strings; `mixed`.
         noted: For each remark about chat rows that are kept, such as what the chat template leaves out, how many they
             are, and the positions of the first of them.
+        plain_text: What to do about rows of strings where the tokenizer has a chat template; "" otherwise.
     """
 
     name: str
@@ -52,6 +53,7 @@ class DataReport:
     warning: str = ""
     noted: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     form: str = ""
+    plain_text: str = ""
 
     @classmethod
     def from_rows(
@@ -64,10 +66,11 @@ class DataReport:
         noun: str = "pair",
         warning: str = "",
         noted_rows: Mapping[str, Sequence[int]] | None = None,
+        plain_text: str = "",
     ) -> DataReport:
         """Count the rows that were dropped and those with a remark, and keep the first few positions of each."""
         dropped, noted = _first(dropped_rows), _first(noted_rows or {})
-        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun, warning, noted)
+        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun, warning, noted, plain_text)
 
     @property
     def num_dropped(self) -> int:
@@ -89,7 +92,8 @@ class DataReport:
     @property
     def warnings(self) -> list[str]:
         """What is strange about the kept rows, a sentence each."""
-        return [*([self.warning] if self.warning else []), *self.remarks]
+        plain = ["strings, which do not go through the chat template"] if self.plain_text else []
+        return [*([self.warning] if self.warning else []), *plain, *self.remarks]
 
     @property
     def remarks(self) -> list[str]:

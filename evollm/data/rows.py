@@ -255,7 +255,8 @@ def _read_rows(source: object, field: str, row_format: RowFormat) -> Rows:
     if not rows:
         raise DataError(field, _describe(source), f"has no rows; hand in at least one {row_format.noun}")
     layout = layout or row_format.layout(seen, field)
-    return Rows([_by_role(row, layout, number, field) for number, row in enumerate(rows)], [layout])
+    spoken = row_format.mapping.spoken
+    return Rows([_by_role(row, layout, spoken, number, field) for number, row in enumerate(rows)], [layout])
 
 
 def _is_filled(value: object) -> bool:
@@ -283,13 +284,13 @@ def _read_files(paths: Sequence[str], field: str, row_format: RowFormat) -> list
     return parts
 
 
-def _by_role(row: Row, layout: Layout, number: int, field: str) -> Row:
+def _by_role(row: Row, layout: Layout, spoken: bool, number: int, field: str) -> Row:
     """A row with roles for the names of its columns, and of two answers with the better one as the chosen side.
 
     It has all roles of its dataset: what a row leaves out is missing.
     """
     found = {role: row.get(column) for role, column in layout.roles.items()}
-    if layout.roles.get("prompt") == INSTRUCTION or {"system", "history"} & layout.roles.keys():
+    if spoken or layout.roles.get("prompt") == INSTRUCTION or {"system", "history"} & layout.roles.keys():
         found[SPOKEN] = True
     if FIRST in layout.roles:
         _choose(found, layout, number, field)

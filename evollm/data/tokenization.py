@@ -18,9 +18,9 @@ from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicode
 from evollm.data.chat_template import RenderedChat, render_chat, template_source
 from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
-from evollm.data.remarks import remarks_on
+from evollm.data.remarks import plain_text, remarks_on
 from evollm.data.report import DataReport, Example, form_of
-from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, Turns, in_form, read_dataset
+from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, Turns, in_form, read_dataset, read_rows
 from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.data.unwritten import QUESTION_SCORED, remarks
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
@@ -83,7 +83,8 @@ def load_pairs(
     min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1)
     argument = f"{name}_dataset"
     limit = context_limit(tokenizer) if max_context_length is None else max_context_length
-    raw_pairs, dropped = read_dataset(dataset, argument, row_format)
+    given = read_rows(dataset, argument, row_format)
+    raw_pairs, dropped = read_dataset(given, argument, row_format)
     split = tokenize_pairs(
         raw_pairs,
         tokenizer,
@@ -107,6 +108,7 @@ def load_pairs(
         row_format.noun,
         remarks_on(kept),
         split.noted,
+        plain_text(kept, given, tokenizer) if name == "train" else "",
     )
     report = replace(report, form=form_of(kept, bool(tokenizer.chat_template)))
     if split.pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.examples import EXAMPLES
 from evollm.data.kept_tokens import TokenizedSplit
-from evollm.data.remarks import remarks_on
+from evollm.data.remarks import plain_text, remarks_on
 from evollm.data.report import DataReport, count_seen
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Rows, TextPair, read_dataset, read_rows
 from evollm.data.shapes import EXAMPLE, PAIR
@@ -88,7 +89,9 @@ def inspect_data(
     bos_id = tokenizer.bos_token_id
     limit = context_limit(tokenizer) if max_context_length is None else max_context_length
     kept = [n for n, pair in enumerate(whole.pairs) if limit is None or shortest_context(pair, bos_id) <= limit]
+    plain = plain_text([texts[n] for n in kept], rows, tokenizer)
     report = _report(whole, dropped, texts, set(kept), row_format, _fit(whole.pairs, limit, bos_id))
+    report = replace(report, plain_text=plain)
     pairs = [whole.pairs[n] for n in kept]
     chosen_longer, rejected_longer = _longer_sides(pairs, row_format)
     roles = {role: column for layout in rows.layouts for role, column in layout.roles.items()}

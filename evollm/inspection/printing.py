@@ -66,7 +66,8 @@ def _rows_lines(inspection: Inspection) -> list[str]:
     lines.append(f"{report.kept} {report.noun}{'' if report.kept == 1 else 's'} kept, {report.num_dropped} dropped")
     for reason, (count, rows) in report.dropped.items():
         lines.append(f"  {count} {reason}: {listed(count, rows)}")
-    return [*lines, *(f"Warning: {warning}" for warning in report.warnings)]
+    lines += [f"Warning: {warning}" for warning in report.warnings]
+    return lines + ([f"  For turns of it {report.plain_text}"] if report.plain_text else [])
 
 
 def _length_table(inspection: Inspection) -> Table:

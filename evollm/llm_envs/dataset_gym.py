@@ -123,6 +123,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
                         encoder_decoder=encoder_decoder,
                         cache_dir=cache_dir,
                     )
+        _warn_of_plain_text(self.reports["train"])
         _warn_of_templates(self.reports)
         _warn_of_overlap(self._pairs, self.row_format.noun)
         all_pairs = self.all_pairs
@@ -445,6 +446,16 @@ def _check_state(state: Mapping[str, Any], present: Mapping[str, Any], num_batch
                 state[name],
                 f"this environment has {present[name]}; build it from the same data and sizes",
             )
+
+
+def _warn_of_plain_text(report: DataReport) -> None:
+    if report.plain_text:
+        warnings.warn(
+            "the rows are strings, which do not go through the chat template that the tokenizer has, and an instruct "
+            f"model answers in. For turns of it {report.plain_text}. For plain text set tokenizer.chat_template = None",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_templates(reports: Mapping[str, DataReport]) -> None:

@@ -159,7 +159,7 @@ def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch) -> None:
     [
         ("absent.jsonl", "no such file"),
         ("absent", "no such file"),
-        ("folder", "no such file"),
+        ("folder", "is a folder without data files"),
         ("pairs.txt", "is of no kind that is read"),
         ("pairs.parquet", "is not a whole Parquet file"),
         ("blank.csv", "is not a CSV file with a header"),
