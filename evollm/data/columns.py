@@ -72,7 +72,7 @@ def layout_of(columns: Sequence[str], kind: Kind, mapping: ColumnMapping, where:
         if column not in names:
             near = _nearest(column, names, _MISSING_LIKE)
             hint = f", perhaps {near!r}" if near else ""
-            raise DataError(where, seen, f"has no column {column!r}, which columns.{role} names{hint}")
+            raise DataError(where, seen, f"has no column {column!r}, which {mapping.key(role)} names{hint}")
     free = [name for name in names if name not in {*mapping.roles.values(), *mapping.ignore}]
     shape = next((shape for shape in kind.shapes if _fits(shape, mapping, free)), None)
     if shape is None:
@@ -84,7 +84,7 @@ def layout_of(columns: Sequence[str], kind: Kind, mapping: ColumnMapping, where:
             roles[role] = found
     not_taken = [role for role in mapping.roles if role not in roles]
     if not_taken:
-        fix = f"columns.{not_taken[0]} has no place in rows of the shape {shape.name!r}; leave it out"
+        fix = f"{mapping.key(not_taken[0])} has no place in rows of the shape {shape.name!r}; leave it out"
         raise DataError(where, seen, fix)
     values = (mapping.values or shape.label) if "label" in roles else {}
     if "label" in roles and not values:

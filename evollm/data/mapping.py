@@ -33,6 +33,10 @@ class ColumnMapping:
     ignore: frozenset[str] = frozenset()
     spoken: bool = False
 
+    def key(self, role: str) -> str:
+        """What the user has called a role."""
+        return f"columns.{INSTRUCTION if self.spoken and role == 'prompt' else role}"
+
 
 def mapping_of(columns: object, kind: Kind) -> ColumnMapping:
     """Check a mapping of roles to columns.

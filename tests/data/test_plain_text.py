@@ -12,7 +12,7 @@ import pytest
 from conftest import make_examples, make_rows
 from tokenizers_for_tests import bos_template_tokenizer, chatml_tokenizer, make_tokenizer, no_eos_template_tokenizer
 
-from evollm import ConfigurationError, PreferenceGym, SFTGym
+from evollm import ConfigurationError, DataError, PreferenceGym, SFTGym
 from evollm.cli import main
 from evollm.llm_envs import DatasetGym
 
@@ -87,6 +87,9 @@ def test_an_instruction_stands_instead_of_a_prompt() -> None:
     for columns in ({"instruction": "prompt", "prompt": "prompt"}, {"instruction": 3}):
         with pytest.raises(ConfigurationError, match=r"columns\.instruction="):
             PreferenceGym(make_rows(4), None, chatml_tokenizer(), columns=columns)
+    for rows, missing in ((make_rows(4), "question"), ([{"chosen": "a b", "rejected": "a c"}], "prompt")):
+        with pytest.raises(DataError, match=rf"no column '{missing}', which columns\.instruction names"):
+            PreferenceGym(rows, None, chatml_tokenizer(), columns={"instruction": missing})
 
 
 @pytest.mark.filterwarnings("always")
