@@ -20,10 +20,12 @@ class Example:
     Attributes:
         position: The pair's position among the kept ones.
         question: The prompt, or its last message.
+        turns: Role and text of each message of a conversation; none of a prompt that is text.
     """
 
     position: int
     question: str
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,11 @@ class TextPair:
         return self.prompt.strip()
 
     @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """None: nobody says who speaks."""
+        return ()
+
+    @property
     def completions(self) -> tuple[str, ...]:
         """The one or two completions, the chosen one first."""
         return (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
@@ -90,9 +96,20 @@ class ChatPair:
         return str(self.prompt[-1].get("content", "")).strip()
 
     @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """Role and text of each message of the prompt; of a call of a tool the call."""
+        return tuple((str(message["role"]), _said(message)) for message in self.prompt)
+
+    @property
     def completions(self) -> tuple[Sequence[Message], ...]:
         """The one or two completions, the chosen one first."""
         return (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
+
+
+def _said(message: Message) -> str:
+    text = str(message.get("content") or "").strip()
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    return "\n".join(part for part in (text, calls) if part)
 
 
 def in_form(pair: TextPair | ChatPair, has_template: bool) -> TextPair | ChatPair:

@@ -98,7 +98,7 @@ def load_pairs(
     unused = {row for rows in dropped.values() for row in rows}
     kept = [pair for pair in raw_pairs if pair.row not in unused]
     places = sorted({number * len(kept) // NUM_EXAMPLES for number in range(NUM_EXAMPLES)}) if kept else []
-    examples = [Example(place, kept[place].question) for place in places]
+    examples = [Example(place, kept[place].question, kept[place].turns) for place in places]
     report = DataReport.from_rows(
         name,
         len(split.pairs),

@@ -12,7 +12,12 @@ from evollm.models.shared_base import SharedBase
 
 
 def greedy_answers(
-    base: SharedBase, adapter: str | None, prompts: Sequence[IntArray], tokenizer: Any, max_new_tokens: int = 64
+    base: SharedBase,
+    adapter: str | None,
+    prompts: Sequence[IntArray],
+    tokenizer: Any,
+    max_new_tokens: int = 64,
+    cut_mark: str = "",
 ) -> list[str]:
     """Answer each prompt with the likeliest tokens.
 
@@ -23,6 +28,7 @@ def greedy_answers(
         tokenizer: Turns the answers into text; its EOS ends them, and so does what ends those of `generate`: the tokens
             and strings of the base's `generation_config`.
         max_new_tokens: Longest answer, in tokens.
+        cut_mark: What is added to an answer that is as long and has not ended.
 
     Returns:
         The answers without their prompts and special tokens.
@@ -47,12 +53,23 @@ def greedy_answers(
             )
             # A decoder's output begins with its own start token, not with the prompt.
             start = 0 if base.is_encoder_decoder else len(prompt)
-            answers.append(tokenizer.decode(output[0, start:], skip_special_tokens=True).strip())
+            answer = output[0, start:]
+            text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+            # A string that ends an answer may do so at the last token.
+            strings = tuple(_as_list(getattr(base.network.generation_config, "stop_strings", None)))
+            ended = len(answer) < max_new_tokens or int(answer[-1]) in ends or text.endswith(strings)
+            answers.append(text if ended else f"{text}{cut_mark}")
     return answers
 
 
 def _ends(base: SharedBase, tokenizer: Any) -> list[int]:
     """The tokens that end an answer, the tokenizer's own first."""
-    configured = getattr(base.network.generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list | tuple) else [configured]
+    listed = _as_list(getattr(base.network.generation_config, "eos_token_id", None))
     return list(dict.fromkeys(int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None))
+
+
+def _as_list(value: Any) -> list[Any]:
+    """What a configuration has one or several of, or none."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

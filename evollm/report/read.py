@@ -167,8 +167,14 @@ def _end(line: Mapping[str, Any]) -> Ended:
         split=str(line["split"]),
         scores={role: found for role, found in scores.items() if found},
         pairs={},
-        samples=[Sample(str(one["prompt"]), str(one["before"]), str(one["after"])) for one in line["samples"]],
+        samples=[_sample(one) for one in line["samples"]],
     )
+
+
+def _sample(one: Mapping[str, Any]) -> Sample:
+    # Folders of earlier versions have no turns.
+    turns = tuple((str(role), str(text)) for role, text in one.get("turns", ()))
+    return Sample(str(one["prompt"]), str(one["before"]), str(one["after"]), turns)
 
 
 def _lap(line: Mapping[str, Any]) -> Lap:

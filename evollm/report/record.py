@@ -10,6 +10,9 @@ from typing import Any
 
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness, is_finite, rank
 
+# What a text ends in that goes on.
+CUT = "…"
+
 
 @dataclass(frozen=True)
 class StepLine:
@@ -51,11 +54,19 @@ class Evolution:
 
 @dataclass(frozen=True)
 class Sample:
-    """Answers to one prompt before and after tuning."""
+    """Answers to one prompt before and after tuning; one that was cut ends in `CUT`.
+
+    Attributes:
+        prompt: The prompt, or the last message of a conversation.
+        before: What the untuned model answers.
+        after: What the winner answers.
+        turns: Role and text of each message of a conversation; none of a prompt that is text.
+    """
 
     prompt: str
     before: str
     after: str
+    turns: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -222,6 +233,17 @@ class RunRecord:
             life.birth.index: end
             for life, end in zip(self.line, [*heirs, *(life.steps[1] for life in self.line[-1:])], strict=True)
         }
+
+    @cached_property
+    def line_evaluations(self) -> tuple[Scored, ...]:
+        """The winner's line at each evaluation, each agent of it while it was on the line."""
+        return tuple(
+            scored
+            for scored in self.evaluations
+            if scored.agent in self.line_ends
+            and scored.step <= self.line_ends[scored.agent]
+            and scored.step > (self.lives[scored.agent].steps[0] or -1)
+        )
 
     @cached_property
     def _diverged(self) -> frozenset[int]:

@@ -111,11 +111,19 @@ class Checkpointed:
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """What the model says to one prompt before and after tuning."""
+    """What the model says to one prompt before and after tuning; an answer that was cut ends in an ellipsis.
+
+    Attributes:
+        prompt: The prompt, or the last message of a conversation.
+        before: The answer before.
+        after: The answer after.
+        turns: Role and text of each message of a conversation; none of a prompt that is text.
+    """
 
     prompt: str
     before: str
     after: str
+    turns: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)

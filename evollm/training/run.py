@@ -391,11 +391,13 @@ class Run(Generic[A]):
         if before_tuning == OWN:
             before_tuning = best.adapter(REFERENCE) if self.stage.has_reference else None
         before, after = (
-            greedy_answers(self.base, adapter, prompts, self.env.tokenizer)
+            greedy_answers(self.base, adapter, prompts, self.env.tokenizer, cut_mark="…")
             for adapter in (before_tuning, best.actor_adapter)
         )
-        questions = [example.question for example in examples]
-        return [SampleAnswer(*texts) for texts in zip(questions, before, after, strict=True)]
+        return [
+            SampleAnswer(example.question, first, second, example.turns)
+            for example, first, second in zip(examples, before, after, strict=True)
+        ]
 
     def _close_callbacks(self) -> None:
         """Close each of them; one that fails costs neither the others, nor the run's result or its own error."""

@@ -75,3 +75,16 @@ def test_answers_stop_at_strings_that_end_those_of_generate(make_model, tokenize
     tokens, text = answers(agent, [ids["c"] + 1], tokenizer)
     assert tokens == [ids["a"], ids["b"]]
     assert text == "ab"
+
+
+def test_an_answer_that_was_cut_and_no_other_has_the_mark(make_model, tokenizer, ids) -> None:
+    model = make_model()
+    agent = DPO(actor_network=model)
+    says(model, {ids["a"]: ids["b"], ids["b"]: tokenizer.eos_token_id}, first=ids["a"])
+    prompt = [np.array([ids["c"] + 1])]
+    # The third token is the end.
+    for length, text in ((1, "a…"), (2, "ab…"), (3, "ab"), (9, "ab")):
+        assert greedy_answers(agent.base, None, prompt, tokenizer, length, cut_mark="…") == [text]
+    model.generation_config.stop_strings = ["ab"]
+    assert greedy_answers(agent.base, None, prompt, tokenizer, 2, cut_mark="…") == ["ab"]
+    assert greedy_answers(agent.base, None, prompt, tokenizer, 1) == ["a"]
