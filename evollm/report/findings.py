@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evollm.report.record import RunRecord
-from evollm.report.statistics import Interval, paired_difference, score_interval
+from evollm.hpo import AnyEvaluation, Evaluation, is_finite, rank
+from evollm.report.record import RunRecord, Scored
+from evollm.report.statistics import Interval, few_rows, paired_difference, score_interval
 
 # By what the kind of run is judged first, then what else is compared.
 JUDGED_BY = {"pair": ("accuracy", "mean_margin"), "example": ("loss",)}
@@ -80,9 +81,10 @@ def headline(record: RunRecord, comparisons: list[Comparison]) -> list[str]:
             sentences.append(
                 f"The best agent so far is {record.winner}, judged on the {record.noun}s of the selection."
             )
-        return sentences
+        return [*sentences, *_earlier(record), *_few(record)]
     if not ended.split:
-        return [f"No held-out {record.noun}s were given, so nothing shows whether the model has become better."]
+        nothing = f"No held-out {record.noun}s were given, so nothing shows whether the model has become better."
+        return [nothing, *_earlier(record)]
     score = JUDGED_BY[record.noun][0]
     sentences = [_result(record, score, comparisons)]
     rivals = [one for one in comparisons if one.role == "runner_up"]
@@ -93,7 +95,14 @@ def headline(record: RunRecord, comparisons: list[Comparison]) -> list[str]:
             f"These are the {record.noun}s that agents were selected by, so the score is optimistic. "
             "A final_dataset gives one that nothing was selected by."
         )
-    return sentences
+    return [*sentences, *_earlier(record), *_few(record)]
+
+
+def gain_of(before: AnyEvaluation, after: AnyEvaluation) -> str:
+    """What the best agent has gained on the start, with the interval, and what that does not allow to say."""
+    noun = "pair" if isinstance(after, Evaluation) else "example"
+    score = JUDGED_BY[noun][0]
+    return _sureness(Comparison(noun, "before", "the start", score, paired_difference(after, before, score)), after)
 
 
 def kind_of_rows(record: RunRecord) -> str:
@@ -112,28 +121,28 @@ def _result(record: RunRecord, score: str, comparisons: list[Comparison]) -> str
     assert record.ended is not None
     who = f" with agent {record.ended.best}" if len(record.lives) > 1 else ""
     before, after = (_value(record.ended.scores.get(role, {}).get(score), score) for role in ("before", "after"))
-    unit = " %" if score == "accuracy" else f" {UNITS[score]}"
+    unit = _unit(score)
     text = f"On {kind_of_rows(record)}, the {NAMES[score]} went from {before} to {after}{unit}{who}"
     gain = next((one for one in comparisons if one.role == "before" and one.score == score), None)
     if gain is None:
         return f"{text}. This folder does not hold the results row by row, so there are no intervals."
-    return f"{text}: {_sureness(record, gain, unit)}"
+    return f"{text}: {_sureness(gain, record.ended.pairs['after'])}"
 
 
-def _sureness(record: RunRecord, gain: Comparison, unit: str) -> str:
+def _sureness(gain: Comparison, after: AnyEvaluation) -> str:
     """The gain with its interval, and what it does not allow to say."""
-    assert record.ended is not None
+    unit = _unit(gain.score)
     difference, interval = gain.written()
     if not gain.difference.is_finite:
         return f"{difference}. That is not enough for an interval, and shows nothing."
     if gain.difference.low == gain.difference.high:
-        own = score_interval(record.ended.pairs["after"], gain.score)
+        own = score_interval(after, gain.score)
         ends = f"{_value(own.low, gain.score)} to {_value(own.high, gain.score)}{unit}"
         text = f"{difference} on every {gain.noun} (95 % interval of the {NAMES[gain.score]} itself: {ends})."
     else:
         text = f"{difference} (95 % interval {interval})."
     if gain.difference.includes_zero:
-        return f"{text} The interval includes 0: this does not show that tuning has helped."
+        return f"{text} The interval includes no gain: this does not show that tuning has helped."
     return f"{text} It has become worse." if gain.verdict == "worse" else text
 
 
@@ -158,7 +167,68 @@ def signed(value: float, score: str) -> str:
     return number if float(number) != 0 else number[1:]
 
 
+def _earlier(record: RunRecord) -> list[str]:
+    """Whether the winner or an ancestor of it was better at an earlier evaluation, and whether that was more than luck.
+
+    Better is meant of the fitness, which the selection goes by.
+    """
+    points = record.line_evaluations
+    if not points or not is_finite(points[-1].fitness):
+        return []
+    last = points[-1]
+    best = points[rank([point.fitness for point in points])[0]]
+    if not best.fitness > last.fitness:
+        return []
+    when = "now" if record.ended is None else "at the end"
+    who = "The winner's line was better earlier" if len(record.lives) > 1 else "The agent was better earlier"
+    name = f", as agent {best.agent}" if len(record.line) > 1 else ""
+    found = _better_in(best, last, record.noun)
+    if found is None:
+        values = f"a fitness of {best.fitness[0]:.4g} against {last.fitness[0]:.4g}"
+        return [f"{who}{name}: {values} {when}, after step {best.step} of {last.step}."]
+    score, difference = found
+    values = f"{_value(best.scores[score], score)} against {_value(last.scores[score], score)}{_unit(score)} {when}"
+    text = f"{who}{name}: after step {best.step} of {last.step} its {NAMES[score]} on the {record.noun}s of the"
+    text += f" {'selection' if len(record.lives) > 1 else 'evaluations'} was {values}"
+    if difference is None:
+        return [f"{text}."]
+    low, high = (signed(edge, score) for edge in (difference.low, difference.high))
+    if difference.includes_zero:
+        return [f"{text}, which may be chance (95 % interval of the difference {low} to {high})."]
+    return [f"{text} (95 % interval of the difference {low} to {high}): fewer steps may give a better model."]
+
+
+def _better_in(best: Scored, last: Scored, noun: str) -> tuple[str, Interval | None] | None:
+    """The first score by which one evaluation is better than a later one, and the difference where it is known."""
+    for score in JUDGED_BY[noun]:
+        if score not in best.scores or score not in last.scores:
+            continue
+        difference = best.scores[score] - last.scores[score]
+        if difference == 0 or (difference < 0) != (score in SMALLER_IS_BETTER):
+            continue
+        if best.pairs is None or last.pairs is None or len(best.pairs) != len(last.pairs):
+            return score, None
+        interval = paired_difference(best.pairs, last.pairs, score)
+        return score, interval if interval.is_finite else None
+    return None
+
+
+def _few(record: RunRecord) -> list[str]:
+    """A warning of scores that rest on few rows."""
+    after = None if record.ended is None or record.ended.split != "final" else record.ended.pairs.get("after")
+    selection = next((scored.pairs for scored in record.evaluations if scored.pairs is not None), None)
+    use = "the selection" if len(record.lives) > 1 else "the evaluations"
+    found = {use: selection, "the final score": after}
+    text = few_rows(record.noun, {name: len(rows) for name, rows in found.items() if rows is not None})
+    return [text] if text else []
+
+
+def _unit(score: str) -> str:
+    return " %" if score == "accuracy" else f" {UNITS[score]}"
+
+
 def _value(value: float | None, score: str) -> str:
     if value is None:
         return "unknown"
-    return f"{100 * value:.1f}" if score == "accuracy" else f"{value:.4f}"
+    digits = {"accuracy": 1, "mean_margin": 2, "loss": 4}[score]
+    return f"{100 * value if score == 'accuracy' else value:.{digits}f}"

@@ -11,13 +11,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from evollm.hpo import format_value
-from evollm.report.findings import NAMES, compare, headline, kind_of_rows
+from evollm.report.findings import NAMES, Comparison, compare, headline, kind_of_rows
 from evollm.report.population_figures import BOXED_GENERATIONS, schedule_pictures, tree_picture
-from evollm.report.record import RunRecord
+from evollm.report.record import CUT, RunRecord, Sample
 from evollm.report.score_figures import final_pictures, held_out_pictures, last_evaluation_pictures
 from evollm.report.statistics import RESAMPLES
 from evollm.report.style import Picture, drawing
 from evollm.report.training_figures import resource_pictures, time_spent, training_pictures
+from evollm.report.tree import in_words
 
 # A line of more than these is not written out.
 FEW_AGENTS = 8
@@ -49,6 +50,7 @@ def render(record: RunRecord) -> tuple[str, list[Picture]]:
         headline=headline(record, compare(record)),
         final=final,
         samples=record.ended.samples if record.ended else (),
+        cut=record.ended is not None and any(_is_cut(sample) for sample in record.ended.samples),
         tree=tree,
         schedules=schedules,
         held_out=held_out,
@@ -67,6 +69,10 @@ def _title(record: RunRecord) -> str:
     size = len(record.founders)
     how = f"{record.config['algorithm']} by a population of {size}" if size > 1 else str(record.config["algorithm"])
     return f"{name}: {how}"
+
+
+def _is_cut(sample: Sample) -> bool:
+    return any(answer.endswith(CUT) for answer in (sample.before, sample.after))
 
 
 def _facts(record: RunRecord) -> str:
@@ -92,7 +98,7 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
     names = {"before": "untuned", "runner_up": f"runner-up ({ended.runner_up})", "after": winner}
     rows = [
         dict(zip(("difference", "interval"), one.written(), strict=True))
-        | {"against": one.against, "score": NAMES[one.score], "verdict": one.verdict}
+        | {"against": one.against, "score": NAMES[one.score], "verdict": one.verdict, "tone": _tone(one)}
         for one in comparisons
     ]
     text = f"Measured on {kind_of_rows(record)}. "
@@ -114,6 +120,11 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
     }
 
 
+def _tone(comparison: Comparison) -> str:
+    """How a verdict is coloured."""
+    return comparison.verdict if comparison.verdict in ("better", "worse") else "open"
+
+
 def _tree(record: RunRecord) -> dict[str, Any] | None:
     if not record.evolutions:
         return None
@@ -130,7 +141,7 @@ def _line(record: RunRecord) -> str:
     """The winner's line in words; of a long one how long it is."""
     line = [
         f"agent {life.birth.index}"
-        + (f" ({', '.join(map(str, life.birth.mutations))})" if life.birth.mutations else "")
+        + (f" ({', '.join(map(in_words, life.birth.mutations))})" if life.birth.mutations else "")
         for life in record.line
     ]
     if len(line) > FEW_AGENTS:

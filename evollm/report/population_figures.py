@@ -37,12 +37,16 @@ BOX, PLACE = (1.42, 0.42), (1.78, 0.54)
 BOXED_GENERATIONS = 16
 # No picture is wider, however many generations there are.
 WIDEST = 40.0
+# Inches of a page that is narrow.
+NARROW = 4.6
 DOT_PLACE = (0.45, 0.3)
 # Dashes of a box that has no heirs.
 CULLED = (0, (2.5, 2))
 # Evolutions and values of the winner's line are marked while there are no more than these.
 FEW_EVOLUTIONS = 24
 FEW_VALUES = 8
+# Characters of a title that fit over a panel.
+LONGEST_TITLE = 48
 SCORE_FORMATS = {"accuracy": ".3f", "mean_margin": "+.1f", "loss": ".4f"}
 
 
@@ -75,7 +79,7 @@ def tree_picture(record: RunRecord) -> Picture:
         if boxed:
             _box(axes, node, left(node.generation), middle(node.row), is_winner=_is_winner(record, node))
         else:
-            _dot(axes, node, left(node.generation) + width / 2, middle(node.row))
+            _dot(axes, node, left(node.generation) + width / 2, middle(node.row), is_winner=_is_winner(record, node))
     for generation in range(columns) if boxed else range(0, columns, max(1, columns // 12)):
         first, last = record.boundaries[generation] + 1, record.boundaries[generation + 1]
         steps = f"step {last}" if first >= last else f"steps {first}\N{EN DASH}{last}"
@@ -128,8 +132,14 @@ def _box(axes: Axes, node: Node, x: float, y: float, *, is_winner: bool) -> None
     axes.text(x + 0.08, y + 0.105, _fit(node.origin), va="center", fontsize=8, color=INK, zorder=5)
 
 
-def _dot(axes: Axes, node: Node, x: float, y: float) -> None:
+def _dot(axes: Axes, node: Node, x: float, y: float, *, is_winner: bool) -> None:
     color, _, _ = _look(node)
+    if is_winner:
+        axes.plot([x], [y], marker="*", color=color, markersize=13, zorder=4)
+        axes.text(
+            x, y - 0.13, str(node.birth.index), va="bottom", ha="center", fontsize=8.5, fontweight="bold", color=INK
+        )
+        return
     marker = "x" if node.diverged else "o"
     face = "none" if node.culled and not node.on_line else color
     axes.plot([x], [y], marker=marker, color=color, markerfacecolor=face, markersize=6, markeredgewidth=1.4, zorder=4)
@@ -157,8 +167,10 @@ def _tree_legend(axes: Axes, nodes: Sequence[Node], y: float, *, boxed: bool) ->
     if any(node.diverged for node in nodes):
         cross = {"linestyle": "none", "marker": "x", "markeredgewidth": 1.4}
         entries.append(("diverged", DIVERGED, {"linewidth": 1.6} if boxed else cross))
-    x = 0.05
-    for label, color, style in entries:
+    # A tree that is wider than a narrow page is seen from its right end.
+    widths = [0.5 + 0.068 * len(label) for label, _, _ in entries]
+    x = max(0.05, axes.get_xlim()[1] - sum(widths)) if axes.get_xlim()[1] > NARROW else 0.05
+    for (label, color, style), width in zip(entries, widths, strict=True):
         axes.plot(
             [x, x + 0.26] if "marker" not in style else [x + 0.13],
             [y] * (1 + ("marker" not in style)),
@@ -166,7 +178,7 @@ def _tree_legend(axes: Axes, nodes: Sequence[Node], y: float, *, boxed: bool) ->
             **style,
         )
         axes.text(x + 0.32, y, label, va="center", fontsize=8.5, color=INK)
-        x += 0.5 + 0.068 * len(label)
+        x += width
 
 
 def schedule_pictures(record: RunRecord) -> list[Picture]:
@@ -185,7 +197,7 @@ def _schedule(record: RunRecord, name: str) -> Picture:
     values = {index: life.birth.hyperparameters[name] for index, life in record.lives.items()}
     categorical = any(not isinstance(value, int | float) for value in values.values())
     heights = _levels(record, name) if categorical else {index: float(value) for index, value in values.items()}
-    figure, axes = new_panel(name, size=PANEL)
+    figure, axes = new_panel(_fit(name, LONGEST_TITLE), size=PANEL)
     for index, life in record.lives.items():
         # One of the winner's line that lived on beside its heir is on the line until then.
         start, style = record.line_ends.get(index, life.steps[0]), line_style(record, life, on_line=False)
@@ -214,7 +226,7 @@ def _schedule(record: RunRecord, name: str) -> Picture:
     for boundary in record.boundaries[1:-1] if len(record.evolutions) <= FEW_EVOLUTIONS else ():
         axes.axvline(boundary, color=FRAME, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
     add_legend(axes, record)
-    path = " -> ".join(dict.fromkeys(format_value(life.birth.hyperparameters[name]) for life in record.line))
+    path = ", then ".join(dict.fromkeys(format_value(life.birth.hyperparameters[name]) for life in record.line))
     return to_picture(figure, f"schedule-{name}", f"{name} of every agent over the steps; the winner's line: {path}")
 
 
@@ -226,12 +238,25 @@ def _on_line(record: RunRecord, life: Life) -> tuple[int, int]:
 def _levels(record: RunRecord, name: str) -> dict[int, float]:
     """Heights for agents with the same choice: one beside the other, the winner's line in the middle."""
     choices = sorted({format_value(life.birth.hyperparameters[name]) for life in record.lives.values()})
-    others = [index for index in record.lives if index not in record.line_ends]
-    shift = {index: 0.26 * (2 * (place + 0.5) / len(others) - 1) for place, index in enumerate(others)}
+    lanes = _lanes([life for index, life in record.lives.items() if index not in record.line_ends])
+    count = 1 + max(lanes.values(), default=0)
     return {
-        index: choices.index(format_value(life.birth.hyperparameters[name])) + shift.get(index, 0.0)
+        index: choices.index(format_value(life.birth.hyperparameters[name]))
+        + (0.26 * (2 * (lanes[index] + 0.5) / count - 1) if index in lanes else 0.0)
         for index, life in record.lives.items()
     }
+
+
+def _lanes(lives: Sequence[Life]) -> dict[int, int]:
+    """For each agent the first lane that is free when it is born: no two that live at the same time share one."""
+    free_from: list[int] = []
+    lanes = {}
+    for life in lives:
+        born, left = life.steps
+        lane = next((lane for lane, step in enumerate(free_from) if step <= born), len(free_from))
+        free_from[lane : lane + 1] = [left]
+        lanes[life.birth.index] = lane
+    return lanes
 
 
 def _scale(axes: Axes, heights: Sequence[float], categorical: bool, choices: Sequence[str]) -> None:

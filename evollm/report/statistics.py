@@ -8,6 +8,7 @@ another order of the data, is not in them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ Z = 1.959963984540054
 RESAMPLES = 10_000
 # Of fewer rows nothing can be said at this level: even if all agree, chance does that in more than 1 of 20 cases.
 FEWEST_ROWS = 6
+# With fewer rows a usual gain is hard to tell from chance: of 100 pairs an accuracy is known to 10 points.
+FEW_ROWS = 100
 # What a pair with a margin of 0 counts.
 TIE = 0.5
 # Numbers drawn at a time, which bounds the memory.
@@ -51,6 +54,29 @@ class Interval:
     def includes_zero(self) -> bool:
         """Whether it leaves open which way the difference goes; so does an interval that is not known."""
         return not (self.low > 0 or self.high < 0)
+
+
+def few_rows(noun: str, counts: Mapping[str, int]) -> str:
+    """A warning of held-out rows that are too few to show a usual gain; "" where they are enough.
+
+    Args:
+        noun: What a row is called.
+        counts: How many there are, by what they are for, such as "the selection".
+    """
+    few = {use: count for use, count in counts.items() if 0 < count < FEW_ROWS}
+    if not few:
+        return ""
+    numbers = " and ".join(f"{count} for {use}" for use, count in few.items())
+    fewest = min(few.values())
+    known = ""
+    if noun == "pair":
+        # At one half, where a share is known least.
+        known = f" An accuracy on {fewest} pair{'' if fewest == 1 else 's'} is known to within about "
+        known += f"{100 * (wilson(TIE, fewest).high - TIE):.0f} points."
+    return (
+        f"Few held-out {noun}s: {numbers}.{known} To tell a gain from chance give {FEW_ROWS} or more of each: as "
+        "test_data and final_data, of a gym test_dataset and final_dataset."
+    )
 
 
 def wilson(share: float, count: int) -> Interval:

@@ -23,9 +23,12 @@ from evollm.report.record import Life, RunRecord
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 WINNER, RUNNER_UP, DIVERGED, OTHER, INK, FRAME = "#0072B2", "#009E73", "#D55E00", "#8C929A", "#24292F", "#9AA0A6"
 PANEL = (5.0, 2.9)
+# What lines are called in a legend; that of the winner depends on the run.
+LINE, SECOND, OTHERS, BROKEN = "winner's line", "runner-up", "others", "diverged"
 # Pixels of a PNG for each inch: twice those of a page, for sharp screens.
 DPI = 144
 # By this a picture is known as evollm's.
@@ -130,38 +133,60 @@ def to_picture(figure: Figure, name: str, alt: str) -> Picture:
 
 
 def line_style(record: RunRecord, life: Life, *, on_line: bool) -> dict[str, Any]:
-    """How a line that ends at an agent is drawn."""
+    """How a line that ends at an agent is drawn, and by which name `add_legend` knows it."""
     if on_line:
-        return {"color": WINNER, "linewidth": 2.4, "zorder": 4}
+        return {"color": WINNER, "linewidth": 2.4, "zorder": 4, "label": LINE}
     if record.ended is not None and life.birth.index == record.ended.runner_up:
-        return {"color": RUNNER_UP, "linewidth": 1.6, "linestyle": (0, (4, 1.5)), "zorder": 3}
-    return {"color": OTHER, "linewidth": 1.1, "alpha": 0.75, "zorder": 2}
+        # Over the winner's line, under which it could not be seen where both are the same.
+        return {"color": RUNNER_UP, "linewidth": 1.6, "linestyle": (0, (4, 1.5)), "zorder": 5, "label": SECOND}
+    return {"color": OTHER, "linewidth": 1.1, "alpha": 0.75, "zorder": 2, "label": OTHERS}
 
 
 def mark_diverged(axes: Axes, x: float, y: float) -> None:
     """A cross where an agent has ended."""
-    axes.plot([x], [y], marker="x", color=DIVERGED, markersize=7, markeredgewidth=2, linestyle="none", zorder=5)
+    cross: dict[str, Any] = {
+        "marker": "x",
+        "color": DIVERGED,
+        "markeredgewidth": 2,
+        "linestyle": "none",
+        "label": BROKEN,
+    }
+    axes.plot([x], [y], markersize=7, zorder=5, **cross)
 
 
 def add_legend(axes: Axes, record: RunRecord, *, bands: bool = False) -> None:
-    """Say what the lines are, in one row above the panel; nothing for an agent by itself."""
+    """Say what the lines are that can be seen, in one row below the panel; nothing for an agent by itself.
+
+    Call it when the axes have their limits.
+    """
     if len(record.lives) == 1 and not bands:
         return
-    handles = []
-    if record.line:
-        name = "winner's line" if len(record.line) > 1 else "winner" if len(record.lives) > 1 else "agent"
-        handles += axes.plot([], [], color=WINNER, linewidth=2.4, label=f"{name}{', 95 %' if bands else ''}")
-    present = set(record.lives) - {record.winner}
-    if record.ended is not None and record.ended.runner_up in present:
-        handles += axes.plot([], [], color=RUNNER_UP, linewidth=1.6, linestyle=(0, (4, 1.5)), label="runner-up")
-        present.discard(record.ended.runner_up)
-    if present - set(record.line_ends):
-        handles += axes.plot([], [], color=OTHER, linewidth=1.1, label="others")
-    if any(life.diverged for life in record.lives.values()):
-        handles += axes.plot([], [], marker="x", color=DIVERGED, linestyle="none", markeredgewidth=2, label="diverged")
+    seen = {line.get_label() for line in axes.get_lines() if _in_sight(axes, line)}
+    line = "winner's line" if len(record.line) > 1 else "winner" if len(record.lives) > 1 else "agent"
+    entries: dict[str, dict[str, Any]] = {
+        LINE: {"color": WINNER, "linewidth": 2.4, "label": f"{line}{', 95 %' if bands else ''}"},
+        SECOND: {"color": RUNNER_UP, "linewidth": 1.6, "linestyle": (0, (4, 1.5)), "label": SECOND},
+        OTHERS: {"color": OTHER, "linewidth": 1.1, "label": OTHERS},
+        BROKEN: {"marker": "x", "color": DIVERGED, "linestyle": "none", "markeredgewidth": 2, "label": BROKEN},
+    }
+    handles = [handle for name, style in entries.items() if name in seen for handle in axes.plot([], [], **style)]
     figure = axes.get_figure()
     assert figure is not None
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), handlelength=1.8, columnspacing=1.2)
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower left", ncols=len(handles), handlelength=1.8, columnspacing=1.2
+        )
+
+
+def _in_sight(axes: Axes, line: Line2D) -> bool:
+    """Whether a part of a line is within the limits of its axes."""
+    x, y = (np.asarray(values, dtype=float) for values in line.get_data())
+    finite = np.isfinite(x) & np.isfinite(y)
+    limits = (sorted(axes.get_xlim()), sorted(axes.get_ylim()))
+    return bool(finite.any()) and all(
+        values[finite].max() >= low and values[finite].min() <= high
+        for values, (low, high) in zip((x, y), limits, strict=True)
+    )
 
 
 def write_beside(axes: Axes, text: str, x: float, y: float, *, offset: tuple[float, float], va: str = "center") -> None:

@@ -49,6 +49,11 @@ def change(mutation: Mutation) -> str:
     return f"{mutation.name} {after}"
 
 
+def in_words(mutation: Mutation) -> str:
+    """Write a mutation for a sentence: `lr from 1.0e-4 to 1.2e-4`."""
+    return f"{mutation.name} from {format_value(mutation.before)} to {format_value(mutation.after)}"
+
+
 def family_tree(record: RunRecord) -> list[Node]:
     """Place every agent of every generation so that no two lines of descent cross.
 

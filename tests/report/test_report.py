@@ -1,20 +1,30 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
-from report_runs import EVIL
+from conftest import make_rows
+from report_runs import EVIL, LORA, evolve, small_model
+from tokenizers_for_tests import chatml_tokenizer
 
-from evollm import ConfigurationError, MissingExtraError
+from evollm import DPO, ConfigurationError, MissingExtraError, PreferenceGym, finetune_llm_preference
 from evollm.cli import main
-from evollm.report import read_run, write_report
+from evollm.hpo import Evaluation, preference_fitness
+from evollm.report import RunRecord, Scored, read_run, write_report
 from evollm.report.findings import Comparison, compare, headline
+from evollm.report.population_figures import _lanes, schedule_pictures, tree_picture
+from evollm.report.score_figures import held_out_pictures
 from evollm.report.statistics import Interval
+from evollm.report.style import Picture, add_legend, drawing, line_style, mark_diverged, new_panel
+from evollm.report.training_figures import training_pictures
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -29,6 +39,7 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.addresses: list[str] = []
         self.text: list[str] = []
+        self.labels: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
         assert self.open == []
@@ -40,6 +51,8 @@ class Page(HTMLParser):
         for name, value in attributes:
             if name == "id":
                 self.ids.append(value)
+            if name == "aria-label":
+                self.labels.append(value)
             if name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
                 self.addresses.append(value)
             assert not name.startswith("on"), name
@@ -172,3 +185,152 @@ def test_without_matplotlib_the_extra_is_named(evolved, tmp_path, monkeypatch) -
 def test_nothing_imports_matplotlib_before_a_report_is_written() -> None:
     code = "import evollm.cli, evollm.report, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def drawn(evolved) -> dict[str, Picture]:
+    record = read_run(evolved)
+    with drawing():
+        pictures = [*held_out_pictures(record), *training_pictures(record)[:1], *schedule_pictures(record)]
+    return {picture.name: picture for picture in pictures}
+
+
+def legend(picture: Picture) -> list[str]:
+    return [text.get_text() for found in picture.figure.legends for text in found.get_texts()]
+
+
+def test_a_legend_names_what_can_be_seen_and_nothing_else(drawn) -> None:
+    # Agent 1 diverges before it is scored, so that no panel of scores has a cross.
+    for name in ("held-out-accuracy", "held-out-mean-margin"):
+        assert "diverged" not in legend(drawn[name])
+        assert "winner's line, 95 %" in legend(drawn[name])
+    assert legend(drawn["training-loss"]) == ["winner's line", "runner-up", "others", "diverged"]
+    for picture in drawn.values():
+        lines = [line for axes in picture.figure.axes for line in axes.get_lines() if len(line.get_xdata())]
+        for name in set(legend(picture)) & {"runner-up", "others", "diverged"}:
+            assert any(line.get_label() == name for line in lines), (picture.name, name)
+
+
+def test_what_lies_outside_a_panel_is_not_in_its_legend(evolved) -> None:
+    record = read_run(evolved)
+    with drawing():
+        figure, axes = new_panel("loss")
+        axes.plot([1, 2], [1, 2], **line_style(record, record.line[-1], on_line=True))
+        mark_diverged(axes, 1, 1e6)
+        add_legend(axes, record)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["winner's line", "diverged"]
+        axes.set_ylim(0, 3)
+        add_legend(axes, record)
+        assert [text.get_text() for text in figure.legends[1].get_texts()] == ["winner's line"]
+
+
+def test_nothing_that_is_read_has_an_arrow_of_hyphens(report) -> None:
+    page = Page(report)
+    assert not [text for text in (page.words, *page.labels) if "->" in text or "<-" in text]
+    assert re.search(r"It is agent \d+.*, then agent \d+ \(\w+ from \S+ to \S+\)", page.words)
+
+
+@pytest.fixture(scope="module")
+def long_run(tokenizer, tmp_path_factory) -> Path:
+    """A run of more generations than have boxes."""
+    return evolve(tokenizer, tmp_path_factory.mktemp("long") / "run", agents=3, generations=20)
+
+
+def test_the_winner_of_many_generations_has_a_star_and_its_number(long_run) -> None:
+    record = read_run(long_run)
+    with drawing():
+        tree = tree_picture(record)
+    axes = tree.figure.axes[0]
+    (star,) = [line for line in axes.get_lines() if line.get_marker() == "*"]
+    assert str(record.winner) in [text.get_text() for text in axes.texts]
+    dots = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "o" and len(line.get_xdata())]
+    assert star.get_xdata()[0] == pytest.approx(max(dots))
+
+
+def test_agents_that_live_at_the_same_time_have_lanes_of_their_own(long_run) -> None:
+    lives = list(read_run(long_run).lives.values())
+    lanes = _lanes(lives)
+    assert max(lanes.values()) < 3
+    for one in lives:
+        for other in lives:
+            together = one.steps[0] < other.steps[1] and other.steps[0] < one.steps[1]
+            if one is not other and together:
+                assert lanes[one.birth.index] != lanes[other.birth.index]
+
+
+def scored(margins: list[float], at: Scored) -> Scored:
+    """An evaluation with other results."""
+    evaluation = Evaluation(np.array(margins), np.zeros(len(margins)))
+    return replace(at, pairs=evaluation, scores=evaluation.scores, fitness=preference_fitness(evaluation))
+
+
+def with_line(record: RunRecord, first: list[float], last: list[float]) -> RunRecord:
+    """The run with other results of the winner's line at its first and its last evaluation; it was worse between."""
+    points = record.line_evaluations
+    results = {0: first, len(points) - 1: last}
+    new = {id(point): scored(results.get(n, [-9.0] * len(last)), point) for n, point in enumerate(points)}
+    return replace(record, evaluations=[new.get(id(one), one) for one in record.evaluations])
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "words"),
+    [
+        ([1.0] * 120, [1.0] * 60 + [-1.0] * 60, "its accuracy on the pairs of the selection was 100.0 against 50.0 %"),
+        ([1.0] * 120, [1.0] * 60 + [-1.0] * 60, "difference +40.8 to +59.2): fewer steps may give a better model"),
+        ([1.0] * 60 + [-1.0] * 60, [1.0] * 59 + [-1.0] * 61, "which may be chance (95 % interval of the difference"),
+        ([2.0] * 120, [1.0] * 120, "its mean margin on the pairs of the selection was 2.00 against 1.00 nats"),
+    ],
+)  # fmt: skip
+def test_a_line_that_was_better_earlier_is_said_to_have_been(evolved, first, last, words) -> None:
+    record = with_line(read_run(evolved), first, last)
+    (said,) = [sentence for sentence in headline(record, []) if "better earlier" in sentence]
+    assert said.startswith(
+        f"The winner's line was better earlier, as agent {record.line[0].birth.index}: after step 2 "
+    )
+    assert words in said
+
+
+def test_a_line_that_is_best_at_its_end_is_not_said_to_have_been_better(evolved) -> None:
+    for first, last in (([1.0] * 9, [1.0] * 9), ([1.0] * 9, [2.0] * 9)):
+        record = with_line(read_run(evolved), first, last)
+        assert "better earlier" not in " ".join(headline(record, []))
+
+
+def test_few_held_out_pairs_are_said_to_be_few(evolved) -> None:
+    record = read_run(evolved)
+    text = " ".join(headline(record, compare(record)))
+    assert "Few held-out pairs: 6 for the selection and 6 for the final score." in text
+    assert "An accuracy on 6 pairs is known to within about 31 points." in text
+    enough = with_line(record, [1.0] * 100, [1.0] * 100)
+    assert "for the selection" not in " ".join(headline(replace(enough, ended=None), []))
+
+
+def test_conversations_have_roles_and_answers_that_were_cut_an_ellipsis(tmp_path) -> None:
+    tokenizer = chatml_tokenizer()
+    turns = [("system", "Be brief."), ("user", "<b>hi</b>"), ("assistant", "yes"), ("user", "ما هي عاصمة مصر؟")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    rows = [{"prompt": [*messages[:-1], {"role": "user", "content": f"{n} {turns[-1][1]}"}], **sides} for n in range(8)]
+    env = PreferenceGym(rows[:4], rows[4:], tokenizer, data_batch_size_per_gpu=4)
+    agent = DPO(actor_network=small_model(tokenizer), lora_config=LORA, lr=1e-3)
+    run = tmp_path / "run"
+    finetune_llm_preference([agent], env, run_dir=run, checkpoint_steps=0, save_elite=False, verbose=False)
+    page = write_report(run, tmp_path / "page.html", pictures=False)
+    html, words = page.read_text(), Page(page).words
+    for role, text in (*turns[:1], *turns[2:3]):
+        assert f'<dt>{role}</dt><dd dir="auto">{text}</dd>' in html
+    assert f'<dd dir="auto">4 {turns[-1][1]}</dd>' in html
+    assert "&lt;b&gt;hi" in html
+    assert re.search("…", words)
+    assert "An answer that ends in … was cut." in words
+
+
+def test_a_prompt_of_text_has_no_roles_and_old_runs_are_read(evolved, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evolved, run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for sample in lines[-1]["samples"]:
+        assert sample.pop("turns") == []
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(run).ended.samples[1].prompt == make_rows(6, 40)[2]["prompt"].strip()
+    assert read_run(run).ended.samples[1].turns == ()
