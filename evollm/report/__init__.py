@@ -1,8 +1,9 @@
 """The report of a run: read it as plain data, and write it as one page."""
 
+from evollm.report.findings import gain_of
 from evollm.report.read import read_run
 from evollm.report.record import Ended, Evolution, Lap, Life, RunRecord, Sample, Scored, StepLine
-from evollm.report.statistics import Interval, paired_difference, score_interval
+from evollm.report.statistics import Interval, few_rows, paired_difference, score_interval
 from evollm.report.style import require_matplotlib
 from evollm.report.write import write_report
 
@@ -16,6 +17,8 @@ __all__ = [
     "Sample",
     "Scored",
     "StepLine",
+    "few_rows",
+    "gain_of",
     "paired_difference",
     "read_run",
     "require_matplotlib",

@@ -217,9 +217,8 @@ def _few(record: RunRecord) -> list[str]:
     """A warning of scores that rest on few rows."""
     after = None if record.ended is None or record.ended.split != "final" else record.ended.pairs.get("after")
     selection = next((scored.pairs for scored in record.evaluations if scored.pairs is not None), None)
-    use = "the selection" if len(record.lives) > 1 else "the evaluations"
-    found = {use: selection, "the final score": after}
-    text = few_rows(record.noun, {name: len(rows) for name, rows in found.items() if rows is not None})
+    test, final = (0 if rows is None else len(rows) for rows in (selection, after))
+    text = few_rows(record.noun, agents=len(record.founders), test=test, final=final)
     return [text] if text else []
 
 

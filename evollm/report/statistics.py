@@ -8,7 +8,6 @@ another order of the data, is not in them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,14 +55,17 @@ class Interval:
         return not (self.low > 0 or self.high < 0)
 
 
-def few_rows(noun: str, counts: Mapping[str, int]) -> str:
-    """A warning of held-out rows that are too few to show a usual gain; "" where they are enough.
+def few_rows(noun: str, *, agents: int, test: int, final: int) -> str:
+    """A warning of held-out rows that are too few to show a usual gain; "" where they are enough, or none.
 
     Args:
         noun: What a row is called.
-        counts: How many there are, by what they are for, such as "the selection".
+        agents: Size of the population, whose selection goes by the `test` rows.
+        test: Rows that agents are evaluated on during the run.
+        final: Rows of the final score that nothing is selected by.
     """
-    few = {use: count for use, count in counts.items() if 0 < count < FEW_ROWS}
+    uses = {"the selection" if agents > 1 else "the evaluations": test, "the final score": final}
+    few = {use: count for use, count in uses.items() if 0 < count < FEW_ROWS}
     if not few:
         return ""
     numbers = " and ".join(f"{count} for {use}" for use, count in few.items())
@@ -74,7 +76,7 @@ def few_rows(noun: str, counts: Mapping[str, int]) -> str:
         known = f" An accuracy on {fewest} pair{'' if fewest == 1 else 's'} is known to within about "
         known += f"{100 * (wilson(TIE, fewest).high - TIE):.0f} points."
     return (
-        f"Few held-out {noun}s: {numbers}.{known} To tell a gain from chance give {FEW_ROWS} or more of each: as "
+        f"Few held-out {noun}s: {numbers}.{known} To tell a gain from chance give {FEW_ROWS} or more for each: as "
         "test_data and final_data, of a gym test_dataset and final_dataset."
     )
 

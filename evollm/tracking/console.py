@@ -34,6 +34,7 @@ from evollm.hpo import (
     rank,
 )
 from evollm.pace import Pace
+from evollm.report import few_rows, gain_of
 from evollm.training.callbacks import (
     BaselineScored,
     Callback,
@@ -105,6 +106,10 @@ class Console(Callback):
             f"{data.get('noun', 'pair')}s; folder {escape(str(event.run_dir))}",
             soft_wrap=True,
         )
+        held_out = {"test": 0, "final": 0, **event.held_out}
+        few = "" if event.step else few_rows(data.get("noun", "pair"), agents=len(event.founders), **held_out)
+        if few:
+            self._print(f"Warning: {few}", soft_wrap=True)
         if event.step:
             self._print(f"resumed after step {event.step}")
         self._total = event.total_steps
@@ -166,6 +171,7 @@ class Console(Callback):
         if event.before is not None and event.after is not None:
             lines = score_lines(event.split, event.before, event.after, chosen_by_score=len(self._births) > 1)
             self._print(lines, soft_wrap=True)
+            self._print(f"The best agent against the start: {gain_of(event.before, event.after)}", soft_wrap=True)
         if self._plans:
             self._print("Its line: " + schedule_line(ancestry(self._plans, event.best.index)), soft_wrap=True)
         for sample in event.samples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class RunStarted:
         total_steps: Steps of the whole run; a step is one batch for every agent.
         step: Steps done before, 0 unless the run is resumed.
         evolutions: Those carried out before.
+        held_out: How many rows there are of each held-out split, `test` and `final`.
     """
 
     run_dir: Path
@@ -30,6 +31,7 @@ class RunStarted:
     total_steps: int
     step: int = 0
     evolutions: Sequence[Evolved] = ()
+    held_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,9 @@ class Run(Generic[A]):
             with StopSignals() as stop:
                 total = self.schedule.total
                 before = tuple(Evolved(step, plan) for step, plan in progress.evolutions)
-                started = RunStarted(self.paths.run_dir, self.config, progress.founders, total, progress.step, before)
-                self._start(started)
+                rows = {"test": len(self.env.test_pairs), "final": len(self.env.final_pairs)}
+                place = (self.paths.run_dir, self.config)
+                self._start(RunStarted(*place, progress.founders, total, progress.step, before, rows))
                 if self.step == 0:
                     self._score_baseline()
                 while self.step < total:

@@ -302,7 +302,7 @@ def test_few_held_out_pairs_are_said_to_be_few(evolved) -> None:
     assert "Few held-out pairs: 6 for the selection and 6 for the final score." in text
     assert "An accuracy on 6 pairs is known to within about 31 points." in text
     enough = with_line(record, [1.0] * 100, [1.0] * 100)
-    assert "for the selection" not in " ".join(headline(replace(enough, ended=None), []))
+    assert "Few" not in " ".join(headline(replace(enough, ended=None), []))
 
 
 def test_conversations_have_roles_and_answers_that_were_cut_an_ellipsis(tmp_path) -> None:

@@ -5,6 +5,7 @@ import re
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import rich.console
 from conftest import make_rows
@@ -18,9 +19,13 @@ from evollm import (
     TournamentSelection,
     finetune_llm_preference,
 )
+from evollm.hpo import Birth, Evaluation, LikelihoodEvaluation
 from evollm.models.attention import ONE_BY_ONE
 from evollm.pace import Pace
+from evollm.report import few_rows, gain_of, read_run
+from evollm.report.findings import headline
 from evollm.tracking import Console
+from evollm.training.callbacks import RunStarted
 
 WIDTH = 80
 
@@ -66,8 +71,9 @@ def test_a_person_sees_tables_mutations_the_score_and_how_to_load_the_best(
 
 def test_tables_fit_a_terminal_of_80_columns_uncut(make_population, tokenizer, tmp_path) -> None:
     text = run(make_population, tokenizer, tmp_path)
-    assert "…" not in text
-    tables = [line for line in text.splitlines() if "accuracy" in line or re.match(r" +(\* )?\d+ ", line)]
+    # Sample answers that are cut end in one.
+    assert "…" not in text.partition("Held-out accuracy")[0]
+    tables = [line for line in text.splitlines() if re.match(r" +(agent|(\* )?\d+) ", line)]
     assert max(map(len, tables)) <= WIDTH
 
 
@@ -157,3 +163,62 @@ def test_texts_are_printed_as_they_are(make_agent, tokenizer, tmp_path) -> None:
     for line in (f"; folder {folder}\n", f"saved in {folder}/", f"Best adapter: {folder}/", "\n[b]:smile: Question"):
         assert line in said
     assert r':smile: \"run\"/elite/actor")' in said
+
+
+def test_the_last_score_has_its_interval_and_few_pairs_are_warned_of_before_training(
+    make_population, tokenizer, tmp_path
+) -> None:
+    text = run(make_population, tokenizer, tmp_path, final_dataset=make_rows(8, 30))
+    lines = text.splitlines()
+    gain = next(line for line in lines if line.startswith("The best agent against the start: "))
+    assert re.search(r": [+-]?\d+\.\d points (\(95 % interval |on every pair \(95 % interval of the accuracy)", gain)
+    assert lines[lines.index(gain) - 1].startswith("Held-out accuracy on 8 final pairs: ")
+    warned = [number for number, line in enumerate(lines) if "Few held-out pairs" in line]
+    assert [lines[number] for number in warned] == [f"Warning: {few_rows('pair', agents=4, test=6, final=8)}"]
+    assert not any("training" in line for line in lines[: warned[0]])
+    # The report says the same.
+    record = read_run(tmp_path / "run")
+    assert few_rows("pair", agents=4, test=6, final=8) in headline(record, [])
+    assert gain.partition(": ")[2] == gain_of(record.ended.pairs["before"], record.ended.pairs["after"])
+
+
+@pytest.mark.parametrize(
+    ("margins", "said"),
+    [
+        ([1.0] * 130 + [-1.0] * 70, r"\+15\.0 points \(95 % interval \+8\.\d to \+21\.\d\)\.$"),
+        ([1.0] * 102 + [-1.0] * 98, r"\+1\.0 points \(95 % interval -\d\.\d to .* The interval includes no gain: "),
+        ([-1.0] * 130 + [1.0] * 70, "It has become worse"),
+        ([1.0] * 5, "not enough for an interval, and shows nothing"),
+        ([0.0] * 200, "The interval includes no gain"),
+        ([float("nan")] * 200, "shows nothing"),
+    ],
+)  # fmt: skip
+def test_a_gain_is_said_with_what_its_interval_allows(margins, said) -> None:
+    none = np.zeros(len(margins))
+    assert re.search(said, gain_of(Evaluation(none, none), Evaluation(np.array(margins), none)))
+
+
+def test_a_loss_that_falls_is_a_gain() -> None:
+    tokens, rng = np.full(200, 10.0), np.random.default_rng(0)
+    before = LikelihoodEvaluation(-20 - rng.random(200), tokens)
+    after = LikelihoodEvaluation(before.logprobs + 5 + rng.random(200), tokens)
+    assert re.search(r"-0\.5\d+ nats per token \(95 % interval -0\.\d+ to -0\.\d+\)\.$", gain_of(before, after))
+    assert "It has become worse" in gain_of(after, before)
+
+
+def test_enough_rows_are_not_warned_of() -> None:
+    assert few_rows("pair", agents=4, test=100, final=0) == few_rows("example", agents=1, test=0, final=0) == ""
+    assert "10 for the evaluations." in few_rows("example", agents=1, test=10, final=300)
+    assert "accuracy" not in few_rows("example", agents=1, test=10, final=300)
+    assert "known to within about 10 points" in few_rows("pair", agents=2, test=99, final=300)
+
+
+@pytest.mark.parametrize(("step", "times"), [(0, 1), (3, 0)])
+def test_a_resumed_run_is_not_warned_of_few_rows_again(tmp_path, step, times) -> None:
+    output = io.StringIO()
+    console = Console(rich.console.Console(file=output, width=WIDTH))
+    config = {"data": {"reports": [], "batch_size": 4}, "base_dtype": "torch.float32", "device": "cpu"}
+    founders = [Birth(index, None, (), elite=False, hyperparameters={}) for index in range(2)]
+    console.on_start(RunStarted(tmp_path, config, founders, 8, step, held_out={"test": 6, "final": 300}))
+    console.close()
+    assert output.getvalue().count("Few held-out pairs: 6 for the selection.") == times
