@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from pathlib import Path, PurePosixPath
 
 from evollm.errors import CheckpointError, ConfigurationError
@@ -85,7 +86,7 @@ def check_can_be_made(field: str, path: Path) -> None:
     """Find out before any work whether a file or folder can be written at a path.
 
     Raises:
-        ConfigurationError: A part of the path is a file, or may not be written into.
+        ConfigurationError: A part of the path is a file, or nothing can be written into it.
     """
     existing = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not existing.is_dir():
@@ -93,3 +94,10 @@ def check_can_be_made(field: str, path: Path) -> None:
         raise ConfigurationError(field, str(path), f"cannot be written: {existing} is {what}")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigurationError(field, str(path), f"cannot be written: {existing} may not be written into")
+    try:
+        # Rights do not tell what root may do, or a file system that takes no files. On Linux this file has no name.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        fix = f"cannot be written: {existing} takes no files ({reason})"
+        raise ConfigurationError(field, str(path), fix) from error

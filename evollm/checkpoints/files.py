@@ -154,6 +154,21 @@ def only_writer(folder: Path, what: Path) -> Iterator[None]:
         lock.release()
 
 
+def check_unlocked(folder: Path) -> None:
+    """Refuse a folder into which another process writes now.
+
+    Raises:
+        CheckpointError: As of `only_writer`.
+    """
+    if is_locked_folder(folder):
+        try:
+            with only_writer(folder, what=folder):
+                pass
+        except OSError:
+            # Whoever writes says why that cannot be.
+            return
+
+
 def is_locked_folder(folder: Path) -> bool:
     """Whether `only_writer` has been in a folder: its lock stays."""
     return (folder / _LOCK).is_file()

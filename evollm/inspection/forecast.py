@@ -125,14 +125,20 @@ def _rough_activations(config: Any, longest: int, free_bytes: int) -> float:
     return layers * layer
 
 
-def _measure(model: Any, pairs: Sequence[TokenizedPair], sft: bool) -> tuple[float, float]:
-    """Seconds, and bytes kept, for a token that one agent learns from; of rows of usual length."""
+def usual_pairs(pairs: Sequence[TokenizedPair], tokens: int) -> list[TokenizedPair]:
+    """Rows of usual length: from the one in the middle on, as many as have so many tokens together, at least one."""
     ordered = sorted(pairs, key=lambda pair: pair.num_tokens)
     few = [ordered[len(ordered) // 2]]
     for pair in ordered[len(ordered) // 2 + 1 :]:
-        if sum(one.num_tokens for one in few) + pair.num_tokens > TIMED_TOKENS:
+        if sum(one.num_tokens for one in few) + pair.num_tokens > tokens:
             break
         few.append(pair)
+    return few
+
+
+def _measure(model: Any, pairs: Sequence[TokenizedPair], sft: bool) -> tuple[float, float]:
+    """Seconds, and bytes kept, for a token that one agent learns from; of rows of usual length."""
+    few = usual_pairs(pairs, TIMED_TOKENS)
     batch = PreferenceBatch.from_pairs(few)
     agent: Any = (SFT if sft else DPO)(actor_network=model, batch_size=len(few))
     tokens = int(batch.num_tokens.sum())

@@ -121,10 +121,11 @@ def _forecast_lines(forecast: Forecast) -> str:
     if forecast.seconds is None:
         return lines + "\nTime: not measured; --estimate loads the weights and times a few steps"
     epochs = f"{forecast.epochs} epoch{'' if forecast.epochs == 1 else 's'}"
-    return lines + f"\nEstimated time of {epochs}, without evaluations: {_duration(forecast.seconds)}"
+    return lines + f"\nEstimated time of {epochs}, without evaluations: {rough_duration(forecast.seconds)}"
 
 
-def _duration(seconds: float) -> str:
+def rough_duration(seconds: float) -> str:
+    """An estimate for a person, no finer than it is known."""
     minute, hour = 60, 3600
     if seconds < 2 * minute:
         return f"{seconds:.0f} s"

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from evollm.algorithms.saving import SavableAgent
+from evollm.checkpoints.files import check_unlocked
 from evollm.checkpoints.find import check_is_base, find_agent
 from evollm.checks import optional_whole_number, usable_path, whole_number
 from evollm.data import clock
@@ -28,8 +29,9 @@ from evollm.models.pretrained import find_config, load_tokenizer
 from evollm.models.requirements import check_plain_model
 from evollm.names import ALIASES, check_known
 from evollm.own_files import inside, read_bytes
+from evollm.processes import check_processes
 from evollm.runs.folder import CONFIG
-from evollm.tracking import tracker_names
+from evollm.tracking import TRACKERS, tracker_names
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run
 from evollm.training.population_step import check_fitness
 from evollm.tuning.pieces import Pieces, Settings, check_types, default_of, pieces_of, taken_by
@@ -157,18 +159,55 @@ def set_up(request: Request) -> Setup:
         CheckpointError: `start_from` cannot be read.
     """
     settings = prepare_settings(request)
+    check_processes(settings.get("accelerator"))
     resume = settings.get("resume_from_checkpoint")
-    if resume is not None or "run_dir" in settings:
-        RunPaths.of(settings.get("run_dir"), settings.get("checkpoint_path"), settings.get("elite_path"), resume)
+    paths = paths_of(settings)
+    for folder in (paths.run_dir, paths.checkpoints):
+        check_unlocked(folder)
     with clock.at(None if resume is None else _begun_at(resume)):
         env = make_env(request, settings)
+    if resume is None:
+        check_batch_sizes(settings, env.batch_size)
     # Before the model is loaded, which takes a while.
     loop = _loop(request, settings, env)
     _check_listeners(request.pieces, loop)
     agents = make_agents(request, settings, env)
-    options = _options(request.pieces, loop)
+    options = options_of(request.pieces, loop)
     check_run(agents, env, options, request.pieces.stage)
     return Setup(request.pieces, agents, env, loop, Schedule.of(options, env))
+
+
+def paths_of(settings: Settings) -> RunPaths:
+    """Where a run with these settings writes.
+
+    Raises:
+        ConfigurationError: It cannot write there, or something lies there that would be lost.
+    """
+    names = ("run_dir", "checkpoint_path", "elite_path", "resume_from_checkpoint")
+    return RunPaths.of(*(settings.get(name) for name in names))
+
+
+def check_batch_sizes(settings: Settings, served: int) -> None:
+    """Refuse optimizer steps of more rows than a batch of the gym has: they would be smaller without a word.
+
+    Args:
+        settings: What was asked for; an agent's own default of `batch_size` is no wish.
+        served: Rows of a batch.
+
+    Raises:
+        ConfigurationError: `batch_size`, or what it may evolve to, is larger.
+    """
+    config = settings.get("hp_config") or {}
+    asked = {"batch_size": settings.get("batch_size")}
+    if "batch_size" in config and config["batch_size"].choices is None:
+        asked["hp_config.batch_size.max"] = config["batch_size"].bounds[1]
+    for name, size in asked.items():
+        if size is not None and size > served:
+            fix = (
+                f"an optimizer step has at most the {served} rows of a batch: raise data_batch_size_per_gpu, which is "
+                f"rows in a batch for each process, to {size}, or leave batch_size out"
+            )
+            raise ConfigurationError(name, size, fix)
 
 
 def prepare_settings(request: Request) -> Settings:
@@ -275,7 +314,7 @@ def _loop(request: Request, settings: Settings, env: DatasetGym) -> Settings:
     if request.population == 1:
         return loop
     if evo_steps is None:
-        total = Schedule.of(_options(request.pieces, loop), env).total
+        total = Schedule.of(options_of(request.pieces, loop), env).total
         if generations is not None and generations > total:
             raise ConfigurationError("generations", generations, f"the run has {total} steps only: raise num_epochs")
         loop["evo_steps"] = -(-total // (generations or GENERATIONS))
@@ -286,10 +325,11 @@ def _loop(request: Request, settings: Settings, env: DatasetGym) -> Settings:
 
 
 def _check_listeners(pieces: Pieces, loop: Settings) -> None:
-    """Refuse trackers, callbacks and a fitness that the loop would refuse."""
+    """Refuse trackers, also those that are not installed, callbacks and a fitness that the loop would refuse."""
     names = ("report_to", "wb", "tensorboard", "callbacks", "fitness")
     found = {name: loop.get(name, default_of(pieces.finetune, name)) for name in names}
-    tracker_names(found["report_to"], wb=found["wb"], tensorboard=found["tensorboard"])
+    for name in tracker_names(found["report_to"], wb=found["wb"], tensorboard=found["tensorboard"]):
+        TRACKERS[name]()
     check_callbacks(found["callbacks"])
     check_fitness(found["fitness"], pieces.stage)
 
@@ -316,7 +356,7 @@ def _evo_steps_of(run_dir: Any) -> int | None:
     return found
 
 
-def _options(pieces: Pieces, loop: Settings) -> RunOptions:
+def options_of(pieces: Pieces, loop: Settings) -> RunOptions:
     """The loop's arguments, checked by the loop's own checks; those of evolution as far as they are there."""
     defaults = {name: default_of(pieces.finetune, name) for name in RunOptions.__dataclass_fields__}
     found = {name: loop.get(name, default) for name, default in defaults.items()}

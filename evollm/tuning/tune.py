@@ -18,6 +18,7 @@ from evollm.report import write_report
 from evollm.training.callbacks import Callback, Evolved, RunEnded, RunStarted
 from evollm.tuning.describe import describe
 from evollm.tuning.record import Record, Schedule, write_asked
+from evollm.tuning.rehearsal import rehearse
 from evollm.tuning.setup import Request, Setup, request_of, set_up
 
 
@@ -107,12 +108,16 @@ def tune(
 
 
 def validate(model: Any, data: Any, **settings: Any) -> str:
-    """Load and check everything that `tune` would, with the same arguments and errors, and train nothing.
+    """Load and check everything that `tune` would, with the same arguments and errors, and write nothing.
+
+    A run to go on with is taken up as far as its checkpoint. Then all agents learn from a few rows, to see how long
+    that takes; a `model` that was handed in keeps its weights.
 
     Returns:
-        What `tune` would do: pairs, agents, steps, generations, bounds.
+        What `tune` would do: pairs, agents, steps, generations, bounds; and about how long it would take.
     """
-    return describe(set_up(request_of(model, data, **settings)))
+    setup = set_up(request_of(model, data, **settings))
+    return "\n".join([describe(setup), rehearse(setup)])
 
 
 def _run(request: Request, setup: Setup) -> TuneResult:

@@ -1,0 +1,96 @@
+"""What comes of a run before its first step: whether it goes on where it should, and about how long it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from evollm.algorithms.saving import SavableAgent
+from evollm.checkpoints import only_writer
+from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.errors import DivergedError
+from evollm.inspection.forecast import REFERENCE_SHARE, TIMED_TOKENS, usual_pairs
+from evollm.inspection.printing import rough_duration
+from evollm.training.population_step import learn_all
+from evollm.training.run import Run
+from evollm.training.state import global_generators, set_global_generators
+from evollm.tuning.pieces import default_of
+from evollm.tuning.setup import Setup, options_of, paths_of
+
+# A step of the run itself is timed where it takes no more than so many seconds.
+QUICK = 5.0
+
+
+def rehearse(setup: Setup) -> str:
+    """Take up the run where it should go on, and time a few steps.
+
+    Args:
+        setup: The run; its agents are not to be used afterwards.
+
+    Returns:
+        A line about the run's time.
+
+    Raises:
+        CheckpointError: No checkpoint of the run to resume can be read.
+        ConfigurationError: The run to resume began with other settings.
+    """
+    paths = paths_of(setup.loop)
+    fitness = setup.loop.get("fitness", default_of(setup.pieces.finetune, "fitness"))
+    run = Run(setup.agents, setup.env, options_of(setup.pieces, setup.loop), paths, fitness, [])
+    if "resume_from_checkpoint" in setup.loop and setup.loop["resume_from_checkpoint"] is not None:
+        with only_writer(paths.run_dir, what=paths.run_dir) if paths.run_dir.is_dir() else nullcontext():
+            run.resume()
+    generators = global_generators()
+    try:
+        per_token, how = _seconds_per_token(run.population, setup.env.train_pairs, setup.env.batch_size)
+    except DivergedError as error:
+        return f"time: not measured, since the first steps failed: {error}"
+    finally:
+        set_global_generators(generators)
+    left = setup.schedule.total - run.step
+    going_on = f", of which {left} steps are left" if run.step else ""
+    seconds = per_token * _passes(setup, left)
+    return f"time: about {rough_duration(seconds)} on this machine{going_on}, without sample answers and saving ({how})"
+
+
+def _seconds_per_token(
+    population: Sequence[SavableAgent], pairs: Sequence[TokenizedPair], batch_size: int
+) -> tuple[float, str]:
+    """Seconds in which all agents learn from a token, and how that was measured."""
+    rows = usual_pairs(pairs, TIMED_TOKENS)
+    seconds = _timed(population, rows)
+    tokens = sum(pair.num_tokens for pair in rows)
+    batch = usual_pairs(pairs, batch_size * max(pair.num_tokens for pair in pairs))[:batch_size]
+    batch_tokens = sum(pair.num_tokens for pair in batch)
+    if len(batch) > len(rows) and seconds * batch_tokens / tokens <= QUICK:
+        # Many tokens take less time each than few.
+        rows, tokens, seconds = batch, batch_tokens, _timed(population, batch)
+    agents = f"{len(population)} agent{'' if len(population) == 1 else 's'}"
+    return seconds / tokens, f"{agents} learnt from {tokens} tokens in {seconds:.2g} s"
+
+
+def _timed(population: Sequence[SavableAgent], rows: Sequence[TokenizedPair]) -> float:
+    """Seconds of a step, after one in which everything is made that is made once."""
+    batch = PreferenceBatch.from_pairs(list(rows))
+    learn_all(population, batch)
+    start = time.perf_counter()
+    learn_all(population, batch)
+    return time.perf_counter() - start
+
+
+def _passes(setup: Setup, steps: int) -> float:
+    """Tokens that all agents learn from, with those that are only scored at the price of a forward pass."""
+    env, schedule, agents = setup.env, setup.schedule, len(setup.agents)
+    train, test, final = (_tokens(pairs) for pairs in (env.train_pairs, env.test_pairs, env.final_pairs))
+    learnt = train * steps / schedule.epoch
+    evaluations = sum(schedule.evaluates_at(step) for step in range(schedule.total - steps + 1, schedule.total + 1))
+    # The start, the best agent and the one that comes second.
+    scored_once = 3 * (final or test)
+    references = train + test + final if setup.pieces.stage.has_reference else 0
+    forward = evaluations * test + (scored_once + references) / agents
+    return learnt + REFERENCE_SHARE / setup.agents[0].update_epochs * forward
+
+
+def _tokens(pairs: Sequence[TokenizedPair]) -> int:
+    return sum(pair.num_tokens for pair in pairs)
