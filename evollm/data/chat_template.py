@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from evollm.data import clock
 from evollm.data.cells import Message, UnusableRowError, is_learnt, is_learnt_in_part
-from evollm.data.rows import ChatPair, TextPair, Turns
+from evollm.data.rows import ChatPair, Spans, TextPair
 from evollm.data.sources import shared_length
 from evollm.errors import DataError
 
@@ -30,14 +30,14 @@ class RenderedChat:
         row: Position of the row in the user's dataset.
         prompt: The messages before the completion, and what opens an answer: what the model is given at inference.
         wholes: The one or two whole conversations, that of the chosen side first.
-        turns: For each of them the characters between which the assistant speaks, from the completion on; None: nobody
+        scored: For each of them the characters between which the assistant speaks, from the completion on; None: nobody
             else does there.
     """
 
     row: int
     prompt: str
     wholes: tuple[str, ...]
-    turns: tuple[Turns | None, ...] = ()
+    scored: tuple[Spans | None, ...] = ()
 
     @property
     def given(self) -> str:
@@ -47,12 +47,12 @@ class RenderedChat:
     def apart(self) -> TextPair:
         """Prompt and completions by themselves, for a model to which they are two sequences."""
         given = self.given
-        turns = tuple(
+        scored = tuple(
             of_side and tuple((max(0, start - len(given)), end - len(given)) for start, end in of_side)
-            for of_side in self.turns
+            for of_side in self.scored
         )
         chosen, *rejected = (whole[len(given) :] for whole in self.wholes)
-        return TextPair(self.row, given, chosen, rejected[0] if rejected else None, turns)
+        return TextPair(self.row, given, chosen, rejected[0] if rejected else None, scored)
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -90,16 +90,16 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedC
         )
 
     wholes = tuple(render([*pair.prompt, *side], False) for side in pair.completions)
-    turns = tuple(
+    scored = tuple(
         _turns_of([*pair.prompt, *side], len(pair.prompt), whole, render, str(tokenizer.eos_token or ""))
         if is_learnt_in_part(side)
         else None
         for side, whole in zip(pair.completions, wholes, strict=True)
     )
-    return RenderedChat(pair.row, render(pair.prompt, True), wholes, turns)
+    return RenderedChat(pair.row, render(pair.prompt, True), wholes, scored)
 
 
-def _turns_of(messages: Sequence[Message], first: int, whole: str, render: _Render, eos: str) -> Turns:
+def _turns_of(messages: Sequence[Message], first: int, whole: str, render: _Render, eos: str) -> Spans:
     """Where each turn of the assistant stands in a whole conversation whose completion begins with message `first`.
 
     A turn begins where the model is asked for it, behind its header, and ends with what the template writes to end it.

@@ -116,7 +116,7 @@ def _digest_of(texts: Sequence[TextPair | RenderedChat], tokenizer: Any, setting
     for text in texts:
         kind, sides = ("chat", text.wholes) if isinstance(text, RenderedChat) else ("text", text.completions)
         parts = [part.encode() for part in (text.prompt, *sides)]
-        lengths = " ".join([*(str(len(part)) for part in parts), *map(str, text.turns)])
+        lengths = " ".join([*(str(len(part)) for part in parts), *map(str, text.scored)])
         digest.update(b"".join([f"{text.row} {kind} {lengths}:".encode(), *parts]))
     return digest.hexdigest()
 

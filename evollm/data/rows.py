@@ -17,7 +17,7 @@ from evollm.errors import DataError, EvoLLMError
 
 DroppedRows: TypeAlias = dict[str, list[int]]
 # Characters between which the assistant speaks, one turn behind the other.
-Turns: TypeAlias = tuple[tuple[int, int], ...]
+Spans: TypeAlias = tuple[tuple[int, int], ...]
 
 NESTED_TOO_DEEPLY = "nested too deeply"
 NO_PROMPT_MESSAGE = "no message before the completion"
@@ -39,7 +39,7 @@ class TextPair:
         chosen: The preferred completion.
         rejected: The other completion; None: an example for SFT, which has one completion.
         remarks: What is strange about the row.
-        turns: For each completion the characters between which the assistant speaks, if others do so too, else None;
+        scored: For each completion the characters between which the assistant speaks, if others do so too, else None;
             empty: nobody else does.
     """
 
@@ -47,7 +47,7 @@ class TextPair:
     prompt: str
     chosen: str
     rejected: str | None = None
-    turns: tuple[Turns | None, ...] = ()
+    scored: tuple[Spans | None, ...] = ()
     remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
 
     @property

@@ -20,7 +20,7 @@ from evollm.data.chat_template import RenderedChat, render_chat, template_source
 from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
 from evollm.data.remarks import plain_text, remarks_on
 from evollm.data.report import DataReport, Example, form_of
-from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, Turns, in_form, read_dataset, read_rows
+from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Spans, TextPair, in_form, read_dataset, read_rows
 from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.data.unwritten import QUESTION_SCORED, remarks
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
@@ -289,7 +289,7 @@ def _encode_pairs(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> 
             parts = _at_shared_prompt(pair, whole, tokenizer)
             starts = [len(parts[0])] * (len(parts) - 1)
             texts_of_sides = _whole_texts(pair)[1:]
-            masks = _masks(pair.turns, texts_of_sides, whole[1:], starts, partial(_encode, tokenizer=tokenizer))
+            masks = _masks(pair.scored, texts_of_sides, whole[1:], starts, partial(_encode, tokenizer=tokenizer))
             yield pair, parts, masks, len(parts[0]) < len(whole[0])
 
 
@@ -302,29 +302,29 @@ def _encode_apart(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> 
     for pair in cast("Iterator[TextPair]", texts):
         prompt = tokenizer(pair.prompt, verbose=False)["input_ids"]
         targets = encode(list(pair.completions))
-        masks = _masks(pair.turns, pair.completions, targets, [0] * len(targets), encode)
+        masks = _masks(pair.scored, pair.completions, targets, [0] * len(targets), encode)
         yield pair, (list(prompt), *targets), masks, False
 
 
 def _masks(
-    turns: Sequence[Turns | None],
+    scored: Sequence[Spans | None],
     wholes: Sequence[str],
     ids: Sequence[Ids],
     starts: Sequence[int],
     encode: Callable[[list[str]], list[Ids]],
 ) -> list[BoolArray | None]:
     """What is scored of each side, None for all of it: from its turns, its whole text, its ids and its start."""
-    sides = zip(turns or [None] * len(ids), wholes, ids, starts, strict=True)
+    sides = zip(scored or [None] * len(ids), wholes, ids, starts, strict=True)
     return [
         None if not of_side else _mask(of_side, text, whole, start, encode) for of_side, text, whole, start in sides
     ]
 
 
-def _mask(turns: Turns, text: str, ids: Ids, start: int, encode: Callable[[list[str]], list[Ids]]) -> BoolArray:
-    ends = encode([text[:place] for turn in turns for place in turn])
+def _mask(scored: Spans, text: str, ids: Ids, start: int, encode: Callable[[list[str]], list[Ids]]) -> BoolArray:
+    ends = encode([text[:place] for span in scored for place in span])
     places = iter([shared_length(part, ids) for part in ends])
     mask = np.zeros(len(ids), np.bool_)
-    for begin, end in turns:
+    for begin, end in scored:
         first, last = next(places), next(places)
         mask[first if begin else start : len(ids) if end == len(text) else last] = True
     return mask[start:]
