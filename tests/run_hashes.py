@@ -105,11 +105,14 @@ def hashes_of(folder: Path) -> Hashes:
     assert newest is not None
     saved = read_population(newest)
     state = {key: value for key, value in saved.state.items() if key not in ("config", "engine")}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = [line.pop("samples", None) for line in lines]
     return {
         "adapters": digest([{role: one.tensors for role, one in agent.adapters.items()} for agent in saved.agents]),
         "moments": digest([agent.optimizer for agent in saved.agents]),
         "state": digest(state),
-        "learnt": digest((folder / "metrics.jsonl").read_bytes()),
+        "metrics": digest(lines),
+        "answers": digest(answers),
         "lineage": digest((folder / "lineage.jsonl").read_bytes()),
         "evaluations": digest([path.read_bytes() for path in sorted((folder / "evaluations").glob("*"))]),
         "report": digest(page_of(folder)),
