@@ -339,7 +339,7 @@ def _choose(row: Row, layout: Layout, number: int, field: str) -> None:
 
 def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
     """Give string sides without the prompt, where all rows have it in front of them too; else remark on those rows."""
-    repeats, others = [], False
+    repeats, loose, others = [], [], False
     for row in rows:
         prompt, texts = row.get("prompt"), [row.get(side) for side in sides]
         if any(map(is_missing, (prompt, *texts))) or any(isinstance(text, UnreadableCell) for text in texts):
@@ -351,13 +351,21 @@ def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
             or not all(isinstance(text, str) and text.startswith(prompt) for text in texts)
         ):
             others = True
+            if _repeat_loosely(prompt, texts):
+                loose.append(row)
             continue
         repeats.append(row)
-    for row in repeats if others else ():
+    for row in (*repeats, *loose) if others else ():
         row.setdefault(REMARK, PROMPT_TWICE)
     for row in () if others else repeats:
         row.update({side: row[side][len(row["prompt"]) :] for side in sides})
         row[REMARK] = REPEATED_PROMPT
+
+
+def _repeat_loosely(prompt: Any, texts: Sequence[Any]) -> bool:
+    """Whether texts begin with a prompt of several words, but for the space around it."""
+    words = prompt.strip() if isinstance(prompt, str) else ""
+    return len(words.split()) > 1 and all(isinstance(text, str) and text.lstrip().startswith(words) for text in texts)
 
 
 def _guarded(dataset: object, names: Sequence[str], field: str, noun: str) -> Iterator[object]:

@@ -129,8 +129,13 @@ def _further_parts(message: Message) -> Iterator[tuple[str, str]]:
         text = message.get(name)
         if isinstance(text, str) and text.strip():
             yield name, text
-    for call in message.get("tool_calls", ()):
-        function = call.get("function", call)
+    speaker = message.get("name")
+    if isinstance(speaker, str) and speaker.strip() and message["role"] != "tool":
+        yield "name", speaker
+    # OpenAI's way before there were several calls.
+    calls = [*message.get("tool_calls", ()), *filter(None, [message.get("function_call")])]
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
         if isinstance(function, Mapping):
             yield from (("tool call", text) for text in _texts(function.get("name")))
             yield from (("tool call", text) for text in _texts(_unpacked(function.get("arguments"))))

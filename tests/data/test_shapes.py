@@ -785,6 +785,13 @@ def test_a_prompt_that_only_some_rows_repeat_is_said_to_be_there_twice() -> None
     assert len(pairs) == 3
 
 
+def test_a_prompt_that_sides_repeat_but_for_the_space_around_it_is_said_to_be_there_twice() -> None:
+    rows = [{"prompt": "Is it?\n", "chosen": "Is it? yes", "rejected": " Is it? no"}, {**PAIR, "prompt": "So"}]
+    pairs, report = load_pairs(rows, make_tokenizer(), name="train")
+    assert report.warning == f"1 with {PROMPT_TWICE}: row 0"
+    assert len(pairs) == 2
+
+
 @pytest.mark.parametrize("column", ["documents", "choices", "options", "knowledge"])
 def test_what_a_question_is_asked_about_is_not_left_unused(column: str) -> None:
     row = {"prompt": "a", "chosen": "b", "rejected": "c", column: "d"}

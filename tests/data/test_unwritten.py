@@ -94,6 +94,18 @@ LOST: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         row(said("developer", "Be brief."), USER),
         [without("the content of an earlier developer message")],
     ),
+    "name of who asks": (
+        CHATML,
+        row(said("user", "What colour?", name="Ann")),
+        [without("the name of an earlier user message")],
+    ),
+    "call of OpenAI's older kind": (
+        CHATML,
+        row(
+            USER, said("assistant", "I look.", function_call={"name": "look_up", "arguments": '{"to": "north"}'}), AGAIN
+        ),
+        [without("the tool call of an earlier assistant message")],
+    ),
     "thoughts in content": (
         CUTS_THOUGHTS,
         row(chosen=THOUGHT_BLUE, rejected=THOUGHT_GREEN),
