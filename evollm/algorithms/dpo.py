@@ -113,8 +113,6 @@ class DPO(EvolvableAlgorithm):
     simpo_gamma = Setting[float]()
     ld_alpha = Setting["float | None"]()
     use_separate_reference_adapter = Setting[bool]()
-    # Of what is in effect: the argument is accepted, and warned of.
-    use_liger_loss = False
     settings: DPOSettings
     hyperparameters: DPOHyperparameters
 

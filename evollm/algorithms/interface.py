@@ -55,6 +55,8 @@ class EvolvableAlgorithm(SavableAgent):
     """An agent with the methods that such scripts call."""
 
     training = True
+    # What is in effect: an argument of that name is accepted, and warned of.
+    use_liger_loss = False
 
     def get_policy(self) -> PeftModel:
         """The base with this agent's actor active.

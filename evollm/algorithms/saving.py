@@ -205,6 +205,10 @@ class SavableAgent(LLMAgent):
                 UserWarning,
                 stacklevel=2,
             )
+        if not state["state"]:
+            warnings.warn(
+                f"{path} holds no moments: training goes on with a fresh optimizer", UserWarning, stacklevel=2
+            )
         self.optimizer = self._new_optimizer()
         self._load_moments(state)
 

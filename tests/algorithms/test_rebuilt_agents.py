@@ -129,9 +129,10 @@ def test_what_evolution_has_changed_is_rebuilt_too(make_agent) -> None:
     assert "lr" not in DPO.inspect_attributes(agent, input_args_only=True, exclude=["lr"])
 
 
-def test_the_attributes_of_agilerls_agents_mean_what_they_mean_there(make_population) -> None:
+def test_the_attributes_of_agilerls_agents_mean_what_they_mean_there(make_population, make_sft) -> None:
     first, second = make_population(2, seed=3)
     assert (first.seed, first.use_liger_loss) == (3, False)
+    assert (make_sft(seed=4).seed, make_sft().use_liger_loss) == (4, False)
     assert second.actor is second.get_policy()
     assert second.actor.active_adapters == [second.actor_adapter]
     assert first.actor.active_adapters == [first.actor_adapter]

@@ -176,4 +176,5 @@ def test_an_agent_that_has_learnt_nothing_has_no_moments_to_save(make_agent, tmp
     save_policy_archive(make_agent(), tmp_path / "policy.pt")
     assert torch.load(tmp_path / "optimizer.pt")["state"]["state"] == {}
     assert torch.load(tmp_path / "scheduler.pt")["state"]["last_epoch"] == 0
-    make_agent().load_optimizer_archive(tmp_path)
+    with pytest.warns(UserWarning, match="holds no moments"):
+        make_agent().load_optimizer_archive(tmp_path)
