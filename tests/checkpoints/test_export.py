@@ -135,7 +135,7 @@ def test_the_model_card_states_data_schedule_and_scores(make_population, tokeniz
     assert "2 agents, 6 steps of 4 pairs" in card
     assert f"| 1 | {best.index} |" in card
     assert "LoRA: rank 4, alpha 8, on `down_proj`, `q_proj`, `v_proj`." in card
-    assert str(tmp_path) not in card
+    assert str(run) not in card
 
 
 def test_a_card_without_a_finished_run_is_refused(trained, tmp_path) -> None:
