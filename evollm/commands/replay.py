@@ -11,7 +11,6 @@ from evollm.command_line import command, place
 from evollm.commands.arguments import add_elite, add_trust
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.errors import ConfigurationError
-from evollm.runs.folder import is_run
 
 if TYPE_CHECKING:
     from evollm.tuning import ReplayResult
@@ -44,6 +43,7 @@ def add_to(commands: Subparsers) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from evollm.demo import demo_agents_and_env, is_demo
+    from evollm.runs.folder import is_run
     from evollm.training.options import new_run_dir
     from evollm.tuning import replay
 
