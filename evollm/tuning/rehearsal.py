@@ -89,7 +89,7 @@ def _passes(setup: Setup, steps: int) -> float:
     scored_once = 3 * (final or test)
     references = train + test + final if setup.pieces.stage.has_reference else 0
     forward = evaluations * test + (scored_once + references) / agents
-    return float(learnt + REFERENCE_SHARE / setup.agents[0].update_epochs * forward)
+    return learnt + REFERENCE_SHARE / int(setup.agents[0].update_epochs) * forward
 
 
 def _tokens(pairs: Sequence[TokenizedPair]) -> int:

@@ -34,7 +34,8 @@ RUN = (
     "num_sample_answers=0",
     "verbose=false",
 )
-NO_FILES = "/proc/self/nowhere"
+# Where root has every right and no file can be.
+NO_FILES = "/proc/nowhere"
 
 
 @pytest.fixture
