@@ -196,3 +196,7 @@ def test_validate_leaves_the_generators_as_they_were(make_model, tokenizer, monk
     state = torch.get_rng_state()
     rehearsal.rehearse(setup)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_export_target_that_takes_no_files_is_refused_before_anything_is_read(folder, capsys) -> None:
+    assert first_line(capsys, "export", "full", "--to", NO_FILES).startswith(f"evollm: to='{NO_FILES}': cannot be")
