@@ -138,6 +138,8 @@ MISTAKES = {
     "warmup_ratio: 0.1": "warmup_ratio=0.1: is no parameter; leave it out: the learning rate is constant...",
     "bf16: true": "bf16=True: is no parameter; leave it out: the base's type is dtype, such as dtype=bfloat16...",
     "hp_config: {learning_rate: [1e-5, 1e-4]}": "hp_config.learning_rate=...: ...the nearest known name is 'lr'...",
+    "hp_config: {LR: [1e-5, 1e-4]}": "hp_config.LR=...: ...the nearest known name is 'lr'...",
+    "loss_type: IPO": "loss_type='IPO': 'IPO' is not a loss; the nearest is 'ipo'...",
     "hp_config: {lr: {min: 1e-5, maxx: 1e-4}}": "hp_config.lr.maxx=0.0001: ...the nearest known one is 'max'",
     "hp_config: {lr: {low: 1e-5, high: 1e-4}}": "hp_config.lr.low=1e-05: ...the nearest known one is 'min'",
     "columns: {promt: prompt}": "columns.promt='prompt': ...; the nearest is 'prompt'",
