@@ -159,11 +159,11 @@ MISTAKES = {
     "gradient_checkpointing: off": "gradient_checkpointing='off': must be true or false or null",
     'lora_config: {r: "8"}': "lora_config.r='8': must be a whole number; it is text, so take its quotation marks away",
     "lora_config: {task_type: CAUSAL}": "lora_config={'task_type': 'CAUSAL'}: cannot be used: ...CAUSAL_LM...",
-    'lora_config: {target_modules: "q_proj, v_proj"}': "lora_config.target_modules='q_proj, v_proj': ...give a list: "
-    "[q_proj, v_proj]",
+    'lora_config: {target_modules: "q_proj, v_proj"}': "lora_config={...'target_modules': 'q_proj, v_proj'...}: ..."
+    "give target_modules a list: [q_proj, v_proj]",
     "hp_config: {lr: 1e-5}": "hp_config.lr=1e-05: must be [smallest, largest]...",
     'hp_config: {lr: ["1e-5", "1e-4"]}': "hp_config.lr.min='1e-5': must be a number; it is text...",
-    "dtype: bf16": "dtype='bf16': must be one of ...; write bfloat16",
+    "dtype: bf16": "dtype='bf16': must be 'auto' or one of ...; write bfloat16",
     "model_config: {dtype: fp16}": "model_config.dtype='fp16': must be a torch type...; write float16",
     "model_config: {attn_implementation: flash}": "model_config.attn_implementation='flash': is none of eager...",
     "loss_type: dpo": "loss_type='dpo': 'dpo' is not a loss; ...known are sigmoid...",

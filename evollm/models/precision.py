@@ -57,7 +57,7 @@ def with_dtype(
     if not isinstance(dtype, str | torch.dtype) or name not in (AUTO, *DTYPES):
         meant = SHORT_TYPES.get(name.lower())
         hint = f"; write {meant}" if meant else ""
-        raise ConfigurationError("dtype", dtype, f"must be one of {', '.join((AUTO, *DTYPES))}{hint}")
+        raise ConfigurationError("dtype", dtype, f"must be {AUTO!r} or one of {', '.join(DTYPES)}{hint}")
     if named:
         raise ConfigurationError("dtype", dtype, f"stands in model_config as {named[0]}, too: leave one out")
     if name == AUTO:

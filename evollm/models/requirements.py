@@ -85,17 +85,17 @@ def refusal(config: LoraConfig, model: nn.Module, error: Exception) -> Configura
     """
     # A module in the message is printed with all that it holds.
     reason = brief(re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL)) or type(error).__name__
+    there = ""
     if "module" in reason:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         own = (name.removesuffix(".base_layer") for name in linear if ".lora_" not in name)
         names = dict.fromkeys(name.rpartition(".")[2] for name in own)
-        there = f"linear modules of {type(model).__name__} are {', '.join(list(names)[:_NAMED_AT_MOST])}"
-        modules = config.target_modules
-        listed = [part for part in re.split(r"[\s,]+", modules) if part] if isinstance(modules, str) else []
-        hint = f"; a text is one pattern, so give a list: [{', '.join(listed)}]" if len(listed) > 1 else ""
-        shown = sorted(modules) if isinstance(modules, set) else modules
-        return ConfigurationError("lora_config.target_modules", shown, f"PEFT cannot apply it: {reason}; {there}{hint}")
-    return ConfigurationError("lora_config", _changes(config), f"PEFT cannot apply it: {reason}")
+        there = f"; linear modules of {type(model).__name__} are {', '.join(list(names)[:_NAMED_AT_MOST])}"
+    modules = config.target_modules
+    listed = [part for part in re.split(r"[\s,]+", modules) if part] if isinstance(modules, str) else []
+    if len(listed) > 1:
+        there += f"; a text is one pattern, so give target_modules a list: [{', '.join(listed)}]"
+    return ConfigurationError("lora_config", _changes(config), f"PEFT cannot apply it: {reason}{there}")
 
 
 def _changes(config: LoraConfig) -> dict[str, Any]:
