@@ -22,7 +22,12 @@ from evollm.cli import main
 DOCS = Path(__file__).parents[1] / "docs"
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Pages whose blocks other tests run, or that need several processes.
-ELSEWHERE = {"quickstart.md": "test_docs.py", "processes.md": "test_tutorials.py launches the same lines"}
+ELSEWHERE = {
+    "quickstart.md": "test_docs.py",
+    "processes.md": "test_tutorials.py launches the same lines",
+    "from_agilerl.md": "test_agilerl_script.py",
+    "from_trl.md": "test_from_trl.py",
+}
 Namespace = dict[str, Any]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evollm.checkpoints.agent import ATTRIBUTES
+from evollm.checkpoints.agent import CONFIG as ADAPTER
 from evollm.checkpoints.files import existing_folder
 from evollm.checkpoints.run import STATE, has_populations, newest_population, read_state
 from evollm.checks import expanded, usable_path
@@ -134,7 +135,9 @@ def check_is_base(field: str, model: object) -> None:
         return
     folder = Path(expanded(model))
     try:
-        what = "a run" if is_run(folder) else "an agent" if (folder / ATTRIBUTES).is_file() else ""
+        # An adapter by itself, as exports are, is a base; what else an agent has lies in folders below its own.
+        is_agent = (folder / ATTRIBUTES).is_file() and not (folder / ADAPTER).is_file()
+        what = "a run" if is_run(folder) else "an agent" if is_agent else ""
     except (OSError, ValueError):  # No path at all.
         return
     if what:

@@ -72,7 +72,7 @@ class DataReport:
     ) -> DataReport:
         """Count the rows that were dropped and those with a remark, and keep the first few positions of each."""
         dropped, noted = _first(dropped_rows), _first(noted_rows or {})
-        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun, warning, noted, plain_text)
+        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun, warning, noted, plain_text=plain_text)
 
     @property
     def num_dropped(self) -> int:

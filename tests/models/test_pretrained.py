@@ -220,20 +220,20 @@ def test_custom_code_runs_when_asked_for(remote, gym, lora, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "model_config",
+    ("model_config", "said"),
     [
-        {"dtype": "float99"},
-        {"attn_implementation": "bogus"},
-        {"device_map": "gpu7"},
-        {"quantization_config": {"load_in_5bit": True}},
-        {"load_in_4bit": True},
-        {"gguf_file": "missing.gguf"},
-        {"nonsense": 3},
+        ({"dtype": "float99"}, "cannot be loaded"),
+        ({"attn_implementation": "bogus"}, "is none of eager"),
+        ({"device_map": "gpu7"}, "cannot be loaded"),
+        ({"quantization_config": {"load_in_5bit": True}}, "cannot be loaded"),
+        ({"load_in_4bit": True}, "belongs one level down"),
+        ({"gguf_file": "missing.gguf"}, "cannot be loaded"),
+        ({"nonsense": 3}, "is no argument of from_pretrained"),
     ],
-    ids=lambda model_config: next(iter(model_config)),
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_arguments_that_cannot_work_are_errors_of_evollm(folder, model_config: Any) -> None:
-    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+def test_arguments_that_cannot_work_are_errors_of_evollm(folder, model_config: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
         load_base_model(folder, model_config)
 
 
