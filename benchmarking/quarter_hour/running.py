@@ -114,8 +114,8 @@ def run_part(part: Part, place: Place, context: BaseContext, until: float) -> No
     process = context.Process(target=_inside, args=(part, place, limit))  # type: ignore[attr-defined]
     process.start()
     try:
-        while process.is_alive() and time.monotonic() - started < limit:
-            process.join(0.2)
+        while process.is_alive() and (left := started + limit - time.monotonic()) > 0:
+            process.join(min(0.2, left))
             shown = _show(place.results, shown)
     finally:
         was_alive = process.is_alive()
