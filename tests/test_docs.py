@@ -19,8 +19,8 @@ import evollm
 from evollm import demo
 from evollm.algorithms.preference_losses import LOSSES
 from evollm.demo import demo_pairs
+from evollm.runs import events
 from evollm.tracking import TRACKERS
-from evollm.training import callbacks
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -71,8 +71,8 @@ def test_every_loss_and_tracker_and_callback_has_its_line() -> None:
 
 
 def test_every_field_of_an_event_is_documented() -> None:
-    events = ("RunStarted", "StepDone", "Evaluated", "Evolved", "Checkpointed", "RunEnded")
-    for event in (getattr(callbacks, name) for name in events):
+    names = ("RunStarted", "StepDone", "Evaluated", "Evolved", "Checkpointed", "RunEnded")
+    for event in (getattr(events, name) for name in names):
         assert [one.name for one in fields(event) if f"{one.name}: " not in (event.__doc__ or "")] == []
 
 

@@ -35,7 +35,7 @@ from evollm.hpo import (
 )
 from evollm.pace import Pace
 from evollm.report import few_rows, gain_of
-from evollm.training.callbacks import (
+from evollm.runs.events import (
     BaselineScored,
     Callback,
     Checkpointed,
@@ -173,7 +173,7 @@ class Console(Callback):
             self._print(lines, soft_wrap=True)
             self._print(f"The best agent against the start: {gain_of(event.before, event.after)}", soft_wrap=True)
         if self._plans:
-            self._print("Its line: " + schedule_line(ancestry(self._plans, event.best.index)), soft_wrap=True)
+            self._print("Its line: " + schedule_line(ancestry(self._plans, event.best)), soft_wrap=True)
         for sample in event.samples:
             self._print(f"\n[bold]{escape(shown(sample.prompt))}[/bold]")
             for label, answer in (("[dim]before:[/dim]", sample.before), ("[green]after:[/green]", sample.after)):

@@ -11,10 +11,7 @@ from typing import Any
 from evollm.hpo import AnyEvaluation, evaluations_to_bytes
 from evollm.own_files import inside, remove_leftovers, replace_bytes
 from evollm.runs import RecordFiles, read_lines
-from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, TIMING
-from evollm.runs.lines import strict
-from evollm.tracking.timing import Stopwatch
-from evollm.training.callbacks import (
+from evollm.runs.events import (
     BaselineScored,
     Callback,
     Checkpointed,
@@ -24,6 +21,9 @@ from evollm.training.callbacks import (
     RunStarted,
     StepDone,
 )
+from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, TIMING
+from evollm.runs.lines import strict
+from evollm.tracking.timing import Stopwatch
 
 _EVALUATION = re.compile(r"step-(\d{6,})\.safetensors")
 
@@ -104,8 +104,8 @@ class RunFolder(Callback):
             METRICS,
             kind="end",
             step=event.step,
-            best=event.best.index,
-            runner_up=None if event.runner_up is None else event.runner_up.index,
+            best=event.best,
+            runner_up=event.runner_up,
             split=event.split,
             **scores,
             samples=[vars(sample) for sample in event.samples],

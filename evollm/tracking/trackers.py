@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from evollm.errors import ConfigurationError, MissingExtraError
 from evollm.hpo import AnyEvaluation, Birth
 from evollm.own_files import inside, read_bytes, replace_bytes
-from evollm.training.callbacks import Callback, Evaluated, Evolved, RunEnded, RunStarted, StepDone
+from evollm.runs.events import Callback, Evaluated, Evolved, RunEnded, RunStarted, StepDone
 
 # The name under which a tracker of elsewhere knows the run, for whoever resumes it.
 ID_FILE = "tracking-id"
@@ -53,7 +53,7 @@ class Tracker(Callback):
 
     def on_end(self, event: RunEnded) -> None:
         """Write the score of the first agent before training and that of the best one after."""
-        scores: dict[str, float] = {"best_agent": event.best.index}
+        scores: dict[str, float] = {"best_agent": event.best}
         for when, evaluation in (("before", event.before), ("after", event.after)):
             if evaluation is not None:
                 scores |= {f"{when}/{name}": value for name, value in _scores("", evaluation).items()}

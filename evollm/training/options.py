@@ -24,8 +24,8 @@ from evollm.hpo import Mutations, TournamentSelection, check_population
 from evollm.llm_envs import DatasetGym
 from evollm.models.identity import computing_settings
 from evollm.own_files import check_can_be_made, inside, read_bytes
+from evollm.runs.events import Callback
 from evollm.runs.folder import CHECKPOINTS, CONFIG, ELITE, METRICS, RUN_FILES, no_run
-from evollm.training.callbacks import Callback
 from evollm.training.stages import Stage
 from evollm.version import __version__
 

@@ -31,8 +31,7 @@ from evollm.models.generation import greedy_answers
 from evollm.own_files import inside, read_bytes
 from evollm.processes import Processes
 from evollm.runs import read_lines
-from evollm.runs.folder import CONFIG, METRICS, is_resumed_by_command, is_run
-from evollm.training.callbacks import (
+from evollm.runs.events import (
     BaselineScored,
     Callback,
     Checkpointed,
@@ -43,6 +42,7 @@ from evollm.training.callbacks import (
     SampleAnswer,
     StepDone,
 )
+from evollm.runs.folder import CONFIG, METRICS, is_resumed_by_command, is_run
 from evollm.training.options import RunOptions, RunPaths, Schedule, describe_run
 from evollm.training.population_step import FitnessFunction, evaluate_all, fitnesses_of, learn_all
 from evollm.training.stages import stage_of
@@ -312,13 +312,13 @@ class Run(Generic[A]):
         after, runner_up_score, *_ = [*self._final_scores(podium), None, None]
         ended = RunEnded(
             step=self.step,
-            best=best,
+            best=best.index,
             best_path=best_path,
             split=self._final_split(),
             before=self.progress.before,
             after=after,
             samples=self._samples(best),
-            runner_up=runner_up,
+            runner_up=None if runner_up is None else runner_up.index,
             runner_up_score=runner_up_score,
         )
         self._tell("on_end", ended)

@@ -18,7 +18,7 @@ from evollm.foreign import LOOP, LOOP_ORDER, explains
 from evollm.hpo import Mutations, TournamentSelection, likelihood_fitness, preference_fitness
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import Processes, check_processes
-from evollm.training.callbacks import Callback
+from evollm.runs.events import Callback
 from evollm.training.options import RunOptions, RunPaths, check_callbacks, check_run, new_run_dir
 from evollm.training.population_step import FitnessFunction, check_fitness
 from evollm.training.run import Run

@@ -26,7 +26,7 @@ from evollm.models.engine import Engine, Seat
 from evollm.models.identity import computing_settings
 from evollm.names import ALIASES, check_known
 from evollm.own_files import inside, read_bytes
-from evollm.training.callbacks import Callback, RunEnded, RunStarted, StepDone
+from evollm.runs.events import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
 from evollm.tuning.pieces import pieces_of, taken_by
 from evollm.tuning.record import Record, Schedule, asked_of, known_of, place_of, read_record

@@ -15,7 +15,7 @@ from evollm.models.precision import names_dtype
 from evollm.pace import progress_told
 from evollm.processes import Processes
 from evollm.report import write_report
-from evollm.training.callbacks import Callback, Evolved, RunEnded, RunStarted
+from evollm.runs.events import Callback, Evolved, RunEnded, RunStarted
 from evollm.tuning.describe import describe
 from evollm.tuning.record import Record, Schedule, write_asked
 from evollm.tuning.rehearsal import rehearse
@@ -126,7 +126,7 @@ def _run(request: Request, setup: Setup) -> TuneResult:
     population, fitnesses = setup.pieces.finetune(setup.agents, setup.env, **loop)
     run_dir = notes.started.run_dir
     return TuneResult(
-        best=notes.ended.best,
+        best=next(agent for agent in population if agent.index == notes.ended.best),
         population=population,
         fitnesses=fitnesses,
         run_dir=run_dir,
@@ -182,7 +182,7 @@ class _Notes(Callback):
             config=self.started.config,
             founders=list(self.started.founders),
             evolutions=[(event.step, event.plan) for event in self._evolutions],
-            metrics=[{"kind": "end", "best": self.ended.best.index}],
+            metrics=[{"kind": "end", "best": self.ended.best}],
         )
         return record.schedule
 

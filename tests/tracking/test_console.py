@@ -24,8 +24,8 @@ from evollm.models.attention import ONE_BY_ONE
 from evollm.pace import Pace
 from evollm.report import few_rows, gain_of, read_run
 from evollm.report.findings import headline
+from evollm.runs.events import RunStarted
 from evollm.tracking import Console
-from evollm.training.callbacks import RunStarted
 
 WIDTH = 80
 

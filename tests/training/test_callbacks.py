@@ -72,6 +72,7 @@ def test_callbacks_hear_of_every_event_in_order(run) -> None:
     assert checkpointed.path == folder / "checkpoints/step-000001"
     ended = diary.heard[-2][1]
     assert (ended.step, ended.best_path, ended.split) == (2, folder / "elite", "test")
+    assert {ended.best, ended.runner_up} == {birth.index for birth in evolved.plan.births}
     assert len(ended.samples) == 1
 
 

@@ -1,4 +1,4 @@
-"""What happens during a run, as events, and what hangs off it, as callbacks."""
+"""What happens during a run, as events of plain data, and the callbacks that are told of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evollm.algorithms.saving import SavableAgent
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
 
 
@@ -134,24 +133,24 @@ class RunEnded:
 
     Attributes:
         step: Steps done.
-        best: The fittest agent.
+        best: Index of the fittest agent.
         best_path: Folder of its checkpoint, None when it was not to be saved.
         split: The pairs of the two scores, `final` or `test`; "" when there are none.
         before: Score of the first agent before training.
         after: Score of the fittest agent.
         samples: Answers before and after.
-        runner_up: The agent that came second, None when there is no other that could be scored.
+        runner_up: Index of the agent that came second, None when there is no other that could be scored.
         runner_up_score: Its score.
     """
 
     step: int
-    best: SavableAgent
+    best: int
     best_path: Path | None
     split: str
     before: AnyEvaluation | None
     after: AnyEvaluation | None
     samples: Sequence[SampleAnswer]
-    runner_up: SavableAgent | None = None
+    runner_up: int | None = None
     runner_up_score: AnyEvaluation | None = None
 
 
