@@ -1,6 +1,5 @@
 """Evolution of hyperparameters: fitness, selection, mutation, lineage. Knows agents only through `EvolvableAgent`."""
 
-from evollm.hpo.evaluation_files import evaluations_to_bytes, read_evaluations
 from evollm.hpo.evolution import EvolvableAgent, Evolver, Member, carry_out, plan_evolution
 from evollm.hpo.fitness import (
     AnyEvaluation,
@@ -37,7 +36,6 @@ __all__ = [
     "as_fitness",
     "carry_out",
     "check_population",
-    "evaluations_to_bytes",
     "format_value",
     "is_finite",
     "likelihood_fitness",
@@ -45,6 +43,5 @@ __all__ = [
     "plan_evolution",
     "preference_fitness",
     "rank",
-    "read_evaluations",
     "select_parents",
 ]

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.hpo import AnyEvaluation, read_evaluations
+from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, read_bytes
 from evollm.report.record import Ended, Evolution, Lap, RunRecord, Sample, Scored, StepLine
 from evollm.runs import read_lineage, read_lines
+from evollm.runs.evaluations import read_evaluations
 from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, TIMING, no_run
 
 T = TypeVar("T")

@@ -2,13 +2,11 @@
 
 from evollm.tracking.console import Console
 from evollm.tracking.report_to import tracker_names
-from evollm.tracking.run_folder import RunFolder
 from evollm.tracking.trackers import TRACKERS, TensorBoard, Tracker, Trackio, WeightsAndBiases
 
 __all__ = [
     "TRACKERS",
     "Console",
-    "RunFolder",
     "TensorBoard",
     "Tracker",
     "Trackio",

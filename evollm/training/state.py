@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
-from evollm.hpo.evaluation_files import VECTORS
+from evollm.runs.evaluations import VECTORS
 
 # Settings that a resumed run may change: how long it goes on, what it writes, and what it refuses.
 _MAY_CHANGE = {

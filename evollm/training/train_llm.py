@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
+
 from evollm.algorithms.dpo import DPO
 from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.sft import SFT
@@ -19,6 +21,8 @@ from evollm.hpo import Mutations, TournamentSelection, likelihood_fitness, prefe
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import Processes, check_processes
 from evollm.runs.events import Callback
+from evollm.runs.writer import RunFolder
+from evollm.tracking import TRACKERS, Console, tracker_names
 from evollm.training.options import RunOptions, RunPaths, check_callbacks, check_run, new_run_dir
 from evollm.training.population_step import FitnessFunction, check_fitness
 from evollm.training.run import Run
@@ -248,13 +252,11 @@ class _Listeners:
         """All callbacks of this process; the main one writes."""
         listeners = list(check_callbacks(self.callbacks))
         switch("verbose", self.verbose)
-        # Which imports the events of this package.
-        from evollm.tracking import TRACKERS, Console, RunFolder, tracker_names  # noqa: PLC0415
-
         trackers = tracker_names(self.report_to, wb=self.wb, tensorboard=self.tensorboard)
         if processes.is_main:
             # Trackers first: one that cannot start leaves no run folder behind, which would be in the way next time.
-            listeners = [*(TRACKERS[name]() for name in trackers), RunFolder(), *listeners]
+            writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
+            listeners = [*writers, *listeners]
             listeners += [Console()] if self.verbose else []
         return listeners
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import psutil
-import torch
 
 
 class Stopwatch:
     """Measures from lap to lap.
 
     Args:
-        on_cuda: Whether to note the peak of CUDA's memory too.
+        cuda_peak: The most bytes that were allocated on CUDA at once since the process began; None: no CUDA.
     """
 
-    def __init__(self, on_cuda: bool) -> None:
+    def __init__(self, cuda_peak: Callable[[], int] | None = None) -> None:
         self._process = psutil.Process()
-        self._on_cuda = on_cuda and torch.cuda.is_available()
+        self._cuda_peak = cuda_peak
         self._since = time.perf_counter()
 
     def lap(self) -> dict[str, float | int]:
@@ -25,14 +25,14 @@ class Stopwatch:
 
         Returns:
             `seconds` of the lap that ends; `resident_bytes`, the memory that the process has now; on CUDA
-            `cuda_peak_bytes`, the most that torch had allocated at once since the process began.
+            `cuda_peak_bytes`.
         """
         now = time.perf_counter()
         found: dict[str, float | int] = {
             "seconds": round(now - self._since, 6),
             "resident_bytes": self._process.memory_info().rss,
         }
-        if self._on_cuda:
-            found["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
+        if self._cuda_peak is not None:
+            found["cuda_peak_bytes"] = self._cuda_peak()
         self._since = now
         return found

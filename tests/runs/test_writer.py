@@ -12,8 +12,9 @@ from conftest import make_rows
 from safetensors.numpy import save
 
 from evollm import Callback, CheckpointError, PreferenceGym, finetune_llm_preference, finetune_llm_sft
-from evollm.hpo import Evaluation, evaluations_to_bytes, read_evaluations
+from evollm.hpo import Evaluation
 from evollm.runs import lines
+from evollm.runs.evaluations import evaluations_to_bytes, read_evaluations
 
 
 def read(path) -> list[dict]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evollm.hpo import AnyEvaluation, evaluations_to_bytes
+from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, remove_leftovers, replace_bytes
-from evollm.runs import RecordFiles, read_lines
+from evollm.runs.evaluations import evaluations_to_bytes
 from evollm.runs.events import (
     BaselineScored,
     Callback,
@@ -22,8 +22,8 @@ from evollm.runs.events import (
     StepDone,
 )
 from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, TIMING
-from evollm.runs.lines import strict
-from evollm.tracking.timing import Stopwatch
+from evollm.runs.lines import RecordFiles, read_lines, strict
+from evollm.runs.timing import Stopwatch
 
 _EVALUATION = re.compile(r"step-(\d{6,})\.safetensors")
 
@@ -36,9 +36,13 @@ class RunFolder(Callback):
     evaluation has a file `evaluations/step-000003.safetensors` with what every agent makes of every held-out pair, and
     `final.safetensors` has the same of the final score: `before`, `after` and `runner_up`. `timing.jsonl` holds what
     differs from one run to an equal one: for each event the seconds since the one before, and memory.
+
+    Args:
+        cuda_peak: Tells the most bytes that were allocated on CUDA at once; asked in a run on CUDA alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cuda_peak: Callable[[], int] | None = None) -> None:
+        self._cuda_peak = cuda_peak
         self._records: RecordFiles | None = None
         self._stopwatch: Stopwatch | None = None
 
@@ -60,7 +64,7 @@ class RunFolder(Callback):
         # Last: it is what a run folder is known by.
         config = json.dumps(strict(event.config), indent=2) + "\n"
         replace_bytes(inside(folder, CONFIG), config.encode())
-        self._stopwatch = Stopwatch(on_cuda=str(event.config["device"]).startswith("cuda"))
+        self._stopwatch = Stopwatch(self._cuda_peak if str(event.config["device"]).startswith("cuda") else None)
         self._time("start", event.step)
 
     def on_baseline(self, event: BaselineScored) -> None:
