@@ -12,7 +12,7 @@ import pytest
 
 from evollm import ConfigurationError
 from evollm.processes import Processes, check_processes
-from evollm.tuning.record import read_record
+from evollm.runs import read_run
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 TUNE = SCRIPT.with_name("parallel_tune.py")
@@ -75,9 +75,9 @@ def test_tune_gives_every_process_the_winner_and_its_schedule(tmp_path) -> None:
     assert first.pop("report")
     assert second.pop("report") is None
     assert first == second
-    record = read_record(tmp_path / "run")
+    record = read_run(tmp_path / "run")
     assert len(record.evolutions) == 1
-    assert first["best"] == record.best
+    assert first["best"] == record.winner
     assert first["schedule"] == [[step, values] for step, values in record.schedule]
 
 

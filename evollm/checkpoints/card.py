@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from evollm.errors import CheckpointError
-from evollm.hpo import ancestry, format_value
-from evollm.own_files import inside, read_bytes
-from evollm.runs import Lineage, read_lineage, read_lines
-from evollm.runs.folder import CONFIG, METRICS
+from evollm.hpo import Birth, format_value
+from evollm.runs import Lineage, RunRecord, read_run
+from evollm.runs.record import Ended
 
 
 @dataclass(frozen=True)
@@ -81,26 +80,21 @@ def model_card(run_dir: Path, subject: Subject) -> str:
         CheckpointError: The folder lacks a file, or the run has not ended and the agent is from no checkpoint of it.
     """
     try:
-        config = json.loads(read_bytes(inside(run_dir, CONFIG)))
-        lineage = read_lineage(run_dir)
-        lines = read_lines(inside(run_dir, METRICS))
-        end = next((line for line in lines if line["kind"] == "end"), None)
-        if end is None and subject.step is None:
-            raise CheckpointError(f"{run_dir}: the run has not ended; resume it with resume_from_checkpoint")
-        rows = _STAGES[config["algorithm"]].rows
-        if subject.step is None:
-            assert end is not None
-            scores, best, step = _scores(end, rows), int(end["best"]), None
+        record = read_run(run_dir, rows=False)
+        if subject.step is not None:
+            scores, best = _scores_before_the_end(record, subject.agent, subject.step), subject.agent
+        elif record.ended is not None:
+            scores, best = _scores(record, record.ended), record.ended.best
         else:
-            best, step = subject.agent, subject.step
-            scores = _scores_before_the_end(lines, best, step, int(config["schedule"]["total"]), rows)
-        before = [(at, plan) for at, plan in lineage.evolutions if step is None or at < step]
-        return _card(config, Lineage(lineage.founders, before), scores, best, subject)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise CheckpointError(f"{run_dir}: the run has not ended; resume it with resume_from_checkpoint")
+        before = [one for one in record.evolutions if subject.step is None or one.step < subject.step]
+        births = [birth for _, birth in Lineage(record.founders, before).line(best)]
+        return _card(record.config, births, scores, subject)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{run_dir} is not the folder of a run: {error!r}") from error
 
 
-def _card(config: Mapping[str, Any], lineage: Lineage, scores: list[str], best: int, subject: Subject) -> str:
+def _card(config: Mapping[str, Any], births: Sequence[Birth], scores: list[str], subject: Subject) -> str:
     hub_name = subject.hub_name
     library = "peft" if subject.is_adapter else "transformers"
     front = ["---", *([f"base_model: {hub_name}"] if hub_name else []), f"library_name: {library}"]
@@ -132,7 +126,7 @@ def _card(config: Mapping[str, Any], lineage: Lineage, scores: list[str], best: 
         "",
         "## Hyperparameters",
         "",
-        *_schedule(lineage, best),
+        *_schedule(births),
         "",
         f"LoRA: rank {int(config['lora']['r'])}, alpha {float(config['lora']['lora_alpha']):g}, "
         f"on {_modules(config['lora']['target_modules'])}.",
@@ -187,38 +181,29 @@ def _text(value: object) -> str:
     return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|").replace("`", "'")
 
 
-def _scores(end: Mapping[str, Any], rows: str) -> list[str]:
-    found = {key: name for key, name in _SCORES.items() if f"after_{key}" in end}
-    if not found:
+def _scores(record: RunRecord, ended: Ended) -> list[str]:
+    rows, before, after = f"{record.noun}s", ended.scores.get("before", {}), ended.scores.get("after", {})
+    if not after:
         return [f"No held-out {rows} were given."]
-    final = end["split"] == "final"
+    final = ended.split == "final"
     on = f"{rows} that nothing was selected by" if final else f"the {rows} that agents were selected by"
-    lines = [f"On {on}:", "", "| | before | after |", "|---|---|---|"]
-    for key, name in found.items():
-        lines.append(f"| {name} | {float(end[f'before_{key}']):.3f} | {float(end[f'after_{key}']):.3f} |")
-    return lines
+    head = [f"On {on}:", "", "| | before | after |", "|---|---|---|"]
+    return [*head, *(f"| {_SCORES[name]} | {before[name]:.3f} | {value:.3f} |" for name, value in after.items())]
 
 
-def _scores_before_the_end(
-    lines: Sequence[Mapping[str, Any]], agent: int, step: int, total: int, rows: str
-) -> list[str]:
+def _scores_before_the_end(record: RunRecord, agent: int, step: int) -> list[str]:
     """The last scores of an agent from a checkpoint."""
-    scored = [line for line in lines if line["kind"] == "evaluation" and line["step"] <= step]
-    own = [line for line in scored if line["agent"] == agent]
-    saved = f"The run had not ended: this is agent {agent} after step {step} of {total}"
-    found = {key: name for key, name in _SCORES.items() if own and key in own[-1]}
-    if not found:
+    saved = f"The run had not ended: this is agent {agent} after step {step} of {record.config['schedule']['total']}"
+    own = [scored for scored in record.evaluations if scored.agent == agent and scored.step <= step]
+    if not own or not own[-1].scores:
         return [f"{saved}, which has not been scored."]
-    at = int(own[-1]["step"])
-    head = [f"{saved}. On the {rows} that agents were selected by:", "", f"| | after step {at} |", "|---|---|"]
-    return [*head, *(f"| {name} | {float(own[-1][key]):.3f} |" for key, name in found.items())]
+    on = f"On the {record.noun}s that agents were selected by:"
+    head = [f"{saved}. {on}", "", f"| | after step {own[-1].step} |", "|---|---|"]
+    return [*head, *(f"| {_SCORES[name]} | {value:.3f} |" for name, value in own[-1].scores.items())]
 
 
-def _schedule(lineage: Lineage, best: int) -> list[str]:
+def _schedule(births: Sequence[Birth]) -> list[str]:
     """The line of the best agent: one row for each generation."""
-    births = ancestry([plan for _, plan in lineage.evolutions], best)
-    if not births:
-        births = [birth for birth in lineage.founders if birth.index == best]
     names = list(births[0].hyperparameters)
     lines = [f"| generation | agent | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for generation, birth in enumerate(births):

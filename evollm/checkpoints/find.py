@@ -14,8 +14,8 @@ from evollm.checks import expanded, usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import EvolutionPlan, Fitness, is_finite, rank
 from evollm.own_files import inside
-from evollm.runs import read_lines
-from evollm.runs.folder import CHECKPOINTS, ELITE, METRICS, is_run
+from evollm.runs import has_ended
+from evollm.runs.folder import CHECKPOINTS, ELITE, is_run
 
 _ACTOR = "actor"
 
@@ -77,8 +77,7 @@ def best_of_run(run_dir: Path, elite: Path, checkpoints: Path) -> FoundAgent:
     Raises:
         CheckpointError: There is none, or what there is is damaged.
     """
-    metrics = inside(run_dir, METRICS)
-    ended = metrics.is_file() and any(line["kind"] == "end" for line in read_lines(metrics))
+    ended = has_ended(run_dir)
     saved = existing_folder(elite)
     if ended and saved.is_dir():
         return FoundAgent(saved)

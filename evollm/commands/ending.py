@@ -17,7 +17,7 @@ def print_ending(run_dir: Path, report: Path | None, trusted: bool = False) -> N
         trusted: Whether code that comes with the base was run.
     """
     from evollm.checkpoints.run import has_populations
-    from evollm.tuning.record import known_of, place_of
+    from evollm.tuning.arguments_file import known_of, place_of
 
     print(f"\nRun folder: {run_dir}")
     if report is not None:

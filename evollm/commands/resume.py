@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigurationError("resume_from_checkpoint", given["resume_from_checkpoint"], fix)
     from evollm.demo import is_demo, resume_demo
     from evollm.tuning import tune
-    from evollm.tuning.record import read_asked
+    from evollm.tuning.arguments_file import read_asked
 
     if is_demo(options.run_dir):
         if given:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evollm.hpo import AnyEvaluation, Evaluation, is_finite, rank
-from evollm.report.record import RunRecord, Scored
 from evollm.report.statistics import Interval, few_rows, paired_difference, score_interval
+from evollm.runs.record import RunRecord, Scored
 
 # By what the kind of run is judged first, then what else is compared.
 JUDGED_BY = {"pair": ("accuracy", "mean_margin"), "example": ("loss",)}

@@ -13,12 +13,13 @@ from jinja2 import Environment, StrictUndefined
 from evollm.hpo import format_value
 from evollm.report.findings import NAMES, Comparison, compare, headline, kind_of_rows
 from evollm.report.population_figures import BOXED_GENERATIONS, schedule_pictures, tree_picture
-from evollm.report.record import CUT, RunRecord, Sample
 from evollm.report.score_figures import final_pictures, held_out_pictures, last_evaluation_pictures
 from evollm.report.statistics import RESAMPLES
 from evollm.report.style import Picture, drawing
 from evollm.report.training_figures import resource_pictures, time_spent, training_pictures
 from evollm.report.tree import in_words
+from evollm.runs.events import SampleAnswer
+from evollm.runs.record import CUT, RunRecord
 
 # A line of more than these is not written out.
 FEW_AGENTS = 8
@@ -71,7 +72,7 @@ def _title(record: RunRecord) -> str:
     return f"{name}: {how}"
 
 
-def _is_cut(sample: Sample) -> bool:
+def _is_cut(sample: SampleAnswer) -> bool:
     return any(answer.endswith(CUT) for answer in (sample.before, sample.after))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from evollm.report.record import Life, RunRecord
+from evollm.runs.record import Life, RunRecord
 
 P = TypeVar("P")
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evollm.hpo import format_value
-from evollm.report.record import Life, RunRecord
 from evollm.report.style import (
     DIVERGED,
     FRAME,
@@ -27,6 +26,7 @@ from evollm.report.style import (
     write_beside,
 )
 from evollm.report.tree import Node, family_tree
+from evollm.runs.record import Life, RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

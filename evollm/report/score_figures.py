@@ -10,7 +10,6 @@ import numpy as np
 from evollm.errors import ConfigurationError
 from evollm.hpo import AnyEvaluation, rank
 from evollm.report.paths import Path, paths
-from evollm.report.record import RunRecord, Scored
 from evollm.report.statistics import Interval, score_interval
 from evollm.report.style import (
     FRAME,
@@ -28,6 +27,7 @@ from evollm.report.style import (
     whole_steps,
     write_beside,
 )
+from evollm.runs.record import RunRecord, Scored
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

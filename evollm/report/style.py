@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evollm.errors import MissingExtraError
-from evollm.report.record import Life, RunRecord
+from evollm.runs.record import Life, RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from evollm.report.paths import paths
-from evollm.report.record import Lap, RunRecord
 from evollm.report.style import (
     OTHER,
     PANEL,
@@ -22,6 +21,7 @@ from evollm.report.style import (
     whole_steps,
     write_beside,
 )
+from evollm.runs.record import Lap, RunRecord
 
 # What is drawn of the steps, with its title; what a run does not report is left out.
 CURVES = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evollm.hpo import Birth, Mutation, format_value
-from evollm.report.record import RunRecord, Scored
+from evollm.runs.record import RunRecord, Scored
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.own_files import check_can_be_made, inside, read_bytes, remove_leftovers, replace_bytes
 from evollm.report.page import render
-from evollm.report.read import read_run
-from evollm.report.record import RunRecord
 from evollm.report.style import SOFTWARE, Picture
+from evollm.runs.reader import read_run
+from evollm.runs.record import RunRecord
 
 # What a page and a picture of a report are known by.
 _PAGE = f'<meta name="generator" content="{SOFTWARE}">'.encode()

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from evollm.errors import CheckpointError
-from evollm.hpo.lineage import Birth, EvolutionPlan
+from evollm.hpo import Birth, EvolutionPlan, ancestry
+from evollm.hpo.hyperparameters import Value
 from evollm.own_files import inside, read_bytes
+from evollm.runs.events import Evolved
 from evollm.runs.folder import CHECKPOINTS, LINEAGE
 from evollm.runs.lines import read_lines
 
 # The part of a checkpoint that is JSON.
 STATE = "population.json"
+
+# One (step, hyperparameters) for the founder, and one for each change.
+Schedule = list[tuple[int, dict[str, Value]]]
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,27 @@ class Lineage:
 
     Attributes:
         founders: The first one.
-        evolutions: Each with the step after which it was carried out, in their order.
+        evolutions: Those that led to the others, in their order.
     """
 
     founders: Sequence[Birth]
-    evolutions: Sequence[tuple[int, EvolutionPlan]]
+    evolutions: Sequence[Evolved]
+
+    def line(self, index: int) -> list[tuple[int, Birth]]:
+        """An agent's ancestors and itself: one birth for each generation, with the step at which it began."""
+        births = ancestry([evolution.plan for evolution in self.evolutions], index)
+        births = births or [birth for birth in self.founders if birth.index == index]
+        steps = [0, *(evolution.step for evolution in self.evolutions)]
+        return list(zip(steps[: len(births)], births, strict=True))
+
+    def schedule(self, index: int) -> Schedule:
+        """The hyperparameters of an agent's line, wherever they changed."""
+        found: Schedule = []
+        for step, birth in self.line(index):
+            values = dict(birth.hyperparameters)
+            if not found or found[-1][1] != values:
+                found.append((step, values))
+        return found
 
 
 def read_lineage(run_dir: Path) -> Lineage:
@@ -46,7 +67,7 @@ def read_lineage(run_dir: Path) -> Lineage:
         if not _is_whole(recorded):
             saved = _from_checkpoints(run_dir)
             if saved is not None:
-                later = [pair for pair in recorded.evolutions if pair[1].generation >= len(saved.evolutions)]
+                later = [one for one in recorded.evolutions if one.plan.generation >= len(saved.evolutions)]
                 recorded = Lineage(saved.founders, [*saved.evolutions, *later])
         if recorded.founders and _is_whole(recorded):
             _check_descent(recorded)
@@ -62,7 +83,7 @@ def read_lineage(run_dir: Path) -> Lineage:
 def _lineage(founders: Sequence[Mapping[str, Any]], evolutions: Sequence[Mapping[str, Any]]) -> Lineage:
     return Lineage(
         [Birth.from_dict(birth) for birth in founders],
-        [(int(line["step"]), EvolutionPlan.from_dict(line)) for line in evolutions],
+        [Evolved(int(line["step"]), EvolutionPlan.from_dict(line)) for line in evolutions],
     )
 
 
@@ -75,19 +96,19 @@ def _check_descent(lineage: Lineage) -> None:
     if any(birth.parent is not None for birth in lineage.founders):
         raise ValueError("a founder has a parent")
     known = present = {birth.index for birth in lineage.founders}
-    for _, plan in lineage.evolutions:
-        for birth in plan.births:
+    for evolution in lineage.evolutions:
+        for birth in evolution.plan.births:
             is_kept = birth.parent == birth.index and birth.index in present
             is_new = birth.index not in known and (birth.parent is None or birth.parent in present)
             if not (is_kept or is_new):
                 raise ValueError(f"agent {birth.index} cannot come from agent {birth.parent}")
-        present = {birth.index for birth in plan.births}
+        present = {birth.index for birth in evolution.plan.births}
         known = known | present
 
 
 def _is_whole(lineage: Lineage) -> bool:
     """Whether the generations follow each other from the first on."""
-    numbers = [plan.generation for _, plan in lineage.evolutions]
+    numbers = [evolution.plan.generation for evolution in lineage.evolutions]
     return bool(lineage.founders) and numbers == list(range(len(numbers)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -23,7 +22,8 @@ from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection, check_population
 from evollm.llm_envs import DatasetGym
 from evollm.models.identity import computing_settings
-from evollm.own_files import check_can_be_made, inside, read_bytes
+from evollm.own_files import check_can_be_made, inside
+from evollm.runs import read_config
 from evollm.runs.events import Callback
 from evollm.runs.folder import CHECKPOINTS, CONFIG, ELITE, METRICS, RUN_FILES, no_run
 from evollm.training.stages import Stage
@@ -279,13 +279,7 @@ def _check_run_folder(folder: Path) -> None:
     if not (folder / CONFIG).is_file():
         fix = f"{no_run(folder)}. A run that ended before it had one is begun anew, as run_dir"
         raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
-    try:
-        config = json.loads(read_bytes(inside(folder, CONFIG)))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError("resume_from_checkpoint", str(folder), f"has no whole config.json: {error}") from None
-    if not isinstance(config, dict) or "schedule" not in config:
-        fix = "is no run folder: its config.json is that of something else"
-        raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
+    read_config(folder, "resume_from_checkpoint")
 
 
 def new_run_dir() -> Path:

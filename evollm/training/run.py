@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import tempfile
 import warnings
@@ -28,9 +27,8 @@ from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
 from evollm.models.engine import Engine
 from evollm.models.generation import greedy_answers
-from evollm.own_files import inside, read_bytes
 from evollm.processes import Processes
-from evollm.runs import read_lines
+from evollm.runs import has_ended, read_config
 from evollm.runs.events import (
     BaselineScored,
     Callback,
@@ -42,7 +40,7 @@ from evollm.runs.events import (
     SampleAnswer,
     StepDone,
 )
-from evollm.runs.folder import CONFIG, METRICS, is_resumed_by_command, is_run
+from evollm.runs.folder import is_resumed_by_command, is_run
 from evollm.training.options import RunOptions, RunPaths, Schedule, describe_run
 from evollm.training.population_step import FitnessFunction, evaluate_all, fitnesses_of, learn_all
 from evollm.training.stages import stage_of
@@ -185,11 +183,10 @@ class Run(Generic[A]):
             ConfigurationError: It has ended, and its checkpoints are gone, or its settings were others.
         """
         folder = self.paths.run_dir
-        metrics = inside(folder, METRICS)
-        if any(line["kind"] == "end" for line in (read_lines(metrics) if metrics.exists() else ())):
+        if has_ended(folder):
             fix = "the run has ended, and its checkpoints are gone: there is nothing to go on from; begin a new run"
             raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
-        check_same_run(json.loads(read_bytes(inside(folder, CONFIG))), self.config, self.env.changed_text)
+        check_same_run(read_config(folder), self.config, self.env.changed_text)
 
     def _going_on(self) -> str:
         """How somebody who interrupts the run goes on with it; "" where there is no run folder yet."""

@@ -19,17 +19,18 @@ from evollm.checkpoints.agent import read_agent_folder
 from evollm.checkpoints.run import STATE
 from evollm.checks import usable_path
 from evollm.data import clock
-from evollm.errors import ConfigurationError
+from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.hyperparameters import Value
 from evollm.llm_envs import DatasetGym
 from evollm.models.engine import Engine, Seat
 from evollm.models.identity import computing_settings
 from evollm.names import ALIASES, check_known
 from evollm.own_files import inside, read_bytes
+from evollm.runs import RunRecord, Schedule, read_run
 from evollm.runs.events import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
+from evollm.tuning.arguments_file import asked_of, known_of, place_of, resume_of
 from evollm.tuning.pieces import pieces_of, taken_by
-from evollm.tuning.record import Record, Schedule, asked_of, known_of, place_of, read_record
 from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
 # What decides in which steps, and so beside whom, an agent goes through a batch.
@@ -71,24 +72,18 @@ class Script:
     seats: Mapping[int, Seat]
 
     @classmethod
-    def of(cls, record: Record) -> Script:
-        """That of a run's best agent, on the data of the run."""
-        strides = {
-            birth.index: _stride(birth.hyperparameters)
-            for births in (record.founders, *(plan.births for _, plan in record.evolutions))
-            for birth in births
-        }
-        line = record.line
+    def of(cls, record: RunRecord) -> Script:
+        """That of the best agent of a run that has ended, on the data of the run."""
+        strides = {index: _stride(life.birth.hyperparameters) for index, life in record.lives.items()}
         learners: dict[int, list[int]] = {}
-        for entry in record.metrics:
-            if entry["kind"] == "step":
-                learners.setdefault(int(entry["step"]), []).append(int(entry["agent"]))
+        for entry in record.steps:
+            learners.setdefault(entry.step, []).append(entry.agent)
         seats = {}
         for step, present in learners.items():
-            index = next(birth.index for begin, birth in reversed(line) if begin < step)
+            index = next(life.birth.index for life in reversed(record.line) if life.steps[0] < step)
             beside = [other for other in present if strides[other] == strides[index]]
             seats[step] = Seat(beside.index(index), len(beside))
-        return cls(int(record.config["schedule"]["total"]), dict(record.schedule), seats)
+        return cls(record.config["schedule"]["total"], dict(record.schedule), seats)
 
     def stretched(self, total: int) -> Script:
         """The same over another number of steps: each change comes at the same share of the run."""
@@ -184,7 +179,9 @@ def replay(
             are others than the run's.
         CheckpointError: The run has not ended, or its files are damaged.
     """
-    record = read_record(run)
+    record = read_run(run, rows=False)
+    if record.ended is None:
+        raise CheckpointError(f"{record.path}: the run has not ended; go on with it first: {resume_of(run)}")
     script = Script.of(record)
     if data is not None:
         handed_in["data"] = data
@@ -274,9 +271,9 @@ def _as_tuned(
     return make_agents(one, prepare_settings(one), env), env
 
 
-def _founder(agents: Sequence[SavableAgent], record: Record) -> SavableAgent:
+def _founder(agents: Sequence[SavableAgent], record: RunRecord) -> SavableAgent:
     """The agent that the line begins with; all agents of a population begin with the same weights."""
-    index = record.line[0][1].index
+    index = record.line[0].birth.index
     return next((agent for agent in agents if agent.index == index), agents[0])
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
@@ -18,9 +16,9 @@ from transformers import PreTrainedModel
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints.files import check_unlocked
 from evollm.checkpoints.find import check_is_base, find_agent
-from evollm.checks import optional_whole_number, usable_path, whole_number
+from evollm.checks import optional_whole_number, whole_number
 from evollm.data import clock
-from evollm.errors import CheckpointError, ConfigurationError
+from evollm.errors import ConfigurationError
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
@@ -28,9 +26,8 @@ from evollm.models.precision import AUTO, names_dtype
 from evollm.models.pretrained import find_config, load_tokenizer
 from evollm.models.requirements import check_plain_model
 from evollm.names import ALIASES, check_known
-from evollm.own_files import inside, read_bytes
 from evollm.processes import check_processes
-from evollm.runs.folder import CONFIG
+from evollm.runs import read_config
 from evollm.tracking import TRACKERS, tracker_names
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run
 from evollm.training.population_step import check_fitness
@@ -164,12 +161,14 @@ def set_up(request: Request) -> Setup:
     paths = paths_of(settings)
     for folder in (paths.run_dir, paths.checkpoints):
         check_unlocked(folder)
-    with clock.at(None if resume is None else _begun_at(resume)):
+    # The folder has been checked with the other places.
+    began = None if resume is None else read_config(resume, "resume_from_checkpoint")
+    with clock.at(None if began is None else clock.read_moment(began["data"].get("written_at"))):
         env = make_env(request, settings)
     if resume is None:
         check_batch_sizes(settings, env.batch_size)
     # Before the model is loaded, which takes a while.
-    loop = _loop(request, settings, env)
+    loop = _loop(request, settings, env, began)
     _check_listeners(request.pieces, loop)
     agents = make_agents(request, settings, env)
     options = options_of(request.pieces, loop)
@@ -296,14 +295,14 @@ def default_hp_config(pieces: Pieces, settings: Settings) -> HyperparameterConfi
     )
 
 
-def _loop(request: Request, settings: Settings, env: DatasetGym) -> Settings:
-    """Keyword arguments for the loop."""
+def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[str, Any] | None) -> Settings:
+    """Keyword arguments for the loop; `began` are the settings of a run to resume, None: it is a new one."""
     loop = taken_by(request.pieces.finetune, settings)
     total_given = loop.get("max_steps") is not None or loop.get("num_epochs") is not None
     evo_steps, generations = loop.get("evo_steps"), request.generations
-    resumed = loop.get("resume_from_checkpoint")
-    if evo_steps is None and generations is None and resumed is not None and request.population > 1:
-        evo_steps = loop["evo_steps"] = _evo_steps_of(resumed)
+    if evo_steps is None and generations is None and began is not None and request.population > 1:
+        # A run that goes on longer has more generations, not longer ones.
+        evo_steps = loop["evo_steps"] = began["schedule"].get("evolve_every")
     if generations is not None and evo_steps is not None:
         if total_given:
             fix = "generations x evo_steps is the length of the run: leave one of the three out"
@@ -332,28 +331,6 @@ def _check_listeners(pieces: Pieces, loop: Settings) -> None:
         TRACKERS[name]()
     check_callbacks(found["callbacks"])
     check_fitness(found["fitness"], pieces.stage)
-
-
-def _begun_at(run_dir: Any) -> datetime | None:
-    """When a run's texts were written; None where the folder does not say it."""
-    try:
-        config = json.loads(read_bytes(inside(usable_path("resume_from_checkpoint", run_dir), CONFIG)))
-        return clock.read_moment(config["data"].get("written_at"))
-    except (OSError, CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _evo_steps_of(run_dir: Any) -> int | None:
-    """The length of a run's generations: one that goes on longer has more of them, not longer ones.
-
-    None where the folder does not say it; whoever resumes the run says what is wrong with it.
-    """
-    try:
-        config = json.loads(read_bytes(inside(usable_path("resume_from_checkpoint", run_dir), CONFIG)))
-        found: int | None = config["schedule"]["evolve_every"]
-    except (OSError, CheckpointError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return found
 
 
 def options_of(pieces: Pieces, loop: Settings) -> RunOptions:

@@ -15,9 +15,10 @@ from evollm.models.precision import names_dtype
 from evollm.pace import progress_told
 from evollm.processes import Processes
 from evollm.report import write_report
+from evollm.runs import Lineage, Schedule
 from evollm.runs.events import Callback, Evolved, RunEnded, RunStarted
+from evollm.tuning.arguments_file import write_asked
 from evollm.tuning.describe import describe
-from evollm.tuning.record import Record, Schedule, write_asked
 from evollm.tuning.rehearsal import rehearse
 from evollm.tuning.setup import Request, Setup, request_of, set_up
 
@@ -177,14 +178,7 @@ class _Notes(Callback):
     @property
     def schedule(self) -> Schedule:
         """What made the best agent; from memory, since the main process alone writes files."""
-        record = Record(
-            run_dir=self.started.run_dir,
-            config=self.started.config,
-            founders=list(self.started.founders),
-            evolutions=[(event.step, event.plan) for event in self._evolutions],
-            metrics=[{"kind": "end", "best": self.ended.best}],
-        )
-        return record.schedule
+        return Lineage(self.started.founders, self._evolutions).schedule(self.ended.best)
 
     def on_start(self, event: RunStarted) -> None:
         """Note the run folder and what happened before."""

@@ -26,9 +26,10 @@ from evollm.errors import CheckpointError, ConfigurationError, brief
 from evollm.models.generation import greedy_answers
 from evollm.models.precision import AUTO
 from evollm.models.pretrained import load_base_model, load_tokenizer, reloadable
+from evollm.runs import has_ended, read_config
 from evollm.runs.folder import run_above
+from evollm.tuning.arguments_file import Asked, known_of, place_of, resume_of
 from evollm.tuning.plain import model_config_of
-from evollm.tuning.record import Asked, Record, known_of, place_of, read_record, resume_of
 
 KINDS = ("merged", "adapter", "policy")
 _AGENTS: dict[str, type[SavableAgent]] = {"DPO": DPO, "SFT": SFT}
@@ -134,46 +135,47 @@ def open_winner(
     above = run_above(usable_path("run_dir", run_dir))
     if above is not None and elite is None:
         run_dir, elite = above, run_dir
-    record = read_record(run_dir)
-    known = known_of(run_dir)
+    config = read_config(run_dir)
+    folder = usable_path("run_dir", run_dir)
+    known = known_of(folder)
     # Before a model is loaded: there must be an agent.
-    found = _best_of(record, known) if elite is None else find_agent("elite", elite)
+    found = _best_of(folder, config, known) if elite is None else find_agent("elite", elite)
     if found.remark:
         warnings.warn(found.remark, UserWarning, stacklevel=2)
     asked = known.settings
-    name = model or asked.get("model") or record.config["base"]
+    name = model or asked.get("model") or config["base"]
     if model is None:
         needed = {"tokenizer", "model_config"} if name else {"model", "tokenizer", "model_config"}
         known.require(needed, run_dir, "give the name or folder of a model that has them (model)")
     if not name:
         raise ConfigurationError("model", None, f"{run_dir} does not name the model that it ran on: give it")
-    agent_class = _AGENTS[record.config["algorithm"]]
+    agent_class = _AGENTS[config["algorithm"]]
     model_config = _model_config(asked, found.path, trust_remote_code)
     tokenizer = load_tokenizer(asked.get("tokenizer") or name, model_config)
     base: dict[str, Any] = (
         {"model_config": model_config} if model is None else {"actor_network": load_base_model(model, model_config)}
     )
     agent = agent_class.load(str(found.path), asked.get("device"), **base)
-    form = record.config["data"].get("form")
-    return Winner(agent, tokenizer, record.run_dir, form if form in FORMS else "", found)
+    form = config["data"].get("form")
+    return Winner(agent, tokenizer, folder, form if form in FORMS else "", found)
 
 
-def _best_of(record: Record, known: Asked) -> FoundAgent:
+def _best_of(run_dir: Path, config: Mapping[str, Any], known: Asked) -> FoundAgent:
     """The best agent of a run whose places lie in its folder.
 
     Raises:
         ConfigurationError: They lie outside of it.
         CheckpointError: There is no agent, or it is damaged.
     """
-    needed = "elite_path" if record.has_ended else "checkpoint_path"
-    known.require_places([needed], record.run_dir, lambda _, path: f"--elite {shlex.quote(path)}")
-    inner = {name: place_of(record.run_dir, known, name) for name in ("elite_path", "checkpoint_path")}
+    needed = "elite_path" if has_ended(run_dir) else "checkpoint_path"
+    known.require_places([needed], run_dir, lambda _, path: f"--elite {shlex.quote(path)}")
+    inner = {name: place_of(run_dir, known, name) for name in ("elite_path", "checkpoint_path")}
     try:
-        return best_of_run(record.run_dir, inner["elite_path"], inner["checkpoint_path"])
+        return best_of_run(run_dir, inner["elite_path"], inner["checkpoint_path"])
     except NoAgentError as error:
-        every = record.config["schedule"].get("checkpoint_every")
+        every = config["schedule"].get("checkpoint_every")
         when = f"it saves one every {every} steps" if every else "it saves none (checkpoint_steps=0)"
-        raise CheckpointError(f"{error} ({when}); go on with it: {resume_of(record.run_dir)}") from None
+        raise CheckpointError(f"{error} ({when}); go on with it: {resume_of(run_dir)}") from None
 
 
 def _model_config(asked: Mapping[str, Any], elite: Path, trust_remote_code: bool) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from evollm import load_policy_archive
 from evollm.cli import main
 from evollm.commands import COMMANDS
 from evollm.recipes import recipe_names
+from evollm.runs import read_run
 from evollm.training import run as run_module
-from evollm.tuning.record import read_asked, read_record
+from evollm.tuning.arguments_file import read_asked
 
 # Over every recipe: a run of seconds.
 SMALL = (
@@ -76,7 +77,7 @@ def test_a_recipe_runs(folder, name) -> None:
 def test_the_recipes_of_a_chain_run_one_after_the_other(folder) -> None:
     assert train("--recipe", "sft", "population=2", "generations=2") == 0
     assert train("--recipe", "dpo-after-sft", "population=2", "generations=2", "run_dir=run") == 0
-    assert read_record("run").config["algorithm"] == "DPO"
+    assert read_run("run").config["algorithm"] == "DPO"
 
 
 def test_the_quantised_recipe_runs(folder) -> None:
@@ -84,7 +85,7 @@ def test_the_quantised_recipe_runs(folder) -> None:
     small = ("population=2", "generations=2", "max_steps=2", "run_dir=run", "model_config.dtype=float32")
     compute = "model_config.quantization_config.bnb_4bit_compute_dtype=float32"
     assert train("--recipe", "qlora", *small, compute) == 0
-    assert len(read_record("run").config["agents"]) == 2
+    assert len(read_run("run").config["agents"]) == 2
 
 
 def test_validate_says_what_train_would_do_and_does_not_do_it(folder, capsys) -> None:
@@ -265,8 +266,8 @@ def test_a_run_is_prolonged_by_one_length_and_then_resumed_as_it_is(finished, mo
     # 4 steps in 2 generations have been done. What one line leaves behind is what the next goes on with.
     for override, total in (("num_epochs=2", 8), (None, 8), ("generations=5", 10), ("num_epochs=3", 12), (None, 12)):
         assert main(["resume", finished, *([override] if override else [])]) == 0, capsys.readouterr().err
-        assert read_record(finished).config["schedule"]["total"] == total
-    assert [step for step, _ in read_record(finished).evolutions] == [2, 4, 6, 8, 10]
+        assert read_run(finished).config["schedule"]["total"] == total
+    assert [one.step for one in read_run(finished).evolutions] == [2, 4, 6, 8, 10]
     # A call that is refused leaves everything as it was.
     asked = read_asked(finished)
     assert main(["resume", finished, "num_epochs=1"]) == 1

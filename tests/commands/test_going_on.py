@@ -22,8 +22,8 @@ from evollm.checkpoints.find import find_agent
 from evollm.cli import main
 from evollm.config import override
 from evollm.report import write_report
+from evollm.runs import read_run
 from evollm.training import run as run_module
-from evollm.tuning.record import read_record
 
 NAME = 'my $(run)\'s "ü" [b]:smile: run'
 ACTOR = "actor/adapter_model.safetensors"
@@ -97,7 +97,7 @@ def test_an_interrupted_run_prints_the_command_that_goes_on_with_it(
     command = said.partition("go on with: ")[2]
     # Asked for an agent, it is that of the checkpoint.
     assert typed(command) == 0
-    assert read_record(NAME).has_ended
+    assert read_run(NAME).ended is not None
     for line in next_lines(capsys.readouterr().out):
         assert typed(line) == 0, line
 
@@ -151,7 +151,7 @@ def test_a_run_that_has_not_ended_is_asked_and_exported_from_its_newest_checkpoi
         assert said.startswith("evollm: run: the run has not ended and has saved no checkpoint yet")
         assert said.count("\n") == 1
         assert typed(said.rstrip().partition("go on with it: ")[2]) == 0
-        assert read_record("run").has_ended
+        assert read_run("run").ended is not None
         break
 
 

@@ -23,7 +23,7 @@ from evollm.models.fast_paths import FastPaths
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import PairLogprobs, two_sequences
 from evollm.processes import Processes
-from evollm.tuning.record import asked_of
+from evollm.tuning.arguments_file import asked_of
 
 # That members go one by one, PEFT's remarks on target_parameters.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

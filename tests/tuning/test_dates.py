@@ -15,7 +15,7 @@ from tokenizers_for_tests import chatml_tokenizer
 
 from evollm import DPO, ConfigurationError, PreferenceGym, finetune_llm_preference, replay, tune
 from evollm.data import clock
-from evollm.tuning.record import read_record
+from evollm.runs import read_run
 from evollm.tuning.winner import open_winner
 
 SHORT: dict[str, Any] = {
@@ -76,7 +76,7 @@ def test_a_template_that_writes_the_date_does_not_stop_a_resume(dated) -> None:
     tune(str(dated / "base"), str(data), num_epochs=1, run_dir=dated / "run", **SHORT)
     tomorrow()
     tune(str(dated / "base"), str(data), num_epochs=2, resume_from_checkpoint=dated / "run", **SHORT)
-    one, other = (read_record(run).config["data"] for run in (dated / "run", dated / "whole"))
+    one, other = (read_run(run).config["data"] for run in (dated / "run", dated / "whole"))
     assert one["fingerprint"] == other["fingerprint"]
     # The same texts, and so the same schedule, bit for bit.
     assert replay(dated / "whole", run_dir=dated / "again", verbose=False).exact

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from evollm import DPO, ConfigurationError, tune
 from evollm.models.merging import all_logprobs
 from evollm.models.pretrained import load_tokenizer
-from evollm.tuning.record import read_asked, read_record
+from evollm.runs import read_run
+from evollm.tuning.arguments_file import read_asked
 from evollm.tuning.winner import export, open_winner
 
 SHORT: dict[str, Any] = {
@@ -55,8 +56,8 @@ def test_a_run_that_was_begun_with_relative_paths_is_used_from_anywhere(workplac
     at = str(workplace / "first")
     assert (asked["model"], asked["tokenizer"], asked["data"]) == (f"{at}/base", f"{at}/base", [f"{at}/rows.jsonl"])
     assert asked["elite_path"] == f"{at}/run/best"
-    assert read_record(run).config["base"] == f"{at}/base"
-    total = read_record(run).config["schedule"]["total"]
+    assert read_run(run).config["base"] == f"{at}/base"
+    total = read_run(run).config["schedule"]["total"]
 
     winner = open_winner(run)
     assert len(winner.answers("Question", max_new_tokens=2)) == 2
@@ -69,7 +70,7 @@ def test_a_run_that_was_begun_with_relative_paths_is_used_from_anywhere(workplac
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert torch.equal(logprobs_of(DPO.load(f"{run}/best")), expected)
     tune(**{**asked, "num_epochs": 2}, resume_from_checkpoint=run)
-    assert read_record(run).config["schedule"]["total"] == 2 * total
+    assert read_run(run).config["schedule"]["total"] == 2 * total
 
 
 def test_a_base_that_was_moved_is_one_line_and_is_found_where_it_is_given(workplace, monkeypatch) -> None:

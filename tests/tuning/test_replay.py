@@ -28,8 +28,8 @@ from evollm import (
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.cli import main
 from evollm.models import engine as engine_module
+from evollm.runs import read_run
 from evollm.training import run as run_module
-from evollm.tuning.record import read_record
 from evollm.tuning.replay import Script
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-3, 1e-2), beta=RLParameter(0.05, 0.5), nll_alpha=RLParameter(0.1, 1))
@@ -67,18 +67,18 @@ def again(run: Path, agents, env, **changes):
 
 
 def seats(run: Path) -> set[tuple[int, int]]:
-    return {(seat.place, seat.of) for seat in Script.of(read_record(run)).seats.values()}
+    return {(seat.place, seat.of) for seat in Script.of(read_run(run)).seats.values()}
 
 
 def test_replay_makes_the_winners_adapter_bit_for_bit(run, made) -> None:
     folder = run()
-    assert len(read_record(folder).schedule) > 1, "a line without a mutation would say little"
+    assert len(read_run(folder).schedule) > 1, "a line without a mutation would say little"
     assert seats(folder) - {(0, 3)}, "nor would one that is always first"
     result = again(folder, *made(1))
     assert result.exact
     elite, mine = (Path(path, "elite/actor/adapter_model.safetensors") for path in (folder, result.run_dir))
     assert elite.read_bytes() == mine.read_bytes()
-    assert result.schedule == read_record(folder).schedule
+    assert result.schedule == read_run(folder).schedule
 
 
 def test_a_replay_that_was_interrupted_goes_on(run, made, monkeypatch) -> None:
@@ -183,13 +183,13 @@ def test_replay_of_a_supervised_run(make_sft_population, tokenizer, tmp_path) ->
 
 def test_on_other_data_the_schedule_is_stretched(run, made) -> None:
     folder = run()
-    changes = [step for step, _ in read_record(folder).schedule]
+    changes = [step for step, _ in read_run(folder).schedule]
     agents, env = made(1, rows=24)
     result = again(folder, agents, env)
     # Two epochs of 3 steps were run; two epochs of 24 pairs are 12 steps.
     assert result.agent.steps == 12
     assert [step for step, _ in result.schedule] == [2 * step for step in changes]
-    assert result.agent.hyperparameter_values() == read_record(folder).schedule[-1][1]
+    assert result.agent.hyperparameter_values() == read_run(folder).schedule[-1][1]
     assert result.exact is None
 
 

@@ -20,9 +20,10 @@ from evollm.data.examples import EXAMPLES
 from evollm.data.sources import PAIRS
 from evollm.errors import MissingExtraError
 from evollm.hpo import ancestry
+from evollm.runs import read_run
+from evollm.runs.folder import ASKED
 from evollm.tuning.pieces import ALGORITHMS
 from evollm.tuning.plain import hp_config_of, lora_config_of, model_config_of
-from evollm.tuning.record import ASKED, read_record
 from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
 from evollm.tuning.splits import hold_out
 
@@ -47,13 +48,13 @@ def test_one_call_gives_the_best_agent_its_schedule_and_a_run_folder(tune, tmp_p
     assert result.best in result.population
     assert result.fitnesses[result.population.index(result.best)] == max(result.fitnesses)
     assert result.run_dir == tmp_path / "run"
-    record = read_record(result.run_dir)
-    plans = [plan for _, plan in record.evolutions]
+    record = read_run(result.run_dir)
+    plans = [one.plan for one in record.evolutions]
     assert len(plans) == 3
     assert result.schedule == record.schedule
     assert [values for _, values in result.schedule][-1] == result.best.hyperparameter_values()
     assert result.schedule[0] == (0, dict(ancestry(plans, result.best.index)[0].hyperparameters))
-    assert {step for step, _ in result.schedule} <= {0, *(step for step, _ in record.evolutions)}
+    assert {step for step, _ in result.schedule} <= {0, *(one.step for one in record.evolutions)}
 
 
 def test_a_population_of_one_is_an_ordinary_run(tune, make_model, tokenizer, tmp_path) -> None:
@@ -80,15 +81,15 @@ def test_the_run_that_tune_began_is_resumed_by_the_same_call(tune) -> None:
     short = tune(max_steps=2, evo_steps=1)
     longer = tune(max_steps=4, evo_steps=1, run_dir=None, resume_from_checkpoint=short.run_dir)
     assert longer.run_dir == short.run_dir
-    record = read_record(short.run_dir)
-    assert [step for step, _ in record.evolutions] == [1, 2, 3]
+    record = read_run(short.run_dir)
+    assert [one.step for one in record.evolutions] == [1, 2, 3]
     assert longer.schedule == record.schedule
 
 
 def test_a_run_that_goes_on_longer_has_more_generations_of_the_same_length(tune) -> None:
     short = tune(generations=2)
     longer = tune(num_epochs=2, run_dir=None, resume_from_checkpoint=short.run_dir)
-    assert [step for step, _ in read_record(longer.run_dir).evolutions] == [2, 4, 6]
+    assert [one.step for one in read_run(longer.run_dir).evolutions] == [2, 4, 6]
 
 
 def test_the_run_folder_keeps_a_none_that_is_no_default(tune) -> None:

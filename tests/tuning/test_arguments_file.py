@@ -17,8 +17,8 @@ from transformers import BitsAndBytesConfig
 
 from evollm import Callback, ConfigurationError, replay, tune
 from evollm.cli import main
+from evollm.tuning.arguments_file import asked_of, read_asked, write_asked
 from evollm.tuning.plain import lora_config_of, model_config_of
-from evollm.tuning.record import asked_of, read_asked, write_asked
 from evollm.tuning.winner import open_winner
 
 replay_module = importlib.import_module("evollm.tuning.replay")  # The package has a function of this name.

@@ -1,8 +1,9 @@
-"""From a run folder to a `RunRecord`."""
+"""The one reader of run folders: settings alone, whether a run has ended, or everything as a `RunRecord`."""
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,10 +14,12 @@ from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, read_bytes
-from evollm.report.record import Ended, Evolution, Lap, RunRecord, Sample, Scored, StepLine
-from evollm.runs import read_lineage, read_lines
 from evollm.runs.evaluations import read_evaluations
+from evollm.runs.events import SampleAnswer
 from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, TIMING, no_run
+from evollm.runs.lineage import read_lineage
+from evollm.runs.lines import read_lines
+from evollm.runs.record import Ended, Lap, RunRecord, Scored, StepLine
 
 T = TypeVar("T")
 
@@ -26,33 +29,87 @@ _ROLES = ("before", "after", "runner_up")
 _NOT_METRICS = {"kind", "step", "epoch", "agent"}
 
 
-def read_run(run_dir: str | Path) -> RunRecord:
-    """Read everything that a run folder says of its run; the run may still be going on, or have died.
+# Of `config.json`, what somebody relies on.
+_SECTIONS = ("schedule", "data", "options", "settings", "lora")
+_USED: tuple[tuple[str, str, type], ...] = (
+    *(("schedule", "total", int), ("schedule", "epoch", int)),
+    *(("data", "reports", list), ("data", "fingerprint", str), ("data", "position", dict), ("data", "batch_size", int)),
+    *(("options", "update_reference_each_epoch", bool), ("options", "save_elite", bool)),
+)
+
+
+def read_config(run_dir: str | os.PathLike[str], field: str = "run_dir") -> dict[str, Any]:
+    """Read the settings of a run, and nothing else of its folder.
+
+    Args:
+        run_dir: The run folder.
+        field: What the user calls it, for messages.
+
+    Raises:
+        ConfigurationError: No path, or no run folder.
+        CheckpointError: The settings are damaged.
+    """
+    folder = usable_path(field, run_dir)
+    if not (folder / CONFIG).is_file():
+        raise ConfigurationError(field, str(run_dir), no_run(folder))
+    path = inside(folder, CONFIG)
+    try:
+        config = json.loads(read_bytes(path))
+        if isinstance(config, dict) and "schedule" not in config:
+            raise ConfigurationError(field, str(run_dir), f"is no run folder: its {CONFIG} is that of something else")
+        if not isinstance(config["base"], str) or config["algorithm"] not in ALGORITHMS:
+            raise ValueError("it is of no run")
+        optional = [config.get("versions", {}), config.get("hp_config") or {}]
+        if not all(isinstance(one, dict) for one in [*(config[name] for name in _SECTIONS), *optional]):
+            raise TypeError("its sections are something else")
+        for section, name, kind in _USED:
+            value = config[section][name]
+            if not isinstance(value, kind) or (isinstance(value, int) and kind is int and value < 1):
+                raise TypeError(f"{section}.{name} is {value!r}")
+    except ConfigurationError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    return dict(config)
+
+
+def has_ended(run_dir: Path) -> bool:
+    """Whether a run has come to its end.
+
+    Raises:
+        CheckpointError: Its records cannot be read.
+    """
+    path = inside(run_dir, METRICS)
+    return path.exists() and any(line["kind"] == "end" for line in read_lines(path))
+
+
+def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord:
+    """Read what a run folder says of its run; the run may still be going on, or have died.
 
     Damaged records are left out with a warning, and what the lineage has lost is taken from the newest checkpoint. A
     last line that was cut short, as a kill leaves it, is left out. Results pair by pair and times that are not there,
     as in folders of earlier versions, are left empty.
 
+    Args:
+        run_dir: The run folder.
+        rows: Whether to read what the scores are made of, row by row, too.
+
     Raises:
         ConfigurationError: No path, or no run folder.
         CheckpointError: A file is missing, or nothing in it can be read, or no step is done yet; the message names it.
     """
+    config = read_config(run_dir)
     folder = usable_path("run_dir", run_dir)
-    if not (folder / CONFIG).is_file():
-        raise ConfigurationError("run_dir", str(run_dir), no_run(folder))
-    config = _read_config(inside(folder, CONFIG))
     metrics = read_lines(inside(folder, METRICS))
     timing = inside(folder, TIMING)
-    lineage = read_lineage(folder)
     try:
         record = RunRecord(
             path=folder,
             config=config,
-            founders=lineage.founders,
-            evolutions=[Evolution(step, plan) for step, plan in lineage.evolutions],
+            lineage=read_lineage(folder),
             steps=_read(metrics, "step", _step),
-            evaluations=_evaluations(folder, metrics),
-            ended=_ended(folder, metrics),
+            evaluations=_evaluations(folder, metrics, rows),
+            ended=_ended(folder, metrics, rows),
             laps=[lap for lap in map(_or_none(_lap), read_lines(timing)) if lap] if timing.exists() else [],
         )
         _check_agents(record)
@@ -61,7 +118,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
             raise
         raise CheckpointError(f"{folder} holds lines that are not of a run: {error!r}") from error
     if not record.steps:
-        raise CheckpointError(f"{folder} has nothing to report: its run has not done a step yet")
+        raise CheckpointError(f"{folder}: the run has not done a step yet, so nothing is known of it")
     if record.ended is not None and record.ended.best not in record.lives:
         raise CheckpointError(f"{folder / 'lineage.jsonl'} does not know agent {record.ended.best}, the winner")
     return record
@@ -82,19 +139,6 @@ def _check_agents(record: RunRecord) -> None:
     strangers |= {scored.agent for scored in record.evaluations} - known
     if strangers and record.founders:
         raise ValueError(f"nobody knows where agents {strangers} come from")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_bytes(path))
-        sections = [config["schedule"], config["data"], config.get("versions", {}), config.get("hp_config") or {}]
-        if not all(isinstance(one, dict) for one in sections) or not isinstance(config["data"]["reports"], list):
-            raise TypeError("its sections are something else")
-        if config["schedule"]["total"] < 1 or config["algorithm"] not in ALGORITHMS:
-            raise ValueError("it is of no run")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    return dict(config)
 
 
 def _read(lines: list[dict[str, Any]], kind: str, convert: Callable[[dict[str, Any]], T]) -> list[T]:
@@ -124,8 +168,10 @@ def _step(line: Mapping[str, Any]) -> StepLine:
     return StepLine(int(line["step"]), int(line["agent"]), metrics)
 
 
-def _evaluations(folder: Path, lines: list[dict[str, Any]]) -> list[Scored]:
+def _evaluations(folder: Path, lines: list[dict[str, Any]], rows: bool) -> list[Scored]:
     scored = _read(lines, "evaluation", _scored)
+    if not rows:
+        return scored
     pairs = {
         step: _pairs(folder, f"{EVALUATIONS}/step-{step:06d}.safetensors") for step in {one.step for one in scored}
     }
@@ -152,9 +198,9 @@ def _scored(line: Mapping[str, Any]) -> Scored:
     )
 
 
-def _ended(folder: Path, lines: list[dict[str, Any]]) -> Ended | None:
+def _ended(folder: Path, lines: list[dict[str, Any]], rows: bool) -> Ended | None:
     found = _read(lines, "end", _end)
-    return replace(found[-1], pairs=_pairs(folder, FINAL)) if found else None
+    return replace(found[-1], pairs=_pairs(folder, FINAL) if rows else {}) if found else None
 
 
 def _end(line: Mapping[str, Any]) -> Ended:
@@ -172,10 +218,10 @@ def _end(line: Mapping[str, Any]) -> Ended:
     )
 
 
-def _sample(one: Mapping[str, Any]) -> Sample:
+def _sample(one: Mapping[str, Any]) -> SampleAnswer:
     # Folders of earlier versions have no turns.
     turns = tuple((str(role), str(text)) for role, text in one.get("turns", ()))
-    return Sample(str(one["prompt"]), str(one["before"]), str(one["after"]), turns)
+    return SampleAnswer(str(one["prompt"]), str(one["before"]), str(one["after"]), turns)
 
 
 def _lap(line: Mapping[str, Any]) -> Lap:

@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness, is_finite, rank
+from evollm.hpo import AnyEvaluation, Birth, Fitness, is_finite, rank
+from evollm.runs.events import Evolved, SampleAnswer
+from evollm.runs.lineage import Lineage, Schedule
 
 # What a text ends in that goes on.
 CUT = "…"
@@ -45,31 +47,6 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Evolution:
-    """An evolution and the step after which it came."""
-
-    step: int
-    plan: EvolutionPlan
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Answers to one prompt before and after tuning; one that was cut ends in `CUT`.
-
-    Attributes:
-        prompt: The prompt, or the last message of a conversation.
-        before: What the untuned model answers.
-        after: What the winner answers.
-        turns: Role and text of each message of a conversation; none of a prompt that is text.
-    """
-
-    prompt: str
-    before: str
-    after: str
-    turns: Sequence[tuple[str, str]] = ()
-
-
-@dataclass(frozen=True)
 class Ended:
     """How a run ended.
 
@@ -80,7 +57,7 @@ class Ended:
         split: The pairs of the final score: `final`, `test` if they are those of the selection, "" if there are none.
         scores: Means by name, of `before`, `after` and `runner_up`, as far as they are known.
         pairs: What the means are made of, by the same names.
-        samples: Answers before and after.
+        samples: Answers before and after; one that was cut ends in `CUT`.
     """
 
     step: int
@@ -89,7 +66,7 @@ class Ended:
     split: str
     scores: Mapping[str, Mapping[str, float]]
     pairs: Mapping[str, AnyEvaluation] = field(repr=False)
-    samples: Sequence[Sample]
+    samples: Sequence[SampleAnswer]
 
 
 @dataclass(frozen=True)
@@ -132,13 +109,12 @@ class Life:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that a run folder says of its run; see `evollm.report.read_run`.
+    """All that a run folder says of its run; see `evollm.runs.read_run`.
 
     Attributes:
         path: The run folder.
         config: Settings of the run.
-        founders: The first generation.
-        evolutions: In their order.
+        lineage: Who came from whom.
         steps: Ordered by step.
         evaluations: Ordered by step.
         ended: None while the run has not ended.
@@ -147,8 +123,7 @@ class RunRecord:
 
     path: Path
     config: Mapping[str, Any]
-    founders: Sequence[Birth]
-    evolutions: Sequence[Evolution]
+    lineage: Lineage
     steps: Sequence[StepLine] = field(repr=False)
     evaluations: Sequence[Scored] = field(repr=False)
     ended: Ended | None
@@ -158,6 +133,16 @@ class RunRecord:
     def noun(self) -> str:
         """What a row of the data is called: "pair" or "example"."""
         return "example" if self.config["algorithm"] == "SFT" else "pair"
+
+    @property
+    def founders(self) -> Sequence[Birth]:
+        """The first generation."""
+        return self.lineage.founders
+
+    @property
+    def evolutions(self) -> Sequence[Evolved]:
+        """The evolutions in their order."""
+        return self.lineage.evolutions
 
     @property
     def last_step(self) -> int:
@@ -224,6 +209,11 @@ class RunRecord:
             line.append(self.lives[index])
             index = self.lives[index].birth.parent
         return tuple(reversed(line))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The hyperparameters of the winner's line, wherever they changed; empty without a winner."""
+        return [] if self.winner is None else self.lineage.schedule(self.winner)
 
     @cached_property
     def line_ends(self) -> Mapping[int, int]:

@@ -1,4 +1,4 @@
-"""What a run folder says of a run: what `tune` was asked for, who came from whom, how it ended."""
+"""`tune.json`: the keyword arguments with which `tune` began a run."""
 
 from __future__ import annotations
 
@@ -21,26 +21,15 @@ from evollm.checks import expanded, located, usable_path
 from evollm.command_line import command, place, setting
 from evollm.data.files import is_files
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.hpo import Birth, EvolutionPlan, HyperparameterConfig, ancestry
-from evollm.hpo.hyperparameters import Value
+from evollm.hpo import HyperparameterConfig
 from evollm.models.precision import AUTO, DTYPES
 from evollm.models.pretrained import reloadable
 from evollm.own_files import inside, read_bytes, replace_bytes
-from evollm.runs import read_lineage, read_lines
-from evollm.runs.folder import ASKED, CHECKPOINTS, CONFIG, ELITE, METRICS, no_run, run_above
+from evollm.runs.folder import ASKED, CHECKPOINTS, ELITE, no_run, run_above
 
-# One (step, hyperparameters) for the founder, and one for each change.
-Schedule = list[tuple[int, dict[str, Value]]]
 _DEVICE_MAPS = ("auto", "cpu", "cuda")
 _ROWS = frozenset({"data", "test_data", "final_data"})
 _PASSWORDS = frozenset({"proxies", "token", "use_auth_token"})
-_ALGORITHMS = ("DPO", "SFT")
-# Of `config.json`, what is used here and by replays.
-_USED: tuple[tuple[str, str, type], ...] = (
-    *(("schedule", "total", int), ("schedule", "epoch", int)),
-    *(("data", "fingerprint", str), ("data", "position", dict), ("data", "batch_size", int)),
-    *(("options", "update_reference_each_epoch", bool), ("options", "save_elite", bool)),
-)
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?")
 # Where a run writes, besides its folder.
 _PLACES = {"checkpoint_path": CHECKPOINTS, "elite_path": ELITE}
@@ -50,106 +39,6 @@ _PATHS = {*_ROWS, *_PLACES, "model", "tokenizer", "start_from", "archive", "cach
 _CACHE = "cache_dir"
 # What is never taken from a folder, since it says which folder it is.
 _NOT_TAKEN = frozenset({"run_dir", "resume_from_checkpoint"})
-
-
-@dataclass(frozen=True)
-class Record:
-    """A run as its folder tells it.
-
-    Attributes:
-        run_dir: The folder.
-        config: `config.json`.
-        founders: The first generation.
-        evolutions: Each with the step at which it was carried out.
-        metrics: The lines of `metrics.jsonl`.
-    """
-
-    run_dir: Path
-    config: Mapping[str, Any]
-    founders: list[Birth]
-    evolutions: list[tuple[int, EvolutionPlan]]
-    metrics: list[dict[str, Any]]
-
-    @property
-    def best(self) -> int:
-        """Number of the best agent.
-
-        Raises:
-            CheckpointError: The run has not ended.
-        """
-        for line in self.metrics:
-            if line["kind"] == "end":
-                return int(line["best"])
-        raise CheckpointError(f"{self.run_dir}: the run has not ended; go on with it first: {resume_of(self.run_dir)}")
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the run has come to its end."""
-        return any(line["kind"] == "end" for line in self.metrics)
-
-    @property
-    def line(self) -> list[tuple[int, Birth]]:
-        """The best agent's ancestors and itself: one birth for each generation, with the step at which it began."""
-        births = ancestry([plan for _, plan in self.evolutions], self.best)
-        if not births:
-            return [(0, next(birth for birth in self.founders if birth.index == self.best))]
-        steps = [0, *(step for step, _ in self.evolutions)]
-        # A line has the founder and one birth for each evolution.
-        return list(zip(steps, births, strict=True))
-
-    @property
-    def schedule(self) -> Schedule:
-        """The hyperparameters of the best agent's line, wherever they changed."""
-        found: Schedule = []
-        for step, birth in self.line:
-            values = dict(birth.hyperparameters)
-            if not found or found[-1][1] != values:
-                found.append((step, values))
-        return found
-
-
-def read_record(run_dir: str | os.PathLike[str]) -> Record:
-    """Read what a run has written.
-
-    Raises:
-        ConfigurationError: This is no run folder.
-        CheckpointError: A file of it is damaged.
-    """
-    folder = usable_path("run_dir", run_dir)
-    if not (folder / CONFIG).is_file():
-        raise ConfigurationError("run_dir", str(run_dir), no_run(folder))
-    try:
-        config = _read_config(folder)
-        lineage = read_lineage(folder)
-        metrics = [line for line in read_lines(inside(folder, METRICS)) if _is_record(line)]
-        return Record(folder, config, list(lineage.founders), list(lineage.evolutions), metrics)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} cannot be read as a run: {error!r}") from error
-
-
-def _is_record(line: Mapping[str, Any]) -> bool:
-    """Whether a record has what is used of it here."""
-    wanted = {"step": ("step", "agent"), "end": ("best",)}.get(line["kind"], ())
-    return all(isinstance(line.get(name), int) for name in wanted)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The settings of a run, with the parts that are used of them.
-
-    Raises:
-        KeyError, TypeError, ValueError: One is missing, or something else.
-    """
-    config = json.loads(read_bytes(inside(folder, CONFIG)))
-    if config["algorithm"] not in _ALGORITHMS or not isinstance(config["base"], str):
-        raise ValueError("it is of no run")
-    for name in ("schedule", "data", "options", "settings", "lora"):
-        if not isinstance(config[name], dict):
-            raise TypeError(f"{name} is something else")
-    for section, name, kind in _USED:
-        value = config[section][name]
-        if not isinstance(value, kind) or (isinstance(value, int) and kind is int and value < 1):
-            raise TypeError(f"{section}.{name} is {value!r}")
-    return dict(config)
 
 
 def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
