@@ -271,13 +271,24 @@ def _spoil(value: Any, evil: str, keys: bool = False) -> Any:
     return f"{value}{evil}" if isinstance(value, str) and not keys else value
 
 
+def _spoil_texts(words: dict[str, Any]) -> dict[str, Any]:
+    """An algorithm's words with every text made evil; names are refused then, which tests/runs/test_words.py shows."""
+    scores = [_spoil(score, EVIL) | {"name": score["name"]} for score in words["scores"]]
+    curves = [[name, title + EVIL] for name, title in words["curves"]]
+    return _spoil(words, EVIL) | {"tags": words["tags"], "scores": scores, "curves": curves}
+
+
 def test_no_text_of_a_run_is_markup_in_its_report(folder) -> None:
     clean = _Tags()
     assert run("report") == 0
     clean.feed(Path("run/report.html").read_text())
     config = json.loads(Path("run/config.json").read_text())
     Path("run/config.json").write_text(
-        json.dumps(_spoil(config, EVIL) | {"algorithm": "DPO", "device": "cpu"} | {f"x{EVIL}": EVIL})
+        json.dumps(
+            _spoil(config, EVIL)
+            | {"algorithm": "DPO", "device": "cpu", "words": _spoil_texts(config["words"])}
+            | {f"x{EVIL}": EVIL}
+        )
     )
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     # Texts in the others are numbers that are not finite.

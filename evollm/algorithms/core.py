@@ -29,6 +29,7 @@ from evollm.models.engine import Engine, PassOptions, Seat
 from evollm.models.loading import BaseSource
 from evollm.models.requirements import check_lora_config
 from evollm.models.slow_settings import slow_compile_mode
+from evollm.runs.words import Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,6 +81,7 @@ class LLMAgent(ABC):
     """
 
     algorithm: ClassVar[str]
+    words: ClassVar[Words]
     # What an agent of this kind is described by, apart from its weights.
     settings_class: ClassVar[type[AgentSettings]] = AgentSettings
     hyperparameters_class: ClassVar[type[Hyperparameters]] = Hyperparameters

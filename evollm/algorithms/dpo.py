@@ -32,10 +32,34 @@ from evollm.llm_envs import PreferenceGym
 from evollm.models.engine import PassOptions
 from evollm.models.loading import BaseSource, usable_device
 from evollm.models.logprobs import PairLogprobs
+from evollm.runs.words import Score, Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from gymnasium import spaces
+
+
+WORDS = Words(
+    name="DPO",
+    noun="pair",
+    title="tuned on preferences",
+    method="Direct Preference Optimization",
+    tags=("dpo", "preference-tuning"),
+    scores=(
+        Score("accuracy", "accuracy", "share of pairs", is_share=True, in_full="preference accuracy"),
+        Score("mean_margin", "mean margin", "nats", digits=2, is_signed=True, heading="margin"),
+    ),
+    curves=(
+        ("loss", "training loss"),
+        ("nll_loss", "negative log-likelihood of chosen (nats per token)"),
+        ("rewards/margins", "reward margin (beta x nats)"),
+        ("rewards/accuracies", "accuracy on the batch"),
+        ("grad_norm", "gradient norm before clipping"),
+    ),
+    on_scores="A pair counts as right when tuning has raised the chosen answer more than the rejected one, and a tie "
+    "as half: the untuned model ties every pair.",
+    on_training="Losses and rewards of agents with another loss, beta or nll_alpha cannot be compared.",
+)
 
 
 class DPO(EvolvableAlgorithm):
@@ -100,7 +124,8 @@ class DPO(EvolvableAlgorithm):
         ConfigurationError: An argument cannot work; the message names it, its value and the fix.
     """
 
-    algorithm: ClassVar[str] = "DPO"
+    algorithm: ClassVar[str] = WORDS.name
+    words: ClassVar[Words] = WORDS
     settings_class = DPOSettings
     hyperparameters_class = DPOHyperparameters
 

@@ -24,10 +24,33 @@ from evollm.hpo.fitness import LikelihoodEvaluation
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.llm_envs import SFTGym
 from evollm.models.loading import BaseSource, usable_device
+from evollm.runs.words import Score, Words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from gymnasium import spaces
+
+
+WORDS = Words(
+    name="SFT",
+    noun="example",
+    title="tuned on completions",
+    method="supervised fine-tuning",
+    tags=("sft",),
+    scores=(
+        Score(
+            "loss",
+            "loss",
+            "nats per token",
+            digits=4,
+            smaller_is_better=True,
+            heading="held-out loss",
+            in_full="loss (nats per completion token)",
+        ),
+        Score("perplexity", "perplexity", digits=2, is_shown=False),
+    ),
+    curves=(("loss", "training loss"), ("grad_norm", "gradient norm before clipping")),
+)
 
 
 class SFT(EvolvableAlgorithm):
@@ -78,7 +101,8 @@ class SFT(EvolvableAlgorithm):
         ConfigurationError: An argument cannot work; the message names it, its value and the fix.
     """
 
-    algorithm: ClassVar[str] = "SFT"
+    algorithm: ClassVar[str] = WORDS.name
+    words: ClassVar[Words] = WORDS
 
     @explains(SFT_AGENT)
     def __init__(

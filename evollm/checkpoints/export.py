@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evollm.checkpoints.agent import AgentFolder, write_adapter, write_attributes
-from evollm.checkpoints.card import Subject, model_card
 from evollm.checkpoints.files import replace_folder
 from evollm.errors import ConfigurationError
 from evollm.foreign import SAVE_ADAPTER, explains
 from evollm.models import SharedBase
 from evollm.models.pretrained import auto_class
 from evollm.processes import Processes
+from evollm.report.model_card import Subject, model_card
 
 
 def main_writes(write: Callable[[], None], base: SharedBase | None = None) -> None:

@@ -5,16 +5,12 @@ from evollm.report.statistics import Interval, few_rows, paired_difference, scor
 from evollm.report.style import require_matplotlib
 from evollm.report.write import write_report
 from evollm.runs.reader import read_run
-from evollm.runs.record import Ended, Lap, Life, RunRecord, Scored, StepLine
+from evollm.runs.record import RunRecord, Scored
 
 __all__ = [
-    "Ended",
     "Interval",
-    "Lap",
-    "Life",
     "RunRecord",
     "Scored",
-    "StepLine",
     "few_rows",
     "gain_of",
     "paired_difference",

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evollm.hpo import AnyEvaluation, Evaluation, is_finite, rank
+from evollm.hpo import AnyEvaluation, is_finite, rank
 from evollm.report.statistics import Interval, few_rows, paired_difference, score_interval
 from evollm.runs.record import RunRecord, Scored
-
-# By what the kind of run is judged first, then what else is compared.
-JUDGED_BY = {"pair": ("accuracy", "mean_margin"), "example": ("loss",)}
-NAMES = {"accuracy": "accuracy", "mean_margin": "mean margin", "loss": "loss"}
-UNITS = {"accuracy": "points", "mean_margin": "nats", "loss": "nats per token"}
-FORMATS = {"mean_margin": "+.2f", "loss": "+.4f"}
-SMALLER_IS_BETTER = {"loss"}
+from evollm.runs.words import Score, Words
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class Comparison:
     noun: str
     role: str
     against: str
-    score: str
+    score: Score
     difference: Interval
 
     @property
@@ -44,7 +38,7 @@ class Comparison:
             return f"the same on every {self.noun}"
         if difference.includes_zero:
             return "not told apart: the interval includes 0"
-        return "better" if (difference.value < 0) == (self.score in SMALLER_IS_BETTER) else "worse"
+        return "better" if (difference.value < 0) == self.score.smaller_is_better else "worse"
 
     def written(self) -> tuple[str, str]:
         """The difference with its unit, and the interval, which says little where it has no width."""
@@ -54,7 +48,8 @@ class Comparison:
             interval = "not known"
         elif self.difference.low == self.difference.high:
             interval = f"every {self.noun} alike"
-        return f"{signed(self.difference.value, self.score)} {UNITS[self.score]}", interval
+        unit = "points" if self.score.is_share else self.score.unit
+        return f"{signed(self.difference.value, self.score)} {unit}", interval
 
 
 def compare(record: RunRecord) -> list[Comparison]:
@@ -63,11 +58,12 @@ def compare(record: RunRecord) -> list[Comparison]:
     if ended is None or "after" not in ended.pairs:
         return []
     names = {"before": "the untuned model", "runner_up": f"the runner-up, agent {ended.runner_up}"}
+    after, noun = ended.pairs["after"], record.words.noun
     return [
-        Comparison(record.noun, role, against, score, paired_difference(ended.pairs["after"], ended.pairs[role], score))
+        Comparison(noun, role, against, score, paired_difference(after, ended.pairs[role], score.name))
         for role, against in names.items()
         if role in ended.pairs
-        for score in JUDGED_BY[record.noun]
+        for score in record.words.shown
     ]
 
 
@@ -79,36 +75,35 @@ def headline(record: RunRecord, comparisons: list[Comparison]) -> list[str]:
         sentences = [f"The run has not ended: {record.last_step} of {total} steps are done."]
         if record.winner is not None:
             sentences.append(
-                f"The best agent so far is {record.winner}, judged on the {record.noun}s of the selection."
+                f"The best agent so far is {record.winner}, judged on the {record.words.noun}s of the selection."
             )
         return [*sentences, *_earlier(record), *_few(record)]
     if not ended.split:
-        nothing = f"No held-out {record.noun}s were given, so nothing shows whether the model has become better."
+        nothing = f"No held-out {record.words.noun}s were given, so nothing shows whether the model has become better."
         return [nothing, *_earlier(record)]
-    score = JUDGED_BY[record.noun][0]
-    sentences = [_result(record, score, comparisons)]
+    sentences = [_result(record, record.words.shown[0], comparisons)]
     rivals = [one for one in comparisons if one.role == "runner_up"]
     if rivals:
         sentences.append(_against_runner_up(rivals))
     if ended.split != "final" and len(record.lives) > 1:
         sentences.append(
-            f"These are the {record.noun}s that agents were selected by, so the score is optimistic. "
+            f"These are the {record.words.noun}s that agents were selected by, so the score is optimistic. "
             "A final_dataset gives one that nothing was selected by."
         )
     return [*sentences, *_earlier(record), *_few(record)]
 
 
-def gain_of(before: AnyEvaluation, after: AnyEvaluation) -> str:
+def gain_of(words: Words, before: AnyEvaluation, after: AnyEvaluation) -> str:
     """What the best agent has gained on the start, with the interval, and what that does not allow to say."""
-    noun = "pair" if isinstance(after, Evaluation) else "example"
-    score = JUDGED_BY[noun][0]
-    return _sureness(Comparison(noun, "before", "the start", score, paired_difference(after, before, score)), after)
+    score = words.shown[0]
+    difference = paired_difference(after, before, score.name)
+    return _sureness(Comparison(words.noun, "before", "the start", score, difference), after)
 
 
 def kind_of_rows(record: RunRecord) -> str:
     """What the final score was measured on."""
     assert record.ended is not None
-    rows = f"{record.noun}s"
+    rows = f"{record.words.noun}s"
     after = record.ended.pairs.get("after")
     number = "" if after is None else f"{len(after)} "
     if record.ended.split == "final":
@@ -116,13 +111,13 @@ def kind_of_rows(record: RunRecord) -> str:
     return f"{number}{rows} of the selection" if len(record.lives) > 1 else f"{number}held-out {rows}"
 
 
-def _result(record: RunRecord, score: str, comparisons: list[Comparison]) -> str:
+def _result(record: RunRecord, score: Score, comparisons: list[Comparison]) -> str:
     """From where to where the score went, and what the interval of the difference allows to say."""
     assert record.ended is not None
     who = f" with agent {record.ended.best}" if len(record.lives) > 1 else ""
-    before, after = (_value(record.ended.scores.get(role, {}).get(score), score) for role in ("before", "after"))
+    before, after = (_value(record.ended.scores.get(role, {}).get(score.name), score) for role in ("before", "after"))
     unit = _unit(score)
-    text = f"On {kind_of_rows(record)}, the {NAMES[score]} went from {before} to {after}{unit}{who}"
+    text = f"On {kind_of_rows(record)}, the {score.label} went from {before} to {after}{unit}{who}"
     gain = next((one for one in comparisons if one.role == "before" and one.score == score), None)
     if gain is None:
         return f"{text}. This folder does not hold the results row by row, so there are no intervals."
@@ -136,9 +131,9 @@ def _sureness(gain: Comparison, after: AnyEvaluation) -> str:
     if not gain.difference.is_finite:
         return f"{difference}. That is not enough for an interval, and shows nothing."
     if gain.difference.low == gain.difference.high:
-        own = score_interval(after, gain.score)
+        own = score_interval(after, gain.score.name)
         ends = f"{_value(own.low, gain.score)} to {_value(own.high, gain.score)}{unit}"
-        text = f"{difference} on every {gain.noun} (95 % interval of the {NAMES[gain.score]} itself: {ends})."
+        text = f"{difference} on every {gain.noun} (95 % interval of the {gain.score.label} itself: {ends})."
     else:
         text = f"{difference} (95 % interval {interval})."
     if gain.difference.includes_zero:
@@ -152,17 +147,17 @@ def _against_runner_up(rivals: list[Comparison]) -> str:
     for rival in rivals:
         difference, interval = rival.written()
         if rival.difference.low == rival.difference.high == 0:
-            parts.append(f"the same {NAMES[rival.score]} on every {rival.noun}")
+            parts.append(f"the same {rival.score.label} on every {rival.noun}")
         else:
-            parts.append(f"{difference} {NAMES[rival.score]} (95 % interval {interval})")
+            parts.append(f"{difference} {rival.score.label} (95 % interval {interval})")
         if not rival.difference.includes_zero:
             return f"Against {rival.against}: {'; '.join(parts)}."
     return f"Against {rivals[0].against}: {'; '.join(parts)}. These {rivals[0].noun}s do not tell the two apart."
 
 
-def signed(value: float, score: str) -> str:
-    """A difference as it is written: accuracies in points of a hundred."""
-    number = format(100 * value, "+.1f") if score == "accuracy" else format(value, FORMATS[score])
+def signed(value: float, score: Score) -> str:
+    """A difference as it is written: of a share in points of a hundred."""
+    number = _number(value, score, "+")
     # No sign where nothing is left of the number.
     return number if float(number) != 0 else number[1:]
 
@@ -182,13 +177,14 @@ def _earlier(record: RunRecord) -> list[str]:
     when = "now" if record.ended is None else "at the end"
     who = "The winner's line was better earlier" if len(record.lives) > 1 else "The agent was better earlier"
     name = f", as agent {best.agent}" if len(record.line) > 1 else ""
-    found = _better_in(best, last, record.noun)
+    found = _better_in(best, last, record.words)
     if found is None:
         values = f"a fitness of {best.fitness[0]:.4g} against {last.fitness[0]:.4g}"
         return [f"{who}{name}: {values} {when}, after step {best.step} of {last.step}."]
     score, difference = found
-    values = f"{_value(best.scores[score], score)} against {_value(last.scores[score], score)}{_unit(score)} {when}"
-    text = f"{who}{name}: after step {best.step} of {last.step} its {NAMES[score]} on the {record.noun}s of the"
+    then, now = (_value(point.scores[score.name], score) for point in (best, last))
+    values = f"{then} against {now}{_unit(score)} {when}"
+    text = f"{who}{name}: after step {best.step} of {last.step} its {score.label} on the {record.words.noun}s of the"
     text += f" {'selection' if len(record.lives) > 1 else 'evaluations'} was {values}"
     if difference is None:
         return [f"{text}."]
@@ -198,17 +194,17 @@ def _earlier(record: RunRecord) -> list[str]:
     return [f"{text} (95 % interval of the difference {low} to {high}): fewer steps may give a better model."]
 
 
-def _better_in(best: Scored, last: Scored, noun: str) -> tuple[str, Interval | None] | None:
+def _better_in(best: Scored, last: Scored, words: Words) -> tuple[Score, Interval | None] | None:
     """The first score by which one evaluation is better than a later one, and the difference where it is known."""
-    for score in JUDGED_BY[noun]:
-        if score not in best.scores or score not in last.scores:
+    for score in words.shown:
+        if score.name not in best.scores or score.name not in last.scores:
             continue
-        difference = best.scores[score] - last.scores[score]
-        if difference == 0 or (difference < 0) != (score in SMALLER_IS_BETTER):
+        difference = best.scores[score.name] - last.scores[score.name]
+        if difference == 0 or (difference < 0) != score.smaller_is_better:
             continue
         if best.pairs is None or last.pairs is None or len(best.pairs) != len(last.pairs):
             return score, None
-        interval = paired_difference(best.pairs, last.pairs, score)
+        interval = paired_difference(best.pairs, last.pairs, score.name)
         return score, interval if interval.is_finite else None
     return None
 
@@ -218,16 +214,20 @@ def _few(record: RunRecord) -> list[str]:
     after = None if record.ended is None or record.ended.split != "final" else record.ended.pairs.get("after")
     selection = next((scored.pairs for scored in record.evaluations if scored.pairs is not None), None)
     test, final = (0 if rows is None else len(rows) for rows in (selection, after))
-    text = few_rows(record.noun, agents=len(record.founders), test=test, final=final)
+    text = few_rows(record.words, agents=len(record.founders), test=test, final=final)
     return [text] if text else []
 
 
-def _unit(score: str) -> str:
-    return " %" if score == "accuracy" else f" {UNITS[score]}"
+def _unit(score: Score) -> str:
+    return " %" if score.is_share else f" {score.unit}"
 
 
-def _value(value: float | None, score: str) -> str:
-    if value is None:
-        return "unknown"
-    digits = {"accuracy": 1, "mean_margin": 2, "loss": 4}[score]
-    return f"{100 * value if score == 'accuracy' else value:.{digits}f}"
+def _value(value: float | None, score: Score) -> str:
+    return "unknown" if value is None else _number(value, score)
+
+
+def _number(value: float, score: Score, sign: str = "") -> str:
+    """A number for a sentence: shares in percent."""
+    if score.is_share:
+        return f"{100 * value:{sign}.{score.digits - 2}f}"
+    return f"{value:{sign}.{score.digits}f}"

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from evollm.hpo import format_value
-from evollm.report.findings import NAMES, Comparison, compare, headline, kind_of_rows
+from evollm.report.findings import Comparison, compare, headline, kind_of_rows
 from evollm.report.population_figures import BOXED_GENERATIONS, schedule_pictures, tree_picture
 from evollm.report.score_figures import final_pictures, held_out_pictures, last_evaluation_pictures
 from evollm.report.statistics import RESAMPLES
@@ -68,7 +68,7 @@ def render(record: RunRecord) -> tuple[str, list[Picture]]:
 def _title(record: RunRecord) -> str:
     name = Path(str(record.config.get("base") or "")).name or "A language model"
     size = len(record.founders)
-    how = f"{record.config['algorithm']} by a population of {size}" if size > 1 else str(record.config["algorithm"])
+    how = f"{record.words.name} by a population of {size}" if size > 1 else record.words.name
     return f"{name}: {how}"
 
 
@@ -81,7 +81,7 @@ def _facts(record: RunRecord) -> str:
     facts = [_counted(len(record.founders), "agent")]
     if record.evolutions:
         facts.append(_counted(len(record.generations), "generation"))
-    facts.append(f"{_counted(record.last_step, 'step')}" + (f" of {batch} {record.noun}s" if batch else ""))
+    facts.append(f"{_counted(record.last_step, 'step')}" + (f" of {batch} {record.words.noun}s" if batch else ""))
     if record.laps:
         facts.append(duration(sum(lap.seconds for lap in record.laps)))
     facts += [str(config["device"])] if config.get("device") else []
@@ -99,25 +99,22 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
     names = {"before": "untuned", "runner_up": f"runner-up ({ended.runner_up})", "after": winner}
     rows = [
         dict(zip(("difference", "interval"), one.written(), strict=True))
-        | {"against": one.against, "score": NAMES[one.score], "verdict": one.verdict, "tone": _tone(one)}
+        | {"against": one.against, "score": one.score.label, "verdict": one.verdict, "tone": _tone(one)}
         for one in comparisons
     ]
     text = f"Measured on {kind_of_rows(record)}. "
-    if record.noun == "pair":
-        text += (
-            "A pair counts as right when tuning has raised the chosen answer more than the rejected one, and a tie as "
-            "half: the untuned model ties every pair. "
-        )
+    text += f"{record.words.on_scores} " if record.words.on_scores else ""
+    noun = record.words.noun
     text += (
-        f"Differences are paired, with bootstrap intervals ({RESAMPLES:,} draws of the {record.noun}s). They tell of "
-        f"the choice of {record.noun}s alone; another seed is not in them."
+        f"Differences are paired, with bootstrap intervals ({RESAMPLES:,} draws of the {noun}s). They tell of "
+        f"the choice of {noun}s alone; another seed is not in them."
     )
     return {
-        "title": f"Final score on unseen {record.noun}s" if unbiased else "Score at the end",
+        "title": f"Final score on unseen {noun}s" if unbiased else "Score at the end",
         "text": text,
         "who": "winner" if len(record.lives) > 1 else "tuned model",
         "rows": rows,
-        "pictures": final_pictures(ended.pairs, names, unbiased=unbiased),
+        "pictures": final_pictures(record.words, ended.pairs, names, unbiased=unbiased),
     }
 
 
@@ -129,10 +126,9 @@ def _tone(comparison: Comparison) -> str:
 def _tree(record: RunRecord) -> dict[str, Any] | None:
     if not record.evolutions:
         return None
-    score = "held-out loss" if record.noun == "example" else "held-out accuracy and mean margin"
     return {
         "picture": tree_picture(record),
-        "score": score,
+        "score": f"held-out {' and '.join(score.label for score in record.words.shown)}",
         "line": _line(record),
         "mark": "box" if len(record.generations) <= BOXED_GENERATIONS else "dot",
     }
@@ -156,7 +152,7 @@ def _held_out(record: RunRecord) -> dict[str, Any] | None:
     if not pictures:
         return None
     pairs = next((scored.pairs for scored in record.evaluations if scored.pairs is not None), None)
-    rows = f"the same {len(pairs)} {record.noun}s" if pairs is not None else f"the same {record.noun}s"
+    rows = f"the same {len(pairs)} {record.words.noun}s" if pairs is not None else f"the same {record.words.noun}s"
     text = f"The agent on {rows}"
     if len(record.lives) > 1:
         text = f"Every agent by itself on {rows}, which the selection goes by"
@@ -168,8 +164,7 @@ def _training(record: RunRecord) -> dict[str, Any]:
     text = "What was reported of each batch."
     if len(record.lives) > 1:
         text = "What each agent reported of each batch; all see the same ones."
-    if record.noun == "pair" and len(record.lives) > 1:
-        text += " Losses and rewards of agents with another loss, beta or nll_alpha cannot be compared."
+        text += f" {record.words.on_training}" if record.words.on_training else ""
     return {"text": text, "pictures": training_pictures(record)}
 
 

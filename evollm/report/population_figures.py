@@ -27,6 +27,7 @@ from evollm.report.style import (
 )
 from evollm.report.tree import Node, family_tree
 from evollm.runs.record import Life, RunRecord
+from evollm.runs.words import Words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +48,6 @@ FEW_EVOLUTIONS = 24
 FEW_VALUES = 8
 # Characters of a title that fit over a panel.
 LONGEST_TITLE = 48
-SCORE_FORMATS = {"accuracy": ".3f", "mean_margin": "+.1f", "loss": ".4f"}
 
 
 def tree_picture(record: RunRecord) -> Picture:
@@ -77,7 +77,8 @@ def tree_picture(record: RunRecord) -> Picture:
             _connect(axes, (start, middle(node.parent_row)), (end, middle(node.row)), node.on_line)
     for node in nodes:
         if boxed:
-            _box(axes, node, left(node.generation), middle(node.row), is_winner=_is_winner(record, node))
+            score, x, y = _score(node, record.words), left(node.generation), middle(node.row)
+            _box(axes, node, score, x, y, is_winner=_is_winner(record, node))
         else:
             _dot(axes, node, left(node.generation) + width / 2, middle(node.row), is_winner=_is_winner(record, node))
     for generation in range(columns) if boxed else range(0, columns, max(1, columns // 12)):
@@ -114,7 +115,7 @@ def _look(node: Node) -> tuple[str, Any, float]:
     return (OTHER, CULLED, 0.9) if node.culled else (OTHER, "-", 1.1)
 
 
-def _box(axes: Axes, node: Node, x: float, y: float, *, is_winner: bool) -> None:
+def _box(axes: Axes, node: Node, score: str, x: float, y: float, *, is_winner: bool) -> None:
     color, line, linewidth = _look(node)
     (width, height), corner = BOX, 0.07
     turns = np.linspace(0, np.pi / 2, 4)
@@ -128,7 +129,7 @@ def _box(axes: Axes, node: Node, x: float, y: float, *, is_winner: bool) -> None
     axes.fill(xs, ys, facecolor="none", edgecolor=color, linestyle=line, linewidth=linewidth, zorder=4)
     name = f"{node.birth.index}{' ★' if is_winner else ''}"
     axes.text(x + 0.08, y - 0.085, name, va="center", fontsize=9.5, fontweight="bold", color=INK, zorder=5)
-    axes.text(x + width - 0.07, y - 0.085, _score(node), va="center", ha="right", fontsize=8.5, color=INK, zorder=5)
+    axes.text(x + width - 0.07, y - 0.085, score, va="center", ha="right", fontsize=8.5, color=INK, zorder=5)
     axes.text(x + 0.08, y + 0.105, _fit(node.origin), va="center", fontsize=8, color=INK, zorder=5)
 
 
@@ -145,11 +146,11 @@ def _dot(axes: Axes, node: Node, x: float, y: float, *, is_winner: bool) -> None
     axes.plot([x], [y], marker=marker, color=color, markerfacecolor=face, markersize=6, markeredgewidth=1.4, zorder=4)
 
 
-def _score(node: Node) -> str:
+def _score(node: Node, words: Words) -> str:
     if node.diverged:
         return "diverged"
     scores = {} if node.score is None else node.score.scores
-    return "  ".join(format(scores[name], form) for name, form in SCORE_FORMATS.items() if name in scores)
+    return "  ".join(format(scores[one.name], one.short_form) for one in words.shown if one.name in scores)
 
 
 def _fit(text: str, length: int = 20) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evollm.errors import ConfigurationError
 from evollm.hpo import AnyEvaluation, rank
 from evollm.report.paths import Path, paths
 from evollm.report.statistics import Interval, score_interval
@@ -28,25 +27,18 @@ from evollm.report.style import (
     write_beside,
 )
 from evollm.runs.record import RunRecord, Scored
+from evollm.runs.words import Score, Words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What is drawn of an evaluation, with its title.
-TITLES = {
-    "accuracy": "accuracy (share of pairs)",
-    "mean_margin": "mean margin (nats)",
-    "loss": "loss (nats per token)",
-}
-# How a number of it is written.
-FORMATS = {"accuracy": ".3f", "mean_margin": "+.2f", "loss": ".4f"}
 # Inches of a row of intervals.
 ROW = 0.34
 
 
 def held_out_pictures(record: RunRecord) -> list[Picture]:
     """Each score of each agent at each evaluation, with bands."""
-    return [_held_out(record, score) for score in _scores(record.evaluations)]
+    return [_held_out(record, score) for score in _scores(record.words, record.evaluations)]
 
 
 def last_evaluation_pictures(record: RunRecord) -> list[Picture]:
@@ -56,22 +48,25 @@ def last_evaluation_pictures(record: RunRecord) -> list[Picture]:
         return []
     ordered = [latest[place] for place in rank([scored.fitness for scored in latest])]
     pictures = []
-    for score in _scores(latest):
+    for score in _scores(record.words, latest):
         rows = {f"agent {scored.agent}": _interval(scored, score) for scored in ordered}
         colors = [
             line_style(record, record.lives[scored.agent], on_line=scored.agent == record.winner)["color"]
             for scored in ordered
         ]
-        title = f"last evaluation: {TITLES[score]}"
-        alt = f"{TITLES[score]} of each agent at step {ordered[0].step} with 95 % intervals"
-        pictures.append(_intervals(f"last-{score.replace('_', '-')}", title, alt, rows, colors, FORMATS[score]))
+        title = f"last evaluation: {score.title}"
+        alt = f"{score.title} of each agent at step {ordered[0].step} with 95 % intervals"
+        pictures.append(_intervals("last", score, title, alt, rows, colors))
     return pictures
 
 
-def final_pictures(pairs: Mapping[str, AnyEvaluation], names: Mapping[str, str], *, unbiased: bool) -> list[Picture]:
+def final_pictures(
+    words: Words, pairs: Mapping[str, AnyEvaluation], names: Mapping[str, str], *, unbiased: bool
+) -> list[Picture]:
     """The final scores with their intervals.
 
     Args:
+        words: Those of the algorithm.
         pairs: What was scored, by role.
         names: What each role is called; those that are missing in `pairs` are left out.
         unbiased: Whether nothing was selected by these pairs.
@@ -79,33 +74,29 @@ def final_pictures(pairs: Mapping[str, AnyEvaluation], names: Mapping[str, str],
     present = {role: name for role, name in names.items() if role in pairs}
     colors = [{"after": WINNER, "runner_up": RUNNER_UP}.get(role, OTHER) for role in present]
     pictures = []
-    for score, title in TITLES.items():
-        try:
-            rows = {name: score_interval(pairs[role], score) for role, name in present.items()}
-        except ConfigurationError:  # Not a score of this kind of run.
-            continue
+    for score in words.shown:
+        rows = {name: score_interval(pairs[role], score.name) for role, name in present.items()}
         on = "final" if unbiased else "held-out"
-        alt = f"{title} of {', '.join(rows)} with 95 % intervals"
-        name = f"final-{score.replace('_', '-')}"
-        pictures.append(_intervals(name, f"{on}: {title}", alt, rows, colors, FORMATS[score]))
+        alt = f"{score.title} of {', '.join(rows)} with 95 % intervals"
+        pictures.append(_intervals("final", score, f"{on}: {score.title}", alt, rows, colors))
     return pictures
 
 
-def _scores(evaluations: Sequence[Scored]) -> list[str]:
-    return [score for score in TITLES if any(score in scored.scores for scored in evaluations)]
+def _scores(words: Words, evaluations: Sequence[Scored]) -> list[Score]:
+    return [score for score in words.shown if any(score.name in scored.scores for scored in evaluations)]
 
 
-def _interval(scored: Scored, score: str) -> Interval:
+def _interval(scored: Scored, score: Score) -> Interval:
     if scored.pairs is None:
-        return Interval(scored.scores[score], float("nan"), float("nan"))
-    return score_interval(scored.pairs, score)
+        return Interval(scored.scores[score.name], float("nan"), float("nan"))
+    return score_interval(scored.pairs, score.name)
 
 
-def _held_out(record: RunRecord, score: str) -> Picture:
-    figure, axes = new_panel(TITLES[score], size=PANEL)
+def _held_out(record: RunRecord, score: Score) -> Picture:
+    figure, axes = new_panel(score.title, size=PANEL)
     by_agent: dict[int, list[Scored]] = {}
     for scored in record.evaluations:
-        if score in scored.scores:
+        if score.name in scored.scores:
             by_agent.setdefault(scored.agent, []).append(scored)
     shown: list[float] = []
     for path in paths(record, by_agent, lambda scored: scored.step):
@@ -113,16 +104,21 @@ def _held_out(record: RunRecord, score: str) -> Picture:
     limits = limits_of(shown)
     if limits is not None:
         axes.set_ylim(*limits)
-    if score == "accuracy":
+    if score.is_share:
         axes.set_ylim(max(-0.03, axes.get_ylim()[0]), min(1.03, axes.get_ylim()[1]))
     axes.set_xlim(0, record.last_step * 1.03)
     whole_steps(axes)
     add_legend(axes, record, bands=any(scored.pairs is not None for scored in record.evaluations))
-    alt = f"{TITLES[score]} of every agent at each evaluation, with 95 % bands"
-    return to_picture(figure, f"held-out-{score.replace('_', '-')}", alt)
+    alt = f"{score.title} of every agent at each evaluation, with 95 % bands"
+    return to_picture(figure, f"held-out-{_slug(score)}", alt)
 
 
-def _draw(axes: Axes, record: RunRecord, path: Path[Scored], score: str) -> list[float]:
+def _slug(score: Score) -> str:
+    """The score's name as a part of a picture's."""
+    return score.name.replace("_", "-").replace("/", "-")
+
+
+def _draw(axes: Axes, record: RunRecord, path: Path[Scored], score: Score) -> list[float]:
     """Draw one line with its band; returns the heights that should be seen."""
     style = line_style(record, path.life, on_line=path.on_line)
     steps = [scored.step for scored in path.points]
@@ -141,7 +137,7 @@ def _draw(axes: Axes, record: RunRecord, path: Path[Scored], score: str) -> list
 
 
 def _intervals(
-    name: str, title: str, alt: str, rows: Mapping[str, Interval], colors: Sequence[str], form: str
+    kind: str, score: Score, title: str, alt: str, rows: Mapping[str, Interval], colors: Sequence[str]
 ) -> Picture:
     """One row for each: a dot, its interval, and the number."""
     figure, axes = new_panel(title, size=(PANEL[0], 0.85 + ROW * len(rows)), xlabel="")
@@ -159,14 +155,13 @@ def _intervals(
         low, high = min(finite), max(finite)
         room = max(high - low, 1e-3)
         axes.set_xlim(low - 0.06 * room, high + 0.22 * room)
-        if form == FORMATS["accuracy"]:
+        if score.is_share:
             axes.set_xticks([tick for tick in axes.get_xticks() if low - 0.06 * room <= tick <= 1 + 1e-9])
     for row, interval in enumerate(rows.values()):
         right = interval.high if np.isfinite(interval.high) else interval.value
         if np.isfinite(right):
-            write_beside(
-                axes, format(interval.value, form if interval.value else form.strip("+")), right, row, offset=(7, 0)
-            )
+            form = score.form if interval.value else score.form.strip("+")
+            write_beside(axes, format(interval.value, form), right, row, offset=(7, 0))
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_color(FRAME)
-    return to_picture(figure, name, alt)
+    return to_picture(figure, f"{kind}-{_slug(score)}", alt)

@@ -15,6 +15,7 @@ import numpy as np
 from evollm.errors import ConfigurationError
 from evollm.hpo import AnyEvaluation, Evaluation
 from evollm.hpo.fitness import FloatArray
+from evollm.runs.words import Words
 
 LEVEL = 0.95
 # The 97.5th percentile of the normal distribution.
@@ -55,11 +56,11 @@ class Interval:
         return not (self.low > 0 or self.high < 0)
 
 
-def few_rows(noun: str, *, agents: int, test: int, final: int) -> str:
+def few_rows(words: Words, *, agents: int, test: int, final: int) -> str:
     """A warning of held-out rows that are too few to show a usual gain; "" where they are enough, or none.
 
     Args:
-        noun: What a row is called.
+        words: Those of the algorithm.
         agents: Size of the population, whose selection goes by the `test` rows.
         test: Rows that agents are evaluated on during the run.
         final: Rows of the final score that nothing is selected by.
@@ -70,10 +71,11 @@ def few_rows(noun: str, *, agents: int, test: int, final: int) -> str:
         return ""
     numbers = " and ".join(f"{count} for {use}" for use, count in few.items())
     fewest = min(few.values())
-    known = ""
-    if noun == "pair":
+    known, noun, judged = "", words.noun, words.shown[0]
+    if judged.is_share:
         # At one half, where a share is known least.
-        known = f" An accuracy on {fewest} pair{'' if fewest == 1 else 's'} is known to within about "
+        article = "An" if judged.label[:1] in "aeiou" else "A"
+        known = f" {article} {judged.label} on {fewest} {noun}{'' if fewest == 1 else 's'} is known to within about "
         known += f"{100 * (wilson(TIE, fewest).high - TIE):.0f} points."
     return (
         f"Few held-out {noun}s: {numbers}.{known} To tell a gain from chance give {FEW_ROWS} or more for each: as "

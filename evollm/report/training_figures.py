@@ -23,14 +23,6 @@ from evollm.report.style import (
 )
 from evollm.runs.record import Lap, RunRecord
 
-# What is drawn of the steps, with its title; what a run does not report is left out.
-CURVES = {
-    "loss": "training loss",
-    "nll_loss": "negative log-likelihood of chosen (nats per token)",
-    "rewards/margins": "reward margin (beta x nats)",
-    "rewards/accuracies": "accuracy on the batch",
-    "grad_norm": "gradient norm before clipping",
-}
 # More points than these are joined by lines alone.
 MARKED_POINTS = 40
 # What the laps of a run are called.
@@ -52,11 +44,10 @@ GIB = 2**30
 def training_pictures(record: RunRecord) -> list[Picture]:
     """A panel for each metric of the steps."""
     reported = {name for line in record.steps for name in line.metrics}
-    return [_curve(record, name) for name in CURVES if name in reported]
+    return [_curve(record, name, title) for name, title in record.words.curves if name in reported]
 
 
-def _curve(record: RunRecord, name: str) -> Picture:
-    title = CURVES[name]
+def _curve(record: RunRecord, name: str, title: str) -> Picture:
     figure, axes = new_panel(title, size=PANEL)
     points: dict[int, list[tuple[int, float]]] = {}
     for line in record.steps:

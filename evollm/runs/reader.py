@@ -7,11 +7,12 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from evollm.checks import usable_path
-from evollm.errors import CheckpointError, ConfigurationError
+from evollm.errors import CheckpointError, ConfigurationError, EvoLLMError
 from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, read_bytes
 from evollm.runs.evaluations import read_evaluations
@@ -20,11 +21,10 @@ from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, TIMING, no_r
 from evollm.runs.lineage import read_lineage
 from evollm.runs.lines import read_lines
 from evollm.runs.record import Ended, Lap, RunRecord, Scored, StepLine
+from evollm.runs.words import Words
 
 T = TypeVar("T")
 
-SCORES = ("accuracy", "mean_margin", "loss", "perplexity")
-ALGORITHMS = ("DPO", "SFT")
 _ROLES = ("before", "after", "runner_up")
 _NOT_METRICS = {"kind", "step", "epoch", "agent"}
 
@@ -57,8 +57,11 @@ def read_config(run_dir: str | os.PathLike[str], field: str = "run_dir") -> dict
         config = json.loads(read_bytes(path))
         if isinstance(config, dict) and "schedule" not in config:
             raise ConfigurationError(field, str(run_dir), f"is no run folder: its {CONFIG} is that of something else")
-        if not isinstance(config["base"], str) or config["algorithm"] not in ALGORITHMS:
+        if isinstance(config, dict) and "words" not in config:
+            raise CheckpointError(f"{path} lacks the words of its algorithm: an earlier evollm wrote it; use that one")
+        if not isinstance(config["base"], str) or not isinstance(config["algorithm"], str):
             raise ValueError("it is of no run")
+        Words.from_dict(config["words"])
         optional = [config.get("versions", {}), config.get("hp_config") or {}]
         if not all(isinstance(one, dict) for one in [*(config[name] for name in _SECTIONS), *optional]):
             raise TypeError("its sections are something else")
@@ -66,7 +69,7 @@ def read_config(run_dir: str | os.PathLike[str], field: str = "run_dir") -> dict
             value = config[section][name]
             if not isinstance(value, kind) or (isinstance(value, int) and kind is int and value < 1):
                 raise TypeError(f"{section}.{name} is {value!r}")
-    except ConfigurationError:
+    except EvoLLMError:
         raise
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
@@ -100,16 +103,17 @@ def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord
     """
     config = read_config(run_dir)
     folder = usable_path("run_dir", run_dir)
-    metrics = read_lines(inside(folder, METRICS))
+    metrics, words = read_lines(inside(folder, METRICS)), Words.from_dict(config["words"])
     timing = inside(folder, TIMING)
     try:
         record = RunRecord(
             path=folder,
             config=config,
+            words=words,
             lineage=read_lineage(folder),
             steps=_read(metrics, "step", _step),
-            evaluations=_evaluations(folder, metrics, rows),
-            ended=_ended(folder, metrics, rows),
+            evaluations=_evaluations(folder, metrics, words, rows),
+            ended=_ended(folder, metrics, words, rows),
             laps=[lap for lap in map(_or_none(_lap), read_lines(timing)) if lap] if timing.exists() else [],
         )
         _check_agents(record)
@@ -168,8 +172,8 @@ def _step(line: Mapping[str, Any]) -> StepLine:
     return StepLine(int(line["step"]), int(line["agent"]), metrics)
 
 
-def _evaluations(folder: Path, lines: list[dict[str, Any]], rows: bool) -> list[Scored]:
-    scored = _read(lines, "evaluation", _scored)
+def _evaluations(folder: Path, lines: list[dict[str, Any]], words: Words, rows: bool) -> list[Scored]:
+    scored = _read(lines, "evaluation", partial(_scored, words))
     if not rows:
         return scored
     pairs = {
@@ -188,25 +192,29 @@ def _pairs(folder: Path, name: str) -> dict[str, AnyEvaluation]:
         return {}
 
 
-def _scored(line: Mapping[str, Any]) -> Scored:
+def _scored(words: Words, line: Mapping[str, Any]) -> Scored:
     return Scored(
         step=int(line["step"]),
         generation=int(line["generation"]),
         agent=int(line["agent"]),
-        scores={name: float(line[name]) for name in SCORES if name in line},
+        scores=_scores(words, line),
         fitness=tuple(float(part) for part in line["fitness"]),
     )
 
 
-def _ended(folder: Path, lines: list[dict[str, Any]], rows: bool) -> Ended | None:
-    found = _read(lines, "end", _end)
+def _scores(words: Words, line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Those of the algorithm's scores that a record holds, in the algorithm's order."""
+    names = [score.name for score in words.scores if f"{prefix}{score.name}" in line]
+    return {name: float(line[f"{prefix}{name}"]) for name in names}
+
+
+def _ended(folder: Path, lines: list[dict[str, Any]], words: Words, rows: bool) -> Ended | None:
+    found = _read(lines, "end", partial(_end, words))
     return replace(found[-1], pairs=_pairs(folder, FINAL) if rows else {}) if found else None
 
 
-def _end(line: Mapping[str, Any]) -> Ended:
-    scores = {
-        role: {name: float(line[f"{role}_{name}"]) for name in SCORES if f"{role}_{name}" in line} for role in _ROLES
-    }
+def _end(words: Words, line: Mapping[str, Any]) -> Ended:
+    scores = {role: _scores(words, line, f"{role}_") for role in _ROLES}
     return Ended(
         step=int(line["step"]),
         best=int(line["best"]),

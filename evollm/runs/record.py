@@ -11,6 +11,7 @@ from typing import Any
 from evollm.hpo import AnyEvaluation, Birth, Fitness, is_finite, rank
 from evollm.runs.events import Evolved, SampleAnswer
 from evollm.runs.lineage import Lineage, Schedule
+from evollm.runs.words import Words
 
 # What a text ends in that goes on.
 CUT = "…"
@@ -114,6 +115,7 @@ class RunRecord:
     Attributes:
         path: The run folder.
         config: Settings of the run.
+        words: Those of its algorithm.
         lineage: Who came from whom.
         steps: Ordered by step.
         evaluations: Ordered by step.
@@ -123,16 +125,12 @@ class RunRecord:
 
     path: Path
     config: Mapping[str, Any]
+    words: Words
     lineage: Lineage
     steps: Sequence[StepLine] = field(repr=False)
     evaluations: Sequence[Scored] = field(repr=False)
     ended: Ended | None
     laps: Sequence[Lap] = field(repr=False)
-
-    @property
-    def noun(self) -> str:
-        """What a row of the data is called: "pair" or "example"."""
-        return "example" if self.config["algorithm"] == "SFT" else "pair"
 
     @property
     def founders(self) -> Sequence[Birth]:

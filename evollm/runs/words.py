@@ -1,19 +1,17 @@
 """An algorithm's own words, which a run writes into `config.json`: whoever shows the run needs no list of algorithms.
 
-A run folder may come from somebody else. So everything is checked when it is read: names fit into names of files and
-into Markdown, texts are short and hold nothing that a terminal would obey. Whoever shows a text escapes it.
+A run folder may come from somebody else, so all of it is checked: names fit into names of files, and texts are short
+and hold nothing that a terminal would obey. Whoever shows a text escapes it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-_LONGEST = 400
-_MOST = 16
-_MOST_DIGITS = 9
+_LONGEST, _MOST, _MOST_DIGITS = 400, 16, 9
 # Of a score or a metric; a slash becomes a hyphen in the name of a picture.
 _NAME = re.compile(r"[A-Za-z]\w{0,60}(/\w{1,60})?", re.ASCII)
 _TAG = re.compile(r"[a-z0-9]([a-z0-9-]{0,60}[a-z0-9])?")
@@ -36,7 +34,7 @@ class Score:
         in_full: What a model card calls it; "": its label with the unit.
 
     Raises:
-        TypeError, ValueError: A field is of another type, too long, or holds what no text for a person holds.
+        ValueError: A field is of another type, too long, or holds what no text for a person holds.
     """
 
     name: str
@@ -51,8 +49,7 @@ class Score:
     in_full: str = ""
 
     def __post_init__(self) -> None:
-        _check_plain(self)
-        _check_name(_NAME, self.name)
+        _check(self, _NAME, [self.name])
         if not 2 * self.is_share <= self.digits <= _MOST_DIGITS:
             raise ValueError(f"digits is {self.digits}")
 
@@ -60,6 +57,11 @@ class Score:
     def form(self) -> str:
         """How the number is written, as for `format`."""
         return f"{'+' if self.is_signed else ''}.{self.digits}f"
+
+    @property
+    def short_form(self) -> str:
+        """The same where there is less room: a sign takes that of a digit."""
+        return f"+.{max(0, self.digits - 1)}f" if self.is_signed else self.form
 
     @property
     def title(self) -> str:
@@ -72,7 +74,7 @@ class Words:
     """What people call an algorithm, its rows and its numbers.
 
     Attributes:
-        name: What it is called, such as in `config.json`.
+        name: What it is called.
         noun: What a row of the data is called; an "s" makes it several.
         title: What a model has become by it, for the title of its card.
         method: The method in full.
@@ -83,7 +85,7 @@ class Words:
         on_training: A sentence on what the metrics of several agents do not allow to say.
 
     Raises:
-        TypeError, ValueError: A field is of another type, too long, or holds what no text for a person holds.
+        ValueError: A field is of another type, too long, or holds what no text for a person holds.
     """
 
     name: str
@@ -97,12 +99,8 @@ class Words:
     on_training: str = ""
 
     def __post_init__(self) -> None:
-        _check_plain(self)
-        for pattern, names in ((_TAG, self.tags), (_NAME, [name for name, _ in self.curves])):
-            for name in names:
-                _check_name(pattern, name)
-        for _, title in self.curves:
-            _check_text("curves", title)
+        _check(self, _TAG, self.tags)
+        _check(self, _NAME, [name for name, _ in self.curves], [title for _, title in self.curves])
         if max(map(len, (self.tags, self.scores, self.curves))) > _MOST or not self.shown:
             raise ValueError("there are too many words, or no score that is shown")
 
@@ -116,31 +114,23 @@ class Words:
         """Read what `dataclasses.asdict` gave, also after it has been JSON.
 
         Raises:
-            TypeError, ValueError, KeyError: It is something else.
+            KeyError, TypeError, ValueError: It is something else.
         """
-        nested = {
-            "tags": tuple(data["tags"]),
-            "scores": tuple(Score(**score) for score in data["scores"]),
-            "curves": tuple((name, title) for name, title in data["curves"]),
-        }
-        return cls(**{**data, **nested})
+        scores = tuple(Score(**score) for score in data["scores"])
+        curves = tuple((name, title) for name, title in data["curves"])
+        return cls(**{**data, "tags": tuple(data["tags"]), "scores": scores, "curves": curves})
 
 
-def _check_plain(words: Score | Words) -> None:
-    """Check the fields that are texts, numbers or booleans."""
-    for field in fields(words):
-        value = getattr(words, field.name)
-        if field.type == "str":
-            _check_text(field.name, value)
-        elif field.type in ("int", "bool") and type(value).__name__ != field.type:
-            raise TypeError(f"{field.name} is {type(value).__name__}")
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str) or len(value) > _LONGEST or not value.isprintable():
-        raise ValueError(f"{name} is no short text")
-
-
-def _check_name(pattern: re.Pattern[str], value: object) -> None:
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise ValueError("there is a name that is none")
+def _check(
+    words: Score | Words, pattern: re.Pattern[str], names: Sequence[object], texts: Sequence[object] = ()
+) -> None:
+    """Refuse plain fields of another type, texts that nobody should read, and names that do not have the pattern."""
+    kinds: dict[Any, type] = {"str": str, "int": int, "bool": bool}
+    values = [(getattr(words, field.name), kinds[field.type]) for field in fields(words) if field.type in kinds]
+    if any(type(value) is not kind for value, kind in values):
+        raise ValueError("a field is of another type")
+    for text in (*(value for value, kind in values if kind is str), *texts):
+        if not isinstance(text, str) or len(text) > _LONGEST or not text.isprintable():
+            raise ValueError("a text is too long, or none for a person")
+    if not all(isinstance(name, str) and pattern.fullmatch(name) for name in names):
+        raise ValueError("a name is none")

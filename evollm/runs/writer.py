@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, remove_leftovers, replace_bytes
@@ -23,7 +26,6 @@ from evollm.runs.events import (
 )
 from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, TIMING
 from evollm.runs.lines import RecordFiles, read_lines, strict
-from evollm.runs.timing import Stopwatch
 
 _EVALUATION = re.compile(r"step-(\d{6,})\.safetensors")
 
@@ -44,7 +46,7 @@ class RunFolder(Callback):
     def __init__(self, cuda_peak: Callable[[], int] | None = None) -> None:
         self._cuda_peak = cuda_peak
         self._records: RecordFiles | None = None
-        self._stopwatch: Stopwatch | None = None
+        self._since = time.perf_counter()
 
     def on_start(self, event: RunStarted) -> None:
         """Create the folder and write the settings; of a resumed run keep what happened up to its checkpoint.
@@ -64,7 +66,9 @@ class RunFolder(Callback):
         # Last: it is what a run folder is known by.
         config = json.dumps(strict(event.config), indent=2) + "\n"
         replace_bytes(inside(folder, CONFIG), config.encode())
-        self._stopwatch = Stopwatch(self._cuda_peak if str(event.config["device"]).startswith("cuda") else None)
+        if not str(event.config["device"]).startswith("cuda"):
+            self._cuda_peak = None
+        self._since = time.perf_counter()
         self._time("start", event.step)
 
     def on_baseline(self, event: BaselineScored) -> None:
@@ -128,8 +132,11 @@ class RunFolder(Callback):
         return self._records
 
     def _time(self, kind: str, step: int) -> None:
-        assert self._stopwatch is not None
-        self._append(TIMING, kind=kind, step=step, **self._stopwatch.lap())
+        """Note the seconds since the event before, and the memory that the process has now."""
+        before, self._since = self._since, time.perf_counter()
+        peak = {} if self._cuda_peak is None else {"cuda_peak_bytes": self._cuda_peak()}
+        memory = {"resident_bytes": psutil.Process().memory_info().rss, **peak}
+        self._append(TIMING, kind=kind, step=step, seconds=round(self._since - before, 6), **memory)
 
     def _append(self, name: str, **values: Any) -> None:
         self._files.append(name, **values)

@@ -1,8 +1,7 @@
 """Where a run's events are written: files, the console, and optional trackers."""
 
 from evollm.tracking.console import Console
-from evollm.tracking.report_to import tracker_names
-from evollm.tracking.trackers import TRACKERS, TensorBoard, Tracker, Trackio, WeightsAndBiases
+from evollm.tracking.trackers import TRACKERS, TensorBoard, Tracker, Trackio, WeightsAndBiases, tracker_names
 
 __all__ = [
     "TRACKERS",

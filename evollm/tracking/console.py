@@ -23,16 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evollm.errors import shown
-from evollm.hpo import (
-    AnyEvaluation,
-    Birth,
-    Evaluation,
-    EvolutionPlan,
-    LikelihoodEvaluation,
-    ancestry,
-    format_value,
-    rank,
-)
+from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, ancestry, format_value, rank
 from evollm.pace import Pace
 from evollm.report import few_rows, gain_of
 from evollm.runs.events import (
@@ -45,18 +36,12 @@ from evollm.runs.events import (
     RunStarted,
     StepDone,
 )
+from evollm.runs.words import Score, Words
 
 BAR_WIDTH = 8
 SHOWN = ("lr", "beta", "nll_alpha")
 # Shown too where they are not these.
 USUAL = {"loss_type": "sigmoid", "label_smoothing": 0.0}
-# How a score is headed and written.
-SCORES = {
-    "accuracy": ("accuracy", ".3f"),
-    "mean_margin": ("margin", "+.2f"),
-    "loss": ("held-out loss", ".4f"),
-    "perplexity": ("perplexity", ".2f"),
-}
 
 
 class Console(Callback):
@@ -65,6 +50,8 @@ class Console(Callback):
     Args:
         console: Where to print, by default standard output.
     """
+
+    _words: Words
 
     def __init__(self, console: rich.console.Console | None = None) -> None:
         # No emoji: a text such as a folder or an answer may hold what rich takes for the name of one.
@@ -97,17 +84,18 @@ class Console(Callback):
         for evolution in event.evolutions:
             self._follow(evolution.plan)
         agents = f"{len(self._births)} agent{'s' if len(self._births) > 1 else ''}"
-        data = event.config["data"]
+        data, words = event.config["data"], Words.from_dict(event.config["words"])
+        self._words = words
         for report in data["reports"]:
             self._print(escape(report))
         base = f"{event.config['base_dtype'].removeprefix('torch.')}, on {event.config['device']}"
         self._print(
             f"{agents} on one base ({base}), {event.total_steps} steps of {data['batch_size']} "
-            f"{data.get('noun', 'pair')}s; folder {escape(str(event.run_dir))}",
+            f"{words.noun}s; folder {escape(str(event.run_dir))}",
             soft_wrap=True,
         )
         held_out = {"test": 0, "final": 0, **event.held_out}
-        few = "" if event.step else few_rows(data.get("noun", "pair"), agents=len(event.founders), **held_out)
+        few = "" if event.step else few_rows(words, agents=len(event.founders), **held_out)
         if few:
             self._print(f"Warning: {few}", soft_wrap=True)
         if event.step:
@@ -147,7 +135,7 @@ class Console(Callback):
 
     def on_evaluation(self, event: Evaluated) -> None:
         """Print the table of a generation."""
-        self._print(generation_table(event, self._births, self._losses))
+        self._print(generation_table(event, self._births, self._losses, self._words))
         if self._task is not None and event.step == self._total:
             self._phase("final score and sample answers")
 
@@ -169,9 +157,9 @@ class Console(Callback):
         """Print the result."""
         self.close()
         if event.before is not None and event.after is not None:
-            lines = score_lines(event.split, event.before, event.after, chosen_by_score=len(self._births) > 1)
-            self._print(lines, soft_wrap=True)
-            self._print(f"The best agent against the start: {gain_of(event.before, event.after)}", soft_wrap=True)
+            words, scored = self._words, (event.before, event.after)
+            self._print(score_lines(words, event.split, *scored, chosen_by_score=len(self._births) > 1), soft_wrap=True)
+            self._print(f"The best agent against the start: {gain_of(words, *scored)}", soft_wrap=True)
         if self._plans:
             self._print("Its line: " + schedule_line(ancestry(self._plans, event.best)), soft_wrap=True)
         for sample in event.samples:
@@ -210,22 +198,20 @@ def batch_line(found: Sequence[Mapping[str, float]]) -> str:
     return line
 
 
-def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapping[int, float]) -> Table:
+def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapping[int, float], words: Words) -> Table:
     """One row for each agent, the fittest first and marked."""
     table = Table(title=f"generation {event.generation}, step {event.step}", title_justify="left", box=SIMPLE_HEAD)
     shown = [
         name for name in (*SHOWN, *USUAL) if any(name in _worth_showing(values) for values in event.agents.values())
     ]
-    evaluated = next(iter(event.evaluations.values()), None)
-    scored = ("accuracy", "mean_margin") if evaluated is None else tuple(evaluated.scores)
-    for name in ("agent", "parent", *shown, *(SCORES[name][0] for name in scored), "loss"):
+    for name in ("agent", "parent", *shown, *(score.heading or score.label for score in words.scores), "loss"):
         table.add_column(name, justify="right")
     for index in _best_first(event):
         parent, values = births[index].parent, event.agents[index]
         evaluation = event.evaluations.get(index)
-        scores = ["diverged", *[""] * (len(scored) - 1)]
+        scores = ["diverged", *[""] * (len(words.scores) - 1)]
         if evaluation is not None:
-            scores = [format(value, SCORES[name][1]) for name, value in evaluation.scores.items()]
+            scores = [format(evaluation.scores[score.name], score.form) for score in words.scores]
         table.add_row(
             f"* {index}" if index == event.best else str(index),
             "" if parent is None else str(parent),
@@ -255,30 +241,26 @@ def _worth_showing(values: Mapping[str, Any]) -> list[str]:
     return [name for name in SHOWN if name in values] + unusual
 
 
-def score_lines(split: str, before: AnyEvaluation, after: AnyEvaluation, *, chosen_by_score: bool) -> str:
-    """The two scores, and what they were measured on."""
-    kind = "final" if split == "final" else "selection"
-    if isinstance(before, Evaluation) and isinstance(after, Evaluation):
-        noun = "pairs"
-        lines = (
-            f"\nHeld-out accuracy on {len(after.margins)} {kind} pairs: "
-            f"[bold]{before.accuracy:.3f} -> {after.accuracy:.3f}[/bold] "
-            f"(margin {before.mean_margin:+.2f} -> {after.mean_margin:+.2f} nats)"
-        )
-    else:
-        assert isinstance(before, LikelihoodEvaluation)
-        assert isinstance(after, LikelihoodEvaluation)
-        noun = "examples"
-        lines = (
-            f"\nHeld-out loss on {len(after.logprobs)} {kind} examples: "
-            f"[bold]{before.loss:.4f} -> {after.loss:.4f}[/bold] nats per token "
-            f"(perplexity {before.perplexity:.2f} -> {after.perplexity:.2f})"
-        )
+def score_lines(words: Words, split: str, before: AnyEvaluation, after: AnyEvaluation, *, chosen_by_score: bool) -> str:
+    """The scores before and after, and what they were measured on."""
+    kind, noun = "final" if split == "final" else "selection", f"{words.noun}s"
+    values = [
+        (score, f"{before.scores[score.name]:{score.form}} -> {after.scores[score.name]:{score.form}}")
+        for score in words.scores
+    ]
+    (first, value), others = values[0], values[1:]
+    lines = f"\nHeld-out {first.label} on {len(after)} {kind} {noun}: [bold]{value}[/bold]{_unit(first)}"
+    if others:
+        lines += f" ({', '.join(f'{score.heading or score.label} {value}{_unit(score)}' for score, value in others)})"
     if split != "final" and chosen_by_score:
         lines += (
             f"\nThe fittest agent was chosen on these very {noun}; pass final_dataset to the gym for an unbiased score."
         )
     return lines
+
+
+def _unit(score: Score) -> str:
+    return "" if score.is_share or not score.unit else f" {score.unit}"
 
 
 def _best_first(event: Evaluated) -> list[int]:

@@ -7,10 +7,11 @@ import os
 import re
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from evollm.checks import nearest_name, switch
 from evollm.errors import ConfigurationError, MissingExtraError
 from evollm.hpo import AnyEvaluation, Birth
 from evollm.own_files import inside, read_bytes, replace_bytes
@@ -20,6 +21,7 @@ from evollm.runs.events import Callback, Evaluated, Evolved, RunEnded, RunStarte
 ID_FILE = "tracking-id"
 _ID = re.compile(r"[0-9a-f]{8}")
 PROJECT = "evollm"
+NONE = "none"
 
 
 class Tracker(Callback):
@@ -173,6 +175,33 @@ class Trackio(Tracker):
 
 
 TRACKERS: Mapping[str, type[Tracker]] = {tracker.name: tracker for tracker in (TensorBoard, WeightsAndBiases, Trackio)}
+
+
+def tracker_names(report_to: str | Sequence[str] | None, *, wb: bool = False, tensorboard: bool = False) -> list[str]:
+    """The trackers that were asked for, each once.
+
+    Args:
+        report_to: A name of `TRACKERS` or a list of names; "none" or None: none.
+        wb: The same as the name `wandb`.
+        tensorboard: The same as the name `tensorboard`.
+
+    Raises:
+        ConfigurationError: A name is not known, or "none" stands beside others.
+    """
+    names = [report_to] if isinstance(report_to, str) else report_to
+    if names is None:
+        names = []
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigurationError("report_to", report_to, f"must be a name or a list of names: {', '.join(TRACKERS)}")
+    for name in names:
+        if name not in (*TRACKERS, NONE):
+            nearest = nearest_name(name, [*TRACKERS, NONE])
+            fix = f"{name!r} is no tracker; the nearest is {nearest!r}, known are {', '.join((*TRACKERS, NONE))}"
+            raise ConfigurationError("report_to", report_to, fix)
+    if NONE in names and len(names) > 1:
+        raise ConfigurationError("report_to", report_to, f"{NONE!r} stands alone")
+    switched = {"wandb": switch("wb", wb), "tensorboard": switch("tensorboard", tensorboard)}
+    return [name for name in TRACKERS if name in names or switched.get(name)]
 
 
 def _require(name: str) -> Any:

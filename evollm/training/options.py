@@ -205,12 +205,17 @@ class RunPaths:
         Raises:
             ConfigurationError: No path, a folder with another run, a folder to resume that holds none, or one in which
                 nothing but an agent may lie.
+            CheckpointError: The settings of the run to resume are damaged.
         """
         if resume is not None:
             folder = usable_path("resume_from_checkpoint", resume)
             if run_dir is not None and usable_path("run_dir", run_dir).resolve() != folder.resolve():
                 raise ConfigurationError("run_dir", str(run_dir), "is not the run to resume: leave it out")
-            _check_run_folder(folder)
+            if not (folder / CONFIG).is_file():
+                fix = f"{no_run(folder)}. A run that ended before it had one is begun anew, as run_dir"
+                raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
+            # Files of something else would be written over: a model has a config.json, too.
+            read_config(folder, "resume_from_checkpoint")
         else:
             folder = new_run_dir() if run_dir is None else usable_path("run_dir", run_dir)
         check_can_be_made("run_dir", folder / "config.json")
@@ -274,14 +279,6 @@ class RunPaths:
             raise ConfigurationError(field, str(self.checkpoints), fix)
 
 
-def _check_run_folder(folder: Path) -> None:
-    """Refuse to go on in a folder of something else, whose files would be written over: a model has a config.json."""
-    if not (folder / CONFIG).is_file():
-        fix = f"{no_run(folder)}. A run that ended before it had one is begun anew, as run_dir"
-        raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
-    read_config(folder, "resume_from_checkpoint")
-
-
 def new_run_dir() -> Path:
     """A folder name in `evollm-runs` that says when the run began."""
     return Path("evollm-runs") / datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
@@ -305,6 +302,7 @@ def describe_run(
     first = population[0]
     return {
         "algorithm": first.algorithm,
+        "words": asdict(first.words),
         "base": first.base.name,
         "base_dtype": str(first.base.network.dtype),
         "base_fingerprint": first.base.weights_fingerprint,

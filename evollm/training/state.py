@@ -26,7 +26,7 @@ _MAY_CHANGE = {
     "data": {"position", "digests", "written_at", "form"},
 }
 # The base is known by its digest, wherever it lies.
-_NOT_COMPARED = {"versions", "base"}
+_NOT_COMPARED = {"versions", "base", "words"}
 
 
 @dataclass

@@ -27,7 +27,7 @@ def describe(setup: Setup) -> str:
         lines += [] if evolving else ["  no hyperparameter evolves: there is no hp_config"]
     if schedule.evaluate_every is not None:
         lines.append(f"evaluations: every {schedule.evaluate_every} steps, on {len(env.test_pairs)} held-out rows")
-    few = few_rows(env.row_format.noun, agents=len(setup.agents), test=len(env.test_pairs), final=len(env.final_pairs))
+    few = few_rows(first.words, agents=len(setup.agents), test=len(env.test_pairs), final=len(env.final_pairs))
     lines += [f"warning: {few}"] if few else []
     saves = f"every {schedule.checkpoint_every} steps" if schedule.checkpoint_every else "none"
     lines.append(f"checkpoints: {saves}")

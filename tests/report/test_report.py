@@ -15,7 +15,7 @@ from conftest import make_rows
 from report_runs import EVIL, LORA, evolve, small_model
 from tokenizers_for_tests import chatml_tokenizer
 
-from evollm import DPO, ConfigurationError, MissingExtraError, PreferenceGym, finetune_llm_preference
+from evollm import DPO, SFT, ConfigurationError, MissingExtraError, PreferenceGym, finetune_llm_preference
 from evollm.cli import main
 from evollm.hpo import Evaluation, preference_fitness
 from evollm.report import RunRecord, Scored, read_run, write_report
@@ -26,6 +26,7 @@ from evollm.report.statistics import Interval
 from evollm.report.style import Picture, add_legend, drawing, line_style, mark_diverged, new_panel
 from evollm.report.training_figures import training_pictures
 
+ACCURACY, LOSS = DPO.words.shown[0], SFT.words.shown[0]
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
@@ -150,8 +151,8 @@ def test_a_run_that_died_of_an_earlier_version_is_reported_without_intervals(evo
 def test_the_headline_says_no_more_than_the_intervals_do(evolved, split, difference, words) -> None:
     record = read_run(evolved)
     object.__setattr__(record.ended, "split", split)
-    gain = Comparison("pair", "before", "the untuned model", "accuracy", difference)
-    rival = Comparison("pair", "runner_up", "the runner-up", "accuracy", Interval(0.1, -0.1, 0.2))
+    gain = Comparison("pair", "before", "the untuned model", ACCURACY, difference)
+    rival = Comparison("pair", "runner_up", "the runner-up", ACCURACY, Interval(0.1, -0.1, 0.2))
     text = " ".join(headline(record, [gain, rival]))
     assert words in text
     if split:
@@ -161,7 +162,7 @@ def test_the_headline_says_no_more_than_the_intervals_do(evolved, split, differe
 def test_less_loss_is_better_and_more_accuracy_is(evolved) -> None:
     down, up = Interval(-0.2, -0.3, -0.1), Interval(0.2, 0.1, 0.3)
     verdicts = [
-        Comparison("pair", "before", "", score, one).verdict for score in ("loss", "accuracy") for one in (down, up)
+        Comparison("pair", "before", "", score, one).verdict for score in (LOSS, ACCURACY) for one in (down, up)
     ]
     assert verdicts == ["better", "worse", "worse", "better"]
     assert {one.role for one in compare(read_run(evolved))} == {"before", "runner_up"}

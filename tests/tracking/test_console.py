@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,8 @@ import rich.console
 from conftest import make_rows
 
 from evollm import (
+    DPO,
+    SFT,
     Callback,
     HyperparameterConfig,
     Mutations,
@@ -174,12 +177,12 @@ def test_the_last_score_has_its_interval_and_few_pairs_are_warned_of_before_trai
     assert re.search(r": [+-]?\d+\.\d points (\(95 % interval |on every pair \(95 % interval of the accuracy)", gain)
     assert lines[lines.index(gain) - 1].startswith("Held-out accuracy on 8 final pairs: ")
     warned = [number for number, line in enumerate(lines) if "Few held-out pairs" in line]
-    assert [lines[number] for number in warned] == [f"Warning: {few_rows('pair', agents=4, test=6, final=8)}"]
+    assert [lines[number] for number in warned] == [f"Warning: {few_rows(DPO.words, agents=4, test=6, final=8)}"]
     assert not any("training" in line for line in lines[: warned[0]])
     # The report says the same.
     record = read_run(tmp_path / "run")
-    assert few_rows("pair", agents=4, test=6, final=8) in headline(record, [])
-    assert gain.partition(": ")[2] == gain_of(record.ended.pairs["before"], record.ended.pairs["after"])
+    assert few_rows(DPO.words, agents=4, test=6, final=8) in headline(record, [])
+    assert gain.partition(": ")[2] == gain_of(DPO.words, record.ended.pairs["before"], record.ended.pairs["after"])
 
 
 @pytest.mark.parametrize(
@@ -195,22 +198,24 @@ def test_the_last_score_has_its_interval_and_few_pairs_are_warned_of_before_trai
 )  # fmt: skip
 def test_a_gain_is_said_with_what_its_interval_allows(margins, said) -> None:
     none = np.zeros(len(margins))
-    assert re.search(said, gain_of(Evaluation(none, none), Evaluation(np.array(margins), none)))
+    assert re.search(said, gain_of(DPO.words, Evaluation(none, none), Evaluation(np.array(margins), none)))
 
 
 def test_a_loss_that_falls_is_a_gain() -> None:
     tokens, rng = np.full(200, 10.0), np.random.default_rng(0)
     before = LikelihoodEvaluation(-20 - rng.random(200), tokens)
     after = LikelihoodEvaluation(before.logprobs + 5 + rng.random(200), tokens)
-    assert re.search(r"-0\.5\d+ nats per token \(95 % interval -0\.\d+ to -0\.\d+\)\.$", gain_of(before, after))
-    assert "It has become worse" in gain_of(after, before)
+    assert re.search(
+        r"-0\.5\d+ nats per token \(95 % interval -0\.\d+ to -0\.\d+\)\.$", gain_of(SFT.words, before, after)
+    )
+    assert "It has become worse" in gain_of(SFT.words, after, before)
 
 
 def test_enough_rows_are_not_warned_of() -> None:
-    assert few_rows("pair", agents=4, test=100, final=0) == few_rows("example", agents=1, test=0, final=0) == ""
-    assert "10 for the evaluations." in few_rows("example", agents=1, test=10, final=300)
-    assert "accuracy" not in few_rows("example", agents=1, test=10, final=300)
-    assert "known to within about 10 points" in few_rows("pair", agents=2, test=99, final=300)
+    assert few_rows(DPO.words, agents=4, test=100, final=0) == few_rows(SFT.words, agents=1, test=0, final=0) == ""
+    assert "10 for the evaluations." in few_rows(SFT.words, agents=1, test=10, final=300)
+    assert "accuracy" not in few_rows(SFT.words, agents=1, test=10, final=300)
+    assert "known to within about 10 points" in few_rows(DPO.words, agents=2, test=99, final=300)
 
 
 @pytest.mark.parametrize(("step", "times"), [(0, 1), (3, 0)])
@@ -218,6 +223,7 @@ def test_a_resumed_run_is_not_warned_of_few_rows_again(tmp_path, step, times) ->
     output = io.StringIO()
     console = Console(rich.console.Console(file=output, width=WIDTH))
     config = {"data": {"reports": [], "batch_size": 4}, "base_dtype": "torch.float32", "device": "cpu"}
+    config["words"] = asdict(DPO.words)
     founders = [Birth(index, None, (), elite=False, hyperparameters={}) for index in range(2)]
     console.on_start(RunStarted(tmp_path, config, founders, 8, step, held_out={"test": 6, "final": 300}))
     console.close()

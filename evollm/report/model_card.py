@@ -5,38 +5,16 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from evollm.errors import CheckpointError
 from evollm.hpo import Birth, format_value
 from evollm.runs import Lineage, RunRecord, read_run
 from evollm.runs.record import Ended
 
-
-@dataclass(frozen=True)
-class _Stage:
-    """How a card speaks of a kind of run."""
-
-    title: str
-    method: str
-    tags: str
-    rows: str
-
-
-_STAGES = {
-    "DPO": _Stage("tuned on preferences", "Direct Preference Optimization", "dpo, preference-tuning", "pairs"),
-    "SFT": _Stage("tuned on completions", "supervised fine-tuning", "sft", "examples"),
-}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SCORES = {
-    "accuracy": "preference accuracy",
-    "mean_margin": "mean margin (nats)",
-    "loss": "loss (nats per completion token)",
-    "perplexity": "perplexity",
-}
 
 
 @dataclass(frozen=True)
@@ -89,27 +67,26 @@ def model_card(run_dir: Path, subject: Subject) -> str:
             raise CheckpointError(f"{run_dir}: the run has not ended; resume it with resume_from_checkpoint")
         before = [one for one in record.evolutions if subject.step is None or one.step < subject.step]
         births = [birth for _, birth in Lineage(record.founders, before).line(best)]
-        return _card(record.config, births, scores, subject)
+        return _card(record, births, scores, subject)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{run_dir} is not the folder of a run: {error!r}") from error
 
 
-def _card(config: Mapping[str, Any], births: Sequence[Birth], scores: list[str], subject: Subject) -> str:
-    hub_name = subject.hub_name
+def _card(record: RunRecord, births: Sequence[Birth], scores: list[str], subject: Subject) -> str:
+    config, words, hub_name = record.config, record.words, subject.hub_name
     library = "peft" if subject.is_adapter else "transformers"
     front = ["---", *([f"base_model: {hub_name}"] if hub_name else []), f"library_name: {library}"]
-    stage = _STAGES[config["algorithm"]]
-    front += [f"tags: [{stage.tags}, lora, evollm]", "---"]
+    front += [f"tags: [{', '.join(words.tags)}, lora, evollm]", "---"]
     base = f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else f"`{_text(subject.base_name)}`"
     lines = [
         *front,
         "",
-        f"# {hub_name or 'A language model'}, {stage.title}",
+        f"# {hub_name or 'A language model'}, {_text(words.title)}",
         "",
         f"Base: {base if subject.base_name else 'a model without a name'}. "
-        f"Tuned with {stage.method} by evollm {_text(config['versions']['evollm'])}: "
+        f"Tuned with {_text(words.method)} by evollm {_text(config['versions']['evollm'])}: "
         f"{len(config['agents'])} agents, {int(config['schedule']['total'])} steps of "
-        f"{int(config['data']['batch_size'])} {stage.rows}.",
+        f"{int(config['data']['batch_size'])} {_text(words.noun)}s.",
         "",
         "## Use",
         "",
@@ -136,7 +113,7 @@ def _card(config: Mapping[str, Any], births: Sequence[Birth], scores: list[str],
 
 def _use(subject: Subject, form: str) -> list[str]:
     """Lines that load what was written and ask it something, in the form of the rows that it has learnt from."""
-    loader, folder = subject.loader, _literal(subject.folder)
+    loader, folder = subject.loader, json.dumps(subject.folder)
     as_text = form == "text" or not subject.has_template
     question = '"What is tea?"'
     if not as_text:
@@ -151,7 +128,7 @@ def _use(subject: Subject, form: str) -> list[str]:
     load = [f"model = {loader}.from_pretrained({folder})"]
     if subject.is_adapter:
         load = [
-            f"base_model = {loader}.from_pretrained({_literal(subject.base_name or 'BASE')})",
+            f"base_model = {loader}.from_pretrained({json.dumps(subject.base_name or 'BASE')})",
             f"model = PeftModel.from_pretrained(base_model, {folder})",
         ]
     said = {"chat": "messages, through the chat template", "text": "strings, without a chat template"}
@@ -162,7 +139,7 @@ def _use(subject: Subject, form: str) -> list[str]:
         f"from transformers import {loader}, AutoTokenizer",
         "",
         *load,
-        f"tokenizer = AutoTokenizer.from_pretrained({_literal(subject.tokenizer or 'BASE')})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(subject.tokenizer or 'BASE')})",
         f"prompt = {question}",
         f"inputs = {encode}",
         "output = model.generate(**inputs, max_new_tokens=64)",
@@ -171,24 +148,20 @@ def _use(subject: Subject, form: str) -> list[str]:
     ]
 
 
-def _literal(text: str) -> str:
-    """A text as Python and Markdown have it."""
-    return json.dumps(text)
-
-
 def _text(value: object) -> str:
     """A text from a file as one that says the same in Markdown, and is no markup."""
     return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|").replace("`", "'")
 
 
 def _scores(record: RunRecord, ended: Ended) -> list[str]:
-    rows, before, after = f"{record.noun}s", ended.scores.get("before", {}), ended.scores.get("after", {})
+    rows, before, after = f"{_text(record.words.noun)}s", ended.scores.get("before", {}), ended.scores.get("after", {})
     if not after:
         return [f"No held-out {rows} were given."]
     final = ended.split == "final"
     on = f"{rows} that nothing was selected by" if final else f"the {rows} that agents were selected by"
     head = [f"On {on}:", "", "| | before | after |", "|---|---|---|"]
-    return [*head, *(f"| {_SCORES[name]} | {before[name]:.3f} | {value:.3f} |" for name, value in after.items())]
+    named = _score_names(record)
+    return [*head, *(f"| {named[name]} | {before[name]:.3f} | {value:.3f} |" for name, value in after.items())]
 
 
 def _scores_before_the_end(record: RunRecord, agent: int, step: int) -> list[str]:
@@ -197,9 +170,14 @@ def _scores_before_the_end(record: RunRecord, agent: int, step: int) -> list[str
     own = [scored for scored in record.evaluations if scored.agent == agent and scored.step <= step]
     if not own or not own[-1].scores:
         return [f"{saved}, which has not been scored."]
-    on = f"On the {record.noun}s that agents were selected by:"
+    on = f"On the {_text(record.words.noun)}s that agents were selected by:"
     head = [f"{saved}. {on}", "", f"| | after step {own[-1].step} |", "|---|---|"]
-    return [*head, *(f"| {_SCORES[name]} | {value:.3f} |" for name, value in own[-1].scores.items())]
+    named = _score_names(record)
+    return [*head, *(f"| {named[name]} | {value:.3f} |" for name, value in own[-1].scores.items())]
+
+
+def _score_names(record: RunRecord) -> dict[str, str]:
+    return {score.name: _text(score.in_full or score.title) for score in record.words.scores}
 
 
 def _schedule(births: Sequence[Birth]) -> list[str]:
