@@ -27,8 +27,6 @@ T = TypeVar("T")
 
 _ROLES = ("before", "after", "runner_up")
 _NOT_METRICS = {"kind", "step", "epoch", "agent"}
-
-
 # Of `config.json`, what somebody relies on.
 _SECTIONS = ("schedule", "data", "options", "settings", "lora")
 _USED: tuple[tuple[str, str, type], ...] = (

@@ -251,7 +251,7 @@ def test_a_best_agent_without_room_is_saved_elsewhere(run, tmp_path, monkeypatch
         with pytest.warns(UserWarning, match="could not be saved to .*No space left.*it was saved to .*elsewhere"):
             run("full", save_elite=True, callbacks=[listener])
     assert ended[0].best_path.parent == tmp_path / "elsewhere"
-    assert read_agent_folder(ended[0].best_path).attributes["index"] == ended[0].best.index
+    assert read_agent_folder(ended[0].best_path).attributes["index"] == ended[0].best
     # There is room again.
     run("full", resume=True, save_elite=True)
     assert (tmp_path / "full/elite/attributes.pt").is_file()
