@@ -7,9 +7,10 @@ import yaml
 
 import evollm
 from evollm import ConfigurationError
+from evollm.algorithms import algorithm_named
 from evollm.config import parse_config, read_config
 from evollm.recipes import recipe_names, recipe_text
-from evollm.tuning.pieces import pieces_of
+from evollm.tuning.parameters import parameters_of
 from evollm.tuning.setup import TUNE_PARAMETERS
 
 
@@ -101,6 +102,6 @@ def test_every_key_of_a_recipe_is_a_parameter_of_the_python_interface() -> None:
     for name in recipe_names():
         config = parse_config(recipe_text(name), name)
         algorithm = config.get("algorithm", inspect.signature(evollm.tune).parameters["algorithm"].default)
-        assert config.keys() <= {*TUNE_PARAMETERS, *pieces_of(algorithm).parameters()}
+        assert config.keys() <= {*TUNE_PARAMETERS, *parameters_of(algorithm_named(algorithm))}
         # Plain enough for every other reader of YAML.
         assert yaml.safe_load(recipe_text(name)).keys() == config.keys()

@@ -46,10 +46,11 @@ from evollm import (
     finetune_llm_preference,
     inspect_data,
 )
+from evollm.algorithms import algorithm_named
 from evollm.config import read_config
 from evollm.inspection import print_inspection
 from evollm.tuning import validate
-from evollm.tuning.pieces import pieces_of
+from evollm.tuning.parameters import parameters_of
 from evollm.tuning.setup import TUNE_PARAMETERS
 
 Case = Callable[[], object]
@@ -427,7 +428,9 @@ GOOD_CONFIG: dict[str, Any] = {
     **{"data_batch_size_per_gpu": 4, "hp_config": {"lr": [1e-6, 1e-3], "loss_type": ["sigmoid", "ipo"]}},
     **{"lora_config": {"r": 2, "target_modules": ["q_proj"]}, "device": "cpu", "seed": 1},
 }
-CONFIG_KEYS = sorted({*TUNE_PARAMETERS, *pieces_of("dpo").parameters()} - {"run_dir", "accelerator", "population"})
+CONFIG_KEYS = sorted(
+    {*TUNE_PARAMETERS, *parameters_of(algorithm_named("dpo"))} - {"run_dir", "accelerator", "population"}
+)
 YAML_JUNK = (
     *(
         "",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from evollm.algorithms.algorithm import Algorithm, register
 from evollm.algorithms.core import OWN, REFERENCE
 from evollm.algorithms.dpo_settings import DPOHyperparameters, DPOSettings, loss_settings, loss_terms
 from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together
@@ -26,7 +27,7 @@ from evollm.checks import switch, whole_number
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import DataError
 from evollm.foreign import ACTION, AGENT, TEST, explains
-from evollm.hpo.fitness import Evaluation
+from evollm.hpo.fitness import Evaluation, preference_fitness
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.llm_envs import PreferenceGym
 from evollm.models.engine import PassOptions
@@ -336,3 +337,19 @@ class DPO(EvolvableAlgorithm):
         score = np.mean([self.evaluate(env).accuracy for _ in range(loop)])
         self.fitness.append(float(score))
         return np.asarray(score)
+
+
+register(
+    Algorithm(
+        agent=DPO,
+        gym=PreferenceGym,
+        learn=learn_together,
+        evaluate=evaluate_together,
+        fitness=preference_fitness,
+        trial=Evaluation(np.zeros(2), np.zeros(2)),
+        has_reference=True,
+        evolves=("lr", "beta", "nll_alpha"),
+        defaults={"nll_alpha": 0.2},
+        loop="finetune_llm_preference",
+    )
+)

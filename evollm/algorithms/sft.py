@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from evollm.algorithms.algorithm import Algorithm, register
 from evollm.algorithms.fit import batch_for, check_base, check_gym
 from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
@@ -20,7 +21,7 @@ from evollm.algorithms.step import policy_logprobs
 from evollm.checks import switch, whole_number
 from evollm.data.batch import PreferenceBatch
 from evollm.foreign import ACTION, SFT_AGENT, TEST, explains
-from evollm.hpo.fitness import LikelihoodEvaluation
+from evollm.hpo.fitness import LikelihoodEvaluation, likelihood_fitness
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.llm_envs import SFTGym
 from evollm.models.loading import BaseSource, usable_device
@@ -232,3 +233,17 @@ class SFT(EvolvableAlgorithm):
         score = np.mean([-self.evaluate(env).loss for _ in range(loop)])
         self.fitness.append(float(score))
         return np.asarray(score)
+
+
+register(
+    Algorithm(
+        agent=SFT,
+        gym=SFTGym,
+        learn=learn_together,
+        evaluate=lambda agents, env, split, reference: evaluate_together(agents, env, split),
+        fitness=likelihood_fitness,
+        trial=LikelihoodEvaluation(-np.ones(2), np.ones(2)),
+        has_reference=False,
+        loop="finetune_llm_sft",
+    )
+)

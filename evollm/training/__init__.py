@@ -1,6 +1,6 @@
 """The training loop."""
 
 from evollm.runs.events import Callback
-from evollm.training.train_llm import finetune_llm_preference, finetune_llm_sft
+from evollm.training.train_llm import finetune, finetune_llm_preference, finetune_llm_sft
 
-__all__ = ["Callback", "finetune_llm_preference", "finetune_llm_sft"]
+__all__ = ["Callback", "finetune", "finetune_llm_preference", "finetune_llm_sft"]

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from evollm.algorithms import Algorithm
 from evollm.algorithms.fit import check_base, check_gym
 from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.settings import check_evolution
@@ -26,7 +27,6 @@ from evollm.own_files import check_can_be_made, inside
 from evollm.runs import read_config
 from evollm.runs.events import Callback
 from evollm.runs.folder import CHECKPOINTS, CONFIG, ELITE, METRICS, RUN_FILES, no_run
-from evollm.training.stages import Stage
 from evollm.version import __version__
 
 
@@ -128,13 +128,13 @@ def _due(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunOptions, stage: Stage) -> None:
+def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunOptions, algorithm: Algorithm) -> None:
     """Find what cannot work before any training time is spent.
 
     Raises:
         ConfigurationError: The population, the environment and the options do not fit together.
     """
-    _check_types(population, env, stage)
+    _check_types(population, env, algorithm)
     if len({id(agent.base) for agent in population}) > 1:
         names = sorted({agent.base.name for agent in population})
         raise ConfigurationError("pop", names, "agents of different bases: build all on one, with DPO.population")
@@ -155,14 +155,14 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
     check_base(population[0].base, env)
 
 
-def _check_types(population: Sequence[SavableAgent], env: DatasetGym, stage: Stage) -> None:
+def _check_types(population: Sequence[SavableAgent], env: DatasetGym, algorithm: Algorithm) -> None:
     if not isinstance(population, Sequence) or not population:
         raise ConfigurationError("pop", population, "must be a list of at least one agent: [agent]")
     for agent in population:
-        if not isinstance(agent, stage.agent):
-            wanted = f"is not a {stage.agent.__name__} agent, which {stage.loop} tunes"
+        if not isinstance(agent, algorithm.agent):
+            wanted = f"is not a {algorithm.agent.__name__} agent, which {algorithm.loop} tunes"
             raise ConfigurationError("pop", type(agent).__name__, f"{wanted}; of a wrapper pass what it wraps")
-    check_gym(env, stage.env, stage.loop)
+    check_gym(env, algorithm.gym, algorithm.loop)
 
 
 def _check_evolution(population: Sequence[SavableAgent], options: RunOptions, schedule: Schedule) -> None:

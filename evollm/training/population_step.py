@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from evollm.algorithms import Algorithm, algorithm_of
 from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.step import levers_of
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import AnyEvaluation, Fitness, as_fitness
 from evollm.llm_envs import DatasetGym
-from evollm.training.stages import Stage, stage_of
 
-# From the evaluation of its stage to a number or a tuple of numbers.
+# From the evaluation of its algorithm to a number or a tuple of numbers.
 FitnessFunction = Callable[[Any], object]
 
 # Neither a number nor comparable: the worst fitness there is.
 DIVERGED_FITNESS: Fitness = (float("nan"),)
 
 
-def check_fitness(fitness: object, stage: Stage) -> None:
+def check_fitness(fitness: object, algorithm: Algorithm) -> None:
     """Try a fitness function on the evaluation of an untuned agent, before any training.
 
     Raises:
@@ -30,7 +30,7 @@ def check_fitness(fitness: object, stage: Stage) -> None:
         raise ConfigurationError(
             "fitness", fitness, "must be a function from an Evaluation to a number or a tuple of them"
         )
-    as_fitness(fitness(stage.trial))
+    as_fitness(fitness(algorithm.trial))
 
 
 def learn_all(population: Sequence[SavableAgent], batch: PreferenceBatch) -> dict[int, dict[str, float]]:
@@ -43,7 +43,7 @@ def learn_all(population: Sequence[SavableAgent], batch: PreferenceBatch) -> dic
         DivergedError: No agent is left.
     """
     going = [agent for agent in population if not agent.diverged]
-    learnt = stage_of(population[0]).learn(going, batch)
+    learnt = algorithm_of(population[0]).learn(going, batch)
     metrics = {agent.index: found for agent, found in zip(going, learnt, strict=True)}
     if all(agent.diverged for agent in population):
         values = ", ".join(f"agent {agent.index}: {agent.hyperparameter_values()}" for agent in population)
@@ -56,7 +56,7 @@ def evaluate_all(
 ) -> dict[int, AnyEvaluation]:
     """Score every agent that has not diverged on the same held-out rows, against this reference where it has one."""
     going = [agent for agent in population if not agent.diverged]
-    evaluations = stage_of(population[0]).evaluate(going, env, "test", reference)
+    evaluations = algorithm_of(population[0]).evaluate(going, env, "test", reference)
     return {agent.index: evaluation for agent, evaluation in zip(going, evaluations, strict=True)}
 
 

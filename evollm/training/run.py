@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from evollm.algorithms import algorithm_of
 from evollm.algorithms.core import OWN, REFERENCE
 from evollm.algorithms.references import BROKEN, REASON
 from evollm.algorithms.saving import SavableAgent
@@ -43,7 +44,6 @@ from evollm.runs.events import (
 from evollm.runs.folder import is_resumed_by_command, is_run
 from evollm.training.options import RunOptions, RunPaths, Schedule, describe_run
 from evollm.training.population_step import FitnessFunction, evaluate_all, fitnesses_of, learn_all
-from evollm.training.stages import stage_of
 from evollm.training.state import Progress, check_same_run, global_generators, set_global_generators
 from evollm.training.stopping import StopSignals
 
@@ -75,7 +75,7 @@ class Run(Generic[A]):
         callbacks: Sequence[Callback],
     ) -> None:
         self.population = list(population)
-        self.stage = stage_of(self.population[0])
+        self.algorithm = algorithm_of(self.population[0])
         self.env = env
         self.options = options
         self.schedule = Schedule.of(options, env)
@@ -373,7 +373,7 @@ class Run(Generic[A]):
     def _final_scores(self, agents: Sequence[A]) -> list[AnyEvaluation]:
         """The score of each agent; none when there is nothing to score them on."""
         split = self._final_split()
-        return list(self.stage.evaluate(agents, self.env, split, self.yardstick)) if split else []
+        return list(self.algorithm.evaluate(agents, self.env, split, self.yardstick)) if split else []
 
     def _samples(self, best: A) -> list[SampleAnswer]:
         split = self._final_split()
@@ -387,7 +387,7 @@ class Run(Generic[A]):
         prompts = [pairs[example.position].prompt_ids for example in examples]
         before_tuning = self.yardstick
         if before_tuning == OWN:
-            before_tuning = best.adapter(REFERENCE) if self.stage.has_reference else None
+            before_tuning = best.adapter(REFERENCE) if self.algorithm.has_reference else None
         before, after = (
             greedy_answers(self.base, adapter, prompts, self.env.tokenizer, cut_mark="…")
             for adapter in (before_tuning, best.actor_adapter)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from evollm.algorithms.dpo import DPO
+from evollm.algorithms import ALGORITHMS, DPO, SFT, Algorithm, algorithm_of
 from evollm.algorithms.saving import SavableAgent
-from evollm.algorithms.sft import SFT
 from evollm.checkpoints import only_writer
 from evollm.checks import switch
 from evollm.errors import ConfigurationError
 from evollm.foreign import LOOP, LOOP_ORDER, explains
 from evollm.hpo import Mutations, TournamentSelection, likelihood_fitness, preference_fitness
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
-from evollm.processes import Processes, check_processes
+from evollm.processes import check_processes
 from evollm.runs.events import Callback
 from evollm.runs.writer import RunFolder
 from evollm.tracking import TRACKERS, Console, tracker_names
 from evollm.training.options import RunOptions, RunPaths, check_callbacks, check_run, new_run_dir
 from evollm.training.population_step import FitnessFunction, check_fitness
 from evollm.training.run import Run
-from evollm.training.stages import COMPLETION, PREFERENCE, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -111,29 +109,7 @@ def finetune_llm_preference(
         CheckpointError: Every checkpoint of the run to resume is damaged, or another process writes to the folder.
         DivergedError: Every agent's loss or gradient has become NaN or infinite.
     """
-    options = RunOptions(
-        num_epochs=num_epochs,
-        max_steps=max_steps,
-        evo_steps=evo_steps,
-        evaluation_interval=evaluation_interval,
-        checkpoint_steps=checkpoint_steps,
-        keep_last=keep_last,
-        tournament=tournament,
-        mutation=mutation,
-        update_reference_each_epoch=update_reference_each_epoch,
-        save_elite=save_elite,
-        num_sample_answers=num_sample_answers,
-    )
-    return _finetune(
-        PREFERENCE,
-        pop,
-        env,
-        options,
-        fitness,
-        _Places(run_dir, checkpoint_path, elite_path, resume_from_checkpoint),
-        accelerator,
-        _Listeners(callbacks, report_to, wb, tensorboard, verbose),
-    )
+    return _finetune(ALGORITHMS["dpo"], **locals())
 
 
 @explains(LOOP, LOOP_ORDER)
@@ -203,88 +179,73 @@ def finetune_llm_sft(
         CheckpointError: Every checkpoint of the run to resume is damaged, or another process writes to the folder.
         DivergedError: Every agent's loss or gradient has become NaN or infinite.
     """
-    options = RunOptions(
-        num_epochs=num_epochs,
-        max_steps=max_steps,
-        evo_steps=evo_steps,
-        evaluation_interval=evaluation_interval,
-        checkpoint_steps=checkpoint_steps,
-        keep_last=keep_last,
-        tournament=tournament,
-        mutation=mutation,
-        update_reference_each_epoch=False,
-        save_elite=save_elite,
-        num_sample_answers=num_sample_answers,
-    )
-    return _finetune(
-        COMPLETION,
-        pop,
-        env,
-        options,
-        fitness,
-        _Places(run_dir, checkpoint_path, elite_path, resume_from_checkpoint),
-        accelerator,
-        _Listeners(callbacks, report_to, wb, tensorboard, verbose),
-    )
+    return _finetune(ALGORITHMS["sft"], **locals())
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where a run writes and where it goes on from, as it was given."""
+@explains(LOOP, LOOP_ORDER)
+def finetune(pop: Sequence[A], env: DatasetGym, **arguments: Any) -> tuple[list[A], list[float]]:
+    """Tune a population of any algorithm, such as one of your own, and let it evolve.
 
-    run_dir: str | Path | None
-    checkpoints: str | Path | None
-    elite: str | Path | None
-    resume: str | Path | None
+    Args:
+        pop: Agents of one algorithm, on one base.
+        env: A gym of the algorithm's kind.
+        **arguments: Those of `finetune_llm_preference`. Without a `fitness` it is the algorithm's own.
+
+    Returns:
+        The population after the run, and for each agent the first component of its last fitness.
+
+    Raises:
+        ConfigurationError, CheckpointError, DivergedError: As `finetune_llm_preference` does.
+    """
+    algorithm = algorithm_of(pop[0] if isinstance(pop, Sequence) and pop else pop)
+    given = inspect.signature(finetune).bind(pop, env, **{"fitness": algorithm.fitness, **arguments})
+    given.apply_defaults()
+    return _finetune(algorithm, **given.arguments)
 
 
-@dataclass(frozen=True)
-class _Listeners:
-    """Who hears of a run, as it was given."""
-
-    callbacks: Sequence[Callback]
-    report_to: str | Sequence[str] | None
-    wb: bool
-    tensorboard: bool
-    verbose: bool
-
-    def callbacks_of(self, processes: Processes) -> list[Callback]:
-        """All callbacks of this process; the main one writes."""
-        listeners = list(check_callbacks(self.callbacks))
-        switch("verbose", self.verbose)
-        trackers = tracker_names(self.report_to, wb=self.wb, tensorboard=self.tensorboard)
-        if processes.is_main:
-            # Trackers first: one that cannot start leaves no run folder behind, which would be in the way next time.
-            writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
-            listeners = [*writers, *listeners]
-            listeners += [Console()] if self.verbose else []
-        return listeners
+# No argument is listed twice.
+finetune.__signature__ = inspect.signature(finetune_llm_preference)  # type: ignore[attr-defined]
 
 
 def _finetune(
-    stage: Stage,
+    algorithm: Algorithm,
     pop: Sequence[A],
     env: DatasetGym,
-    options: RunOptions,
+    *,
     fitness: FitnessFunction,
-    places: _Places,
+    run_dir: str | Path | None,
+    checkpoint_path: str | Path | None,
+    elite_path: str | Path | None,
+    resume_from_checkpoint: str | Path | None,
+    callbacks: Sequence[Callback],
     accelerator: Accelerator | None,
-    listeners: _Listeners,
+    report_to: str | Sequence[str] | None,
+    wb: bool,
+    tensorboard: bool,
+    verbose: bool,
+    **options: Any,
 ) -> tuple[list[A], list[float]]:
-    """Check everything, then run."""
-    check_run(pop, env, options, stage)
-    check_fitness(fitness, stage)
+    """Check everything, then run; `options` are the fields of `RunOptions`."""
+    asked = RunOptions(**{"update_reference_each_epoch": False, **options})
+    check_run(pop, env, asked, algorithm)
+    check_fitness(fitness, algorithm)
     processes = check_processes(accelerator)
-    run_dir = places.run_dir
-    if run_dir is None and places.resume is None:
+    if run_dir is None and resume_from_checkpoint is None:
         # Its name is the time, which differs a little between processes.
         run_dir = processes.from_main(str(new_run_dir()))
-    paths = RunPaths.of(run_dir, places.checkpoints, places.elite, places.resume)
+    paths = RunPaths.of(run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
     # Before the main process writes into the folder that others still check.
     processes.wait()
-    run = Run(pop, env, options, paths, fitness, listeners.callbacks_of(processes))
+    listeners = list(check_callbacks(callbacks))
+    switch("verbose", verbose)
+    trackers = tracker_names(report_to, wb=wb, tensorboard=tensorboard)
+    if processes.is_main:
+        # Trackers first: one that cannot start leaves no run folder behind, which would be in the way next time.
+        writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
+        listeners = [*writers, *listeners, *([Console()] if verbose else [])]
+    run = Run(pop, env, asked, paths, fitness, listeners)
     with _only_writer(paths) if processes.is_main else nullcontext():
-        if places.resume is not None:
+        if resume_from_checkpoint is not None:
             run.resume()
         return run.train()
 

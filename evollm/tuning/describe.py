@@ -13,7 +13,7 @@ def describe(setup: Setup) -> str:
     lines = [str(report) for report in env.reports.values()]
     values = ", ".join(
         f"{name} {format_value(first.hyperparameter_values()[name])}"
-        for name in (*setup.pieces.evolves, "max_grad_norm")
+        for name in (*setup.algorithm.evolves, "max_grad_norm")
     )
     lines.append(f"base: {first.base.name or 'a loaded model'}, {first.base.network.dtype}, on {first.device}")
     lines.append(f"agents: {len(setup.agents)} of {first.algorithm}, the first with {values}")

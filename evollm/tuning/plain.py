@@ -18,7 +18,7 @@ from evollm.errors import ConfigurationError, brief
 from evollm.hpo import HyperparameterConfig, RLParameter
 from evollm.models.precision import SHORT_TYPES
 from evollm.names import BOUND_ALIASES, LORA_ALIASES, check_known
-from evollm.tuning.pieces import Settings, check_types
+from evollm.tuning.parameters import Settings, check_types
 
 T = TypeVar("T")
 

@@ -15,7 +15,6 @@ from evollm.inspection.printing import rough_duration
 from evollm.training.population_step import learn_all
 from evollm.training.run import Run
 from evollm.training.state import global_generators, set_global_generators
-from evollm.tuning.pieces import default_of
 from evollm.tuning.setup import Setup, options_of, paths_of
 
 # A step of the run itself is timed where it takes no more than so many seconds.
@@ -36,8 +35,8 @@ def rehearse(setup: Setup) -> str:
         ConfigurationError: The run to resume began with other settings.
     """
     paths = paths_of(setup.loop)
-    fitness = setup.loop.get("fitness", default_of(setup.pieces.finetune, "fitness"))
-    run = Run(setup.agents, setup.env, options_of(setup.pieces, setup.loop), paths, fitness, [])
+    fitness = setup.loop.get("fitness", setup.algorithm.fitness)
+    run = Run(setup.agents, setup.env, options_of(setup.algorithm, setup.loop), paths, fitness, [])
     if "resume_from_checkpoint" in setup.loop and setup.loop["resume_from_checkpoint"] is not None:
         with only_writer(paths.run_dir, what=paths.run_dir) if paths.run_dir.is_dir() else nullcontext():
             run.resume()
@@ -87,7 +86,7 @@ def _passes(setup: Setup, steps: int) -> float:
     evaluations = sum(schedule.evaluates_at(step) for step in range(schedule.total - steps + 1, schedule.total + 1))
     # The start, the best agent and the one that comes second.
     scored_once = 3 * (final or test)
-    references = train + test + final if setup.pieces.stage.has_reference else 0
+    references = train + test + final if setup.algorithm.has_reference else 0
     forward = evaluations * test + (scored_once + references) / agents
     return learnt + REFERENCE_SHARE / int(setup.agents[0].update_epochs) * forward
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from evollm.algorithms import algorithm_named
 from evollm.algorithms.core import ACTOR
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import newest_population
@@ -30,7 +31,7 @@ from evollm.runs import RunRecord, Schedule, read_run
 from evollm.runs.events import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
 from evollm.tuning.arguments_file import asked_of, known_of, place_of, resume_of
-from evollm.tuning.pieces import pieces_of, taken_by
+from evollm.tuning.parameters import loop_of, parameters_of, taken_by
 from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
 # What decides in which steps, and so beside whom, an agent goes through a batch.
@@ -213,9 +214,8 @@ def replay(
         options["update_reference_each_epoch"] = True
     agent.set_hyperparameters(script.values[0])
     prompter = _Prompter(agent, script, engine)
-    pieces = pieces_of(config["algorithm"].lower())
     options |= {"run_dir": run_dir, "resume_from_checkpoint": resume_from_checkpoint, "verbose": verbose}
-    pieces.finetune([agent], env, callbacks=[prompter], **options)
+    loop_of(algorithm_named(config["algorithm"].lower()))([agent], env, callbacks=[prompter], **options)
     reason = stretched or _why_no_elite(elite, config)
     return ReplayResult(agent, prompter.run_dir, script.schedule, None if reason else _is_exact(agent, elite), reason)
 
@@ -250,10 +250,14 @@ def _as_tuned(
 ) -> tuple[list[SavableAgent], DatasetGym]:
     """One agent and the gym as `tune` made them for a run, with what is handed in instead of what the folder holds."""
     asked = asked_of(run)
-    pieces = pieces_of(asked.settings.get("algorithm", "dpo"))
-    parameters = pieces.parameters()
+    algorithm = algorithm_named(asked.settings.get("algorithm", "dpo"))
+    parameters = parameters_of(algorithm)
     # Neither callbacks, nor a fitness, nor bounds have a part in what one agent learns from a schedule.
-    shaping = {*TUNE_PARAMETERS, *taken_by(pieces.gym, parameters), *taken_by(pieces.agent, parameters)} - EVOLUTION
+    shaping = {
+        *TUNE_PARAMETERS,
+        *taken_by(algorithm.gym, parameters),
+        *taken_by(algorithm.agent, parameters),
+    } - EVOLUTION
     check_known(handed_in, sorted(shaping), ALIASES)
     missing = shaping - handed_in.keys()
     found = {name: value for name, value in asked.settings.items() if name in shaping} | dict(handed_in)

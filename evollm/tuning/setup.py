@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from evollm.algorithms import Algorithm, algorithm_named
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints.files import check_unlocked
 from evollm.checkpoints.find import check_is_base, find_agent
@@ -31,12 +32,12 @@ from evollm.runs import read_config
 from evollm.tracking import TRACKERS, tracker_names
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run
 from evollm.training.population_step import check_fitness
-from evollm.tuning.pieces import Pieces, Settings, check_types, default_of, pieces_of, taken_by
+from evollm.tuning.parameters import Settings, check_types, default_of, loop_of, parameters_of, taken_by
 from evollm.tuning.plain import as_objects
 from evollm.tuning.splits import hold_out
 
-# Where `tune` starts from another value than the piece that takes it.
-DEFAULTS: Settings = {"lr": 5e-5, "nll_alpha": 0.2, "max_grad_norm": 1.0}
+# Where `tune` starts from another value than the agent does, whatever the algorithm; see `Algorithm.defaults`.
+DEFAULTS: Settings = {"lr": 5e-5, "max_grad_norm": 1.0}
 # Evolution moves a hyperparameter within this factor of its start value, unless there is an hp_config.
 SPREAD = 5.0
 GENERATIONS = 8
@@ -91,7 +92,7 @@ class Request:
         optional_whole_number("generations", self.generations, 2)
         if self.start_from is not None and not isinstance(self.start_from, str | os.PathLike):
             raise ConfigurationError("start_from", self.start_from, "must be the folder of an agent, or of a run")
-        annotations = self.pieces.parameters()
+        annotations = parameters_of(self.kind)
         check_known(self.settings, [*TUNE_PARAMETERS, *annotations], ALIASES)
         check_types(self.settings, annotations)
         if self.population == 1:
@@ -100,9 +101,9 @@ class Request:
                     raise ConfigurationError(name, value, "one agent does not evolve: leave it out, or population > 1")
 
     @property
-    def pieces(self) -> Pieces:
-        """The public pieces that it is put together from."""
-        return pieces_of(self.algorithm)
+    def kind(self) -> Algorithm:
+        """The algorithm of that name."""
+        return algorithm_named(self.algorithm)
 
 
 def _check_rows(name: str, value: object, fix: str) -> None:
@@ -133,14 +134,14 @@ class Setup:
     """A run that is ready to begin.
 
     Attributes:
-        pieces: What it is put together from.
+        algorithm: How the agents learn.
         agents: The population.
         env: Serves the batches.
         loop: Keyword arguments for the loop.
         schedule: When things happen, in steps.
     """
 
-    pieces: Pieces
+    algorithm: Algorithm
     agents: list[Any]
     env: DatasetGym
     loop: Settings
@@ -169,11 +170,11 @@ def set_up(request: Request) -> Setup:
         check_batch_sizes(settings, env.batch_size)
     # Before the model is loaded, which takes a while.
     loop = _loop(request, settings, env, began)
-    _check_listeners(request.pieces, loop)
+    _check_listeners(request.kind, loop)
     agents = make_agents(request, settings, env)
-    options = options_of(request.pieces, loop)
-    check_run(agents, env, options, request.pieces.stage)
-    return Setup(request.pieces, agents, env, loop, Schedule.of(options, env))
+    options = options_of(request.kind, loop)
+    check_run(agents, env, options, request.kind)
+    return Setup(request.kind, agents, env, loop, Schedule.of(options, env))
 
 
 def paths_of(settings: Settings) -> RunPaths:
@@ -211,7 +212,7 @@ def check_batch_sizes(settings: Settings, served: int) -> None:
 
 def prepare_settings(request: Request) -> Settings:
     """The keyword arguments for the pieces, with the defaults of `tune`, as the pieces take them."""
-    settings = DEFAULTS | request.settings
+    settings = {**DEFAULTS, **request.kind.defaults, **request.settings}
     settings.setdefault("seed", SEED)
     settings.setdefault("rand_seed", settings["seed"])
     return as_objects(settings)
@@ -233,22 +234,22 @@ def make_env(request: Request, settings: Settings) -> DatasetGym:
     """The gym, with held-out splits of the data where none are given."""
     model_config = settings.get("model_config")
     tokenizer = _tokenizer(request, model_config)
-    pieces, data = request.pieces, request.data
+    algorithm, data = request.kind, request.data
     given = {"test_dataset": request.test_data, "final_dataset": request.final_data}
     # The score of one agent is on pairs that nothing was selected by in any case.
     wanted = [name for name in given if given[name] is None and (name == "test_dataset" or request.population > 1)]
     splits = {name: rows for name, rows in given.items() if rows is not None and rows is not False}
     if wanted:
-        row_format = pieces.row_format.with_columns(settings.get("columns"))
+        row_format = algorithm.row_format.with_columns(settings.get("columns"))
         divided = hold_out(data, row_format, len(wanted), settings["seed"])
         data, splits = divided.train, splits | dict(zip(wanted, divided.parts, strict=True))
-    arguments = {"test_dataset": None, **splits, **taken_by(pieces.gym, settings)}
+    arguments = {"test_dataset": None, **splits, **taken_by(algorithm.gym, settings)}
     if "encoder_decoder" not in arguments:
         model = request.model
         config = model.config if isinstance(model, PreTrainedModel) else find_config(model, model_config)
         arguments["encoder_decoder"] = is_encoder_decoder(config)
     with _as_given():
-        return pieces.gym(data, tokenizer=tokenizer, **arguments)
+        return algorithm.gym(data, tokenizer=tokenizer, **arguments)
 
 
 @contextmanager
@@ -262,17 +263,17 @@ def _as_given(names: Mapping[str, str] = MappingProxyType(_AS_GIVEN)) -> Iterato
 
 def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[SavableAgent]:
     """The population, on the model or with the weights of `start_from`."""
-    pieces, model = request.pieces, request.model
+    algorithm, model = request.kind, request.model
     if not isinstance(model, str | PreTrainedModel):
         model = str(model)
-    arguments = taken_by(pieces.agent, settings) | taken_by(pieces.agent.population, settings)
+    arguments = taken_by(algorithm.agent, settings) | taken_by(algorithm.agent.population, settings)
     arguments["model_name" if isinstance(model, str) else "actor_network"] = model
     if request.population > 1:
-        arguments.setdefault("hp_config", default_hp_config(pieces, settings))
+        arguments.setdefault("hp_config", default_hp_config(algorithm, settings))
     if isinstance(model, str) and not names_dtype(arguments.get("model_config")):
         arguments.setdefault("dtype", AUTO)
     with _as_given():
-        agents = pieces.agent.population(request.population, env.observation_space, env.action_space, **arguments)
+        agents = algorithm.agent.population(request.population, env.observation_space, env.action_space, **arguments)
     if request.start_from is not None:
         found = find_agent("start_from", request.start_from)
         if found.remark:
@@ -283,9 +284,9 @@ def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[S
     return agents
 
 
-def default_hp_config(pieces: Pieces, settings: Settings) -> HyperparameterConfig:
+def default_hp_config(algorithm: Algorithm, settings: Settings) -> HyperparameterConfig:
     """Each hyperparameter that evolves by default, within a factor of `SPREAD` of its start value; one of 0 is out."""
-    start = {name: settings.get(name, default_of(pieces.agent, name)) for name in pieces.evolves}
+    start = {name: settings.get(name, default_of(algorithm.agent, name)) for name in algorithm.evolves}
     return HyperparameterConfig(
         **{
             name: RLParameter(min=value / SPREAD, max=value * SPREAD)
@@ -297,7 +298,7 @@ def default_hp_config(pieces: Pieces, settings: Settings) -> HyperparameterConfi
 
 def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[str, Any] | None) -> Settings:
     """Keyword arguments for the loop; `began` are the settings of a run to resume, None: it is a new one."""
-    loop = taken_by(request.pieces.finetune, settings)
+    loop = taken_by(loop_of(request.kind), settings)
     total_given = loop.get("max_steps") is not None or loop.get("num_epochs") is not None
     evo_steps, generations = loop.get("evo_steps"), request.generations
     if evo_steps is None and generations is None and began is not None and request.population > 1:
@@ -313,7 +314,7 @@ def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[
     if request.population == 1:
         return loop
     if evo_steps is None:
-        total = Schedule.of(options_of(request.pieces, loop), env).total
+        total = Schedule.of(options_of(request.kind, loop), env).total
         if generations is not None and generations > total:
             raise ConfigurationError("generations", generations, f"the run has {total} steps only: raise num_epochs")
         loop["evo_steps"] = -(-total // (generations or GENERATIONS))
@@ -323,19 +324,19 @@ def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[
     return loop
 
 
-def _check_listeners(pieces: Pieces, loop: Settings) -> None:
+def _check_listeners(algorithm: Algorithm, loop: Settings) -> None:
     """Refuse trackers, also those that are not installed, callbacks and a fitness that the loop would refuse."""
-    names = ("report_to", "wb", "tensorboard", "callbacks", "fitness")
-    found = {name: loop.get(name, default_of(pieces.finetune, name)) for name in names}
+    names = ("report_to", "wb", "tensorboard", "callbacks")
+    found = {name: loop.get(name, default_of(loop_of(algorithm), name)) for name in names}
     for name in tracker_names(found["report_to"], wb=found["wb"], tensorboard=found["tensorboard"]):
         TRACKERS[name]()
     check_callbacks(found["callbacks"])
-    check_fitness(found["fitness"], pieces.stage)
+    check_fitness(loop.get("fitness", algorithm.fitness), algorithm)
 
 
-def options_of(pieces: Pieces, loop: Settings) -> RunOptions:
+def options_of(algorithm: Algorithm, loop: Settings) -> RunOptions:
     """The loop's arguments, checked by the loop's own checks; those of evolution as far as they are there."""
-    defaults = {name: default_of(pieces.finetune, name) for name in RunOptions.__dataclass_fields__}
+    defaults = {name: default_of(loop_of(algorithm), name) for name in RunOptions.__dataclass_fields__}
     found = {name: loop.get(name, default) for name, default in defaults.items()}
     if found["tournament"] is None:
         found["evo_steps"] = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from evollm.algorithms import algorithm_named
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.checkpoints.agent import read_agent_folder
@@ -28,7 +29,6 @@ from evollm.models.pretrained import load_base_model, load_tokenizer, reloadable
 from evollm.runs import has_ended, read_config
 from evollm.runs.folder import run_above
 from evollm.tuning.arguments_file import Asked, known_of, place_of, resume_of
-from evollm.tuning.pieces import pieces_of
 from evollm.tuning.plain import model_config_of
 
 KINDS = ("merged", "adapter", "policy")
@@ -148,7 +148,7 @@ def open_winner(
         known.require(needed, run_dir, "give the name or folder of a model that has them (model)")
     if not name:
         raise ConfigurationError("model", None, f"{run_dir} does not name the model that it ran on: give it")
-    agent_class = pieces_of(config["algorithm"].lower()).agent
+    agent_class = algorithm_named(config["algorithm"].lower()).agent
     model_config = _model_config(asked, found.path, trust_remote_code)
     tokenizer = load_tokenizer(asked.get("tokenizer") or name, model_config)
     base: dict[str, Any] = (

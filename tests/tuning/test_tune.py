@@ -14,6 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import evollm
 from evollm import ConfigurationError, DataError, HyperparameterConfig, RLParameter
+from evollm.algorithms import ALGORITHMS
 from evollm.algorithms.core import DEFAULT_LORA
 from evollm.cli import main
 from evollm.data.examples import EXAMPLES
@@ -22,7 +23,7 @@ from evollm.errors import MissingExtraError
 from evollm.hpo import ancestry
 from evollm.runs import read_run
 from evollm.runs.folder import ASKED
-from evollm.tuning.pieces import ALGORITHMS
+from evollm.tuning.parameters import loop_of, parameters_of
 from evollm.tuning.plain import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
 from evollm.tuning.splits import hold_out
@@ -121,14 +122,14 @@ def test_a_report_that_cannot_be_drawn_does_not_cost_the_result(tune, monkeypatc
 
 def test_every_setting_is_a_parameter_of_a_public_piece() -> None:
     """And none is listed by hand: what the pieces' signatures lose or gain, `tune` loses or gains."""
-    for algorithm, pieces in ALGORITHMS.items():
-        public = [pieces.gym, pieces.agent, pieces.agent.population, pieces.finetune]
+    for name, algorithm in ALGORITHMS.items():
+        public = [algorithm.gym, algorithm.agent, algorithm.agent.population, loop_of(algorithm)]
         public += [evollm.TournamentSelection, evollm.Mutations]
-        names = {name for piece in public for name in inspect.signature(piece).parameters}
-        assert set(pieces.parameters()) <= names, algorithm
-        assert {"lr", "seed", "num_epochs", "tournament_size", "rl_hp", "max_context_length"} <= set(
-            pieces.parameters()
-        )
+        known = {name for piece in public for name in inspect.signature(piece).parameters}
+        assert set(parameters_of(algorithm)) <= known, name
+        assert {"lr", "seed", "num_epochs", "tournament_size", "rl_hp", "max_context_length"} <= parameters_of(
+            algorithm
+        ).keys()
     assert [*inspect.signature(evollm.tune).parameters][:-1] == sorted(
         TUNE_PARAMETERS, key=[*inspect.signature(evollm.tune).parameters].index
     )

@@ -6,20 +6,13 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from evollm.algorithms import DPO, SFT
-from evollm.algorithms.saving import SavableAgent
+from evollm import training
+from evollm.algorithms import Algorithm
 from evollm.checks import number_hint, whole_hint
-from evollm.data.examples import EXAMPLES
-from evollm.data.rows import RowFormat
-from evollm.data.sources import PAIRS
 from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, TournamentSelection
-from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
-from evollm.training import finetune_llm_preference, finetune_llm_sft
-from evollm.training.stages import COMPLETION, PREFERENCE, Stage
 
 Settings: TypeAlias = dict[str, Any]
 
@@ -40,51 +33,19 @@ _PLAIN: dict[str, type | tuple[type, ...]] = {
 _NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """The public pieces of a kind of run.
-
-    Attributes:
-        stage: What differs from the other kind.
-        agent: Class of the agents.
-        gym: Class of the environment.
-        finetune: The loop.
-        row_format: What rows look like.
-        evolves: The hyperparameters that evolve unless the user says otherwise.
-    """
-
-    stage: Stage
-    agent: type[SavableAgent]
-    gym: type[DatasetGym]
-    finetune: Callable[..., Any]
-    row_format: RowFormat
-    evolves: tuple[str, ...]
-
-    def parameters(self) -> dict[str, str]:
-        """The settings that the pieces take, with their annotations, by name."""
-        found: dict[str, str] = {}
-        for piece in (self.gym, self.agent, self.agent.population, self.finetune):
-            found |= _annotations(piece)
-        for settings in (TournamentSelection, Mutations):
-            found |= {field.name: str(field.type) for field in dataclasses.fields(settings) if field.init}
-        return {name: annotation for name, annotation in found.items() if name not in _FILLED_IN}
+def loop_of(algorithm: Algorithm) -> Callable[..., Any]:
+    """The public function that runs an algorithm."""
+    return getattr(training, algorithm.loop)  # type: ignore[no-any-return]
 
 
-ALGORITHMS = {
-    "dpo": Pieces(PREFERENCE, DPO, PreferenceGym, finetune_llm_preference, PAIRS, ("lr", "beta", "nll_alpha")),
-    "sft": Pieces(COMPLETION, SFT, SFTGym, finetune_llm_sft, EXAMPLES, ("lr",)),
-}
-
-
-def pieces_of(algorithm: object) -> Pieces:
-    """The pieces of an algorithm.
-
-    Raises:
-        ConfigurationError: There is no such algorithm.
-    """
-    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-        raise ConfigurationError("algorithm", algorithm, f"must be one of {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[algorithm]
+def parameters_of(algorithm: Algorithm) -> dict[str, str]:
+    """The settings that the public pieces of a run take, with their annotations, by name."""
+    found: dict[str, str] = {}
+    for piece in (algorithm.gym, algorithm.agent, algorithm.agent.population, loop_of(algorithm)):
+        found |= _annotations(piece)
+    for settings in (TournamentSelection, Mutations):
+        found |= {field.name: str(field.type) for field in dataclasses.fields(settings) if field.init}
+    return {name: annotation for name, annotation in found.items() if name not in _FILLED_IN}
 
 
 def taken_by(piece: Callable[..., Any], settings: Mapping[str, Any]) -> Settings:
