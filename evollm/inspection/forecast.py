@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from evollm.algorithms import DPO, SFT
+from evollm.algorithms import Algorithm
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models.budget import count_saved_bytes, should_recompute, tokens_in_flight, tokens_that_fit
 from evollm.models.pretrained import auto_class, load_base_model
@@ -54,7 +54,14 @@ class Forecast:
 
 
 def forecast(
-    model: str, config: Any, pairs: Sequence[TokenizedPair], *, population: int, epochs: int, sft: bool, measured: bool
+    model: str,
+    config: Any,
+    pairs: Sequence[TokenizedPair],
+    algorithm: Algorithm,
+    *,
+    population: int,
+    epochs: int,
+    measured: bool,
 ) -> Forecast | None:
     """Estimate a run on these rows; None if nothing but a tokenizer is there, or it is no language model.
 
@@ -62,9 +69,9 @@ def forecast(
         model: Name or folder of the base.
         config: Its configuration; None where there is none.
         pairs: The rows.
+        algorithm: How agents learn from them.
         population: Agents.
         epochs: Epochs.
-        sft: Whether the rows are examples.
         measured: Load the weights and time a few steps of one agent.
 
     Raises:
@@ -88,13 +95,13 @@ def forecast(
     free_bytes = int(psutil.virtual_memory().available)
     saved_per_token = _rough_activations(config, longest, free_bytes)
     if measured:
-        per_token, saved_per_token = _measure(shapes, pairs, sft)
-        passes = population * epochs + (0 if sft else REFERENCE_SHARE)
+        per_token, saved_per_token = _measure(shapes, pairs, algorithm)
+        passes = population * epochs + (REFERENCE_SHARE if algorithm.has_reference else 0)
         seconds = per_token * sum(pair.num_tokens for pair in pairs) * passes
     # On a CPU; a row that is longer is a pass of its own.
     fitting = tokens_in_flight(tokens_that_fit(free_bytes, saved_per_token), "cpu", training=True)
     activations = int(saved_per_token * max(fitting, longest))
-    references = 0 if sft else BYTES_PER_FROZEN * adapter
+    references = BYTES_PER_FROZEN * adapter if algorithm.has_reference else 0
     return Forecast(
         population=population,
         epochs=epochs,
@@ -136,11 +143,11 @@ def usual_pairs(pairs: Sequence[TokenizedPair], tokens: int) -> list[TokenizedPa
     return few
 
 
-def _measure(model: Any, pairs: Sequence[TokenizedPair], sft: bool) -> tuple[float, float]:
+def _measure(model: Any, pairs: Sequence[TokenizedPair], algorithm: Algorithm) -> tuple[float, float]:
     """Seconds, and bytes kept, for a token that one agent learns from; of rows of usual length."""
     few = usual_pairs(pairs, TIMED_TOKENS)
     batch = PreferenceBatch.from_pairs(few)
-    agent: Any = (SFT if sft else DPO)(actor_network=model, batch_size=len(few))
+    agent: Any = algorithm.agent(actor_network=model, batch_size=len(few))  # type: ignore[call-arg]
     tokens = int(batch.num_tokens.sum())
     with count_saved_bytes() as saved:
         agent.learn(batch)

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evollm.algorithms import Algorithm, algorithm_named
 from evollm.checks import optional_whole_number, switch, whole_number
 from evollm.data.batch import BoolArray, IntArray, TokenizedPair
-from evollm.data.examples import EXAMPLES
 from evollm.data.kept_tokens import TokenizedSplit
 from evollm.data.remarks import plain_text, remarks_on
 from evollm.data.report import DataReport, count_seen
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Rows, TextPair, read_dataset, read_rows
-from evollm.data.shapes import EXAMPLE, PAIR
-from evollm.data.sources import PAIRS
+from evollm.data.shapes import PAIR
 from evollm.data.tokenization import TOO_LONG, context_limit, shortest_context, tokenize_pairs
 from evollm.errors import ConfigurationError, DataError
 from evollm.inspection.forecast import forecast
@@ -67,6 +66,7 @@ def inspect_data(
         ConfigurationError: An argument cannot work, or the model's tokenizer cannot be loaded.
         DataError: The dataset cannot be read, lacks a column or has no row.
     """
+    switch("estimate", estimate)
     max_context_length = optional_whole_number("max_context_length", max_context_length, 2)
     min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1) or 1
     population, epochs = whole_number("population", population, 1), whole_number("epochs", epochs, 1)
@@ -78,7 +78,7 @@ def inspect_data(
         min_completion_length=min_completion_length,
         encoder_decoder=is_encoder_decoder(config),
     )
-    rows, row_format = _rows(_with_split(data, split), "data", sft, columns)
+    rows, row_format, algorithm = _rows(_with_split(data, split), "data", sft, columns)
     raw, dropped = read_dataset(rows, "data", row_format)
     whole = tokenize(raw)
     others = None
@@ -109,7 +109,9 @@ def inspect_data(
         chosen_longer=chosen_longer,
         rejected_longer=rejected_longer,
         examples=_rendered(pairs, [texts[n].row for n in kept], tokenizer),
-        forecast=_forecast(model, config, pairs, row_format, population, epochs, switch("estimate", estimate)),
+        forecast=forecast(str(model), config, pairs, algorithm, population=population, epochs=epochs, measured=estimate)
+        if isinstance(model, str | os.PathLike) and pairs
+        else None,
     )
 
 
@@ -129,20 +131,23 @@ def _with_split(data: object, split: object) -> object:
     return f"{data}:{split}"
 
 
-def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, RowFormat]:
-    """The rows, in the format that was asked for, or in that of preferences if it is not the other."""
+def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, RowFormat, Algorithm]:
+    """The rows, for the algorithm that was asked for, or for preferences if they are not for the other."""
+
+    def read(algorithm: Algorithm) -> tuple[Rows, RowFormat, Algorithm]:
+        row_format = algorithm.row_format.with_columns(columns)
+        return read_rows(data, field, row_format), row_format, algorithm
+
+    pairs, examples = algorithm_named("dpo"), algorithm_named("sft")
     if sft is not None:
-        row_format = (EXAMPLES if switch("sft", sft) else PAIRS).with_columns(columns)
-        return read_rows(data, field, row_format), row_format
+        return read(examples if switch("sft", sft) else pairs)
     if hasattr(data, "__next__"):
         data = list(data)  # to be read twice
     try:
-        row_format = PAIRS.with_columns(columns)
-        return read_rows(data, field, row_format), row_format
+        return read(pairs)
     except ConfigurationError as error:
         try:
-            row_format = EXAMPLES.with_columns(columns)
-            return read_rows(data, field, row_format), row_format
+            return read(examples)
         except ConfigurationError as other:
             # A mapping that only one of the formats takes says which one is meant.
             meant = "SFTGym" in str(error) or (isinstance(other, DataError) and not isinstance(error, DataError))
@@ -235,18 +240,3 @@ def _side(ids: IntArray, mask: BoolArray, tokenizer: PreTrainedTokenizerBase) ->
     parts = zip(np.split(ids, cuts), np.split(mask, cuts), strict=True)
     texts = ((str(tokenizer.decode(part)), bool(scored.all())) for part, scored in parts)
     return "".join(text if is_scored else f"▐{text}▌" for text, is_scored in texts)
-
-
-def _forecast(
-    model: object,
-    config: Any,
-    pairs: Sequence[TokenizedPair],
-    row_format: RowFormat,
-    population: int,
-    epochs: int,
-    estimate: bool,
-) -> Any:
-    if not isinstance(model, str | os.PathLike) or not pairs:
-        return None
-    sft = row_format.kind is EXAMPLE
-    return forecast(str(model), config, pairs, population=population, epochs=epochs, sft=sft, measured=estimate)
