@@ -33,6 +33,7 @@ class TokenizedPair:
         chosen_mask: (C,) True where a token is scored: what the assistant says, of a completion in which others speak
             too. None: all of them.
         rejected_mask: (R,) likewise.
+        label: What the row says of its one completion; None: nothing.
     """
 
     prompt_ids: IntArray
@@ -41,6 +42,7 @@ class TokenizedPair:
     row: int | None = field(default=None, kw_only=True)
     chosen_mask: BoolArray | None = field(default=None, kw_only=True)
     rejected_mask: BoolArray | None = field(default=None, kw_only=True)
+    label: float | None = field(default=None, kw_only=True)
 
     @property
     def token_ids(self) -> IntArray:
@@ -80,12 +82,14 @@ class TokenizedPair:
         )
 
     def key(self) -> bytes:
-        """Digest of the token ids, of the lengths, and of what is not scored: equal pairs have equal keys."""
+        """Digest of the token ids, the lengths, what is not scored and the label: equal pairs have equal keys."""
         digest = hashlib.blake2b(digest_size=16)
         for ids in (self.prompt_ids, self.chosen_ids, self.rejected_ids):
             digest.update(len(ids).to_bytes(8, "little") + np.ascontiguousarray(ids).tobytes())
         if self.chosen_mask is not None or self.rejected_mask is not None:
             digest.update(np.concatenate(self.masks).tobytes())
+        if self.label is not None:
+            digest.update(f"label {self.label}".encode())
         return digest.digest()
 
 
@@ -101,6 +105,7 @@ class PreferenceBatch:
         rows: (B,) positions of the pairs' rows in the user's dataset; None where they are not known.
         split_name: The split of that dataset, such as "train"; "" where it is not known.
         scored_mask: (B, L) True at the completions' tokens that are scored; None: all of them are.
+        labels: (B,) what each row says of its one completion; None: nothing. An observation does not hold them.
     """
 
     input_ids: IntArray
@@ -110,6 +115,7 @@ class PreferenceBatch:
     rows: IntArray | None = field(default=None, kw_only=True)
     split_name: str = field(default="", kw_only=True)
     scored_mask: BoolArray | None = field(default=None, kw_only=True)
+    labels: NDArray[np.float64] | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -155,9 +161,10 @@ class PreferenceBatch:
             prompt_lengths=np.array([len(pair.prompt_ids) for pair in pairs], dtype=np.int64),
             chosen_lengths=np.array([len(pair.chosen_ids) for pair in pairs], dtype=np.int64),
             rejected_lengths=np.array([len(pair.rejected_ids) for pair in pairs], dtype=np.int64),
-            rows=_rows_of(pairs),
+            rows=_of_all(pairs, "row", np.int64),
             split_name=split_name,
             scored_mask=mask,
+            labels=_of_all(pairs, "label", np.float64),
         )
 
     @classmethod
@@ -217,6 +224,8 @@ class PreferenceBatch:
         stop = end + self.rejected_lengths[row]
         ids = self.input_ids[row]
         pair = TokenizedPair(ids[:start], ids[start:end], ids[end:stop])
+        if self.labels is not None:
+            pair = replace(pair, label=float(self.labels[row]))
         return pair if self.scored_mask is None else pair.with_mask(self.scored_mask[row, start:stop])
 
     def split(self, size: int | None) -> Iterator[PreferenceBatch]:
@@ -233,16 +242,24 @@ class PreferenceBatch:
         of_dataset = None if self.rows is None else self.rows[rows]
         ids = self.input_ids[rows][:, :longest]
         mask = None if self.scored_mask is None else self.scored_mask[rows][:, :longest]
-        return PreferenceBatch(ids, *lengths, rows=of_dataset, split_name=self.split_name, scored_mask=mask)
+        return PreferenceBatch(
+            ids,
+            *lengths,
+            rows=of_dataset,
+            split_name=self.split_name,
+            scored_mask=mask,
+            labels=None if self.labels is None else self.labels[rows],
+        )
 
     def keys(self) -> list[bytes]:
         """One digest for each pair: equal pairs have equal keys; see `TokenizedPair.key`."""
         return [self.pair(row).key() for row in range(len(self))]
 
 
-def _rows_of(pairs: Sequence[TokenizedPair]) -> IntArray | None:
-    rows = [pair.row for pair in pairs if pair.row is not None]
-    return np.array(rows, dtype=np.int64) if len(rows) == len(pairs) else None
+def _of_all(pairs: Sequence[TokenizedPair], name: str, dtype: type) -> NDArray[Any] | None:
+    """(B,) values of a field that every pair has, else None."""
+    values = [getattr(pair, name) for pair in pairs]
+    return None if None in values else np.array(values, dtype=dtype)
 
 
 def _as_array(name: str, values: Any, kinds: str = "ui") -> IntArray:

@@ -39,6 +39,7 @@ class TextPair:
         chosen: The preferred completion.
         rejected: The other completion; None: an example for SFT, which has one completion.
         remarks: What is strange about the row.
+        label: What a row with one completion says of it, for an algorithm that learns from that; None: nothing.
         scored: For each completion the characters between which the assistant speaks, if others do so too, else None;
             empty: nobody else does.
     """
@@ -49,6 +50,7 @@ class TextPair:
     rejected: str | None = None
     scored: tuple[Spans | None, ...] = ()
     remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
+    label: float | None = field(default=None, kw_only=True)
 
     @property
     def question(self) -> str:
@@ -78,6 +80,7 @@ class ChatPair:
         tools: Functions or JSON schemas of the tools that the chat template is told of; None: none.
         template_kwargs: Further arguments of the chat template, such as `enable_thinking`.
         remarks: What is strange about the row.
+        label: As of a `TextPair`.
         plain: The same as text, of rows that are strings, for a tokenizer without a chat template; None: there is none.
     """
 
@@ -88,6 +91,7 @@ class ChatPair:
     tools: Sequence[Any] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
+    label: float | None = field(default=None, kw_only=True)
     plain: TextPair | None = field(default=None, compare=False, kw_only=True)
 
     @property

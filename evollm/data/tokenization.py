@@ -112,7 +112,9 @@ def load_pairs(
     )
     report = replace(report, form=form_of(kept, bool(tokenizer.chat_template)))
     if split.pairs:
-        return split.pairs, report
+        # Not a part of what is tokenised, and so of what a cache keeps.
+        labels = {pair.row: pair.label for pair in kept}
+        return [replace(pair, label=labels[cast("int", pair.row)]) for pair in split.pairs], report
     if split.shortest_overlong is None:
         raise DataError(
             argument, f"{report.num_dropped} rows", f"no usable {row_format.noun} ({report}); correct the rows"

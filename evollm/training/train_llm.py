@@ -204,7 +204,12 @@ def finetune(pop: Sequence[A], env: DatasetGym, **arguments: Any) -> tuple[list[
 
 
 # No argument is listed twice.
-finetune.__signature__ = inspect.signature(finetune_llm_preference)  # type: ignore[attr-defined]
+finetune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        parameter.replace(default=None) if parameter.name == "fitness" else parameter
+        for parameter in inspect.signature(finetune_llm_preference).parameters.values()
+    ]
+)
 
 
 def _finetune(
