@@ -7,12 +7,12 @@ from evollm.runs.events import Evolved
 FOUNDERS = [Birth(index, None, (), False, {"lr": 1e-5 * (index + 1)}) for index in range(2)]
 KEPT = Birth(1, 1, (), True, FOUNDERS[1].hyperparameters)
 CHILD = Birth(2, 1, (Mutation("lr", 2e-5, 2.4e-5, 1.2),), False, {"lr": 2.4e-5})
+ELITE = Birth(2, 2, (), True, CHILD.hyperparameters)
+GENERATIONS = {3: (KEPT,), 6: (KEPT, CHILD), 9: (ELITE,)}
 LINEAGE = Lineage(
     FOUNDERS,
-    [Evolved(step, EvolutionPlan(number, 1, {}, births)) for number, (step, births) in enumerate([
-        (3, (KEPT,)), (6, (KEPT, CHILD)), (9, (CHILD,)),
-    ])],
-)  # fmt: skip
+    [Evolved(step, EvolutionPlan(step // 3 - 1, 1, {}, births)) for step, births in GENERATIONS.items()],
+)
 
 
 def test_a_line_has_one_birth_for_each_generation_and_a_schedule_one_entry_for_each_change() -> None:
