@@ -67,18 +67,23 @@ def ran(*commands: str) -> subprocess.CompletedProcess[str]:
     return python(f"from evollm.cli import main\nfor line in {commands}:\n    assert main(line.split()) == 0, line")
 
 
+def noise_in(said: str) -> list[str]:
+    """Lines that nobody can act on. That few rows are held out is no such line."""
+    return [line for line in said.splitlines() if NOISE.search(line) and "Few held-out pairs" not in line]
+
+
 def test_no_command_says_what_nobody_can_act_on(folder) -> None:
     said = ran(*COMMANDS)
     assert said.stderr == ""
     assert "bit for bit" in said.stdout
-    assert [line for line in said.stdout.splitlines() if NOISE.search(line)] == []
+    assert noise_in(said.stdout) == []
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the extra quantization is missing")
 def test_an_8_bit_base_is_as_quiet(folder) -> None:
     said = ran(f"train --recipe population model=model data=train.jsonl {EIGHT_BIT} {SMALL}")
     assert [line for line in said.stderr.splitlines() if not line.startswith("evollm: warning: model: ")] == []
-    assert [line for line in said.stdout.splitlines() if NOISE.search(line)] == []
+    assert noise_in(said.stdout) == []
 
 
 def test_the_library_prints_nothing_of_other_libraries(folder) -> None:
