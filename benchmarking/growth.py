@@ -34,7 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evollm import DPO, HyperparameterConfig, Mutations, RLParameter, TournamentSelection
 from evollm.checkpoints import Population, write_population
-from evollm.hpo import Evolver, Member, carry_out
+from evollm.hpo import Birth, Result, SearchStart, TournamentSearch
+from evollm.training import carry_out
 
 COLUMNS = ("building", "checkpoint", "evolution", "references")
 
@@ -85,9 +86,11 @@ def measure(size: int, layers: int) -> dict[str, float]:
         saved = Population([agent.to_folder() for agent in population], {"step": 1})
         write_population(Path(folder) / "step-1", saved, base_name="")
     with timed("evolution"):
-        evolver = Evolver(TournamentSelection(2, elitism=True, population_size=size), Mutations(rl_hp=1.0))
-        members = [Member(agent.index, (float(agent.index),), agent.hyperparameter_values()) for agent in population]
-        population = carry_out(evolver.plan(members, bounds, generation=0), population)
+        search = TournamentSearch(TournamentSelection(2, elitism=True, population_size=size), Mutations(rl_hp=1.0))
+        results = [Result(agent.index, (float(agent.index),), agent.hyperparameter_values()) for agent in population]
+        founders = [Birth.fresh(one.index, one.hyperparameters) for one in results]
+        search.start(SearchStart(founders, bounds, interval=1))
+        population = carry_out(search.tell(results).births, population)
     _learn(population)
     with timed("references"):
         for agent in population:

@@ -10,7 +10,7 @@ from evollm.errors import (
     EvoLLMError,
     MissingExtraError,
 )
-from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
+from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, Search, SearchPlan, TournamentSelection
 from evollm.inspection import Inspection, inspect_data
 from evollm.llm_envs import PreferenceGym, SFTGym
 from evollm.models import PolicyArchive, load_policy_archive
@@ -35,6 +35,8 @@ __all__ = [
     "RLParameter",
     "ReplayResult",
     "SFTGym",
+    "Search",
+    "SearchPlan",
     "TournamentSelection",
     "TuneResult",
     "finetune_llm_preference",

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evollm import ConfigurationError, HyperparameterConfig, RLParameter, finetune_llm_sft
 from evollm.algorithms.dpo import DPO
-from evollm.hpo import Evolver, Member, carry_out, preference_fitness
+from evollm.hpo import Birth, Result, SearchStart, TournamentSearch, preference_fitness
 from evollm.hpo.mutation import Mutations
 from evollm.hpo.tournament import TournamentSelection
 from evollm.llm_envs import PreferenceGym
+from evollm.training import carry_out
 from evollm.training.train_llm import finetune_llm_preference
 from evollm.utils.utils import save_llm_checkpoint
 
@@ -178,8 +179,8 @@ def test_a_loop_of_ones_own_evolves_as_the_page_says(make_population, gym) -> No
     agents = make_population(3, hp_config=HyperparameterConfig(lr=RLParameter(min=1e-5, max=1e-2)))
     for agent in agents:
         agent.learn(gym.next_batch())
-    names: dict[str, Any] = {"pop": agents, "env": gym, "generation": 0}
-    names |= {"Evolver": Evolver, "Member": Member, "carry_out": carry_out, "preference_fitness": preference_fitness}
+    names: dict[str, Any] = {"pop": agents, "env": gym, "Birth": Birth, "Result": Result, "SearchStart": SearchStart}
+    names |= {"TournamentSearch": TournamentSearch, "carry_out": carry_out, "preference_fitness": preference_fitness}
     names |= {"TournamentSelection": TournamentSelection, "Mutations": Mutations}
     exec(block.split("```")[0], names)
     assert len(names["pop"]) == 3

@@ -363,7 +363,7 @@ STRANGE: list[tuple[str, Callable[[Any], Any]]] = [
     ("elite/attributes.pt", lambda content: content["settings"].update(seed=10**40)),
     ("elite/attributes.pt", lambda content: content["fitness"].append(content["fitness"])),
     ("checkpoints/step-000002/population.json", lambda content: content.update(config=5)),
-    ("checkpoints/step-000002/population.json", lambda content: content.pop("evolver")),
+    ("checkpoints/step-000002/population.json", lambda content: content.pop("search")),
     ("checkpoints/step-000002/population.json", lambda content: content.update(agents=[])),
     ("checkpoints/step-000002/population.json", lambda content: content.update(step=-5)),
 ]

@@ -9,12 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_examples, make_rows
 from safetensors.torch import load_file
+
+from evollm import tune
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,6 +126,52 @@ def test_search_of_eight_compares_at_equal_member_steps(small, tmp_path) -> None
     assert [sum(line["kind"] == "step" for line in lines[kind]) for kind in lines] == [6, 6]
     assert "On 5 final pairs, after 6 member-steps each:" in output
     assert len(re.findall(r"^  agent \d+: lr \S+, beta \S+$", output, re.MULTILINE)) == 2
+
+
+def test_a_search_of_ones_own_is_killed_resumed_replayed_and_drawn(small, tmp_path, monkeypatch) -> None:
+    script = ROOT / "tutorials/own_search.py"
+    files = [f"--{option}={path}" for option, path in small.items()]
+    sizes = ["--steps=4", "--evo-steps=1", "--population=3"]
+    (tmp_path / "here").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(script), *files, *sizes], cwd=tmp_path / "here", stdout=subprocess.DEVNULL
+    )
+    while not (tmp_path / "here/own-search/checkpoints/step-000002").is_dir():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "here/own-search/elite").exists()
+    output = tutorial("own_search", small, tmp_path / "here", *sizes, "--resume")
+    assert "resumed after step" in output
+    assert "again by itself: the same bits" in output
+    assert "family-tree" in (tmp_path / "here/own-search/report.html").read_text()
+
+    # The same search from the same file, in one go and undrawn.
+    monkeypatch.setattr(importlib.import_module("evollm.tuning.tune"), "write_report", lambda run_dir: run_dir)
+    spec = importlib.util.spec_from_file_location("own_search", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["own_search"] = module
+    spec.loader.exec_module(module)
+    tune(
+        str(small["model"]),
+        str(small["train"]),
+        test_data=str(small["test"]),
+        final_data=False,
+        data_batch_size_per_gpu=4,
+        population=3,
+        search=module.Truncation(),
+        evo_steps=1,
+        max_steps=4,
+        run_dir=tmp_path / "whole",
+        num_sample_answers=0,
+        verbose=False,
+    )
+    for name in ("lineage.jsonl", "elite/actor/adapter_model.safetensors"):
+        assert (tmp_path / "here/own-search" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    births = [json.loads(line)["births"] for line in (tmp_path / "whole/lineage.jsonl").read_text().splitlines()]
+    assert [len(found) for found in births] == [3, 3, 3, 1]
+    assert [birth["index"] for birth in births[1] if birth["parent"] is None] == [4]
 
 
 def test_qlora_evolves_four_agents_on_a_base_in_4_bits(small, tmp_path, make_model) -> None:

@@ -319,6 +319,19 @@ class LLMAgent(ABC):
         Raises:
             ConfigurationError: An unknown name or an impossible value.
         """
+        hyperparameters = self.check_hyperparameters(values)
+        if hyperparameters is self.hyperparameters:
+            return
+        self.hyperparameters = hyperparameters
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+
+    def check_hyperparameters(self, values: Mapping[str, Any]) -> Hyperparameters:
+        """The agent's hyperparameters with these values; the agent is not changed.
+
+        Raises:
+            ConfigurationError: An unknown name or an impossible value.
+        """
         if not isinstance(values, Mapping):
             raise ConfigurationError("hyperparameters", values, "must be a mapping such as {'lr': 1e-5}")
         current = self.hyperparameter_values()
@@ -327,12 +340,10 @@ class LLMAgent(ABC):
             raise ConfigurationError("hyperparameters", unknown, f"are not known: choose from {sorted(current)}")
         changed = {name: value for name, value in values.items() if value != current[name]}
         if not changed:
-            return
+            return self.hyperparameters
         hyperparameters = replace(self.hyperparameters, **changed)
         self.settings.check(hyperparameters)
-        self.hyperparameters = hyperparameters
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        return hyperparameters
 
     def register_mutation_hook(self, hook: Callable[[], object] | Callable[[LLMAgent], object]) -> None:
         """Call a function whenever an evolution has mutated this agent, or a later clone of it.

@@ -1,6 +1,5 @@
-"""Evolution of hyperparameters: fitness, selection, mutation, lineage. Knows agents only through `EvolvableAgent`."""
+"""Search for hyperparameters: fitness, strategies behind `Search`, lineage. Knows neither agents nor torch."""
 
-from evollm.hpo.evolution import EvolvableAgent, Evolver, Member, carry_out, plan_evolution
 from evollm.hpo.fitness import (
     AnyEvaluation,
     Evaluation,
@@ -15,33 +14,40 @@ from evollm.hpo.fitness import (
 from evollm.hpo.hyperparameters import HyperparameterConfig, RLParameter
 from evollm.hpo.lineage import Birth, EvolutionPlan, ancestry
 from evollm.hpo.mutation import Mutation, Mutations, format_value, mutate
-from evollm.hpo.tournament import TournamentSelection, check_population, select_parents
+from evollm.hpo.search import Result, Search, SearchPlan, SearchStart
+from evollm.hpo.strategies import STRATEGIES, search_of
+from evollm.hpo.successive_halving import SuccessiveHalving
+from evollm.hpo.tournament import TournamentSearch, TournamentSelection, check_population, plan_births, select_parents
 
 __all__ = [
+    "STRATEGIES",
     "AnyEvaluation",
     "Birth",
     "Evaluation",
     "EvolutionPlan",
-    "EvolvableAgent",
-    "Evolver",
     "Fitness",
     "HyperparameterConfig",
     "LikelihoodEvaluation",
-    "Member",
     "Mutation",
     "Mutations",
     "RLParameter",
+    "Result",
+    "Search",
+    "SearchPlan",
+    "SearchStart",
+    "SuccessiveHalving",
+    "TournamentSearch",
     "TournamentSelection",
     "ancestry",
     "as_fitness",
-    "carry_out",
     "check_population",
     "format_value",
     "is_finite",
     "likelihood_fitness",
     "mutate",
-    "plan_evolution",
+    "plan_births",
     "preference_fitness",
     "rank",
+    "search_of",
     "select_parents",
 ]

@@ -23,9 +23,9 @@ class Birth:
 
     Attributes:
         index: The agent's index, unique over a run.
-        parent: The index of the agent that it came from: its own for a kept elite, None for a founder.
+        parent: The index of the agent that it came from: its own if it is kept, None if it is fresh, as founders are.
         mutations: What it does not share with its parent.
-        elite: Whether it is the best agent of the generation before, kept as it was.
+        elite: Whether it is kept for being the best agent of the generation before.
         hyperparameters: Its values after the mutations.
     """
 
@@ -35,11 +35,20 @@ class Birth:
     elite: bool
     hyperparameters: Mapping[str, Value]
 
+    @classmethod
+    def fresh(cls, index: int, hyperparameters: Mapping[str, Value]) -> Birth:
+        """An agent without a parent, such as a founder."""
+        return cls(index, None, (), False, dict(hyperparameters))
+
     @property
     def origin(self) -> str:
         """How it came from its parent, for a person."""
         if self.elite:
             return "elite, kept as it is"
+        if self.parent == self.index:
+            return "kept as it is"
+        if self.parent is None:
+            return "fresh"
         return ", ".join(str(mutation) for mutation in self.mutations) or "copy"
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +85,7 @@ class EvolutionPlan:
         generation: The number that the caller gave to the evolution.
         elite: The index of the best agent before the evolution; it is in `births` under this index if elitism is on.
         fitnesses: The fitness of every agent before the evolution, by its index.
-        births: (population size,) the next generation in slot order, a kept elite first.
+        births: The next generation in its order.
     """
 
     generation: int
@@ -121,8 +130,9 @@ def ancestry(plans: Sequence[EvolutionPlan], index: int) -> list[Birth]:
         index: The agent at the end of the line.
 
     Returns:
-        One birth for each generation that the line went through, the founder first. A kept elite appears once for every
-        generation that it was kept. The founder's birth is worked out from its child's. Empty if there is no plan.
+        One birth for each generation that the line went through, the founder first. A kept agent appears once for every
+        generation that it was kept. The founder's birth is worked out from its child's. A line that begins with a fresh
+        agent of a later generation begins with that birth. Empty if there is no plan.
 
     Raises:
         ConfigurationError: If there are plans and the agent is neither born nor a parent in any of them.

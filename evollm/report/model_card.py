@@ -67,12 +67,14 @@ def model_card(run_dir: Path, subject: Subject) -> str:
             raise CheckpointError(f"{run_dir}: the run has not ended; resume it with resume_from_checkpoint")
         before = [one for one in record.evolutions if subject.step is None or one.step < subject.step]
         births = [birth for _, birth in Lineage(record.founders, before).line(best)]
-        return _card(record, births, scores, subject)
+        # A line may begin with a fresh agent of a later generation.
+        line = list(enumerate(births, start=len(before) + 1 - len(births)))
+        return _card(record, line, scores, subject)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{run_dir} is not the folder of a run: {error!r}") from error
 
 
-def _card(record: RunRecord, births: Sequence[Birth], scores: list[str], subject: Subject) -> str:
+def _card(record: RunRecord, line: Sequence[tuple[int, Birth]], scores: list[str], subject: Subject) -> str:
     config, words, hub_name = record.config, record.words, subject.hub_name
     library = "peft" if subject.is_adapter else "transformers"
     front = ["---", *([f"base_model: {hub_name}"] if hub_name else []), f"library_name: {library}"]
@@ -103,7 +105,7 @@ def _card(record: RunRecord, births: Sequence[Birth], scores: list[str], subject
         "",
         "## Hyperparameters",
         "",
-        *_schedule(births),
+        *_schedule(line),
         "",
         f"LoRA: rank {int(config['lora']['r'])}, alpha {float(config['lora']['lora_alpha']):g}, "
         f"on {_modules(config['lora']['target_modules'])}.",
@@ -180,11 +182,11 @@ def _score_names(record: RunRecord) -> dict[str, str]:
     return {score.name: _text(score.in_full or score.title) for score in record.words.scores}
 
 
-def _schedule(births: Sequence[Birth]) -> list[str]:
+def _schedule(line: Sequence[tuple[int, Birth]]) -> list[str]:
     """The line of the best agent: one row for each generation."""
-    names = list(births[0].hyperparameters)
+    names = list(line[0][1].hyperparameters)
     lines = [f"| generation | agent | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for generation, birth in enumerate(births):
+    for generation, birth in line:
         values = " | ".join(_text(format_value(birth.hyperparameters[name])) for name in names)
         lines.append(f"| {generation} | {birth.index} | {values} |")
     return lines

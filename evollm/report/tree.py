@@ -16,7 +16,7 @@ class Node:
     Attributes:
         generation: Its column.
         row: Its row, 0 for the winner's line.
-        parent_row: The row of its parent in the column before, None for a founder.
+        parent_row: The row of its parent in the column before, None for a founder or a fresh agent.
         birth: Who it is.
         on_line: Whether it is the winner or one of its ancestors.
         culled: Whether nothing of it is in the next generation, though there is one.
@@ -37,7 +37,7 @@ class Node:
     def origin(self) -> str:
         """What it does not share with its parent, in a few words."""
         if self.birth.parent is None:
-            return "founder"
+            return "fresh" if self.generation else "founder"
         if self.birth.elite or self.birth.parent == self.birth.index:
             return "kept"
         return ", ".join(map(change, self.birth.mutations)) or "copy"

@@ -39,8 +39,11 @@ class Lineage:
         """An agent's ancestors and itself: one birth for each generation, with the step at which it began."""
         births = ancestry([evolution.plan for evolution in self.evolutions], index)
         births = births or [birth for birth in self.founders if birth.index == index]
+        generations = [self.founders, *(evolution.plan.births for evolution in self.evolutions)]
+        # A fresh agent's line begins in a later generation than the first.
+        first = next(n for n, born in enumerate(generations) if births[0].index in {birth.index for birth in born})
         steps = [0, *(evolution.step for evolution in self.evolutions)]
-        return list(zip(steps[: len(births)], births, strict=True))
+        return list(zip(steps[first : first + len(births)], births, strict=True))
 
     def schedule(self, index: int) -> Schedule:
         """The hyperparameters of an agent's line, wherever they changed."""

@@ -143,7 +143,11 @@ class Console(Callback):
         """Say who came from whom."""
         self._follow(event.plan)
         for birth in event.plan.births:
-            self._print(f"  agent {birth.index} <- {birth.parent}  {escape(birth.origin)}", soft_wrap=True)
+            parent = "" if birth.parent is None else f" <- {birth.parent}"
+            self._print(f"  agent {birth.index}{parent}  {escape(birth.origin)}", soft_wrap=True)
+        left = sorted(event.plan.fitnesses.keys() - {birth.parent for birth in event.plan.births})
+        if left and len(event.plan.births) != len(event.plan.fitnesses):
+            self._print(f"  without heirs: {', '.join(map(str, left))}", soft_wrap=True)
 
     def _follow(self, plan: EvolutionPlan) -> None:
         self._plans.append(plan)

@@ -249,4 +249,5 @@ def _scores(prefix: str, evaluation: AnyEvaluation) -> dict[str, float]:
 
 
 def _line(birth: Birth) -> str:
-    return f"agent {birth.index} <- agent {birth.parent}: {birth.origin}"
+    parent = "" if birth.parent is None else f" <- agent {birth.parent}"
+    return f"agent {birth.index}{parent}: {birth.origin}"

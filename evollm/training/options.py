@@ -20,7 +20,8 @@ from evollm.checkpoints.run import has_populations
 from evollm.checks import optional_whole_number, switch, usable_path, whole_number
 from evollm.command_line import command, place, setting
 from evollm.errors import ConfigurationError
-from evollm.hpo import Mutations, TournamentSelection, check_population
+from evollm.hpo import Mutations, Search, TournamentSearch, TournamentSelection, search_of
+from evollm.hpo.search import describe_search
 from evollm.llm_envs import DatasetGym
 from evollm.models.identity import computing_settings
 from evollm.own_files import check_can_be_made, inside
@@ -42,6 +43,7 @@ class RunOptions:
     keep_last: int | None
     tournament: TournamentSelection | None
     mutation: Mutations | None
+    search: Search | str | None
     update_reference_each_epoch: bool
     save_elite: bool
     num_sample_answers: int
@@ -65,13 +67,24 @@ class RunOptions:
                 None,
                 "evolution needs tournament=TournamentSelection(...) and mutation=Mutations(...), or neither",
             )
-        if self.evo_steps is not None and self.tournament is None:
-            raise ConfigurationError("evo_steps", self.evo_steps, "needs a tournament and a mutation")
+        if self.search is not None:
+            if self.tournament is not None:
+                fix = "is a search of its own, and so are tournament and mutation: leave one of the two out"
+                raise ConfigurationError("search", self.search, fix)
+            object.__setattr__(self, "search", search_of(self.search))
+        if self.evo_steps is not None and not self.evolves:
+            raise ConfigurationError("evo_steps", self.evo_steps, "needs a tournament and a mutation, or a search")
 
     @property
     def evolves(self) -> bool:
-        """Whether generations follow each other."""
-        return self.tournament is not None
+        """Whether a search decides who goes on."""
+        return self.tournament is not None or self.search is not None
+
+    def strategy(self) -> Search | None:
+        """The search, None where there is none."""
+        if self.tournament is not None and self.mutation is not None:
+            return TournamentSearch(self.tournament, self.mutation)
+        return None if self.search is None else search_of(self.search)
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Schedule:
     Attributes:
         total: Steps of the run.
         epoch: Steps of an epoch.
-        evolve_every: Steps between two evolutions, None: never.
+        evolve_every: Steps between two decisions of the search, as the user asked for them; None: there is no search.
         evaluate_every: Steps between two evaluations, None: never.
         checkpoint_every: Steps between two checkpoints, 0: never.
     """
@@ -109,15 +122,11 @@ class Schedule:
             else evolve_every or epoch,
         )
 
-    def evolves_at(self, step: int) -> bool:
-        """Whether a generation ends at this step. The last one has no successor."""
-        return _due(self.evolve_every, step) and step < self.total
-
-    def evaluates_at(self, step: int) -> bool:
-        """Whether the population is scored at this step; always before an evolution and at the end."""
+    def evaluates_at(self, step: int, *, decides: bool) -> bool:
+        """Whether the population is scored at this step; always before a decision (`decides`) and at the end."""
         if self.evaluate_every is None:
             return False
-        return _due(self.evaluate_every, step) or self.evolves_at(step) or step == self.total
+        return _due(self.evaluate_every, step) or decides or step == self.total
 
     def checkpoints_at(self, step: int) -> bool:
         """Whether the population is saved at this step; at the end in any case, unless there are no checkpoints."""
@@ -145,8 +154,7 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
         raise ConfigurationError(
             "update_reference_each_epoch", True, "the reference is the base itself: use_separate_reference_adapter=True"
         )
-    if options.tournament is not None:
-        check_population(options.tournament, len(population))
+    if options.evolves:
         if not env.test_pairs:
             raise ConfigurationError(
                 "test_dataset", None, "evolution needs held-out rows: pass a test_dataset to the gym"
@@ -173,9 +181,6 @@ def _check_evolution(population: Sequence[SavableAgent], options: RunOptions, sc
         fix = f"the run ends after {schedule.total} steps, before it could evolve: lower evo_steps, or raise num_epochs"
         raise ConfigurationError("evo_steps", options.evo_steps, fix)
     config = population[0].hp_config
-    if not config and options.mutation is not None and options.mutation.rl_hp > 0:
-        fix = "a mutation has nothing to change: build the agents with hp_config=HyperparameterConfig(lr=...)"
-        raise ConfigurationError("hp_config", config, fix)
     for agent in population:
         if agent.hp_config != config:
             raise ConfigurationError(
@@ -300,6 +305,10 @@ def describe_run(
 ) -> dict[str, Any]:
     """What a run is made of, as JSON values."""
     first = population[0]
+    asked = {name: getattr(options, name) for name in options.__dataclass_fields__ if name != "search"}
+    asked |= {name: asdict(asked[name]) for name in ("tournament", "mutation") if asked[name] is not None}
+    if options.search is not None:
+        asked["search"] = describe_search(options.search)
     return {
         "algorithm": first.algorithm,
         "words": asdict(first.words),
@@ -311,7 +320,7 @@ def describe_run(
         "settings": asdict(first.settings),
         "hp_config": first.hp_config.to_dict() if first.hp_config else None,
         "agents": {agent.index: agent.hyperparameter_values() for agent in population},
-        "options": asdict(options),
+        "options": asked,
         "schedule": asdict(schedule),
         "data": {
             "batch_size": env.batch_size,

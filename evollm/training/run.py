@@ -1,16 +1,18 @@
-"""A run: batches, population step, fitness, evolution, checkpoints, in this order."""
+"""A run: batches, population step, fitness, decisions of the search, checkpoints, in this order."""
 
 from __future__ import annotations
 
+import copy
 import secrets
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from evollm.algorithms import algorithm_of
-from evollm.algorithms.core import OWN, REFERENCE
+from evollm.algorithms.core import ACTOR, OWN, REFERENCE
 from evollm.algorithms.references import BROKEN, REASON
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import (
@@ -23,11 +25,13 @@ from evollm.checkpoints import (
 from evollm.checkpoints.files import remove_unfinished
 from evollm.checkpoints.run import STEP_FOLDER, has_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, DivergedError, EvoLLMError
-from evollm.hpo import AnyEvaluation, Birth, Evolver, Member, carry_out, is_finite, rank
+from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Result, SearchPlan, SearchStart, is_finite, rank
+from evollm.hpo.search import check_plan, check_start
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
 from evollm.models.engine import Engine
 from evollm.models.generation import greedy_answers
+from evollm.models.identity import adapter_fingerprint
 from evollm.processes import Processes
 from evollm.runs import has_ended, read_config
 from evollm.runs.events import (
@@ -42,6 +46,7 @@ from evollm.runs.events import (
     StepDone,
 )
 from evollm.runs.folder import is_resumed_by_command, is_run
+from evollm.training.carry_out import carry_out
 from evollm.training.options import RunOptions, RunPaths, Schedule, describe_run
 from evollm.training.population_step import FitnessFunction, evaluate_all, fitnesses_of, learn_all
 from evollm.training.state import Progress, check_same_run, global_generators, set_global_generators
@@ -91,9 +96,9 @@ class Run(Generic[A]):
             self._shares["yardstick"] = self.yardstick
         self.config = describe_run(self.population, env, options, self.schedule)
         self.progress = Progress([_founder(agent) for agent in self.population])
-        self.evolver: Evolver | None = None
-        if options.tournament is not None and options.mutation is not None:
-            self.evolver = Evolver(options.tournament, options.mutation)
+        self.search = options.strategy()
+        if self.search is not None:
+            self._start_search()
         # Entries carry the rounding of the batches that they were computed in: a run starts from none, so that its bits
         # do not depend on what ran before it on the same base.
         self.base.reference_cache.clear()
@@ -121,7 +126,7 @@ class Run(Generic[A]):
                     # After the checkpoint of the step before, so that nothing that fails here costs what was learnt.
                     self._pass_on()
                     self._train_step()
-                    if self.schedule.evaluates_at(self.step):
+                    if self.schedule.evaluates_at(self.step, decides=self._decides):
                         self._evaluate()
                     number = stop.received_anywhere()
                     if self.schedule.checkpoints_at(self.step) or number:
@@ -156,20 +161,26 @@ class Run(Generic[A]):
             warnings.warn(f"{self.paths.run_dir} holds no checkpoint: it starts anew", UserWarning, stacklevel=3)
             return
         saved = read_population(path)
-        _check_state(saved, path, len(self.population))
+        _check_state(saved, path)
         check_same_run(saved.state["config"], self.config, self.env.changed_text)
         progress = Progress.from_dict(saved.state, saved.tensors)
+        _check_agents(saved, path, progress.births)
         if progress.step > self.schedule.total:
             fix = f"the checkpoint has {progress.step} steps already: give a larger num_epochs or max_steps"
             raise ConfigurationError("max_steps", self.schedule.total, fix)
         self.progress = progress
+        for agent in self.population[len(saved.agents) :]:
+            agent.release()
+        del self.population[len(saved.agents) :]
+        self.population += [self.population[0].clone() for _ in saved.agents[len(self.population) :]]
         for agent, folder in zip(self.population, saved.agents, strict=True):
             agent.load_folder(folder, overwrite_reference_adapter=False)
         if saved.yardstick is not None:
             self._shares.release()
             self.yardstick = self._shares["yardstick"] = self.base.frozen_adapter(saved.yardstick, REFERENCE)
-        if self.evolver is not None:
-            self.evolver.load_state_dict(saved.state["evolver"])
+        if self.search is not None:
+            self.search.load_state_dict(saved.state["search"])
+            self._began_as = str(saved.state["began_as"])
         self.env.load_state_dict(saved.state["env"])
         self.engine.load_state_dict(saved.state.get("engine"))
         self.base.reference_cache.update(saved.reference_logprobs)
@@ -216,8 +227,8 @@ class Run(Generic[A]):
 
     def _pass_on(self) -> None:
         """End the generation and the epoch, if the step before was their last."""
-        if self.step > 0 and self.schedule.evolves_at(self.step):
-            self._evolve()
+        if self.step > 0 and self._decides:
+            self._decide()
         if self.step > 0 and self.step % self.schedule.epoch == 0:
             self._end_epoch()
 
@@ -244,16 +255,64 @@ class Run(Generic[A]):
         )
         self._tell("on_evaluation", event)
 
-    def _evolve(self) -> None:
-        assert self.evolver is not None
-        members = [
-            Member(agent.index, self.progress.fitnesses[agent.index], agent.hyperparameter_values())
+    @property
+    def _decides(self) -> bool:
+        """Whether the search decides after this step. Nobody would learn from a decision after the last one."""
+        return self.step == self.progress.due and self.step < self.schedule.total
+
+    def _start_search(self) -> None:
+        """Have the population that the search begins with."""
+        assert self.search is not None
+        founders, first = self.progress.founders, self.population[0]
+        assert self.schedule.evolve_every is not None
+        start = SearchStart(founders, first.hp_config, self.schedule.evolve_every)
+        plan = _of_main(self.search.start(start))
+        check_start(plan, start)
+        self._check_values(plan.births)
+        # What fresh agents begin as.
+        self._beginning = copy.deepcopy(first.to_folder())
+        actor = self._beginning.adapter(ACTOR)
+        self._began_as = adapter_fingerprint(actor.config, actor.tensors)
+        given = {birth.index for birth in founders}
+        # Whoever begins under its own index is kept, whatever its values.
+        births = [replace(birth, parent=birth.index if birth.index in given else None) for birth in plan.births]
+        self.population = carry_out(births, self.population, self._restart)
+        for agent, birth in zip(self.population, plan.births, strict=True):
+            agent.set_hyperparameters(birth.hyperparameters)
+        self.progress.founders = list(plan.births)
+        self.progress.due = plan.steps
+
+    def _decide(self) -> None:
+        """Tell the search the results, and carry out its plan."""
+        assert self.search is not None
+        progress = self.progress
+        results = [
+            Result(agent.index, progress.fitnesses[agent.index], agent.hyperparameter_values(), agent.steps)
             for agent in self.population
         ]
-        plan = self.evolver.plan(members, self.population[0].hp_config, self.progress.generation)
-        self.population = carry_out(plan, self.population)
-        self.progress.evolutions.append((self.step, plan))
-        self._tell("on_evolution", Evolved(self.step, plan))
+        plan = _of_main(self.search.tell(results))
+        before = [progress.founders, *(earlier.births for _, earlier in progress.evolutions)]
+        check_plan(plan, results, {*self.config["agents"], *(birth.index for births in before for birth in births)})
+        self._check_values(plan.births)
+        fitnesses = {result.index: result.fitness for result in results}
+        evolution = EvolutionPlan(progress.generation, self._best().index, fitnesses, plan.births)
+        self.population = carry_out(plan.births, self.population, self._restart)
+        progress.evolutions.append((self.step, evolution))
+        progress.due = None if plan.steps is None else self.step + plan.steps
+        self._tell("on_evolution", Evolved(self.step, evolution))
+
+    def _check_values(self, births: Sequence[Birth]) -> None:
+        """Refuse values that no agent can have, before anything is changed."""
+        for birth in births:
+            self.population[0].check_hyperparameters(birth.hyperparameters)
+
+    def _restart(self, agent: A) -> None:
+        """Make an agent what the first one was when the run began: weights, reference, moments, counters."""
+        actor = self._beginning.adapter(ACTOR)
+        if adapter_fingerprint(actor.config, actor.tensors) != self._began_as:
+            fix = "begin with other weights than those that the run began with, and the search wants a fresh agent: "
+            raise ConfigurationError("pop", "the agents", f"{fix}make them as they were made then")
+        agent.load_folder(copy.deepcopy(self._beginning), overwrite_reference_adapter=False)
 
     def _end_epoch(self) -> None:
         if self.options.update_reference_each_epoch:
@@ -288,7 +347,8 @@ class Run(Generic[A]):
             **self.progress.to_dict(),
             "config": self.config,
             "env": self.env.state_dict(),
-            "evolver": self.evolver.state_dict() if self.evolver else None,
+            "search": self.search.state_dict() if self.search else None,
+            "began_as": self._began_as if self.search else None,
             "engine": self.engine.state_dict(),
             "generators": global_generators(),
         }
@@ -410,17 +470,36 @@ class Run(Generic[A]):
             getattr(callback, what)(event)
 
 
-def _check_state(saved: Population, path: Path, size: int) -> None:
+def _of_main(plan: SearchPlan) -> SearchPlan:
+    """The plan of the main process: a user's own search need not plan the same everywhere."""
+    processes = Processes.present()
+    if processes.size == 1 or not isinstance(plan, SearchPlan):
+        return plan
+    return SearchPlan.from_dict(processes.from_main(plan.to_dict()))
+
+
+def _check_state(saved: Population, path: Path) -> None:
     """Refuse a checkpoint that lacks what a run goes on with.
 
     Raises:
         CheckpointError: Its state is of something else.
     """
-    missing = {"config", "env", "evolver", "generators"} - saved.state.keys()
-    if missing or not isinstance(saved.state["config"], Mapping) or len(saved.agents) != size:
-        reason = f"lacks {sorted(missing)}" if missing else f"holds {len(saved.agents)} agents, and the run has {size}"
+    missing = {"config", "env", "search", "began_as", "generators"} - saved.state.keys()
+    if missing or not isinstance(saved.state["config"], Mapping):
+        reason = f"lacks {sorted(missing)}" if missing else "has no settings"
         raise CheckpointError(f"{path} is no checkpoint of this run: it {reason}")
 
 
+def _check_agents(saved: Population, path: Path, births: Sequence[Birth]) -> None:
+    """Refuse a checkpoint whose agents are not those of its lineage.
+
+    Raises:
+        CheckpointError: They are others, or in another order.
+    """
+    found, born = [agent.attributes["index"] for agent in saved.agents], [birth.index for birth in births]
+    if found != born:
+        raise CheckpointError(f"{path} is no checkpoint of this run: it holds the agents {found} instead of {born}")
+
+
 def _founder(agent: SavableAgent) -> Birth:
-    return Birth(agent.index, None, (), elite=False, hyperparameters=agent.hyperparameter_values())
+    return Birth.fresh(agent.index, agent.hyperparameter_values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Progress:
         step: Steps done; a step is one batch for every agent.
         evolutions: Those done, each with the step at which it was carried out.
         fitnesses: The last fitness of every agent.
+        due: The step after which the search decides next, None: never.
     """
 
     founders: list[Birth]
@@ -46,16 +47,23 @@ class Progress:
     step: int = 0
     evolutions: list[tuple[int, EvolutionPlan]] = field(default_factory=list)
     fitnesses: dict[int, Fitness] = field(default_factory=dict)
+    due: int | None = None
 
     @property
     def generation(self) -> int:
         """Evolutions done."""
         return len(self.evolutions)
 
+    @property
+    def births(self) -> Sequence[Birth]:
+        """The present population, in its order."""
+        return self.evolutions[-1][1].births if self.evolutions else self.founders
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but `before`, as strict JSON values."""
         return {
             "step": self.step,
+            "due": self.due,
             "founders": [birth.to_dict() for birth in self.founders],
             "evolutions": [{"step": step, **plan.to_dict()} for step, plan in self.evolutions],
             "fitnesses": {
@@ -82,6 +90,7 @@ class Progress:
                 founders=[Birth.from_dict(birth) for birth in data["founders"]],
                 before=_read_before(tensors),
                 step=int(data["step"]),
+                due=None if data["due"] is None else int(data["due"]),
                 evolutions=[(int(line["step"]), EvolutionPlan.from_dict(line)) for line in data["evolutions"]],
                 fitnesses={
                     int(index): tuple(float(part) for part in fitness) for index, fitness in data["fitnesses"].items()

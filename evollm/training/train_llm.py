@@ -16,7 +16,7 @@ from evollm.checkpoints import only_writer
 from evollm.checks import switch
 from evollm.errors import ConfigurationError
 from evollm.foreign import LOOP, LOOP_ORDER, explains
-from evollm.hpo import Mutations, TournamentSelection, likelihood_fitness, preference_fitness
+from evollm.hpo import Mutations, Search, TournamentSelection, likelihood_fitness, preference_fitness
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import check_processes
 from evollm.runs.events import Callback
@@ -43,6 +43,7 @@ def finetune_llm_preference(
     evaluation_interval: int | None = None,
     tournament: TournamentSelection | None = None,
     mutation: Mutations | None = None,
+    search: Search | str | None = None,
     fitness: FitnessFunction = preference_fitness,
     update_reference_each_epoch: bool = False,
     run_dir: str | Path | None = None,
@@ -71,11 +72,14 @@ def finetune_llm_preference(
         env: Serves the batches; the run begins at its present position.
         num_epochs: Passes over the training pairs; 1 when `max_steps` is not given either.
         max_steps: Steps at most, whatever `num_epochs` says.
-        evo_steps: Steps between two evolutions, by default an epoch. The run does not end with an evolution.
+        evo_steps: Steps between two evolutions, by default an epoch. The run does not end with an evolution. Other
+            searches take it as the steps to their first decision.
         evaluation_interval: Steps between two evaluations, by default those between two evolutions, else an epoch.
             Before each evolution and at the end there is one in any case, if the gym has a test_dataset.
         tournament: Selects the parents; evolution needs this and `mutation`.
         mutation: Mutates the children.
+        search: Another search instead of these two: an object with the methods of `evollm.hpo.Search`, or the name of
+            one, "tournament" or "successive_halving". The population may then grow and shrink.
         fitness: From an `Evaluation` to a number or a tuple of numbers, larger is better. The default is the
             preference accuracy, then the mean margin; neither contains beta.
         update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay
@@ -123,6 +127,7 @@ def finetune_llm_sft(
     evaluation_interval: int | None = None,
     tournament: TournamentSelection | None = None,
     mutation: Mutations | None = None,
+    search: Search | str | None = None,
     fitness: FitnessFunction = likelihood_fitness,
     run_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
@@ -152,6 +157,7 @@ def finetune_llm_sft(
         evaluation_interval: As for preferences.
         tournament: As for preferences.
         mutation: As for preferences.
+        search: As for preferences.
         fitness: From a `LikelihoodEvaluation` to a number or a tuple of numbers, larger is better. The default is minus
             the mean negative log-likelihood of a held-out completion token.
         run_dir: As for preferences.

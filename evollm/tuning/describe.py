@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evollm.hpo import format_value
+from evollm.hpo.search import describe_search
 from evollm.report import few_rows
 from evollm.tuning.setup import Setup
 
@@ -21,7 +22,12 @@ def describe(setup: Setup) -> str:
     lines.append(f"steps: {schedule.total} of {env.batch_size} {env.row_format.noun}s, {epochs:.3g} epochs")
     if schedule.evolve_every is not None:
         generations = -(-schedule.total // schedule.evolve_every)
-        lines.append(f"generations: {generations} of {schedule.evolve_every} steps, with an evolution between each two")
+        if "search" in setup.loop:
+            name = describe_search(setup.loop["search"])["name"]
+            lines.append(f"search: {name}, which first decides after {schedule.evolve_every} steps")
+        else:
+            each = f"{generations} of {schedule.evolve_every} steps"
+            lines.append(f"generations: {each}, with an evolution between each two")
         evolving = first.hp_config.items() if first.hp_config is not None else ()
         lines += [f"  {name}: {_bounds(parameter)}" for name, parameter in evolving]
         lines += [] if evolving else ["  no hyperparameter evolves: there is no hp_config"]

@@ -12,7 +12,7 @@ from evollm import training
 from evollm.algorithms import Algorithm
 from evollm.checks import number_hint, whole_hint
 from evollm.errors import ConfigurationError
-from evollm.hpo import Mutations, TournamentSelection
+from evollm.hpo import STRATEGIES, Mutations, TournamentSelection
 
 Settings: TypeAlias = dict[str, Any]
 
@@ -43,8 +43,18 @@ def parameters_of(algorithm: Algorithm) -> dict[str, str]:
     found: dict[str, str] = {}
     for piece in (algorithm.gym, algorithm.agent, algorithm.agent.population, loop_of(algorithm)):
         found |= _annotations(piece)
-    for settings in (TournamentSelection, Mutations):
-        found |= {field.name: str(field.type) for field in dataclasses.fields(settings) if field.init}
+    for strategy in STRATEGIES.values():
+        found |= strategy_parameters(strategy)
+    return {name: annotation for name, annotation in found.items() if name not in _FILLED_IN}
+
+
+def strategy_parameters(strategy: type[Any]) -> dict[str, str]:
+    """The settings that a search strategy takes, with their annotations, by name."""
+    found = _annotations(strategy)
+    # What a tournament search is made of has settings of its own.
+    for name, settings in (("tournament", TournamentSelection), ("mutation", Mutations)):
+        if name in found:
+            found |= {field.name: str(field.type) for field in dataclasses.fields(settings) if field.init}
     return {name: annotation for name, annotation in found.items() if name not in _FILLED_IN}
 
 

@@ -83,7 +83,9 @@ def _passes(setup: Setup, steps: int) -> float:
     env, schedule, agents = setup.env, setup.schedule, len(setup.agents)
     train, test, final = (_tokens(pairs) for pairs in (env.train_pairs, env.test_pairs, env.final_pairs))
     learnt = train * steps / schedule.epoch
-    evaluations = sum(schedule.evaluates_at(step) for step in range(schedule.total - steps + 1, schedule.total + 1))
+    every = schedule.evolve_every or schedule.total
+    last_steps = range(schedule.total - steps + 1, schedule.total + 1)
+    evaluations = sum(schedule.evaluates_at(step, decides=step % every == 0) for step in last_steps)
     # The start, the best agent and the one that comes second.
     scored_once = 3 * (final or test)
     references = train + test + final if setup.algorithm.has_reference else 0

@@ -15,7 +15,7 @@ import torch
 from evollm.algorithms import algorithm_named
 from evollm.algorithms.core import ACTOR
 from evollm.algorithms.saving import SavableAgent
-from evollm.checkpoints import newest_population
+from evollm.checkpoints import newest_population, read_population
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.checkpoints.run import STATE
 from evollm.checks import usable_path
@@ -25,6 +25,7 @@ from evollm.hpo.hyperparameters import Value
 from evollm.llm_envs import DatasetGym
 from evollm.models.engine import Engine, Seat
 from evollm.models.identity import computing_settings
+from evollm.models.reference_cache import ReferenceCache
 from evollm.names import ALIASES, check_known
 from evollm.own_files import inside, read_bytes
 from evollm.runs import RunRecord, Schedule, read_run
@@ -46,7 +47,7 @@ class ReplayResult:
     Attributes:
         agent: The agent.
         run_dir: The run folder of the replay.
-        schedule: The hyperparameters that it learnt with: (step, values) wherever they changed.
+        schedule: The hyperparameters that it learnt with: (step of the replay, values) wherever they changed.
         exact: Whether its adapter is that of the run's best agent, bit for bit. None: there is nothing to compare with.
         reason: Why there is nothing: other data, another number of steps, or no best agent was kept; else empty.
     """
@@ -63,28 +64,35 @@ class Script:
     """What happens to an agent that is trained anew.
 
     Attributes:
-        total: Steps of the run.
+        total: Steps that it learns.
         values: Hyperparameters by the step after which they hold; 0: from the start.
         seats: By step, counted from 1, its place among those that learnt in the same passes; none on other data.
+        skipped: Steps of the run before the line began: those before the birth of a fresh agent. All others count from
+            there.
     """
 
     total: int
     values: Mapping[int, Mapping[str, Value]]
     seats: Mapping[int, Seat]
+    skipped: int = 0
 
     @classmethod
     def of(cls, record: RunRecord) -> Script:
-        """That of the best agent of a run that has ended, on the data of the run."""
+        """That of a run's best agent, on the data of the run."""
         strides = {index: _stride(life.birth.hyperparameters) for index, life in record.lives.items()}
+        skipped = record.line[0].steps[0]
         learners: dict[int, list[int]] = {}
         for entry in record.steps:
             learners.setdefault(entry.step, []).append(entry.agent)
         seats = {}
         for step, present in learners.items():
+            if step <= skipped:
+                continue
             index = next(life.birth.index for life in reversed(record.line) if life.steps[0] < step)
             beside = [other for other in present if strides[other] == strides[index]]
-            seats[step] = Seat(beside.index(index), len(beside))
-        return cls(record.config["schedule"]["total"], dict(record.schedule), seats)
+            seats[step - skipped] = Seat(beside.index(index), len(beside))
+        values = {step - skipped: values for step, values in record.schedule}
+        return cls(record.config["schedule"]["total"] - skipped, values, seats, skipped)
 
     def stretched(self, total: int) -> Script:
         """The same over another number of steps: each change comes at the same share of the run."""
@@ -107,13 +115,17 @@ class _Prompter(Callback):
         agent: The agent.
         script: Its script.
         engine: What the run's engine had found, to divide batches as the run did and take its paths; None: nothing.
+        references: Reference log-probs that the run had found.
     """
 
-    def __init__(self, agent: SavableAgent, script: Script, engine: object = None) -> None:
+    def __init__(
+        self, agent: SavableAgent, script: Script, engine: object = None, references: ReferenceCache | None = None
+    ) -> None:
         self.run_dir = Path()
         self._agent = agent
         self._script = script
         self._engine = engine
+        self._references = references
 
     def on_start(self, event: RunStarted) -> None:
         """The first step is next."""
@@ -121,6 +133,8 @@ class _Prompter(Callback):
         if self._engine is not None:
             # Only now: a run begins with nothing.
             Engine.of(self._agent.base).load_state_dict(self._engine)
+        if self._references is not None:
+            self._agent.base.reference_cache.update(self._references)
         self._agent.seat = self._script.seats.get(event.step + 1)
 
     def on_step(self, event: StepDone) -> None:
@@ -155,6 +169,8 @@ def replay(
     the base have the shapes that they had, as if the others were still beside it, since roundings depend on shapes;
     nothing is learnt or kept for the others. This does not hold where references moved (`update_reference_each_epoch`)
     or losses over whole batches evolved together with others; the result says whether it did.
+
+    A line that began with a fresh agent is trained from its birth on: the batches before are left out.
 
     On other data, or with another number of epochs or steps, the schedule is stretched: each change comes at the same
     share of the run.
@@ -198,11 +214,16 @@ def replay(
     checkpoints = _place(run, "checkpoint_path", checkpoint_path)
     elite = _place(run, "elite_path", elite_path)
     options: dict[str, Any] = {"max_steps": script.total}
-    engine = None
+    engine = references = None
     if not stretched:
         _check_same(agent, env, config)
         env.load_state_dict(config["data"]["position"])
         engine = _engine_of(checkpoints)
+        if script.skipped:
+            # Others had found them in the batches of earlier steps, whose rounding they carry.
+            references = _references_of(checkpoints)
+        for _ in range(script.skipped):
+            env.next_batch()
         options |= {"evaluation_interval": config["schedule"]["evaluate_every"]}
     else:
         epochs = script.total / config["schedule"]["epoch"]
@@ -213,7 +234,7 @@ def replay(
     if config["options"]["update_reference_each_epoch"]:
         options["update_reference_each_epoch"] = True
     agent.set_hyperparameters(script.values[0])
-    prompter = _Prompter(agent, script, engine)
+    prompter = _Prompter(agent, script, engine, references)
     options |= {"run_dir": run_dir, "resume_from_checkpoint": resume_from_checkpoint, "verbose": verbose}
     loop_of(algorithm_named(config["algorithm"].lower()))([agent], env, callbacks=[prompter], **options)
     reason = stretched or _why_no_elite(elite, config)
@@ -301,6 +322,12 @@ def _engine_of(checkpoints: Path) -> object:
     """What a run's engine had found when it ended: it lies in the checkpoints. None without any."""
     newest = newest_population(checkpoints)
     return None if newest is None else json.loads(read_bytes(inside(newest, STATE))).get("engine")
+
+
+def _references_of(checkpoints: Path) -> ReferenceCache | None:
+    """The reference log-probs that a run had found when it ended; None without a checkpoint."""
+    newest = newest_population(checkpoints)
+    return None if newest is None else read_population(newest).reference_logprobs
 
 
 def _is_exact(agent: SavableAgent, elite: Path) -> bool:

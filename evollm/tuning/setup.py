@@ -20,7 +20,16 @@ from evollm.checkpoints.find import check_is_base, find_agent
 from evollm.checks import optional_whole_number, whole_number
 from evollm.data import clock
 from evollm.errors import ConfigurationError
-from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, TournamentSelection
+from evollm.hpo import (
+    STRATEGIES,
+    HyperparameterConfig,
+    Mutations,
+    RLParameter,
+    Search,
+    TournamentSearch,
+    TournamentSelection,
+)
+from evollm.hpo.strategies import search_of, strategy_of
 from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.precision import AUTO, names_dtype
@@ -32,7 +41,15 @@ from evollm.runs import read_config
 from evollm.tracking import TRACKERS, tracker_names
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run
 from evollm.training.population_step import check_fitness
-from evollm.tuning.parameters import Settings, check_types, default_of, loop_of, parameters_of, taken_by
+from evollm.tuning.parameters import (
+    Settings,
+    check_types,
+    default_of,
+    loop_of,
+    parameters_of,
+    strategy_parameters,
+    taken_by,
+)
 from evollm.tuning.plain import as_objects
 from evollm.tuning.splits import hold_out
 
@@ -118,7 +135,8 @@ def _check_rows(name: str, value: object, fix: str) -> None:
 # Settings that only a population makes use of.
 EVOLUTION = frozenset(
     {"generations", "evo_steps", "hp_config", "sample_hyperparameters", "tournament_size", "elitism", "no_mutation"}
-    | {"rl_hp"}
+    | {"rl_hp", "search"}
+    | {name for one in STRATEGIES.values() if one is not TournamentSearch for name in strategy_parameters(one)}
 )
 TUNE_PARAMETERS = tuple(name for name in Request.__dataclass_fields__ if name != "settings")
 
@@ -313,15 +331,43 @@ def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[
         loop["num_epochs"] = NUM_EPOCHS
     if request.population == 1:
         return loop
+    search = loop.pop("search", None)
+    _check_search_settings(search, request.settings)
     if evo_steps is None:
         total = Schedule.of(options_of(request.kind, loop), env).total
         if generations is not None and generations > total:
             raise ConfigurationError("generations", generations, f"the run has {total} steps only: raise num_epochs")
         loop["evo_steps"] = -(-total // (generations or GENERATIONS))
-    sizes = {"population_size": request.population, **taken_by(TournamentSelection, settings)}
-    loop["tournament"] = TournamentSelection(**sizes)
-    loop["mutation"] = Mutations(**taken_by(Mutations, settings))
+    if search is None or search == "tournament":
+        sizes = {"population_size": request.population, **taken_by(TournamentSelection, settings)}
+        loop["tournament"] = TournamentSelection(**sizes)
+        loop["mutation"] = Mutations(**taken_by(Mutations, settings))
+    else:
+        loop["search"] = _search(search, settings)
     return loop
+
+
+def _search(search: object, settings: Settings) -> Search:
+    """A search that is given, or one by its name with those of the settings that its class takes."""
+    if not isinstance(search, str):
+        return search_of(search)
+    strategy = strategy_of(search)
+    found: Search = strategy(**{name: settings[name] for name in strategy_parameters(strategy) if name in settings})
+    return found
+
+
+def _check_search_settings(search: object, given: Settings) -> None:
+    """Refuse settings of another search than the one that is asked for: they would have no effect.
+
+    Raises:
+        ConfigurationError: There is one, or no such search.
+    """
+    name = "tournament" if search is None else search
+    wanted = strategy_parameters(strategy_of(name)) if isinstance(name, str) else {}
+    for other, strategy in STRATEGIES.items():
+        for setting in (strategy_parameters(strategy).keys() & given.keys()) - wanted.keys():
+            fix = f"is a setting of search={other!r}, which is not the one that is asked for: leave it out"
+            raise ConfigurationError(setting, given[setting], fix)
 
 
 def _check_listeners(algorithm: Algorithm, loop: Settings) -> None:
@@ -338,7 +384,7 @@ def options_of(algorithm: Algorithm, loop: Settings) -> RunOptions:
     """The loop's arguments, checked by the loop's own checks; those of evolution as far as they are there."""
     defaults = {name: default_of(loop_of(algorithm), name) for name in RunOptions.__dataclass_fields__}
     found = {name: loop.get(name, default) for name, default in defaults.items()}
-    if found["tournament"] is None:
+    if found["tournament"] is None and found["search"] is None:
         found["evo_steps"] = None
     # Supervised runs have no reference to update.
     return RunOptions(**{**found, "update_reference_each_epoch": bool(found["update_reference_each_epoch"])})

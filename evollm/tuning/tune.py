@@ -33,7 +33,8 @@ class TuneResult:
         population: All agents of the last generation.
         fitnesses: For each of them the first component of its last fitness.
         run_dir: The run folder.
-        schedule: What made the best agent: (step, hyperparameters) of its line, from step 0, wherever they changed.
+        schedule: What made the best agent: (step, hyperparameters) of its line wherever they changed, from step 0, or
+            from the birth of a fresh agent on.
         report: The page `report.html` in the run folder; None without the extra `report`.
     """
 
@@ -83,7 +84,8 @@ def tune(
             two: 8. With `evo_steps`, the steps of each, it says how long the run is.
         start_from: Folder of an agent, or of a run whose best agent is taken, such as one with the algorithm `sft`. All
             agents begin with its adapter, whose weights become their reference.
-        **settings: Parameters of the pieces, by name; unknown ones are refused.
+        **settings: Parameters of the pieces, by name; unknown ones are refused. Those of a `search` given by its name,
+            such as `reduction_factor`, are among them.
 
     Raises:
         ConfigurationError: Something cannot work, found before any training; an unknown name with the nearest known.

@@ -13,35 +13,44 @@ from evollm.errors import CheckpointError, ConfigurationError, DivergedError
 from evollm.hpo import (
     Birth,
     EvolutionPlan,
-    Evolver,
     HyperparameterConfig,
-    Member,
     Mutation,
     Mutations,
+    Result,
     RLParameter,
+    SearchStart,
+    TournamentSearch,
     TournamentSelection,
     ancestry,
-    carry_out,
-    plan_evolution,
+    plan_births,
+    rank,
 )
+from evollm.training import carry_out
 
 CONFIG = HyperparameterConfig(lr=RLParameter(min=1e-7, max=1e-4), beta=RLParameter(min=0.01, max=1.0))
 
 
-def members(fitnesses: Sequence[float] = (0.5, 0.9, 0.7, 0.6)) -> list[Member]:
-    return [Member(i, (fitness, 0.0), {"lr": 1e-5 * (i + 1), "beta": 0.1}) for i, fitness in enumerate(fitnesses)]
+def members(fitnesses: Sequence[float] = (0.5, 0.9, 0.7, 0.6)) -> list[Result]:
+    return [Result(i, (fitness, 0.0), {"lr": 1e-5 * (i + 1), "beta": 0.1}) for i, fitness in enumerate(fitnesses)]
 
 
-def plan(population: list[Member], seed: int = 0, *, next_index: int = 4, **settings: object) -> EvolutionPlan:
+def plan(population: list[Result], seed: int = 0, *, next_index: int = 4, **settings: object) -> EvolutionPlan:
     arguments: dict[str, object] = {"tournament": TournamentSelection(), "mutations": Mutations(), "hp_config": CONFIG}
-    return plan_evolution(
+    births = plan_births(
         population,
-        generation=0,
         next_index=next_index,
         tournament_rng=np.random.default_rng([seed, 0]),
         mutation_rng=np.random.default_rng([seed, 1]),
         **{**arguments, **settings},  # type: ignore[arg-type]
     )
+    return recorded(births, population)
+
+
+def recorded(births: tuple[Birth, ...], population: list[Result], generation: int = 0) -> EvolutionPlan:
+    """The births of a plan as a run records them."""
+    fitnesses = {member.index: member.fitness for member in population}
+    best = population[rank(list(fitnesses.values()))[0]]
+    return EvolutionPlan(generation, best.index, fitnesses, births)
 
 
 def test_the_elite_comes_first_unmutated_under_its_own_index() -> None:
@@ -115,7 +124,7 @@ def test_equal_inputs_give_equal_plans_whatever_the_global_state() -> None:
 
 def test_a_plan_does_not_follow_later_changes_of_its_agents() -> None:
     values = {"lr": 1e-5, "beta": 0.1}
-    made = plan([Member(i, (0.5,), values) for i in range(4)], mutations=Mutations(1.0, 0.0))
+    made = plan([Result(i, (0.5,), values) for i in range(4)], mutations=Mutations(1.0, 0.0))
     values["lr"] = 7.0
     assert {birth.hyperparameters["lr"] for birth in made.births} == {1e-5}
 
@@ -129,57 +138,62 @@ def test_an_index_that_is_taken_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"next_index=3.*3"):
         plan(members(), next_index=3)
     with pytest.raises(ConfigurationError, match=r"index=\[0, 0, 0, 0\]"):
-        plan([Member(0, (0.5,), {"lr": 1e-5, "beta": 0.1})] * 4)
+        plan([Result(0, (0.5,), {"lr": 1e-5, "beta": 0.1})] * 4)
 
 
-def evolve(evolver: Evolver, generations: int, population: list[Member] | None = None) -> list[EvolutionPlan]:
+def evolve(search: TournamentSearch, generations: int, population: list[Result] | None = None) -> list[EvolutionPlan]:
     """Evolve agents whose fitness is their lr; the plans of each generation."""
     population, plans = population or members(), []
     for generation in range(generations):
-        plans.append(evolver.plan(population, CONFIG, generation))
+        plans.append(recorded(search.tell(population).births, population, generation))
         population = [
-            Member(birth.index, (birth.hyperparameters["lr"],), birth.hyperparameters) for birth in plans[-1].births
+            Result(birth.index, (birth.hyperparameters["lr"],), birth.hyperparameters) for birth in plans[-1].births
         ]
     return plans
 
 
-def evolver() -> Evolver:
-    return Evolver(TournamentSelection(), Mutations())
+def search(tournament: int = 42, mutation: int = 42) -> TournamentSearch:
+    """A search of these seeds that has begun with four founders."""
+    made = TournamentSearch(TournamentSelection(rand_seed=tournament), Mutations(rand_seed=mutation))
+    founders = [Birth.fresh(one.index, one.hyperparameters) for one in members()]
+    plan = made.start(SearchStart(founders, CONFIG, interval=5))
+    assert (list(plan.births), plan.steps) == (founders, 5)
+    return made
 
 
 def test_equal_seeds_give_equal_lineages_and_other_seeds_others() -> None:
-    assert evolve(evolver(), 6) == evolve(evolver(), 6)
-    assert evolve(evolver(), 6) != evolve(Evolver(TournamentSelection(rand_seed=1), Mutations()), 6)
-    assert evolve(evolver(), 6) != evolve(Evolver(TournamentSelection(), Mutations(rand_seed=1)), 6)
+    assert evolve(search(), 6) == evolve(search(), 6)
+    assert evolve(search(), 6) != evolve(search(tournament=1), 6)
+    assert evolve(search(), 6) != evolve(search(mutation=1), 6)
 
 
 def test_equal_seeds_of_tournament_and_mutations_are_two_streams() -> None:
-    state = evolver().state_dict()
+    state = search().state_dict()
     assert state["tournament_rng"]["state"] != state["mutation_rng"]["state"]
 
 
 def test_indices_are_unique_over_a_run() -> None:
-    born = [birth.index for made in evolve(evolver(), 8) for birth in made.births if not birth.elite]
+    born = [birth.index for made in evolve(search(), 8) for birth in made.births if not birth.elite]
     assert len(born) == len(set(born)) == 8 * 3
     assert min(born) == 4
 
 
 def test_an_index_is_not_given_again_after_its_agent_left() -> None:
     """Agents 0 to 3, of which 3 dies: without a memory the next new agent would be 3 again."""
-    used = evolver()
-    used.plan(members(), CONFIG, 0)
-    again = used.plan(members(), CONFIG, 1)
+    used = search()
+    used.tell(members())
+    again = used.tell(members())
     assert [birth.index for birth in again.births] == [1, 7, 8, 9]
 
 
-def test_an_evolver_continues_from_its_state_in_json() -> None:
-    whole = evolve(evolver(), 6)
-    first = evolver()
+def test_a_search_continues_from_its_state_in_json() -> None:
+    whole = evolve(search(), 6)
+    first = search()
     evolve(first, 3)
-    second = Evolver(TournamentSelection(rand_seed=9), Mutations(rand_seed=9))
+    second = search(9, 9)
     second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
     population = [
-        Member(birth.index, (birth.hyperparameters["lr"],), birth.hyperparameters) for birth in whole[2].births
+        Result(birth.index, (birth.hyperparameters["lr"],), birth.hyperparameters) for birth in whole[2].births
     ]
     resumed = [made.births for made in evolve(second, 3, population)]
     assert resumed == [made.births for made in whole[3:]]
@@ -187,15 +201,15 @@ def test_an_evolver_continues_from_its_state_in_json() -> None:
 
 @pytest.mark.parametrize("broken", [{}, {"next_index": 1, "tournament_rng": None, "mutation_rng": None}])
 def test_a_state_from_elsewhere_is_refused_and_changes_nothing(broken: dict[str, object]) -> None:
-    used = evolver()
+    used = search()
     before = used.state_dict()
-    with pytest.raises(CheckpointError, match="state of evolution"):
+    with pytest.raises(CheckpointError, match="state of the search"):
         used.load_state_dict(broken)
     assert used.state_dict() == before
 
 
 def test_the_ancestry_of_a_run_ends_at_the_agents_own_values() -> None:
-    plans = evolve(evolver(), 6)
+    plans = evolve(search(), 6)
     for last in plans[-1].births:
         line = ancestry(plans, last.index)
         assert len(line) == 7
@@ -247,13 +261,9 @@ def birth(index: int, parent: int, lr: float | None = None) -> Birth:
     return Birth(index, parent, changes, index == parent, {"lr": inherited if lr is None else lr})
 
 
-def plan_of(*births: Birth) -> EvolutionPlan:
-    return EvolutionPlan(0, births[0].parent or 0, {i: (0.5,) for i in range(4)}, births)
-
-
 def test_agents_without_a_child_are_released_before_anything_is_cloned() -> None:
     agents = population()
-    carry_out(plan_of(birth(1, 1), birth(4, 1), birth(5, 2), birth(6, 2)), agents)
+    carry_out((birth(1, 1), birth(4, 1), birth(5, 2), birth(6, 2)), agents)
     assert agents[0].events == [
         "release 0",
         "release 3",
@@ -267,14 +277,14 @@ def test_agents_without_a_child_are_released_before_anything_is_cloned() -> None
 
 def test_the_kept_elite_is_the_same_object_and_nothing_in_it_is_touched() -> None:
     agents = population()
-    after = carry_out(plan_of(birth(1, 1), birth(4, 1, 9e-5), birth(5, 1), birth(6, 1)), agents)
+    after = carry_out((birth(1, 1), birth(4, 1, 9e-5), birth(5, 1), birth(6, 1)), agents)
     assert after[0] is agents[1]
     assert (after[0].index, after[0].values, after[0].alive) == (1, {"lr": 2e-5}, True)
     assert "set 1" not in agents[0].events
 
 
 def test_the_next_generation_is_in_slot_order_with_the_weights_and_values_of_the_plan() -> None:
-    after = carry_out(plan_of(birth(2, 2), birth(4, 0, 9e-5), birth(5, 3), birth(6, 0)), population())
+    after = carry_out((birth(2, 2), birth(4, 0, 9e-5), birth(5, 3), birth(6, 0)), population())
     assert [agent.index for agent in after] == [2, 4, 5, 6]
     assert [agent.weight for agent in after] == ["weight of 2", "weight of 0", "weight of 3", "weight of 0"]
     assert [agent.values["lr"] for agent in after] == [lr_of(2), 9e-5, lr_of(3), lr_of(0)]
@@ -282,7 +292,7 @@ def test_the_next_generation_is_in_slot_order_with_the_weights_and_values_of_the
 
 def test_the_last_child_of_a_parent_that_leaves_takes_over_its_object() -> None:
     agents = population()
-    after = carry_out(plan_of(birth(2, 2), birth(4, 0, 9e-5), birth(5, 3), birth(6, 0)), agents)
+    after = carry_out((birth(2, 2), birth(4, 0, 9e-5), birth(5, 3), birth(6, 0)), agents)
     assert after[3] is agents[0]
     assert after[2] is agents[3]
     assert after[1] is not agents[0]
@@ -291,7 +301,7 @@ def test_the_last_child_of_a_parent_that_leaves_takes_over_its_object() -> None:
 
 def test_a_parents_object_is_unchanged_until_its_last_clone_was_taken() -> None:
     agents = population()
-    after = carry_out(plan_of(birth(4, 0, 9e-5), birth(5, 0), birth(6, 0, 8e-5), birth(7, 0, 7e-5)), agents)
+    after = carry_out((birth(4, 0, 9e-5), birth(5, 0), birth(6, 0, 8e-5), birth(7, 0, 7e-5)), agents)
     assert agents[0].events[-5:] == ["clone 0 as 5", "set 5", "clone 0 as 6", "set 6", "set 7"]
     assert [agent.values["lr"] for agent in after] == [9e-5, 1e-5, 8e-5, 7e-5]
 
@@ -299,9 +309,9 @@ def test_a_parents_object_is_unchanged_until_its_last_clone_was_taken() -> None:
 def test_no_object_appears_twice_and_nobody_alive_is_lost() -> None:
     for seed in range(100):
         agents = population()
-        values = [Member(agent.index, (0.5 + seed % 3,), agent.hyperparameter_values()) for agent in agents]
+        values = [Result(agent.index, (0.5 + seed % 3,), agent.hyperparameter_values()) for agent in agents]
         made = plan(values, seed, hp_config=HyperparameterConfig(lr=CONFIG["lr"]))
-        after = carry_out(made, agents)
+        after = carry_out(made.births, agents)
         assert len({id(agent) for agent in after}) == 4
         assert all(agent.alive for agent in after)
         assert all(agent in after for agent in agents if agent.alive)
@@ -318,14 +328,14 @@ def test_no_object_appears_twice_and_nobody_alive_is_lost() -> None:
 def test_a_plan_with_a_parent_from_elsewhere_is_refused_and_nothing_happens(births: tuple[Birth, ...]) -> None:
     agents = population()
     with pytest.raises(ConfigurationError, match="population="):
-        carry_out(plan_of(*births), agents)
+        carry_out(births, agents)
     assert agents[0].events == []
 
 
 def test_a_plan_is_carried_out_once_and_only_on_its_own_population() -> None:
-    made = plan_of(birth(1, 1), birth(4, 1), birth(5, 1), birth(6, 1))
+    made = (birth(1, 1), birth(4, 1), birth(5, 1), birth(6, 1))
     after = carry_out(made, population())
-    with pytest.raises(ConfigurationError, match=r"population=\[1, 4, 5, 6\].*\[0, 1, 2, 3\]"):
+    with pytest.raises(ConfigurationError, match=r"population=\[1, 4, 5, 6\].*parents \[1\]"):
         carry_out(made, after)
 
 
@@ -337,4 +347,4 @@ def test_those_who_have_mutated_are_told_so_and_no_others() -> None:
         birth(5, 2),
         Birth(6, 2, change, False, {"lr": 9e-5}),
     )
-    assert [agent.num_hooked for agent in carry_out(plan_of(*births), population())] == [0, 1, 0, 1]
+    assert [agent.num_hooked for agent in carry_out(births, population())] == [0, 1, 0, 1]

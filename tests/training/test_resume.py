@@ -25,7 +25,7 @@ from evollm import (
     finetune_llm_preference,
 )
 from evollm.checkpoints import read_agent_folder
-from evollm.hpo import Evolver
+from evollm.hpo import TournamentSearch
 from evollm.training import run as run_module
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
@@ -190,7 +190,7 @@ def test_a_run_folder_has_one_writer(run, tmp_path) -> None:
 def test_a_run_checkpoints_before_it_evolves(run, tmp_path, monkeypatch) -> None:
     whole = end(tmp_path / "whole", run("whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(Evolver, "plan", lambda *_: crash())
+        patch.setattr(TournamentSearch, "tell", lambda *_: crash())
         with pytest.raises(RuntimeError):
             run("crashed")
     saved = [path.name for path in (tmp_path / "crashed/checkpoints").iterdir()]

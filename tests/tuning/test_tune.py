@@ -20,9 +20,10 @@ from evollm.cli import main
 from evollm.data.examples import EXAMPLES
 from evollm.data.sources import PAIRS
 from evollm.errors import MissingExtraError
-from evollm.hpo import ancestry
+from evollm.hpo import STRATEGIES, ancestry
 from evollm.runs import read_run
 from evollm.runs.folder import ASKED
+from evollm.tuning.arguments_file import asked_of
 from evollm.tuning.parameters import loop_of, parameters_of
 from evollm.tuning.plain import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
@@ -56,6 +57,15 @@ def test_one_call_gives_the_best_agent_its_schedule_and_a_run_folder(tune, tmp_p
     assert [values for _, values in result.schedule][-1] == result.best.hyperparameter_values()
     assert result.schedule[0] == (0, dict(ancestry(plans, result.best.index)[0].hyperparameters))
     assert {step for step, _ in result.schedule} <= {0, *(one.step for one in record.evolutions)}
+
+
+def test_a_search_by_its_name_takes_its_settings_and_is_known_to_the_folder(tune) -> None:
+    result = tune(search="successive_halving", reduction_factor=3, evo_steps=1, max_steps=2)
+    assert len(result.population) == 1
+    record = read_run(result.run_dir)
+    assert record.config["options"]["search"] == {"name": "SuccessiveHalving", "reduction_factor": 3}
+    asked = asked_of(result.run_dir).settings
+    assert (asked["search"], asked["reduction_factor"], asked["evo_steps"]) == ("successive_halving", 3, 1)
 
 
 def test_a_population_of_one_is_an_ordinary_run(tune, make_model, tokenizer, tmp_path) -> None:
@@ -124,7 +134,7 @@ def test_every_setting_is_a_parameter_of_a_public_piece() -> None:
     """And none is listed by hand: what the pieces' signatures lose or gain, `tune` loses or gains."""
     for name, algorithm in ALGORITHMS.items():
         public = [algorithm.gym, algorithm.agent, algorithm.agent.population, loop_of(algorithm)]
-        public += [evollm.TournamentSelection, evollm.Mutations]
+        public += [evollm.TournamentSelection, evollm.Mutations, *STRATEGIES.values()]
         known = {name for piece in public for name in inspect.signature(piece).parameters}
         assert set(parameters_of(algorithm)) <= known, name
         assert {"lr", "seed", "num_epochs", "tournament_size", "rl_hp", "max_context_length"} <= parameters_of(
@@ -174,6 +184,15 @@ def test_an_unknown_name_raises_with_the_nearest_known_one(tune, name, nearest) 
         ({"test_data": "nowhere.jsonl"}, "test_data='nowhere.jsonl': no such file"),
         ({"data": "nowhere.jsonl"}, "data='nowhere.jsonl': no such file"),
         ({"start_from": "nowhere"}, "nowhere is not an agent's checkpoint"),
+        ({"search": "annealing"}, "search='annealing': .*known are tournament, successive_halving"),
+        ({"search": 3}, "search=3: lacks start"),
+        (
+            {"search": "successive_halving", "tournament_size": 2},
+            "tournament_size=2: is a setting of search='tournament'",
+        ),
+        ({"reduction_factor": 3}, "reduction_factor=3: is a setting of search='successive_halving'"),
+        ({"search": "successive_halving", "reduction_factor": 1}, "reduction_factor=1: must be a whole number"),
+        ({"population": 1, "search": "tournament"}, "search='tournament': one agent does not evolve"),
     ],
 )
 def test_what_cannot_work_is_named_before_any_training(tune, tmp_path, changes, message) -> None:

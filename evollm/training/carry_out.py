@@ -1,0 +1,96 @@
+"""A plan of a search, carried out on live agents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from evollm.errors import ConfigurationError
+from evollm.hpo import Birth
+from evollm.hpo.hyperparameters import Value
+
+AgentT = TypeVar("AgentT", bound="EvolvableAgent")
+
+
+class EvolvableAgent(Protocol):
+    """All that evolution knows of an agent.
+
+    Attributes:
+        index: The agent's index, unique over a run.
+    """
+
+    index: int
+
+    def hyperparameter_values(self) -> dict[str, float]:
+        """Return the current values by name."""
+
+    def clone(self: AgentT, index: int) -> AgentT:
+        """Return a copy with the same weights, optimizer state, hyperparameters and random state under a new index."""
+
+    def set_hyperparameters(self, values: Mapping[str, Value]) -> None:
+        """Change hyperparameters, and nothing else of the agent."""
+
+    def mutation_hook(self) -> None:
+        """Tell whoever asked for it that the agent has mutated."""
+
+    def release(self) -> None:
+        """Free what the agent holds; it left the population."""
+
+
+def carry_out(
+    births: Sequence[Birth], population: Sequence[AgentT], restart: Callable[[AgentT], object] | None = None
+) -> list[AgentT]:
+    """Turn a population into the next one.
+
+    Agents without a child are released before anything is cloned, unless a fresh birth takes over their object, and the
+    last child of a parent that does not survive takes over the parent's own, so there are never more agents than
+    before or after. A kept agent is not touched.
+
+    Args:
+        births: The next population, planned from this one.
+        population: The agents; the objects are reused, so it is used up by the call.
+        restart: Makes of an agent what the first agent of the run was at its beginning; for births without a parent.
+
+    Returns:
+        The agents of the births, in their order.
+
+    Raises:
+        ConfigurationError: If the births were planned for other agents, or one has no parent and there is no
+            `restart`. Nothing has been changed then.
+    """
+    by_index = {agent.index: agent for agent in population}
+    parents = [birth.parent for birth in births]
+    known = {*by_index, *([] if restart is None else [None])}
+    again = {birth.index for birth in births if birth.parent != birth.index} & by_index.keys()
+    if len(by_index) != len(population) or not set(parents) <= known or again:
+        planned = sorted({parent for parent in parents if parent is not None})
+        fix = f"the plan was made for others, with the parents {planned}: plan this population anew"
+        raise ConfigurationError("population", [agent.index for agent in population], fix)
+    spare = [agent for agent in population if agent.index not in parents]
+    for agent in spare[parents.count(None) :]:
+        agent.release()
+    survivors = {birth.index for birth in births}
+    generation: list[AgentT] = []
+    for slot, birth in enumerate(births):
+        if birth.parent is None:
+            assert restart is not None
+            # Whoever is cloned here, nothing of it stays.
+            agent = spare.pop(0) if spare else (generation or list(population))[0].clone(birth.index)
+            restart(agent)
+            agent.index = birth.index
+            generation.append(_with_values(agent, birth))
+            continue
+        parent = by_index[birth.parent]
+        if birth.parent not in survivors and birth.parent not in parents[slot + 1 :]:
+            parent.index = birth.index
+            generation.append(_with_values(parent, birth))
+        else:
+            generation.append(parent if birth.parent == birth.index else _with_values(parent.clone(birth.index), birth))
+    return generation
+
+
+def _with_values(agent: AgentT, birth: Birth) -> AgentT:
+    agent.set_hyperparameters(birth.hyperparameters)
+    if birth.mutations:
+        agent.mutation_hook()
+    return agent
