@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -54,7 +53,7 @@ _NETWORKS = frozenset({"_adapters", "optimizer"})
 A = TypeVar("A", bound="LLMAgent")
 
 
-class LLMAgent(ABC):
+class LLMAgent:
     """A member of a population: adapters on a shared base, AdamW, hyperparameters.
 
     Args:
@@ -172,9 +171,10 @@ class LLMAgent(ABC):
             base.compile(settings.torch_compiler)
             Engine.of(base).say([slow_compile_mode(base.device.type, settings.torch_compiler)])
 
-    @abstractmethod
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
-        """The other roles at birth and the names of their adapters; None: the base without adapter."""
+        """The other roles at birth and the names of their adapters, by default none; None: the base without adapter."""
+        del actor
+        return {}
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         return adamw(self.actor_parameters(), self.lr, self.accelerator)

@@ -23,10 +23,10 @@ from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.preference_losses import LossSettings
 from evollm.algorithms.references import reference_logprobs
 from evollm.algorithms.settings import Evolvable, Setting
-from evollm.checks import switch, whole_number
+from evollm.checks import switch
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import DataError
-from evollm.foreign import ACTION, AGENT, TEST, explains
+from evollm.foreign import ACTION, AGENT, explains
 from evollm.hpo.fitness import Evaluation, preference_fitness
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.llm_envs import PreferenceGym
@@ -321,22 +321,6 @@ class DPO(EvolvableAlgorithm):
         check_gym(env, PreferenceGym, "DPO.evaluate")
         check_base(self.base, env)
         return evaluate_together([self], env, split, reference)[0]
-
-    @explains(TEST)
-    def test(self, env: PreferenceGym, loop: int = 1) -> NDArray[np.float64]:
-        """Preference accuracy on the environment's held-out pairs; ties count half. It is appended to `fitness`.
-
-        Args:
-            env: The environment.
-            loop: Passes over the pairs; the score is their mean (without dropout they are all the same).
-
-        Returns:
-            The score, a 0-dimensional array in [0, 1].
-        """
-        whole_number("loop", loop, 1)
-        score = np.mean([self.evaluate(env).accuracy for _ in range(loop)])
-        self.fitness.append(float(score))
-        return np.asarray(score)
 
 
 register(

@@ -11,14 +11,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from evollm.algorithms.core import LLMAgent
+from evollm.algorithms.algorithm import algorithm_of
+from evollm.algorithms.core import OWN, LLMAgent
+from evollm.algorithms.fit import check_base, check_gym
 from evollm.algorithms.saving import SavableAgent
+from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
+from evollm.foreign import TEST, explains
+from evollm.hpo.fitness import as_fitness
+from evollm.llm_envs import DatasetGym
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +65,27 @@ class EvolvableAlgorithm(SavableAgent):
     training = True
     # What is in effect: an argument of that name is accepted, and warned of.
     use_liger_loss = False
+
+    @explains(TEST)
+    def test(self, env: DatasetGym, loop: int = 1) -> NDArray[np.float64]:
+        """Score the agent on the environment's held-out rows; larger is better. The score is appended to `fitness`.
+
+        Args:
+            env: The environment.
+            loop: Passes over the rows; the score is their mean (without dropout they are all the same).
+
+        Returns:
+            The first number of the algorithm's fitness, a 0-dimensional array: of DPO the preference accuracy, where ties
+            count half, of SFT minus the loss in nats per token.
+        """
+        whole_number("loop", loop, 1)
+        algorithm = algorithm_of(self)
+        check_gym(env, algorithm.gym, f"{algorithm.agent.__name__}.evaluate")
+        check_base(self.base, env)
+        evaluations = [algorithm.evaluate([self], env, "test", OWN)[0] for _ in range(loop)]
+        score = np.mean([as_fitness(algorithm.fitness(evaluation))[0] for evaluation in evaluations])
+        self.fitness.append(float(score))
+        return np.asarray(score)
 
     def get_policy(self) -> PeftModel:
         """The base with this agent's actor active.

@@ -18,9 +18,9 @@ from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
 from evollm.algorithms.sft_step import evaluate_together, learn_together
 from evollm.algorithms.step import policy_logprobs
-from evollm.checks import switch, whole_number
+from evollm.checks import switch
 from evollm.data.batch import PreferenceBatch
-from evollm.foreign import ACTION, SFT_AGENT, TEST, explains
+from evollm.foreign import ACTION, SFT_AGENT, explains
 from evollm.hpo.fitness import LikelihoodEvaluation, likelihood_fitness
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.llm_envs import SFTGym
@@ -166,10 +166,6 @@ class SFT(EvolvableAlgorithm):
             accelerator=accelerator,
         )
 
-    def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
-        del actor
-        return {}
-
     def learn(self, experiences: PreferenceBatch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
         """Update the actor on a batch of examples, `update_epochs` times.
 
@@ -217,22 +213,6 @@ class SFT(EvolvableAlgorithm):
         check_gym(env, SFTGym, "SFT.evaluate")
         check_base(self.base, env)
         return evaluate_together([self], env, split)[0]
-
-    @explains(TEST)
-    def test(self, env: SFTGym, loop: int = 1) -> NDArray[np.float64]:
-        """Minus the loss on the environment's held-out examples: larger is better. It is appended to `fitness`.
-
-        Args:
-            env: The environment.
-            loop: Passes over the examples; the score is their mean (without dropout they are all the same).
-
-        Returns:
-            The score, a 0-dimensional array in nats per token, at most 0.
-        """
-        whole_number("loop", loop, 1)
-        score = np.mean([-self.evaluate(env).loss for _ in range(loop)])
-        self.fitness.append(float(score))
-        return np.asarray(score)
 
 
 register(

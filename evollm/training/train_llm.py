@@ -210,12 +210,9 @@ def finetune(pop: Sequence[A], env: DatasetGym, **arguments: Any) -> tuple[list[
 
 
 # No argument is listed twice.
-finetune.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        parameter.replace(default=None) if parameter.name == "fitness" else parameter
-        for parameter in inspect.signature(finetune_llm_preference).parameters.values()
-    ]
-)
+_parameters = dict(inspect.signature(finetune_llm_preference).parameters)
+_parameters["fitness"] = _parameters["fitness"].replace(default=None)
+finetune.__signature__ = inspect.Signature([*_parameters.values()])  # type: ignore[attr-defined]
 
 
 def _finetune(
