@@ -75,7 +75,7 @@ class EvolvableAlgorithm(SavableAgent):
             loop: Passes over the rows; the score is their mean (without dropout they are all the same).
 
         Returns:
-            The first number of the algorithm's fitness, a 0-dimensional array: of DPO the preference accuracy, where ties
+            The first number of the algorithm's fitness, 0-dimensional: of DPO the preference accuracy, where ties
             count half, of SFT minus the loss in nats per token.
         """
         whole_number("loop", loop, 1)
