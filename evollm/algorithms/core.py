@@ -124,7 +124,7 @@ class LLMAgent:
         else:
             check_lora_config(lora_config)
         if lora_config.lora_dropout:
-            # Three frames up the agent is made.
+            # stacklevel=4 points the warning at the caller of DPO() or SFT().
             warnings.warn(
                 f"lora_dropout={lora_config.lora_dropout} has no effect: the base stays in evaluation mode",
                 UserWarning,

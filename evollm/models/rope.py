@@ -29,18 +29,23 @@ def forget_longest_sequences(model: nn.Module) -> None:
     far until a sequence fits the model's original length. A log-prob would depend on what was computed before it.
     """
     for module in model.modules():
-        if hasattr(module, _LONGEST) and hasattr(module, f"original_{_FREQUENCIES}"):
+        if _dynamic_prefixes(module):
             module.register_forward_pre_hook(_begin_anew)
+
+
+def _dynamic_prefixes(module: Any) -> list[str]:
+    """What the names of a module's dynamically scaled frequencies begin with, one for each type of layers."""
+    if not (hasattr(module, _LONGEST) and hasattr(module, "rope_type")):
+        return []
+    types = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
+    return [f"{kind}_" if kind else "" for kind, rope_type in types.items() if _DYNAMIC in str(rope_type)]
 
 
 def _begin_anew(module: Any, inputs: object) -> None:
     del inputs
-    original = vars(module).get("original_max_seq_len")
-    types = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
-    for layer_type, rope_type in types.items():
-        prefix = f"{layer_type}_" if layer_type else ""
-        longest = getattr(module, f"{prefix}{_LONGEST}", module.max_seq_len_cached)
-        if _DYNAMIC in str(rope_type) and longest != original:
+    original = module.original_max_seq_len
+    for prefix in _dynamic_prefixes(module):
+        if getattr(module, f"{prefix}{_LONGEST}", module.max_seq_len_cached) != original:
             frequencies = getattr(module, f"{prefix}original_{_FREQUENCIES}")
             device = getattr(module, f"{prefix}{_FREQUENCIES}").device
             setattr(module, f"{prefix}{_FREQUENCIES}", frequencies.to(device))
