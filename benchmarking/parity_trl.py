@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
 from evollm import DPO, PreferenceGym
-from evollm.algorithms.preference_losses import LOSSES, SMOOTHED
+from evollm.algorithms.losses import LOSSES, SMOOTHED
 from evollm.data import read_pairs
 from evollm.data.batch import IntArray
 from evollm.data.rows import ChatPair, TextPair

@@ -96,7 +96,7 @@ _PARTS = frozenset(
             "llm_envs",
             "models",
         },
-        *{"own_files", "plain_data", "processes", "report", "runs", "tracking", "training", "tuning"},
+        *{"own_files", "processes", "report", "runs", "safe_load", "tracking", "training", "tuning"},
     }
 )
 

@@ -107,7 +107,7 @@ def optional_whole_number(field: str, value: object, minimum: int) -> int | None
     return None if value is None else whole_number(field, value, minimum)
 
 
-def switch(field: str, value: object) -> bool:
+def boolean(field: str, value: object) -> bool:
     """Return `value`, which is True or False.
 
     Raises:
@@ -118,7 +118,7 @@ def switch(field: str, value: object) -> bool:
     return value
 
 
-def optional_switch(field: str, value: object) -> bool | None:
+def optional_boolean(field: str, value: object) -> bool | None:
     """Return `value`, which is True, False or None.
 
     Raises:

@@ -8,8 +8,8 @@ from tokenizers_for_tests import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from evollm.data import TokenizedPair, load_pairs
+from evollm.data.preference_rows import PAIRS
 from evollm.data.rows import RowFormat
-from evollm.data.sources import PAIRS
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

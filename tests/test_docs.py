@@ -17,7 +17,7 @@ from tokenizers_for_tests import chatml_tokenizer
 
 import evollm
 from evollm import demo
-from evollm.algorithms.preference_losses import LOSSES
+from evollm.algorithms.losses import LOSSES
 from evollm.demo import demo_pairs
 from evollm.runs import events
 from evollm.tracking import TRACKERS

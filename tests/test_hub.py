@@ -11,7 +11,7 @@ import huggingface_hub.constants as hub
 import pytest
 
 from evollm import ConfigurationError, DataError
-from evollm.data.files import open_dataset
+from evollm.data.open_dataset import open_dataset
 from evollm.hub import hub_or_cache, unreachable
 from evollm.models.pretrained import find_config, load_base_model, load_tokenizer
 

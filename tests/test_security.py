@@ -20,7 +20,7 @@ from tokenizers_for_tests import chatml_tokenizer
 
 import evollm
 from evollm import DPO, EvoLLMError
-from evollm.checkpoints.files import seal
+from evollm.checkpoints.atomic import seal
 from evollm.cli import main
 
 # Damaged records are said, and runs go on.
@@ -453,13 +453,13 @@ def test_a_report_replaces_only_reports(folder) -> None:
 
 def test_a_base_is_known_by_every_value(make_model) -> None:
     model = make_model()
-    seen = {evollm.models.identity.weights_fingerprint(model)}
+    seen = {evollm.models.fingerprints.weights_fingerprint(model)}
     for parameter in model.parameters():
         for place in (0, parameter.numel() // 3, parameter.numel() - 1):
             flat = parameter.data.view(-1)
             before = flat[place].item()
             flat[place] = before + 1e-3
-            seen.add(evollm.models.identity.weights_fingerprint(model))
+            seen.add(evollm.models.fingerprints.weights_fingerprint(model))
             flat[place] = before
     assert len(seen) == 1 + 3 * len(list(model.parameters()))
-    assert evollm.models.identity.weights_fingerprint(make_model()) in seen
+    assert evollm.models.fingerprints.weights_fingerprint(make_model()) in seen

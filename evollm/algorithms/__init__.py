@@ -1,7 +1,7 @@
 """The agents that a population consists of."""
 
+from evollm.algorithms.agent import LLMAgent
 from evollm.algorithms.algorithm import ALGORITHMS, Algorithm, algorithm_named, algorithm_of, register
-from evollm.algorithms.core import LLMAgent
 from evollm.algorithms.dpo import DPO
 from evollm.algorithms.dpo_settings import DPOHyperparameters
 from evollm.algorithms.settings import AgentSettings

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from evollm.algorithms.agent import OWN, REFERENCE
+from evollm.algorithms.agilerl import EvolvableAlgorithm
 from evollm.algorithms.algorithm import Algorithm, register
-from evollm.algorithms.core import OWN, REFERENCE
 from evollm.algorithms.dpo_settings import DPOHyperparameters, DPOSettings, loss_settings, loss_terms
 from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together
 from evollm.algorithms.fit import batch_for, check_base, check_gym
-from evollm.algorithms.interface import EvolvableAlgorithm
-from evollm.algorithms.preference_losses import LossSettings
+from evollm.algorithms.losses import LossSettings
 from evollm.algorithms.references import reference_logprobs
 from evollm.algorithms.settings import Evolvable, Setting
-from evollm.checks import switch
+from evollm.checks import boolean
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import DataError
 from evollm.foreign import ACTION, AGENT, explains
@@ -86,7 +86,7 @@ class DPO(EvolvableAlgorithm):
         lr: Learning rate of AdamW (weight decay 0).
         beta: DPO's beta, the strength of the pull towards the reference.
         nll_alpha: Weight of the negative log-likelihood on chosen completions; 0 leaves it out.
-        loss_type: Name of the loss (`evollm.algorithms.preference_losses.LOSSES`), or a list of names whose losses are
+        loss_type: Name of the loss (`evollm.algorithms.losses.LOSSES`), or a list of names whose losses are
             added up; `simpo` and `orpo` make no use of the reference.
         loss_weights: With a list of losses the weight of each; None: 1.
         label_smoothing: Share of the labels that are taken to be wrong, from 0 to below 0.5: `sigmoid`, `robust`,
@@ -184,8 +184,8 @@ class DPO(EvolvableAlgorithm):
         token_budget: int | None = None,
         drop_nonfinite_rows: bool = True,
     ) -> None:
-        switch("wrap", wrap)
-        switch("clone", clone)
+        boolean("wrap", wrap)
+        boolean("clone", clone)
         settings = DPOSettings(
             seed=seed,
             micro_batch_size_per_gpu=micro_batch_size_per_gpu,
@@ -212,7 +212,7 @@ class DPO(EvolvableAlgorithm):
             batch_size=batch_size,
             update_epochs=update_epochs,
         )
-        if switch("use_liger_loss", use_liger_loss):
+        if boolean("use_liger_loss", use_liger_loss):
             warnings.warn("use_liger_loss=True has no effect in this version: standard loss", UserWarning, stacklevel=3)
         super().__init__(
             source=BaseSource(model_name, actor_network, model_config, archive, dtype),
@@ -263,7 +263,7 @@ class DPO(EvolvableAlgorithm):
             `logps/chosen`, `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
             `rewards/margins`, `num_tokens`. Log-probs are sums over tokens in nats; a reward is beta times a log-ratio.
         """
-        return learn_together([self], self._pairs(experiences), training=switch("training", training))[0]
+        return learn_together([self], self._pairs(experiences), training=boolean("training", training))[0]
 
     def _pairs(self, experiences: PreferenceBatch | Mapping[str, Any]) -> PreferenceBatch:
         """The batch that was handed in, if each of its rows has two sides."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evollm.algorithms.preference_losses import LOSSES, LossSettings
+from evollm.algorithms.losses import LOSSES, LossSettings
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
 from evollm.checks import finite_number, nearest_name, positive_number
 from evollm.errors import ConfigurationError

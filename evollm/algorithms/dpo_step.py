@@ -11,10 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evollm.algorithms.core import OWN
-from evollm.algorithms.losses import quiet_gradient, token_mean_nll
+from evollm.algorithms.agent import OWN
+from evollm.algorithms.losses import (
+    LOSSES,
+    WHOLE_BATCH,
+    LossSettings,
+    PairScores,
+    flush_small_gradients,
+    token_mean_nll,
+)
 from evollm.algorithms.metrics import pair_metrics
-from evollm.algorithms.preference_losses import LOSSES, WHOLE_BATCH, LossSettings, PairScores
 from evollm.algorithms.references import Rows, finite_rows, reference_logprobs
 from evollm.algorithms.scoring import scored_batches
 from evollm.algorithms.step import Method, learn_by, policy_logprobs
@@ -77,7 +83,7 @@ class DPOObjective:
 
     def _parts(self, rows: Sequence[int], policy: PairLogprobs) -> tuple[Tensor, Tensor]:
         """Loss and negative log-likelihood: what these rows contribute to the batch's means."""
-        quiet = PairLogprobs.of([quiet_gradient(column) for column in policy.columns])
+        quiet = PairLogprobs.of([flush_small_gradients(column) for column in policy.columns])
         compared, reference = quiet.weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
         chosen, rejected = compared.chosen, compared.rejected
         num_chosen_tokens = int(self.batch.chosen_scored.sum())

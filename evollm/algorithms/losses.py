@@ -1,9 +1,17 @@
-"""Preference losses: pure functions of log-probabilities."""
+"""Losses of preference pairs: pure functions of sums of log-probs, each with the paper that it is from.
+
+`LOSSES` has them by the names that TRL gave them. Each maps B pairs and its settings to (B,) losses, whose mean over
+the pairs is the loss of the batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, relu
 
 NEGLIGIBLE = 1e-12
 
@@ -35,7 +43,7 @@ def token_mean_nll(chosen_logprobs: Tensor, num_chosen_tokens: int) -> Tensor:
     return -chosen_logprobs.sum() / num_chosen_tokens
 
 
-def quiet_gradient(logprobs: Tensor) -> Tensor:
+def flush_small_gradients(logprobs: Tensor) -> Tensor:
     """The same log-probs; gradients below 1e-12 become 0 on their way back.
 
     Where beta times the margin is large, a loss saturates and its gradient shrinks exponentially. The backward pass
@@ -46,3 +54,212 @@ def quiet_gradient(logprobs: Tensor) -> Tensor:
         logprobs = logprobs.view_as(logprobs)
         logprobs.register_hook(lambda grad: grad.masked_fill(grad.abs() < NEGLIGIBLE, 0.0))
     return logprobs
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """What a loss may depend on; sums are over the tokens of a completion, with what ends it.
+
+    Attributes:
+        chosen: (B,) log pi(y_w | x).
+        rejected: (B,) log pi(y_l | x).
+        reference_chosen: (B,) log pi_ref(y_w | x).
+        reference_rejected: (B,) log pi_ref(y_l | x).
+        chosen_lengths: (B,) tokens of y_w.
+        rejected_lengths: (B,) tokens of y_l.
+        mean_chosen_length: Mean tokens of y_w over the whole optimizer batch, of which these pairs may be a part.
+        chosen_likelihood: (B,) log pi(y_w | x) over all tokens alike, where the sums above weigh them; None: `chosen`.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    mean_chosen_length: float
+    chosen_likelihood: Tensor | None = None
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        """(B,) log pi - log pi_ref of y_w."""
+        return self.chosen - self.reference_chosen
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """(B,) log pi - log pi_ref of y_l."""
+        return self.rejected - self.reference_rejected
+
+    @property
+    def margins(self) -> Tensor:
+        """(B,) log-ratio of y_w minus that of y_l."""
+        return self.chosen_logratios - self.rejected_logratios
+
+    @property
+    def token_margins(self) -> Tensor:
+        """(B,) the same with each log-ratio as a mean over its tokens."""
+        return self.chosen_logratios / self.chosen_lengths - self.rejected_logratios / self.rejected_lengths
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Numbers that losses depend on.
+
+    Attributes:
+        beta: Strength of the pull towards the reference; each loss says what it makes of it.
+        label_smoothing: Share of the labels that are taken to be wrong, in [0, 0.5).
+        discopop_tau: Temperature of the blend in `discopop`.
+        simpo_gamma: Margin that `simpo` aims at, in the units of beta times a mean log-prob.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+
+
+PairLoss = Callable[[PairScores, LossSettings], Tensor]
+
+
+def sigmoid(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """DPO (Rafailov et al., arXiv 2305.18290, equation 7); smoothed it is conservative DPO (Mitchell, 2023)."""
+    if settings.label_smoothing == 0:
+        return dpo_sigmoid_loss(pairs.chosen_logratios, pairs.rejected_logratios, settings.beta)
+    return _smoothed(settings.beta * pairs.margins, settings.label_smoothing)
+
+
+def robust(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """Robust DPO: unbiased where that share of the labels is flipped (Chowdhury et al., arXiv 2403.00409)."""
+    logits, flipped = settings.beta * pairs.margins, settings.label_smoothing
+    return (-(1 - flipped) * logsigmoid(logits) + flipped * logsigmoid(-logits)) / (1 - 2 * flipped)
+
+
+def hinge(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """Hinge on beta times the margin (SLiC-HF, arXiv 2305.10425, with the log-ratios of RSO, arXiv 2309.06657)."""
+    return relu(1 - settings.beta * pairs.margins)
+
+
+def ipo(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """IPO: the margin, as means per token, is to be 1 / (2 beta) (Azar et al., arXiv 2310.12036, equation 17)."""
+    return (pairs.token_margins - 1 / (2 * settings.beta)) ** 2
+
+
+def sigmoid_norm(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """DPO with log-ratios as means per token (Lambert et al., Tulu 3, arXiv 2411.15124)."""
+    return -logsigmoid(settings.beta * pairs.token_margins)
+
+
+def exo_pair(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """EXO: reverse KL to the smoothed labels (Ji et al., arXiv 2402.00856, equation 16); smoothing must be above 0."""
+    logits = settings.beta * pairs.margins
+    labels = torch.tensor(settings.label_smoothing, dtype=logits.dtype, device=logits.device)
+    right = logits.sigmoid() * (logsigmoid(logits) - torch.log1p(-labels))
+    return right + (-logits).sigmoid() * (logsigmoid(-logits) - labels.log())
+
+
+def nca_pair(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """NCA for two completions (Chen et al., arXiv 2402.05369)."""
+    chosen, rejected = settings.beta * pairs.chosen_logratios, settings.beta * pairs.rejected_logratios
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def bco_pair(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """BCO without its moving shift: each side classified by itself (Jung et al., arXiv 2404.04656)."""
+    chosen, rejected = settings.beta * pairs.chosen_logratios, settings.beta * pairs.rejected_logratios
+    return -logsigmoid(chosen) - logsigmoid(-rejected)
+
+
+def sppo_hard(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """SPPO where the winner wins for certain (Wu et al., arXiv 2405.00675, equation 4.7)."""
+    goal = 0.5 / settings.beta
+    return (pairs.chosen_logratios - goal) ** 2 + (pairs.rejected_logratios + goal) ** 2
+
+
+def apo_zero(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """APO for chosen sides better than the model's own (D'Oosterlinck et al., arXiv 2408.06266, equation 7)."""
+    chosen, rejected = settings.beta * pairs.chosen_logratios, settings.beta * pairs.rejected_logratios
+    return (1 - chosen.sigmoid()) + rejected.sigmoid()
+
+
+def apo_down(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """APO for chosen sides worse than the model's own (D'Oosterlinck et al., arXiv 2408.06266, equation 8)."""
+    return (settings.beta * pairs.chosen_logratios).sigmoid() + (1 - (settings.beta * pairs.margins).sigmoid())
+
+
+def aot(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """AOT on pairs: sorted margins of the policy over those of the reference (Melnyk et al., arXiv 2406.05882).
+
+    Pairs are compared by rank, so it is a loss of the whole batch: see `WHOLE_BATCH`.
+    """
+    policy, _ = (pairs.chosen - pairs.rejected).sort()
+    reference, _ = (pairs.reference_chosen - pairs.reference_rejected).sort()
+    return _smoothed(settings.beta * (policy - reference), settings.label_smoothing)
+
+
+def aot_unpaired(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """AOT on two sets: sorted log-ratios of the chosen over those of the rejected (Melnyk et al., arXiv 2406.05882)."""
+    chosen, _ = pairs.chosen_logratios.sort()
+    rejected, _ = pairs.rejected_logratios.sort()
+    return _smoothed(settings.beta * (chosen - rejected), settings.label_smoothing)
+
+
+def discopop(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """DiscoPOP: a blend of the logistic and the exponential loss (Lu et al., arXiv 2406.08414, equation 5)."""
+    logits = settings.beta * pairs.margins
+    share = logits / settings.discopop_tau
+    # The exponential by its logarithm: where a pair is far on the wrong side, 0 times infinity is 0 here.
+    return share.neg().sigmoid() * -logsigmoid(logits) + (logsigmoid(share) - logits).exp()
+
+
+def sft(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """Negative log-likelihood of the chosen sides, a mean over all chosen tokens of the batch; beta plays no part."""
+    del settings
+    likelihood = pairs.chosen if pairs.chosen_likelihood is None else pairs.chosen_likelihood
+    return -likelihood / pairs.mean_chosen_length
+
+
+def simpo(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """SimPO: mean log-probs in place of log-ratios, and a margin (Meng et al., arXiv 2405.14734, equation 6)."""
+    margins = pairs.chosen / pairs.chosen_lengths - pairs.rejected / pairs.rejected_lengths
+    return -logsigmoid(settings.beta * margins - settings.simpo_gamma)
+
+
+def orpo(pairs: PairScores, settings: LossSettings) -> Tensor:
+    """ORPO: likelihood and beta times the odds ratio (Hong et al., arXiv 2403.07691, equations 6 and 7)."""
+    chosen, rejected = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
+    log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+    return sft(pairs, settings) - settings.beta * logsigmoid(log_odds)
+
+
+LOSSES: Mapping[str, PairLoss] = {
+    loss.__name__: loss
+    for loss in (
+        sigmoid,
+        robust,
+        hinge,
+        ipo,
+        sigmoid_norm,
+        exo_pair,
+        nca_pair,
+        bco_pair,
+        sppo_hard,
+        apo_zero,
+        apo_down,
+        aot,
+        aot_unpaired,
+        discopop,
+        sft,
+        simpo,
+        orpo,
+    )
+}
+
+# Losses that cannot be computed from a part of the batch.
+WHOLE_BATCH = frozenset({"aot", "aot_unpaired"})
+# Losses that label_smoothing changes.
+SMOOTHED = frozenset({"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"})
+
+
+def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
+    """-log sigmoid with that share of the labels the other way round."""
+    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)

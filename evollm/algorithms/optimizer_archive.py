@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evollm.checkpoints.archive import ADAPTER, NAMES, OPTIMIZER, SCHEDULER
+from evollm.checkpoints.policy_archive import ADAPTER, NAMES, OPTIMIZER, SCHEDULER
 from evollm.errors import CheckpointError
-from evollm.models.archive import read_archive
+from evollm.models.policy_archive import read_archive
 
 _ADAMW = frozenset({"betas", "eps", "weight_decay"})
 

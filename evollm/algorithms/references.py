@@ -8,7 +8,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from evollm.algorithms.core import OWN, REFERENCE, LLMAgent
+from evollm.algorithms.agent import OWN, REFERENCE, LLMAgent
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import DataError
 from evollm.models.engine import Engine

@@ -12,20 +12,20 @@ import torch
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from evollm.algorithms.core import ACTOR, REFERENCE, LLMAgent
+from evollm.algorithms.agent import ACTOR, REFERENCE, LLMAgent
 from evollm.algorithms.optimizer_archive import check_names, check_schedule, read_optimizer
 from evollm.algorithms.optimizers import check_moments
 from evollm.algorithms.saved_attributes import SavedAttributes, accepted_by, read_attributes
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
-from evollm.checkpoints.archive import OPTIMIZER, POLICY, SCHEDULER
 from evollm.checkpoints.export import main_writes
 from evollm.checkpoints.find import find_agent
-from evollm.checkpoints.merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
-from evollm.checks import optional_switch, switch, usable_path
+from evollm.checkpoints.lora_merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
+from evollm.checkpoints.policy_archive import OPTIMIZER, POLICY, SCHEDULER
+from evollm.checks import boolean, optional_boolean, usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.foreign import LOAD, SAVE, explains
 from evollm.models import AdapterState
-from evollm.models.identity import adapter_fingerprint
+from evollm.models.fingerprints import adapter_fingerprint
 from evollm.models.pretrained import reloadable
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ class SavableAgent(LLMAgent):
         Raises:
             ConfigurationError: Something else lies at `path`, or `lora_only` is False and the base is quantised.
         """
-        switch("save_optimizer", save_optimizer)
-        base = None if switch("lora_only", lora_only) else self.base
+        boolean("save_optimizer", save_optimizer)
+        base = None if boolean("lora_only", lora_only) else self.base
         # In all processes: each may hold a part.
         folder = self.to_folder(save_optimizer)
         main_writes(lambda: write_agent_folder(path, folder, base_name=self.base.name, base=base), base)
@@ -161,8 +161,8 @@ class SavableAgent(LLMAgent):
             ("merge_lora_configs", merge_lora_configs),
             ("check_base", check_base),
         ):
-            switch(name, value)
-        optional_switch("overwrite_reference_adapter", overwrite_reference_adapter)
+            boolean(name, value)
+        optional_boolean("overwrite_reference_adapter", overwrite_reference_adapter)
         path = _agent_folder(path)
         folder = read_agent_folder(path)
         if check_base and folder.attributes["base_fingerprint"] != self.base.weights_fingerprint:

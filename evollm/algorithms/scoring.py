@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from evollm.algorithms.core import LLMAgent
+from evollm.algorithms.agent import LLMAgent
 from evollm.algorithms.references import BROKEN, REASON, Judge, finite_rows, leave_out, other_rows
 from evollm.algorithms.step import policy_logprobs
 from evollm.data.batch import IntArray, PreferenceBatch, TokenizedPair

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, overload
 
-from evollm.checks import optional_switch, optional_whole_number, positive_number, switch, whole_number
+from evollm.checks import boolean, optional_boolean, optional_whole_number, positive_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 
@@ -39,8 +39,8 @@ class AgentSettings:
         if self.seed > _LARGEST_SEED:
             raise ConfigurationError("seed", self.seed, f"must be at most {_LARGEST_SEED}")
         for name in ("calc_position_embeddings", "use_separate_reference_adapter", "drop_nonfinite_rows"):
-            switch(name, getattr(self, name))
-        optional_switch("gradient_checkpointing", self.gradient_checkpointing)
+            boolean(name, getattr(self, name))
+        optional_boolean("gradient_checkpointing", self.gradient_checkpointing)
         if self.torch_compiler is not None and self.torch_compiler not in COMPILE_MODES:
             raise ConfigurationError("torch_compiler", self.torch_compiler, f"must be None or one of {COMPILE_MODES}")
 

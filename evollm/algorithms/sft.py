@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from evollm.algorithms.agilerl import EvolvableAlgorithm
 from evollm.algorithms.algorithm import Algorithm, register
 from evollm.algorithms.fit import batch_for, check_base, check_gym
-from evollm.algorithms.interface import EvolvableAlgorithm
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
 from evollm.algorithms.sft_step import evaluate_together, learn_together
 from evollm.algorithms.step import policy_logprobs
-from evollm.checks import switch
+from evollm.checks import boolean
 from evollm.data.batch import PreferenceBatch
 from evollm.foreign import ACTION, SFT_AGENT, explains
 from evollm.hpo.fitness import LikelihoodEvaluation, likelihood_fitness
@@ -137,8 +137,8 @@ class SFT(EvolvableAlgorithm):
         token_budget: int | None = None,
         drop_nonfinite_rows: bool = True,
     ) -> None:
-        switch("wrap", wrap)
-        switch("clone", clone)
+        boolean("wrap", wrap)
+        boolean("clone", clone)
         settings = AgentSettings(
             seed=seed,
             micro_batch_size_per_gpu=micro_batch_size_per_gpu,
@@ -182,7 +182,7 @@ class SFT(EvolvableAlgorithm):
             by their completion tokens, of the policy before each; losses in nats per token. `num_tokens`: the tokens
             that the agent has learnt from so far, those of prompts included.
         """
-        return learn_together([self], batch_for(self.base, experiences), training=switch("training", training))[0]
+        return learn_together([self], batch_for(self.base, experiences), training=boolean("training", training))[0]
 
     @explains(ACTION)
     def get_action(self, obs: PreferenceBatch | Mapping[str, Any]) -> NDArray[np.float32]:

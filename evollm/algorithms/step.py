@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evollm.algorithms.agent import LLMAgent
 from evollm.algorithms.balanced import Balanced
-from evollm.algorithms.core import LLMAgent
 from evollm.algorithms.references import Judge, Rows, finite_rows, leave_out, other_rows
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import DivergedError
@@ -120,7 +120,7 @@ def learn_by(
     """
     diverged = [agent.index for agent in agents if agent.diverged]
     if training and diverged:
-        levers = levers_of(agents)
+        levers = hyperparameters_to_lower(agents)
         raise DivergedError(
             f"agents {diverged} have diverged: they learn no more; go on from a checkpoint, with a lower {levers}"
         )
@@ -162,7 +162,7 @@ def policy_logprobs(
     return [found[id(agent)] for agent in agents]
 
 
-def levers_of(agents: Sequence[LLMAgent]) -> str:
+def hyperparameters_to_lower(agents: Sequence[LLMAgent]) -> str:
     """The hyperparameters to lower after a divergence."""
     return " or ".join(name for name in ("lr", "beta") if name in agents[0].hyperparameter_values())
 
@@ -233,7 +233,7 @@ def _backward(
     """The log-probs of each agent's actor, and the gradients of the objectives in its parameters."""
     # Replaying, an agent by itself learns in the passes that it learnt in; all else is computed without others.
     engine = Engine.of(agents[0].base)
-    options = replace(agents[0].pass_options, seat=agents[0].seat, balancing=balancing)
+    options = replace(agents[0].pass_options, slot=agents[0].slot, balancing=balancing)
     actors = [agent.actor_adapter for agent in agents]
 
     by_rows: dict[int, Objective | Linearised] = dict(enumerate(objectives))

@@ -1,10 +1,16 @@
 """State on disk: never half there, and never code."""
 
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
-from evollm.checkpoints.archive import save_policy_archive
+from evollm.checkpoints.atomic import only_writer, replace_folder
 from evollm.checkpoints.export import save_llm_checkpoint, save_merged_model
-from evollm.checkpoints.files import only_writer, replace_folder
-from evollm.checkpoints.run import Population, newest_population, prune_populations, read_population, write_population
+from evollm.checkpoints.policy_archive import save_policy_archive
+from evollm.checkpoints.population import (
+    Population,
+    newest_population,
+    prune_populations,
+    read_population,
+    write_population,
+)
 
 __all__ = [
     "AgentFolder",

@@ -13,13 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from evollm.checkpoints.files import existing_folder, replace_folder, verify
+from evollm.checkpoints.atomic import existing_folder, replace_folder, verify
 from evollm.checks import usable_path
 from evollm.errors import CheckpointError, EvoLLMError
 from evollm.models import AdapterState, SharedBase
 from evollm.models.lora_json import lora_config_from, write_lora_config
 from evollm.own_files import inside, read_bytes
-from evollm.plain_data import read_plain
+from evollm.safe_load import read_plain
 
 ATTRIBUTES = "attributes.pt"
 WEIGHTS = "adapter_model.safetensors"

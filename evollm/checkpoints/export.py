@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evollm.checkpoints.agent import AgentFolder, write_adapter, write_attributes
-from evollm.checkpoints.files import replace_folder
+from evollm.checkpoints.atomic import replace_folder
 from evollm.errors import ConfigurationError
 from evollm.foreign import SAVE_ADAPTER, explains
 from evollm.models import SharedBase

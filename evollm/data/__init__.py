@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from evollm.data.batch import PreferenceBatch, TokenizedPair
-from evollm.data.examples import read_examples
-from evollm.data.report import DataReport
+from evollm.data.completion_rows import read_examples
+from evollm.data.preference_rows import read_pairs
+from evollm.data.row_report import DataReport
 from evollm.data.rows import ChatPair, TextPair
-from evollm.data.sources import read_pairs
 from evollm.data.tokenization import load_pairs, tokenize_pairs
 
 __all__ = [

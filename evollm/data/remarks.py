@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evollm.data.report import FIRST_ROWS, listed, mixture_warning
+from evollm.data.row_report import FIRST_ROWS, listed, mixture_warning
 from evollm.data.rows import ChatPair, Rows, TextPair, in_form
 
 if TYPE_CHECKING:

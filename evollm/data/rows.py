@@ -10,8 +10,8 @@ from typing import Any, TypeAlias, cast
 
 from evollm.data.cells import Message, Row, UnreadableCell, UnusableRowError, is_missing, without_nones
 from evollm.data.columns import Layout, layout_of
-from evollm.data.files import is_files, open_dataset
 from evollm.data.mapping import ColumnMapping, mapping_of, value_of
+from evollm.data.open_dataset import is_files, open_dataset
 from evollm.data.shapes import FIRST, GOOD, INSTRUCTION, SECOND, TIE, Kind
 from evollm.errors import DataError, EvoLLMError
 

@@ -18,10 +18,10 @@ from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicode
 from evollm.data.chat_template import RenderedChat, render_chat, template_source
 from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
+from evollm.data.preference_rows import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.data.remarks import plain_text, remarks_on
-from evollm.data.report import DataReport, Example, form_of
+from evollm.data.row_report import DataReport, Example, form_of
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Spans, TextPair, in_form, read_dataset, read_rows
-from evollm.data.sources import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.data.unwritten import QUESTION_SCORED, remarks
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
 from evollm.pace import counted
@@ -62,7 +62,7 @@ def load_pairs(
     """Turn a dataset of preference pairs, or of examples, into token ids.
 
     Args:
-        dataset: See [`evollm.data.sources.read_pairs`][] and [`evollm.data.examples.read_examples`][].
+        dataset: See [`evollm.data.preference_rows.read_pairs`][] and [`evollm.data.completion_rows.read_examples`][].
         tokenizer: The model's tokenizer; it needs an EOS token, and a chat template when the dataset holds messages.
         name: The split, such as "train"; messages speak of `train_dataset`.
         max_context_length: Most tokens of prompt + longer completion. Longer prompts are cut from the left; pairs whose

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 
 import numpy as np
 
-from evollm.checks import finite_number, switch, whole_number
+from evollm.checks import boolean, finite_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.foreign import MUTATIONS, MUTATIONS_ORDER, explains_construction
 from evollm.hpo.hyperparameters import HyperparameterConfig, Value
@@ -62,7 +62,7 @@ class Mutations:
             weight = finite_number(field, getattr(self, field))
             if weight != 0:
                 raise ConfigurationError(field, weight, "evollm mutates hyperparameters only; leave it at 0")
-        if switch("mutate_elite", self.mutate_elite):
+        if boolean("mutate_elite", self.mutate_elite):
             raise ConfigurationError("mutate_elite", self.mutate_elite, "the elite passes unmutated; leave it at False")
         for field in ("no_mutation", "rl_hp"):
             weight = finite_number(field, getattr(self, field))

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evollm.algorithms import Algorithm, algorithm_named
-from evollm.checks import optional_whole_number, switch, whole_number
+from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.kept_tokens import TokenizedSplit
 from evollm.data.remarks import plain_text, remarks_on
-from evollm.data.report import DataReport, count_seen
+from evollm.data.row_report import DataReport, count_seen
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Rows, TextPair, read_dataset, read_rows
 from evollm.data.shapes import PAIR
 from evollm.data.tokenization import TOO_LONG, context_limit, shortest_context, tokenize_pairs
@@ -66,7 +66,7 @@ def inspect_data(
         ConfigurationError: An argument cannot work, or the model's tokenizer cannot be loaded.
         DataError: The dataset cannot be read, lacks a column or has no row.
     """
-    switch("estimate", estimate)
+    boolean("estimate", estimate)
     max_context_length = optional_whole_number("max_context_length", max_context_length, 2)
     min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1) or 1
     population, epochs = whole_number("population", population, 1), whole_number("epochs", epochs, 1)
@@ -140,7 +140,7 @@ def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, Ro
 
     pairs, examples = algorithm_named("dpo"), algorithm_named("sft")
     if sft is not None:
-        return read(examples if switch("sft", sft) else pairs)
+        return read(examples if boolean("sft", sft) else pairs)
     if hasattr(data, "__next__"):
         data = list(data)  # to be read twice
     try:

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from evollm.data.report import listed
+from evollm.data.row_report import listed
 from evollm.inspection.forecast import Forecast
 from evollm.inspection.result import Inspection, RenderedRow
 

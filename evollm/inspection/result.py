@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evollm.data.report import DataReport
+from evollm.data.row_report import DataReport
 from evollm.inspection.forecast import Forecast
 
 

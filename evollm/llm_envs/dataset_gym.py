@@ -21,10 +21,10 @@ from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from evollm.checks import optional_whole_number, switch, whole_number
+from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.data import clock
 from evollm.data.batch import FIELDS, MASK, IntArray, PreferenceBatch, TokenizedPair
-from evollm.data.report import DataReport, count_seen
+from evollm.data.row_report import DataReport, count_seen
 from evollm.data.rows import RowFormat
 from evollm.data.tokenization import load_pairs
 from evollm.errors import ConfigurationError
@@ -105,7 +105,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         self.batch_size = self.data_batch_size_per_gpu * processes.size
         self.seed = whole_number("seed", seed, 0)
         self.row_format = type(self).row_format.with_columns(columns)
-        self.encoder_decoder = switch("encoder_decoder", encoder_decoder)
+        self.encoder_decoder = boolean("encoder_decoder", encoder_decoder)
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, list[TokenizedPair]] = {}
         self.written_at = clock.given_moment("written_at", written_at)

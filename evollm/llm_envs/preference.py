@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evollm.data.batch import TokenizedPair
-from evollm.data.sources import PAIRS
+from evollm.data.preference_rows import PAIRS
 from evollm.llm_envs.dataset_gym import DatasetGym
 
 
@@ -27,7 +27,7 @@ class PreferenceGym(DatasetGym):
     either with `reset` and `step`, or with `next_batch`, which has no rows without a pair and starts epochs by itself.
 
     Args:
-        train_dataset: Pairs to train on; see [`evollm.data.sources.read_pairs`][] for what may be passed.
+        train_dataset: Pairs to train on; see [`evollm.data.preference_rows.read_pairs`][] for what may be passed.
         test_dataset: Pairs that agents are selected by, or None.
         tokenizer: The model's tokenizer.
         data_batch_size_per_gpu: Pairs in a batch for each process; B is that times the processes.

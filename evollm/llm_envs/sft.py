@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from evollm.data.batch import TokenizedPair
-from evollm.data.examples import EXAMPLES
+from evollm.data.completion_rows import EXAMPLES
 from evollm.llm_envs.dataset_gym import DatasetGym
 
 
@@ -26,7 +26,7 @@ class SFTGym(DatasetGym):
     order of the batches is the same function of seed, epoch and index.
 
     Args:
-        train_dataset: Examples to train on; see [`evollm.data.examples.read_examples`][] for what may be passed.
+        train_dataset: Examples to train on; see [`evollm.data.completion_rows.read_examples`][] for what may be passed.
         test_dataset: Examples that agents are selected by, or None.
         tokenizer: The model's tokenizer.
         data_batch_size_per_gpu: Examples in a batch for each process; B is that times the processes.

@@ -51,7 +51,7 @@ _ATTRIBUTE = "_evollm_engine"
 
 
 @dataclass(frozen=True)
-class Seat:
+class BatchSlot:
     """The place that a member had among others, for passes of the same shapes without them: the bits depend on those.
 
     Attributes:
@@ -74,7 +74,7 @@ class PassOptions:
         explicit_positions: Whether position ids are passed; without them pairs cannot share their prompt.
         gradient_checkpointing: Recompute activations in the backward pass. None: where memory is too short for them.
         up_to_shorter: Give each pair's sums up to its shorter side's length too.
-        seat: Of a member by itself: it goes through the base in this place, and in the places beside it, too, from
+        slot: Of a member by itself: it goes through the base in this place, and in the places beside it, too, from
             which nothing is taken. None: the members that are given.
         balancing: The loss of routers for which each pair's loads of experts are given too; None: they are not.
     """
@@ -84,7 +84,7 @@ class PassOptions:
     explicit_positions: bool = True
     gradient_checkpointing: bool | None = False
     up_to_shorter: bool = False
-    seat: Seat | None = None
+    slot: BatchSlot | None = None
     balancing: LoadBalancing | None = None
 
 
@@ -215,22 +215,22 @@ class Engine:
         if own:
             divided = self._groups(batch.select(own), budget, options.max_pairs, paths)
             groups = [[own[row] for row in rows] for rows in divided]
-        seat = options.seat or Seat(0, 1)
-        seated = [*members] * seat.of
+        slot = options.slot or BatchSlot(0, 1)
+        slotted = [*members] * slot.of
         fillers = 0
         if self.base.is_sharded:
             # Weights come from all processes: who has fewer passes goes along in passes that count for nothing.
             fillers = Processes.present().largest(len(groups)) - len(groups)
         for rows, weight in [*((rows, 1) for rows in groups), *[([0], 0)] * fillers]:
-            few = _FewPairs(self.base, batch.select(rows), seated, paths)
+            few = _FewPairs(self.base, batch.select(rows), slotted, paths)
             for numbers in few.passes(budget):
-                # By itself a member takes part in the one pass that its seat is in.
-                taking = numbers if options.seat is None else [0] if seat.place in numbers else []
+                # By itself a member takes part in the one pass that its slot is in.
+                taking = numbers if options.slot is None else [0] if slot.place in numbers else []
                 if not taking:
                     continue
                 trained = [members[number] for number in taking]
                 found = None if loss is None else _WeightedLoss(loss, taking, rows, weight)
-                place = None if options.seat is None else list(numbers).index(seat.place)
+                place = None if options.slot is None else list(numbers).index(slot.place)
                 taken = self._pass(few, numbers, options, place, trained, found)
                 self.attention = few.attention
                 for number, part in zip(taking, taken, strict=True):

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
-from evollm.models.archive import PolicyArchive, copy_state, note_archive, read_policy_archive
+from evollm.models.policy_archive import PolicyArchive, copy_state, note_archive, read_policy_archive
 from evollm.models.precision import default_device, with_dtype
 from evollm.models.pretrained import find_config, load_base_model, reloadable
 from evollm.models.requirements import check_plain_model

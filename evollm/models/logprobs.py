@@ -185,7 +185,7 @@ def lone_logprobs(
 ) -> PairLogprobs:
     """The same, each sequence in a pass of its own in which the network gets nothing but its token ids.
 
-    What the network makes of a sequence when nobody tells it more: the yardstick for every other layout.
+    What the network makes of a sequence when nobody tells it more: the fixed_reference for every other layout.
     """
 
     def token_sums(prompt: IntArray, side: IntArray) -> Tensor:

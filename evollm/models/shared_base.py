@@ -20,10 +20,9 @@ from evollm.checks import located
 from evollm.errors import ConfigurationError
 from evollm.models.adapter_layers import AdapterLayers
 from evollm.models.adapters import Adapter, AdapterState, drop_adapter, parameters_of, saved_tensors
-from evollm.models.archive import PolicyArchive, loaded_archive
 from evollm.models.attention import PairLayout, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
-from evollm.models.identity import adapter_fingerprint, canonical_settings, weights_fingerprint
+from evollm.models.fingerprints import adapter_fingerprint, canonical_settings, weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
 from evollm.models.load_balancing import LoadBalancing, asked_for, load_balancing
 from evollm.models.merging import (
@@ -35,6 +34,7 @@ from evollm.models.merging import (
     merged_weights,
     own_name,
 )
+from evollm.models.policy_archive import PolicyArchive, loaded_archive
 from evollm.models.quantised import check_gradients, keep_differentiable
 from evollm.models.reference_cache import ReferenceCache
 from evollm.models.requirements import check_lora_config, check_plain_model, refusal

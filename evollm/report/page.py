@@ -82,8 +82,8 @@ def _facts(record: RunRecord) -> str:
     if record.evolutions:
         facts.append(_counted(len(record.generations), "generation"))
     facts.append(f"{_counted(record.last_step, 'step')}" + (f" of {batch} {record.words.noun}s" if batch else ""))
-    if record.laps:
-        facts.append(duration(sum(lap.seconds for lap in record.laps)))
+    if record.timings:
+        facts.append(duration(sum(timing.seconds for timing in record.timings)))
     facts += [str(config["device"])] if config.get("device") else []
     version = config.get("versions", {}).get("evollm")
     return f"{', '.join(facts)}. Run folder {record.path.resolve().name}" + (f", evollm {version}." if version else ".")
@@ -169,15 +169,15 @@ def _training(record: RunRecord) -> dict[str, Any]:
 
 
 def _resources(record: RunRecord) -> dict[str, Any] | None:
-    spent = time_spent(record.laps)
+    spent = time_spent(record.timings)
     if not spent:
         return None
-    steps = [lap.seconds for lap in record.laps if lap.kind == "step"]
-    highest = max(lap.resident_bytes for lap in record.laps) / 2**30
+    steps = [timing.seconds for timing in record.timings if timing.kind == "step"]
+    highest = max(timing.resident_bytes for timing in record.timings) / 2**30
     text = f"{duration(sum(spent.values()))} in all"
     text += f", {sum(steps) / len(steps):.2f} s a step" if steps else ""
     text += f"; at most {highest:.2f} GiB of memory were seen, which is looked at after each of these events."
-    resumed = sum(lap.kind == "start" for lap in record.laps) - 1
+    resumed = sum(timing.kind == "start" for timing in record.timings) - 1
     if resumed > 0:
         text += f" The run was resumed {'once' if resumed == 1 else f'{resumed} times'}; lost steps are not counted."
     return {"text": text, "pictures": resource_pictures(record)}

@@ -21,11 +21,11 @@ from evollm.report.style import (
     whole_steps,
     write_beside,
 )
-from evollm.runs.record import Lap, RunRecord
+from evollm.runs.record import RunRecord, Timing
 
 # More points than these are joined by lines alone.
 MARKED_POINTS = 40
-# What the laps of a run are called.
+# What the timings of a run are called.
 PHASES = {
     "baseline": "scoring the untuned model",
     "step": "training steps",
@@ -70,16 +70,16 @@ def _curve(record: RunRecord, name: str, title: str) -> Picture:
 
 def resource_pictures(record: RunRecord) -> list[Picture]:
     """Seconds of each phase, and memory over time; nothing for a run that was not timed."""
-    spent = time_spent(record.laps)
-    return [_time(spent), _memory(record.laps)] if spent else []
+    spent = time_spent(record.timings)
+    return [_time(spent), _memory(record.timings)] if spent else []
 
 
-def time_spent(laps: Sequence[Lap]) -> dict[str, float]:
+def time_spent(timings: Sequence[Timing]) -> dict[str, float]:
     """Seconds of each phase that took any, in the order in which they come."""
     return {
         title: total
         for kind, title in PHASES.items()
-        if (total := sum(lap.seconds for lap in laps if lap.kind == kind)) > 0
+        if (total := sum(timing.seconds for timing in timings if timing.kind == kind)) > 0
     }
 
 
@@ -98,13 +98,13 @@ def _time(spent: dict[str, float]) -> Picture:
     return to_picture(figure, "time", "Seconds spent in each phase of the run")
 
 
-def _memory(laps: Sequence[Lap]) -> Picture:
-    seconds = np.cumsum([lap.seconds for lap in laps])
+def _memory(timings: Sequence[Timing]) -> Picture:
+    seconds = np.cumsum([timing.seconds for timing in timings])
     unit, length = ("minutes", 60) if seconds[-1] >= LONG else ("seconds", 1)
-    times, memory = seconds / length, [lap.resident_bytes / GIB for lap in laps]
+    times, memory = seconds / length, [timing.resident_bytes / GIB for timing in timings]
     figure, axes = new_panel("memory (GiB)", size=PANEL, xlabel=unit)
     axes.plot(times, memory, color=WINNER, linewidth=2, label="process, resident")
-    peaks = [lap.cuda_peak_bytes for lap in laps]
+    peaks = [timing.cuda_peak_bytes for timing in timings]
     if any(peak is not None for peak in peaks):
         gib = [np.nan if peak is None else peak / GIB for peak in peaks]
         axes.plot(times, gib, color=OTHER, linewidth=2, linestyle=(0, (4, 1.5)), label="CUDA, peak so far")

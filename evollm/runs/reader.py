@@ -20,7 +20,7 @@ from evollm.runs.events import SampleAnswer
 from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, TIMING, no_run
 from evollm.runs.lineage import read_lineage
 from evollm.runs.lines import read_lines
-from evollm.runs.record import Ended, Lap, RunRecord, Scored, StepLine
+from evollm.runs.record import Ended, RunRecord, Scored, StepLine, Timing
 from evollm.runs.words import Words
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord
             steps=_read(metrics, "step", _step),
             evaluations=_evaluations(folder, metrics, words, rows),
             ended=_ended(folder, metrics, words, rows),
-            laps=[lap for lap in map(_or_none(_lap), read_lines(timing)) if lap] if timing.exists() else [],
+            timings=[timing for timing in map(_or_none(_lap), read_lines(timing)) if timing] if timing.exists() else [],
         )
         _check_agents(record)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -230,8 +230,8 @@ def _sample(one: Mapping[str, Any]) -> SampleAnswer:
     return SampleAnswer(str(one["prompt"]), str(one["before"]), str(one["after"]), turns)
 
 
-def _lap(line: Mapping[str, Any]) -> Lap:
+def _lap(line: Mapping[str, Any]) -> Timing:
     peak = line.get("cuda_peak_bytes")
-    return Lap(
+    return Timing(
         str(line["kind"]), int(line["step"]), float(line["seconds"]), int(line["resident_bytes"]), peak and int(peak)
     )

@@ -71,7 +71,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Lap:
+class Timing:
     """What came to pass between two events, named after the later one.
 
     Attributes:
@@ -120,7 +120,7 @@ class RunRecord:
         steps: Ordered by step.
         evaluations: Ordered by step.
         ended: None while the run has not ended.
-        laps: Where time and memory went, in their order; none of a run that was not timed.
+        timings: Where time and memory went, in their order; none of a run that was not timed.
     """
 
     path: Path
@@ -130,7 +130,7 @@ class RunRecord:
     steps: Sequence[StepLine] = field(repr=False)
     evaluations: Sequence[Scored] = field(repr=False)
     ended: Ended | None
-    laps: Sequence[Lap] = field(repr=False)
+    timings: Sequence[Timing] = field(repr=False)
 
     @property
     def founders(self) -> Sequence[Birth]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evollm.checks import nearest_name, switch
+from evollm.checks import boolean, nearest_name
 from evollm.errors import ConfigurationError, MissingExtraError
 from evollm.hpo import AnyEvaluation, Birth
 from evollm.own_files import inside, read_bytes, replace_bytes
@@ -200,7 +200,7 @@ def tracker_names(report_to: str | Sequence[str] | None, *, wb: bool = False, te
             raise ConfigurationError("report_to", report_to, fix)
     if NONE in names and len(names) > 1:
         raise ConfigurationError("report_to", report_to, f"{NONE!r} stands alone")
-    switched = {"wandb": switch("wb", wb), "tensorboard": switch("tensorboard", tensorboard)}
+    switched = {"wandb": boolean("wb", wb), "tensorboard": boolean("tensorboard", tensorboard)}
     return [name for name in TRACKERS if name in names or switched.get(name)]
 
 

@@ -15,15 +15,15 @@ from evollm.algorithms import Algorithm
 from evollm.algorithms.fit import check_base, check_gym
 from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.settings import check_evolution
-from evollm.checkpoints.files import check_replaceable, is_locked_folder
-from evollm.checkpoints.run import has_populations
-from evollm.checks import optional_whole_number, switch, usable_path, whole_number
+from evollm.checkpoints.atomic import check_replaceable, is_locked_folder
+from evollm.checkpoints.population import has_populations
+from evollm.checks import boolean, optional_whole_number, usable_path, whole_number
 from evollm.command_line import command, place, setting
 from evollm.errors import ConfigurationError
 from evollm.hpo import Mutations, Search, TournamentSearch, TournamentSelection, search_of
 from evollm.hpo.search import describe_search
 from evollm.llm_envs import DatasetGym
-from evollm.models.identity import computing_settings
+from evollm.models.fingerprints import computing_settings
 from evollm.own_files import check_can_be_made, inside
 from evollm.runs import read_config
 from evollm.runs.events import Callback
@@ -56,7 +56,7 @@ class RunOptions:
         )
         object.__setattr__(self, "num_sample_answers", whole_number("num_sample_answers", self.num_sample_answers, 0))
         for name in ("update_reference_each_epoch", "save_elite"):
-            switch(name, getattr(self, name))
+            boolean(name, getattr(self, name))
         for name, kind in (("tournament", TournamentSelection), ("mutation", Mutations)):
             if not isinstance(getattr(self, name), kind | None):
                 raise ConfigurationError(name, getattr(self, name), f"must be {kind.__name__}(...) or None")

@@ -7,7 +7,7 @@ from typing import Any
 
 from evollm.algorithms import Algorithm, algorithm_of
 from evollm.algorithms.saving import SavableAgent
-from evollm.algorithms.step import levers_of
+from evollm.algorithms.step import hyperparameters_to_lower
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import AnyEvaluation, Fitness, as_fitness
@@ -47,7 +47,9 @@ def learn_all(population: Sequence[SavableAgent], batch: PreferenceBatch) -> dic
     metrics = {agent.index: found for agent, found in zip(going, learnt, strict=True)}
     if all(agent.diverged for agent in population):
         values = ", ".join(f"agent {agent.index}: {agent.hyperparameter_values()}" for agent in population)
-        raise DivergedError(f"every agent's loss or gradient is not finite; lower {levers_of(population)} ({values})")
+        raise DivergedError(
+            f"every agent's loss or gradient is not finite; lower {hyperparameters_to_lower(population)} ({values})"
+        )
     return metrics
 
 

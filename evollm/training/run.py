@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from evollm.algorithms import algorithm_of
-from evollm.algorithms.core import ACTOR, OWN, REFERENCE
+from evollm.algorithms.agent import ACTOR, OWN, REFERENCE
 from evollm.algorithms.references import BROKEN, REASON
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import (
@@ -22,16 +22,16 @@ from evollm.checkpoints import (
     read_population,
     write_population,
 )
-from evollm.checkpoints.files import remove_unfinished
-from evollm.checkpoints.run import STEP_FOLDER, has_populations
+from evollm.checkpoints.atomic import remove_unfinished
+from evollm.checkpoints.population import STEP_FOLDER, has_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, DivergedError, EvoLLMError
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Result, SearchPlan, SearchStart, is_finite, rank
 from evollm.hpo.search import check_plan, check_start
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
 from evollm.models.engine import Engine
+from evollm.models.fingerprints import adapter_fingerprint
 from evollm.models.generation import greedy_answers
-from evollm.models.identity import adapter_fingerprint
 from evollm.processes import Processes
 from evollm.runs import has_ended, read_config
 from evollm.runs.events import (
@@ -89,11 +89,11 @@ class Run(Generic[A]):
         self.callbacks = callbacks
         self.base = self.population[0].base
         # What scores are measured against. Where references move, all agents and epochs need one that stays.
-        self.yardstick: str | None = OWN
+        self.fixed_reference: str | None = OWN
         self._shares = AdapterShares(self.base)
         if options.update_reference_each_epoch:
-            self.yardstick = self.base.retain(str(self.population[0].adapter(REFERENCE)))
-            self._shares["yardstick"] = self.yardstick
+            self.fixed_reference = self.base.retain(str(self.population[0].adapter(REFERENCE)))
+            self._shares["fixed_reference"] = self.fixed_reference
         self.config = describe_run(self.population, env, options, self.schedule)
         self.progress = Progress([_founder(agent) for agent in self.population])
         self.search = options.strategy()
@@ -175,9 +175,11 @@ class Run(Generic[A]):
         self.population += [self.population[0].clone() for _ in saved.agents[len(self.population) :]]
         for agent, folder in zip(self.population, saved.agents, strict=True):
             agent.load_folder(folder, overwrite_reference_adapter=False)
-        if saved.yardstick is not None:
+        if saved.fixed_reference is not None:
             self._shares.release()
-            self.yardstick = self._shares["yardstick"] = self.base.frozen_adapter(saved.yardstick, REFERENCE)
+            self.fixed_reference = self._shares["fixed_reference"] = self.base.frozen_adapter(
+                saved.fixed_reference, REFERENCE
+            )
         if self.search is not None:
             self.search.load_state_dict(saved.state["search"])
             self._began_as = str(saved.state["began_as"])
@@ -242,7 +244,7 @@ class Run(Generic[A]):
             raise DataError("train_dataset", f"{seen} rows", f"on every one {REASON}: {BROKEN}")
 
     def _evaluate(self) -> None:
-        evaluations = evaluate_all(self.population, self.env, self.yardstick)
+        evaluations = evaluate_all(self.population, self.env, self.fixed_reference)
         fitnesses = fitnesses_of(self.population, evaluations, self.fitness)
         # The main process decides: a user's own function need not give the same everywhere.
         decided = Processes.present().from_main({str(index): fitness for index, fitness in fitnesses.items()})
@@ -352,12 +354,12 @@ class Run(Generic[A]):
             "engine": self.engine.state_dict(),
             "generators": global_generators(),
         }
-        moves = self.yardstick is not None and self.yardstick != OWN
+        moves = self.fixed_reference is not None and self.fixed_reference != OWN
         return Population(
             [agent.to_folder() for agent in self.population],
             state,
             self.progress.tensors(),
-            self.base.export(str(self.yardstick)) if moves else None,
+            self.base.export(str(self.fixed_reference)) if moves else None,
             self.base.reference_cache,
         )
 
@@ -433,7 +435,7 @@ class Run(Generic[A]):
     def _final_scores(self, agents: Sequence[A]) -> list[AnyEvaluation]:
         """The score of each agent; none when there is nothing to score them on."""
         split = self._final_split()
-        return list(self.algorithm.evaluate(agents, self.env, split, self.yardstick)) if split else []
+        return list(self.algorithm.evaluate(agents, self.env, split, self.fixed_reference)) if split else []
 
     def _samples(self, best: A) -> list[SampleAnswer]:
         split = self._final_split()
@@ -445,7 +447,7 @@ class Run(Generic[A]):
         examples = tuple(examples[number * len(examples) // wanted] for number in range(wanted))
         pairs = self.env.evaluation_pairs(split)
         prompts = [pairs[example.position].prompt_ids for example in examples]
-        before_tuning = self.yardstick
+        before_tuning = self.fixed_reference
         if before_tuning == OWN:
             before_tuning = best.adapter(REFERENCE) if self.algorithm.has_reference else None
         before, after = (

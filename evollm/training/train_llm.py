@@ -13,7 +13,7 @@ import torch
 from evollm.algorithms import ALGORITHMS, DPO, SFT, Algorithm, algorithm_of
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import only_writer
-from evollm.checks import switch
+from evollm.checks import boolean
 from evollm.errors import ConfigurationError
 from evollm.foreign import LOOP, LOOP_ORDER, explains
 from evollm.hpo import Mutations, Search, TournamentSelection, likelihood_fitness, preference_fitness
@@ -245,7 +245,7 @@ def _finetune(
     # Before the main process writes into the folder that others still check.
     processes.wait()
     listeners = list(check_callbacks(callbacks))
-    switch("verbose", verbose)
+    boolean("verbose", verbose)
     trackers = tracker_names(report_to, wb=wb, tensorboard=tensorboard)
     if processes.is_main:
         # Trackers first: one that cannot start leaves no run folder behind, which would be in the way next time.

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from evollm.algorithms.core import DEFAULT_LORA
+from evollm.algorithms.agent import DEFAULT_LORA
 from evollm.checks import expanded, located, usable_path
 from evollm.command_line import command, place, setting
-from evollm.data.files import is_files
+from evollm.data.open_dataset import is_files
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig
 from evollm.models.precision import AUTO, DTYPES
@@ -41,7 +41,7 @@ _CACHE = "cache_dir"
 _NOT_TAKEN = frozenset({"run_dir", "resume_from_checkpoint"})
 
 
-def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
+def write_tune_arguments(run_dir: Path, asked: Mapping[str, Any]) -> None:
     """Keep the keyword arguments of `tune` in a run folder, those that are plain data; of the others their names.
 
     People hand run folders on: rows count as objects, since they may be private and many, and of `model_config` only
@@ -59,7 +59,7 @@ def write_asked(run_dir: Path, asked: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TuneArguments:
     """The keyword arguments with which `tune` began a run, without those that say where it goes.
 
     Attributes:
@@ -111,7 +111,7 @@ def read_asked(run_dir: str | os.PathLike[str], given: Collection[str] = ()) -> 
         ConfigurationError: No command and no `tune` began it, or with Python objects, which no folder holds.
         CheckpointError: The file is damaged.
     """
-    asked = asked_of(run_dir)
+    asked = read_tune_arguments(run_dir)
     asked.require_places(_PLACES.keys() - set(given), run_dir, lambda name, path: shlex.quote(setting(name, path)))
     asked.require(asked.objects, run_dir, "call evollm.tune as then, with resume_from_checkpoint=...")
     return asked.settings
@@ -126,16 +126,20 @@ def resume_of(run_dir: str | os.PathLike[str]) -> str:
     return command("resume", place(run_dir), *(setting(name, path) for name, path in sorted(elsewhere.items())))
 
 
-def known_of(run_dir: str | os.PathLike[str]) -> Asked:
-    """As `asked_of`; nothing of a run that a script began.
+def known_of(run_dir: str | os.PathLike[str]) -> TuneArguments:
+    """As `read_tune_arguments`; nothing of a run that a script began.
 
     Raises:
         CheckpointError: The file is damaged.
     """
-    return asked_of(run_dir) if (usable_path("run_dir", run_dir) / ASKED).is_file() else Asked({}, frozenset())
+    return (
+        read_tune_arguments(run_dir)
+        if (usable_path("run_dir", run_dir) / ASKED).is_file()
+        else TuneArguments({}, frozenset())
+    )
 
 
-def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
+def read_tune_arguments(run_dir: str | os.PathLike[str]) -> TuneArguments:
     """What a run folder holds of the arguments of `tune`.
 
     A folder may come from somebody else: of `model_config` only what chooses weights and how they are stored is taken,
@@ -175,7 +179,7 @@ def asked_of(run_dir: str | os.PathLike[str]) -> Asked:
     # Without it the rows are tokenised again, which is no reason to refuse anything.
     no_cache = {_CACHE} if _leads_out(path.parent, settings.get(_CACHE)) else set()
     kept = {name: value for name, value in settings.items() if name not in _NOT_TAKEN | elsewhere.keys() | no_cache}
-    return Asked(kept, objects, elsewhere)
+    return TuneArguments(kept, objects, elsewhere)
 
 
 def _leads_out(run_dir: Path, place: object) -> bool:
@@ -188,7 +192,7 @@ def _leads_out(run_dir: Path, place: object) -> bool:
         return True
 
 
-def place_of(run_dir: Path, asked: Asked, name: str) -> Path:
+def place_of(run_dir: Path, asked: TuneArguments, name: str) -> Path:
     """Where a run that was asked for like this has its `elite_path` or `checkpoint_path`.
 
     Raises:

@@ -13,25 +13,25 @@ from typing import Any
 import torch
 
 from evollm.algorithms import algorithm_named
-from evollm.algorithms.core import ACTOR
+from evollm.algorithms.agent import ACTOR
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import newest_population, read_population
 from evollm.checkpoints.agent import read_agent_folder
-from evollm.checkpoints.run import STATE
+from evollm.checkpoints.population import STATE
 from evollm.checks import usable_path
 from evollm.data import clock
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.hyperparameters import Value
 from evollm.llm_envs import DatasetGym
-from evollm.models.engine import Engine, Seat
-from evollm.models.identity import computing_settings
+from evollm.models.engine import BatchSlot, Engine
+from evollm.models.fingerprints import computing_settings
 from evollm.models.reference_cache import ReferenceCache
 from evollm.names import ALIASES, check_known
 from evollm.own_files import inside, read_bytes
 from evollm.runs import RunRecord, Schedule, read_run
 from evollm.runs.events import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
-from evollm.tuning.arguments_file import asked_of, known_of, place_of, resume_of
+from evollm.tuning.arguments_file import known_of, place_of, read_tune_arguments, resume_of
 from evollm.tuning.parameters import loop_of, parameters_of, taken_by
 from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
@@ -66,14 +66,14 @@ class Script:
     Attributes:
         total: Steps that it learns.
         values: Hyperparameters by the step after which they hold; 0: from the start.
-        seats: By step, counted from 1, its place among those that learnt in the same passes; none on other data.
+        slots: By step, counted from 1, its place among those that learnt in the same passes; none on other data.
         skipped: Steps of the run before the line began: those before the birth of a fresh agent. All others count from
             there.
     """
 
     total: int
     values: Mapping[int, Mapping[str, Value]]
-    seats: Mapping[int, Seat]
+    slots: Mapping[int, BatchSlot]
     skipped: int = 0
 
     @classmethod
@@ -84,15 +84,15 @@ class Script:
         learners: dict[int, list[int]] = {}
         for entry in record.steps:
             learners.setdefault(entry.step, []).append(entry.agent)
-        seats = {}
+        slots = {}
         for step, present in learners.items():
             if step <= skipped:
                 continue
             index = next(life.birth.index for life in reversed(record.line) if life.steps[0] < step)
             beside = [other for other in present if strides[other] == strides[index]]
-            seats[step - skipped] = Seat(beside.index(index), len(beside))
+            slots[step - skipped] = BatchSlot(beside.index(index), len(beside))
         values = {step - skipped: values for step, values in record.schedule}
-        return cls(record.config["schedule"]["total"] - skipped, values, seats, skipped)
+        return cls(record.config["schedule"]["total"] - skipped, values, slots, skipped)
 
     def stretched(self, total: int) -> Script:
         """The same over another number of steps: each change comes at the same share of the run."""
@@ -109,7 +109,7 @@ def _stride(values: Mapping[str, Value]) -> tuple[Value | None, ...]:
 
 
 class _Prompter(Callback):
-    """Gives an agent the values and the seat that its script has for the next step.
+    """Gives an agent the values and the slot that its script has for the next step.
 
     Args:
         agent: The agent.
@@ -135,16 +135,16 @@ class _Prompter(Callback):
             Engine.of(self._agent.base).load_state_dict(self._engine)
         if self._references is not None:
             self._agent.base.reference_cache.update(self._references)
-        self._agent.seat = self._script.seats.get(event.step + 1)
+        self._agent.slot = self._script.slots.get(event.step + 1)
 
     def on_step(self, event: StepDone) -> None:
         """The step after this one is next."""
         self._agent.set_hyperparameters(self._script.values.get(event.step, {}))
-        self._agent.seat = self._script.seats.get(event.step + 1)
+        self._agent.slot = self._script.slots.get(event.step + 1)
 
     def on_end(self, event: RunEnded) -> None:
         """Whatever the agent learns from now on, it learns by itself."""
-        self._agent.seat = None
+        self._agent.slot = None
 
 
 def replay(
@@ -270,7 +270,7 @@ def _as_tuned(
     run: str | os.PathLike[str], handed_in: Mapping[str, Any], trust_remote_code: bool
 ) -> tuple[list[SavableAgent], DatasetGym]:
     """One agent and the gym as `tune` made them for a run, with what is handed in instead of what the folder holds."""
-    asked = asked_of(run)
+    asked = read_tune_arguments(run)
     algorithm = algorithm_named(asked.settings.get("algorithm", "dpo"))
     parameters = parameters_of(algorithm)
     # Neither callbacks, nor a fitness, nor bounds have a part in what one agent learns from a schedule.

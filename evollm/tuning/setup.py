@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from evollm.algorithms import Algorithm, algorithm_named
 from evollm.algorithms.saving import SavableAgent
-from evollm.checkpoints.files import check_unlocked
+from evollm.checkpoints.atomic import check_unlocked
 from evollm.checkpoints.find import check_is_base, find_agent
 from evollm.checks import optional_whole_number, whole_number
 from evollm.data import clock
@@ -41,6 +41,7 @@ from evollm.runs import read_config
 from evollm.tracking import TRACKERS, tracker_names
 from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run
 from evollm.training.population_step import check_fitness
+from evollm.tuning.from_yaml import as_objects
 from evollm.tuning.parameters import (
     Settings,
     check_types,
@@ -50,7 +51,6 @@ from evollm.tuning.parameters import (
     strategy_parameters,
     taken_by,
 )
-from evollm.tuning.plain import as_objects
 from evollm.tuning.splits import hold_out
 
 # Where `tune` starts from another value than the agent does, whatever the algorithm; see `Algorithm.defaults`.

@@ -17,7 +17,7 @@ from evollm.processes import Processes
 from evollm.report import write_report
 from evollm.runs import Lineage, Schedule
 from evollm.runs.events import Callback, Evolved, RunEnded, RunStarted
-from evollm.tuning.arguments_file import write_asked
+from evollm.tuning.arguments_file import write_tune_arguments
 from evollm.tuning.describe import describe
 from evollm.tuning.parameters import loop_of
 from evollm.tuning.rehearsal import rehearse
@@ -189,7 +189,7 @@ class _Notes(Callback):
         self._evolutions = list(event.evolutions)
         # Of a resumed run too: it may have become longer, and it is that one which is resumed next.
         if Processes.present().is_main:
-            write_asked(event.run_dir, self._asked)
+            write_tune_arguments(event.run_dir, self._asked)
 
     def on_evolution(self, event: Evolved) -> None:
         """Note who came from whom."""

@@ -16,11 +16,11 @@ from evollm.algorithms import algorithm_named
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.checkpoints.agent import read_agent_folder
-from evollm.checkpoints.files import check_replaceable
+from evollm.checkpoints.atomic import check_replaceable
 from evollm.checkpoints.find import FoundAgent, NoAgentError, best_of_run, check_is_base, find_agent
 from evollm.checks import usable_path
 from evollm.data.batch import IntArray
-from evollm.data.report import FORMS
+from evollm.data.row_report import FORMS
 from evollm.data.tokenization import prompt_ids
 from evollm.errors import CheckpointError, ConfigurationError, brief
 from evollm.models.generation import greedy_answers
@@ -28,8 +28,8 @@ from evollm.models.precision import AUTO
 from evollm.models.pretrained import load_base_model, load_tokenizer, reloadable
 from evollm.runs import has_ended, read_config
 from evollm.runs.folder import run_above
-from evollm.tuning.arguments_file import Asked, known_of, place_of, resume_of
-from evollm.tuning.plain import model_config_of
+from evollm.tuning.arguments_file import TuneArguments, known_of, place_of, resume_of
+from evollm.tuning.from_yaml import model_config_of
 
 KINDS = ("merged", "adapter", "policy")
 
@@ -159,7 +159,7 @@ def open_winner(
     return Winner(agent, tokenizer, folder, form if form in FORMS else "", found)
 
 
-def _best_of(run_dir: Path, config: Mapping[str, Any], known: Asked) -> FoundAgent:
+def _best_of(run_dir: Path, config: Mapping[str, Any], known: TuneArguments) -> FoundAgent:
     """The best agent of a run whose places lie in its folder.
 
     Raises:

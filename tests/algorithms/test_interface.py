@@ -6,8 +6,8 @@ from gymnasium import spaces
 from snapshots import actor_bits
 
 from evollm import DPO, ConfigurationError
+from evollm.algorithms.agilerl import CosineLRScheduleConfig, NetworkGroup
 from evollm.algorithms.dpo_step import learn_together
-from evollm.algorithms.interface import CosineLRScheduleConfig, NetworkGroup
 
 
 def test_the_policy_is_the_base_with_the_agents_actor_active(make_population) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evollm import DPO, ConfigurationError
 from evollm.algorithms.dpo_step import DPOObjective, learn_together
-from evollm.algorithms.preference_losses import LossSettings
+from evollm.algorithms.losses import LossSettings
 from evollm.algorithms.step import Linearised
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models import ReferenceCache

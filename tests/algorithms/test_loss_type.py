@@ -23,7 +23,7 @@ from evollm import (
     TournamentSelection,
     finetune_llm_preference,
 )
-from evollm.algorithms.preference_losses import LOSSES, LossSettings, PairScores
+from evollm.algorithms.losses import LOSSES, LossSettings, PairScores
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

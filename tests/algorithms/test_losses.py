@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from evollm.algorithms.losses import dpo_sigmoid_loss, quiet_gradient, token_mean_nll
+from evollm.algorithms.losses import dpo_sigmoid_loss, flush_small_gradients, token_mean_nll
 
 
 def test_sigmoid_loss_equals_the_arithmetic_by_hand() -> None:
@@ -38,7 +38,7 @@ def test_a_saturated_pair_sends_no_gradient_and_the_others_theirs() -> None:
     """At beta 1 a margin of 60 leaves exp(-60), about 1e-26, with which the backward pass would fill with denormals."""
     margins = torch.tensor([60.0, 1.0], requires_grad=True)
     zero = torch.zeros(2)
-    dpo_sigmoid_loss(quiet_gradient(margins), zero, 1.0).sum().backward()
+    dpo_sigmoid_loss(flush_small_gradients(margins), zero, 1.0).sum().backward()
     assert margins.grad is not None
     assert margins.grad[0] == 0.0
     assert margins.grad[1].item() == pytest.approx(-1 / (1 + math.exp(1.0)), rel=1e-6)

@@ -34,15 +34,15 @@ from evollm import (
     tune,
 )
 from evollm.algorithms import ALGORITHMS, DPO, SFT, Algorithm, algorithm_of, register
-from evollm.algorithms.core import OWN, REFERENCE
-from evollm.algorithms.interface import EvolvableAlgorithm
+from evollm.algorithms.agent import OWN, REFERENCE
+from evollm.algorithms.agilerl import EvolvableAlgorithm
 from evollm.algorithms.references import Rows, finite_rows, reference_logprobs
 from evollm.algorithms.scoring import scored_batches
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
 from evollm.algorithms.step import Method, learn_by
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.data.cells import UnusableRowError
-from evollm.data.examples import EXAMPLES
+from evollm.data.completion_rows import EXAMPLES
 from evollm.data.rows import RowFormat
 from evollm.hpo import Evaluation
 from evollm.llm_envs import DatasetGym

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evollm.algorithms.preference_losses import LOSSES, SMOOTHED, WHOLE_BATCH, LossSettings, PairScores
+from evollm.algorithms.losses import LOSSES, SMOOTHED, WHOLE_BATCH, LossSettings, PairScores
 
 LENGTHS = {"chosen_lengths": (4, 5, 2), "rejected_lengths": (3, 6, 7)}
 

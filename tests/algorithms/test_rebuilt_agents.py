@@ -14,7 +14,7 @@ from peft import LoraConfig
 from snapshots import actor_bits
 
 from evollm import DPO, SFT, ConfigurationError, HyperparameterConfig, RLParameter, save_policy_archive
-from evollm.algorithms.interface import EvolvableAlgorithm
+from evollm.algorithms.agilerl import EvolvableAlgorithm
 
 # For each argument another value than its default.
 VALUES: dict[str, Any] = {

@@ -27,7 +27,7 @@ from evollm import (
     save_policy_archive,
 )
 from evollm.checkpoints import replace_folder
-from evollm.checkpoints.files import MANIFEST, seal
+from evollm.checkpoints.atomic import MANIFEST, seal
 from evollm.models import completion_logprobs
 
 

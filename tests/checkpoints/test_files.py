@@ -12,8 +12,8 @@ from tokenizers_for_tests import make_tokenizer
 
 from evollm import DPO, CheckpointError, save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.checkpoints import newest_population, only_writer, prune_populations, read_population, replace_folder
-from evollm.checkpoints.files import MANIFEST, existing_folder, seal, verify
-from evollm.checkpoints.run import Population, write_population
+from evollm.checkpoints.atomic import MANIFEST, existing_folder, seal, verify
+from evollm.checkpoints.population import Population, write_population
 
 
 @pytest.fixture

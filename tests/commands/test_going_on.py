@@ -95,7 +95,7 @@ def test_an_interrupted_run_prints_the_command_that_goes_on_with_it(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(("evollm: interrupted: go on with: ", "evollm: stopped; go on with: "))
     command = said.partition("go on with: ")[2]
-    # Asked for an agent, it is that of the checkpoint.
+    # TuneArguments for an agent, it is that of the checkpoint.
     assert typed(command) == 0
     assert read_run(NAME).ended is not None
     for line in next_lines(capsys.readouterr().out):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from chat_templates import FAMILIES, ROWS, WITH_TOOLS, family_tokenizer, only, template_ids
 
-from evollm.data.examples import EXAMPLES
+from evollm.data.completion_rows import EXAMPLES
 
 CASES = [(family, case) for family in FAMILIES for case in ROWS if "tool" not in case or family in WITH_TOOLS]
 

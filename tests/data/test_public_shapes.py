@@ -13,9 +13,9 @@ import pytest
 
 from evollm import DataError
 from evollm.config import parse_config
-from evollm.data.examples import EXAMPLES
+from evollm.data.completion_rows import EXAMPLES
+from evollm.data.preference_rows import PAIRS
 from evollm.data.rows import RowFormat, read_dataset
-from evollm.data.sources import PAIRS
 
 Json: TypeAlias = dict[str, Any]
 

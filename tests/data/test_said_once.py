@@ -11,7 +11,7 @@ from conftest import make_examples, make_rows
 from tokenizers_for_tests import chatml_tokenizer
 
 from evollm import PreferenceGym, SFTGym
-from evollm.data.report import FIRST_ROWS
+from evollm.data.row_report import FIRST_ROWS
 from evollm.llm_envs import DatasetGym
 
 ROWS = 60

@@ -18,7 +18,8 @@ from tokenizers_for_tests import chatml_tokenizer, make_tokenizer
 from evollm import ConfigurationError, DataError, PreferenceGym, SFTGym
 from evollm.config import parse_config
 from evollm.data import read_examples, read_pairs
-from evollm.data.examples import EXAMPLES, UNKNOWN_LABEL
+from evollm.data.completion_rows import EXAMPLES, UNKNOWN_LABEL
+from evollm.data.preference_rows import PAIRS
 from evollm.data.prompts import ENDS_WITH_ANSWER, OTHERS_IN_COMPLETION, TWO_SYSTEMS
 from evollm.data.rows import (
     NO_SIDE_IS_BETTER,
@@ -29,7 +30,6 @@ from evollm.data.rows import (
     TextPair,
     read_dataset,
 )
-from evollm.data.sources import PAIRS
 from evollm.data.tokenization import load_pairs
 
 Json = dict[str, Any]

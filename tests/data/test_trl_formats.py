@@ -23,9 +23,9 @@ from evollm.data.cells import (
     OWN_TEMPLATE,
     UNREADABLE_MESSAGES,
 )
-from evollm.data.examples import EXAMPLES, NOT_PREFERRED, read_examples
+from evollm.data.completion_rows import EXAMPLES, NOT_PREFERRED, read_examples
+from evollm.data.preference_rows import PAIRS, read_pairs
 from evollm.data.rows import NESTED_TOO_DEEPLY, ChatPair, RowFormat, TextPair
-from evollm.data.sources import PAIRS, read_pairs
 from evollm.errors import DataError
 
 # Hermes' manner of tools, and Qwen 3's switch for thinking; what a message lacks is undefined.

@@ -27,7 +27,7 @@ from evollm.data import load_pairs
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.data.cells import NOT_TO_BE_LEARNT
 from evollm.data.chat_template import TURNS_NOT_FOUND
-from evollm.data.examples import EXAMPLES
+from evollm.data.completion_rows import EXAMPLES
 from evollm.data.prompts import OTHERS_IN_COMPLETION
 
 # What each family's template writes of a turn: of Blue, of Green, and before an answer that ends the conversation.

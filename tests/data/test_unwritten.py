@@ -31,7 +31,7 @@ from tokenizers_for_tests import make_tokenizer
 
 from evollm import PreferenceGym, SFTGym
 from evollm.data import DataReport, load_pairs
-from evollm.data.examples import EXAMPLES
+from evollm.data.completion_rows import EXAMPLES
 from evollm.data.tokenization import TOO_LONG, UNLIKE_INFERENCE
 from evollm.data.unwritten import ALIKE, NOTHING_LEFT, QUESTION_SCORED
 from evollm.errors import DataError

@@ -23,7 +23,7 @@ from evollm.models.fast_paths import FastPaths
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import PairLogprobs, two_sequences
 from evollm.processes import Processes
-from evollm.tuning.arguments_file import asked_of
+from evollm.tuning.arguments_file import read_tune_arguments
 
 # That members go one by one, PEFT's remarks on target_parameters.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -221,7 +221,7 @@ def test_a_run_on_a_base_by_name_has_it_and_its_folder_says_so(tokenizer, tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [value for line in lines for name, value in line.items() if name.endswith("aux_loss")]
     assert len(losses) == 2, lines[:3]
-    assert asked_of(tmp_path / "run").settings["model_config"] == ASKED
+    assert read_tune_arguments(tmp_path / "run").settings["model_config"] == ASKED
     again = DPO.load(str(result.run_dir / "elite")).base.load_balancing
     assert again == LoadBalancing(COEFFICIENT, experts=4, per_token=2)
 

@@ -27,7 +27,7 @@ def test_a_run_is_read_back_as_it_was(evolved) -> None:
     assert record.last_step == 8
     assert record.boundaries == (0, 2, 4, 6, 8)
     assert [len(births) for births in record.generations] == [4] * 4
-    assert {lap.kind for lap in record.laps} == {"start", "baseline", "step", "evaluation", "evolution", "end"}
+    assert {timing.kind for timing in record.timings} == {"start", "baseline", "step", "evaluation", "evolution", "end"}
     assert record.ended is not None
     assert record.ended.split == "final"
     assert record.ended.pairs["before"].accuracy == record.ended.scores["before"]["accuracy"] == 0.5

@@ -17,8 +17,8 @@ from transformers import BitsAndBytesConfig
 
 from evollm import Callback, ConfigurationError, replay, tune
 from evollm.cli import main
-from evollm.tuning.arguments_file import asked_of, read_asked, write_asked
-from evollm.tuning.plain import lora_config_of, model_config_of
+from evollm.tuning.arguments_file import read_asked, read_tune_arguments, write_tune_arguments
+from evollm.tuning.from_yaml import lora_config_of, model_config_of
 from evollm.tuning.winner import open_winner
 
 replay_module = importlib.import_module("evollm.tuning.replay")  # The package has a function of this name.
@@ -111,7 +111,7 @@ def test_no_password_is_written_into_a_run_folder(begin) -> None:
     [({"config": object()}, False), ({"token": object()}, True), ({"dtype": torch.float16}, True)],
 )
 def test_an_object_in_model_config_is_named(tmp_path, value, held) -> None:
-    write_asked(tmp_path, {"model_config": value})
+    write_tune_arguments(tmp_path, {"model_config": value})
     assert json.loads((tmp_path / "tune.json").read_text())["objects"] == ([] if held else ["model_config"])
 
 
@@ -137,9 +137,9 @@ def test_a_run_with_objects_is_opened_exported_and_replayed_as_far_as_it_needs_n
     assert main(["resume", "run"]) == 1
     assert "with callbacks, fitness as objects" in capsys.readouterr().err
     fields = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": None}
-    assert asked_of(run).settings["lora_config"] == fields
-    write_asked(run, {"model_config": {"quantization_config": quantised}})
-    loaded = model_config_of(asked_of(run).settings["model_config"])
+    assert read_tune_arguments(run).settings["lora_config"] == fields
+    write_tune_arguments(run, {"model_config": {"quantization_config": quantised}})
+    loaded = model_config_of(read_tune_arguments(run).settings["model_config"])
     assert loaded["quantization_config"].to_dict() == quantised.to_dict()
 
 
@@ -147,8 +147,8 @@ def test_a_run_with_objects_is_opened_exported_and_replayed_as_far_as_it_needs_n
 def test_a_lora_config_object_is_found_again_as_it_was(tmp_path, given) -> None:
     """The defaults of PEFT and those of `tune` differ."""
     config = LoraConfig(**given)
-    write_asked(tmp_path, {"lora_config": config})
-    assert lora_config_of(asked_of(tmp_path).settings["lora_config"]) == config
+    write_tune_arguments(tmp_path, {"lora_config": config})
+    assert lora_config_of(read_tune_arguments(tmp_path).settings["lora_config"]) == config
 
 
 @pytest.mark.parametrize("needed", ["tokenizer", "model"])

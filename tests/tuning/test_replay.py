@@ -66,14 +66,14 @@ def again(run: Path, agents, env, **changes):
     return replay(run, agents, env, run_dir=run.parent / "replay", verbose=False, **changes)
 
 
-def seats(run: Path) -> set[tuple[int, int]]:
-    return {(seat.place, seat.of) for seat in Script.of(read_run(run)).seats.values()}
+def slots(run: Path) -> set[tuple[int, int]]:
+    return {(slot.place, slot.of) for slot in Script.of(read_run(run)).slots.values()}
 
 
 def test_replay_makes_the_winners_adapter_bit_for_bit(run, made) -> None:
     folder = run()
     assert len(read_run(folder).schedule) > 1, "a line without a mutation would say little"
-    assert seats(folder) - {(0, 3)}, "nor would one that is always first"
+    assert slots(folder) - {(0, 3)}, "nor would one that is always first"
     result = again(folder, *made(1))
     assert result.exact
     elite, mine = (Path(path, "elite/actor/adapter_model.safetensors") for path in (folder, result.run_dir))
@@ -114,7 +114,7 @@ def sizes(monkeypatch) -> list[int]:
 
 
 def test_the_agent_learns_in_passes_of_the_runs_shapes(run, made, sizes, monkeypatch) -> None:
-    """Bits depend on shapes; with two threads, for example, the adapter is another without the seats."""
+    """Bits depend on shapes; with two threads, for example, the adapter is another without the slots."""
     folder, found = run(), Script.of
     assert set(sizes) == {1, 2}
     sizes.clear()
@@ -122,7 +122,7 @@ def test_the_agent_learns_in_passes_of_the_runs_shapes(run, made, sizes, monkeyp
     with_seats = [*sizes]
     assert max(with_seats) > 1
     sizes.clear()
-    monkeypatch.setattr(Script, "of", lambda record: replace(found(record), seats={}))
+    monkeypatch.setattr(Script, "of", lambda record: replace(found(record), slots={}))
     result = replay(folder, *made(1), run_dir=folder.parent / "alone", verbose=False)
     assert set(sizes) == {1}
     # The pass with the agent in it is the only one that is computed.
@@ -154,7 +154,7 @@ def test_replay_keeps_its_seat_when_another_agent_diverges(made, tmp_path) -> No
     agents, env = made()
     settings = {**EVOLUTION, **LENGTH, "num_sample_answers": 0, "verbose": False}
     finetune_llm_preference(agents, env, run_dir=tmp_path / "run", callbacks=[Poison(agents[1])], **settings)
-    assert {count for _, count in seats(tmp_path / "run")} == {2, 3}
+    assert {count for _, count in slots(tmp_path / "run")} == {2, 3}
     assert again(tmp_path / "run", *made(1)).exact
 
 
@@ -164,7 +164,7 @@ def test_replay_is_exact_where_the_batch_size_evolves(made, tmp_path) -> None:
     agents, env = made(hp_config=config, batch_size=4)
     settings = {**EVOLUTION, **LENGTH, "num_sample_answers": 0, "verbose": False}
     finetune_llm_preference(agents, env, run_dir=tmp_path / "run", **settings)
-    assert len({count for _, count in seats(tmp_path / "run")}) > 1
+    assert len({count for _, count in slots(tmp_path / "run")}) > 1
     assert again(tmp_path / "run", *made(1, batch_size=4)).exact
 
 

@@ -15,17 +15,17 @@ from transformers import T5Config, T5ForConditionalGeneration
 import evollm
 from evollm import ConfigurationError, DataError, HyperparameterConfig, RLParameter
 from evollm.algorithms import ALGORITHMS
-from evollm.algorithms.core import DEFAULT_LORA
+from evollm.algorithms.agent import DEFAULT_LORA
 from evollm.cli import main
-from evollm.data.examples import EXAMPLES
-from evollm.data.sources import PAIRS
+from evollm.data.completion_rows import EXAMPLES
+from evollm.data.preference_rows import PAIRS
 from evollm.errors import MissingExtraError
 from evollm.hpo import STRATEGIES, ancestry
 from evollm.runs import read_run
 from evollm.runs.folder import ASKED
-from evollm.tuning.arguments_file import asked_of
+from evollm.tuning.arguments_file import read_tune_arguments
+from evollm.tuning.from_yaml import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.parameters import loop_of, parameters_of
-from evollm.tuning.plain import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
 from evollm.tuning.splits import hold_out
 
@@ -64,7 +64,7 @@ def test_a_search_by_its_name_takes_its_settings_and_is_known_to_the_folder(tune
     assert len(result.population) == 1
     record = read_run(result.run_dir)
     assert record.config["options"]["search"] == {"name": "SuccessiveHalving", "reduction_factor": 3}
-    asked = asked_of(result.run_dir).settings
+    asked = read_tune_arguments(result.run_dir).settings
     assert (asked["search"], asked["reduction_factor"], asked["evo_steps"]) == ("successive_halving", 3, 1)
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from evollm.checkpoints.atomic import replace_file
 from evollm.checkpoints.export import HasActor, main_writes
-from evollm.checkpoints.files import replace_file
 from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.models.archive import read_archive, read_policy_archive
-from evollm.models.identity import adapter_fingerprint
+from evollm.models.fingerprints import adapter_fingerprint
+from evollm.models.policy_archive import read_archive, read_policy_archive
 
 POLICY = "policy.pt"
 OPTIMIZER = "optimizer.pt"

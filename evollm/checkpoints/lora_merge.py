@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evollm.errors import ConfigurationError
 from evollm.models import AdapterState
-from evollm.models.identity import LORA_PROVENANCE
+from evollm.models.fingerprints import LORA_PROVENANCE
 
 # Fields that may differ between two LoRA configurations that compute the same.
 _NOT_COMPARED = LORA_PROVENANCE | {"auto_mapping", "task_type", "lora_dropout"}

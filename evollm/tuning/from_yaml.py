@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from evollm.algorithms.core import DEFAULT_LORA
+from evollm.algorithms.agent import DEFAULT_LORA
 from evollm.checks import is_number_as_text
 from evollm.errors import ConfigurationError, brief
 from evollm.hpo import HyperparameterConfig, RLParameter

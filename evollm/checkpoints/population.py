@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evollm.checkpoints.agent import AgentFolder, read_adapter, read_agent_folder, write_adapter, write_agent
-from evollm.checkpoints.files import (
+from evollm.checkpoints.atomic import (
     existing_folder,
     remove_discarded,
     remove_folder,
@@ -31,7 +31,7 @@ from evollm.own_files import inside, read_bytes
 STATE = "population.json"
 TENSORS = "population.safetensors"
 REFERENCE_LOGPROBS = "reference_logprobs.safetensors"
-YARDSTICK = "yardstick"
+FIXED_REFERENCE = "fixed_reference"
 REQUIRED = frozenset({"step", "agents"})
 # A pattern of the names that a run gives to its checkpoints.
 STEP_FOLDER = r"step-\d{6,}"
@@ -46,14 +46,14 @@ class Population:
         agents: The agents in their order.
         state: Counters, generators, positions, settings: JSON values, among them `step`.
         tensors: What JSON is too narrow for.
-        yardstick: The adapter that scores are measured against, where it is no agent's reference.
+        fixed_reference: The adapter that scores are measured against, where it is no agent's reference.
         reference_logprobs: The reference log-probs known so far.
     """
 
     agents: Sequence[AgentFolder]
     state: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    yardstick: AdapterState | None = None
+    fixed_reference: AdapterState | None = None
     reference_logprobs: ReferenceCache = field(default_factory=ReferenceCache)
 
 
@@ -73,8 +73,8 @@ def write_population(path: Path, population: Population, base_name: str) -> None
             (folder / name).mkdir()
             write_agent(folder / name, agent, base_name)
             seal(folder / name)
-        if population.yardstick is not None:
-            write_adapter(folder / YARDSTICK, population.yardstick, base_name)
+        if population.fixed_reference is not None:
+            write_adapter(folder / FIXED_REFERENCE, population.fixed_reference, base_name)
         (folder / TENSORS).write_bytes(save(dict(population.tensors)))
         population.reference_logprobs.save(folder / REFERENCE_LOGPROBS)
         text = json.dumps({**population.state, "agents": names})
@@ -97,10 +97,16 @@ def read_population(path: Path) -> Population:
     cache.load(path / REFERENCE_LOGPROBS)
     try:
         tensors = load_file(path / TENSORS)
-        yardstick = read_adapter(path / YARDSTICK) if any(name.startswith(f"{YARDSTICK}/") for name in files) else None
+        fixed_reference = (
+            read_adapter(path / FIXED_REFERENCE)
+            if any(name.startswith(f"{FIXED_REFERENCE}/") for name in files)
+            else None
+        )
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return Population([read_agent_folder(path / name) for name in state["agents"]], state, tensors, yardstick, cache)
+    return Population(
+        [read_agent_folder(path / name) for name in state["agents"]], state, tensors, fixed_reference, cache
+    )
 
 
 def newest_population(folder: Path) -> Path | None:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
+from evollm.algorithms.agent import OWN, LLMAgent
 from evollm.algorithms.algorithm import algorithm_of
-from evollm.algorithms.core import OWN, LLMAgent
 from evollm.algorithms.fit import check_base, check_gym
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import whole_number

@@ -20,11 +20,11 @@ from typing_extensions import Self
 
 from evollm.algorithms.optimizers import adamw, free
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, Setting, check_evolution
-from evollm.checks import located, switch, whole_number
+from evollm.checks import boolean, located, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterShares, AdapterState
-from evollm.models.engine import Engine, PassOptions, Seat
+from evollm.models.engine import BatchSlot, Engine, PassOptions
 from evollm.models.loading import BaseSource
 from evollm.models.requirements import check_lora_config
 from evollm.models.slow_settings import slow_compile_mode
@@ -75,7 +75,7 @@ class LLMAgent:
         steps: Batches that the agent has learnt from.
         num_tokens: Tokens that it has learnt from, a prompt that two sides share counted once.
         diverged: Whether a loss or gradient was not finite; the agent has skipped that update.
-        seat: Its place among others that were there when it is trained anew without them; else None.
+        slot: Its place among others that were there when it is trained anew without them; else None.
         rng: The agent's own generator, cloned and saved with it, for subclasses and hooks that draw numbers.
     """
 
@@ -151,7 +151,7 @@ class LLMAgent:
         self.steps = 0
         self.num_tokens = 0
         self.diverged = False
-        self.seat: Seat | None = None
+        self.slot: BatchSlot | None = None
         self.reference_update_tracker = 0
         self.rng = np.random.default_rng(settings.seed)
         self._mutation_hooks: tuple[Callable[[LLMAgent], object], ...] = ()
@@ -297,7 +297,7 @@ class LLMAgent:
             ConfigurationError: As for one agent, or `size` is below 1.
         """
         whole_number("size", size, 1)
-        switch("sample_hyperparameters", sample_hyperparameters)
+        boolean("sample_hyperparameters", sample_hyperparameters)
         arguments: dict[str, Any] = {"observation_space": observation_space, "action_space": action_space, **kwargs}
         first = cls(**arguments)
         agents = [first] + [first.clone(index=first.index + offset) for offset in range(1, size)]
@@ -373,7 +373,7 @@ class LLMAgent:
             index: Number of the clone, by default the agent's own.
             wrap: Accepted for compatibility; nothing is wrapped in a single process.
         """
-        switch("wrap", wrap)
+        boolean("wrap", wrap)
         clone = self.copy_attributes(self, object.__new__(type(self)))
         clone.index = self.index if index is None else whole_number("index", index, 0)
         clone._adapters = AdapterShares(self.base)

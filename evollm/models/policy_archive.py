@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evollm.checks import located, usable_path
 from evollm.errors import CheckpointError
-from evollm.plain_data import read_plain
+from evollm.safe_load import read_plain
 
 _NAMED_AT_MOST = 5
 _ATTRIBUTE = "_evollm_policy_archive"
