@@ -44,6 +44,8 @@ MAX_REJECTED_TOKENS = 70
 MIN_LENGTH_RATIO = 2.5
 BATCH_SIZE = 64
 SPLIT_ROWS = {"final": 64, "selection": 48, "train": 160}
+# Enough to tell agents apart; each costs a forward pass for every agent and generation.
+SELECTION_ROWS = 24
 
 META_PATTERN = re.compile(
     r"\b(as an ai|ai (assistant|model|language)|language model|smollm|hugging face|i'm sorry|i apologi[sz]e|i can't"
@@ -312,6 +314,8 @@ def make_pairs(sampler: Sampler, queries: Sequence[Query]) -> list[Candidate]:
 def split_pairs(pairs: Sequence[Candidate], seed: int) -> dict[str, list[Candidate]]:
     """Split pairs by topic: topics in random order fill one split after the other, each cut to its size.
 
+    Of the selection's pairs the first `SELECTION_ROWS` are kept.
+
     Args:
         pairs: The pairs.
         seed: Seed of the order.
@@ -329,6 +333,7 @@ def split_pairs(pairs: Sequence[Candidate], seed: int) -> dict[str, list[Candida
             rows += [pair for pair in pairs if pair.query.topic == topic]
         splits[name] = rows[:size]
         random.Random(seed).shuffle(splits[name])
+    splits["selection"] = splits["selection"][:SELECTION_ROWS]
     return splits
 
 

@@ -170,17 +170,17 @@ def demo(place: Place) -> None:
     _demo_folder()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        agents, fitnesses = run_demo(2 if place.toy else 4, 2, Path(folder) / "run")
+        result = run_demo(2 if place.toy else 4, 2, Path(folder) / "run")
         seconds = time.perf_counter() - started
-    network = agents[0].base.network
+    network = result.best.base.network
     place.write(
         "demo",
         generations=2,
-        members=len(agents),
+        members=len(result.population),
         device=str(network.device),
         dtype=str(network.dtype).removeprefix("torch."),
         seconds=seconds,
-        fitness=fitnesses,
+        fitness=result.fitnesses,
     )
 
 

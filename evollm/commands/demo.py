@@ -38,11 +38,8 @@ def _run(options: argparse.Namespace) -> None:
     print(
         "SmolLM2-135M-Instruct learns to answer briefly. The first run converts the model, which takes half a minute."
     )
-    from evollm.checks import usable_path
     from evollm.demo import run_demo
-    from evollm.training.options import new_run_dir
 
-    run_dir = new_run_dir() if options.run_dir is None else usable_path("run_dir", options.run_dir)
-    run_demo(options.population, options.generations, run_dir, options.seed, dtype=options.dtype)
+    result = run_demo(options.population, options.generations, options.run_dir, options.seed, options.dtype)
     print(f"\nThe demo took {time.monotonic() - start:.0f} s.")
-    print_ending(run_dir, None)
+    print_ending(result.run_dir, result.report)

@@ -10,7 +10,6 @@ from evollm.checks import usable_path
 from evollm.command_line import command, place
 from evollm.commands.arguments import add_elite, add_trust
 from evollm.commands.parsing import Subparsers, add_command
-from evollm.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from evollm.tuning import ReplayResult
@@ -42,7 +41,6 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from evollm.demo import demo_agents_and_env, is_demo
     from evollm.runs.folder import is_run
     from evollm.training.options import new_run_dir
     from evollm.tuning import replay
@@ -60,13 +58,7 @@ def _run(options: argparse.Namespace) -> None:
         "elite_path": options.elite,
     }
     try:
-        if is_demo(options.source):
-            if options.data is not None:
-                raise ConfigurationError("data", options.data, "the demo has its own: leave it out")
-            agents, env = demo_agents_and_env(options.source)
-            result = replay(options.source, agents, env, **given)
-        else:
-            result = replay(options.source, data=options.data, trust_remote_code=options.trust_remote_code, **given)
+        result = replay(options.source, data=options.data, trust_remote_code=options.trust_remote_code, **given)
     except KeyboardInterrupt:
         folder = usable_path("run_dir", options.resume or run_dir)
         raise KeyboardInterrupt(*([f"go on with: {_again(options, folder)}"] if is_run(folder) else [])) from None

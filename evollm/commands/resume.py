@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from evollm.commands.arguments import add_run, trusts
 from evollm.commands.ending import print_ending
@@ -40,16 +39,9 @@ def _run(options: argparse.Namespace) -> None:
     if "resume_from_checkpoint" in given:
         fix = f"leave it out: the run to resume is {options.run_dir}"
         raise ConfigurationError("resume_from_checkpoint", given["resume_from_checkpoint"], fix)
-    from evollm.demo import is_demo, resume_demo
     from evollm.tuning import tune
     from evollm.tuning.arguments_file import read_asked
 
-    if is_demo(options.run_dir):
-        if given:
-            raise ConfigurationError("override", options.overrides[0], "a run of the demo goes on as it began")
-        resume_demo(options.run_dir)
-        print_ending(Path(options.run_dir).expanduser(), None)
-        return
     asked = read_asked(options.run_dir, given)
     # One length instead of all that the run had: the shortest of several would be the run's.
     if any(given.get(name) is not None for name in LENGTHS):

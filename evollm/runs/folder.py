@@ -18,9 +18,6 @@ ELITE = "elite"
 # The keyword arguments of `tune`.
 ASKED = "tune.json"
 
-# What the demo was started with.
-STARTED = "demo.json"
-
 # What a run writes from its beginning to its end.
 RUN_FILES = (CONFIG, METRICS, LINEAGE, TIMING, EVALUATIONS, FINAL, CHECKPOINTS, ELITE, ASKED)
 
@@ -39,8 +36,6 @@ def is_run(folder: Path) -> bool:
 
 def is_resumed_by_command(folder: Path) -> bool:
     """Whether `evollm resume` takes a run: it was begun by a command, or by `tune` from files."""
-    if (folder / STARTED).is_file():
-        return True
     try:
         asked = json.loads(read_bytes(folder / ASKED))
         return not asked["objects"]

@@ -275,12 +275,9 @@ def test_a_run_is_prolonged_by_one_length_and_then_resumed_as_it_is(finished, mo
     assert read_asked(finished) == asked
 
 
-def test_resume_takes_its_run_once_and_a_demo_as_it_is(tmp_path, capsys) -> None:
-    (tmp_path / "demo.json").write_text("{}")
+def test_resume_takes_its_run_once(tmp_path, capsys) -> None:
     assert main(["resume", str(tmp_path), "resume_from_checkpoint=x"]) == 1
     assert "resume_from_checkpoint='x': leave it out" in capsys.readouterr().err
-    assert main(["resume", str(tmp_path), "num_epochs=4"]) == 1
-    assert "override='num_epochs=4': a run of the demo goes on as it began" in capsys.readouterr().err
 
 
 def test_resume_of_something_else_says_so(folder, capsys) -> None:
