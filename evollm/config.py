@@ -1,12 +1,13 @@
 """Configurations in YAML: every key is a parameter of `evollm.tune`.
 
 The rules are those of YAML 1.2, so that nothing is read as something else than it looks like: `1e-5` is a number, only
-`true` and `false` are switches (`no`, `off` and `on` are texts), `010` is ten, and a date is a text. A key that comes
+`true` and `false` are booleans (`no`, `off` and `on` are texts), `010` is ten, and a date is a text. A key that comes
 twice, an anchor and a tag are refused.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ _SCALARS = {
     _INT: r"[-+]?[0-9]+",
     _FLOAT: r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
-# What is mostly meant by what PyYAML says.
+# By a part of PyYAML's message: what to write instead of what mostly causes it.
 _HINTS = {
     "'\\t'": ": indent with spaces, not with tabs",
     "mapping values are not allowed": ": indent the keys of a mapping alike, and put a text with a colon into "
@@ -37,7 +38,7 @@ _DATA_FILES = (".jsonl", ".json", ".ndjson", ".gz", ".csv", ".parquet")
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """The safe loader with the scalars of YAML 1.2, and without what a configuration can do without."""
+    """The safe loader with the scalars of YAML 1.2, without anchors, keys that are no text and keys that come twice."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - PyYAML declares it so
 
@@ -61,16 +62,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     def read_int(self, node: yaml.ScalarNode) -> int:
         return int(node.value)
 
-    def read_float(self, node: yaml.ScalarNode) -> float:
-        return float(re.sub(r"\.(inf|nan)", r"\1", node.value, flags=re.IGNORECASE))
-
 
 for _tag, _pattern in _SCALARS.items():
-    # None: whatever its first character. The first that matches wins, so integers come before other numbers.
+    # None: whatever its first character. The first pattern that matches wins, so integers come before other numbers.
     _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), None)
 _Loader.add_constructor(_MAP, _Loader.read_mapping)
 _Loader.add_constructor(_INT, _Loader.read_int)
-_Loader.add_constructor(_FLOAT, _Loader.read_float)
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -110,7 +107,7 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
     Raises:
         ConfigurationError: One is not `key=value`, or reaches into what is no mapping.
     """
-    found: dict[str, Any] = {key: _copy(value) for key, value in config.items()}
+    found = copy.deepcopy(dict(config))
     for text in overrides:
         key, separator, value = text.partition("=")
         names = key.strip().split(".")
@@ -129,10 +126,6 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
                 raise ConfigurationError("override", text, fix)
         place[names[-1]] = _parse(value, text, "override")
     return found
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _parse(text: str, where: str, field: str = "config") -> Any:
