@@ -7,7 +7,8 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
+from evollm.algorithms.arguments import show_arguments
 from evollm.algorithms.optimizers import adamw, free
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, Setting, check_evolution
 from evollm.checks import boolean, located, whole_number
@@ -25,7 +27,7 @@ from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterShares, AdapterState
 from evollm.models.engine import BatchSlot, Engine, PassOptions
-from evollm.models.loading import BaseSource
+from evollm.models.loading import BaseSource, usable_device
 from evollm.models.requirements import check_lora_config
 from evollm.models.slow_settings import slow_compile_mode
 from evollm.runs.words import Words
@@ -56,19 +58,8 @@ A = TypeVar("A", bound="LLMAgent")
 class LLMAgent:
     """A member of a population: adapters on a shared base, AdamW, hyperparameters.
 
-    Args:
-        source: Where the base comes from; it is loaded when everything else has been checked.
-        device: Where to put it.
-        lora_config: LoRA configuration of its adapters; None: rank 16, alpha 32, on all linear layers.
-        settings: What no mutation changes.
-        hyperparameters: What evolution may change.
-        hp_config: Which of them it does change, and within which bounds; None: none.
-        index: The agent's number in its population.
-        observation_space: Kept as an attribute.
-        action_space: Kept as an attribute.
-        accelerator: Kept as an attribute.
-
-    Every argument of an agent's constructor is an attribute of the agent.
+    The constructor takes `AgentArguments`, and the fields of `settings_class` and `hyperparameters_class`, by name: an
+    algorithm whose classes have further fields needs no constructor for them. Every argument is an attribute.
 
     Attributes:
         fitness: The scores of `test`, oldest first.
@@ -99,20 +90,36 @@ class LLMAgent:
     token_budget = Setting["int | None"]()
     drop_nonfinite_rows = Setting[bool]()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        show_arguments(cls)
+
     def __init__(
         self,
-        source: BaseSource,
-        device: torch.device,
-        lora_config: LoraConfig | None,
-        settings: AgentSettings,
-        hyperparameters: Hyperparameters,
-        hp_config: HyperparameterConfig | None,
-        index: int,
+        observation_space: spaces.Space[Any] | None = None,
+        action_space: spaces.Space[Any] | None = None,
         *,
-        observation_space: spaces.Space[Any] | None,
-        action_space: spaces.Space[Any] | None,
-        accelerator: Accelerator | None,
+        model_name: str | None = None,
+        actor_network: PreTrainedModel | None = None,
+        model_config: Mapping[str, Any] | None = None,
+        archive: str | Path | None = None,
+        hp_config: HyperparameterConfig | None = None,
+        index: int = 0,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        lora_config: LoraConfig | None = None,
+        accelerator: Accelerator | None = None,
+        wrap: bool = True,
+        clone: bool = False,
+        **values: Any,
     ) -> None:
+        inspect.signature(type(self)).bind_partial(**values)  # A TypeError names what no agent of this kind takes.
+        boolean("wrap", wrap)
+        boolean("clone", clone)
+        of_settings = {field.name for field in fields(self.settings_class)}
+        settings = self.settings_class(**{name: values.pop(name) for name in of_settings & values.keys()})
+        hyperparameters = self.hyperparameters_class(**values)
+        source = BaseSource(model_name, actor_network, model_config, archive, dtype)
         index = whole_number("index", index, 0)
         for name, space in (("observation_space", observation_space), ("action_space", action_space)):
             if not isinstance(space, spaces.Space | None):
@@ -130,17 +137,15 @@ class LLMAgent:
                 UserWarning,
                 stacklevel=4,
             )
-        base = source.load(device, accelerator)
+        self.base = base = source.load(usable_device(accelerator, device, actor_network), accelerator)
         self.model_name = None if source.model_name is None else located(source.model_name)
         self.model_config = source.model_config
         # A loaded model holds the archive's weights.
-        archive = None if source.model_name is None else source.archive
-        self.archive = None if archive is None else located(archive)
+        self.archive = None if source.model_name is None or source.archive is None else located(source.archive)
         self.dtype = source.dtype
         self.observation_space = observation_space
         self.action_space = action_space
         self.accelerator = accelerator
-        self.base = base
         self.device = base.device
         self.lora_config = lora_config
         self.settings = settings

@@ -78,8 +78,8 @@ class SavableAgent(LLMAgent):
         if actor_network is None and not base_name:
             raise ConfigurationError("actor_network", None, f"{path} names no base model: pass the one it was tuned on")
         arguments: dict[str, Any] = {
-            **accepted_by(cls.__init__, saved.settings),
-            **accepted_by(cls.__init__, saved.hyperparameters),
+            **accepted_by(cls, saved.settings),
+            **accepted_by(cls, saved.hyperparameters),
             # After them, so that nothing that a checkpoint holds stands for one of these.
             "actor_network": actor_network,
             "model_name": None if actor_network is not None else base_name,

@@ -147,7 +147,7 @@ def _measure(model: Any, pairs: Sequence[TokenizedPair], algorithm: Algorithm) -
     """Seconds, and bytes kept, for a token that one agent learns from; of rows of usual length."""
     few = usual_pairs(pairs, TIMED_TOKENS)
     batch = PreferenceBatch.from_pairs(few)
-    agent: Any = algorithm.agent(actor_network=model, batch_size=len(few))  # type: ignore[call-arg]
+    agent: Any = algorithm.agent(actor_network=model, batch_size=len(few))
     tokens = int(batch.num_tokens.sum())
     with count_saved_bytes() as saved:
         agent.learn(batch)

@@ -1,8 +1,7 @@
-"""Which public piece takes which setting, read off their signatures, so that no setting is listed twice."""
+"""The settings of `tune`, read off the signatures of what takes them, so that none is listed twice."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -16,9 +15,9 @@ from evollm.hpo import STRATEGIES, Mutations, TournamentSelection
 
 Settings: TypeAlias = dict[str, Any]
 
-# What `tune` itself passes to the pieces.
+# Parameters that are no settings: `tune` itself passes them, or takes what they stand for by another name.
 _FILLED_IN = frozenset(
-    {"self", "args", "kwargs", "pop", "env", "tournament", "mutation", "observation_space", "action_space"}
+    {"pop", "env", "tournament", "mutation", "observation_space", "action_space"}
     | {"actor_network", "model_name", "train_dataset", "test_dataset", "final_dataset", "population_size", "size"}
     | {"index", "clone", "wrap", "wrapper_cls", "wrapper_kwargs"}
 )
@@ -51,20 +50,17 @@ def parameters_of(algorithm: Algorithm) -> dict[str, str]:
 def strategy_parameters(strategy: type[Any]) -> dict[str, str]:
     """The settings that a search strategy takes, with their annotations, by name."""
     found = _annotations(strategy)
-    # What a tournament search is made of has settings of its own.
+    # A tournament search is made of two objects with settings of their own.
     for name, settings in (("tournament", TournamentSelection), ("mutation", Mutations)):
         if name in found:
-            found |= {field.name: str(field.type) for field in dataclasses.fields(settings) if field.init}
+            found |= _annotations(settings)
     return {name: annotation for name, annotation in found.items() if name not in _FILLED_IN}
 
 
 def taken_by(piece: Callable[..., Any], settings: Mapping[str, Any]) -> Settings:
     """The settings that are parameters of a piece."""
-    if dataclasses.is_dataclass(piece):
-        names = {field.name for field in dataclasses.fields(piece) if field.init}
-    else:
-        names = set(_annotations(piece))
-    return {name: value for name, value in settings.items() if name in names - _FILLED_IN}
+    names = _annotations(piece).keys() - _FILLED_IN
+    return {name: value for name, value in settings.items() if name in names}
 
 
 def default_of(piece: Callable[..., Any], name: str) -> Any:
@@ -74,7 +70,7 @@ def default_of(piece: Callable[..., Any], name: str) -> Any:
 
 
 def check_types(settings: Mapping[str, Any], annotations: Mapping[str, str]) -> None:
-    """Refuse values whose type their annotation does not allow, as far as it speaks of plain types alone.
+    """Refuse values that their annotation does not allow, where it is one of plain types alone.
 
     Raises:
         ConfigurationError: The first of them.
@@ -82,7 +78,7 @@ def check_types(settings: Mapping[str, Any], annotations: Mapping[str, str]) -> 
     for name, value in settings.items():
         wanted = [part.strip() for part in annotations.get(name, "").split("|")]
         if not all(part in _PLAIN for part in wanted):
-            continue  # The piece itself checks what is more than a number, a switch or a text.
+            continue  # Whatever takes the value checks it.
         fits = any(isinstance(value, _PLAIN[part]) for part in wanted)
         if not fits or (isinstance(value, bool) and "bool" not in wanted):
             names = " or ".join(_NAMES.get(part, "a path") for part in wanted)
@@ -93,7 +89,7 @@ def check_types(settings: Mapping[str, Any], annotations: Mapping[str, str]) -> 
 
 
 def _annotations(piece: Callable[..., Any]) -> dict[str, str]:
-    function = piece.__init__ if inspect.isclass(piece) else piece
-    parameters = inspect.signature(function).parameters.values()
+    """The annotations of a function's or constructor's parameters, by name."""
+    parameters = inspect.signature(piece).parameters.values()
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {one.name: str(one.annotation) for one in parameters if one.kind not in kinds}

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows
-from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -38,7 +37,7 @@ from evollm.algorithms.agent import OWN, REFERENCE
 from evollm.algorithms.agilerl import EvolvableAlgorithm
 from evollm.algorithms.references import Rows, finite_rows, reference_logprobs
 from evollm.algorithms.scoring import scored_batches
-from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters
+from evollm.algorithms.settings import Evolvable, Hyperparameters
 from evollm.algorithms.step import Method, learn_by
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.data.cells import UnusableRowError
@@ -46,7 +45,6 @@ from evollm.data.completion_rows import EXAMPLES
 from evollm.data.rows import RowFormat
 from evollm.hpo import Evaluation
 from evollm.llm_envs import DatasetGym
-from evollm.models.loading import BaseSource, usable_device
 from evollm.models.logprobs import PairLogprobs
 from evollm.report import read_run
 from evollm.runs.words import Score, Words
@@ -99,41 +97,6 @@ class Pointwise(EvolvableAlgorithm):
     )
     hyperparameters_class = PointwiseHyperparameters
     beta = Evolvable[float]()
-
-    def __init__(
-        self,
-        observation_space: Any = None,
-        action_space: Any = None,
-        *,
-        model_name: str | None = None,
-        actor_network: Any = None,
-        model_config: Any = None,
-        archive: Any = None,
-        hp_config: HyperparameterConfig | None = None,
-        index: int = 0,
-        batch_size: int = 16,
-        lr: float = 5e-6,
-        beta: float = 0.1,
-        max_grad_norm: float = 1.0,
-        update_epochs: int = 1,
-        device: Any = None,
-        dtype: Any = None,
-        lora_config: LoraConfig | None = None,
-        accelerator: Any = None,
-        seed: int = 42,
-    ) -> None:
-        super().__init__(
-            source=BaseSource(model_name, actor_network, model_config, archive, dtype),
-            device=usable_device(accelerator, device, actor_network),
-            lora_config=lora_config,
-            settings=AgentSettings(seed=seed),
-            hyperparameters=PointwiseHyperparameters(lr, max_grad_norm, batch_size, update_epochs, beta),
-            hp_config=hp_config,
-            index=index,
-            observation_space=observation_space,
-            action_space=action_space,
-            accelerator=accelerator,
-        )
 
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
         return {REFERENCE: self.base.copy_adapter(actor, REFERENCE, trainable=False)}
