@@ -256,8 +256,6 @@ LOSSES: Mapping[str, PairLoss] = {
 
 # Losses that cannot be computed from a part of the batch.
 WHOLE_BATCH = frozenset({"aot", "aot_unpaired"})
-# Losses that label_smoothing changes.
-SMOOTHED = frozenset({"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"})
 
 
 def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:

@@ -77,7 +77,7 @@ def read_attributes(
             hp_config=None if hp_config is None else HyperparameterConfig.from_dict(hp_config),
             fitness=[_number("fitness", score) for score in attributes["fitness"]],
             steps=_count("steps", attributes["steps"]),
-            num_tokens=_count("num_tokens", attributes.get("num_tokens", 0)),
+            num_tokens=_count("num_tokens", attributes["num_tokens"]),
             diverged=_truth("diverged", attributes["diverged"]),
             reference_update_tracker=_count("reference_update_tracker", attributes["reference_update_tracker"]),
             rng=_generator_state(attributes["rng"]),

@@ -97,14 +97,12 @@ class Life:
         birth: Its parent, mutations and hyperparameters.
         generations: The first and the last generation that it is in.
         steps: After how many steps it was born, and after how many it left or the run ended.
-        has_heirs: Whether it is a parent of another agent.
         diverged: Whether it has no finite fitness, or stopped learning.
     """
 
     birth: Birth
     generations: tuple[int, int]
     steps: tuple[int, int]
-    has_heirs: bool
     diverged: bool
 
 
@@ -175,9 +173,6 @@ class RunRecord:
     @cached_property
     def lives(self) -> Mapping[int, Life]:
         """Every agent that there was, by its index, in the order of birth."""
-        parents = {
-            birth.parent for births in self.generations for birth in births if birth.parent not in (None, birth.index)
-        }
         first: dict[int, tuple[int, Birth]] = {}
         last: dict[int, int] = {}
         for generation, births in enumerate(self.generations):
@@ -189,7 +184,6 @@ class RunRecord:
                 birth=birth,
                 generations=(generation, last[index]),
                 steps=(self.boundaries[generation], self.boundaries[last[index] + 1]),
-                has_heirs=index in parents,
                 diverged=index in self._diverged,
             )
             for index, (generation, birth) in first.items()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evollm.algorithms.losses import LOSSES, SMOOTHED, WHOLE_BATCH, LossSettings, PairScores
+from evollm.algorithms.losses import LOSSES, WHOLE_BATCH, LossSettings, PairScores
 
 LENGTHS = {"chosen_lengths": (4, 5, 2), "rejected_lengths": (3, 6, 7)}
 
@@ -75,6 +75,10 @@ def test_simpo_and_orpo_compare_mean_log_probs_and_know_no_reference() -> None:
     odds = [side.exp() / (1 - side.exp()) for side in (chosen, rejected)]
     ratio = torch.log1p((-(odds[0] / odds[1]).log()).exp())
     torch.testing.assert_close(LOSSES["orpo"](pairs, LossSettings(beta=0.1)), -pairs.chosen * 3 / 11 + 0.1 * ratio)
+
+
+# As the documentation of `label_smoothing` says.
+SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
