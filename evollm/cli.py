@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
-# What a shell makes of a program that SIGINT ends, and of one that SIGPIPE ends.
+# The statuses that a shell gives to programs that SIGINT and SIGPIPE end.
 INTERRUPTED = 128 + 2
 UNREAD = 128 + 13
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt as stopped:
-        # At any time: also while a command imports what it needs. A run says how to go on with it.
+        # Also while a command imports torch. A run that is interrupted puts the command that resumes it into `stopped`.
         print(": ".join(filter(None, ("evollm: interrupted", str(stopped)))), file=sys.stderr)
         return INTERRUPTED
 
@@ -61,7 +61,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What the line asks for; exits with status 2, as argparse does, where it is not understood."""
+    """The parsed command line; exits with status 2, as argparse does, where it is not understood."""
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -72,7 +72,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _survive_any_text() -> None:
-    """Show what the terminal cannot write, and read what is no text, as question marks or the like."""
+    """Replace characters that the terminal cannot write, and bytes that are no text, instead of failing at them."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -87,7 +87,7 @@ def _described(error: OSError) -> str:
 
 
 def _give_up_output() -> None:
-    """Leave nothing that Python would fail to write, and complain of, when it ends."""
+    """Flush standard output, or send it nowhere: Python would print a traceback if it could not flush at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -13,7 +13,7 @@ from evollm.recipes import recipe_text
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """A configuration file or a recipe, with values that come before its own."""
+    """Add a configuration file or a recipe, with values that replace its own."""
     parser.add_argument(
         "config",
         nargs="*",
@@ -25,7 +25,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `evollm.tune` that were asked for.
+    """The keyword arguments of `evollm.tune` from the file or recipe and the command line.
 
     Raises:
         ConfigurationError: There is neither a file nor a recipe, or it cannot be read, or lacks model or data.
@@ -54,22 +54,22 @@ def trusts(config: Mapping[str, Any]) -> bool:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The run folder."""
+    """Add the run folder."""
     parser.add_argument("run_dir", metavar="RUN", help="run folder")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The base, where the run does not name it."""
+    """Add the base, for a run that does not name it."""
     parser.add_argument("--model", help="hub name or folder of the base (default: the one that the run names)")
 
 
 def add_elite(parser: argparse.ArgumentParser) -> None:
-    """The best agent, of a run that keeps it elsewhere."""
+    """Add the folder of the best agent, for a run that keeps it elsewhere."""
     parser.add_argument("--elite", metavar="FOLDER", help="the best agent, of a run that keeps it outside its folder")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Whether code that comes with the base is run."""
+    """Add whether code that comes with the base is run."""
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",

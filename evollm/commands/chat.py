@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
     console = Console(emoji=False)
     console.print(_form(winner, talk), highlight=False, markup=False, soft_wrap=True)
     for given in options.prompt or _typed():
-        # Of bytes that are no text a shell's argument holds halves of characters, which no tokenizer takes.
+        # An argument of bytes that are no UTF-8 holds lone surrogates, which no tokenizer takes.
         prompt = given.encode(errors="replace").decode()
         if prompt == CLEAR and not options.prompt:
             talk.clear()
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> None:
         try:
             _print_turn(console, talk, prompt)
         except ConfigurationError as error:
-            # Somebody who types can put it otherwise.
+            # In a terminal the user can ask again.
             if options.prompt or not _is_terminal():
                 raise
             print(f"evollm: {error}")
@@ -92,7 +92,7 @@ def _print_turn(console: Console, talk: Conversation, prompt: str) -> None:
 
 
 def _form(winner: Winner, talk: Conversation) -> str:
-    """In which form prompts are put, and whether turns follow each other, in a line."""
+    """A line that says whether prompts go through the chat template, and whether turns follow each other."""
     learnt = {
         "chat": "The run's rows were messages",
         "text": "The run's rows were strings",
@@ -105,7 +105,7 @@ def _form(winner: Winner, talk: Conversation) -> str:
 
 
 def _typed() -> Iterator[str]:
-    """Lines of standard input that hold something, up to one that ends the conversation."""
+    """The lines of standard input that are not empty, up to one that ends the conversation."""
     if _is_terminal():
         print(f"Ask something; {CLEAR} begins anew, {ENDS[0]} or an end of file (Ctrl-D) ends.")
     for line in sys.stdin:

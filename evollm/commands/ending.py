@@ -37,7 +37,7 @@ def print_ending(run_dir: Path, report: Path | None, trusted: bool = False) -> N
 
 
 def _free(name: str) -> str:
-    """A name that nothing in this folder has yet."""
+    """The name, with a number where it exists already in the working folder."""
     number = 2
     found = name
     while os.path.lexists(found):

@@ -22,7 +22,7 @@ def add_command(
         run: Carries it out; an `EvoLLMError` that it raises is printed as one line.
         help: One line for `evollm --help`.
         description: What it does, for its own `--help`.
-        example: A command line that works as it stands, or with the user's own names.
+        example: A command line; the names of files in it are the user's.
 
     Returns:
         The command's parser, to add arguments to.

@@ -1,4 +1,4 @@
-"""What other libraries say while a command runs, and what of it is shown."""
+"""Which warnings are shown while a command runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _VERBOSITY = "TRANSFORMERS_VERBOSITY"
 def own_warnings_only() -> Iterator[None]:
     """Show evollm's warnings as one line each, and none of other libraries.
 
-    Nothing that these say can be acted on by somebody who typed a command. Who asks for it sees all:
+    A user of the command line can do nothing about the others'. Environment variables show them all:
     `PYTHONWARNINGS=default` and `TRANSFORMERS_VERBOSITY=warning`.
     """
     if _VERBOSITY not in os.environ:
-        # transformers, which is slow to import, reads it when it is.
+        # transformers reads the variable when it is imported, which is slow and so not done here.
         os.environ[_VERBOSITY] = "error"
         if "transformers" in sys.modules:
             from transformers.utils import logging
@@ -40,7 +40,7 @@ def _show(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _issuer() -> str:
-    """The module whose code called `warnings.warn`; the file in a warning is that of any of its callers."""
+    """The module whose code called `warnings.warn`: with a stacklevel, a warning's file is that of a caller."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, "warnings", "_py_warnings"):
         frame = frame.f_back

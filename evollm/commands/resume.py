@@ -10,7 +10,7 @@ from evollm.commands.parsing import Subparsers, add_command
 from evollm.config import override
 from evollm.errors import ConfigurationError
 
-# Each says how long a run is.
+# Arguments that each say how long a run is.
 LENGTHS = ("num_epochs", "max_steps", "generations")
 
 
@@ -40,12 +40,12 @@ def _run(options: argparse.Namespace) -> None:
         fix = f"leave it out: the run to resume is {options.run_dir}"
         raise ConfigurationError("resume_from_checkpoint", given["resume_from_checkpoint"], fix)
     from evollm.tuning import tune
-    from evollm.tuning.arguments_file import read_asked
+    from evollm.tuning.arguments_file import arguments_to_resume
 
-    asked = read_asked(options.run_dir, given)
-    # One length instead of all that the run had: the shortest of several would be the run's.
+    arguments = arguments_to_resume(options.run_dir, given)
+    # A length that is given stands for all that the run had: the shortest of several would end the run.
     if any(given.get(name) is not None for name in LENGTHS):
-        asked = {name: value for name, value in asked.items() if name not in LENGTHS}
-    config = override(asked, options.overrides)
+        arguments = {name: value for name, value in arguments.items() if name not in LENGTHS}
+    config = override(arguments, options.overrides)
     result = tune(**config, resume_from_checkpoint=options.run_dir)
     print_ending(result.run_dir, result.report, trusts(config))

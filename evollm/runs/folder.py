@@ -16,10 +16,10 @@ FINAL = "final.safetensors"
 CHECKPOINTS = "checkpoints"
 ELITE = "elite"
 # The keyword arguments of `tune`.
-ASKED = "tune.json"
+TUNE_ARGUMENTS = "tune.json"
 
 # What a run writes from its beginning to its end.
-RUN_FILES = (CONFIG, METRICS, LINEAGE, TIMING, EVALUATIONS, FINAL, CHECKPOINTS, ELITE, ASKED)
+RUN_FILES = (CONFIG, METRICS, LINEAGE, TIMING, EVALUATIONS, FINAL, CHECKPOINTS, ELITE, TUNE_ARGUMENTS)
 
 # From the adapter of an agent in a checkpoint to its run: actor, agent-0, step-000003, checkpoints.
 _DEPTH = 4
@@ -37,8 +37,7 @@ def is_run(folder: Path) -> bool:
 def is_resumed_by_command(folder: Path) -> bool:
     """Whether `evollm resume` takes a run: it was begun by a command, or by `tune` from files."""
     try:
-        asked = json.loads(read_bytes(folder / ASKED))
-        return not asked["objects"]
+        return not json.loads(read_bytes(folder / TUNE_ARGUMENTS))["objects"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 

@@ -1,4 +1,4 @@
-"""A conversation with the base and the best agent of a run, each of which has its own answers before it."""
+"""A conversation with the base and one with the best agent of a run, from the same prompts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from evollm.tuning.winner import Winner
 
 Messages = list[dict[str, str]]
-# A question and its answer.
+# Messages of a turn: a question and its answer.
 _TURN = 2
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What came of a prompt.
+    """The answers to a prompt.
 
     Attributes:
-        answers: The base's and the agent's.
-        forgotten: How many messages from the beginning of the conversation did not fit into the context.
+        answers: Of the base, and of the agent.
+        forgotten: Messages that were left out at the beginning, since the conversation is longer than the context.
     """
 
     answers: tuple[str, str]
@@ -26,13 +26,13 @@ class Turn:
 
 
 class Conversation:
-    """Asks the base and the agent, and keeps what was said.
+    """Asks the base and the agent, and keeps the turns of both.
 
     Args:
         winner: Base and agent.
         max_new_tokens: Longest answer, in tokens.
         uses_template: Whether a prompt is a user's message for the chat template, not a text to be continued.
-        keeps: Whether a prompt follows the turns before it; texts are always by themselves.
+        keeps: Whether a prompt follows the turns before it. Never without the template.
     """
 
     def __init__(self, winner: Winner, max_new_tokens: int, *, uses_template: bool, keeps: bool) -> None:
@@ -40,11 +40,11 @@ class Conversation:
         self.keeps = keeps and uses_template
         self._winner = winner
         self._max_new_tokens = max_new_tokens
-        # Of the base, and of the agent.
+        # The messages of the base's conversation, and of the agent's.
         self._said: tuple[Messages, Messages] = ([], [])
 
     def clear(self) -> None:
-        """Forget what was said."""
+        """Begin anew."""
         self._said = ([], [])
 
     def ask(self, prompt: str) -> Turn:
@@ -68,7 +68,7 @@ class Conversation:
         return Turn((answers[0], answers[1]), forgotten)
 
     def _first_that_fits(self, messages: Sequence[dict[str, str]]) -> int:
-        """Where a conversation has to begin so that it and its answer fit into the context."""
+        """The index of the first message from which conversation and answer fit into the context."""
         limit = self._winner.agent.base.max_positions
         first = 0
         while limit is not None and first + _TURN < len(messages):

@@ -1,4 +1,4 @@
-"""What a run would do, in words, before it is begun."""
+"""What a run would do, in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings as plain data, such as a YAML file holds, turned into the objects that the pieces take."""
+"""`hp_config`, `lora_config` and `model_config` from plain data, such as a YAML file holds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KINDS = {"int": int, "float": float}
 
 
 def as_objects(settings: Mapping[str, Any]) -> Settings:
-    """The settings with mappings of `hp_config`, `lora_config` and `model_config` turned into what the pieces take.
+    """The settings with mappings of `hp_config`, `lora_config` and `model_config` turned into objects.
 
     Raises:
         ConfigurationError: A mapping has an unknown or an impossible entry.
@@ -69,7 +69,7 @@ def _parameter(field: str, entry: object) -> RLParameter:
 
 
 def _is_name(value: object) -> bool:
-    """Whether it is text, and not a number that another reader of YAML took for text."""
+    """Whether it is text and no number such as 1e-5, which PyYAML by itself reads as text."""
     return isinstance(value, str) and not is_number_as_text(value)
 
 
@@ -141,7 +141,7 @@ def _dtype(field: str, value: object) -> torch.dtype:
 
 
 def _made(field: str, make: Callable[..., T], fields: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> T:
-    """Call a library's constructor; what it raises becomes ours, about what was given (None: all of the fields)."""
+    """Call a constructor; whatever it raises becomes a `ConfigurationError` that shows `given` (None: `fields`)."""
     try:
         return make(**copy.deepcopy(dict(fields)))
     except ConfigurationError as error:

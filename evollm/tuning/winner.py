@@ -1,4 +1,4 @@
-"""The best agent of a run: opened, asked, handed on."""
+"""The best agent of a run: loaded, asked for answers, exported."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Winner:
         agent: The agent.
         tokenizer: The base's tokenizer.
         run_dir: The run folder.
-        form: What the run's rows were learnt as: `chat`, `text` or `mixed`; "" where its folder does not say it.
-        found: Which folder the agent is from.
+        form: What the run's rows were: `chat`, `text` or `mixed`; "" where its folder does not say it.
+        found: The agent's folder.
     """
 
     agent: SavableAgent
@@ -54,22 +54,8 @@ class Winner:
 
     @property
     def uses_template(self) -> bool:
-        """Whether prompts go through the chat template, as the rows did that were learnt from."""
+        """Whether prompts go through the chat template, as the run's rows did."""
         return self.form != "text" and bool(getattr(self.tokenizer, "chat_template", None))
-
-    def answers(self, prompt: str, max_new_tokens: int = 128, raw: bool | None = None) -> tuple[str, str]:
-        """The likeliest answers of the base and of the agent to what a user says.
-
-        Args:
-            prompt: A user's message, written out by the tokenizer's chat template, or a text that is to be continued.
-            max_new_tokens: Longest answer, in tokens.
-            raw: Continue the text as it is, template or not: what rows of strings are learnt from. None: as the run's
-                rows were.
-        """
-        raw = not self.uses_template if raw is None else raw
-        asked = prompt if raw else [{"role": "user", "content": prompt}]
-        base, tuned = (self.answer(asked, max_new_tokens, tuned=is_tuned) for is_tuned in (False, True))
-        return base, tuned
 
     def answer(self, prompt: str | Sequence[Mapping[str, str]], max_new_tokens: int, *, tuned: bool) -> str:
         """The likeliest answer of the agent, or of the base.
@@ -137,33 +123,33 @@ def open_winner(
     config = read_config(run_dir)
     folder = usable_path("run_dir", run_dir)
     known = known_of(folder)
-    # Before a model is loaded: there must be an agent.
+    # Without an agent no model need be loaded.
     found = _best_of(folder, config, known) if elite is None else find_agent("elite", elite)
     if found.remark:
         warnings.warn(found.remark, UserWarning, stacklevel=2)
-    asked = known.settings
-    name = model or asked.get("model") or config["base"]
+    arguments = known.settings
+    name = model or arguments.get("model") or config["base"]
     if model is None:
         needed = {"tokenizer", "model_config"} if name else {"model", "tokenizer", "model_config"}
         known.require(needed, run_dir, "give the name or folder of a model that has them (model)")
     if not name:
         raise ConfigurationError("model", None, f"{run_dir} does not name the model that it ran on: give it")
     agent_class = algorithm_named(config["algorithm"].lower()).agent
-    model_config = _model_config(asked, found.path, trust_remote_code)
-    tokenizer = load_tokenizer(asked.get("tokenizer") or name, model_config)
+    model_config = _model_config(arguments, found.path, trust_remote_code)
+    tokenizer = load_tokenizer(arguments.get("tokenizer") or name, model_config)
     base: dict[str, Any] = (
         {"model_config": model_config} if model is None else {"actor_network": load_base_model(model, model_config)}
     )
-    agent = agent_class.load(str(found.path), asked.get("device"), **base)
+    agent = agent_class.load(str(found.path), arguments.get("device"), **base)
     form = config["data"].get("form")
     return Winner(agent, tokenizer, folder, form if form in FORMS else "", found)
 
 
 def _best_of(run_dir: Path, config: Mapping[str, Any], known: TuneArguments) -> FoundAgent:
-    """The best agent of a run whose places lie in its folder.
+    """The best agent of a run that keeps its agents in its folder.
 
     Raises:
-        ConfigurationError: They lie outside of it.
+        ConfigurationError: The run keeps them elsewhere.
         CheckpointError: There is no agent, or it is damaged.
     """
     needed = "elite_path" if has_ended(run_dir) else "checkpoint_path"
@@ -177,13 +163,13 @@ def _best_of(run_dir: Path, config: Mapping[str, Any], known: TuneArguments) -> 
         raise CheckpointError(f"{error} ({when}); go on with it: {resume_of(run_dir)}") from None
 
 
-def _model_config(asked: Mapping[str, Any], elite: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """How the base is loaded: as `tune` was asked to, else as the agent's checkpoint says."""
-    kept = model_config_of(asked.get("model_config"))
+def _model_config(arguments: Mapping[str, Any], elite: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """How the base is loaded: as the arguments of `tune` say, else as the agent's checkpoint does."""
+    kept = model_config_of(arguments.get("model_config"))
     if kept is None:
         kept = reloadable(read_agent_folder(elite).attributes.get("model_config") or {})
-    elif asked.get("dtype") not in (None, AUTO):
-        kept = {**kept, "dtype": asked["dtype"]}
+    elif arguments.get("dtype") not in (None, AUTO):
+        kept = {**kept, "dtype": arguments["dtype"]}
     return {**kept, "trust_remote_code": trust_remote_code}
 
 

@@ -97,7 +97,8 @@ def test_a_prompt_has_the_ids_of_a_row(workplace, adds_bos) -> None:
         assert winner.prompt_ids(prompt).tolist() == pair.prompt_ids.tolist()
         text = prompt if isinstance(prompt, str) else prompt[0]["content"]
         given = winner.answer(prompt, 3, tuned=True)
-        assert winner.answers(text, 3)[1] == given
+        talk = Conversation(winner, 3, uses_template=winner.uses_template, keeps=False)
+        assert talk.ask(text).answers[1] == given
 
 
 def test_what_does_not_fit_is_left_out_from_the_beginning_and_said(workplace, asked, monkeypatch, capsys) -> None:

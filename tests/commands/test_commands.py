@@ -19,7 +19,7 @@ from evollm.commands import COMMANDS
 from evollm.recipes import recipe_names
 from evollm.runs import read_run
 from evollm.training import run as run_module
-from evollm.tuning.arguments_file import read_asked
+from evollm.tuning.arguments_file import arguments_to_resume
 
 # Over every recipe: a run of seconds.
 SMALL = (
@@ -269,10 +269,10 @@ def test_a_run_is_prolonged_by_one_length_and_then_resumed_as_it_is(finished, mo
         assert read_run(finished).config["schedule"]["total"] == total
     assert [one.step for one in read_run(finished).evolutions] == [2, 4, 6, 8, 10]
     # A call that is refused leaves everything as it was.
-    asked = read_asked(finished)
+    asked = arguments_to_resume(finished)
     assert main(["resume", finished, "num_epochs=1"]) == 1
     assert "the checkpoint has 12 steps already" in capsys.readouterr().err
-    assert read_asked(finished) == asked
+    assert arguments_to_resume(finished) == asked
 
 
 def test_resume_takes_its_run_once(tmp_path, capsys) -> None:

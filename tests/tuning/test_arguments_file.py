@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig
 
 from evollm import Callback, ConfigurationError, replay, tune
 from evollm.cli import main
-from evollm.tuning.arguments_file import read_asked, read_tune_arguments, write_tune_arguments
+from evollm.tuning.arguments_file import arguments_to_resume, read_tune_arguments, write_tune_arguments
 from evollm.tuning.from_yaml import lora_config_of, model_config_of
 from evollm.tuning.winner import open_winner
 
@@ -93,16 +93,16 @@ def test_only_what_chooses_weights_is_taken_from_a_run_folder(tmp_path) -> None:
     dropped = {"trust_remote_code": True, "attn_implementation": "somebody/kernel", "code_revision": "x"}
     content = {"settings": {"model_config": kept | dropped}, "objects": []}
     (tmp_path / "tune.json").write_text(json.dumps(content))
-    assert read_asked(tmp_path)["model_config"] == kept
+    assert arguments_to_resume(tmp_path)["model_config"] == kept
     content["settings"]["model_config"] = {"device_map": {"": "cuda"}, "attn_implementation": "sdpa"}
     (tmp_path / "tune.json").write_text(json.dumps(content))
-    assert read_asked(tmp_path)["model_config"] == {"attn_implementation": "sdpa"}
+    assert arguments_to_resume(tmp_path)["model_config"] == {"attn_implementation": "sdpa"}
 
 
 def test_no_password_is_written_into_a_run_folder(begin) -> None:
     run = begin(model_config={"token": "secret", "proxies": {"https": "me:secret@host"}, "dtype": torch.float32})
     assert "secret" not in "".join(path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
-    assert read_asked(run)["model_config"] == {"dtype": "float32"}
+    assert arguments_to_resume(run)["model_config"] == {"dtype": "float32"}
     assert main(["chat", "run", *CHAT]) == 0
 
 
@@ -217,11 +217,11 @@ def test_the_command_goes_on_with_a_replay_and_resume_says_so(begin, capsys) -> 
 def test_a_run_folder_does_not_say_where_tokens_are_kept_outside_it(begin, tmp_path) -> None:
     run = begin(cache_dir="tokens")
     assert list(Path("tokens").iterdir())
-    assert "cache_dir" not in read_asked(run)
+    assert "cache_dir" not in arguments_to_resume(run)
     main(["resume", str(run), "max_steps=3"])
     change(run, cache_dir=str(tmp_path / "trap"))
     main(["resume", str(run), "max_steps=4", "cache_dir=mine"])
     assert list(Path("mine").iterdir())
     assert not (tmp_path / "trap").exists()
     change(run, cache_dir=str(run / "tokens"))
-    assert read_asked(run)["cache_dir"] == str(run / "tokens")
+    assert arguments_to_resume(run)["cache_dir"] == str(run / "tokens")

@@ -20,7 +20,7 @@ from evollm import DPO, ConfigurationError, tune
 from evollm.models.merging import all_logprobs
 from evollm.models.pretrained import load_tokenizer
 from evollm.runs import read_run
-from evollm.tuning.arguments_file import read_asked
+from evollm.tuning.arguments_file import arguments_to_resume
 from evollm.tuning.winner import export, open_winner
 
 SHORT: dict[str, Any] = {
@@ -52,7 +52,7 @@ def test_a_run_that_was_begun_with_relative_paths_is_used_from_anywhere(workplac
     tune("base", ["rows.jsonl"], run_dir="run", cache_dir="cache", tokenizer="base", elite_path="run/best", **SHORT)
     monkeypatch.chdir(workplace / "elsewhere")
     run = "../first/run"
-    asked = read_asked(run)
+    asked = arguments_to_resume(run)
     at = str(workplace / "first")
     assert (asked["model"], asked["tokenizer"], asked["data"]) == (f"{at}/base", f"{at}/base", [f"{at}/rows.jsonl"])
     assert asked["elite_path"] == f"{at}/run/best"
@@ -60,7 +60,7 @@ def test_a_run_that_was_begun_with_relative_paths_is_used_from_anywhere(workplac
     total = read_run(run).config["schedule"]["total"]
 
     winner = open_winner(run)
-    assert len(winner.answers("Question", max_new_tokens=2)) == 2
+    assert isinstance(winner.answer("Question", 2, tuned=True), str)
     export(run, "merged")
     export(run, "adapter", "adapter")
     expected = logprobs_of(winner.agent)
@@ -76,13 +76,13 @@ def test_a_run_that_was_begun_with_relative_paths_is_used_from_anywhere(workplac
 def test_a_base_that_was_moved_is_one_line_and_is_found_where_it_is_given(workplace, monkeypatch) -> None:
     tune("base", "rows.jsonl", run_dir="run", **SHORT)
     shutil.move("base", workplace / "moved")
-    for use in (open_winner, lambda run: DPO.load(f"{run}/elite"), lambda run: tune(**read_asked(run))):
+    for use in (open_winner, lambda run: DPO.load(f"{run}/elite"), lambda run: tune(**arguments_to_resume(run))):
         with pytest.raises(ConfigurationError, match=r"/base'.*no such folder.*moved") as error:
             use("run")
         assert "\n" not in str(error.value)
     assert open_winner("run", model=str(workplace / "moved")).agent.steps > 0
     monkeypatch.chdir(workplace / "elsewhere")
-    asked = {**read_asked("../first/run"), "model": "../moved", "num_epochs": 2}
+    asked = {**arguments_to_resume("../first/run"), "model": "../moved", "num_epochs": 2}
     tune(**asked, resume_from_checkpoint="../first/run")
 
 

@@ -22,7 +22,7 @@ from evollm.data.preference_rows import PAIRS
 from evollm.errors import MissingExtraError
 from evollm.hpo import STRATEGIES, ancestry
 from evollm.runs import read_run
-from evollm.runs.folder import ASKED
+from evollm.runs.folder import TUNE_ARGUMENTS
 from evollm.tuning.arguments_file import read_tune_arguments
 from evollm.tuning.from_yaml import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.parameters import loop_of, parameters_of
@@ -106,7 +106,7 @@ def test_a_run_that_goes_on_longer_has_more_generations_of_the_same_length(tune)
 def test_the_run_folder_keeps_a_none_that_is_no_default(tune) -> None:
     """Resumed with the default instead, the run would delete checkpoints, or let other values evolve."""
     result = tune(max_steps=2, evo_steps=1, keep_last=None, hp_config=None, rl_hp=0.0, report_to=None)
-    asked = json.loads((result.run_dir / ASKED).read_text())["settings"]
+    asked = json.loads((result.run_dir / TUNE_ARGUMENTS).read_text())["settings"]
     assert {name for name, value in asked.items() if value is None} >= {"keep_last", "hp_config"}
     assert not {"test_data", "start_from", "run_dir"} & set(asked)
 
@@ -330,7 +330,7 @@ def test_a_mapping_of_columns_reaches_the_splits_the_gym_and_the_record(tune, tm
     with pytest.raises(DataError, match=r"data=.*lacks chosen and rejected"):
         tune(data=OTHER_NAMES)
     result = tune(data=OTHER_NAMES, columns=COLUMNS)
-    asked = json.loads((result.run_dir / ASKED).read_text())["settings"]
+    asked = json.loads((result.run_dir / TUNE_ARGUMENTS).read_text())["settings"]
     assert asked["columns"] == COLUMNS
     with pytest.raises(ConfigurationError, match=r"columns\.promt='question': is none of"):
         tune(data=OTHER_NAMES, columns={"promt": "question"}, run_dir=tmp_path / "another")
