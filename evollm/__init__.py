@@ -90,6 +90,7 @@ _PARTS = frozenset(
             "checks",
             "data",
             "errors",
+            "execution",
             "foreign",
             "hpo",
             "inspection",

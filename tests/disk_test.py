@@ -28,7 +28,7 @@ from kill_test import count_operations
 from small_run import digest, train
 
 from evollm import EvoLLMError
-from evollm.checkpoints.population import newest_population
+from evollm.checkpoints.steps import newest_population
 from evollm.report import read_run
 
 STEPS = 3

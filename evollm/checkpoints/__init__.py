@@ -4,13 +4,8 @@ from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent
 from evollm.checkpoints.atomic import only_writer, replace_folder
 from evollm.checkpoints.export import save_llm_checkpoint, save_merged_model
 from evollm.checkpoints.policy_archive import save_policy_archive
-from evollm.checkpoints.population import (
-    Population,
-    newest_population,
-    prune_populations,
-    read_population,
-    write_population,
-)
+from evollm.checkpoints.population import Population, read_population, write_population
+from evollm.checkpoints.steps import newest_population, prune_populations
 
 __all__ = [
     "AgentFolder",

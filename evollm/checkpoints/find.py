@@ -9,7 +9,7 @@ from pathlib import Path
 from evollm.checkpoints.agent import ATTRIBUTES
 from evollm.checkpoints.agent import CONFIG as ADAPTER
 from evollm.checkpoints.atomic import existing_folder
-from evollm.checkpoints.population import STATE, has_populations, newest_population, read_state
+from evollm.checkpoints.steps import STATE, has_populations, newest_population, read_state
 from evollm.checks import expanded, usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import EvolutionPlan, Fitness, is_finite, rank

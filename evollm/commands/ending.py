@@ -16,7 +16,7 @@ def print_ending(run_dir: Path, report: Path | None, trusted: bool = False) -> N
         report: Its page, None where none was written.
         trusted: Whether code that comes with the base was run.
     """
-    from evollm.checkpoints.population import has_populations
+    from evollm.checkpoints.steps import has_populations
     from evollm.tuning.arguments_file import known_of, place_of
 
     print(f"\nRun folder: {run_dir}")

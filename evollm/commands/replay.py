@@ -42,7 +42,7 @@ def add_to(commands: Subparsers) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from evollm.runs.folder import is_run
-    from evollm.training.options import new_run_dir
+    from evollm.training.paths import new_run_dir
     from evollm.tuning import replay
 
     run_dir = options.run_dir

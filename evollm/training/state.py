@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
@@ -72,15 +70,15 @@ class Progress:
             },
         }
 
-    def tensors(self) -> dict[str, Tensor]:
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
         """The vectors of `before`, which JSON is too narrow for."""
         if self.before is None:
             return {}
-        return {f"before_{name}": torch.tensor(getattr(self.before, name)) for name in VECTORS[type(self.before)]}
+        return {f"before_{name}": getattr(self.before, name) for name in VECTORS[type(self.before)]}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progress:
-        """Read what `to_dict` and `tensors` gave.
+    def from_dict(cls, data: Mapping[str, Any], arrays: Mapping[str, NDArray[np.generic]]) -> Progress:
+        """Read what `to_dict` and `arrays` gave.
 
         Raises:
             CheckpointError: Something is missing or of another kind.
@@ -88,7 +86,7 @@ class Progress:
         try:
             return cls(
                 founders=[Birth.from_dict(birth) for birth in data["founders"]],
-                before=_read_before(tensors),
+                before=_read_before(arrays),
                 step=int(data["step"]),
                 due=None if data["due"] is None else int(data["due"]),
                 evolutions=[(int(line["step"]), EvolutionPlan.from_dict(line)) for line in data["evolutions"]],
@@ -100,39 +98,11 @@ class Progress:
             raise CheckpointError(f"the progress of the run is incomplete or from elsewhere: {error!r}") from error
 
 
-def _read_before(tensors: Mapping[str, Tensor]) -> AnyEvaluation | None:
-    if not tensors:
+def _read_before(arrays: Mapping[str, NDArray[np.generic]]) -> AnyEvaluation | None:
+    if not arrays:
         return None
-    first, second, kind = next((*names, kind) for kind, names in VECTORS.items() if f"before_{names[0]}" in tensors)
-    return kind(tensors[f"before_{first}"].numpy(), tensors[f"before_{second}"].numpy())
-
-
-def global_generators() -> dict[str, Any]:
-    """States of the generators that a user's own functions may draw from, ready for JSON."""
-    kind, words, *position = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(words).tolist(), *position],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-    }
-
-
-def set_global_generators(state: Mapping[str, Any]) -> None:
-    """Go on where `global_generators` was called.
-
-    Raises:
-        CheckpointError: This is no such state.
-    """
-    try:
-        version, words, gauss = state["python"]
-        random.setstate((version, tuple(words), gauss))
-        np.random.set_state(tuple(state["numpy"]))
-        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-        if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([torch.tensor(one, dtype=torch.uint8) for one in state["cuda"]])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the states of the random generators are incomplete: {error!r}") from error
+    names, kind = next((names, kind) for kind, names in VECTORS.items() if f"before_{names[0]}" in arrays)
+    return kind(*(arrays[f"before_{name}"].astype(np.float64) for name in names))
 
 
 def check_same_run(

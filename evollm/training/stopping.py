@@ -10,8 +10,6 @@ from typing import Any
 
 from typing_extensions import Self
 
-from evollm.processes import Processes
-
 
 class StopSignals:
     """Remembers a SIGTERM or Ctrl-C that comes inside the block; a second one stops at once.
@@ -44,16 +42,12 @@ class StopSignals:
         self.received = number
         print("evollm: saving after this step, then stopping; once more stops at once", file=sys.stderr, flush=True)
 
-    def received_anywhere(self) -> int:
-        """Number of the signal if any of the processes got one, else 0; all must ask at the same moment."""
-        return -Processes.present().smallest(-(self.received or 0))
-
     def stop(self, number: int, going_on: str = "") -> None:
         """End the program as the signal would have.
 
         Args:
             number: Of the signal.
-            going_on: How to go on with the run, which SIGTERM cannot tell whoever sent it: it is printed.
+            going_on: How to go on with the run, printed unless it is empty: SIGTERM cannot tell whoever sent it.
 
         Raises:
             KeyboardInterrupt: It was Ctrl-C.
@@ -61,6 +55,6 @@ class StopSignals:
         """
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if going_on and Processes.present().is_main:
+        if going_on:
             print(f"evollm: stopped; {going_on}", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGTERM)

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
 from evollm.algorithms import ALGORITHMS, DPO, SFT, Algorithm, algorithm_of
 from evollm.algorithms.saving import SavableAgent
-from evollm.checkpoints import only_writer
-from evollm.checks import boolean
-from evollm.errors import ConfigurationError
+from evollm.execution.executor import ExecutorFactory
+from evollm.execution.local import LocalExecutor
 from evollm.foreign import LOOP, LOOP_ORDER, explains
-from evollm.hpo import Mutations, Search, TournamentSelection, likelihood_fitness, preference_fitness
+from evollm.hpo import Mutations, Search, TournamentSelection
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import check_processes
 from evollm.runs.events import Callback
-from evollm.runs.writer import RunFolder
-from evollm.tracking import TRACKERS, Console, tracker_names
-from evollm.training.options import RunOptions, RunPaths, check_callbacks, check_run, new_run_dir
-from evollm.training.population_step import FitnessFunction, check_fitness
-from evollm.training.run import Run
+from evollm.training.prepare import FitnessFunction, check_arguments, check_paths, prepare
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 A = TypeVar("A", bound=SavableAgent)
+GymT_contra = TypeVar("GymT_contra", bound=DatasetGym, contravariant=True)
+P = ParamSpec("P")
+Loop: TypeAlias = Callable[Concatenate[Sequence[A], GymT_contra, ...], tuple[list[A], list[float]]]
 
 
 @explains(LOOP, LOOP_ORDER)
@@ -44,7 +40,7 @@ def finetune_llm_preference(
     tournament: TournamentSelection | None = None,
     mutation: Mutations | None = None,
     search: Search | str | None = None,
-    fitness: FitnessFunction = preference_fitness,
+    fitness: FitnessFunction | None = None,
     update_reference_each_epoch: bool = False,
     run_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
@@ -56,6 +52,7 @@ def finetune_llm_preference(
     num_sample_answers: int = 3,
     callbacks: Sequence[Callback] = (),
     accelerator: Accelerator | None = None,
+    executor: ExecutorFactory = LocalExecutor,
     report_to: str | Sequence[str] | None = None,
     wb: bool = False,
     tensorboard: bool = False,
@@ -98,6 +95,7 @@ def finetune_llm_preference(
         callbacks: Further callbacks.
         accelerator: As given to the agents and the gym. Of several processes each computes a share of every batch, all
             do the same with the results, and the main one writes; your own callbacks are called in all of them.
+        executor: Where the agents are: a class or function that makes an `evollm.execution.executor.Executor` of them.
         report_to: Trackers to write to as well: "tensorboard", "wandb", "trackio" or a list of these, each an extra of
             that name; "none" or None: none. A resumed run goes on with the run that its tracker knows.
         wb: The same as `report_to="wandb"`.
@@ -116,64 +114,48 @@ def finetune_llm_preference(
     return _finetune(ALGORITHMS["dpo"], **locals())
 
 
-@explains(LOOP, LOOP_ORDER)
-def finetune_llm_sft(
-    pop: Sequence[SFT],
-    env: SFTGym,
-    *,
-    num_epochs: int | None = None,
-    max_steps: int | None = None,
-    evo_steps: int | None = None,
-    evaluation_interval: int | None = None,
-    tournament: TournamentSelection | None = None,
-    mutation: Mutations | None = None,
-    search: Search | str | None = None,
-    fitness: FitnessFunction = likelihood_fitness,
-    run_dir: str | Path | None = None,
-    checkpoint_steps: int | None = None,
-    keep_last: int | None = 2,
-    checkpoint_path: str | Path | None = None,
-    save_elite: bool = True,
-    elite_path: str | Path | None = None,
-    resume_from_checkpoint: str | Path | None = None,
-    num_sample_answers: int = 3,
-    callbacks: Sequence[Callback] = (),
-    accelerator: Accelerator | None = None,
-    report_to: str | Sequence[str] | None = None,
-    wb: bool = False,
-    tensorboard: bool = False,
-    verbose: bool = True,
-) -> tuple[list[SFT], list[float]]:
-    """Tune a population on completions, and let it evolve: the stage before preferences.
+class _Checked(Protocol[A, GymT_contra, P]):
+    """A loop as type checkers see it: with its own agents and gym, and the keyword arguments P of another loop."""
 
-    The loop is that of `finetune_llm_preference`, whose arguments these are; those that differ:
+    def __call__(
+        self, pop: Sequence[A], env: GymT_contra, *args: P.args, **arguments: P.kwargs
+    ) -> tuple[list[A], list[float]]: ...
+
+
+def _with_arguments_of(
+    listed: Callable[Concatenate[Sequence[DPO], PreferenceGym, P], object], *without: str
+) -> Callable[[Loop[A, GymT_contra]], _Checked[A, GymT_contra, P]]:
+    """Give a loop the keyword arguments of another one but a few, so that they are listed once."""
+
+    def decorate(loop: Loop[A, GymT_contra]) -> _Checked[A, GymT_contra, P]:
+        own = inspect.signature(loop)
+        by_place = [one for one in own.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        by_name = [one for one in inspect.signature(listed).parameters.values() if one.kind is one.KEYWORD_ONLY]
+        signature = own.replace(parameters=[*by_place, *(one for one in by_name if one.name not in without)])
+
+        @wraps(loop)
+        def complete(*args: Any, **arguments: Any) -> Any:
+            given = signature.bind(*args, **arguments)
+            given.apply_defaults()
+            return loop(*given.args, **given.kwargs)
+
+        complete.__signature__ = signature  # type: ignore[attr-defined]
+        return explains(LOOP, LOOP_ORDER)(complete)
+
+    return decorate
+
+
+@_with_arguments_of(finetune_llm_preference, "update_reference_each_epoch")
+def finetune_llm_sft(pop: Sequence[SFT], env: SFTGym, **arguments: Any) -> tuple[list[SFT], list[float]]:
+    """Tune a population on completions, and let it evolve: the stage before preferences.
 
     Args:
         pop: SFT agents, on one base. A list of one is an ordinary SFT run. Go on with the population that is returned.
         env: Serves the batches; the run begins at its present position.
-        num_epochs: As for preferences, as are all that follow but `fitness`.
-        max_steps: As for preferences.
-        evo_steps: As for preferences.
-        evaluation_interval: As for preferences.
-        tournament: As for preferences.
-        mutation: As for preferences.
-        search: As for preferences.
-        fitness: From a `LikelihoodEvaluation` to a number or a tuple of numbers, larger is better. The default is minus
-            the mean negative log-likelihood of a held-out completion token.
-        run_dir: As for preferences.
-        checkpoint_steps: As for preferences.
-        keep_last: As for preferences.
-        checkpoint_path: As for preferences.
-        save_elite: As for preferences.
-        elite_path: As for preferences; a DPO agent's `load_checkpoint` takes the folder for its next stage.
-        resume_from_checkpoint: As for preferences.
-        num_sample_answers: As for preferences; the answers before are those of the base.
-        callbacks: As for preferences.
-        accelerator: As for preferences.
-        report_to: As for preferences.
-        wb: As for preferences.
-        tensorboard: As for preferences.
-        verbose: As for preferences.
+        **arguments: Those of `finetune_llm_preference` but `update_reference_each_epoch`. A `fitness` is given a
+            `LikelihoodEvaluation`; by default it is minus the mean negative log-likelihood of a held-out completion
+            token. A DPO agent's `load_checkpoint` takes the folder at `elite_path` for its next stage. Sample answers
+            before are those of the base.
 
     Returns:
         The population after the run, and for each agent the first component of its last fitness: with the default
@@ -181,21 +163,19 @@ def finetune_llm_sft(
         to evaluate on.
 
     Raises:
-        ConfigurationError: Something cannot work; found before any training.
-        CheckpointError: Every checkpoint of the run to resume is damaged, or another process writes to the folder.
-        DivergedError: Every agent's loss or gradient has become NaN or infinite.
+        ConfigurationError, CheckpointError, DivergedError: As `finetune_llm_preference` does.
     """
-    return _finetune(ALGORITHMS["sft"], **locals())
+    return _finetune(ALGORITHMS["sft"], pop, env, **arguments)
 
 
-@explains(LOOP, LOOP_ORDER)
+@_with_arguments_of(finetune_llm_preference)
 def finetune(pop: Sequence[A], env: DatasetGym, **arguments: Any) -> tuple[list[A], list[float]]:
     """Tune a population of any algorithm, such as one of your own, and let it evolve.
 
     Args:
         pop: Agents of one algorithm, on one base.
         env: A gym of the algorithm's kind.
-        **arguments: Those of `finetune_llm_preference`. Without a `fitness` it is the algorithm's own.
+        **arguments: Those of `finetune_llm_preference`; the default of `fitness` is the algorithm's own.
 
     Returns:
         The population after the run, and for each agent the first component of its last fitness.
@@ -203,16 +183,7 @@ def finetune(pop: Sequence[A], env: DatasetGym, **arguments: Any) -> tuple[list[
     Raises:
         ConfigurationError, CheckpointError, DivergedError: As `finetune_llm_preference` does.
     """
-    algorithm = algorithm_of(pop[0] if isinstance(pop, Sequence) and pop else pop)
-    given = inspect.signature(finetune).bind(pop, env, **{"fitness": algorithm.fitness, **arguments})
-    given.apply_defaults()
-    return _finetune(algorithm, **given.arguments)
-
-
-# No argument is listed twice.
-_parameters = dict(inspect.signature(finetune_llm_preference).parameters)
-_parameters["fitness"] = _parameters["fitness"].replace(default=None)
-finetune.__signature__ = inspect.Signature([*_parameters.values()])  # type: ignore[attr-defined]
+    return _finetune(algorithm_of(pop[0] if isinstance(pop, Sequence) and pop else pop), pop, env, **arguments)
 
 
 def _finetune(
@@ -220,53 +191,14 @@ def _finetune(
     pop: Sequence[A],
     env: DatasetGym,
     *,
-    fitness: FitnessFunction,
     run_dir: str | Path | None,
     checkpoint_path: str | Path | None,
     elite_path: str | Path | None,
     resume_from_checkpoint: str | Path | None,
-    callbacks: Sequence[Callback],
     accelerator: Accelerator | None,
-    report_to: str | Sequence[str] | None,
-    wb: bool,
-    tensorboard: bool,
-    verbose: bool,
-    **options: Any,
+    **arguments: Any,
 ) -> tuple[list[A], list[float]]:
-    """Check everything, then run; `options` are the fields of `RunOptions`."""
-    asked = RunOptions(**{"update_reference_each_epoch": False, **options})
-    check_run(pop, env, asked, algorithm)
-    check_fitness(fitness, algorithm)
+    """Check everything, then run."""
     processes = check_processes(accelerator)
-    if run_dir is None and resume_from_checkpoint is None:
-        # Its name is the time, which differs a little between processes.
-        run_dir = processes.from_main(str(new_run_dir()))
-    paths = RunPaths.of(run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
-    # Before the main process writes into the folder that others still check.
-    processes.wait()
-    listeners = list(check_callbacks(callbacks))
-    boolean("verbose", verbose)
-    trackers = tracker_names(report_to, wb=wb, tensorboard=tensorboard)
-    if processes.is_main:
-        # Trackers first: one that cannot start leaves no run folder behind, which would be in the way next time.
-        writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
-        listeners = [*writers, *listeners, *([Console()] if verbose else [])]
-    run = Run(pop, env, asked, paths, fitness, listeners)
-    with _only_writer(paths) if processes.is_main else nullcontext():
-        if resume_from_checkpoint is not None:
-            run.resume()
-        return run.train()
-
-
-@contextmanager
-def _only_writer(paths: RunPaths) -> Iterator[None]:
-    """Have the run folder, and a folder of checkpoints apart from it, for this run alone."""
-    with ExitStack() as stack:
-        apart = paths.run_dir not in paths.checkpoints.parents
-        for folder in [paths.run_dir, *([paths.checkpoints] if apart else [])]:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(only_writer(folder, what=folder))
-            except OSError as error:
-                raise ConfigurationError("run_dir", str(folder), f"cannot be written: {error}") from error
-        yield
+    paths = check_paths(processes, run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
+    return prepare(pop, env, check_arguments(algorithm, processes, paths, **arguments)).train()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from evollm.algorithms.saving import SavableAgent
-from evollm.checkpoints import only_writer
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.errors import DivergedError
+from evollm.execution.executor import check_going
+from evollm.execution.worker import global_generators, learn_all, set_global_generators
 from evollm.inspection.forecast import REFERENCE_SHARE, TIMED_TOKENS, usual_pairs
 from evollm.inspection.printing import rough_duration
-from evollm.training.population_step import learn_all
-from evollm.training.run import Run
-from evollm.training.state import global_generators, set_global_generators
-from evollm.tuning.setup import Setup, options_of, paths_of
+from evollm.tuning.setup import Setup
 
 # A step of the run itself is timed where it takes no more than so many seconds.
 QUICK = 5.0
@@ -34,15 +31,15 @@ def rehearse(setup: Setup) -> str:
         CheckpointError: No checkpoint of the run to resume can be read.
         ConfigurationError: The run to resume began with other settings.
     """
-    paths = paths_of(setup.loop)
-    fitness = setup.loop.get("fitness", setup.algorithm.fitness)
-    run = Run(setup.agents, setup.env, options_of(setup.algorithm, setup.loop), paths, fitness, [])
-    if "resume_from_checkpoint" in setup.loop and setup.loop["resume_from_checkpoint"] is not None:
-        with only_writer(paths.run_dir, what=paths.run_dir) if paths.run_dir.is_dir() else nullcontext():
+    run = setup.run
+    run.begin()
+    if run.paths.resumes:
+        with run.paths.only_writer():
             run.resume()
     generators = global_generators()
     try:
-        per_token, how = _seconds_per_token(run.population, setup.env.train_pairs, setup.env.batch_size)
+        per_token, how = _seconds_per_token(run.executor.population(), setup.env.train_pairs, setup.env.batch_size)
+        check_going(run.executor.members())
     except DivergedError as error:
         return f"time: not measured, since the first steps failed: {error}"
     finally:

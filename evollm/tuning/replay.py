@@ -17,7 +17,7 @@ from evollm.algorithms.agent import ACTOR
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import newest_population, read_population
 from evollm.checkpoints.agent import read_agent_folder
-from evollm.checkpoints.population import STATE
+from evollm.checkpoints.steps import STATE
 from evollm.checks import usable_path
 from evollm.data import clock
 from evollm.errors import CheckpointError, ConfigurationError

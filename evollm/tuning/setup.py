@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -38,9 +39,9 @@ from evollm.models.requirements import check_plain_model
 from evollm.names import ALIASES, check_known
 from evollm.processes import check_processes
 from evollm.runs import read_config
-from evollm.tracking import TRACKERS, tracker_names
-from evollm.training.options import RunOptions, RunPaths, Schedule, check_callbacks, check_run
-from evollm.training.population_step import check_fitness
+from evollm.training.options import RunOptions, Schedule
+from evollm.training.prepare import check_arguments, check_paths, prepare
+from evollm.training.run import Run
 from evollm.tuning.from_yaml import as_objects
 from evollm.tuning.parameters import (
     Settings,
@@ -156,14 +157,19 @@ class Setup:
         agents: The population.
         env: Serves the batches.
         loop: Keyword arguments for the loop.
-        schedule: When things happen, in steps.
+        run: The checked run of all that.
     """
 
     algorithm: Algorithm
     agents: list[Any]
     env: DatasetGym
     loop: Settings
-    schedule: Schedule
+    run: Run
+
+    @property
+    def schedule(self) -> Schedule:
+        """When things happen, in steps."""
+        return self.run.schedule
 
 
 def set_up(request: Request) -> Setup:
@@ -175,9 +181,10 @@ def set_up(request: Request) -> Setup:
         CheckpointError: `start_from` cannot be read.
     """
     settings = prepare_settings(request)
-    check_processes(settings.get("accelerator"))
+    processes = check_processes(settings.get("accelerator"))
     resume = settings.get("resume_from_checkpoint")
-    paths = paths_of(settings)
+    names = ("run_dir", "checkpoint_path", "elite_path", "resume_from_checkpoint")
+    paths = check_paths(processes, *(settings.get(name) for name in names))
     for folder in (paths.run_dir, paths.checkpoints):
         check_unlocked(folder)
     # The folder has been checked with the other places.
@@ -188,21 +195,12 @@ def set_up(request: Request) -> Setup:
         check_batch_sizes(settings, env.batch_size)
     # Before the model is loaded, which takes a while.
     loop = _loop(request, settings, env, began)
-    _check_listeners(request.kind, loop)
+    checked = {*names, "pop", "env", "accelerator"}
+    parameters = inspect.signature(loop_of(request.kind)).parameters.values()
+    given = {one.name: loop.get(one.name, one.default) for one in parameters if one.name not in checked}
+    arguments = check_arguments(request.kind, processes, paths, **given)
     agents = make_agents(request, settings, env)
-    options = options_of(request.kind, loop)
-    check_run(agents, env, options, request.kind)
-    return Setup(request.kind, agents, env, loop, Schedule.of(options, env))
-
-
-def paths_of(settings: Settings) -> RunPaths:
-    """Where a run with these settings writes.
-
-    Raises:
-        ConfigurationError: It cannot write there, or something lies there that would be lost.
-    """
-    names = ("run_dir", "checkpoint_path", "elite_path", "resume_from_checkpoint")
-    return RunPaths.of(*(settings.get(name) for name in names))
+    return Setup(request.kind, agents, env, loop, prepare(agents, env, arguments))
 
 
 def check_batch_sizes(settings: Settings, served: int) -> None:
@@ -334,7 +332,7 @@ def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[
     search = loop.pop("search", None)
     _check_search_settings(search, request.settings)
     if evo_steps is None:
-        total = Schedule.of(options_of(request.kind, loop), env).total
+        total = Schedule.of(_options_so_far(request.kind, loop), len(env), held_out=bool(env.test_pairs)).total
         if generations is not None and generations > total:
             raise ConfigurationError("generations", generations, f"the run has {total} steps only: raise num_epochs")
         loop["evo_steps"] = -(-total // (generations or GENERATIONS))
@@ -370,18 +368,8 @@ def _check_search_settings(search: object, given: Settings) -> None:
             raise ConfigurationError(setting, given[setting], fix)
 
 
-def _check_listeners(algorithm: Algorithm, loop: Settings) -> None:
-    """Refuse trackers, also those that are not installed, callbacks and a fitness that the loop would refuse."""
-    names = ("report_to", "wb", "tensorboard", "callbacks")
-    found = {name: loop.get(name, default_of(loop_of(algorithm), name)) for name in names}
-    for name in tracker_names(found["report_to"], wb=found["wb"], tensorboard=found["tensorboard"]):
-        TRACKERS[name]()
-    check_callbacks(found["callbacks"])
-    check_fitness(loop.get("fitness", algorithm.fitness), algorithm)
-
-
-def options_of(algorithm: Algorithm, loop: Settings) -> RunOptions:
-    """The loop's arguments, checked by the loop's own checks; those of evolution as far as they are there."""
+def _options_so_far(algorithm: Algorithm, loop: Settings) -> RunOptions:
+    """The loop's arguments, checked by the loop's own checks, before the search is among them."""
     defaults = {name: default_of(loop_of(algorithm), name) for name in RunOptions.__dataclass_fields__}
     found = {name: loop.get(name, default) for name, default in defaults.items()}
     if found["tournament"] is None and found["search"] is None:

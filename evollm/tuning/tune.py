@@ -19,7 +19,6 @@ from evollm.runs import Lineage, Schedule
 from evollm.runs.events import Callback, Evolved, RunEnded, RunStarted
 from evollm.tuning.arguments_file import write_tune_arguments
 from evollm.tuning.describe import describe
-from evollm.tuning.parameters import loop_of
 from evollm.tuning.rehearsal import rehearse
 from evollm.tuning.setup import Request, Setup, request_of, set_up
 
@@ -126,9 +125,9 @@ def validate(model: Any, data: Any, **settings: Any) -> str:
 
 def _run(request: Request, setup: Setup) -> TuneResult:
     notes = _Notes(_resolved(request, setup))
-    loop = {**setup.loop, "callbacks": [*setup.loop.get("callbacks", ()), notes]}
-    population, fitnesses = loop_of(setup.algorithm)(setup.agents, setup.env, **loop)
-    run_dir = notes.started.run_dir
+    setup.run.callbacks.append(notes)
+    population, fitnesses = setup.run.train()
+    run_dir = setup.run.paths.run_dir
     return TuneResult(
         best=next(agent for agent in population if agent.index == notes.ended.best),
         population=population,

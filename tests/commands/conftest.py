@@ -11,7 +11,7 @@ import pytest
 from command_runs import MESSAGES, ROWS, train
 from tokenizers_for_tests import chatml_tokenizer
 
-from evollm.training import run as run_module
+from evollm.execution import worker as worker_module
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def interrupted(workplace, monkeypatch) -> Any:
     """From arguments of a run to its status: it is stopped by a signal in a step, the third by default."""
 
     def begin(*arguments: str, step: int = 3, number: int = signal.SIGINT) -> int:
-        learn_all, steps = run_module.learn_all, []
+        learn_all, steps = worker_module.learn_all, []
 
         def stopping(*args: Any) -> Any:
             steps.append(1)
@@ -42,7 +42,7 @@ def interrupted(workplace, monkeypatch) -> Any:
             return learn_all(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "learn_all", stopping)
+            patch.setattr(worker_module, "learn_all", stopping)
             return train(*arguments)
 
     return begin

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evollm import load_policy_archive
 from evollm.cli import main
 from evollm.commands import COMMANDS
+from evollm.execution import worker as worker_module
 from evollm.recipes import recipe_names
 from evollm.runs import read_run
-from evollm.training import run as run_module
 from evollm.tuning.arguments_file import arguments_to_resume
 
 # Over every recipe: a run of seconds.
@@ -242,7 +242,7 @@ def test_recipes_lists_and_prints(capsys) -> None:
 def test_resume_ends_with_the_bits_of_a_run_that_was_not_interrupted(folder, monkeypatch, capsys) -> None:
     arguments = ("--recipe", "population", "population=2", "generations=4", "checkpoint_steps=1", "lr=1e-4")
     assert train(*arguments, "run_dir=whole") == 0
-    learn_all, steps = run_module.learn_all, []
+    learn_all, steps = worker_module.learn_all, []
 
     def interrupted(*args):
         steps.append(1)
@@ -250,10 +250,10 @@ def test_resume_ends_with_the_bits_of_a_run_that_was_not_interrupted(folder, mon
             raise KeyboardInterrupt
         return learn_all(*args)
 
-    monkeypatch.setattr(run_module, "learn_all", interrupted)
+    monkeypatch.setattr(worker_module, "learn_all", interrupted)
     assert train(*arguments, "run_dir=cut") == 130
     assert "Traceback" not in capsys.readouterr().err
-    monkeypatch.setattr(run_module, "learn_all", learn_all)
+    monkeypatch.setattr(worker_module, "learn_all", learn_all)
     assert main(["resume", "cut"]) == 0
     whole, cut = (Path(name, "elite/actor/adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert whole == cut

@@ -21,9 +21,9 @@ from evollm import DPO, tune
 from evollm.checkpoints.find import find_agent
 from evollm.cli import main
 from evollm.config import override
+from evollm.execution import worker as worker_module
 from evollm.report import write_report
 from evollm.runs import read_run
-from evollm.training import run as run_module
 
 NAME = 'my $(run)\'s "ü" [b]:smile: run'
 ACTOR = "actor/adapter_model.safetensors"
@@ -110,7 +110,7 @@ def test_a_script_and_a_replay_are_told_how_they_go_on(interrupted, monkeypatch,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "learn_all", stop)
+        patch.setattr(worker_module, "learn_all", stop)
         assert main(["replay", "run", "--max-steps", "2", "--run-dir", "the replay"]) == 130
         said = capsys.readouterr().err.splitlines()[-1]
         with pytest.raises(KeyboardInterrupt, match="go on with resume_from_checkpoint='script'"):

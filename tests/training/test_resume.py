@@ -25,8 +25,8 @@ from evollm import (
     finetune_llm_preference,
 )
 from evollm.checkpoints import read_agent_folder
+from evollm.execution import local as local_module
 from evollm.hpo import TournamentSearch
-from evollm.training import run as run_module
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
 
@@ -136,14 +136,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, tmp_path
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, tmp_path, monkeypatch) -> None:
     whole = end(tmp_path / "whole", run("whole"))
-    write, full = run_module.write_population, {"now": False}
+    write, full = local_module.write_population, {"now": False}
 
     def write_unless_full(*args) -> None:
         if full["now"]:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(*args)
 
-    monkeypatch.setattr(run_module, "write_population", write_unless_full)
+    monkeypatch.setattr(local_module, "write_population", write_unless_full)
     with pytest.warns(UserWarning, match=r"step \d could not be saved.*No space left"):
         population = run("full", callbacks=[StopAt(4, lambda: full.update(now=True))])
     assert end(tmp_path / "full", population) == whole

@@ -12,7 +12,7 @@ from snapshots import actor_bits
 
 from evollm import DPO, Callback, CheckpointError, PreferenceGym, finetune_llm_preference, replay
 from evollm.checkpoints.atomic import MANIFEST, seal
-from evollm.checkpoints.population import STATE
+from evollm.checkpoints.steps import STATE
 from evollm.models import SharedBase, budget, layers
 from evollm.models.engine import Engine
 

@@ -24,11 +24,11 @@ from evollm import (
     replay,
 )
 from evollm.checkpoints import read_agent_folder, save_llm_checkpoint
+from evollm.execution import worker as worker_module
 from evollm.hpo import Birth, Result, SearchPlan, SearchStart, TournamentSearch
 from evollm.models.reference_cache import ReferenceCache
 from evollm.report import read_run
 from evollm.report.tree import family_tree
-from evollm.training import run as run_module
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-1), beta=RLParameter(0.05, 0.5))
 STEPS = 7
@@ -228,9 +228,9 @@ def impossible(births: list[Birth]) -> list[Birth]:
 
 
 def test_a_plan_that_cannot_be_carried_out_is_refused_before_anybody_is_changed(run, monkeypatch) -> None:
-    carried_out, carry_out = [], run_module.carry_out
+    carried_out, carry_out = [], worker_module.carry_out
     noted = lambda births, *rest: carried_out.append(births) or carry_out(births, *rest)  # noqa: E731
-    monkeypatch.setattr(run_module, "carry_out", noted)
+    monkeypatch.setattr(worker_module, "carry_out", noted)
     with pytest.raises(ConfigurationError, match=r"lr=-1\.0"):
         run("run", search=Scripted(change=impossible))
     assert len(carried_out) == 1, "the founders' alone"

@@ -27,9 +27,9 @@ from evollm import (
 )
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.cli import main
+from evollm.execution import worker as worker_module
 from evollm.models import engine as engine_module
 from evollm.runs import read_run
-from evollm.training import run as run_module
 from evollm.tuning.replay import Script
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-3, 1e-2), beta=RLParameter(0.05, 0.5), nll_alpha=RLParameter(0.1, 1))
@@ -83,7 +83,7 @@ def test_replay_makes_the_winners_adapter_bit_for_bit(run, made) -> None:
 
 def test_a_replay_that_was_interrupted_goes_on(run, made, monkeypatch) -> None:
     folder = run()
-    learn_all, steps = run_module.learn_all, []
+    learn_all, steps = worker_module.learn_all, []
 
     def interrupted(*args):
         steps.append(1)
@@ -91,7 +91,7 @@ def test_a_replay_that_was_interrupted_goes_on(run, made, monkeypatch) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return learn_all(*args)
 
-    monkeypatch.setattr(run_module, "learn_all", interrupted)
+    monkeypatch.setattr(worker_module, "learn_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         again(folder, *made(1))
     result = replay(folder, *made(1), resume_from_checkpoint=folder.parent / "replay", verbose=False)

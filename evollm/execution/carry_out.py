@@ -38,7 +38,7 @@ class EvolvableAgent(Protocol):
 
 
 def carry_out(
-    births: Sequence[Birth], population: Sequence[AgentT], restart: Callable[[AgentT], object] | None = None
+    births: Sequence[Birth], population: Sequence[AgentT], make: Callable[[AgentT, Birth], object] | None = None
 ) -> list[AgentT]:
     """Turn a population into the next one.
 
@@ -49,18 +49,18 @@ def carry_out(
     Args:
         births: The next population, planned from this one.
         population: The agents; the objects are reused, so it is used up by the call.
-        restart: Makes of an agent what the first agent of the run was at its beginning; for births without a parent.
+        make: Makes an agent what a birth without a parent begins as, such as the first agent of the run.
 
     Returns:
         The agents of the births, in their order.
 
     Raises:
         ConfigurationError: If the births were planned for other agents, or one has no parent and there is no
-            `restart`. Nothing has been changed then.
+            `make`. Nothing has been changed then.
     """
     by_index = {agent.index: agent for agent in population}
     parents = [birth.parent for birth in births]
-    known = {*by_index, *([] if restart is None else [None])}
+    known = {*by_index, *([] if make is None else [None])}
     again = {birth.index for birth in births if birth.parent != birth.index} & by_index.keys()
     if len(by_index) != len(population) or not set(parents) <= known or again:
         planned = sorted({parent for parent in parents if parent is not None})
@@ -73,10 +73,10 @@ def carry_out(
     generation: list[AgentT] = []
     for slot, birth in enumerate(births):
         if birth.parent is None:
-            assert restart is not None
+            assert make is not None
             # Whoever is cloned here, nothing of it stays.
             agent = spare.pop(0) if spare else (generation or list(population))[0].clone(birth.index)
-            restart(agent)
+            make(agent, birth)
             agent.index = birth.index
             generation.append(_with_values(agent, birth))
             continue

@@ -1,0 +1,320 @@
+"""One base, one gym and live agents: all of a run that touches torch."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from evollm.algorithms import algorithm_of
+from evollm.algorithms.agent import ACTOR, OWN, REFERENCE
+from evollm.algorithms.references import BROKEN, REASON
+from evollm.algorithms.saving import SavableAgent
+from evollm.checkpoints import AgentFolder, Population
+from evollm.errors import CheckpointError, ConfigurationError
+from evollm.execution.carry_out import carry_out
+from evollm.execution.executor import Description, Member
+from evollm.hpo import AnyEvaluation, Birth
+from evollm.llm_envs import DatasetGym
+from evollm.models import AdapterShares
+from evollm.models.engine import Engine
+from evollm.models.fingerprints import adapter_fingerprint, computing_settings
+from evollm.models.generation import greedy_answers
+from evollm.processes import Processes
+from evollm.runs.events import SampleAnswer, StepDone
+from evollm.version import __version__
+
+A = TypeVar("A", bound=SavableAgent)
+_NOBODY: Mapping[int, AgentFolder] = MappingProxyType({})
+
+
+class Worker:
+    """Some agents of a run on one base, and the batches that they learn from.
+
+    An executor may have several. Members of one worker share passes through the base, those of different workers do
+    not, so the shapes of passes and with them roundings depend on who is with whom.
+
+    Args:
+        agents: At least one. The worker clones from it while it has no members.
+        env: Serves the batches. Each worker needs its own position in it: a shallow copy is enough.
+    """
+
+    def __init__(self, agents: Sequence[SavableAgent], env: DatasetGym) -> None:
+        self.agents = list(agents)
+        self.env = env
+        self.base = agents[0].base
+        self._algorithm = algorithm_of(agents[0])
+        self._engine = Engine.of(self.base)
+        self._shares = AdapterShares(self.base)
+        # What scores are measured against. Where references move, all agents and epochs need one that stays.
+        self._fixed_reference: str | None = OWN
+        # What fresh agents begin as, and the fingerprint of its adapter when the run began.
+        self._beginning: AgentFolder | None = None
+        self._began_as: str | None = None
+        # Without members it keeps one agent, to make others of.
+        self._spare: list[SavableAgent] = []
+
+    def describe(self) -> Description:
+        """Say what the agents and their data are; see `Executor.describe`."""
+        first, env, base = self.agents[0], self.env, self.base
+        config = {
+            "algorithm": first.algorithm,
+            "words": asdict(first.words),
+            "base": base.name,
+            "base_dtype": str(base.network.dtype),
+            "base_fingerprint": base.weights_fingerprint,
+            "device": str(first.device),
+            "lora": computing_settings(base.config(first.actor_adapter)),
+            "settings": asdict(first.settings),
+            "hp_config": first.hp_config.to_dict() if first.hp_config else None,
+            "data": {
+                "batch_size": env.batch_size,
+                "noun": env.row_format.noun,
+                "form": env.form,
+                "reports": [str(report) for report in env.reports.values()],
+                "fingerprint": env.fingerprint,
+                "digests": env.digests,
+                "written_at": env.written_at.isoformat(),
+                "position": env.state_dict(),
+            },
+            # Its own from the code that runs, which need not be installed.
+            "versions": {"evollm": __version__}
+            | {name: version(name) for name in ("torch", "transformers", "peft", "datasets")}
+            | {"python": platform.python_version()},
+        }
+        rows = {"train": len(env.train_pairs), "test": len(env.test_pairs), "final": len(env.final_pairs)}
+        trusts = bool(base.model_config.get("trust_remote_code"))
+        return Description(config, rows, len(env), first.hp_config, trusts, f"{REASON}: {BROKEN}")
+
+    def members(self) -> list[Member]:
+        """Return the agents as plain data."""
+        return [
+            Member(agent.index, agent.hyperparameter_values(), agent.steps, agent.num_tokens, agent.diverged)
+            for agent in self.agents
+        ]
+
+    def agent(self, index: int) -> SavableAgent:
+        """The agent of an index."""
+        return next(agent for agent in self.agents if agent.index == index)
+
+    def begin(
+        self, births: Sequence[Birth] | None, *, moving_references: bool, first: AgentFolder | None = None
+    ) -> None:
+        """Begin a run; see `Executor.begin`.
+
+        Args:
+            births: Those of the members that this worker holds.
+            moving_references: Whether references move.
+            first: The run's first agent, where it is another worker's.
+        """
+        self._moving_references = moving_references
+        if moving_references:
+            self._fixed_reference = (
+                self.base.retain(str(self.agents[0].adapter(REFERENCE)))
+                if first is None
+                else self.base.frozen_adapter(first.adapter(REFERENCE), REFERENCE)
+            )
+            self._shares["fixed_reference"] = self._fixed_reference
+        if births is not None:
+            self.check(births)
+            self._beginning = first or self.export(self.agents[0].index)
+            self._began_as = _fingerprint(self._beginning)
+            self.apply(births)
+        # Entries carry the rounding of the batches that they were computed in: a run starts from none, so that its bits
+        # do not depend on what ran before it on the same base.
+        self.base.reference_cache.clear()
+        self._engine.begin((self.agents or self._spare)[0].actor_adapter)
+
+    def learn(self, done: int, until: int) -> Iterator[StepDone]:
+        """Learn step by step; see `Executor.learn`."""
+        for step in range(done + 1, until + 1):
+            if self._moving_references and step > 1 and (step - 1) % len(self.env) == 0:
+                for agent in self.agents:
+                    agent.set_reference_policy(agent.reference_update_tracker + 1)
+            metrics = learn_all(self.agents, self.env.next_batch())
+            yield StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
+
+    def evaluate(self, split: str, indices: Sequence[int] | None = None) -> dict[int, AnyEvaluation]:
+        """Score agents on a split; see `Executor.evaluate`."""
+        going = [agent for agent in self.agents if not agent.diverged]
+        agents = going if indices is None else [self.agent(index) for index in indices]
+        if not agents:
+            return {}
+        found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference)
+        return {agent.index: evaluation for agent, evaluation in zip(agents, found, strict=True)}
+
+    def note_scores(self, scores: Mapping[int, float]) -> None:
+        """Note the score of each agent."""
+        for agent in self.agents:
+            agent.fitness.append(scores[agent.index])
+
+    def check(self, births: Sequence[Birth]) -> None:
+        """Refuse values that no agent can have.
+
+        Raises:
+            ConfigurationError: There are some.
+        """
+        for birth in births:
+            (self.agents or self._spare)[0].check_hyperparameters(birth.hyperparameters)
+
+    def apply(self, births: Sequence[Birth], arriving: Mapping[int, AgentFolder] = _NOBODY) -> None:
+        """Make the agents those of a plan; see `Executor.apply`.
+
+        Args:
+            births: Those of the members that this worker holds from now on.
+            arriving: By the index of the birth, the parent's export where another worker has the parent.
+        """
+
+        def make(agent: SavableAgent, birth: Birth) -> None:
+            """Make an agent what a folder holds: weights, reference, moments, counters."""
+            folder = arriving[birth.index] if birth.index in arriving else copy.deepcopy(self._first())
+            agent.load_folder(folder, overwrite_reference_adapter=False)
+
+        here = [replace(birth, parent=None) if birth.index in arriving else birth for birth in births]
+        if births:
+            self.agents, self._spare = carry_out(here, self.agents or self._spare, make), []
+        elif self.agents:
+            for agent in self.agents[1:]:
+                agent.release()
+            self.agents, self._spare = [], self.agents[:1]
+            # No member's, which may come back from another worker.
+            self._spare[0].index = -1
+        for agent, birth in zip(self.agents, here, strict=True):
+            # Of one that is kept, too: who begins may have other values than it was given with.
+            agent.set_hyperparameters(birth.hyperparameters)
+
+    def export(self, index: int) -> AgentFolder:
+        """An agent as plain data of its own, for another worker or for later."""
+        return copy.deepcopy(self.agent(index).to_folder())
+
+    def _first(self) -> AgentFolder:
+        """What the first agent was when the run began."""
+        assert self._beginning is not None
+        if _fingerprint(self._beginning) != self._began_as:
+            fix = "begin with other weights than those that the run began with, and the search wants a fresh agent: "
+            raise ConfigurationError("pop", "the agents", f"{fix}make them as they were made then")
+        return self._beginning
+
+    def saved(self) -> Population:
+        """Return the agents, and all else that later steps depend on."""
+        state = {
+            "env": self.env.state_dict(),
+            "began_as": self._began_as,
+            "engine": self._engine.state_dict(),
+            "generators": global_generators(),
+        }
+        moves = self._fixed_reference is not None and self._fixed_reference != OWN
+        return Population(
+            [agent.to_folder() for agent in self.agents],
+            state,
+            fixed_reference=self.base.export(str(self._fixed_reference)) if moves else None,
+            reference_logprobs=self.base.reference_cache,
+        )
+
+    def load(self, saved: Population) -> None:
+        """Go on where `saved` was called.
+
+        Raises:
+            CheckpointError: Its state is incomplete or damaged.
+        """
+        missing = {"env", "began_as", "generators"} - saved.state.keys()
+        if missing:
+            raise CheckpointError(f"the checkpoint is none of this run: it lacks {sorted(missing)}")
+        known = self.agents or self._spare
+        for agent in known[max(1, len(saved.agents)) :]:
+            agent.release()
+        self.agents = known[: len(saved.agents)]
+        self._spare = [] if saved.agents else known[:1]
+        self.agents += [known[0].clone() for _ in saved.agents[len(self.agents) :]]
+        for agent, folder in zip(self.agents, saved.agents, strict=True):
+            agent.load_folder(folder, overwrite_reference_adapter=False)
+        if saved.fixed_reference is not None:
+            self._shares.release()
+            self._fixed_reference = self.base.frozen_adapter(saved.fixed_reference, REFERENCE)
+            self._shares["fixed_reference"] = self._fixed_reference
+        self._began_as = saved.state["began_as"]
+        self.env.load_state_dict(saved.state["env"])
+        self._engine.load_state_dict(saved.state.get("engine"))
+        self.base.reference_cache.update(saved.reference_logprobs)
+        set_global_generators(saved.state["generators"])
+
+    def answers(self, index: int, split: str, count: int) -> list[SampleAnswer]:
+        """Answer prompts before and after; see `Executor.answers`."""
+        # Of a sharded base all have to go along.
+        if not (Processes.present().is_main or self.base.is_sharded):
+            return []
+        examples = self.env.reports[split].examples
+        wanted = min(count, len(examples))
+        examples = tuple(examples[number * len(examples) // wanted] for number in range(wanted))
+        pairs = self.env.evaluation_pairs(split)
+        prompts = [pairs[example.position].prompt_ids for example in examples]
+        agent, before_tuning = self.agent(index), self._fixed_reference
+        if before_tuning == OWN:
+            before_tuning = agent.adapter(REFERENCE) if self._algorithm.has_reference else None
+        before, after = (
+            greedy_answers(self.base, adapter, prompts, self.env.tokenizer, cut_mark="…")
+            for adapter in (before_tuning, agent.actor_adapter)
+        )
+        return [
+            SampleAnswer(example.question, first, second, example.turns)
+            for example, first, second in zip(examples, before, after, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Give back what was there for the run alone; the agents stay."""
+        self._shares.release()
+        for agent in self._spare:
+            agent.release()
+        self._spare = []
+
+
+def _fingerprint(folder: AgentFolder) -> str:
+    actor = folder.adapter(ACTOR)
+    return adapter_fingerprint(actor.config, actor.tensors)
+
+
+def learn_all(agents: Sequence[SavableAgent], batch: Any) -> dict[int, dict[str, float]]:
+    """Let every agent that has not diverged learn from the same batch.
+
+    Returns:
+        The metrics of `learn` by agent.
+    """
+    going = [agent for agent in agents if not agent.diverged]
+    learnt = algorithm_of(going[0]).learn(going, batch) if going else []
+    return {agent.index: found for agent, found in zip(going, learnt, strict=True)}
+
+
+def global_generators() -> dict[str, Any]:
+    """States of the generators that a user's own functions may draw from, ready for JSON."""
+    kind, words, *position = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(words).tolist(), *position],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def set_global_generators(state: Mapping[str, Any]) -> None:
+    """Go on where `global_generators` was called.
+
+    Raises:
+        CheckpointError: This is no such state.
+    """
+    try:
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(tuple(state["numpy"]))
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([torch.tensor(one, dtype=torch.uint8) for one in state["cuda"]])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the states of the random generators are incomplete: {error!r}") from error

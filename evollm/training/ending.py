@@ -1,0 +1,98 @@
+"""The end of a run: who is best, its folder, the final scores and answers."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evollm.checkpoints.steps import newest_population
+from evollm.errors import DivergedError, EvoLLMError
+from evollm.execution.executor import Executor, Member
+from evollm.hpo import Fitness, is_finite, rank
+from evollm.runs.events import RunEnded
+from evollm.training.options import RunOptions
+from evollm.training.paths import RunPaths
+from evollm.training.state import Progress
+
+
+def final_split(rows: Mapping[str, int]) -> str:
+    """The split of the scores before and after; "" when there are no rows to score on."""
+    return next((split for split in ("final", "test") if rows[split]), "")
+
+
+def best_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness]) -> int:
+    """Index of the fittest member; when nothing could be evaluated, of the first that has not diverged.
+
+    Raises:
+        DivergedError: No member has a finite fitness.
+    """
+    if not fitnesses:
+        return next(member.index for member in members if not member.diverged)
+    best = members[rank([fitnesses[member.index] for member in members])[0]].index
+    if not is_finite(fitnesses[best]):
+        raise DivergedError(f"no agent has a finite fitness: {dict(fitnesses)}")
+    return best
+
+
+def second_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness], best: int) -> int | None:
+    """Index of the fittest of the others, None when none has a finite fitness."""
+    others = [member.index for member in members if member.index != best and member.index in fitnesses]
+    second = [others[position] for position in rank([fitnesses[index] for index in others])[:1]]
+    return next((index for index in second if is_finite(fitnesses[index])), None)
+
+
+def end(
+    executor: Executor, progress: Progress, options: RunOptions, paths: RunPaths, rows: Mapping[str, int]
+) -> RunEnded:
+    """Save the best agent, score it and the one that came second, and let it answer."""
+    members = executor.members()
+    best = best_of(members, progress.fitnesses)
+    best_path = _save_elite(executor, best, paths) if options.save_elite else None
+    second = second_of(members, progress.fitnesses, best)
+    split = final_split(rows)
+    podium = [index for index in (best, second) if index is not None]
+    scores = executor.evaluate(split, podium) if split else {}
+    return RunEnded(
+        step=progress.step,
+        best=best,
+        best_path=best_path,
+        split=split,
+        before=progress.before,
+        after=scores.get(best),
+        samples=executor.answers(best, split, options.num_sample_answers) if split else [],
+        runner_up=second,
+        runner_up_score=None if second is None else scores.get(second),
+    )
+
+
+def _save_elite(executor: Executor, best: int, paths: RunPaths) -> Path | None:
+    """Save the best agent, elsewhere if there is no room where it belongs; None where there is no room at all."""
+    error = _try_to_save(executor, best, paths.elite)
+    if not error:
+        return paths.elite
+    # Of several processes the main one writes; its name is the one that counts.
+    elsewhere = Path(tempfile.gettempdir()) / f"evollm-elite-{secrets.token_hex(4)}"
+    again = ""
+    if newest_population(paths.checkpoints) is not None:
+        again = ", or resume the run once there is room"
+    failed = f"the best agent could not be saved to {paths.elite} ({error})"
+    if not _try_to_save(executor, best, elsewhere):
+        fix = f"it was saved to {elsewhere} instead: move it there{again}"
+        warnings.warn(f"{failed}; {fix}", UserWarning, stacklevel=2)
+        return elsewhere
+    fix = f"it is in memory alone: call save_checkpoint with a path where there is room{again}"
+    warnings.warn(f"{failed}; {fix}", UserWarning, stacklevel=2)
+    return None
+
+
+def _try_to_save(executor: Executor, index: int, path: Path) -> str:
+    """Save an agent; returns why it could not be saved, which all processes learn, or an empty text."""
+    reason = ""
+    try:
+        executor.save_agent(index, path)
+    except (OSError, EvoLLMError) as error:
+        reason = str(error)
+    return str(executor.processes.from_main(reason))

@@ -1,0 +1,189 @@
+"""From what a user passes to a checked run: everything is checked here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from evollm.algorithms import Algorithm
+from evollm.algorithms.fit import check_base, check_gym
+from evollm.algorithms.saving import SavableAgent
+from evollm.algorithms.settings import check_evolution
+from evollm.checks import boolean
+from evollm.errors import ConfigurationError
+from evollm.execution.executor import ExecutorFactory
+from evollm.hpo import as_fitness
+from evollm.llm_envs import DatasetGym
+from evollm.processes import Processes
+from evollm.runs.events import Callback
+from evollm.runs.writer import RunFolder
+from evollm.tracking import TRACKERS, Console, tracker_names
+from evollm.training.options import RunOptions, Schedule
+from evollm.training.paths import RunPaths, new_run_dir
+from evollm.training.run import Run
+
+A = TypeVar("A", bound=SavableAgent)
+# From the evaluation of its algorithm to a number or a tuple of numbers.
+FitnessFunction = Callable[[Any], object]
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """The arguments of a run, checked as far as they can be without agents.
+
+    Attributes:
+        algorithm: How its agents learn.
+        options: What it was asked for.
+        paths: Where it writes.
+        fitness: Scores an evaluation.
+        callbacks: Told of every event, in this order.
+        executor: Makes what holds the agents.
+    """
+
+    algorithm: Algorithm
+    options: RunOptions
+    paths: RunPaths
+    fitness: FitnessFunction
+    callbacks: Sequence[Callback]
+    executor: ExecutorFactory
+
+
+def check_paths(
+    processes: Processes, run_dir: object, checkpoint_path: object, elite_path: object, resume_from_checkpoint: object
+) -> RunPaths:
+    """Where a run writes, the same in all processes.
+
+    Raises:
+        ConfigurationError: It cannot write there, or something lies there that would be lost.
+        CheckpointError: The settings of the run to resume are damaged.
+    """
+    if run_dir is None and resume_from_checkpoint is None:
+        # Its name is the time, which differs a little between processes.
+        run_dir = processes.from_main(str(new_run_dir()))
+    return RunPaths.of(run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
+
+
+def check_arguments(
+    algorithm: Algorithm,
+    processes: Processes,
+    paths: RunPaths,
+    *,
+    fitness: FitnessFunction | None,
+    callbacks: Sequence[Callback],
+    executor: ExecutorFactory,
+    report_to: str | Sequence[str] | None,
+    wb: bool,
+    tensorboard: bool,
+    verbose: bool,
+    **options: Any,
+) -> RunArguments:
+    """Check what a run is asked for; `options` are the fields of `RunOptions`.
+
+    Raises:
+        ConfigurationError: Something cannot work.
+        MissingExtraError: A tracker is not installed.
+    """
+    asked = RunOptions(**{"update_reference_each_epoch": False, **options})
+    fitness = algorithm.fitness if fitness is None else fitness
+    check_fitness(fitness, algorithm)
+    if not callable(executor):
+        fix = "must be a class or a function from agents and gym to an evollm.execution.executor.Executor"
+        raise ConfigurationError("executor", executor, fix)
+    listeners = list(check_callbacks(callbacks))
+    boolean("verbose", verbose)
+    trackers = tracker_names(report_to, wb=wb, tensorboard=tensorboard)
+    if processes.is_main:
+        # Trackers first: one that cannot start leaves no run folder behind, which would be in the way next time.
+        writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
+        listeners = [*writers, *listeners, *([Console()] if verbose else [])]
+    return RunArguments(algorithm, asked, paths, fitness, listeners, executor)
+
+
+def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
+    """Make a run of agents and gym, ready for `train`.
+
+    Raises:
+        ConfigurationError: They and the arguments do not fit together.
+    """
+    check_run(pop, env, arguments.options, arguments.algorithm)
+    executor = arguments.executor(pop, env)
+    return Run(executor, arguments.options, arguments.paths, arguments.fitness, arguments.callbacks)
+
+
+def check_fitness(fitness: object, algorithm: Algorithm) -> None:
+    """Try a fitness function on the evaluation of an untuned agent, before any training.
+
+    Raises:
+        ConfigurationError: It cannot be called, or returns something else than numbers.
+    """
+    if not callable(fitness):
+        raise ConfigurationError(
+            "fitness", fitness, "must be a function from an Evaluation to a number or a tuple of them"
+        )
+    as_fitness(fitness(algorithm.trial))
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
+    """Refuse what is no callback.
+
+    Raises:
+        ConfigurationError: Something in the list, or the list itself, is something else.
+    """
+    if not isinstance(callbacks, Sequence) or not all(isinstance(item, Callback) for item in callbacks):
+        raise ConfigurationError("callbacks", callbacks, "must be a list of instances of children of evollm.Callback")
+    return callbacks
+
+
+def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunOptions, algorithm: Algorithm) -> None:
+    """Find what cannot work before any training time is spent.
+
+    Raises:
+        ConfigurationError: The population, the environment and the options do not fit together.
+    """
+    _check_types(population, env, algorithm)
+    if len({id(agent.base) for agent in population}) > 1:
+        names = sorted({agent.base.name for agent in population})
+        raise ConfigurationError("pop", names, "agents of different bases: build all on one, with DPO.population")
+    indices = [agent.index for agent in population]
+    if len(set(indices)) != len(indices):
+        raise ConfigurationError("index", indices, "two agents have the same number: give each its own index")
+    if options.update_reference_each_epoch and any(agent.adapter("reference") is None for agent in population):
+        raise ConfigurationError(
+            "update_reference_each_epoch", True, "the reference is the base itself: use_separate_reference_adapter=True"
+        )
+    if options.evolves:
+        if not env.test_pairs:
+            raise ConfigurationError(
+                "test_dataset", None, "evolution needs held-out rows: pass a test_dataset to the gym"
+            )
+        _check_evolution(population, options, Schedule.of(options, len(env), held_out=True))
+    check_base(population[0].base, env)
+
+
+def _check_types(population: Sequence[SavableAgent], env: DatasetGym, algorithm: Algorithm) -> None:
+    if not isinstance(population, Sequence) or not population:
+        raise ConfigurationError("pop", population, "must be a list of at least one agent: [agent]")
+    for agent in population:
+        if not isinstance(agent, algorithm.agent):
+            wanted = f"is not a {algorithm.agent.__name__} agent, which {algorithm.loop} tunes"
+            raise ConfigurationError("pop", type(agent).__name__, f"{wanted}; of a wrapper pass what it wraps")
+    check_gym(env, algorithm.gym, algorithm.loop)
+
+
+def _check_evolution(population: Sequence[SavableAgent], options: RunOptions, schedule: Schedule) -> None:
+    if schedule.evolve_every is not None and schedule.evolve_every >= schedule.total:
+        if options.evo_steps is None:
+            fix = "evolution comes between epochs: use at least 2, or give evo_steps"
+            raise ConfigurationError("num_epochs", options.num_epochs or 1, fix)
+        fix = f"the run ends after {schedule.total} steps, before it could evolve: lower evo_steps, or raise num_epochs"
+        raise ConfigurationError("evo_steps", options.evo_steps, fix)
+    config = population[0].hp_config
+    for agent in population:
+        if agent.hp_config != config:
+            raise ConfigurationError(
+                "hp_config", agent.hp_config, f"agent {agent.index}'s differs from the first agent's"
+            )
+        check_evolution(config, agent.hyperparameters, agent.settings)
