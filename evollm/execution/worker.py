@@ -106,14 +106,20 @@ class Worker:
         return next(agent for agent in self.agents if agent.index == index)
 
     def begin(
-        self, births: Sequence[Birth] | None, *, moving_references: bool, first: AgentFolder | None = None
+        self,
+        births: Sequence[Birth] | None,
+        *,
+        moving_references: bool,
+        first: AgentFolder | None = None,
+        arriving: Mapping[int, AgentFolder] = _NOBODY,
     ) -> None:
         """Begin a run; see `Executor.begin`.
 
         Args:
             births: Those of the members that this worker holds.
             moving_references: Whether references move.
-            first: The run's first agent, where it is another worker's.
+            first: The export of the run's first agent, where it may be another worker's.
+            arriving: As for `apply`.
         """
         self._moving_references = moving_references
         if moving_references:
@@ -127,7 +133,7 @@ class Worker:
             self.check(births)
             self._beginning = first or self.export(self.agents[0].index)
             self._began_as = _fingerprint(self._beginning)
-            self.apply(births)
+            self.apply(births, arriving)
         # Entries carry the rounding of the batches that they were computed in: a run starts from none, so that its bits
         # do not depend on what ran before it on the same base.
         self.base.reference_cache.clear()
@@ -143,9 +149,10 @@ class Worker:
             yield StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
 
     def evaluate(self, split: str, indices: Sequence[int] | None = None) -> dict[int, AnyEvaluation]:
-        """Score agents on a split; see `Executor.evaluate`."""
-        going = [agent for agent in self.agents if not agent.diverged]
-        agents = going if indices is None else [self.agent(index) for index in indices]
+        """Score agents on a split, of `indices` those that the worker holds; see `Executor.evaluate`."""
+        going = [agent.index for agent in self.agents if not agent.diverged]
+        wanted = going if indices is None else indices
+        agents = [agent for index in wanted for agent in self.agents if agent.index == index]
         if not agents:
             return {}
         found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference)
