@@ -1,4 +1,4 @@
-"""Search for hyperparameters: fitness, strategies behind `Search`, lineage. Knows neither agents nor torch."""
+"""Hyperparameter search on plain data: fitness, search strategies, lineage. It imports neither torch nor agents."""
 
 from evollm.hpo.fitness import (
     AnyEvaluation,

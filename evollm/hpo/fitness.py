@@ -1,10 +1,10 @@
-"""How good an agent is, measured without anything that evolution may change."""
+"""Evaluations of agents on held-out rows, and the fitness by which agents are ranked."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TypeAlias
 
@@ -18,10 +18,36 @@ FloatArray: TypeAlias = NDArray[np.float64]
 Fitness: TypeAlias = tuple[float, ...]
 """Compared lexicographically, larger is better; a later component only breaks ties of the earlier ones."""
 
+# What a pair with a margin of 0 adds to the number of pairs that are ranked correctly.
+TIE = 0.5
+
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
-    """What the current policy makes of n held-out pairs; free of beta.
+class _PerRow:
+    """An evaluation whose fields are read-only float64 vectors, one number for each held-out row."""
+
+    def __post_init__(self) -> None:
+        """Copy the vectors and check their shapes."""
+        names = [field.name for field in fields(self)]
+        for name in names:
+            values = np.array(getattr(self, name), dtype=np.float64)
+            values.flags.writeable = False
+            object.__setattr__(self, name, values)
+            if values.ndim != 1 or values.size == 0:
+                raise ConfigurationError(f"{name}.shape", values.shape, "must be (n,) with n >= 1 held-out rows")
+        first, second = (getattr(self, name).shape for name in names)
+        if first != second:
+            fix = f"must equal {names[1]}.shape={second}: one number for each row"
+            raise ConfigurationError(f"{names[0]}.shape", first, fix)
+
+    def __len__(self) -> int:
+        """Number of held-out rows."""
+        return len(getattr(self, fields(self)[0].name))
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation(_PerRow):
+    """Log-ratios of the current policy on n held-out pairs; they do not depend on beta.
 
     Attributes:
         chosen_logratios: (n,) log pi - log ref of each chosen completion, summed over its tokens, in nats.
@@ -34,24 +60,16 @@ class Evaluation:
     chosen_logratios: FloatArray
     rejected_logratios: FloatArray
 
-    def __post_init__(self) -> None:
-        """Take read-only float64 copies and check their shapes."""
-        _take_vectors(self, "chosen_logratios", "rejected_logratios")
-
-    def __len__(self) -> int:
-        """Number of pairs."""
-        return len(self.chosen_logratios)
-
     @property
     def margins(self) -> FloatArray:
         """(n,) log-ratio of chosen minus log-ratio of rejected, in nats."""
-        with np.errstate(invalid="ignore"):  # inf - inf of a diverged agent: the NaN itself is the message
+        with np.errstate(invalid="ignore"):  # inf - inf of a diverged agent is NaN, which needs no warning of numpy's
             return self.chosen_logratios - self.rejected_logratios
 
     @property
     def accuracy(self) -> float:
         """Share of pairs with a margin above 0; a tie counts half, and any NaN margin makes it NaN."""
-        return float(np.heaviside(self.margins, 0.5).mean())
+        return float(np.heaviside(self.margins, TIE).mean())
 
     @property
     def mean_margin(self) -> float:
@@ -61,17 +79,23 @@ class Evaluation:
 
     @property
     def scores(self) -> dict[str, float]:
-        """What is reported of it, by name."""
+        """The reported numbers, by name."""
         return {"accuracy": self.accuracy, "mean_margin": self.mean_margin}
+
+    @property
+    def ratios(self) -> dict[str, tuple[FloatArray, FloatArray]]:
+        """Scores as ratios of two sums over the pairs: (n,) numerators and (n,) denominators, by name."""
+        ones = np.ones(len(self))
+        return {"accuracy": (np.heaviside(self.margins, TIE), ones), "mean_margin": (self.margins, ones)}
 
 
 @dataclass(frozen=True, eq=False)
-class LikelihoodEvaluation:
-    """What the current policy makes of n held-out examples.
+class LikelihoodEvaluation(_PerRow):
+    """Log-likelihoods of the current policy on n held-out examples.
 
     Attributes:
         logprobs: (n,) log pi of each completion, summed over its tokens, in nats.
-        num_tokens: (n,) tokens of each completion, with what ends it.
+        num_tokens: (n,) tokens of each completion, the end-of-sequence token included.
 
     Raises:
         ConfigurationError: If there is no example, or the two are not vectors of the same length.
@@ -79,14 +103,6 @@ class LikelihoodEvaluation:
 
     logprobs: FloatArray
     num_tokens: FloatArray
-
-    def __post_init__(self) -> None:
-        """Take read-only float64 copies and check their shapes."""
-        _take_vectors(self, "logprobs", "num_tokens")
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.logprobs)
 
     @property
     def loss(self) -> float:
@@ -101,30 +117,20 @@ class LikelihoodEvaluation:
 
     @property
     def scores(self) -> dict[str, float]:
-        """What is reported of it, by name."""
+        """The reported numbers, by name."""
         return {"loss": self.loss, "perplexity": self.perplexity}
+
+    @property
+    def ratios(self) -> dict[str, tuple[FloatArray, FloatArray]]:
+        """Scores as ratios of two sums over the examples: (n,) numerators and (n,) denominators, by name."""
+        return {"loss": (-self.logprobs, self.num_tokens)}
 
 
 AnyEvaluation: TypeAlias = Evaluation | LikelihoodEvaluation
 
 
-def _take_vectors(evaluation: object, first: str, second: str) -> None:
-    """Make two fields of an evaluation read-only float64 vectors of the same length."""
-    for field in (first, second):
-        values = np.array(getattr(evaluation, field), dtype=np.float64)
-        values.flags.writeable = False
-        object.__setattr__(evaluation, field, values)
-        if values.ndim != 1 or values.size == 0:
-            raise ConfigurationError(f"{field}.shape", values.shape, "must be (n,) with n >= 1 held-out rows")
-    shapes = [getattr(evaluation, field).shape for field in (first, second)]
-    if shapes[0] != shapes[1]:
-        raise ConfigurationError(
-            f"{first}.shape", shapes[0], f"must equal {second}.shape={shapes[1]}: one for each row"
-        )
-
-
 def likelihood_fitness(evaluation: LikelihoodEvaluation) -> Fitness:
-    """Return (minus the loss,): the default fitness of SFT. It contains nothing that evolution changes."""
+    """Return (minus the loss,): the default fitness of SFT. It depends on no hyperparameter that evolution changes."""
     return (-evaluation.loss,)
 
 
@@ -134,13 +140,13 @@ def preference_fitness(evaluation: Evaluation) -> Fitness:
 
 
 def as_fitness(value: object) -> Fitness:
-    """Turn what a user's fitness callable returned into a `Fitness`.
+    """Turn the value that a user's fitness callable returned into a `Fitness`.
 
     Args:
         value: A number, a numpy scalar, an array or tensor without dimensions, or a tuple of these.
 
     Raises:
-        ConfigurationError: If it is anything else, or an empty tuple.
+        ConfigurationError: If the value is anything else, or an empty tuple.
     """
     components = value if isinstance(value, tuple) else (value,)
     scalars = [component.item() if getattr(component, "ndim", None) == 0 else component for component in components]

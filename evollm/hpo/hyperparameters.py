@@ -13,23 +13,27 @@ import numpy as np
 from evollm.checks import finite_number, is_number_as_text, nearest_name
 from evollm.errors import ConfigurationError
 
-FACTOR_DIGITS = 3
-
-
 # A number, or one of the choices of a categorical parameter.
 Value: TypeAlias = float | str
 
-# What other libraries call them.
+# Names of hyperparameters in other libraries, with the names here.
 ALIASES = {"learning_rate": "lr", "rpo_alpha": "nll_alpha", "train_batch_size": "batch_size"}
+
+
+def rounded_factor(before: Value, after: Value) -> float | None:
+    """Return after / before to 3 significant digits; None if one is no number, or `before` is 0."""
+    if isinstance(before, int | float) and isinstance(after, int | float) and before:
+        return float(f"{after / before:.3g}")
+    return None
 
 
 @dataclass(frozen=True, repr=False)
 class RLParameter:
-    """Bounds of one hyperparameter and how far one mutation moves it, or the choices that it has.
+    """Bounds and mutation factors of one numeric hyperparameter, or the choices of a categorical one.
 
-    A mutation of a number multiplies, as the perturbation of population based training does (arXiv 1711.09846), so
-    that an lr and a beta are varied on the same, logarithmic, scale. One of a categorical parameter takes another of
-    its choices.
+    The mutation of a number multiplies it, as the perturbation of population based training does (arXiv 1711.09846), so
+    that lr and beta vary on the same logarithmic scale. The mutation of a categorical hyperparameter takes another
+    choice.
 
     Args:
         min: Smallest value, above 0; None for a categorical parameter.
@@ -107,7 +111,7 @@ class RLParameter:
 
     @property
     def extremes(self) -> tuple[Value, ...]:
-        """The choices, or the smallest and the largest value; what is drawn is one of these or lies between them."""
+        """The choices, or the smallest and the largest value; each drawn value is one of them or lies between them."""
         return tuple(self.choices) if self.choices is not None else self.bounds
 
     def clip(self, value: float) -> float:
@@ -130,16 +134,14 @@ class RLParameter:
         return self.clip(math.exp(rng.uniform(math.log(lowest), math.log(highest))))
 
     def mutate(self, value: Value, rng: np.random.Generator) -> tuple[Value, float | None]:
-        """Another of the choices, all equally likely; of a number the product with the grow or the shrink factor.
+        """Draw another choice, all equally likely, or multiply a number by the grow or the shrink factor.
 
-        A fair coin says which factor, and the product is clipped to the bounds.
-
-        At a bound the direction that leads back inside is taken. An int changes by at least 1. Consumes one draw of
-        `rng` whatever the value is.
+        Both factors are equally likely; at a bound the factor that leads back inside is taken. The product is clipped
+        to the bounds. An int changes by at least 1. Consumes one draw of `rng` whatever the value is.
 
         Returns:
-            The new value, and the factor that it really changed by: the declared one, or new / old to 3 significant
-            digits where clipping or rounding got in between; None for a choice.
+            The new value, and the factor by which it changed: the declared factor, or, where the product was clipped or
+            rounded, new / old to 3 significant digits; None for a choice.
 
         Raises:
             ConfigurationError: If `value` is not a finite number above 0, or not one of the choices.
@@ -150,15 +152,15 @@ class RLParameter:
         value, (lowest, highest) = finite_number("value", value), self.bounds
         if value <= 0:
             raise ConfigurationError("value", value, f"cannot be multiplied; use one within [{lowest}, {highest}]")
-        grows = bool(rng.integers(2))  # drawn at a bound too, so that later draws do not depend on the value
+        grows = bool(rng.integers(2))  # at a bound too, so that later draws do not depend on the value
         if value <= lowest or value >= highest:
             grows = value <= lowest
         factor = self.grow_factor if grows else self.shrink_factor
         proposal = value * factor
-        if self.dtype is int:  # 2 x 1.2 rounds back to 2: such a parameter would never move
+        if self.dtype is int:  # 2 x 1.2 would be rounded back to 2
             proposal = max(round(proposal), value + 1) if grows else min(round(proposal), value - 1)
         new = self.clip(proposal)
-        return new, factor if new == value * factor else float(f"{new / value:.{FACTOR_DIGITS}g}")
+        return new, factor if new == value * factor else rounded_factor(value, new)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -234,10 +236,9 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
 
         Args:
             values: The agent's hyperparameters.
-            known: The names that the agent can change during a run.
+            known: The names of the hyperparameters that can change during a run.
             check: Raises a `ConfigurationError` for hyperparameters that no agent can have. It is called with every
-                combination of choices and ends of bounds; whatever lies between two numbers that it lets pass must be
-                possible too.
+                combination of choices, minima and maxima. A number between two valid ones must be valid too.
 
         Raises:
             ConfigurationError: If a name is not known, an agent's value is missing or outside its bounds, or evolution
@@ -245,17 +246,21 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
         """
         for name, parameter in self.items():
             if name not in known:
-                raise ConfigurationError(f"hp_config.{name}", parameter, _unknown_name_fix(name, known))
+                nearest = nearest_name(name, known, ALIASES)
+                hint = f"; the nearest known name is {nearest!r}" if nearest else ""
+                names = ", ".join(sorted(known)) or "none"
+                fix = f"is not a hyperparameter that can evolve{hint}; known are {names}"
+                raise ConfigurationError(f"hp_config.{name}", parameter, fix)
             if name not in values:
                 raise ConfigurationError(name, None, "the agent has no value for it; give it one or drop it here")
             _check_value(name, values[name], parameter)
         if check is not None:
-            self._check_reach(values, check)
+            self._check_combinations(values, check)
 
-    def _check_reach(self, values: Mapping[str, Any], check: Callable[[Mapping[str, Any]], object]) -> None:
+    def _check_combinations(self, values: Mapping[str, Any], check: Callable[[Mapping[str, Any]], object]) -> None:
         """Refuse the first combination that evolution could draw and no agent can have."""
 
-        def fault(drawn: Mapping[str, Value]) -> ConfigurationError | None:
+        def error_of(drawn: Mapping[str, Value]) -> ConfigurationError | None:
             try:
                 check({**values, **drawn})
             except ConfigurationError as error:
@@ -263,21 +268,27 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
             return None
 
         check(values)
-        corners = product(*(parameter.extremes for parameter in self.values()))
-        drawn = next((d for corner in corners if fault(d := dict(zip(self, corner, strict=True)))), None)
+        combinations = (
+            dict(zip(self, drawn, strict=True)) for drawn in product(*(one.extremes for one in self.values()))
+        )
+        drawn = next((combination for combination in combinations if error_of(combination)), None)
         if drawn is None:
             return
+        # The message names only the values that together cause the error.
         for name in self:
-            # The message names as few values as it takes.
             fewer = {other: value for other, value in drawn.items() if other != name}
-            drawn = fewer if fault(fewer) else drawn
-        found = fault(drawn)
-        assert found is not None
-        raise _impossible(drawn, found)
+            drawn = fewer if error_of(fewer) else drawn
+        error = error_of(drawn)
+        assert error is not None
+        entry = error.field if error.field in drawn else next(iter(drawn))
+        others = "".join(f" with {name}={value!r}" for name, value in drawn.items() if name != entry)
+        fix = f"evolution can draw this value{others}, but {error}; declare other choices or bounds"
+        raise ConfigurationError(f"hp_config.{entry}", drawn[entry], fix)
 
     def sample(self, rng: np.random.Generator) -> dict[str, Value]:
         """Draw every hyperparameter within its bounds or from its choices; consumes one draw of `rng` for each."""
-        drawn = {name: self[name].sample(rng) for name in sorted(self)}  # equal configs draw equally, however written
+        # Sorted, so that the order of declaration does not change the draws.
+        drawn = {name: self[name].sample(rng) for name in sorted(self)}
         return {name: drawn[name] for name in self}
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -288,20 +299,6 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
     def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> HyperparameterConfig:
         """Read what `to_dict` wrote."""
         return cls(**{name: RLParameter.from_dict(fields) for name, fields in data.items()})
-
-
-def _unknown_name_fix(name: str, known: Collection[str]) -> str:
-    nearest = nearest_name(name, known, ALIASES)
-    hint = f"; the nearest known name is {nearest!r}" if nearest else ""
-    return f"is not a hyperparameter that can evolve{hint}; known are {', '.join(sorted(known)) or 'none'}"
-
-
-def _impossible(drawn: Mapping[str, Value], fault: ConfigurationError) -> ConfigurationError:
-    """An error that names an entry of the config, its value, and the values that it does not go with."""
-    entry = fault.field if fault.field in drawn else next(iter(drawn))
-    others = "".join(f" with {name}={value!r}" for name, value in drawn.items() if name != entry)
-    fix = f"evolution can draw this value{others}, but {fault}; declare other choices or bounds"
-    return ConfigurationError(f"hp_config.{entry}", drawn[entry], fix)
 
 
 def _check_value(name: str, value: object, parameter: RLParameter) -> None:
@@ -317,7 +314,7 @@ def _check_value(name: str, value: object, parameter: RLParameter) -> None:
         fix = f"lies outside its bounds {bounds}; start within them or widen the RLParameter"
         raise ConfigurationError(name, value, fix)
     if isinstance(value, int) and parameter.dtype is not int:
-        fix = f"is a whole number, and a mutation would break it: declare RLParameter({lowest!r}, ..., dtype=int)"
+        fix = f"is an int, and a mutation would make it a float: declare RLParameter({lowest!r}, ..., dtype=int)"
         raise ConfigurationError(name, value, fix)
     if parameter.dtype is int and number != int(number):
         raise ConfigurationError(name, value, f"must be a whole number within {bounds} because its dtype is int")

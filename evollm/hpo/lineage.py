@@ -1,4 +1,4 @@
-"""Who came from whom, with which hyperparameters: plain data that goes through JSON and back."""
+"""Births and evolution plans: parents, mutations and hyperparameters as plain data, to JSON and back."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from evollm.hpo.fitness import Fitness
 from evollm.hpo.hyperparameters import Value
 from evollm.hpo.mutation import Mutation
 
-# Strict JSON has no such numbers: they are written as these words.
+# Numbers that strict JSON lacks, written as strings.
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
 @dataclass(frozen=True)
 class Birth:
-    """One slot of a generation.
+    """One agent of a generation: kept from the generation before, the child of a parent, or fresh.
 
     Attributes:
         index: The agent's index, unique over a run.
-        parent: The index of the agent that it came from: its own if it is kept, None if it is fresh, as founders are.
-        mutations: What it does not share with its parent.
-        elite: Whether it is kept for being the best agent of the generation before.
-        hyperparameters: Its values after the mutations.
+        parent: The parent's index: the agent's own if it is kept, None if it is fresh, as founders are.
+        mutations: The hyperparameters in which the agent differs from its parent.
+        elite: Whether the agent is kept because it was the best agent of the generation before.
+        hyperparameters: The values after the mutations.
     """
 
     index: int
@@ -42,7 +42,7 @@ class Birth:
 
     @property
     def origin(self) -> str:
-        """How it came from its parent, for a person."""
+        """How the agent came from its parent, as text for terminals."""
         if self.elite:
             return "elite, kept as it is"
         if self.parent == self.index:
@@ -56,24 +56,27 @@ class Birth:
         return {
             "index": self.index,
             "parent": self.parent,
-            "mutations": [_encode_mutation(mutation) for mutation in self.mutations],
+            "mutations": [{name: _encode(value) for name, value in vars(one).items()} for one in self.mutations],
             "elite": self.elite,
             "hyperparameters": {name: _encode(value) for name, value in self.hyperparameters.items()},
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Birth:
-        """Read what `to_dict` wrote.
+        """Read the dict of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: It is something else.
+            KeyError, TypeError, ValueError, AttributeError: `data` is not such a dict.
         """
         return cls(
-            index=_number(data["index"]),
-            parent=None if data["parent"] is None else _number(data["parent"]),
-            mutations=tuple(_decode_mutation(mutation) for mutation in data["mutations"]),
+            index=_decode_count(data["index"]),
+            parent=None if data["parent"] is None else _decode_count(data["parent"]),
+            mutations=tuple(
+                Mutation(_decode_name(one["name"]), *(_decode(one[field]) for field in ("before", "after", "factor")))
+                for one in data["mutations"]
+            ),
             elite=bool(data["elite"]),
-            hyperparameters={_name(name): _decode(value) for name, value in data["hyperparameters"].items()},
+            hyperparameters={_decode_name(name): _decode(value) for name, value in data["hyperparameters"].items()},
         )
 
 
@@ -82,10 +85,10 @@ class EvolutionPlan:
     """How one generation becomes the next.
 
     Attributes:
-        generation: The number that the caller gave to the evolution.
-        elite: The index of the best agent before the evolution; it is in `births` under this index if elitism is on.
-        fitnesses: The fitness of every agent before the evolution, by its index.
-        births: The next generation in its order.
+        generation: Evolutions before this one.
+        elite: The index of the best agent before the evolution; `births` has this index if elitism is on.
+        fitnesses: The fitness of every agent before the evolution, by the agent's index.
+        births: The next generation, in the order of the population.
     """
 
     generation: int
@@ -94,10 +97,7 @@ class EvolutionPlan:
     births: tuple[Birth, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values of strict JSON.
-
-        A number that is not finite becomes the text "nan", "inf" or "-inf", for strict JSON has no such numbers.
-        """
+        """Return the fields as plain values of strict JSON; NaN and infinities become "nan", "inf" and "-inf"."""
         return {
             "generation": self.generation,
             "elite": self.elite,
@@ -107,14 +107,14 @@ class EvolutionPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvolutionPlan:
-        """Read what `to_dict` wrote.
+        """Read the dict of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: It is something else.
+            KeyError, TypeError, ValueError, AttributeError: `data` is not such a dict.
         """
         return cls(
-            generation=_number(data["generation"]),
-            elite=_number(data["elite"]),
+            generation=_decode_count(data["generation"]),
+            elite=_decode_count(data["elite"]),
             fitnesses={
                 int(index): tuple(_decode(part) for part in fitness) for index, fitness in data["fitnesses"].items()
             },
@@ -123,16 +123,16 @@ class EvolutionPlan:
 
 
 def ancestry(plans: Sequence[EvolutionPlan], index: int) -> list[Birth]:
-    """Return the line of an agent: the schedule of hyperparameters that made it.
+    """Return an agent's ancestors and the agent itself, with the hyperparameters of each.
 
     Args:
         plans: The plans of a run, oldest first.
-        index: The agent at the end of the line.
+        index: The agent's index.
 
     Returns:
-        One birth for each generation that the line went through, the founder first. A kept agent appears once for every
-        generation that it was kept. The founder's birth is worked out from its child's. A line that begins with a fresh
-        agent of a later generation begins with that birth. Empty if there is no plan.
+        One birth for each generation, the oldest first; a kept agent has one birth in each generation in which it was
+        kept. The first birth is the founder's, reconstructed from the birth of its child, or, if the ancestry begins
+        with a fresh agent of a later generation, that agent's. Empty if there is no plan.
 
     Raises:
         ConfigurationError: If there are plans and the agent is neither born nor a parent in any of them.
@@ -148,14 +148,12 @@ def ancestry(plans: Sequence[EvolutionPlan], index: int) -> list[Birth]:
     if plans and not children:
         born = ", ".join(str(birth.index) for plan in plans for birth in plan.births)
         raise ConfigurationError("index", index, f"is not in the lineage, or left without a child; known are {born}")
-    return [_parent_of(child) for child in children if child.parent is not None] + line[::-1]
-
-
-def _parent_of(birth: Birth) -> Birth:
-    """Return the birth of a founder, whose values are those of its child before the child's mutations."""
-    assert birth.parent is not None
-    before = {mutation.name: mutation.before for mutation in birth.mutations}
-    return Birth(birth.parent, None, (), elite=False, hyperparameters={**birth.hyperparameters, **before})
+    founders = [
+        Birth.fresh(child.parent, {**child.hyperparameters, **{one.name: one.before for one in child.mutations}})
+        for child in children
+        if child.parent is not None
+    ]
+    return founders + line[::-1]
 
 
 def _encode(value: Any) -> Any:
@@ -166,37 +164,23 @@ def _encode(value: Any) -> Any:
     return float(value) if math.isfinite(value) else str(float(value))
 
 
-def _number(value: Any) -> int:
+def _decode_count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{value!r} is no number of an agent or a generation")
     return value
 
 
-def _name(value: Any) -> str:
-    # Names are those of parameters in Python, and get into names of files and into pages.
+def _decode_name(value: Any) -> str:
+    # A name becomes part of file names and of the report's page, so it may hold nothing but letters, digits and "_".
     if not (isinstance(value, str) and value.isidentifier()):
         raise ValueError(f"{value!r} is no name of a hyperparameter")
     return value
 
 
 def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_text(item) for item in value]
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
-    return float(value) if value in _NOT_FINITE else _text(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{value!r} is no value of a hyperparameter")
-    return value
-
-
-def _encode_mutation(mutation: Mutation) -> dict[str, Any]:
-    numbers = {"before": mutation.before, "after": mutation.after, "factor": mutation.factor}
-    return {"name": mutation.name, **{field: _encode(value) for field, value in numbers.items()}}
-
-
-def _decode_mutation(data: Mapping[str, Any]) -> Mutation:
-    return Mutation(_name(data["name"]), _decode(data["before"]), _decode(data["after"]), _decode(data["factor"]))
+    return float(value) if value in _NOT_FINITE else value

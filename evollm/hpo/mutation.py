@@ -1,4 +1,4 @@
-"""What changes from parent to child: one hyperparameter, by one factor or to another choice, or nothing."""
+"""Mutation of one child: one hyperparameter is multiplied by a factor or takes another choice, or nothing changes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from evollm.errors import ConfigurationError
 from evollm.foreign import MUTATIONS, MUTATIONS_ORDER, explains_construction
 from evollm.hpo.hyperparameters import HyperparameterConfig, Value
 
-PLAIN_FROM, PLAIN_BELOW = 1e-3, 1e4
-
 
 @explains_construction(MUTATIONS, MUTATIONS_ORDER)
 @dataclass(frozen=True)
 class Mutations:
     """Settings of the mutation of hyperparameters.
 
-    Everything after `rand_seed` is accepted so that calls written for other libraries run. evollm mutates
-    hyperparameters only, and an elite always passes unmutated, so the switches for other mutations have to stay off and
-    what they would need is not looked at. All but the first two are given by their names.
+    Everything after `rand_seed` is accepted so that calls written for AgileRL run. evollm mutates hyperparameters only,
+    and an elite always passes unmutated: other mutations must stay off, and their settings are ignored. All but the
+    first two are keyword arguments.
 
     Args:
-        no_mutation: Relative weight of a child that stays like its parent.
+        no_mutation: Relative weight of a child with its parent's hyperparameters.
         rl_hp: Relative weight of a child with one hyperparameter changed.
-        rand_seed: Seed of the draws.
+        rand_seed: Seed of the random draws.
         architecture: Has to be 0.
         new_layer_prob: Not used.
         parameters: Has to be 0.
@@ -40,7 +38,7 @@ class Mutations:
 
     Raises:
         ConfigurationError: If a weight is negative or not finite, both weights are 0, the seed is not an integer of at
-            least 0, or one of the switches is on.
+            least 0, or another mutation is on.
     """
 
     no_mutation: float = 0.3
@@ -57,7 +55,7 @@ class Mutations:
     accelerator: InitVar[object] = None
 
     def __post_init__(self, new_layer_prob: float, mutation_sd: float, device: object, accelerator: object) -> None:
-        """Check the weights and refuse what evollm does not mutate."""
+        """Check the weights and the seed; refuse mutations of other things than hyperparameters."""
         for field in ("architecture", "parameters", "activation"):
             weight = finite_number(field, getattr(self, field))
             if weight != 0:
@@ -76,13 +74,13 @@ class Mutations:
 
 @dataclass(frozen=True)
 class Mutation:
-    """One hyperparameter that a child does not share with its parent.
+    """One hyperparameter in which a child differs from its parent.
 
     Attributes:
         name: The hyperparameter.
         before: The parent's value.
         after: The child's value.
-        factor: What the value was multiplied by, after clipping; None for one of several choices.
+        factor: after / before (see `RLParameter.mutate`); None for a categorical hyperparameter.
     """
 
     name: str
@@ -91,13 +89,13 @@ class Mutation:
     factor: float | None
 
     def __str__(self) -> str:
-        """Return such as `lr: 5.0e-6 -(x1.2)-> 6.0e-6` or `loss_type: sigmoid -> ipo`."""
+        """Return the mutation as text, such as `lr: 5.0e-6 -(x1.2)-> 6.0e-6` or `loss_type: sigmoid -> ipo`."""
         arrow = "->" if self.factor is None else f"-(x{self.factor:g})->"
         return f"{self.name}: {format_value(self.before)} {arrow} {format_value(self.after)}"
 
 
 def format_value(value: Value | list[str]) -> str:
-    """Write a hyperparameter for a person: 5.0e-6 below 1e-3 and from 1e4 on, else plain with up to 4 digits (0.12)."""
+    """Return a hyperparameter as text: 5.0e-6 below 1e-3 and from 1e4 on, else up to 4 digits such as 0.12."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -105,7 +103,7 @@ def format_value(value: Value | list[str]) -> str:
     if not math.isfinite(value):
         return str(value)
     plain = f"{value:.4g}"
-    if value == 0 or PLAIN_FROM <= abs(float(plain)) < PLAIN_BELOW:
+    if value == 0 or 1e-3 <= abs(float(plain)) < 1e4:  # noqa: PLR2004
         return plain
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
@@ -123,19 +121,21 @@ def mutate(
         values: The parent's hyperparameters; those outside the config never change.
         config: The hyperparameters that may change; None if none may.
         settings: The weights.
-        rng: Consumed equally whether something mutates or not, so that one child's luck does not shift the next one's.
+        rng: Consumed by the same number of draws with and without a mutation, so that later children do not depend on
+            earlier ones.
 
     Returns:
-        No mutation or one.
+        At most one mutation.
 
     Raises:
         ConfigurationError: If `values` lacks the hyperparameter that was drawn.
     """
     if not config:
         return ()
-    acts = rng.random() * (settings.no_mutation + settings.rl_hp) >= settings.no_mutation
-    name = sorted(config)[int(rng.integers(len(config)))]  # equal configs draw equally, however written
+    mutates = rng.random() * (settings.no_mutation + settings.rl_hp) >= settings.no_mutation
+    # Sorted, so that the order of declaration does not change the draw.
+    name = sorted(config)[int(rng.integers(len(config)))]
     if name not in values:
         raise ConfigurationError(name, None, "the agent has no value for it; give it one or drop it from the config")
     after, factor = config[name].mutate(values[name], rng)
-    return (Mutation(name, values[name], after, factor),) if acts else ()
+    return (Mutation(name, values[name], after, factor),) if mutates else ()

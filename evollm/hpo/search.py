@@ -1,8 +1,8 @@
-"""The seam between a search strategy and the run that carries out its plans: ask and tell, on plain data.
+"""The interface between a search strategy and the run that carries out its plans: ask and tell, on plain data.
 
-A strategy knows indices, fitnesses and hyperparameters, and neither agents nor torch. A run asks it once with `start`,
-and `tell`s it the results whenever the last plan said that a decision is due. One strategy is one class in one file;
-`evollm.hpo.tournament` and `evollm.hpo.successive_halving` are two, `tutorials/own_search.py` is one from outside.
+A strategy gets indices, fitnesses and hyperparameters, and imports neither agents nor torch. The run calls `start`
+once, and `tell` with the results after the number of steps in the last plan. A strategy is one class in one file, such
+as `evollm.hpo.tournament`, `evollm.hpo.successive_halving` and, outside the package, `tutorials/own_search.py`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ from typing import Any, Protocol
 from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import Fitness
-from evollm.hpo.hyperparameters import HyperparameterConfig, Value
+from evollm.hpo.hyperparameters import HyperparameterConfig, Value, rounded_factor
 from evollm.hpo.lineage import Birth
 from evollm.hpo.mutation import Mutation
-
-FACTOR_DIGITS = 3
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a search is told of one member.
+    """The result of one member of the population.
 
     Attributes:
         index: The agent's index, unique over a run.
-        fitness: Its fitness at the evaluation that came last; larger is better, not finite if it has diverged.
-        hyperparameters: Its values by name.
-        steps: Batches that its weights have learnt from, those of its ancestors included.
+        fitness: The agent's fitness at the last evaluation; larger is better, not finite if the agent has diverged.
+        hyperparameters: The agent's hyperparameters by name.
+        steps: Batches that the agent's weights were trained on, those of its ancestors included.
     """
 
     index: int
@@ -39,48 +37,47 @@ class Result:
     steps: int = 0
 
     def kept(self, *, elite: bool = False) -> Birth:
-        """The member goes on as it is; `elite` says that it is kept for being the best."""
+        """Return the birth of the same agent, unchanged; `elite` says that it is kept because it is the best."""
         return Birth(self.index, self.index, (), elite, dict(self.hyperparameters))
 
     def child(self, index: int, changes: Mapping[str, Value] | None = None) -> Birth:
-        """A new agent with the member's weights, optimizer state and values.
+        """Return the birth of a new agent with the member's weights, optimizer state and hyperparameters.
 
         Args:
-            index: Its index.
-            changes: The values that are not the member's, by name.
+            index: The new agent's index.
+            changes: The hyperparameters that differ from the member's, by name.
 
         Raises:
             ConfigurationError: The member has no hyperparameter of such a name.
         """
-        unknown = sorted((changes or {}).keys() - self.hyperparameters.keys())
+        changes = changes or {}
+        unknown = sorted(changes.keys() - self.hyperparameters.keys())
         if unknown:
             raise ConfigurationError("changes", unknown, f"are not hyperparameters: {', '.join(self.hyperparameters)}")
-        found = tuple(
-            Mutation(name, self.hyperparameters[name], value, _factor(self.hyperparameters[name], value))
-            for name, value in (changes or {}).items()
-            if value != self.hyperparameters[name]
-        )
-        return Birth(
-            index, self.index, found, False, {**self.hyperparameters, **{one.name: one.after for one in found}}
-        )
+        mutations = []
+        for name, after in changes.items():
+            before = self.hyperparameters[name]
+            if after != before:
+                mutations.append(Mutation(name, before, after, rounded_factor(before, after)))
+        return self.mutated(index, mutations)
 
-
-def _factor(before: Value, after: Value) -> float | None:
-    numbers = all(isinstance(value, int | float) for value in (before, after))
-    return float(f"{after / before:.{FACTOR_DIGITS}g}") if numbers and before else None  # type: ignore[operator]
+    def mutated(self, index: int, mutations: Sequence[Mutation]) -> Birth:
+        """Return the birth of a new agent that differs from the member by these mutations."""
+        values = {**self.hyperparameters, **{mutation.name: mutation.after for mutation in mutations}}
+        return Birth(index, self.index, tuple(mutations), False, values)
 
 
 @dataclass(frozen=True)
 class SearchStart:
-    """What a search begins with.
+    """The initial population and settings that a search is given.
 
-    How long the run is, is not among it: a run can be made longer later, and then has the bits of one that was as long
+    The length of the run is left out: a run that is extended later must have the bits of one that had the same length
     from the beginning.
 
     Attributes:
-        founders: The agents that the run was given, with their values.
-        hp_config: Which hyperparameters may change, and within which bounds; None if none may.
-        interval: Steps between two decisions as the user asked for them (`evo_steps`), by default an epoch.
+        founders: The agents that the run was given, with their hyperparameters.
+        hp_config: The hyperparameters that may change, with their bounds; None if none may.
+        interval: Steps between two decisions, as the user set them (`evo_steps`), by default one epoch.
     """
 
     founders: Sequence[Birth]
@@ -90,13 +87,13 @@ class SearchStart:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What a search wants next.
+    """The next population, and when the search decides again.
 
     Attributes:
-        births: The members from now on, fewer or more than before. Each is kept (its own parent, same values), the
-            child of a member under a new index, or fresh: without a parent and under a new index it begins as the first
-            agent of the run did. Members that are not among them leave.
-        steps: After how many steps the search is told results again; None: never.
+        births: The next members, fewer or more than before. A kept member is its own parent and keeps its
+            hyperparameters. A child has a member as its parent and a new index. A fresh agent has no parent and a new
+            index, and begins as a copy of the first agent of the run. A member that has no birth leaves.
+        steps: Steps until the next call of `Search.tell`; None: there is none.
     """
 
     births: tuple[Birth, ...]
@@ -108,46 +105,46 @@ class SearchPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchPlan:
-        """Read what `to_dict` wrote."""
+        """Read the dict of `to_dict`."""
         return cls(tuple(Birth.from_dict(birth) for birth in data["births"]), data["steps"])
 
 
 class Search(Protocol):
     """A search strategy. A class needs these four methods, and no base class.
 
-    The same calls give the same plans: whatever is drawn comes from a generator of the search's own, whose state is in
-    `state_dict`. The settings of a strategy that is a dataclass are noted in the run's `config.json`, and a resume
-    refuses others.
+    The same calls must give the same plans: a strategy draws from a random generator of its own, and saves that
+    generator's state in `state_dict`. If the strategy is a dataclass, its fields are written to the `config.json` of
+    the run, and a resume refuses other values.
     """
 
     def start(self, start: SearchStart) -> SearchPlan:
-        """Begin anew, whatever came before, and say who begins.
+        """Reset the search and plan the initial population.
 
-        Births have no parent here. One under the index of a founder is that agent with the values of the birth; one
-        under a new index is a fresh agent; founders that are not among the births leave. A resumed run calls this, too,
-        before `load_state_dict`.
+        Births have no parent here. A birth with the index of a founder is that agent with the hyperparameters of the
+        birth, a birth with a new index is a fresh agent, and a founder that has no birth leaves. A resumed run calls
+        `start`, too, before `load_state_dict`.
         """
 
     def tell(self, results: Sequence[Result]) -> SearchPlan:
-        """Hear how every member did, in the order of the population, and say who goes on.
+        """Plan the next population from the results of all members, which come in the order of the population.
 
         Raises:
-            DivergedError: No member has a finite fitness, and the search cannot go on from none.
+            DivergedError: No member has a finite fitness.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later plans depend on, as plain JSON values."""
+        """Everything on which later plans depend, as plain JSON values."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Restore a state of `state_dict`.
 
         Raises:
-            CheckpointError: This is no such state.
+            CheckpointError: `state` is not such a state.
         """
 
 
 def check_search(search: object) -> None:
-    """Refuse what is no search.
+    """Check that an object has the methods of `Search`.
 
     Raises:
         ConfigurationError: One of the four methods is missing.
@@ -160,77 +157,77 @@ def check_search(search: object) -> None:
 
 
 def describe_search(search: object) -> dict[str, Any]:
-    """The name of a search, and its settings where it is a dataclass, as JSON values."""
+    """Return the name of a search and, if it is a dataclass, its settings, as JSON values."""
     settings = dataclasses.fields(search) if dataclasses.is_dataclass(search) else ()
-    found = {field.name: getattr(search, field.name) for field in settings if field.init}
-    return {"name": type(search).__qualname__, **{name: _plain(value) for name, value in found.items()}}
+    values = {field.name: getattr(search, field.name) for field in settings if field.init}
+    return {"name": type(search).__qualname__, **{name: _as_json(value) for name, value in values.items()}}
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    # A function by its name: what `repr` adds differs from one process to the next.
+    # A function becomes its name, since its `repr` holds an address that differs between processes.
     return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def check_start(plan: SearchPlan, start: SearchStart) -> None:
-    """Refuse the first plan of a search if no run can begin with it.
+    """Check the plan of `Search.start`.
 
     Raises:
-        ConfigurationError: It is not as `Search.start` says.
+        ConfigurationError: The plan breaks a rule of `Search.start`.
     """
-    _check_form(plan, start.founders[0].hyperparameters.keys())
+    _check_births(plan, start.founders[0].hyperparameters.keys())
     for birth in plan.births:
         if birth.parent is not None or birth.elite:
-            raise _fault(birth, "has a parent before anybody has learnt: begin with parent=None")
+            raise _error(birth, "has a parent in the first generation: begin with parent=None")
 
 
 def check_plan(plan: SearchPlan, results: Sequence[Result], used: Collection[int]) -> None:
-    """Refuse a plan that cannot be carried out, or that a lineage could not tell.
+    """Check the plan of `Search.tell`, before anything is changed.
 
     Args:
-        plan: Made from the results.
-        results: Of every member.
-        used: All indices that the run has had.
+        plan: The plan made from the results.
+        results: The results of all members.
+        used: All indices that the run has used so far.
 
     Raises:
-        ConfigurationError: It is not as `SearchPlan` says.
+        ConfigurationError: The plan breaks a rule of `SearchPlan`.
     """
-    _check_form(plan, results[0].hyperparameters.keys())
+    _check_births(plan, results[0].hyperparameters.keys())
     members = {result.index: result for result in results}
     for birth in plan.births:
         if birth.parent is not None and birth.parent not in members:
-            raise _fault(birth, f"has the parent {birth.parent}, which is not a member: {sorted(members)}")
+            raise _error(birth, f"has the parent {birth.parent}, which is not a member: {sorted(members)}")
         if birth.parent == birth.index:
             if birth.mutations or dict(birth.hyperparameters) != dict(members[birth.index].hyperparameters):
-                raise _fault(birth, "is kept with other values: give the changed agent a new index")
+                raise _error(birth, "is kept with other values: give the changed agent a new index")
         elif birth.index in used:
-            raise _fault(birth, "is new under an index that the run has had: count on")
+            raise _error(birth, "is new, but has an index that the run has used: give it a larger one")
         elif birth.elite:
-            raise _fault(birth, "is new, and elite is for a member that is kept")
+            raise _error(birth, "is new, and elite is for a member that is kept")
 
 
-def _check_form(plan: object, names: Collection[str]) -> None:
+def _check_births(plan: object, names: Collection[str]) -> None:
     if not isinstance(plan, SearchPlan) or not all(isinstance(birth, Birth) for birth in plan.births):
         raise ConfigurationError("search", plan, "must return a SearchPlan of births")
     if not plan.births:
-        raise ConfigurationError("search", plan, "leaves nobody: a plan has at least one birth")
+        raise ConfigurationError("search", plan, "has no births: a plan needs at least one")
     if plan.steps is not None:
         whole_number("search.steps", plan.steps, 1)
     indices = [birth.index for birth in plan.births]
     if len(set(indices)) < len(indices):
-        raise ConfigurationError("search", indices, "gives two births one index")
+        raise ConfigurationError("search", indices, "gives two births the same index")
     for birth in plan.births:
         whole_number("search.index", birth.index, 0)
         if set(birth.hyperparameters) != set(names):
-            raise _fault(birth, f"must have a value for each of {', '.join(names)}, and no other")
+            raise _error(birth, f"must have a value for each of {', '.join(names)}, and no other")
 
 
-def _fault(birth: Birth, what: str) -> ConfigurationError:
-    return ConfigurationError("search", f"agent {birth.index}", what)
+def _error(birth: Birth, problem: str) -> ConfigurationError:
+    return ConfigurationError("search", f"agent {birth.index}", problem)

@@ -1,4 +1,4 @@
-"""The search strategies that have a name."""
+"""The search strategies that can be given by name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from evollm.hpo.search import Search, check_search
 from evollm.hpo.successive_halving import SuccessiveHalving
 from evollm.hpo.tournament import TournamentSearch
 
-# What is given by its name, such as `search: successive_halving` in a file. The arguments of a class are settings of
-# `evollm.tune`.
+# By name, as in `search: successive_halving` of a YAML file. The arguments of each class are settings of `evollm.tune`.
 STRATEGIES: Mapping[str, type[Any]] = {"tournament": TournamentSearch, "successive_halving": SuccessiveHalving}
 
 
 def strategy_of(name: object) -> type[Any]:
-    """The class of a name.
+    """Return the class with this name.
 
     Raises:
-        ConfigurationError: There is no such name; the message has the known ones.
+        ConfigurationError: No strategy has this name; the message lists the names.
     """
     if not isinstance(name, str) or name not in STRATEGIES:
         nearest = nearest_name(name, STRATEGIES) if isinstance(name, str) else None
@@ -30,10 +29,10 @@ def strategy_of(name: object) -> type[Any]:
 
 
 def search_of(search: object) -> Search:
-    """A search from itself, or from its name.
+    """Return the search itself, or one with default settings from its name.
 
     Raises:
-        ConfigurationError: It is neither.
+        ConfigurationError: `search` is neither a search nor the name of one.
     """
     found: Any = strategy_of(search)() if isinstance(search, str) else search
     check_search(found)

@@ -1,9 +1,8 @@
-"""Successive halving: all begin, the worse half leaves at each rung, and the best one goes on to the end.
+"""Successive halving: at each rung the worse half of the members leaves, until one is left.
 
-Jamieson and Talwalkar 2016 (arXiv 1502.07943), with the rungs of Hyperband (arXiv 1603.06560): the first comes after
-`evo_steps` steps, each later one after as many times the steps of the one before as fewer members are left. So every
-rung costs about the same, and what is saved are the full runs of members that are behind early. Nobody inherits
-weights, and nothing is drawn.
+Jamieson and Talwalkar 2016 (arXiv 1502.07943), with the rungs of Hyperband (arXiv 1603.06560). The first rung is after
+`evo_steps` steps. At each rung the number of members is divided by `reduction_factor`, and the total number of steps is
+multiplied by it, so that all rungs cost about the same. No member inherits weights, and nothing is random.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class SuccessiveHalving:
         reduction_factor: The eta of the papers, at least 2.
 
     Raises:
-        ConfigurationError: It is smaller.
+        ConfigurationError: `reduction_factor` is below 2 or not an integer.
     """
 
     reduction_factor: int = 2
@@ -35,10 +34,10 @@ class SuccessiveHalving:
         self.reduction_factor = whole_number("reduction_factor", self.reduction_factor, 2)
 
     def start(self, start: SearchStart) -> SearchPlan:
-        """Begin with the founders as they are.
+        """Begin with the founders, unchanged.
 
         Raises:
-            ConfigurationError: There is one, which leaves nothing to choose from.
+            ConfigurationError: There is only one founder, so that nothing can be selected.
         """
         if len(start.founders) == 1:
             raise ConfigurationError("search", self, "there is one agent: give several to choose from")
@@ -46,31 +45,29 @@ class SuccessiveHalving:
         return SearchPlan(tuple(start.founders), start.interval)
 
     def tell(self, results: Sequence[Result]) -> SearchPlan:
-        """Keep the best members; whoever has diverged leaves in any case.
+        """Keep the best members; diverged members always leave.
 
         Raises:
             DivergedError: No member has a finite fitness.
         """
-        order = [
-            position for position in rank([one.fitness for one in results]) if is_finite(results[position].fitness)
-        ]
-        if not order:
+        best_first = [n for n in rank([result.fitness for result in results]) if is_finite(results[n].fitness)]
+        if not best_first:
             raise DivergedError(f"none of the {len(results)} agents has a finite fitness; lower lr, or its upper bound")
-        kept = order[: max(1, len(results) // self.reduction_factor)]
-        births = [results[position].kept(elite=position == order[0]) for position in sorted(kept)]
+        kept = best_first[: max(1, len(results) // self.reduction_factor)]
+        births = [results[position].kept(elite=position == best_first[0]) for position in sorted(kept)]
         self._rung += 1
         steps = self._interval * (self.reduction_factor - 1) * self.reduction_factor ** (self._rung - 1)
         return SearchPlan(tuple(births), steps if len(births) > 1 else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rungs that are behind."""
+        """The number of rungs passed."""
         return {"rung": self._rung}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Restore a state of `state_dict`.
 
         Raises:
-            CheckpointError: This is no such state; this object is as before then.
+            CheckpointError: `state` is not such a state; the search is unchanged then.
         """
         try:
             self._rung = whole_number("rung", state["rung"], 0)

@@ -1,7 +1,7 @@
 """Tournament selection with mutation, the search of `tournament=` and `mutation=`.
 
-After every interval a tournament says whose weights are exploited, and a mutation of one hyperparameter explores: the
-exploit and explore of population based training (arXiv 1711.09846) with the selection of Goldberg and Deb (1991).
+These are the exploit and explore steps of population based training (arXiv 1711.09846): after every interval
+tournaments (Goldberg and Deb 1991) select the parents, whose weights are copied, and a hyperparameter mutates.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from evollm.hpo.lineage import Birth
 from evollm.hpo.mutation import Mutations, mutate
 from evollm.hpo.search import Result, SearchPlan, SearchStart
 
-# All agents see the same batches, so two children of one parent with the same hyperparameters would be one agent
-# computed twice. A mutated child that is such a twin is drawn anew, this often at most.
-ATTEMPTS = 10
+# All agents see the same batches, so two children of one parent with the same hyperparameters would stay identical. A
+# mutated child that equals an earlier child is drawn again, up to this number of draws.
+MAX_DRAWS = 10
 
 
 @explains_construction(TOURNAMENT, TOURNAMENT_ORDER)
@@ -31,14 +31,14 @@ ATTEMPTS = 10
 class TournamentSelection:
     """Settings of the selection between two generations.
 
-    A tournament draws `tournament_size` different agents and its best one becomes a parent (Goldberg and Deb 1991). A
-    larger tournament selects harder: 1 is chance, `population_size` always takes the best agent.
+    A tournament draws `tournament_size` different agents, and the best becomes a parent (Goldberg and Deb 1991). A
+    larger tournament selects harder: 1 is random, `population_size` always takes the best agent.
 
     Args:
-        tournament_size: How many agents meet in a tournament.
-        elitism: Whether the best agent passes into the next generation as it is.
-        population_size: How many agents there are in every generation.
-        rand_seed: Seed of the draws; given by its name.
+        tournament_size: Agents in a tournament.
+        elitism: Whether the best agent passes into the next generation unchanged.
+        population_size: Agents in every generation.
+        rand_seed: Seed of the random draws; a keyword argument.
 
     Raises:
         ConfigurationError: If a size is below 1, the tournament is larger than the population, `elitism` is not a bool
@@ -63,10 +63,10 @@ class TournamentSelection:
 
 
 def check_population(tournament: TournamentSelection, size: int) -> None:
-    """Check, before training, that a tournament was made for a population of `size` agents.
+    """Check, before training, that a tournament's `population_size` is the size of the population.
 
     Raises:
-        ConfigurationError: If it was made for another size.
+        ConfigurationError: If the two differ.
     """
     if tournament.population_size != size:
         fix = f"but the population has {size} agents; use TournamentSelection(population_size={size})"
@@ -78,17 +78,17 @@ def select_parents(
 ) -> tuple[int, list[int]]:
     """Draw the parents of the next generation.
 
-    Agents whose fitness is not finite are neither drawn nor elite. Where fewer than `tournament_size` are left, all of
-    them meet.
+    Agents whose fitness is not finite are neither drawn nor elite. If fewer than `tournament_size` agents are left, a
+    tournament has all of them.
 
     Args:
-        fitnesses: One for each agent.
+        fitnesses: The fitness of each agent.
         settings: The tournament.
-        rng: Consumed by one draw for each slot that the elite does not fill.
+        rng: Consumed by one draw for each child.
 
     Returns:
-        The position of the best agent, and the position of the parent of each slot. With elitism the best agent fills
-        the first slot itself, so there is one parent less than there are agents; without, it is only reported.
+        The position of the best agent, and the position of the parent of each child. With elitism the best agent is
+        kept, so that there is one child less than there are agents.
 
     Raises:
         DivergedError: If no fitness is finite.
@@ -96,14 +96,14 @@ def select_parents(
     best_first = [position for position in rank(fitnesses) if is_finite(fitnesses[position])]
     if not best_first:
         raise DivergedError(
-            f"none of the {len(fitnesses)} agents has a finite fitness, so nobody can be a parent; "
+            f"none of the {len(fitnesses)} agents has a finite fitness, so none can be a parent; "
             "lower lr or its upper bound, or set max_grad_norm"
         )
-    contenders = min(settings.tournament_size, len(best_first))
-    slots = len(fitnesses) - int(settings.elitism)
-    # Places in best_first are drawn, so the smallest place is the winner, ties included.
-    places = [int(rng.choice(len(best_first), size=contenders, replace=False).min()) for _ in range(slots)]
-    return best_first[0], [best_first[place] for place in places]
+    size = min(settings.tournament_size, len(best_first))
+    num_children = len(fitnesses) - int(settings.elitism)
+    # Ranks are drawn, and the lowest rank wins; agents of equal fitness have different ranks.
+    winners = [int(rng.choice(len(best_first), size=size, replace=False).min()) for _ in range(num_children)]
+    return best_first[0], [best_first[winner] for winner in winners]
 
 
 def plan_births(
@@ -116,21 +116,21 @@ def plan_births(
     tournament_rng: np.random.Generator,
     mutation_rng: np.random.Generator,
 ) -> tuple[Birth, ...]:
-    """Decide who has which children with which hyperparameters; changes nothing but the two generators.
+    """Select the parents and draw the hyperparameters of the next generation; changes only the two generators.
 
     The same arguments and generator states give the same births.
 
     Args:
-        results: Of the population in slot order.
-        tournament: How parents are selected.
-        mutations: How children are mutated.
+        results: The results of all members, in the order of the population.
+        tournament: Settings of the selection.
+        mutations: Settings of the mutation.
         hp_config: The hyperparameters that may change; None if none may.
         next_index: The first index for a new agent.
         tournament_rng: Draws the parents.
         mutation_rng: Draws the mutations.
 
     Returns:
-        (population size,) the next generation in slot order, a kept elite first.
+        (population size,) the next generation in the order of the population, a kept elite first.
 
     Raises:
         ConfigurationError: If the tournament is for another population size, two members have the same index, or
@@ -138,35 +138,23 @@ def plan_births(
         DivergedError: If no member has a finite fitness. No generator has been consumed then.
     """
     check_population(tournament, len(results))
-    _check_indices([result.index for result in results], next_index)
+    indices = [result.index for result in results]
+    if len(set(indices)) != len(indices):
+        raise ConfigurationError("index", indices, "two agents share an index; give each its own")
+    if next_index <= max(indices):
+        raise ConfigurationError("next_index", next_index, f"must be above the largest index in use, {max(indices)}")
     elite, parents = select_parents([result.fitness for result in results], tournament, tournament_rng)
     births = [results[elite].kept(elite=True)] if tournament.elitism else []
     for index, position in enumerate(parents, start=next_index):
-        for _ in range(ATTEMPTS):
-            child = _child(index, results[position], hp_config, mutations, mutation_rng)
-            if not child.mutations or not any(_are_twins(child, other) for other in births):
+        parent = results[position]
+        siblings = [birth.hyperparameters for birth in births if birth.parent == parent.index]
+        for _ in range(MAX_DRAWS):
+            drawn = mutate(parent.hyperparameters, hp_config, mutations, mutation_rng)
+            child = parent.mutated(index, drawn)
+            if not drawn or child.hyperparameters not in siblings:
                 break
         births.append(child)
     return tuple(births)
-
-
-def _child(
-    index: int, parent: Result, hp_config: HyperparameterConfig | None, mutations: Mutations, rng: np.random.Generator
-) -> Birth:
-    changes = mutate(parent.hyperparameters, hp_config, mutations, rng)
-    values = {**parent.hyperparameters, **{change.name: change.after for change in changes}}
-    return Birth(index, parent.index, changes, False, values)
-
-
-def _are_twins(one: Birth, other: Birth) -> bool:
-    return one.parent == other.parent and one.hyperparameters == other.hyperparameters
-
-
-def _check_indices(indices: Sequence[int], next_index: int) -> None:
-    if len(set(indices)) != len(indices):
-        raise ConfigurationError("index", list(indices), "two agents share an index; give each its own")
-    if next_index <= max(indices):
-        raise ConfigurationError("next_index", next_index, f"must be above the largest index in use, {max(indices)}")
 
 
 @dataclass
@@ -174,15 +162,15 @@ class TournamentSearch:
     """Tournament selection and mutation as an `evollm.hpo.Search`: the same number of members in every generation.
 
     Args:
-        tournament: How parents are selected; None: the defaults, for as many agents as there are.
-        mutation: How children are mutated.
+        tournament: Settings of the selection; None: the defaults, for the population's size.
+        mutation: Settings of the mutation.
     """
 
     tournament: TournamentSelection | None = None
     mutation: Mutations = Mutations()  # noqa: RUF009 - it is frozen
 
     def start(self, start: SearchStart) -> SearchPlan:
-        """Begin with the founders as they are.
+        """Begin with the founders, unchanged.
 
         Raises:
             ConfigurationError: The tournament is for another population size, or a mutation has nothing to change.
@@ -194,15 +182,15 @@ class TournamentSearch:
             fix = "a mutation has nothing to change: build the agents with hp_config=HyperparameterConfig(lr=...)"
             raise ConfigurationError("hp_config", start.hp_config, fix)
         self._hp_config, self._interval, self._next_index = start.hp_config, start.interval, 0
-        # The second number keeps the streams apart when both seeds are the same, as they are by default.
+        # The second number makes the two generators differ when both seeds are equal, as they are by default.
         self._tournament_rng = np.random.default_rng([self._settings.rand_seed, 0])
         self._mutation_rng = np.random.default_rng([self.mutation.rand_seed, 1])
         return SearchPlan(tuple(start.founders), self._interval)
 
     def tell(self, results: Sequence[Result]) -> SearchPlan:
-        """Plan the next generation with `plan_births`, whose errors these are.
+        """Plan the next generation with `plan_births`, and raise its errors.
 
-        New agents get indices that neither a member nor any agent of an earlier plan had.
+        New agents get indices above those of all members and of all earlier plans.
         """
         births = plan_births(
             results,
@@ -225,20 +213,16 @@ class TournamentSearch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Restore a state of `state_dict`.
 
         Raises:
-            CheckpointError: If `state` is not such a state; this object is as before then.
+            CheckpointError: If `state` is not such a state; the search is unchanged then.
         """
+        tournament_rng, mutation_rng = np.random.default_rng(0), np.random.default_rng(0)
         try:
             next_index = int(state["next_index"])
-            tournament_rng, mutation_rng = (_generator(state[name]) for name in ("tournament_rng", "mutation_rng"))
+            tournament_rng.bit_generator.state = state["tournament_rng"]
+            mutation_rng.bit_generator.state = state["mutation_rng"]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the state of the search is incomplete or from elsewhere: {error!r}") from error
         self._next_index, self._tournament_rng, self._mutation_rng = next_index, tournament_rng, mutation_rng
-
-
-def _generator(state: Mapping[str, Any]) -> np.random.Generator:
-    rng = np.random.default_rng(0)
-    rng.bit_generator.state = state
-    return rng

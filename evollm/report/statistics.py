@@ -1,8 +1,7 @@
-"""How sure scores and differences are, given that they were measured on so many pairs.
+"""95 % intervals of scores, and of differences between two agents' scores, over the choice of held-out rows.
 
-Every score here is a ratio of sums over the rows, sum(a) / sum(b): of accuracy and margin b is 1 for each pair, of the
-loss per token it is the row's tokens. Intervals are 95 %. They tell of the choice of pairs alone: another seed, or
-another order of the data, is not in them.
+Every score is a ratio of two sums over the rows: the denominators of accuracy and margin are 1 for each pair, those of
+the loss are the tokens of each row. The intervals do not cover another seed or another order of the training data.
 """
 
 from __future__ import annotations
@@ -13,27 +12,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from evollm.errors import ConfigurationError
-from evollm.hpo import AnyEvaluation, Evaluation
-from evollm.hpo.fitness import FloatArray
+from evollm.hpo import AnyEvaluation
+from evollm.hpo.fitness import TIE, FloatArray
 from evollm.runs.words import Words
 
 LEVEL = 0.95
 # The 97.5th percentile of the normal distribution.
 Z = 1.959963984540054
 RESAMPLES = 10_000
-# Of fewer rows nothing can be said at this level: even if all agree, chance does that in more than 1 of 20 cases.
+# Fewer rows give no interval: even if all of them favour one agent, the two-sided sign test's p-value is above 0.05.
 FEWEST_ROWS = 6
-# With fewer rows a usual gain is hard to tell from chance: of 100 pairs an accuracy is known to 10 points.
+# Fewer rows give a warning: on 100 pairs the interval of an accuracy is about 10 points wide to each side.
 FEW_ROWS = 100
-# What a pair with a margin of 0 counts.
-TIE = 0.5
-# Numbers drawn at a time, which bounds the memory.
-_AT_A_TIME = 2**21
+# Row indices drawn at a time, which bounds the memory.
+_DRAWS_AT_A_TIME = 2**21
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the 95 % interval around it; NaN where it cannot be known.
+    """A value and its 95 % interval; the ends are NaN where there are too few rows, or a value is not finite.
 
     Attributes:
         value: The score or difference.
@@ -52,43 +49,43 @@ class Interval:
 
     @property
     def includes_zero(self) -> bool:
-        """Whether it leaves open which way the difference goes; so does an interval that is not known."""
+        """Whether the sign of a difference is open; True for an interval whose ends are NaN."""
         return not (self.low > 0 or self.high < 0)
 
 
 def few_rows(words: Words, *, agents: int, test: int, final: int) -> str:
-    """A warning of held-out rows that are too few to show a usual gain; "" where they are enough, or none.
+    """Return a warning if there are fewer than 100 held-out rows of a split; "" if there are enough, or none.
 
     Args:
-        words: Those of the algorithm.
-        agents: Size of the population, whose selection goes by the `test` rows.
-        test: Rows that agents are evaluated on during the run.
-        final: Rows of the final score that nothing is selected by.
+        words: The words of the algorithm.
+        agents: Size of the population, which is selected by its scores on the `test` rows.
+        test: Rows on which agents are evaluated during the run.
+        final: Rows of the final score, by which nothing is selected.
     """
     uses = {"the selection" if agents > 1 else "the evaluations": test, "the final score": final}
     few = {use: count for use, count in uses.items() if 0 < count < FEW_ROWS}
     if not few:
         return ""
-    numbers = " and ".join(f"{count} for {use}" for use, count in few.items())
+    counts = " and ".join(f"{count} for {use}" for use, count in few.items())
     fewest = min(few.values())
-    known, noun, judged = "", words.noun, words.shown[0]
-    if judged.is_share:
-        # At one half, where a share is known least.
-        article = "An" if judged.label[:1] in "aeiou" else "A"
-        known = f" {article} {judged.label} on {fewest} {noun}{'' if fewest == 1 else 's'} is known to within about "
-        known += f"{100 * (wilson(TIE, fewest).high - TIE):.0f} points."
+    precision, noun, score = "", words.noun, words.shown[0]
+    if score.is_share:
+        # At a share of 0.5 the interval is widest.
+        article = "An" if score.label[:1] in "aeiou" else "A"
+        precision = f" {article} {score.label} on {fewest} {noun}{'' if fewest == 1 else 's'} is known to within about "
+        precision += f"{100 * (wilson(0.5, fewest).high - 0.5):.0f} points."
     return (
-        f"Few held-out {noun}s: {numbers}.{known} To tell a gain from chance give {FEW_ROWS} or more for each: as "
+        f"Few held-out {noun}s: {counts}.{precision} To tell a gain from chance give {FEW_ROWS} or more for each: as "
         "test_data and final_data, of a gym test_dataset and final_dataset."
     )
 
 
 def wilson(share: float, count: int) -> Interval:
-    """Wilson's score interval of a share (Wilson 1927): it stays within [0, 1], and is not empty at 0 or 1.
+    """Wilson's score interval of a share (Wilson 1927): it lies within [0, 1], and has a width at 0 and 1, too.
 
     Args:
-        share: Of `count`, where a tie may count half.
-        count: How many were looked at, at least 1.
+        share: The observed share; a tie may count half.
+        count: Number of rows, at least 1.
     """
     if not math.isfinite(share):
         return Interval(share, math.nan, math.nan)
@@ -98,14 +95,14 @@ def wilson(share: float, count: int) -> Interval:
 
 
 def ratio_interval(numerators: FloatArray, denominators: FloatArray) -> Interval:
-    """Normal interval of sum(numerators) / sum(denominators), by linearisation; with denominators of 1 that of a mean.
+    """Normal interval of sum(numerators) / sum(denominators) by linearisation; denominators of 1 give that of a mean.
 
     Args:
         numerators: (n,) one for each row.
         denominators: (n,) above 0.
 
     Returns:
-        NaN bounds for fewer than two rows.
+        The interval; its ends are NaN for fewer than two rows.
     """
     count = len(numerators)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -119,19 +116,19 @@ def ratio_interval(numerators: FloatArray, denominators: FloatArray) -> Interval
 
 
 def score_interval(evaluation: AnyEvaluation, score: str) -> Interval:
-    """A score of an evaluation with its interval: Wilson's for the accuracy, else the normal one.
+    """Return a score with its interval: Wilson's for the accuracy, else the normal one.
 
     Args:
-        evaluation: What was scored, pair by pair.
+        evaluation: The evaluation, row by row.
         score: `accuracy`, `mean_margin` or `loss`.
 
     Raises:
         ConfigurationError: The evaluation has no such score.
     """
-    numerators, denominators = _parts(evaluation, score)
+    numerators, denominators = _ratio(evaluation, score)
     if score == "accuracy":
         share = float(numerators.mean())
-        # Where every pair ties, as all do of an untuned model, so would any others.
+        # If every pair ties, the model equals its reference, and other pairs would tie as well.
         ties = bool((numerators == TIE).all())
         return Interval(share, share, share) if ties else wilson(share, len(numerators))
     return ratio_interval(numerators, denominators)
@@ -140,24 +137,24 @@ def score_interval(evaluation: AnyEvaluation, score: str) -> Interval:
 def paired_difference(
     first: AnyEvaluation, second: AnyEvaluation, score: str, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """First minus second with a paired bootstrap interval (percentiles; Efron 1979).
+    """Return first minus second with a paired bootstrap interval (percentiles; Efron 1979).
 
-    Rows are drawn with replacement, the same ones for both: what makes a pair hard for both agents cancels out. Where
-    all rows have the same difference the interval has no width. Of fewer than 6 rows there is none: its ends are NaN.
+    Rows are drawn with replacement, the same rows for both agents, so that the difficulty of a row cancels out. If all
+    rows have the same difference the interval has no width. For fewer than 6 rows its ends are NaN.
 
     Args:
-        first: What was scored, pair by pair.
-        second: Another agent on the same pairs.
+        first: An agent's evaluation, row by row.
+        second: Another agent's evaluation on the same rows.
         score: `accuracy`, `mean_margin` or `loss`.
-        resamples: How often to draw.
-        seed: Of the draws.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the draws.
 
     Raises:
-        ConfigurationError: The two are not of the same kind or number of pairs.
+        ConfigurationError: The two differ in type or number of rows.
     """
     if type(first) is not type(second):
         raise ConfigurationError("second", type(second).__name__, f"must be of the kind of {type(first).__name__}")
-    (numerators, denominators), (others, _) = _parts(first, score), _parts(second, score)
+    (numerators, denominators), (others, _) = _ratio(first, score), _ratio(second, score)
     if len(numerators) != len(others):
         raise ConfigurationError("second", len(others), f"must hold the same {len(numerators)} rows as first")
     with np.errstate(invalid="ignore"):
@@ -166,20 +163,17 @@ def paired_difference(
     if not math.isfinite(value) or len(differences) < FEWEST_ROWS:
         return Interval(value, math.nan, math.nan)
     rng, count = np.random.default_rng(seed), len(differences)
-    found: list[FloatArray] = []
-    rows = max(1, _AT_A_TIME // count)
-    for start in range(0, resamples, rows):
-        drawn = rng.integers(count, size=(min(rows, resamples - start), count))
-        found.append(differences[drawn].sum(axis=1) / denominators[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    samples: list[FloatArray] = []
+    at_a_time = max(1, _DRAWS_AT_A_TIME // count)
+    for start in range(0, resamples, at_a_time):
+        drawn = rng.integers(count, size=(min(at_a_time, resamples - start), count))
+        samples.append(differences[drawn].sum(axis=1) / denominators[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(samples), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high))
 
 
-def _parts(evaluation: AnyEvaluation, score: str) -> tuple[FloatArray, FloatArray]:
-    """(n,) and (n,): the sums whose ratio is the score."""
-    if isinstance(evaluation, Evaluation) and score in ("accuracy", "mean_margin"):
-        margins = evaluation.margins
-        return np.heaviside(margins, TIE) if score == "accuracy" else margins, np.ones(len(margins))
-    if not isinstance(evaluation, Evaluation) and score == "loss":
-        return -evaluation.logprobs, evaluation.num_tokens
-    raise ConfigurationError("score", score, f"is no score of a {type(evaluation).__name__}")
+def _ratio(evaluation: AnyEvaluation, score: str) -> tuple[FloatArray, FloatArray]:
+    """(n,) numerators and (n,) denominators of a score."""
+    if score not in evaluation.ratios:
+        raise ConfigurationError("score", score, f"is no score of a {type(evaluation).__name__}")
+    return evaluation.ratios[score]

@@ -63,7 +63,7 @@ def test_halving_goes_on_at_its_rung_from_its_state_in_json() -> None:
     for broken in ({}, {"rung": -1}, {"rung": "one"}):
         with pytest.raises(CheckpointError, match="state of the search"):
             second.load_state_dict(broken)
-    # Whatever came before, start begins anew.
+    # start resets the search.
     second.start(SearchStart([Birth.fresh(index, VALUES) for index in range(8)], None, 3))
     assert second.state_dict() == {"rung": 0}
 
@@ -105,13 +105,13 @@ KEPT = Birth(1, 1, (), False, VALUES)
     ("plan", "message"),
     [
         (None, "must return a SearchPlan"),
-        (SearchPlan((), 1), "leaves nobody"),
+        (SearchPlan((), 1), "has no births"),
         (SearchPlan((KEPT,), 0), "search.steps=0"),
         (SearchPlan((KEPT,), 1.5), "search.steps=1.5"),
-        (SearchPlan((KEPT, KEPT), 1), "gives two births one index"),
+        (SearchPlan((KEPT, KEPT), 1), "gives two births the same index"),
         (SearchPlan((Birth.fresh(-1, VALUES),), 1), "search.index=-1"),
-        (SearchPlan((Birth.fresh(1, VALUES),), 1), "agent 1.*has had"),
-        (SearchPlan((Birth.fresh(6, VALUES),), 1), "agent 6.*has had"),
+        (SearchPlan((Birth.fresh(1, VALUES),), 1), "agent 1.*has used"),
+        (SearchPlan((Birth.fresh(6, VALUES),), 1), "agent 6.*has used"),
         (SearchPlan((Birth.fresh(8, {"lr": 1e-3}),), 1), "agent 8.*a value for each of lr, loss_type"),
         (SearchPlan((Birth(8, 5, (), False, VALUES),), 1), "agent 8.*parent 5.*not a member"),
         (SearchPlan((Birth(8, 1, (), True, VALUES),), 1), "agent 8.*elite is for a member that is kept"),

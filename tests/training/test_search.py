@@ -234,7 +234,7 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_before_anybody_is_changed(
     with pytest.raises(ConfigurationError, match=r"lr=-1\.0"):
         run("run", search=Scripted(change=impossible))
     assert len(carried_out) == 1, "the founders' alone"
-    with pytest.raises(ConfigurationError, match=r"agent 2.*has had"):
+    with pytest.raises(ConfigurationError, match=r"agent 2.*has used"):
         run("run", resume=True, search=Scripted(change=lambda births: [Birth.fresh(2, births[0].hyperparameters)]))
     # The checkpoint before the decision is as good as ever.
     assert [agent.index for agent in run("run", resume=True)] == [9, 11]
@@ -249,7 +249,7 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_before_anybody_is_changed(
         ({"search": TournamentSearch}, "is a class: pass an object"),
         ({"tournament": TournamentSelection(2, True, 3), "mutation": Mutations()}, "leave one of the two out"),
         ({"search": TournamentSearch(TournamentSelection())}, "population_size=4.*3 agents"),
-        ({"search": Scripted(SearchPlan((), 1))}, "leaves nobody"),
+        ({"search": Scripted(SearchPlan((), 1))}, "has no births"),
         ({"search": Scripted(SearchPlan((Birth(0, 1, (), False, {}),), 1))}, "a value for each of lr"),
         ({"search": "successive_halving", "size": 1}, "there is one agent"),
     ],
