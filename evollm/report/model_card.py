@@ -66,7 +66,7 @@ def model_card(run_dir: Path, subject: Subject) -> str:
         else:
             raise CheckpointError(f"{run_dir}: the run has not ended; resume it with resume_from_checkpoint")
         before = [one for one in record.evolutions if subject.step is None or one.step < subject.step]
-        births = [birth for _, birth in Lineage(record.founders, before).line(best)]
+        births = [birth for _, birth in Lineage(record.founders, before).ancestry(best)]
         # A line may begin with a fresh agent of a later generation.
         line = list(enumerate(births, start=len(before) + 1 - len(births)))
         return _card(record, line, scores, subject)

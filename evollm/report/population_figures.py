@@ -150,7 +150,7 @@ def _score(node: Node, words: Words) -> str:
     if node.diverged:
         return "diverged"
     scores = {} if node.score is None else node.score.scores
-    return "  ".join(format(scores[one.name], one.short_form) for one in words.shown if one.name in scores)
+    return "  ".join(format(scores[one.name], one.short_format_spec) for one in words.shown if one.name in scores)
 
 
 def _fit(text: str, length: int = 20) -> str:

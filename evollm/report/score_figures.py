@@ -160,7 +160,7 @@ def _intervals(
     for row, interval in enumerate(rows.values()):
         right = interval.high if np.isfinite(interval.high) else interval.value
         if np.isfinite(right):
-            form = score.form if interval.value else score.form.strip("+")
+            form = score.format_spec if interval.value else score.format_spec.strip("+")
             write_beside(axes, format(interval.value, form), right, row, offset=(7, 0))
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_color(FRAME)

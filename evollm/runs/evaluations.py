@@ -1,8 +1,9 @@
-"""Evaluations pair by pair as files: safetensors, so that every number comes back as it was, NaN included."""
+"""Evaluations row by row as safetensors files, which keep every bit, NaN included."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,19 +13,18 @@ from evollm.errors import CheckpointError
 from evollm.hpo.fitness import AnyEvaluation, Evaluation, LikelihoodEvaluation
 from evollm.own_files import read_bytes
 
-# The two vectors of each kind.
+# The names of the two vectors of each type of evaluation.
 VECTORS: dict[type[AnyEvaluation], tuple[str, str]] = {
-    Evaluation: ("chosen_logratios", "rejected_logratios"),
-    LikelihoodEvaluation: ("logprobs", "num_tokens"),
+    kind: (fields(kind)[0].name, fields(kind)[1].name) for kind in (Evaluation, LikelihoodEvaluation)
 }
 
 
 def evaluations_to_bytes(evaluations: Mapping[str, AnyEvaluation]) -> bytes:
-    """Put evaluations into the bytes of one safetensors file.
+    """Return one safetensors file as bytes.
 
     Args:
-        evaluations: By the name of who was scored. A tensor's name is this name, a slash and the field's name:
-            `agent-3/chosen_logratios`, (n,) float64.
+        evaluations: The evaluations by name, such as `agent-3`. The name of a tensor is this name, a slash and the name
+            of the field: `agent-3/chosen_logratios`, (n,) float64.
     """
     return save(
         {
@@ -36,10 +36,10 @@ def evaluations_to_bytes(evaluations: Mapping[str, AnyEvaluation]) -> bytes:
 
 
 def read_evaluations(path: Path) -> dict[str, AnyEvaluation]:
-    """Read a file of what `evaluations_to_bytes` gave.
+    """Read a file with the bytes of `evaluations_to_bytes`.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds something else.
+        CheckpointError: The file is missing or damaged, or holds other tensors.
     """
     try:
         tensors = load(read_bytes(path))

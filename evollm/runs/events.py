@@ -1,4 +1,4 @@
-"""What happens during a run, as events of plain data, and the callbacks that are told of them."""
+"""The events of a run as plain data, and the base class of callbacks, which receive them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Everything is checked; no batch has been served yet.
+    """All settings are checked, and no batch has been served yet.
 
     Attributes:
         run_dir: The run folder.
@@ -20,8 +20,8 @@ class RunStarted:
         founders: The agents of the first generation.
         total_steps: Steps of the whole run; a step is one batch for every agent.
         step: Steps done before, 0 unless the run is resumed.
-        evolutions: Those carried out before.
-        held_out: How many rows there are of each held-out split, `test` and `final`.
+        evolutions: Evolutions carried out before, none unless the run is resumed.
+        held_out: Number of rows of each held-out split, `test` and `final`.
     """
 
     run_dir: Path
@@ -35,11 +35,11 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class BaselineScored:
-    """The first agent has been scored before training; a resumed run has that score already.
+    """The first agent has been evaluated before training; a resumed run has no such event.
 
     Attributes:
-        split: The pairs, `final` or `test`.
-        score: What it makes of each of them.
+        split: The held-out split, `final` or `test`.
+        score: The evaluation, row by row.
     """
 
     split: str
@@ -53,8 +53,8 @@ class StepDone:
     Attributes:
         step: Steps done.
         epoch: Epochs done.
-        metrics: What `learn` returned, by agent; a diverged agent is missing.
-        attention: What attention was computed by, in words.
+        metrics: The metrics of `learn`, by agent; a diverged agent is missing.
+        attention: Description of the attention implementation that was used.
     """
 
     step: int
@@ -65,12 +65,12 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Every agent has been scored on the same pairs.
+    """Every agent has been evaluated on the same rows.
 
     Attributes:
         step: Steps done.
         generation: Evolutions done.
-        evaluations: What each agent makes of each held-out pair or example; a diverged agent is missing.
+        evaluations: The evaluation of each agent, row by row; a diverged agent is missing.
         fitnesses: The fitness of every agent, not finite for a diverged one.
         best: Index of the fittest agent.
         agents: Hyperparameters of every agent.
@@ -86,11 +86,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Evolved:
-    """A plan has been carried out.
+    """An evolution has been carried out.
 
     Attributes:
         step: Steps done.
-        plan: Who came from whom, and what mutated.
+        plan: The next generation, with parents and mutations.
     """
 
     step: int
@@ -112,13 +112,13 @@ class Checkpointed:
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """What the model says to one prompt before and after tuning; an answer that was cut ends in an ellipsis.
+    """The model's answers to one prompt before and after tuning; a truncated answer ends in an ellipsis.
 
     Attributes:
         prompt: The prompt, or the last message of a conversation.
-        before: The answer before.
-        after: The answer after.
-        turns: Role and text of each message of a conversation; none of a prompt that is text.
+        before: The answer before tuning.
+        after: The answer after tuning.
+        turns: Role and text of each message of a conversation; empty for a prompt that is a string.
     """
 
     prompt: str
@@ -134,13 +134,13 @@ class RunEnded:
     Attributes:
         step: Steps done.
         best: Index of the fittest agent.
-        best_path: Folder of its checkpoint, None when it was not to be saved.
-        split: The pairs of the two scores, `final` or `test`; "" when there are none.
-        before: Score of the first agent before training.
-        after: Score of the fittest agent.
-        samples: Answers before and after.
-        runner_up: Index of the agent that came second, None when there is no other that could be scored.
-        runner_up_score: Its score.
+        best_path: Folder of the fittest agent's checkpoint, None if it was not saved.
+        split: The held-out split of the scores, `final` or `test`; "" if there is none.
+        before: Evaluation of the first agent before training.
+        after: Evaluation of the fittest agent.
+        samples: Answers before and after tuning.
+        runner_up: Index of the second fittest agent, None if no other agent has a finite fitness.
+        runner_up_score: Evaluation of the second fittest agent.
     """
 
     step: int
@@ -155,22 +155,25 @@ class RunEnded:
 
 
 class Callback:
-    """Override what you want to hear of. Callbacks are called in the order in which they were given."""
+    """Receives the events of a run: override the methods that you need.
+
+    The callbacks of a run are called in the order in which they were given.
+    """
 
     def on_start(self, event: RunStarted) -> None:
         """The run begins."""
 
     def on_baseline(self, event: BaselineScored) -> None:
-        """What training begins with has been scored."""
+        """The first agent has been evaluated before training."""
 
     def on_step(self, event: StepDone) -> None:
         """A step is done."""
 
     def on_evaluation(self, event: Evaluated) -> None:
-        """The population has been scored."""
+        """The population has been evaluated."""
 
     def on_evolution(self, event: Evolved) -> None:
-        """A generation has given way to the next."""
+        """The population has been replaced by the next generation."""
 
     def on_checkpoint(self, event: Checkpointed) -> None:
         """The population has been saved."""
@@ -179,4 +182,4 @@ class Callback:
         """The run is over."""
 
     def close(self) -> None:
-        """Release files and threads; called once however the run ends, also after an error."""
+        """Release files and threads; called once when the run ends, also after an error."""

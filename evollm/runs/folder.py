@@ -1,4 +1,4 @@
-"""What lies where in a run folder."""
+"""The names of the files in a run folder, and how a run folder is recognised."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ELITE = "elite"
 # The keyword arguments of `tune`.
 TUNE_ARGUMENTS = "tune.json"
 
-# What a run writes from its beginning to its end.
+# All files and folders that a run writes.
 RUN_FILES = (CONFIG, METRICS, LINEAGE, TIMING, EVALUATIONS, FINAL, CHECKPOINTS, ELITE, TUNE_ARGUMENTS)
 
-# From the adapter of an agent in a checkpoint to its run: actor, agent-0, step-000003, checkpoints.
+# The deepest folder of a run is this many levels below it: checkpoints/step-000003/agent-0/actor.
 _DEPTH = 4
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run; a model has a config.json, too."""
+    """Whether a folder is a run folder; the config.json of a model is told apart by its keys."""
     try:
         config = json.loads(read_bytes(folder / CONFIG))
     except (OSError, ValueError, RecursionError):
@@ -35,7 +35,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_resumed_by_command(folder: Path) -> bool:
-    """Whether `evollm resume` takes a run: it was begun by a command, or by `tune` from files."""
+    """Whether `evollm resume` can resume a run: all arguments of the run are in files, not in Python objects."""
     try:
         return not json.loads(read_bytes(folder / TUNE_ARGUMENTS))["objects"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -43,19 +43,18 @@ def is_resumed_by_command(folder: Path) -> bool:
 
 
 def run_above(folder: Path) -> Path | None:
-    """The run folder that a folder is a part of; None where it is none of a run, or a run folder itself."""
-    inner = folder.absolute()
+    """Return the run folder that contains a folder; None if there is none, or the folder is a run folder itself."""
     if is_run(folder):
         return None
-    for levels, above in enumerate(list(inner.parents)[:_DEPTH], start=1):
+    for levels, above in enumerate(list(folder.absolute().parents)[:_DEPTH], start=1):
         if is_run(above):
-            # As the user wrote it, as far as that reaches.
+            # A relative path stays relative if it has enough parts.
             return folder.parents[levels - 1] if len(folder.parents) >= levels else above
     return None
 
 
 def no_run(folder: Path) -> str:
-    """What is wrong with a folder that has no `config.json`, and which one is perhaps meant."""
+    """Return an error message for a folder without `config.json`, with the run folder that contains it, if any."""
     above = run_above(folder)
     if above is not None:
         return f"is no run folder but a part of one: give {above}"

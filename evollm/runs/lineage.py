@@ -1,4 +1,4 @@
-"""Who came from whom in a run, from its records, and from its checkpoints where the records are damaged."""
+"""The lineage of a run, read from `lineage.jsonl`, and from the checkpoints where that file is damaged."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from evollm.runs.events import Evolved
 from evollm.runs.folder import CHECKPOINTS, LINEAGE
 from evollm.runs.lines import read_lines
 
-# The part of a checkpoint that is JSON.
+# The JSON file of a checkpoint.
 STATE = "population.json"
 
-# One (step, hyperparameters) for the founder, and one for each change.
-Schedule = list[tuple[int, dict[str, Value]]]
+# (step, hyperparameters) at the beginning and after each change.
+HyperparameterSchedule = list[tuple[int, dict[str, Value]]]
 
 
 @dataclass(frozen=True)
@@ -28,38 +28,38 @@ class Lineage:
     """The generations of a run.
 
     Attributes:
-        founders: The first one.
-        evolutions: Those that led to the others, in their order.
+        founders: The first generation.
+        evolutions: The later generations, in their order.
     """
 
     founders: Sequence[Birth]
     evolutions: Sequence[Evolved]
 
-    def line(self, index: int) -> list[tuple[int, Birth]]:
-        """An agent's ancestors and itself: one birth for each generation, with the step at which it began."""
+    def ancestry(self, index: int) -> list[tuple[int, Birth]]:
+        """An agent's ancestors and the agent: one birth for each generation, with the step at which it began."""
         births = ancestry([evolution.plan for evolution in self.evolutions], index)
         births = births or [birth for birth in self.founders if birth.index == index]
         generations = [self.founders, *(evolution.plan.births for evolution in self.evolutions)]
-        # A fresh agent's line begins in a later generation than the first.
+        # If the oldest ancestor is a fresh agent, its generation is not the first.
         first = next(n for n, born in enumerate(generations) if births[0].index in {birth.index for birth in born})
         steps = [0, *(evolution.step for evolution in self.evolutions)]
         return list(zip(steps[first : first + len(births)], births, strict=True))
 
-    def schedule(self, index: int) -> Schedule:
-        """The hyperparameters of an agent's line, wherever they changed."""
-        found: Schedule = []
-        for step, birth in self.line(index):
+    def schedule(self, index: int) -> HyperparameterSchedule:
+        """The hyperparameters over an agent's ancestry, one entry for each change."""
+        schedule: HyperparameterSchedule = []
+        for step, birth in self.ancestry(index):
             values = dict(birth.hyperparameters)
-            if not found or found[-1][1] != values:
-                found.append((step, values))
-        return found
+            if not schedule or schedule[-1][1] != values:
+                schedule.append((step, values))
+        return schedule
 
 
 def read_lineage(run_dir: Path) -> Lineage:
-    """Read the lineage of a run; what its file has lost is taken from the newest checkpoint that knows it.
+    """Read the lineage of a run; evolutions that its file lacks are taken from the checkpoint with most evolutions.
 
     Raises:
-        CheckpointError: Neither says which agents the run began with, or what they say is no lineage.
+        CheckpointError: The founders or an evolution are in neither, or the records contradict each other.
     """
     try:
         lines = read_lines(inside(run_dir, LINEAGE))
@@ -67,19 +67,19 @@ def read_lineage(run_dir: Path) -> Lineage:
             [birth for line in lines if line["kind"] == "founders" for birth in line["births"]],
             [line for line in lines if line["kind"] == "evolution"],
         )
-        if not _is_whole(recorded):
+        if not _is_complete(recorded):
             saved = _from_checkpoints(run_dir)
             if saved is not None:
                 later = [one for one in recorded.evolutions if one.plan.generation >= len(saved.evolutions)]
                 recorded = Lineage(saved.founders, [*saved.evolutions, *later])
-        if recorded.founders and _is_whole(recorded):
-            _check_descent(recorded)
+        if _is_complete(recorded):
+            _check_parents(recorded)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{run_dir / LINEAGE} holds lines that are not of a run: {error!r}") from error
     if not recorded.founders:
         raise CheckpointError(f"{run_dir / LINEAGE} does not say which agents the run began with")
-    if not _is_whole(recorded):
-        raise CheckpointError(f"{run_dir / LINEAGE} has lost evolutions, and no checkpoint knows them")
+    if not _is_complete(recorded):
+        raise CheckpointError(f"{run_dir / LINEAGE} has lost evolutions, and no checkpoint has them")
     return recorded
 
 
@@ -90,11 +90,11 @@ def _lineage(founders: Sequence[Mapping[str, Any]], evolutions: Sequence[Mapping
     )
 
 
-def _check_descent(lineage: Lineage) -> None:
-    """Refuse agents that descend from none of the generation before, or from themselves.
+def _check_parents(lineage: Lineage) -> None:
+    """Check that every agent is kept, fresh under a new index, or the child of an agent of the generation before.
 
     Raises:
-        ValueError: There is one.
+        ValueError: An agent is none of these.
     """
     if any(birth.parent is not None for birth in lineage.founders):
         raise ValueError("a founder has a parent")
@@ -109,14 +109,14 @@ def _check_descent(lineage: Lineage) -> None:
         known = known | present
 
 
-def _is_whole(lineage: Lineage) -> bool:
-    """Whether the generations follow each other from the first on."""
+def _is_complete(lineage: Lineage) -> bool:
+    """Whether there are founders, and no evolution is missing between two others."""
     numbers = [evolution.plan.generation for evolution in lineage.evolutions]
     return bool(lineage.founders) and numbers == list(range(len(numbers)))
 
 
 def _from_checkpoints(run_dir: Path) -> Lineage | None:
-    """What the checkpoint of the most evolutions says; None where none says anything."""
+    """Return the lineage in the checkpoint with most evolutions; None if no checkpoint can be read."""
     found = []
     folder = run_dir / CHECKPOINTS
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():

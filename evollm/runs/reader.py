@@ -1,4 +1,4 @@
-"""The one reader of run folders: settings alone, whether a run has ended, or everything as a `RunRecord`."""
+"""Readers of run folders: the settings alone, whether a run has ended, or everything as a `RunRecord`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,9 @@ T = TypeVar("T")
 
 _ROLES = ("before", "after", "runner_up")
 _NOT_METRICS = {"kind", "step", "epoch", "agent"}
-# Of `config.json`, what somebody relies on.
+# The sections of `config.json`, and the entries that other modules read, with their types.
 _SECTIONS = ("schedule", "data", "options", "settings", "lora")
-_USED: tuple[tuple[str, str, type], ...] = (
+_ENTRIES: tuple[tuple[str, str, type], ...] = (
     *(("schedule", "total", int), ("schedule", "epoch", int)),
     *(("data", "reports", list), ("data", "fingerprint", str), ("data", "position", dict), ("data", "batch_size", int)),
     *(("options", "update_reference_each_epoch", bool), ("options", "save_elite", bool)),
@@ -37,14 +38,14 @@ _USED: tuple[tuple[str, str, type], ...] = (
 
 
 def read_config(run_dir: str | os.PathLike[str], field: str = "run_dir") -> dict[str, Any]:
-    """Read the settings of a run, and nothing else of its folder.
+    """Read and check the settings of a run, `config.json`.
 
     Args:
         run_dir: The run folder.
-        field: What the user calls it, for messages.
+        field: The name of the user's argument, for error messages.
 
     Raises:
-        ConfigurationError: No path, or no run folder.
+        ConfigurationError: `run_dir` is not a path, or not a run folder.
         CheckpointError: The settings are damaged.
     """
     folder = usable_path(field, run_dir)
@@ -58,12 +59,12 @@ def read_config(run_dir: str | os.PathLike[str], field: str = "run_dir") -> dict
         if isinstance(config, dict) and "words" not in config:
             raise CheckpointError(f"{path} lacks the words of its algorithm: an earlier evollm wrote it; use that one")
         if not isinstance(config["base"], str) or not isinstance(config["algorithm"], str):
-            raise ValueError("it is of no run")
+            raise TypeError("base or algorithm is no string")
         Words.from_dict(config["words"])
         optional = [config.get("versions", {}), config.get("hp_config") or {}]
         if not all(isinstance(one, dict) for one in [*(config[name] for name in _SECTIONS), *optional]):
-            raise TypeError("its sections are something else")
-        for section, name, kind in _USED:
+            raise TypeError("a section is no mapping")
+        for section, name, kind in _ENTRIES:
             value = config[section][name]
             if not isinstance(value, kind) or (isinstance(value, int) and kind is int and value < 1):
                 raise TypeError(f"{section}.{name} is {value!r}")
@@ -75,44 +76,50 @@ def read_config(run_dir: str | os.PathLike[str], field: str = "run_dir") -> dict
 
 
 def has_ended(run_dir: Path) -> bool:
-    """Whether a run has come to its end.
+    """Whether the records of a run have an `end` line.
 
     Raises:
-        CheckpointError: Its records cannot be read.
+        CheckpointError: The records cannot be read.
     """
     path = inside(run_dir, METRICS)
     return path.exists() and any(line["kind"] == "end" for line in read_lines(path))
 
 
 def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord:
-    """Read what a run folder says of its run; the run may still be going on, or have died.
+    """Read a run folder; the run may have ended, be in progress, or have been killed.
 
-    Damaged records are left out with a warning, and what the lineage has lost is taken from the newest checkpoint. A
-    last line that was cut short, as a kill leaves it, is left out. Results pair by pair and times that are not there,
-    as in folders of earlier versions, are left empty.
+    Damaged records are left out with a warning; evolutions that `lineage.jsonl` lacks are taken from a checkpoint. The
+    evaluations row by row and the timings, which older versions did not write, may be missing.
 
     Args:
         run_dir: The run folder.
-        rows: Whether to read what the scores are made of, row by row, too.
+        rows: Whether to read the evaluations row by row, too.
 
     Raises:
-        ConfigurationError: No path, or no run folder.
-        CheckpointError: A file is missing, or nothing in it can be read, or no step is done yet; the message names it.
+        ConfigurationError: `run_dir` is not a path, or not a run folder.
+        CheckpointError: A file is missing or cannot be read, or no step is done yet; the message names the file.
     """
     config = read_config(run_dir)
     folder = usable_path("run_dir", run_dir)
     metrics, words = read_lines(inside(folder, METRICS)), Words.from_dict(config["words"])
     timing = inside(folder, TIMING)
     try:
+        evaluations = _read(metrics, "evaluation", partial(_evaluation, words))
+        ended = _read(metrics, "end", partial(_end, words))[-1:]
+        if rows:
+            files = {one.step: f"{EVALUATIONS}/step-{one.step:06d}.safetensors" for one in evaluations}
+            by_step = {step: _read_rows(folder, name) for step, name in files.items()}
+            evaluations = [replace(one, pairs=by_step[one.step].get(f"agent-{one.agent}")) for one in evaluations]
+            ended = [replace(one, pairs=_read_rows(folder, FINAL)) for one in ended]
         record = RunRecord(
             path=folder,
             config=config,
             words=words,
             lineage=read_lineage(folder),
             steps=_read(metrics, "step", _step),
-            evaluations=_evaluations(folder, metrics, words, rows),
-            ended=_ended(folder, metrics, words, rows),
-            timings=[timing for timing in map(_or_none(_lap), read_lines(timing)) if timing] if timing.exists() else [],
+            evaluations=evaluations,
+            ended=ended[0] if ended else None,
+            timings=_convert(read_lines(timing), _timing) if timing.exists() else [],
         )
         _check_agents(record)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -127,42 +134,48 @@ def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord
 
 
 def _check_agents(record: RunRecord) -> None:
-    """Find agents that are not agents while the folder can still be named.
+    """Check that the records of steps, evaluations and lineage are about the same agents.
 
     Raises:
-        ValueError: They do not have the same hyperparameters, or descend from nobody.
+        ValueError: Agents have different hyperparameters, or an agent is not in the lineage.
     """
     names = [set(life.birth.hyperparameters) for life in record.lives.values()]
     if any(one != names[0] for one in names):
         raise ValueError("agents of one run have different hyperparameters")
-    known = {None, *record.lives}
-    strangers = {life.birth.parent for life in record.lives.values()} - known
-    strangers |= {line.agent for line in record.steps} - known
-    strangers |= {scored.agent for scored in record.evaluations} - known
-    if strangers and record.founders:
-        raise ValueError(f"nobody knows where agents {strangers} come from")
+    mentioned = {life.birth.parent for life in record.lives.values()}
+    mentioned |= {line.agent for line in record.steps} | {scored.agent for scored in record.evaluations}
+    unknown = mentioned - {None, *record.lives}
+    if unknown and record.founders:
+        raise ValueError(f"agents {unknown} are not in the lineage")
 
 
 def _read(lines: list[dict[str, Any]], kind: str, convert: Callable[[dict[str, Any]], T]) -> list[T]:
-    """The records of a kind; those that lack something are left out, and a warning says how many."""
-    found = [_or_none(convert)(line) for line in lines if line["kind"] == kind]
-    whole = [one for one in found if one is not None]
-    lost = len(found) - len(whole)
-    if lost:
-        warnings.warn(f"{lost} records of kind {kind!r} are damaged: left out", UserWarning, stacklevel=4)
-    return whole
+    """Convert the records of a kind; a warning gives the number of damaged ones, which are left out."""
+    lines = [line for line in lines if line["kind"] == kind]
+    found = _convert(lines, convert)
+    if len(found) < len(lines):
+        lost = len(lines) - len(found)
+        warnings.warn(f"{lost} records of kind {kind!r} are damaged: left out", UserWarning, stacklevel=3)
+    return found
 
 
-def _or_none(convert: Callable[[dict[str, Any]], T]) -> Callable[[dict[str, Any]], T | None]:
-    """The conversion of a record, None of one that is damaged."""
+def _convert(lines: list[dict[str, Any]], convert: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Convert records; damaged ones are left out."""
+    found = []
+    for line in lines:
+        with suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            found.append(convert(line))
+    return found
 
-    def converted(line: dict[str, Any]) -> T | None:
-        try:
-            return convert(line)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            return None
 
-    return converted
+def _read_rows(folder: Path, name: str) -> dict[str, AnyEvaluation]:
+    """Read evaluations row by row; empty if the file is missing, or, with a warning, damaged."""
+    path = inside(folder, name)
+    try:
+        return read_evaluations(path) if path.exists() else {}
+    except CheckpointError as error:
+        warnings.warn(f"{error}: left out", UserWarning, stacklevel=3)
+        return {}
 
 
 def _step(line: Mapping[str, Any]) -> StepLine:
@@ -170,27 +183,7 @@ def _step(line: Mapping[str, Any]) -> StepLine:
     return StepLine(int(line["step"]), int(line["agent"]), metrics)
 
 
-def _evaluations(folder: Path, lines: list[dict[str, Any]], words: Words, rows: bool) -> list[Scored]:
-    scored = _read(lines, "evaluation", partial(_scored, words))
-    if not rows:
-        return scored
-    pairs = {
-        step: _pairs(folder, f"{EVALUATIONS}/step-{step:06d}.safetensors") for step in {one.step for one in scored}
-    }
-    return [replace(one, pairs=pairs[one.step].get(f"agent-{one.agent}")) for one in scored]
-
-
-def _pairs(folder: Path, name: str) -> dict[str, AnyEvaluation]:
-    """Results pair by pair; none where they were not kept, or are damaged."""
-    path = inside(folder, name)
-    try:
-        return read_evaluations(path) if path.exists() else {}
-    except CheckpointError as error:
-        warnings.warn(f"{error}: left out", UserWarning, stacklevel=4)
-        return {}
-
-
-def _scored(words: Words, line: Mapping[str, Any]) -> Scored:
+def _evaluation(words: Words, line: Mapping[str, Any]) -> Scored:
     return Scored(
         step=int(line["step"]),
         generation=int(line["generation"]),
@@ -201,14 +194,9 @@ def _scored(words: Words, line: Mapping[str, Any]) -> Scored:
 
 
 def _scores(words: Words, line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Those of the algorithm's scores that a record holds, in the algorithm's order."""
+    """The algorithm's scores that a record has, in the algorithm's order."""
     names = [score.name for score in words.scores if f"{prefix}{score.name}" in line]
     return {name: float(line[f"{prefix}{name}"]) for name in names}
-
-
-def _ended(folder: Path, lines: list[dict[str, Any]], words: Words, rows: bool) -> Ended | None:
-    found = _read(lines, "end", partial(_end, words))
-    return replace(found[-1], pairs=_pairs(folder, FINAL) if rows else {}) if found else None
 
 
 def _end(words: Words, line: Mapping[str, Any]) -> Ended:
@@ -220,17 +208,20 @@ def _end(words: Words, line: Mapping[str, Any]) -> Ended:
         split=str(line["split"]),
         scores={role: found for role, found in scores.items() if found},
         pairs={},
-        samples=[_sample(one) for one in line["samples"]],
+        samples=[
+            SampleAnswer(
+                str(one["prompt"]),
+                str(one["before"]),
+                str(one["after"]),
+                # Older versions have written no turns.
+                tuple((str(role), str(text)) for role, text in one.get("turns", ())),
+            )
+            for one in line["samples"]
+        ],
     )
 
 
-def _sample(one: Mapping[str, Any]) -> SampleAnswer:
-    # Folders of earlier versions have no turns.
-    turns = tuple((str(role), str(text)) for role, text in one.get("turns", ()))
-    return SampleAnswer(str(one["prompt"]), str(one["before"]), str(one["after"]), turns)
-
-
-def _lap(line: Mapping[str, Any]) -> Timing:
+def _timing(line: Mapping[str, Any]) -> Timing:
     peak = line.get("cuda_peak_bytes")
     return Timing(
         str(line["kind"]), int(line["step"]), float(line["seconds"]), int(line["resident_bytes"]), peak and int(peak)

@@ -1,4 +1,4 @@
-"""A run as plain data: what was recorded, and who descends from whom."""
+"""A run as plain data: its records, and the lives of its agents as derived from the lineage."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 from evollm.hpo import AnyEvaluation, Birth, Fitness, is_finite, rank
 from evollm.runs.events import Evolved, SampleAnswer
-from evollm.runs.lineage import Lineage, Schedule
+from evollm.runs.lineage import HyperparameterSchedule, Lineage
 from evollm.runs.words import Words
 
-# What a text ends in that goes on.
+# The end of a truncated answer.
 CUT = "…"
 
 
 @dataclass(frozen=True)
 class StepLine:
-    """What one agent reported of one step; metrics that are not finite are NaN or infinite."""
+    """The metrics of one agent at one step; they may be NaN or infinite."""
 
     step: int
     agent: int
@@ -33,10 +33,10 @@ class Scored:
     Attributes:
         step: Steps done.
         generation: Evolutions done.
-        agent: Its index.
-        scores: Means over the held-out pairs by name; none of a diverged agent.
-        fitness: What it was selected by.
-        pairs: What the means are made of, None where it was not kept.
+        agent: The agent's index.
+        scores: Scores on the held-out rows by name; empty for a diverged agent.
+        fitness: The agent's fitness.
+        pairs: The evaluation row by row, None if it was not recorded or not read.
     """
 
     step: int
@@ -54,11 +54,11 @@ class Ended:
     Attributes:
         step: Steps done.
         best: Index of the winner.
-        runner_up: Index of the agent that came second, None if there is none.
-        split: The pairs of the final score: `final`, `test` if they are those of the selection, "" if there are none.
-        scores: Means by name, of `before`, `after` and `runner_up`, as far as they are known.
-        pairs: What the means are made of, by the same names.
-        samples: Answers before and after; one that was cut ends in `CUT`.
+        runner_up: Index of the second fittest agent, None if there is none.
+        split: The held-out split of the scores: `final`, `test` (by which agents were selected), or "" for none.
+        scores: Scores by name for the roles `before`, `after` and `runner_up`, as far as they were recorded.
+        pairs: The evaluations row by row, for the same roles.
+        samples: Answers before and after tuning; a truncated answer ends in `CUT`.
     """
 
     step: int
@@ -72,14 +72,14 @@ class Ended:
 
 @dataclass(frozen=True)
 class Timing:
-    """What came to pass between two events, named after the later one.
+    """Time and memory at an event.
 
     Attributes:
         kind: `start`, `baseline`, `step`, `evaluation`, `evolution`, `checkpoint` or `end`.
         step: Steps done.
-        seconds: Since the event before.
-        resident_bytes: Memory of the process at the event.
-        cuda_peak_bytes: The most that was allocated on CUDA at once so far, None on other devices.
+        seconds: Seconds since the event before.
+        resident_bytes: Resident memory of the process at the event.
+        cuda_peak_bytes: Peak of the allocated CUDA memory so far, None on other devices.
     """
 
     kind: str
@@ -91,13 +91,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Life:
-    """An agent from its birth to the evolution that did not keep it.
+    """An agent from its birth to the evolution that removed it.
 
     Attributes:
-        birth: Its parent, mutations and hyperparameters.
-        generations: The first and the last generation that it is in.
-        steps: After how many steps it was born, and after how many it left or the run ended.
-        diverged: Whether it has no finite fitness, or stopped learning.
+        birth: The agent's parent, mutations and hyperparameters.
+        generations: The agent's first and last generation.
+        steps: The steps done at the agent's birth, and when it was removed or the run ended.
+        diverged: Whether a fitness of the agent was not finite, or it stopped learning.
     """
 
     birth: Birth
@@ -108,17 +108,17 @@ class Life:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that a run folder says of its run; see `evollm.runs.read_run`.
+    """The contents of a run folder; see `evollm.runs.read_run`.
 
     Attributes:
         path: The run folder.
         config: Settings of the run.
-        words: Those of its algorithm.
-        lineage: Who came from whom.
-        steps: Ordered by step.
-        evaluations: Ordered by step.
-        ended: None while the run has not ended.
-        timings: Where time and memory went, in their order; none of a run that was not timed.
+        words: The words of the run's algorithm.
+        lineage: Founders and evolutions.
+        steps: Metrics of each agent and step, ordered by step.
+        evaluations: Scores of each agent and evaluation, ordered by step.
+        ended: The end of the run, None if the run has not ended.
+        timings: Time and memory of each event, in their order; empty if they were not recorded.
     """
 
     path: Path
@@ -147,7 +147,7 @@ class RunRecord:
 
     @cached_property
     def generations(self) -> tuple[Sequence[Birth], ...]:
-        """The births of each generation; of a kept agent there is one in every generation."""
+        """The births of each generation; a kept agent has a birth in each of its generations."""
         return (self.founders, *(evolution.plan.births for evolution in self.evolutions))
 
     @cached_property
@@ -157,7 +157,7 @@ class RunRecord:
 
     @cached_property
     def winner(self) -> int | None:
-        """Index of the best agent; of a run that has not ended, the best of its last evaluation."""
+        """Index of the best agent; while the run has not ended, the best of its last evaluation, if any is finite."""
         if self.ended is not None:
             return self.ended.best
         latest = self.latest_evaluation
@@ -172,7 +172,7 @@ class RunRecord:
 
     @cached_property
     def lives(self) -> Mapping[int, Life]:
-        """Every agent that there was, by its index, in the order of birth."""
+        """All agents of the run by their index, in the order of birth."""
         first: dict[int, tuple[int, Birth]] = {}
         last: dict[int, int] = {}
         for generation, births in enumerate(self.generations):
@@ -191,10 +191,7 @@ class RunRecord:
 
     @cached_property
     def line(self) -> tuple[Life, ...]:
-        """The winner and its ancestors, founder first: the schedule of hyperparameters that made it.
-
-        Each life's `steps[0]` is the step after which its hyperparameters began. Empty without a winner.
-        """
+        """The lives of the winner's ancestors and of the winner, oldest first; empty without a winner."""
         line: list[Life] = []
         index = self.winner
         while index is not None and index in self.lives:
@@ -203,22 +200,19 @@ class RunRecord:
         return tuple(reversed(line))
 
     @property
-    def schedule(self) -> Schedule:
-        """The hyperparameters of the winner's line, wherever they changed; empty without a winner."""
+    def schedule(self) -> HyperparameterSchedule:
+        """The hyperparameters over the winner's ancestry, one entry for each change; empty without a winner."""
         return [] if self.winner is None else self.lineage.schedule(self.winner)
 
     @cached_property
     def line_ends(self) -> Mapping[int, int]:
-        """Of each agent of `line` the step after which it gave way to its heir, or the run ended."""
-        heirs = [life.steps[0] for life in self.line[1:]]
-        return {
-            life.birth.index: end
-            for life, end in zip(self.line, [*heirs, *(life.steps[1] for life in self.line[-1:])], strict=True)
-        }
+        """For each agent of `line`, by index, the step at which its child of the line was born, or the run ended."""
+        ends = [*(life.steps[0] for life in self.line[1:]), *(life.steps[1] for life in self.line[-1:])]
+        return {life.birth.index: end for life, end in zip(self.line, ends, strict=True)}
 
     @cached_property
     def line_evaluations(self) -> tuple[Scored, ...]:
-        """The winner's line at each evaluation, each agent of it while it was on the line."""
+        """The evaluations of the winner's line: those of each of its agents until its child on the line was born."""
         return tuple(
             scored
             for scored in self.evaluations

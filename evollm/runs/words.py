@@ -1,7 +1,7 @@
-"""An algorithm's own words, which a run writes into `config.json`: whoever shows the run needs no list of algorithms.
+"""The names, labels and units of an algorithm, which a run writes into `config.json` for reports, cards and consoles.
 
-A run folder may come from somebody else, so all of it is checked: names fit into names of files, and texts are short
-and hold nothing that a terminal would obey. Whoever shows a text escapes it.
+A run folder may come from another person, so everything is checked: names can be parts of file names, and texts are
+short and without control characters. Code that shows a text as HTML, Markdown or rich markup has to escape it.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-_LONGEST, _MOST, _MOST_DIGITS = 400, 16, 9
-# Of a score or a metric; a slash becomes a hyphen in the name of a picture.
+_MAX_CHARACTERS, _MAX_ENTRIES, _MAX_DIGITS = 400, 16, 9
+# The name of a score or a metric; the slash of a name becomes a hyphen in the file name of its picture.
 _NAME = re.compile(r"[A-Za-z]\w{0,60}(/\w{1,60})?", re.ASCII)
 _TAG = re.compile(r"[a-z0-9]([a-z0-9-]{0,60}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number that an evaluation comes to.
+    """How one score of an evaluation is named and written.
 
     Attributes:
-        name: Its name in records.
-        label: What it is called in a sentence.
-        unit: What it is measured in; "" of a number without unit.
-        digits: Decimals that are written.
-        is_signed: Whether a plus is written.
-        is_share: Whether it is a share of the rows, written in percent in a sentence.
-        smaller_is_better: Whether a smaller one is the better one.
-        is_shown: Whether it is compared and drawn; the first of these is what a run is judged by.
-        heading: What its column in a terminal is called; "": its label.
-        in_full: What a model card calls it; "": its label with the unit.
+        name: The score's name in records.
+        label: The score's name in sentences.
+        unit: The unit; "" for none.
+        digits: Digits after the decimal point.
+        is_signed: Whether a positive score is written with a plus sign.
+        is_share: Whether the score is a share of the rows, which sentences give in percent.
+        smaller_is_better: Whether smaller scores are better.
+        is_shown: Whether the score is compared and drawn; the first such score is the one in the headline.
+        heading: The heading of the score's column in a terminal; "": the label.
+        in_full: The score's name in a model card; "": the label with the unit.
 
     Raises:
-        ValueError: A field is of another type, too long, or holds what no text for a person holds.
+        ValueError: A field has another type, is too long, or has control characters.
     """
 
     name: str
@@ -50,18 +50,18 @@ class Score:
 
     def __post_init__(self) -> None:
         _check(self, _NAME, [self.name])
-        if not 2 * self.is_share <= self.digits <= _MOST_DIGITS:
+        if not 2 * self.is_share <= self.digits <= _MAX_DIGITS:
             raise ValueError(f"digits is {self.digits}")
 
     @property
-    def form(self) -> str:
-        """How the number is written, as for `format`."""
+    def format_spec(self) -> str:
+        """The format specification of the score."""
         return f"{'+' if self.is_signed else ''}.{self.digits}f"
 
     @property
-    def short_form(self) -> str:
-        """The same where there is less room: a sign takes that of a digit."""
-        return f"+.{max(0, self.digits - 1)}f" if self.is_signed else self.form
+    def short_format_spec(self) -> str:
+        """The format specification for narrow places: a signed score has one digit less."""
+        return f"+.{max(0, self.digits - 1)}f" if self.is_signed else self.format_spec
 
     @property
     def title(self) -> str:
@@ -71,21 +71,21 @@ class Score:
 
 @dataclass(frozen=True)
 class Words:
-    """What people call an algorithm, its rows and its numbers.
+    """How an algorithm, its rows and its scores are named in reports, model cards and terminals.
 
     Attributes:
-        name: What it is called.
-        noun: What a row of the data is called; an "s" makes it several.
-        title: What a model has become by it, for the title of its card.
-        method: The method in full.
-        tags: Of a model card.
-        scores: What evaluations come to, at least one of which is shown.
-        curves: The metrics of a step that are drawn, each with its title; one that a run does not report is left out.
-        on_scores: Sentences on how the scores are to be read.
-        on_training: A sentence on what the metrics of several agents do not allow to say.
+        name: The algorithm's short name.
+        noun: The singular of the noun for a row of the data; an "s" makes the plural.
+        title: The participle in the title of a model card, such as "tuned on preferences".
+        method: The algorithm's full name.
+        tags: The tags of a model card.
+        scores: The scores of an evaluation; at least one of them is shown.
+        curves: The metrics of a step that are drawn, each with a title; metrics that a run lacks are left out.
+        on_scores: Sentences that explain how the scores are read.
+        on_training: A sentence that says which training metrics of different agents cannot be compared.
 
     Raises:
-        ValueError: A field is of another type, too long, or holds what no text for a person holds.
+        ValueError: A field has another type, is too long, or has control characters.
     """
 
     name: str
@@ -101,8 +101,8 @@ class Words:
     def __post_init__(self) -> None:
         _check(self, _TAG, self.tags)
         _check(self, _NAME, [name for name, _ in self.curves], [title for _, title in self.curves])
-        if max(map(len, (self.tags, self.scores, self.curves))) > _MOST or not self.shown:
-            raise ValueError("there are too many words, or no score that is shown")
+        if max(map(len, (self.tags, self.scores, self.curves))) > _MAX_ENTRIES or not self.shown:
+            raise ValueError("there are too many tags, scores or curves, or no score that is shown")
 
     @property
     def shown(self) -> tuple[Score, ...]:
@@ -111,10 +111,10 @@ class Words:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Words:
-        """Read what `dataclasses.asdict` gave, also after it has been JSON.
+        """Read the dict of `dataclasses.asdict`, also after a round trip through JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: It is something else.
+            KeyError, TypeError, ValueError: `data` is not such a dict.
         """
         scores = tuple(Score(**score) for score in data["scores"])
         curves = tuple((name, title) for name, title in data["curves"])
@@ -124,13 +124,13 @@ class Words:
 def _check(
     words: Score | Words, pattern: re.Pattern[str], names: Sequence[object], texts: Sequence[object] = ()
 ) -> None:
-    """Refuse plain fields of another type, texts that nobody should read, and names that do not have the pattern."""
-    kinds: dict[Any, type] = {"str": str, "int": int, "bool": bool}
-    values = [(getattr(words, field.name), kinds[field.type]) for field in fields(words) if field.type in kinds]
-    if any(type(value) is not kind for value, kind in values):
-        raise ValueError("a field is of another type")
-    for text in (*(value for value, kind in values if kind is str), *texts):
-        if not isinstance(text, str) or len(text) > _LONGEST or not text.isprintable():
-            raise ValueError("a text is too long, or none for a person")
+    """Check the types of the plain fields, the length and the characters of all texts, and the pattern of the names."""
+    types: dict[Any, type] = {"str": str, "int": int, "bool": bool}
+    values = [(getattr(words, field.name), types[field.type]) for field in fields(words) if field.type in types]
+    if any(type(value) is not expected for value, expected in values):
+        raise ValueError("a field has the wrong type")
+    for text in (*(value for value, _ in values if isinstance(value, str)), *texts):
+        if not isinstance(text, str) or len(text) > _MAX_CHARACTERS or not text.isprintable():
+            raise ValueError("a text is too long, or has control characters")
     if not all(isinstance(name, str) and pattern.fullmatch(name) for name in names):
-        raise ValueError("a name is none")
+        raise ValueError("a name has characters that no name may have")

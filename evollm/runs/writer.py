@@ -1,4 +1,4 @@
-"""The run folder: settings, metrics, lineage and times as text, results pair by pair as tensors."""
+"""The callback that writes the run folder: settings, metrics, lineage and timings as JSON, evaluations as tensors."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from evollm.runs.events import (
 from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, TIMING
 from evollm.runs.lines import RecordFiles, read_lines, strict
 
-_EVALUATION = re.compile(r"step-(\d{6,})\.safetensors")
+_EVALUATION_FILE = re.compile(r"step-(\d{6,})\.safetensors")
 
 
 class RunFolder(Callback):
-    """Writes what happens as strict JSON, one line for each event and agent, and evaluations as safetensors.
+    """Writes the events of a run as strict JSON, one line for each event and agent, and evaluations as safetensors.
 
-    `metrics.jsonl` holds `step`, `evaluation` and `end` lines, `lineage.jsonl` one `founders` line and one `evolution`
-    line for each generation. Numbers that are not finite are written as the texts "nan", "inf" and "-inf". Each
-    evaluation has a file `evaluations/step-000003.safetensors` with what every agent makes of every held-out pair, and
-    `final.safetensors` has the same of the final score: `before`, `after` and `runner_up`. `timing.jsonl` holds what
-    differs from one run to an equal one: for each event the seconds since the one before, and memory.
+    `metrics.jsonl` has `step`, `evaluation` and `end` lines, `lineage.jsonl` one `founders` line and one `evolution`
+    line for each generation. NaN and infinities are written as the strings "nan", "inf" and "-inf". Each evaluation has
+    a file `evaluations/step-000003.safetensors` with the numbers of every agent and held-out row, and
+    `final.safetensors` has those of the final scores: `before`, `after` and `runner_up`. `timing.jsonl` has, for each
+    event, the seconds since the event before and the memory; only this file differs between two equal runs.
 
     Args:
-        cuda_peak: Tells the most bytes that were allocated on CUDA at once; asked in a run on CUDA alone.
+        cuda_peak: Returns the peak of the allocated CUDA memory in bytes; called only in a run on CUDA.
     """
 
     def __init__(self, cuda_peak: Callable[[], int] | None = None) -> None:
         self._cuda_peak = cuda_peak
         self._records: RecordFiles | None = None
-        self._since = time.perf_counter()
+        self._last_event = time.perf_counter()
 
     def on_start(self, event: RunStarted) -> None:
-        """Create the folder and write the settings; of a resumed run keep what happened up to its checkpoint.
+        """Create the folder and write the settings; for a resumed run keep the records up to its checkpoint.
 
         Raises:
-            CheckpointError: A link lies where a file of the run is due.
+            CheckpointError: A file of the run would replace a symbolic link.
             OSError: The folder cannot be written.
         """
         folder = event.run_dir
@@ -62,53 +62,53 @@ class RunFolder(Callback):
         for name in (METRICS, TIMING):
             self._records.start(name, _lines_until(inside(folder, name), event.step))
         founders = {"kind": "founders", "births": [birth.to_dict() for birth in event.founders]}
-        self._records.start(LINEAGE, [founders, *map(_evolution, event.evolutions)])
-        # Last: it is what a run folder is known by.
+        self._records.start(LINEAGE, [founders, *map(_evolution_line, event.evolutions)])
+        # Last, since a folder with this file is recognised as a run folder.
         config = json.dumps(strict(event.config), indent=2) + "\n"
         replace_bytes(inside(folder, CONFIG), config.encode())
         if not str(event.config["device"]).startswith("cuda"):
             self._cuda_peak = None
-        self._since = time.perf_counter()
+        self._last_event = time.perf_counter()
         self._time("start", event.step)
 
     def on_baseline(self, event: BaselineScored) -> None:
-        """Note the time; the score itself is written at the end."""
+        """Write the timing; the score is written at the end of the run."""
         self._time("baseline", 0)
 
     def on_step(self, event: StepDone) -> None:
         """Write one line for each agent."""
         for index, metrics in event.metrics.items():
-            self._append(METRICS, kind="step", step=event.step, epoch=event.epoch, agent=index, **metrics)
+            self._files.append(METRICS, kind="step", step=event.step, epoch=event.epoch, agent=index, **metrics)
         self._time("step", event.step)
 
     def on_evaluation(self, event: Evaluated) -> None:
-        """Write one line for each agent, and what each makes of each pair."""
+        """Write one line for each agent, and the evaluations row by row."""
         for index, fitness in event.fitnesses.items():
             line: dict[str, Any] = {"step": event.step, "generation": event.generation, "agent": index}
             if index in event.evaluations:
                 line |= event.evaluations[index].scores
-            self._append(METRICS, kind="evaluation", **line, fitness=list(fitness), **event.agents[index])
+            self._files.append(METRICS, kind="evaluation", **line, fitness=list(fitness), **event.agents[index])
         scored = {f"agent-{index}": evaluation for index, evaluation in event.evaluations.items()}
         self._save(f"{EVALUATIONS}/step-{event.step:06d}.safetensors", scored)
         self._time("evaluation", event.step)
 
     def on_evolution(self, event: Evolved) -> None:
         """Write the plan."""
-        self._append(LINEAGE, **_evolution(event))
+        self._files.append(LINEAGE, **_evolution_line(event))
         self._time("evolution", event.step)
 
     def on_checkpoint(self, event: Checkpointed) -> None:
-        """Note the time, and have on disk what has happened so far: a resumed run goes on from here."""
+        """Flush the records to disk, since a run that resumes from this checkpoint continues them."""
         self._time("checkpoint", event.step)
         self._files.flush()
 
     def on_end(self, event: RunEnded) -> None:
-        """Write the scores, with what they are made of, and the sample answers."""
+        """Write the final scores, the evaluations row by row, and the sample answers."""
         found = {"before": event.before, "after": event.after, "runner_up": event.runner_up_score}
         scored = {name: score for name, score in found.items() if score is not None}
         scores = {f"{name}_{key}": value for name, score in scored.items() for key, value in score.scores.items()}
         self._save(FINAL, scored)
-        self._append(
+        self._files.append(
             METRICS,
             kind="end",
             step=event.step,
@@ -122,7 +122,7 @@ class RunFolder(Callback):
         self._files.flush()
 
     def close(self) -> None:
-        """Write what could not be written before, or say what is lost."""
+        """Write the records that are still in memory."""
         if self._records is not None:
             self._records.close()
 
@@ -132,27 +132,23 @@ class RunFolder(Callback):
         return self._records
 
     def _time(self, kind: str, step: int) -> None:
-        """Note the seconds since the event before, and the memory that the process has now."""
-        before, self._since = self._since, time.perf_counter()
+        """Write the seconds since the event before, and the present memory of the process."""
+        before, self._last_event = self._last_event, time.perf_counter()
         peak = {} if self._cuda_peak is None else {"cuda_peak_bytes": self._cuda_peak()}
         memory = {"resident_bytes": psutil.Process().memory_info().rss, **peak}
-        self._append(TIMING, kind=kind, step=step, seconds=round(self._since - before, 6), **memory)
-
-    def _append(self, name: str, **values: Any) -> None:
-        self._files.append(name, **values)
+        self._files.append(TIMING, kind=kind, step=step, seconds=round(self._last_event - before, 6), **memory)
 
     def _save(self, name: str, evaluations: Mapping[str, AnyEvaluation]) -> None:
         if evaluations:
             self._files.replace(name, evaluations_to_bytes(evaluations))
 
 
-def _evolution(event: Evolved) -> dict[str, Any]:
-    """Its line in `lineage.jsonl`."""
+def _evolution_line(event: Evolved) -> dict[str, Any]:
     return {"kind": "evolution", "step": event.step, **event.plan.to_dict()}
 
 
 def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The records up to a checkpoint, without an evolution after it at the same step, and without an end."""
+    """Read the records up to the checkpoint of a step, without the evolution after it and the end of the run."""
     if step == 0 or not path.exists():
         return []
     return [
@@ -165,11 +161,11 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _remove_evaluations_after(folder: Path, step: int) -> None:
-    """Drop files of later steps, the final score of a run that goes on, and files that were cut short."""
+    """Remove the evaluations of later steps, the final scores, and incomplete files."""
     inside(folder, FINAL).unlink(missing_ok=True)
     remove_leftovers(folder)
     remove_leftovers(folder / EVALUATIONS)
     for path in (folder / EVALUATIONS).iterdir():
-        name = _EVALUATION.fullmatch(path.name)
+        name = _EVALUATION_FILE.fullmatch(path.name)
         if name and int(name[1]) > (step or -1):
             path.unlink()

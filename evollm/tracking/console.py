@@ -215,7 +215,7 @@ def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapp
         evaluation = event.evaluations.get(index)
         scores = ["diverged", *[""] * (len(words.scores) - 1)]
         if evaluation is not None:
-            scores = [format(evaluation.scores[score.name], score.form) for score in words.scores]
+            scores = [format(evaluation.scores[score.name], score.format_spec) for score in words.scores]
         table.add_row(
             f"* {index}" if index == event.best else str(index),
             "" if parent is None else str(parent),
@@ -249,7 +249,7 @@ def score_lines(words: Words, split: str, before: AnyEvaluation, after: AnyEvalu
     """The scores before and after, and what they were measured on."""
     kind, noun = "final" if split == "final" else "selection", f"{words.noun}s"
     values = [
-        (score, f"{before.scores[score.name]:{score.form}} -> {after.scores[score.name]:{score.form}}")
+        (score, f"{before.scores[score.name]:{score.format_spec}} -> {after.scores[score.name]:{score.format_spec}}")
         for score in words.scores
     ]
     (first, value), others = values[0], values[1:]

@@ -28,7 +28,7 @@ from evollm.models.fingerprints import computing_settings
 from evollm.models.reference_cache import ReferenceCache
 from evollm.names import ALIASES, check_known
 from evollm.own_files import inside, read_bytes
-from evollm.runs import RunRecord, Schedule, read_run
+from evollm.runs import HyperparameterSchedule, RunRecord, read_run
 from evollm.runs.events import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
 from evollm.tuning.arguments_file import known_of, place_of, read_tune_arguments, resume_of
@@ -54,7 +54,7 @@ class ReplayResult:
 
     agent: SavableAgent
     run_dir: Path
-    schedule: Schedule
+    schedule: HyperparameterSchedule
     exact: bool | None
     reason: str = ""
 
@@ -99,7 +99,7 @@ class Script:
         return Script(total, {round(step * total / self.total): values for step, values in self.values.items()}, {})
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> HyperparameterSchedule:
         """The hyperparameters by step."""
         return [(step, dict(values)) for step, values in self.values.items()]
 

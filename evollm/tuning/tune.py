@@ -15,7 +15,7 @@ from evollm.models.precision import names_dtype
 from evollm.pace import progress_told
 from evollm.processes import Processes
 from evollm.report import write_report
-from evollm.runs import Lineage, Schedule
+from evollm.runs import HyperparameterSchedule, Lineage
 from evollm.runs.events import Callback, Evolved, RunEnded, RunStarted
 from evollm.tuning.arguments_file import write_tune_arguments
 from evollm.tuning.describe import describe
@@ -41,7 +41,7 @@ class TuneResult:
     population: list[Any]
     fitnesses: list[float]
     run_dir: Path
-    schedule: Schedule
+    schedule: HyperparameterSchedule
     report: Path | None
 
 
@@ -178,7 +178,7 @@ class _Notes(Callback):
         self._evolutions: list[Evolved] = []
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> HyperparameterSchedule:
         """What made the best agent; from memory, since the main process alone writes files."""
         return Lineage(self.started.founders, self._evolutions).schedule(self.ended.best)
 

@@ -16,6 +16,6 @@ LINEAGE = Lineage(
 
 
 def test_a_line_has_one_birth_for_each_generation_and_a_schedule_one_entry_for_each_change() -> None:
-    assert [(step, birth.index) for step, birth in LINEAGE.line(2)] == [(0, 1), (3, 1), (6, 2), (9, 2)]
+    assert [(step, birth.index) for step, birth in LINEAGE.ancestry(2)] == [(0, 1), (3, 1), (6, 2), (9, 2)]
     assert LINEAGE.schedule(2) == [(0, {"lr": 2e-5}), (6, {"lr": 2.4e-5})]
     assert Lineage(FOUNDERS, []).schedule(0) == [(0, {"lr": 1e-5})]
