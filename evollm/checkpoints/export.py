@@ -14,7 +14,7 @@ from evollm.foreign import SAVE_ADAPTER, explains
 from evollm.models import SharedBase
 from evollm.models.pretrained import auto_class
 from evollm.processes import Processes
-from evollm.report.model_card import Subject, model_card
+from evollm.report.model_card import ExportedModel, model_card
 
 
 def main_writes(write: Callable[[], None], base: SharedBase | None = None) -> None:
@@ -147,7 +147,7 @@ def _card(
     if run_dir is None:
         return None
     name = agent.base.name
-    subject = Subject(
+    model = ExportedModel(
         base_name=name,
         folder=str(path),
         loader=auto_class(agent.base.network.config).__name__,
@@ -157,7 +157,7 @@ def _card(
         agent=agent.index,
         step=step,
     )
-    return model_card(Path(run_dir), subject)
+    return model_card(Path(run_dir), model)
 
 
 def _write_card(folder: Path, card: str | None) -> None:

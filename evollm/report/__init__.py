@@ -1,4 +1,4 @@
-"""The report of a run: read it as plain data, and write it as one page."""
+"""The report of a run: one HTML page with pictures, drawn from the run folder alone."""
 
 from evollm.report.findings import gain_of
 from evollm.report.statistics import Interval, few_rows, paired_difference, score_interval

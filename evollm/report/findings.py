@@ -1,4 +1,4 @@
-"""What a run has shown, in numbers and in words, and how sure it is."""
+"""The result of a run as sentences: scores, differences, and whether they may be chance."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from evollm.runs.words import Score, Words
 
 @dataclass(frozen=True)
 class Comparison:
-    """The winner against another, on the same rows.
+    """The difference in one score between the winner and another model, on the same rows.
 
     Attributes:
-        noun: What a row is called.
+        noun: The noun for a row.
         role: `before` for the untuned model, or `runner_up`.
-        against: Its name for a person.
-        score: What is compared.
-        difference: The winner's score minus the other's, with its 95 % bootstrap interval.
+        against: The other model's name in sentences.
+        score: The score that is compared.
+        difference: The winner's score minus the other's, with a 95 % bootstrap interval.
     """
 
     noun: str
@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What the interval allows to say."""
+        """Whether the winner is better or worse, as far as the interval shows."""
         difference = self.difference
         if not difference.is_finite:
             return "not known"
@@ -41,8 +41,8 @@ class Comparison:
         return "better" if (difference.value < 0) == self.score.smaller_is_better else "worse"
 
     def written(self) -> tuple[str, str]:
-        """The difference with its unit, and the interval, which says little where it has no width."""
-        low, high = (signed(edge, self.score) for edge in (self.difference.low, self.difference.high))
+        """The difference with its unit, and the interval, as text."""
+        low, high = (signed(end, self.score) for end in (self.difference.low, self.difference.high))
         interval = f"{low} to {high}"
         if not self.difference.is_finite:
             interval = "not known"
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def compare(record: RunRecord) -> list[Comparison]:
-    """The winner against the untuned model and against the runner-up, score by score; what is not known is left out."""
+    """Compare the winner with the untuned model and with the runner-up, as far as their evaluations were recorded."""
     ended = record.ended
     if ended is None or "after" not in ended.pairs:
         return []
@@ -68,7 +68,7 @@ def compare(record: RunRecord) -> list[Comparison]:
 
 
 def headline(record: RunRecord, comparisons: list[Comparison]) -> list[str]:
-    """The result in a sentence or two, and what it does not show."""
+    """Return the sentences at the top of the report: the result, and what it does not show."""
     ended = record.ended
     if ended is None:
         total = record.config["schedule"]["total"]
@@ -77,31 +77,31 @@ def headline(record: RunRecord, comparisons: list[Comparison]) -> list[str]:
             sentences.append(
                 f"The best agent so far is {record.winner}, judged on the {record.words.noun}s of the selection."
             )
-        return [*sentences, *_earlier(record), *_few(record)]
+        return [*sentences, *_better_before(record), *_few_rows(record)]
     if not ended.split:
         nothing = f"No held-out {record.words.noun}s were given, so nothing shows whether the model has become better."
-        return [nothing, *_earlier(record)]
+        return [nothing, *_better_before(record)]
     sentences = [_result(record, record.words.shown[0], comparisons)]
-    rivals = [one for one in comparisons if one.role == "runner_up"]
-    if rivals:
-        sentences.append(_against_runner_up(rivals))
+    with_runner_up = [one for one in comparisons if one.role == "runner_up"]
+    if with_runner_up:
+        sentences.append(_against_runner_up(with_runner_up))
     if ended.split != "final" and len(record.lives) > 1:
         sentences.append(
             f"These are the {record.words.noun}s that agents were selected by, so the score is optimistic. "
             "A final_dataset gives one that nothing was selected by."
         )
-    return [*sentences, *_earlier(record), *_few(record)]
+    return [*sentences, *_better_before(record), *_few_rows(record)]
 
 
 def gain_of(words: Words, before: AnyEvaluation, after: AnyEvaluation) -> str:
-    """What the best agent has gained on the start, with the interval, and what that does not allow to say."""
+    """Return the best agent's gain over the untuned model with its interval, and whether it may be chance."""
     score = words.shown[0]
     difference = paired_difference(after, before, score.name)
-    return _sureness(Comparison(words.noun, "before", "the start", score, difference), after)
+    return _gain(Comparison(words.noun, "before", "the start", score, difference), after)
 
 
 def kind_of_rows(record: RunRecord) -> str:
-    """What the final score was measured on."""
+    """Return the number and the kind of the rows of the final score."""
     assert record.ended is not None
     rows = f"{record.words.noun}s"
     after = record.ended.pairs.get("after")
@@ -112,7 +112,7 @@ def kind_of_rows(record: RunRecord) -> str:
 
 
 def _result(record: RunRecord, score: Score, comparisons: list[Comparison]) -> str:
-    """From where to where the score went, and what the interval of the difference allows to say."""
+    """The score before and after, and the gain."""
     assert record.ended is not None
     who = f" with agent {record.ended.best}" if len(record.lives) > 1 else ""
     before, after = (_value(record.ended.scores.get(role, {}).get(score.name), score) for role in ("before", "after"))
@@ -121,11 +121,11 @@ def _result(record: RunRecord, score: Score, comparisons: list[Comparison]) -> s
     gain = next((one for one in comparisons if one.role == "before" and one.score == score), None)
     if gain is None:
         return f"{text}. This folder does not hold the results row by row, so there are no intervals."
-    return f"{text}: {_sureness(gain, record.ended.pairs['after'])}"
+    return f"{text}: {_gain(gain, record.ended.pairs['after'])}"
 
 
-def _sureness(gain: Comparison, after: AnyEvaluation) -> str:
-    """The gain with its interval, and what it does not allow to say."""
+def _gain(gain: Comparison, after: AnyEvaluation) -> str:
+    """The gain with its interval, and whether it may be chance."""
     unit = _unit(gain.score)
     difference, interval = gain.written()
     if not gain.difference.is_finite:
@@ -141,32 +141,29 @@ def _sureness(gain: Comparison, after: AnyEvaluation) -> str:
     return f"{text} It has become worse." if gain.verdict == "worse" else text
 
 
-def _against_runner_up(rivals: list[Comparison]) -> str:
-    """The first score that tells the two apart, or that none does."""
+def _against_runner_up(comparisons: list[Comparison]) -> str:
+    """The differences up to the first score whose interval excludes 0."""
     parts = []
-    for rival in rivals:
-        difference, interval = rival.written()
-        if rival.difference.low == rival.difference.high == 0:
-            parts.append(f"the same {rival.score.label} on every {rival.noun}")
+    for one in comparisons:
+        difference, interval = one.written()
+        if one.difference.low == one.difference.high == 0:
+            parts.append(f"the same {one.score.label} on every {one.noun}")
         else:
-            parts.append(f"{difference} {rival.score.label} (95 % interval {interval})")
-        if not rival.difference.includes_zero:
-            return f"Against {rival.against}: {'; '.join(parts)}."
-    return f"Against {rivals[0].against}: {'; '.join(parts)}. These {rivals[0].noun}s do not tell the two apart."
+            parts.append(f"{difference} {one.score.label} (95 % interval {interval})")
+        if not one.difference.includes_zero:
+            return f"Against {one.against}: {'; '.join(parts)}."
+    against, noun = comparisons[0].against, comparisons[0].noun
+    return f"Against {against}: {'; '.join(parts)}. These {noun}s do not tell the two apart."
 
 
 def signed(value: float, score: Score) -> str:
-    """A difference as it is written: of a share in points of a hundred."""
+    """Return a difference with its sign; that of a share is in percentage points, and a rounded 0 has no sign."""
     number = _number(value, score, "+")
-    # No sign where nothing is left of the number.
     return number if float(number) != 0 else number[1:]
 
 
-def _earlier(record: RunRecord) -> list[str]:
-    """Whether the winner or an ancestor of it was better at an earlier evaluation, and whether that was more than luck.
-
-    Better is meant of the fitness, which the selection goes by.
-    """
+def _better_before(record: RunRecord) -> list[str]:
+    """A sentence if the winner's line had a larger fitness at an earlier evaluation, and whether it may be chance."""
     points = record.line_evaluations
     if not points or not is_finite(points[-1].fitness):
         return []
@@ -188,14 +185,14 @@ def _earlier(record: RunRecord) -> list[str]:
     text += f" {'selection' if len(record.lives) > 1 else 'evaluations'} was {values}"
     if difference is None:
         return [f"{text}."]
-    low, high = (signed(edge, score) for edge in (difference.low, difference.high))
+    low, high = (signed(end, score) for end in (difference.low, difference.high))
     if difference.includes_zero:
         return [f"{text}, which may be chance (95 % interval of the difference {low} to {high})."]
     return [f"{text} (95 % interval of the difference {low} to {high}): fewer steps may give a better model."]
 
 
 def _better_in(best: Scored, last: Scored, words: Words) -> tuple[Score, Interval | None] | None:
-    """The first score by which one evaluation is better than a later one, and the difference where it is known."""
+    """The first score by which one evaluation is better than a later one, and its difference if it has an interval."""
     for score in words.shown:
         if score.name not in best.scores or score.name not in last.scores:
             continue
@@ -209,8 +206,8 @@ def _better_in(best: Scored, last: Scored, words: Words) -> tuple[Score, Interva
     return None
 
 
-def _few(record: RunRecord) -> list[str]:
-    """A warning of scores that rest on few rows."""
+def _few_rows(record: RunRecord) -> list[str]:
+    """The warning of `few_rows`, for the rows of this run."""
     after = None if record.ended is None or record.ended.split != "final" else record.ended.pairs.get("after")
     selection = next((scored.pairs for scored in record.evaluations if scored.pairs is not None), None)
     test, final = (0 if rows is None else len(rows) for rows in (selection, after))
@@ -227,7 +224,7 @@ def _value(value: float | None, score: Score) -> str:
 
 
 def _number(value: float, score: Score, sign: str = "") -> str:
-    """A number for a sentence: shares in percent."""
+    """A number as text; a share is in percent."""
     if score.is_share:
         return f"{100 * value:{sign}.{score.digits - 2}f}"
     return f"{value:{sign}.{score.digits}f}"

@@ -1,4 +1,4 @@
-"""The page: what the template is filled with."""
+"""The HTML page: the values that its template is rendered with."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from evollm.hpo import format_value
-from evollm.report.findings import Comparison, compare, headline, kind_of_rows
-from evollm.report.population_figures import BOXED_GENERATIONS, schedule_pictures, tree_picture
+from evollm.report.family_tree import MAX_BOXED_GENERATIONS, tree_picture
+from evollm.report.findings import compare, headline, kind_of_rows
+from evollm.report.hyperparameter_figures import hyperparameter_pictures
 from evollm.report.score_figures import final_pictures, held_out_pictures, last_evaluation_pictures
 from evollm.report.statistics import RESAMPLES
 from evollm.report.style import Picture, drawing
 from evollm.report.training_figures import resource_pictures, time_spent, training_pictures
-from evollm.report.tree import in_words
-from evollm.runs.events import SampleAnswer
 from evollm.runs.record import CUT, RunRecord
 
-# A line of more than these is not written out.
-FEW_AGENTS = 8
+# A longer line of agents is not written out.
+MAX_WRITTEN_AGENTS = 8
 _SECTIONS = ("settings", "hp_config", "agents", "lora", "options", "schedule", "data", "versions")
 
 
@@ -38,20 +37,21 @@ def render(record: RunRecord) -> tuple[str, list[Picture]]:
     with drawing():
         final = _final(record)
         tree = _tree(record)
-        schedules = schedule_pictures(record)
+        schedules = hyperparameter_pictures(record)
         held_out = _held_out(record)
         training = _training(record)
         resources = _resources(record)
-    # Whatever a model or a user wrote is escaped; only the pictures are not.
+    # Texts of models and users are escaped; only the pictures are inserted as markup.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(files("evollm.report").joinpath("page.html").read_text(encoding="utf-8"))
+    samples = record.ended.samples if record.ended else ()
     html = template.render(
         title=_title(record),
         facts=_facts(record),
         headline=headline(record, compare(record)),
         final=final,
-        samples=record.ended.samples if record.ended else (),
-        cut=record.ended is not None and any(_is_cut(sample) for sample in record.ended.samples),
+        samples=samples,
+        cut=any(answer.endswith(CUT) for sample in samples for answer in (sample.before, sample.after)),
         tree=tree,
         schedules=schedules,
         held_out=held_out,
@@ -72,10 +72,6 @@ def _title(record: RunRecord) -> str:
     return f"{name}: {how}"
 
 
-def _is_cut(sample: SampleAnswer) -> bool:
-    return any(answer.endswith(CUT) for answer in (sample.before, sample.after))
-
-
 def _facts(record: RunRecord) -> str:
     config, batch = record.config, record.config["data"].get("batch_size")
     facts = [_counted(len(record.founders), "agent")]
@@ -93,15 +89,15 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
     ended = record.ended
     if ended is None or not ended.pairs:
         return None
-    comparisons = compare(record)
     unbiased = ended.split == "final"
     winner = f"winner ({ended.best})" if len(record.lives) > 1 else "tuned"
     names = {"before": "untuned", "runner_up": f"runner-up ({ended.runner_up})", "after": winner}
-    rows = [
-        dict(zip(("difference", "interval"), one.written(), strict=True))
-        | {"against": one.against, "score": one.score.label, "verdict": one.verdict, "tone": _tone(one)}
-        for one in comparisons
-    ]
+    rows = []
+    for one in compare(record):
+        difference, interval = one.written()
+        row = {"against": one.against, "score": one.score.label, "difference": difference, "interval": interval}
+        tone = one.verdict if one.verdict in ("better", "worse") else "open"
+        rows.append(row | {"verdict": one.verdict, "tone": tone})
     text = f"Measured on {kind_of_rows(record)}. "
     text += f"{record.words.on_scores} " if record.words.on_scores else ""
     noun = record.words.noun
@@ -118,11 +114,6 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
     }
 
 
-def _tone(comparison: Comparison) -> str:
-    """How a verdict is coloured."""
-    return comparison.verdict if comparison.verdict in ("better", "worse") else "open"
-
-
 def _tree(record: RunRecord) -> dict[str, Any] | None:
     if not record.evolutions:
         return None
@@ -130,21 +121,22 @@ def _tree(record: RunRecord) -> dict[str, Any] | None:
         "picture": tree_picture(record),
         "score": f"held-out {' and '.join(score.label for score in record.words.shown)}",
         "line": _line(record),
-        "mark": "box" if len(record.generations) <= BOXED_GENERATIONS else "dot",
+        "mark": "box" if len(record.generations) <= MAX_BOXED_GENERATIONS else "dot",
     }
 
 
 def _line(record: RunRecord) -> str:
-    """The winner's line in words; of a long one how long it is."""
-    line = [
-        f"agent {life.birth.index}"
-        + (f" ({', '.join(map(in_words, life.birth.mutations))})" if life.birth.mutations else "")
-        for life in record.line
-    ]
-    if len(line) > FEW_AGENTS:
+    """The winner's line as text; for a long line its length and its ends."""
+    if len(record.line) > MAX_WRITTEN_AGENTS:
         first, last = (f"agent {record.line[end].birth.index}" for end in (0, -1))
-        return f"{len(line)} agents long, from {first} to {last}"
-    return ", then ".join(line)
+        return f"{len(record.line)} agents long, from {first} to {last}"
+    agents = []
+    for birth in (life.birth for life in record.line):
+        changes = [
+            f"{one.name} from {format_value(one.before)} to {format_value(one.after)}" for one in birth.mutations
+        ]
+        agents.append(f"agent {birth.index}" + (f" ({', '.join(changes)})" if changes else ""))
+    return ", then ".join(agents)
 
 
 def _held_out(record: RunRecord) -> dict[str, Any] | None:
@@ -184,7 +176,7 @@ def _resources(record: RunRecord) -> dict[str, Any] | None:
 
 
 def duration(seconds: float) -> str:
-    """Write a time for a person."""
+    """Return a time as text: `1 h 2 min`, `3 min 4 s` or `5.6 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -197,18 +189,17 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Every setting of the run: those by themselves first, then section by section."""
-    own = [(name, _plain(value)) for name, value in config.items() if not isinstance(value, dict)]
-    sections = [("run", own)]
+    """All settings of the run as text: those outside of sections first, then section by section."""
+    sections = [("run", [(name, _as_text(value)) for name, value in config.items() if not isinstance(value, dict)])]
     for name in _SECTIONS:
         section = config.get(name)
         if isinstance(section, dict) and section:
-            rows = [(str(key), _plain(value)) for key, value in section.items() if key != "reports"]
+            rows = [(str(key), _as_text(value)) for key, value in section.items() if key != "reports"]
             sections.append((name, rows))
     return sections
 
 
-def _plain(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, float):
         return format_value(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

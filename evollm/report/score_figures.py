@@ -1,4 +1,4 @@
-"""Pictures of scores: over the run, at its last evaluation, and on pairs that nothing was selected by."""
+"""Pictures of scores: over the run, at the last evaluation, and at the end of the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evollm.hpo import AnyEvaluation, rank
-from evollm.report.paths import Path, paths
 from evollm.report.statistics import Interval, score_interval
 from evollm.report.style import (
     FRAME,
@@ -16,8 +15,10 @@ from evollm.report.style import (
     PANEL,
     RUNNER_UP,
     WINNER,
+    DrawnLine,
     Picture,
     add_legend,
+    drawn_lines,
     limits_of,
     line_style,
     mark_diverged,
@@ -32,23 +33,23 @@ from evollm.runs.words import Score, Words
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Inches of a row of intervals.
+# Height of a row of the interval pictures, in inches.
 ROW = 0.34
 
 
 def held_out_pictures(record: RunRecord) -> list[Picture]:
-    """Each score of each agent at each evaluation, with bands."""
-    return [_held_out(record, score) for score in _scores(record.words, record.evaluations)]
+    """One picture for each score: the score of each agent at each evaluation, with bands."""
+    return [_held_out(record, score) for score in _recorded(record.words, record.evaluations)]
 
 
 def last_evaluation_pictures(record: RunRecord) -> list[Picture]:
-    """Each score of the last generation's agents, the fittest on top; nothing for an agent by itself."""
+    """One picture for each score: the agents of the last evaluation, the fittest on top; none for a single agent."""
     latest = [scored for scored in record.latest_evaluation if scored.scores]
-    if len(latest) < 2:  # noqa: PLR2004 - one alone is nothing to compare
+    if len(latest) < 2:  # noqa: PLR2004
         return []
     ordered = [latest[place] for place in rank([scored.fitness for scored in latest])]
     pictures = []
-    for score in _scores(record.words, latest):
+    for score in _recorded(record.words, latest):
         rows = {f"agent {scored.agent}": _interval(scored, score) for scored in ordered}
         colors = [
             line_style(record, record.lives[scored.agent], on_line=scored.agent == record.winner)["color"]
@@ -63,13 +64,13 @@ def last_evaluation_pictures(record: RunRecord) -> list[Picture]:
 def final_pictures(
     words: Words, pairs: Mapping[str, AnyEvaluation], names: Mapping[str, str], *, unbiased: bool
 ) -> list[Picture]:
-    """The final scores with their intervals.
+    """One picture for each score: the final scores with their intervals.
 
     Args:
-        words: Those of the algorithm.
-        pairs: What was scored, by role.
-        names: What each role is called; those that are missing in `pairs` are left out.
-        unbiased: Whether nothing was selected by these pairs.
+        words: The words of the algorithm.
+        pairs: The evaluations row by row, by role.
+        names: The label of each role; roles that `pairs` lacks are left out.
+        unbiased: Whether the rows are those of the `final` split, by which nothing was selected.
     """
     present = {role: name for role, name in names.items() if role in pairs}
     colors = [{"after": WINNER, "runner_up": RUNNER_UP}.get(role, OTHER) for role in present]
@@ -82,7 +83,8 @@ def final_pictures(
     return pictures
 
 
-def _scores(words: Words, evaluations: Sequence[Scored]) -> list[Score]:
+def _recorded(words: Words, evaluations: Sequence[Scored]) -> list[Score]:
+    """The shown scores that an evaluation has."""
     return [score for score in words.shown if any(score.name in scored.scores for scored in evaluations)]
 
 
@@ -99,8 +101,8 @@ def _held_out(record: RunRecord, score: Score) -> Picture:
         if score.name in scored.scores:
             by_agent.setdefault(scored.agent, []).append(scored)
     shown: list[float] = []
-    for path in paths(record, by_agent, lambda scored: scored.step):
-        shown += _draw(axes, record, path, score)
+    for line in drawn_lines(record, by_agent, lambda scored: scored.step):
+        shown += _draw(axes, record, line, score)
     limits = limits_of(shown)
     if limits is not None:
         axes.set_ylim(*limits)
@@ -114,32 +116,32 @@ def _held_out(record: RunRecord, score: Score) -> Picture:
 
 
 def _slug(score: Score) -> str:
-    """The score's name as a part of a picture's."""
+    """The score's name as part of a picture's name."""
     return score.name.replace("_", "-").replace("/", "-")
 
 
-def _draw(axes: Axes, record: RunRecord, path: Path[Scored], score: Score) -> list[float]:
-    """Draw one line with its band; returns the heights that should be seen."""
-    style = line_style(record, path.life, on_line=path.on_line)
-    steps = [scored.step for scored in path.points]
-    intervals = [_interval(scored, score) for scored in path.points]
+def _draw(axes: Axes, record: RunRecord, line: DrawnLine[Scored], score: Score) -> list[float]:
+    """Draw one line with its band, and return the values that the axis should show."""
+    style = line_style(record, line.life, on_line=line.on_line)
+    steps = [scored.step for scored in line.points]
+    intervals = [_interval(scored, score) for scored in line.points]
     values = [interval.value for interval in intervals]
     lows, highs = [interval.low for interval in intervals], [interval.high for interval in intervals]
-    axes.plot(steps, values, marker="o", markersize=4.5 if path.on_line else 3, **style)
-    alpha, color = (0.2 if path.on_line else 0.06), style["color"]
+    axes.plot(steps, values, marker="o", markersize=4.5 if line.on_line else 3, **style)
+    alpha, color = (0.2 if line.on_line else 0.06), style["color"]
     if len(steps) > 1:
         axes.fill_between(steps, lows, highs, color=color, alpha=alpha, linewidth=0)
     else:
         axes.vlines(steps, lows, highs, color=color, alpha=max(2 * alpha, 0.25), linewidth=3)
-    if path.life.diverged:
+    if line.life.diverged:
         mark_diverged(axes, steps[-1], values[-1])
-    return [*values, *lows, *highs] if path.on_line else values
+    return [*values, *lows, *highs] if line.on_line else values
 
 
 def _intervals(
     kind: str, score: Score, title: str, alt: str, rows: Mapping[str, Interval], colors: Sequence[str]
 ) -> Picture:
-    """One row for each: a dot, its interval, and the number."""
+    """Draw one row for each interval: a dot, a bar and the value."""
     figure, axes = new_panel(title, size=(PANEL[0], 0.85 + ROW * len(rows)), xlabel="")
     for row, (interval, color) in enumerate(zip(rows.values(), colors, strict=True)):
         axes.plot(

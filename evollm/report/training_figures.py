@@ -1,4 +1,4 @@
-"""Pictures of the training itself: its curves, and where time and memory went."""
+"""Pictures of the training: the metrics over the steps, and the use of time and memory."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evollm.report.paths import paths
 from evollm.report.style import (
     OTHER,
     PANEL,
     WINNER,
     Picture,
     add_legend,
+    drawn_lines,
     limits_of,
     line_style,
     mark_diverged,
@@ -23,9 +23,9 @@ from evollm.report.style import (
 )
 from evollm.runs.record import RunRecord, Timing
 
-# More points than these are joined by lines alone.
-MARKED_POINTS = 40
-# What the timings of a run are called.
+# Points are marked up to this number of steps.
+MAX_MARKED_STEPS = 40
+# The labels of the timings by their kind.
 PHASES = {
     "baseline": "scoring the untuned model",
     "step": "training steps",
@@ -34,10 +34,6 @@ PHASES = {
     "checkpoint": "checkpoints",
     "end": "final scores, samples, saving",
 }
-# From here on parts of a second are not written.
-WHOLE_SECONDS = 10
-# Seconds from which on minutes are written.
-LONG = 180
 GIB = 2**30
 
 
@@ -53,12 +49,12 @@ def _curve(record: RunRecord, name: str, title: str) -> Picture:
     for line in record.steps:
         if name in line.metrics:
             points.setdefault(line.agent, []).append((line.step, line.metrics[name]))
-    marker = "." if record.last_step <= MARKED_POINTS else None
-    for path in paths(record, points, lambda point: point[0]):
-        style = line_style(record, path.life, on_line=path.on_line)
-        axes.plot(*zip(*path.points, strict=True), marker=marker, markersize=5, **style)
-        finite = [point for point in path.points if np.isfinite(point[1])]
-        if path.life.diverged and finite:
+    marker = "." if record.last_step <= MAX_MARKED_STEPS else None
+    for drawn in drawn_lines(record, points, lambda point: point[0]):
+        style = line_style(record, drawn.life, on_line=drawn.on_line)
+        axes.plot(*zip(*drawn.points, strict=True), marker=marker, markersize=5, **style)
+        finite = [point for point in drawn.points if np.isfinite(point[1])]
+        if drawn.life.diverged and finite:
             mark_diverged(axes, *finite[-1])
     limits = limits_of([value for own in points.values() for _, value in own])
     if limits is not None:
@@ -69,13 +65,13 @@ def _curve(record: RunRecord, name: str, title: str) -> Picture:
 
 
 def resource_pictures(record: RunRecord) -> list[Picture]:
-    """Seconds of each phase, and memory over time; nothing for a run that was not timed."""
+    """The seconds of each phase, and the memory over time; no pictures if timings were not recorded."""
     spent = time_spent(record.timings)
     return [_time(spent), _memory(record.timings)] if spent else []
 
 
 def time_spent(timings: Sequence[Timing]) -> dict[str, float]:
-    """Seconds of each phase that took any, in the order in which they come."""
+    """Return the seconds of each phase that took any, by label, in the order of the phases."""
     return {
         title: total
         for kind, title in PHASES.items()
@@ -88,7 +84,7 @@ def _time(spent: dict[str, float]) -> Picture:
     figure, axes = new_panel("time (seconds)", size=(PANEL[0], 0.85 + 0.36 * len(spent)), xlabel="")
     axes.barh(range(len(spent)), list(spent.values()), color=WINNER, alpha=0.75, height=0.62)
     for row, seconds in enumerate(spent.values()):
-        amount = f"{seconds:,.0f}" if seconds >= WHOLE_SECONDS else f"{seconds:.2g}"
+        amount = f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"  # noqa: PLR2004
         write_beside(axes, f"{amount} s, {seconds / whole:.0%}", seconds, row, offset=(4, 0))
     axes.set_yticks(range(len(spent)), list(spent))
     axes.set_ylim(len(spent) - 0.4, -0.6)
@@ -100,7 +96,7 @@ def _time(spent: dict[str, float]) -> Picture:
 
 def _memory(timings: Sequence[Timing]) -> Picture:
     seconds = np.cumsum([timing.seconds for timing in timings])
-    unit, length = ("minutes", 60) if seconds[-1] >= LONG else ("seconds", 1)
+    unit, length = ("minutes", 60) if seconds[-1] >= 180 else ("seconds", 1)  # noqa: PLR2004
     times, memory = seconds / length, [timing.resident_bytes / GIB for timing in timings]
     figure, axes = new_panel("memory (GiB)", size=PANEL, xlabel=unit)
     axes.plot(times, memory, color=WINNER, linewidth=2, label="process, resident")

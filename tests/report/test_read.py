@@ -11,9 +11,9 @@ import pytest
 from evollm import ConfigurationError, EvoLLMError
 from evollm.hpo import EvolutionPlan, ancestry
 from evollm.report import read_run
+from evollm.report.family_tree import family_tree
 from evollm.report.findings import compare, headline
-from evollm.report.paths import paths
-from evollm.report.tree import family_tree
+from evollm.report.style import drawn_lines
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def test_the_winners_line_is_the_lineages(evolved) -> None:
     assert {life.birth.index: life.steps[0] for life in record.line} == starts
     assert len(starts) > 1
     assert list(record.line_ends.values()) == [*sorted(starts.values())[1:], 8]
-    (line,) = [path for path in paths(record, {i: range(1, 9) for i in record.lives}, lambda s: s) if path.on_line]
+    lines = drawn_lines(record, {i: range(1, 9) for i in record.lives}, lambda s: s)
+    (line,) = [line for line in lines if line.on_line]
     assert list(line.points) == list(range(1, 9))
 
 

@@ -19,8 +19,9 @@ from evollm import DPO, SFT, ConfigurationError, MissingExtraError, PreferenceGy
 from evollm.cli import main
 from evollm.hpo import Evaluation, preference_fitness
 from evollm.report import RunRecord, Scored, read_run, write_report
+from evollm.report.family_tree import tree_picture
 from evollm.report.findings import Comparison, compare, headline
-from evollm.report.population_figures import _lanes, schedule_pictures, tree_picture
+from evollm.report.hyperparameter_figures import _lanes, hyperparameter_pictures
 from evollm.report.score_figures import held_out_pictures
 from evollm.report.statistics import Interval
 from evollm.report.style import Picture, add_legend, drawing, line_style, mark_diverged, new_panel
@@ -192,7 +193,7 @@ def test_nothing_imports_matplotlib_before_a_report_is_written() -> None:
 def drawn(evolved) -> dict[str, Picture]:
     record = read_run(evolved)
     with drawing():
-        pictures = [*held_out_pictures(record), *training_pictures(record)[:1], *schedule_pictures(record)]
+        pictures = [*held_out_pictures(record), *training_pictures(record)[:1], *hyperparameter_pictures(record)]
     return {picture.name: picture for picture in pictures}
 
 

@@ -28,7 +28,7 @@ from evollm.execution import worker as worker_module
 from evollm.hpo import Birth, Result, SearchPlan, SearchStart, TournamentSearch
 from evollm.models.reference_cache import ReferenceCache
 from evollm.report import read_run
-from evollm.report.tree import family_tree
+from evollm.report.family_tree import family_tree
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-1), beta=RLParameter(0.05, 0.5))
 STEPS = 7
