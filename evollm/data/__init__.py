@@ -1,4 +1,18 @@
-"""Rows of preference pairs, or of examples, to token ids."""
+"""From what a user passes as a dataset to token ids.
+
+1. `open_dataset` opens files and datasets of the Hub; `rows.read_rows` iterates over any container of rows.
+2. `columns` gives each column a role, such as `chosen`: by the user's `columns=`, else by `shapes`, the tables of known
+   formats. A dataset that matches none is refused, and `column_hints` says what to do.
+3. `preference_rows` or `completion_rows` makes each row a `TextPair` or a `ChatPair` (`rows`): `prompts` reads the
+   context, `cells` the value of a single cell. A row that cannot be used is dropped, with a reason.
+4. `chat_template` renders a `ChatPair`, at the time that `clock` holds, and finds the assistant's turns;
+   `template_check` looks for texts that the template has left out.
+5. `tokenization` encodes text, adds BOS and EOS to strings, cuts long prompts and drops what does not fit;
+   `token_cache` keeps the ids between runs.
+6. `row_report` counts what became of the rows.
+
+`tokenization.load_pairs` does all of it, for one split.
+"""
 
 from __future__ import annotations
 

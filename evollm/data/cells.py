@@ -1,4 +1,4 @@
-"""What stands in a row: text, chat messages, tools, and what a chat template is told besides."""
+"""Values of single cells: text, chat messages, earlier turns, tools and further arguments of the chat template."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import numpy as np
 Message: TypeAlias = dict[str, Any]
 Row: TypeAlias = dict[str, Any]
 
-# Columns that go to the chat template beside the messages.
+# Roles of columns whose values go to the chat template beside the messages.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-# Whatever a model is given, not what it answers: a completion cannot start with one of these.
-GIVEN_ROLES = frozenset({"system", "developer", "user", "tool"})
-# ShareGPT's names of the roles.
+# Roles of messages that a model is given: a completion cannot start with one of these.
+PROMPT_ROLES = frozenset({"system", "developer", "user", "tool"})
+# ShareGPT's names for the roles.
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
-# What evollm itself tells `apply_chat_template`, and what would make it return something else than text.
+# Arguments of `apply_chat_template` that evollm gives itself, or that would have it return something else than text.
 _RESERVED = frozenset(
     {
         *("conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
@@ -37,36 +37,37 @@ NOT_TO_BE_LEARNT = "a completion that says that it is not to be learnt (weight 0
 WITHOUT_ROLES = "a list of texts that do not say who speaks (role and content)"
 MALFORMED_TOOLS = "tools is not a list of functions or JSON schemas"
 MALFORMED_TEMPLATE_KWARGS = "chat_template_kwargs is not a mapping of names to values"
-# A template is a program: one that never ends would stop the run.
+# A template is a program, and one from a dataset could run without end.
 OWN_TEMPLATE = "chat_template_kwargs brings a chat template of its own: set tokenizer.chat_template instead"
 NOT_TEXT = "a message with content other than text"
 UNREADABLE_MESSAGES = "a cell with messages that are neither JSON nor Python"
 MALFORMED_HISTORY = "history is not a list of [question, answer]"
 
-# A message, or a list of them, written out. An answer may be JSON too: it is messages only if it says who speaks.
+# Text that begins like a message, or a list of them, as JSON or as Python's repr. A completion may be JSON too: it is a
+# message only with a role.
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|tool_calls|name|from|value)["']\s*:""")
-# The same in other orders of keys, or written out twice.
+# Text that may hold messages with other first keys, or JSON within a JSON string.
 _MAY_HOLD_MESSAGES = re.compile(r"""\s*(\[\s*\{|"\s*\[?\s*\{)""")
-_WHO = ("role", "from")
+_ROLE_KEYS = ("role", "from")
 _TURN = ("user", "assistant")
 
 
 class UnusableRowError(Exception):
-    """Carries the reason why a row cannot be used."""
+    """A row cannot be used; the message is the reason, as the report counts it."""
 
 
 @dataclass(frozen=True)
 class UnreadableCell:
-    """Stands where a file had something that could not be read."""
+    """The value of a cell that has none to read; `reason` says why."""
 
     reason: str
 
 
 def cell(row: Row, name: str) -> str | list[Message]:
-    """The text or the messages in a column; messages that are written out, as files keep them, are read.
+    """The text or the messages in a column. Messages that are text, as CSV files have them, are parsed.
 
     Raises:
-        UnusableRowError: There is neither.
+        UnusableRowError: The cell is missing, or neither text nor messages.
     """
     value = row.get(name)
     if is_missing(value):
@@ -74,7 +75,7 @@ def cell(row: Row, name: str) -> str | list[Message]:
     if isinstance(value, UnreadableCell):
         raise UnusableRowError(value.reason)
     if isinstance(value, str):
-        value = _messages_in(value)
+        value = _parsed_messages(value)
     if isinstance(value, str):
         require_unicode(value)
         return str(value)
@@ -88,10 +89,10 @@ def cell(row: Row, name: str) -> str | list[Message]:
 
 
 def optional_text(row: Row, name: str) -> str:
-    """The text in a column; "" where there is none.
+    """The text in a column; "" if it is missing.
 
     Raises:
-        UnusableRowError: There is something else.
+        UnusableRowError: The cell holds something else than text.
     """
     value = row.get(name)
     if is_missing(value):
@@ -103,12 +104,12 @@ def optional_text(row: Row, name: str) -> str:
 
 
 def history(row: Row) -> list[Message]:
-    """The turns before the prompt: pairs of a question and its answer, or messages.
+    """The turns before the prompt, from messages or from a list of [question, answer].
 
     Raises:
-        UnusableRowError: There is something else.
+        UnusableRowError: The cell holds something else.
     """
-    value = _structure(row.get("history"))
+    value = _parsed(row.get("history"))
     if is_missing(value) or value == "":
         return []
     if not _is_list(value):
@@ -128,12 +129,12 @@ def history(row: Row) -> list[Message]:
 def template_arguments(row: Row) -> dict[str, Any]:
     """The tools and the further arguments of the chat template, as `ChatPair` takes them.
 
-    Either may be JSON text, as files keep what differs from row to row.
+    Either cell may be JSON text, in which files keep values whose keys differ from row to row.
 
     Raises:
-        UnusableRowError: One of the columns holds something else.
+        UnusableRowError: `tools` is not a list of functions or schemas, or `chat_template_kwargs` not a mapping.
     """
-    tools, kwargs = (_structure(row.get(name)) for name in TEMPLATE_COLUMNS)
+    tools, kwargs = (_parsed(row.get(name)) for name in TEMPLATE_COLUMNS)
     tools = [] if is_missing(tools) else tools
     if not _is_list(tools) or not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
         raise UnusableRowError(MALFORMED_TOOLS)
@@ -144,7 +145,7 @@ def template_arguments(row: Row) -> dict[str, Any]:
         raise UnusableRowError(OWN_TEMPLATE)
     for name in sorted(_RESERVED & kwargs.keys()):
         raise UnusableRowError(f"chat_template_kwargs sets {name}, which is not the template's")
-    # Templates take an empty list of tools for a list of tools.
+    # None instead of []: templates write a header for an empty list.
     return {
         "tools": [dict(tool) if isinstance(tool, Mapping) else tool for tool in tools] or None,
         "template_kwargs": {name: value for name, value in kwargs.items() if value is not None},
@@ -152,7 +153,7 @@ def template_arguments(row: Row) -> dict[str, Any]:
 
 
 def _message(value: object) -> Message:
-    # Arrow fills the keys that only other messages have with None.
+    # In Arrow all messages of a column have the same keys, with None for those that a message lacks.
     message = {key: item for key, item in value.items() if item is not None} if isinstance(value, Mapping) else {}
     if "role" not in message and "from" in message:
         said = message.pop("from")
@@ -163,7 +164,7 @@ def _message(value: object) -> Message:
     if not (isinstance(role, str) and role and _is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
         raise UnusableRowError(MALFORMED_MESSAGES)
     if _is_list(message.get("content")):
-        message["content"] = _joined(message["content"])
+        message["content"] = _text_of_blocks(message["content"])
     content = message.get("content", "" if role == "assistant" and len(calls) else None)
     if not isinstance(content, str):
         raise UnusableRowError(MALFORMED_MESSAGES)
@@ -171,8 +172,8 @@ def _message(value: object) -> Message:
     return message
 
 
-def _joined(blocks: Sequence[Any]) -> str:
-    """The text of a message that is written as blocks, as models for images too have it."""
+def _text_of_blocks(blocks: Sequence[Any]) -> str:
+    """The text of a message whose content is a list of blocks, the format of models with image input."""
     texts = [block.get("text") if isinstance(block, Mapping) else None for block in blocks]
     if not all(isinstance(text, str) for text in texts):
         raise UnusableRowError(NOT_TEXT)
@@ -180,28 +181,28 @@ def _joined(blocks: Sequence[Any]) -> str:
 
 
 def says_nothing(completion: Sequence[Message] | str) -> bool:
-    """Whether a completion holds neither a word nor a tool call."""
+    """Whether a completion has neither text nor a tool call."""
     if isinstance(completion, str):
         return not completion.strip()
     return not any(message.get("content", "").strip() or len(message.get("tool_calls", ())) for message in completion)
 
 
 def is_learnt(message: Message, first: Message) -> bool:
-    """Whether a message of a completion that begins with `first` is to be learnt.
+    """Whether the loss is over this message of a completion, whose first message is `first`.
 
-    The assistant's are, unless they say that they are not: by a `weight` of 0 (OpenAI) or `train: false` (axolotl).
+    It is over the assistant's messages, except those with a `weight` of 0 (OpenAI) or `train: false` (axolotl).
     """
     is_left_out = message.get("weight") == 0 or message.get("train") is False or message.get("training") is False
     return message["role"] in (first["role"], "assistant") and not is_left_out
 
 
 def is_learnt_in_part(completion: Sequence[Message]) -> bool:
-    """Whether a completion holds turns that are not to be learnt."""
+    """Whether a completion has messages that are not to be learnt."""
     return not all(is_learnt(message, completion[0]) for message in completion)
 
 
 def require_text(*completions: Sequence[Message] | str) -> None:
-    """Raise `UnusableRowError` unless each completion says something that is to be learnt."""
+    """Raise `UnusableRowError` unless each completion has text or a tool call that is to be learnt."""
     if any(map(says_nothing, completions)):
         raise UnusableRowError(EMPTY_COMPLETION)
     for side in completions:
@@ -210,59 +211,61 @@ def require_text(*completions: Sequence[Message] | str) -> None:
 
 
 def require_unicode(text: str) -> None:
-    """Raise `UnusableRowError` for a lone surrogate, which JSON can spell and no tokenizer takes."""
+    """Raise `UnusableRowError` for a lone surrogate, which JSON can escape but UTF-8 and tokenizers cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UnusableRowError(INVALID_UNICODE) from None
 
 
-# ----------------------------------------------------------------------------------------- what containers do to values
+# --------------------------------------------------------------------------------- values as files and Arrow keep them
 
 
 def without_nones(value: Any) -> Any:
     """A nested value without the keys that are None, and with lists for arrays.
 
-    Arrow gives each mapping of a column the keys of all of them: a tool's argument that only another tool has would
-    be written out as None.
+    In Arrow all mappings of a column have the same keys. Without this a template would write the arguments of other
+    tools, as None.
     """
     if isinstance(value, Mapping):
         return {key: without_nones(item) for key, item in value.items() if item is not None}
     return [without_nones(item) for item in value] if _is_list(value) else value
 
 
-def _messages_in(text: str) -> object:
-    """What a text holds: messages if it is some, written out; else the text as it is.
+def _parsed_messages(text: str) -> object:
+    """The messages that a text holds as JSON or as Python's repr; else the text itself.
 
     Raises:
-        UnusableRowError: It looks like messages and cannot be read.
+        UnusableRowError: The text looks like messages and cannot be parsed.
     """
     looks = _MESSAGES_AS_TEXT.match(text)
     if not looks:
-        found = _structure(text) if _MAY_HOLD_MESSAGES.match(text) else text
+        found = _parsed(text) if _MAY_HOLD_MESSAGES.match(text) else text
         if isinstance(found, str) and found != text and len(found) < len(text):
-            inner = _messages_in(found)  # JSON in JSON
+            inner = _parsed_messages(found)  # JSON in JSON
             return text if isinstance(inner, str) else inner
         return found if _is_list(found) and found and all(map(_is_whole_message, found)) else text
-    value = _structure(text)
+    value = _parsed(text)
     items = [value] if isinstance(value, Mapping) else value
     if isinstance(items, str):
-        if looks[1] in (*_WHO, "content") and text.lstrip().startswith("["):
+        if looks[1] in (*_ROLE_KEYS, "content") and text.lstrip().startswith("["):
             raise UnusableRowError(UNREADABLE_MESSAGES)
         return text
-    says_who = any(isinstance(item, Mapping) and any(isinstance(item.get(who), str) for who in _WHO) for item in items)
+    says_who = any(
+        isinstance(item, Mapping) and any(isinstance(item.get(who), str) for who in _ROLE_KEYS) for item in items
+    )
     return value if says_who else text
 
 
 def _is_whole_message(item: object) -> bool:
     return isinstance(item, Mapping) and any(
         isinstance(item.get(who), str) and isinstance(item.get(what), str)
-        for who, what in zip(_WHO, ("content", "value"), strict=True)
+        for who, what in zip(_ROLE_KEYS, ("content", "value"), strict=True)
     )
 
 
-def _structure(value: object) -> Any:
-    """What a text means as JSON, or as Python writes lists and dictionaries; the text itself if neither."""
+def _parsed(value: object) -> Any:
+    """A text parsed as JSON, else as a Python literal; the value itself if it is neither."""
     if not isinstance(value, str):
         return value
     try:
@@ -271,17 +274,16 @@ def _structure(value: object) -> Any:
         pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of strange backslashes
+            warnings.simplefilter("ignore")  # SyntaxWarning for backslashes
             return ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value
 
 
 def is_missing(value: object) -> bool:
-    """Whether a container has nothing there."""
-    # Every missing value of pandas is unlike itself, or None, or has no truth value.
+    """Whether a cell has no value: None, NaN, or `NA` and `NaT` of pandas."""
     return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and np.isnan(value))
 
 
 def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, list | tuple | np.ndarray)  # parquet read by pandas gives arrays of messages
+    return isinstance(value, list | tuple | np.ndarray)  # pandas reads lists of a Parquet file as arrays

@@ -1,4 +1,4 @@
-"""Chat messages -> text, exactly as the model's chat template writes them."""
+"""Chat messages rendered to text by the model's chat template, with the characters of each assistant turn."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _Render: TypeAlias = Callable[[Sequence[Message], bool], str]
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """Conversations as the chat template writes them, special tokens included: nothing is added to their tokens.
+    """A row as the chat template renders it, special tokens included: tokenisation adds none.
 
     Attributes:
         row: Position of the row in the user's dataset.
-        prompt: The messages before the completion, and what opens an answer: what the model is given at inference.
-        wholes: The one or two whole conversations, that of the chosen side first.
-        scored: For each of them the characters between which the assistant speaks, from the completion on; None: nobody
-            else does there.
+        prompt: The messages before the completion, rendered with `add_generation_prompt=True`, as at inference.
+        wholes: The whole conversations, prompt and completion: one, or two with the chosen side first.
+        scored: For each whole conversation the spans of characters, in the completion, that the loss is over: the turns
+            to be learnt. None: the whole completion.
     """
 
     row: int
@@ -41,11 +41,11 @@ class RenderedChat:
 
     @property
     def given(self) -> str:
-        """What all conversations begin with and the prompt too."""
+        """The longest common beginning of the prompt and all whole conversations."""
         return self.prompt[: shared_length(self.prompt, *self.wholes)]
 
     def apart(self) -> TextPair:
-        """Prompt and completions by themselves, for a model to which they are two sequences."""
+        """Prompt and completions as separate texts, for an encoder-decoder model."""
         given = self.given
         scored = tuple(
             of_side and tuple((max(0, start - len(given)), end - len(given)) for start, end in of_side)
@@ -56,18 +56,18 @@ class RenderedChat:
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The source of the tokenizer's chat template, of all of them if there are several; "" if there is none."""
+    """The source of the tokenizer's chat template, or of all its templates, joined; "" without one."""
     template = tokenizer.chat_template
     return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else str(template or "")
 
 
 def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedChat:
-    """Write messages out as the model's chat template has them.
+    """Render the messages of a row with the tokenizer's chat template.
 
     Raises:
         DataError: The tokenizer has no chat template.
-        UnusableRowError: The assistant's turns of a completion in which others speak cannot be found.
-        Exception: The template does not take these messages or tools.
+        UnusableRowError: A completion holds turns that are not to be learnt, and those to be learnt are not found.
+        Exception: The template refuses these messages or tools, with an exception of its own.
     """
     if not tokenizer.chat_template:
         raise DataError(
@@ -100,12 +100,13 @@ def render_chat(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedC
 
 
 def _turns_of(messages: Sequence[Message], first: int, whole: str, render: _Render, eos: str) -> Spans:
-    """Where each turn of the assistant stands in a whole conversation whose completion begins with message `first`.
+    """The span of each turn to be learnt in a rendered conversation, whose completion begins with message `first`.
 
-    A turn begins where the model is asked for it, behind its header, and ends with what the template writes to end it.
+    A span begins behind the turn's header, where generation would begin, and includes what the template writes to end
+    the turn.
 
     Raises:
-        UnusableRowError: One cannot be found.
+        UnusableRowError: A turn cannot be found.
     """
     found: list[tuple[int, int]] = []
     end = 0
@@ -125,24 +126,32 @@ def _turns_of(messages: Sequence[Message], first: int, whole: str, render: _Rend
 
 
 def _start_of_turn(message: Message, before: str, asked: str, whole: str) -> int | None:
-    """Where a turn begins in the whole; `asked` is the conversation `before` it with what asks for the turn."""
+    """Where a turn begins in the whole rendered conversation; None if it cannot be found.
+
+    `before` is the rendering of the messages before the turn, `asked` the same with the generation prompt.
+    """
     if whole.startswith(asked):
         return len(asked)
     start = shared_length(asked, whole)
     if start < shared_length(before, asked):
         return None
-    # What asks for an answer opens a thought, and the answer may begin as that does.
+    # The generation prompt may open a <think> block, and the answer may share its first characters.
     place = whole.find(_says(message), shared_length(before, whole))
     return start if place < 0 else min(start, place)
 
 
 def _end_of_turn(message: Message, start: int, until: str, whole: str, eos: str) -> int | None:
-    """Where a turn that begins at `start` ends in the whole; `until` is the conversation as it is at its end."""
-    endings = [until, *([until.removesuffix(eos)] if eos and until.endswith(eos) else [])]  # Phi's ends in one more.
+    """Where a turn that begins at `start` ends in the whole rendered conversation; None if it cannot be found.
+
+    `until` is the rendering of the messages up to this turn.
+    """
+    endings = [until]
+    if eos and until.endswith(eos):
+        endings.append(until.removesuffix(eos))  # Phi's template ends a conversation with an EOS of its own.
     for text in endings:
         if whole.startswith(text):
             return len(text)
-    # Templates leave reasoning out of a turn once more follows: the end of the turn stays as it is.
+    # Templates drop the reasoning of a turn that others follow, so that only the turn's end is the same in both.
     said = _says(message)
     for text in endings:
         turn = text[start:]
@@ -153,7 +162,7 @@ def _end_of_turn(message: Message, start: int, until: str, whole: str, eos: str)
 
 
 def _says(message: Message) -> str:
-    """What an answer says, without its reasoning; of a message that only calls tools the name of one."""
+    """The text of a message without its reasoning; for a message of tool calls alone the name of the first."""
     answer = str(message.get("content", "")).rpartition("</think>")[2].strip()
     for call in () if answer else message.get("tool_calls", ()):
         function = call.get("function", call)

@@ -1,4 +1,4 @@
-"""The time that chat templates write: now, or when a run began, so that a resumed run has the same texts."""
+"""The time that chat templates write: now, or the start of a run, so that a resumed run renders the same texts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 from evollm.errors import ConfigurationError
 
-# What templates call; transformers gives them one that reads the clock, and lets nobody give them another.
+# The function that templates call. transformers' own reads the clock and cannot be replaced, so calls are rewritten.
 _FUNCTION = "strftime_now"
 _CALL = re.compile(rf"""\b{_FUNCTION}\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 _MOMENT: ContextVar[datetime | None] = ContextVar("moment", default=None)
 
 
 def moment() -> datetime:
-    """The time that templates write here."""
-    # The local one, as transformers has it.
+    """The time that templates write: that of the enclosing `at`, else now."""
+    # Local time without a zone, as in transformers.
     return _MOMENT.get() or datetime.now()
 
 
 @contextmanager
 def at(when: datetime | None) -> Iterator[None]:
-    """Inside the block templates write this time; None: changes nothing."""
+    """Templates write this time inside the block; None leaves the time as it is."""
     token = _MOMENT.set(when or _MOMENT.get())
     try:
         yield
@@ -35,7 +35,7 @@ def at(when: datetime | None) -> Iterator[None]:
 
 
 def template_arguments(template: object) -> dict[str, Any]:
-    """What `apply_chat_template` needs for a template that writes the time: itself with that time; else nothing."""
+    """For a template that writes the time, the `chat_template` argument with the time filled in; else no argument."""
     if not (isinstance(template, str) and writes_time(template)):
         return {}
     when = moment()
@@ -43,15 +43,15 @@ def template_arguments(template: object) -> dict[str, Any]:
 
 
 def writes_time(template: object) -> bool:
-    """Whether a chat template writes the time, so that its texts are others on another day."""
+    """Whether a chat template writes the time, so that it renders other texts on another day."""
     return isinstance(template, str) and _FUNCTION in template
 
 
 def given_moment(name: str, value: datetime | str | None) -> datetime:
-    """The time that an argument states; now if it is None.
+    """The time in an argument, a `datetime` or its ISO 8601 text; `moment()` for None.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: The value is neither; the message has the argument's name.
     """
     if value is None:
         return moment()
@@ -62,7 +62,7 @@ def given_moment(name: str, value: datetime | str | None) -> datetime:
 
 
 def read_moment(text: object) -> datetime | None:
-    """The time that a run folder states; None if it states none."""
+    """The time in an ISO 8601 text, as run folders hold it; None for anything else."""
     try:
         return datetime.fromisoformat(text) if isinstance(text, str) else None
     except ValueError:

@@ -1,11 +1,11 @@
-"""Rows of examples for supervised fine-tuning: one completion of a prompt, as text or as chat messages."""
+"""Rows with one completion of a prompt, as text or as chat messages: the examples of supervised fine-tuning."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from evollm.data.cells import (
-    GIVEN_ROLES,
+    PROMPT_ROLES,
     Message,
     Row,
     UnusableRowError,
@@ -13,7 +13,7 @@ from evollm.data.cells import (
     require_text,
     template_arguments,
 )
-from evollm.data.prompts import Given, given_of, remarks_of, require_no_template, require_said, with_system
+from evollm.data.prompts import Context, context_of, remarks_of, require_no_template, require_repeated, with_system
 from evollm.data.rows import (
     LABELLED,
     MIXED_KINDS,
@@ -33,19 +33,19 @@ UNKNOWN_LABEL = "label is neither true, false, 1 nor 0, nor what columns.label s
 
 
 def read_examples(dataset: object, field: str) -> tuple[list[TextPair | ChatPair], DroppedRows]:
-    """Read a dataset's examples, which are pairs without a rejected side, and set apart the rows that are not usable.
+    """Read the examples of a dataset: pairs without a rejected side.
 
     Args:
         dataset: What [`evollm.data.rows.read_dataset`][] takes. Its columns are `prompt` and `completion`, both strings
             or both lists of `{"role", "content"}` messages, or `messages`, a conversation whose last assistant message
-            is the completion; what follows that message is not used. ShareGPT's `conversations` of `{"from", "value"}`
-            are read like `messages`, and `text` is learnt from its first token on. `tools` and `chat_template_kwargs`
-            go to the chat template. Rows whose `label` is False or 0 are not used. `evollm.data.shapes` has the other
-            shapes that are read.
-        field: What the user calls the dataset, for messages.
+            is the completion; later messages are not used. ShareGPT's `conversations` of `{"from", "value"}` are read
+            like `messages`. The loss of `text` is over all its tokens but the first. `tools` and
+            `chat_template_kwargs` go to the chat template. Rows whose `label` is False or 0 are not used.
+            `evollm.data.shapes` lists the other formats.
+        field: The user's name for the dataset, for messages.
 
     Returns:
-        The examples in the dataset's order, and for each reason the positions of the rows that were dropped.
+        The examples in the dataset's order, and for each reason the positions of the dropped rows.
 
     Raises:
         DataError: The dataset cannot be read, lacks a column or has no row.
@@ -54,27 +54,27 @@ def read_examples(dataset: object, field: str) -> tuple[list[TextPair | ChatPair
 
 
 def _to_example(number: int, row: Row) -> TextPair | ChatPair:
-    if LABELLED in row and not row["label"]:  # unpaired preferences: one of two kinds of completions
+    if LABELLED in row and not row["label"]:  # unpaired preferences, of which the good completions are learnt
         raise UnusableRowError(UNKNOWN_LABEL if row["label"] is None else NOT_PREFERRED)
     if "messages" in row:
-        example = _conversation(number, cell(row, "messages"), given_of(row))
+        example = _conversation(number, cell(row, "messages"), context_of(row))
         if isinstance(row.get("repeated"), str):
-            require_said(row["repeated"], [*example.prompt, *example.chosen], "repeated")
+            require_repeated(row["repeated"], [*example.prompt, *example.chosen], "repeated")
         return replace(example, **template_arguments(row), remarks=remarks_of(row, example.chosen))
     if "completion" not in row:
         return _whole_text(number, cell(row, "text"))
-    given, completion = given_of(row), cell(row, "completion")
+    context, completion = context_of(row), cell(row, "completion")
     require_text(completion)
-    if isinstance(given.prompt, str) and isinstance(completion, str) and not given.spoken:
+    if isinstance(context.prompt, str) and isinstance(completion, str) and not context.spoken:
         require_no_template(row)
-        return TextPair(number, given.prompt, completion, remarks=remarks_of(row))
-    prompt = given.messages()
+        return TextPair(number, context.prompt, completion, remarks=remarks_of(row))
+    prompt = context.messages()
     if isinstance(completion, str):
-        if not prompt or prompt[-1]["role"] not in GIVEN_ROLES:
+        if not prompt or prompt[-1]["role"] not in PROMPT_ROLES:
             raise UnusableRowError(MIXED_KINDS)
         example = _chat_example(number, prompt, [{"role": "assistant", "content": completion}])
-        if isinstance(given.prompt, str):
-            example = replace(example, plain=TextPair(number, given.text([completion]), completion))
+        if isinstance(context.prompt, str):
+            example = replace(example, plain=TextPair(number, context.text([completion]), completion))
     else:
         example = _chat_example(number, prompt, completion)
     arguments = template_arguments(row)
@@ -83,17 +83,17 @@ def _to_example(number: int, row: Row) -> TextPair | ChatPair:
 
 
 def _whole_text(number: int, text: str | list[Message]) -> TextPair:
-    """Text to learn from its first token on, as a language model does: it answers nothing."""
+    """A text without a prompt, learnt as in pretraining."""
     if not isinstance(text, str):
         raise UnusableRowError("text is a list; rename the column to messages")
     require_text(text)
     return TextPair(number, "", text)
 
 
-def _conversation(number: int, messages: str | list[Message], given: Given) -> ChatPair:
+def _conversation(number: int, messages: str | list[Message], context: Context) -> ChatPair:
     if isinstance(messages, str):
         raise UnusableRowError("messages is text, not a list of messages")
-    messages = with_system(given.before, messages)
+    messages = with_system(context.before, messages)
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise UnusableRowError(NO_ANSWER)
@@ -104,7 +104,7 @@ def _conversation(number: int, messages: str | list[Message], given: Given) -> C
 def _chat_example(number: int, prompt: list[Message], completion: list[Message]) -> ChatPair:
     if not prompt:
         raise UnusableRowError(NO_PROMPT_MESSAGE)
-    if completion[0]["role"] in GIVEN_ROLES:
+    if completion[0]["role"] in PROMPT_ROLES:
         raise UnusableRowError(NOT_AN_ANSWER)
     return ChatPair(number, prompt, completion)
 

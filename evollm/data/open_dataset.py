@@ -1,46 +1,51 @@
-"""Datasets by their path or their name on the hub."""
+"""The rows of a file, or of a dataset on the Hub."""
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
-from evollm.checks import expanded, is_lfs_pointer
-from evollm.data.paths import why_no_file
+from evollm.checks import expanded, hub_name_in, is_lfs_pointer
 from evollm.errors import DataError
 from evollm.hub import hub_or_cache
 from evollm.quiet import quiet
 
 JSON_LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json")
-# Some editors put it in front.
-_MARK = b"\xef\xbb\xbf"
-# What a text in another encoding than UTF-8 may begin with.
+# Suffixes of files that an error message offers.
+_DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".gz", ".parquet", ".csv")
+# Files that `datasets.save_to_disk` writes.
+_SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
+_NAMED_AT_MOST = 3
+# Byte order marks, which some editors write: of UTF-8, and of encodings that are not read.
+_UTF8_MARK = b"\xef\xbb\xbf"
 _OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # Such as org/name or org/name:test.
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
 
 
 def is_files(dataset: object) -> bool:
-    """Whether it is a list of paths or hub names."""
+    """Whether a dataset is a list of paths or Hub names."""
     if not isinstance(dataset, list | tuple) or not dataset:
         return False
     return all(isinstance(path, str | os.PathLike) for path in dataset)
 
 
 def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
-    """The rows of a file, or of a dataset on the hub.
+    """Open a file, or a dataset on the Hub.
 
     Args:
         path: A JSON-lines file or a JSON array of objects, also compressed by gzip; a Parquet file; a CSV file, whose
-            cells are text, or messages written out as JSON or by Python; or `org/name` of a dataset on the hub, with
-            `:split` behind it for another split than `train`. `~` is the user's home.
-        field: What the user calls the dataset, for messages.
+            cells are text, or messages written as JSON or as Python's `repr`; or `org/name` of a dataset on the Hub,
+            followed by `:split` for another split than `train`. `~` is the user's home.
+        field: The user's name for the dataset, for messages.
 
     Returns:
         An iterator of rows, a pyarrow `Table`, a pandas `DataFrame` or a `datasets.Dataset`.
@@ -53,7 +58,7 @@ def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
     if not file.is_file():
         hub = _HUB_NAME.fullmatch(path) if isinstance(path, str) and not _reader(file) and not file.exists() else None
         if hub is None:
-            raise DataError(field, str(path), why_no_file(path))
+            raise DataError(field, str(path), _why_no_file(path))
         return _load_from_hub(hub["name"], hub["split"] or "train", field)
     read = _reader(file)
     if read is None:
@@ -64,7 +69,7 @@ def open_dataset(path: str | os.PathLike[str], field: str) -> Any:
 
 
 def _require_content(path: Path, field: str) -> None:
-    """Refuse what stands for a file that has not been fetched."""
+    """Refuse an empty file, a pointer of Git LFS, and text in another encoding than UTF-8."""
     try:
         empty, pointer = not path.stat().st_size, is_lfs_pointer(path)
         with path.open("rb") as file:
@@ -81,7 +86,7 @@ def _require_content(path: Path, field: str) -> None:
 
 
 def _reader(path: Path) -> Callable[[Path, str], Any] | None:
-    """What reads a file of this name."""
+    """The function that reads a file with this suffix; None for a suffix that is not read."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"] and suffixes[-2:-1] and suffixes[-2] in JSON_LINES_SUFFIXES:
         return _parse_json
@@ -90,7 +95,7 @@ def _reader(path: Path) -> Callable[[Path, str], Any] | None:
 
 
 def _read_parquet(path: Path, field: str) -> Any:
-    import pyarrow.parquet  # noqa: PLC0415 - slow to import, and most do not need it
+    import pyarrow.parquet  # noqa: PLC0415 - slow to import, and most datasets do not need it
 
     try:
         return pyarrow.parquet.read_table(path)
@@ -99,10 +104,10 @@ def _read_parquet(path: Path, field: str) -> Any:
 
 
 def _read_csv(path: Path, field: str) -> Any:
-    import pandas  # noqa: PLC0415 - slow to import, and most do not need it
+    import pandas  # noqa: PLC0415 - slow to import, and most datasets do not need it
 
     try:
-        # A prompt may be "12" or "NA": nothing is a number, and only an empty cell is missing.
+        # All cells are text, since a prompt may be "12" or "NA"; only an empty cell is missing.
         cells = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
     except (ValueError, OSError, pandas.errors.ParserError) as error:
         raise DataError(field, str(path), f"is not a CSV file with a header in UTF-8 ({error})") from None
@@ -117,13 +122,13 @@ _TABLES = {".parquet": _read_parquet, ".csv": _read_csv}
 
 
 def _load_from_hub(name: str, split: str, field: str) -> Any:
-    import datasets  # noqa: PLC0415 - slow to import, and most do not need it
+    import datasets  # noqa: PLC0415 - slow to import, and most datasets do not need it
 
     no_hub = None
     try:
         with quiet(), hub_or_cache(name) as no_hub:
             return datasets.load_dataset(name, split=split)
-    except Exception as error:  # Whatever the network, the hub and its formats raise.
+    except Exception as error:  # The network, the Hub and loading scripts raise errors of many types.
         if no_hub is not None:
             fix = (
                 f"is no file here and not in the cache of datasets, split {split!r}, and {no_hub}: give a file, or a "
@@ -140,7 +145,7 @@ def _parse_json(path: Path, field: str) -> Iterator[object]:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
             numbered = ((number, line) for number, line in enumerate(lines, start=1) if _has_text(line))
             for first, (number, line) in enumerate(numbered):
-                if first == 0 and line.lstrip(_MARK).lstrip().startswith(b"["):
+                if first == 0 and line.lstrip(_UTF8_MARK).lstrip().startswith(b"["):
                     yield from _parse_array(line + lines.read(), number, path, field)
                 else:
                     yield _parse_object(line, number, path, field)
@@ -151,11 +156,11 @@ def _parse_json(path: Path, field: str) -> Iterator[object]:
 
 
 def _has_text(line: bytes) -> bool:
-    return bool(line.lstrip(_MARK).strip())
+    return bool(line.lstrip(_UTF8_MARK).strip())
 
 
 def _parse_array(content: bytes, line: int, path: Path, field: str) -> Iterator[object]:
-    """The objects of an array that begins on a line of a file."""
+    """The objects of a JSON array that begins on this line of a file."""
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -173,7 +178,7 @@ def _parse_array(content: bytes, line: int, path: Path, field: str) -> Iterator[
 def _parse_object(line: bytes, number: int, path: Path, field: str) -> object:
     try:
         value = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets without end
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; too many brackets
         what_to_do = _json_hint(line) if number == 1 else "correct or remove it"
         fix = f"line {number} is not valid JSON ({error}); {what_to_do}"
         raise DataError(field, str(path), fix) from None
@@ -184,10 +189,63 @@ def _parse_object(line: bytes, number: int, path: Path, field: str) -> object:
 
 
 def _json_hint(line: bytes) -> str:
-    """What to do about a first line that is not JSON."""
-    start = line.lstrip(_MARK).lstrip()
+    """What to do about a file whose first line is not JSON."""
+    start = line.lstrip(_UTF8_MARK).lstrip()
     if start.startswith(b"<"):
         return "it is a web page or XML: download the file itself"
     if start.startswith(b"{'"):
         return "it is what Python prints: write lines with json.dumps, in double quotation marks"
     return "correct or remove it; an object over several lines is not read: write one on each line, or an array"
+
+
+# ------------------------------------------------------------------------------------------------- paths without a file
+
+
+def _why_no_file(path: str) -> str:
+    """What is wrong with a path at which no data file is, and what to do."""
+    if "://" in path:
+        name = hub_name_in(path)
+        hint = "download the file, and pass its path" if name is None else f"write {name}, its name on the hub"
+        return f"is an address: {hint}"
+    if os.path.isdir(path):
+        return _why_not_folder(Path(path))
+    if os.path.exists(path):
+        return "is no ordinary file; pass a JSON-lines, Parquet or CSV file"
+    return f"no such file{_what_was_meant(path)}"
+
+
+def _what_was_meant(path: str) -> str:
+    """What a path that does not exist may have been meant to be."""
+    if any(sign in path for sign in "*?["):
+        found = sorted(glob(path))
+        return f", and patterns are not expanded: pass a list, {_as_list(found or ['a.jsonl', 'b.jsonl'])}"
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
+        return f": the quotation marks are a part of the name; write {path[1:-1]}"
+    near = _nearest_file(path)
+    if near is None:
+        return "; pass a JSON-lines, Parquet or CSV file, or org/name of a dataset on the hub"
+    return f"; the nearest there is {near!r}"
+
+
+def _why_not_folder(folder: Path) -> str:
+    if any((folder / name).is_file() for name in _SAVED_TO_DISK):
+        return "is a folder of datasets.save_to_disk: pass datasets.load_from_disk(folder) from Python"
+    found = sorted(str(path) for path in folder.iterdir() if path.suffix in _DATA_SUFFIXES)
+    if not found:
+        return f"is a folder without data files ({', '.join(_DATA_SUFFIXES)}); pass a file"
+    return f"is a folder: pass its files, {_as_list(found)}"
+
+
+def _as_list(paths: list[str]) -> str:
+    more = ", ..." if len(paths) > _NAMED_AT_MOST else ""
+    return f"[{', '.join(paths[:_NAMED_AT_MOST])}{more}]"
+
+
+def _nearest_file(path: str) -> str | None:
+    """The data file in the same folder with the most similar name."""
+    folder, name = os.path.split(path)
+    try:
+        there = [entry for entry in os.listdir(folder or ".") if Path(entry).suffix in _DATA_SUFFIXES]
+    except (OSError, ValueError):
+        return None
+    return next((os.path.join(folder, near) for near in difflib.get_close_matches(name, there, 1, cutoff=0.75)), None)

@@ -1,4 +1,4 @@
-"""Rows of preference pairs: two completions of one prompt, as text or as chat messages."""
+"""Rows with two completions of one prompt, as text or as chat messages: preference pairs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from evollm.data.cells import (
-    GIVEN_ROLES,
+    PROMPT_ROLES,
     Message,
     Row,
     UnusableRowError,
@@ -16,12 +16,12 @@ from evollm.data.cells import (
     template_arguments,
 )
 from evollm.data.prompts import (
-    Given,
-    conversation_of,
-    given_of,
+    Context,
+    context_of,
     remarks_of,
     require_no_template,
-    require_said,
+    require_repeated,
+    with_conversation,
     with_system,
 )
 from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
@@ -35,17 +35,17 @@ DIFFERENT_PROMPTS = "the two sides have different prompts"
 
 
 def read_pairs(dataset: object, field: str) -> tuple[list[TextPair | ChatPair], DroppedRows]:
-    """Read a dataset's preference pairs and set apart the rows that are not usable.
+    """Read the preference pairs of a dataset.
 
     Args:
         dataset: What [`evollm.data.rows.read_dataset`][] takes. The columns `chosen` and `rejected` hold strings or
             lists of `{"role", "content"}` messages; so does `prompt`, which is optional. Of messages `tools`, functions
-            or JSON schemas, and `chat_template_kwargs`, a mapping, go to the chat template. `evollm.data.shapes` has
-            the other shapes that are read.
-        field: What the user calls the dataset, for messages.
+            or JSON schemas, and `chat_template_kwargs`, a mapping, go to the chat template. `evollm.data.shapes` lists
+            the other formats.
+        field: The user's name for the dataset, for messages.
 
     Returns:
-        The pairs in the dataset's order, and for each reason the positions of the rows that were dropped.
+        The pairs in the dataset's order, and for each reason the positions of the dropped rows.
 
     Raises:
         DataError: The dataset cannot be read, lacks a column or has no row.
@@ -54,10 +54,10 @@ def read_pairs(dataset: object, field: str) -> tuple[list[TextPair | ChatPair], 
 
 
 def shared_length(*sequences: Sequence[Any]) -> int:
-    """Length of the longest prefix that all the sequences, of one kind, have in common."""
+    """Length of the longest common prefix of sequences of one type, such as texts or lists of token ids."""
     first, *others = sequences
     shared, end = 0, min(map(len, sequences))
-    # Slices are compared without a step of Python for each item.
+    # A binary search: slices are compared in C, items would be compared in Python.
     while shared < end:
         middle = (shared + end + 1) // 2
         if all(other[shared:middle] == first[shared:middle] for other in others):
@@ -71,29 +71,29 @@ def _to_pair(number: int, row: Row) -> TextPair | ChatPair:
     chosen, rejected = (cell(row, name) for name in REQUIRED_COLUMNS)
     if isinstance(chosen, str) is not isinstance(rejected, str):
         raise UnusableRowError(MIXED_KINDS)
-    given = conversation_of(row, given_of(row), chosen)
+    context = with_conversation(row, context_of(row), chosen)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if not isinstance(given.prompt, list) and not given.spoken:
+        if not isinstance(context.prompt, list) and not context.spoken:
             require_no_template(row)
-            return replace(_text_pair(number, given.prompt, chosen, rejected), remarks=remarks_of(row))
-        pair = _answered(number, given, chosen, rejected)
+            return replace(_text_pair(number, context.prompt, chosen, rejected), remarks=remarks_of(row))
+        pair = _chat_pair_of_strings(number, context, chosen, rejected)
     else:
-        pair = _chat_pair(number, given, cast("list[Message]", chosen), cast("list[Message]", rejected))
+        pair = _chat_pair(number, context, cast("list[Message]", chosen), cast("list[Message]", rejected))
     arguments = template_arguments(row)
     plain = None if any(arguments.values()) else pair.plain
     return replace(pair, **arguments, remarks=remarks_of(row, *pair.completions), plain=plain)
 
 
-def _answered(number: int, given: Given, chosen: str, rejected: str) -> ChatPair:
-    """Strings that answer a conversation."""
+def _chat_pair_of_strings(number: int, context: Context, chosen: str, rejected: str) -> ChatPair:
+    """A pair of strings that are answers in a conversation."""
     _require_two_completions(chosen, rejected)
-    prompt = given.messages()
+    prompt = context.messages()
     if not any(message["role"] == "user" for message in prompt):
         raise UnusableRowError(NO_PROMPT_MESSAGE)
-    if prompt[-1]["role"] not in GIVEN_ROLES:
+    if prompt[-1]["role"] not in PROMPT_ROLES:
         raise UnusableRowError(MIXED_KINDS)
     first, second = ([{"role": "assistant", "content": side}] for side in (chosen, rejected))
-    text = given.text((chosen, rejected)) if isinstance(given.prompt, str) else None
+    text = context.text((chosen, rejected)) if isinstance(context.prompt, str) else None
     plain = None if text is None else TextPair(number, text, chosen, rejected)
     return ChatPair(number, prompt, first, second, plain=plain)
 
@@ -126,10 +126,10 @@ def _implicit_prompt(chosen: str, rejected: str) -> str:
 
 
 def _boundary(chosen: str, rejected: str) -> int:
-    """Where the common prefix of two texts ends, without cutting a word or leaving nothing to complete."""
+    """Length of the texts' common prefix, shortened so that it ends between words and leaves both a completion."""
     end = shared_length(chosen, rejected)
     if end == min(len(chosen), len(rejected)):
-        end = len(chosen[:end].rstrip())  # one text continues the other: give its last word back to both
+        end = len(chosen[:end].rstrip())  # One text continues the other: both keep the last word.
         while end and not chosen[end - 1].isspace():
             end -= 1
     elif _is_word(chosen[end]) or _is_word(rejected[end]):
@@ -145,44 +145,44 @@ def _is_word(character: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------ messages
 
 
-def _chat_pair(row: int, given: Given, chosen: list[Message], rejected: list[Message]) -> ChatPair:
-    prompt = given.prompt
+def _chat_pair(row: int, context: Context, chosen: list[Message], rejected: list[Message]) -> ChatPair:
+    prompt = context.prompt
     explicit: list[Message] = []
-    if (prompt is None or isinstance(prompt, str) or not prompt) and _is_whole(chosen) and _is_whole(rejected):
-        chosen, rejected = (with_system(given.before, side) for side in (chosen, rejected))
+    has_messages = isinstance(prompt, list) and bool(prompt)
+    if not has_messages and all(side and side[0]["role"] in PROMPT_ROLES for side in (chosen, rejected)):
+        # Each side is a whole conversation, prompt included.
+        chosen, rejected = (with_system(context.before, side) for side in (chosen, rejected))
     else:
-        explicit = given.messages()
+        explicit = context.messages()
         repeated = prompt if isinstance(prompt, list) else []
         chosen, rejected = (_without_prefix(_without_prefix(side, explicit), repeated) for side in (chosen, rejected))
     _require_two_completions(chosen, rejected)
-    shared = _shared_messages(chosen, rejected, only_given=bool(explicit))
+    shared = _shared_messages(chosen, rejected, until_assistant=bool(explicit))
     full_prompt = [*explicit, *chosen[:shared]]
     chosen, rejected = chosen[shared:], rejected[shared:]
-    if any(side[0]["role"] in GIVEN_ROLES for side in (chosen, rejected)):
+    if any(side[0]["role"] in PROMPT_ROLES for side in (chosen, rejected)):
         raise UnusableRowError(DIFFERENT_PROMPTS)
     _require_two_completions(chosen, rejected)
     if isinstance(prompt, str):
-        require_said(prompt, full_prompt, "prompt")
+        require_repeated(prompt, full_prompt, "prompt")
     if not full_prompt:
         raise UnusableRowError(NO_PROMPT_MESSAGE)
     return ChatPair(row, full_prompt, chosen, rejected)
-
-
-def _is_whole(side: list[Message]) -> bool:
-    """Whether a side is a conversation from its beginning, and not an answer alone."""
-    return bool(side) and side[0]["role"] in GIVEN_ROLES
 
 
 def _without_prefix(messages: list[Message], prefix: list[Message]) -> list[Message]:
     return messages[len(prefix) :] if messages[: len(prefix)] == prefix else messages
 
 
-def _shared_messages(chosen: list[Message], rejected: list[Message], only_given: bool) -> int:
-    """How many leading messages belong to the prompt: one at least stays on each side."""
+def _shared_messages(chosen: list[Message], rejected: list[Message], until_assistant: bool) -> int:
+    """Number of messages that both sides begin with and that belong to the prompt; each side keeps at least one.
+
+    With `until_assistant` the prompt ends at the assistant's first message, since the row has given one already.
+    """
     shared = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-    if not only_given:
+    if not until_assistant:
         return shared
-    answers = (number for number, message in enumerate(chosen[:shared]) if message["role"] not in GIVEN_ROLES)
+    answers = (number for number, message in enumerate(chosen[:shared]) if message["role"] not in PROMPT_ROLES)
     return next(answers, shared)
 
 

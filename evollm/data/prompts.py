@@ -1,4 +1,4 @@
-"""What a row gives before its completions: system text, earlier turns, prompt and further input."""
+"""The context of a row, everything before its completions: system text, earlier turns, prompt and further input."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evollm.data.cells import (
-    GIVEN_ROLES,
+    PROMPT_ROLES,
     TEMPLATE_COLUMNS,
     Message,
     Row,
@@ -26,13 +26,13 @@ ENDS_WITH_ANSWER = "the conversation ends with an answer that is not the chosen 
 
 
 @dataclass(frozen=True)
-class Given:
-    """What stands before the completions of a row.
+class Context:
+    """The context of a row's completions.
 
     Attributes:
-        prompt: Text or messages; None: nothing but what is before it, or the beginning of the sides.
-        before: Messages that come before the prompt: system text and earlier turns.
-        spoken: Whether the row says who speaks, so that its strings are turns of a conversation.
+        prompt: Text or messages; None for a row without a prompt, whose sides may begin with it.
+        before: Messages before the prompt: system text and earlier turns.
+        spoken: Whether strings of the row are turns of a conversation, and not plain text.
     """
 
     prompt: list[Message] | str | None
@@ -40,23 +40,23 @@ class Given:
     spoken: bool
 
     def messages(self) -> list[Message]:
-        """All of it as messages; a text is the user's."""
+        """The context as messages; a prompt that is text becomes the user's."""
         if isinstance(self.prompt, list):
             return with_system(self.before, self.prompt)
         said = [{"role": "user", "content": self.prompt}] if self.prompt else []
         return [*self.before, *said]
 
     def text(self, completions: Sequence[str]) -> str:
-        """All of it as text, to be followed by any of the completions: a line for each turn."""
+        """The context as text that ends so that each completion can follow: one line for each turn."""
         text = "\n".join(message["content"] for message in self.messages())
         return text if any(side[:1].isspace() for side in completions) or not text else f"{text}\n"
 
 
-def given_of(row: Row) -> Given:
-    """What a row gives.
+def context_of(row: Row) -> Context:
+    """Read the context of a row.
 
     Raises:
-        UnusableRowError: It is no text and no messages, or both.
+        UnusableRowError: A cell is neither text nor messages, or further input stands beside a prompt of messages.
     """
     prompt = cell(row, "prompt") if "prompt" in row else None
     more = optional_text(row, "input")
@@ -66,14 +66,14 @@ def given_of(row: Row) -> Given:
         prompt = f"{prompt}\n{more}" if prompt else more
     system = optional_text(row, "system")
     before = with_system([{"role": "system", "content": system}] if system else [], history(row))
-    return Given(prompt, before, SPOKEN in row)
+    return Context(prompt, before, SPOKEN in row)
 
 
 def with_system(before: list[Message], messages: list[Message]) -> list[Message]:
-    """Messages behind others; a system text that both begin with is there once.
+    """`before` followed by `messages`; a system message that both begin with is kept once.
 
     Raises:
-        UnusableRowError: They have two, and these differ.
+        UnusableRowError: Both begin with a system message, and the two differ.
     """
     if not before or not messages or messages[0]["role"] != "system":
         return [*before, *messages]
@@ -83,47 +83,47 @@ def with_system(before: list[Message], messages: list[Message]) -> list[Message]
     return [messages[0], *rest, *messages[1:]]
 
 
-def conversation_of(row: Row, given: Given, chosen: list[Message] | str) -> Given:
-    """What a row gives whose conversation stands in a column beside its sides.
+def with_conversation(row: Row, context: Context, chosen: list[Message] | str) -> Context:
+    """The context of a row that has a column with a conversation beside its sides.
 
-    The conversation is the prompt of sides that are answers. It may repeat the chosen side, as UltraFeedback does.
+    The conversation is the prompt if the row has no other. It may end with the chosen side, as in UltraFeedback.
 
     Raises:
-        UnusableRowError: It is no conversation, or ends with another answer.
-        UnusedColumnError: It says something else than the prompt and the sides.
+        UnusableRowError: The cell is no list of messages, or ends with an answer that is not the chosen one.
+        UnusedColumnError: The row has a prompt, and the conversation differs from prompt and sides.
     """
     if is_missing(row.get("conversation")):
-        return given
+        return context
     talk = cell(row, "conversation")
     if not talk:
-        return given
+        return context
     if not isinstance(talk, list):
         raise UnusableRowError(MIXED_KINDS)
     sides = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else chosen
-    whole = bool(sides) and sides[0]["role"] in GIVEN_ROLES
-    if given.prompt is not None or whole:
-        said = sides if whole else [*given.messages(), *sides]
-        if not _is_part(talk, said):
+    whole = bool(sides) and sides[0]["role"] in PROMPT_ROLES
+    if context.prompt is not None or whole:
+        said = sides if whole else [*context.messages(), *sides]
+        if not _is_repeated(talk, said):
             raise UnusedColumnError("conversation", "says something else than prompt and sides and would not be used")
-        return given
-    if talk[-1]["role"] not in GIVEN_ROLES and sides and talk[len(talk) - len(sides) :] == sides:
+        return context
+    if talk[-1]["role"] not in PROMPT_ROLES and sides and talk[len(talk) - len(sides) :] == sides:
         talk = talk[: len(talk) - len(sides)]
-    if not talk or talk[-1]["role"] not in GIVEN_ROLES:
+    if not talk or talk[-1]["role"] not in PROMPT_ROLES:
         raise UnusableRowError(ENDS_WITH_ANSWER)
-    return Given(talk, given.before, given.spoken)
+    return Context(talk, context.before, context.spoken)
 
 
-def _is_part(messages: Sequence[Message], said: Sequence[Message]) -> bool:
-    """Whether all that messages say is said, in that order."""
+def _is_repeated(messages: Sequence[Message], said: Sequence[Message]) -> bool:
+    """Whether the texts of `messages` are among those of `said`, in the same order, whitespace aside."""
     rest = iter([" ".join(str(message.get("content", "")).split()) for message in said])
     return all(" ".join(str(message.get("content", "")).split()) in rest for message in messages)
 
 
-def require_said(text: str, messages: Sequence[Message], role: str) -> None:
-    """Refuse a prompt beside messages that do not have it.
+def require_repeated(text: str, messages: Sequence[Message], role: str) -> None:
+    """Check that a prompt which is text is repeated in the messages, since it is not used itself.
 
     Raises:
-        UnusedColumnError: They do not.
+        UnusedColumnError: No message contains the text.
     """
     plain = " ".join(text.split())
     if not any(plain in " ".join(str(message.get("content", "")).split()) for message in messages):
@@ -131,20 +131,20 @@ def require_said(text: str, messages: Sequence[Message], role: str) -> None:
 
 
 def require_no_template(row: Row) -> None:
-    """Refuse what is for a chat template beside strings that go through none.
+    """Check that a row of plain text has no arguments for a chat template.
 
     Raises:
-        UnusableRowError: It is something else than a template takes.
-        UnusedColumnError: There is something.
+        UnusableRowError: A cell of these columns is malformed.
+        UnusedColumnError: A cell of these columns is filled.
     """
     found = template_arguments(row)
-    for role, given in zip(TEMPLATE_COLUMNS, found.values(), strict=True):
-        if given:
+    for role, value in zip(TEMPLATE_COLUMNS, found.values(), strict=True):
+        if value:
             raise UnusedColumnError(role, "is for a chat template, and would not be used with a prompt that is text")
 
 
 def remarks_of(row: Row, *completions: Sequence[Message]) -> tuple[str, ...]:
-    """What is strange about a row."""
+    """Remarks on a row that is used, for the report."""
     found = [row[REMARK]] if REMARK in row else []
     if any(map(is_learnt_in_part, completions)):
         found.append(OTHERS_IN_COMPLETION)

@@ -1,26 +1,31 @@
-"""What became of a dataset's rows."""
+"""The report on a dataset: how many rows are used, why others are not, and what is unusual about those that are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from evollm.data.batch import TokenizedPair
-from evollm.data.rows import ChatPair, TextPair, in_form
+from evollm.data.rows import ChatPair, Rows, TextPair, in_form
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FIRST_ROWS = 5
-# What rows are learnt as.
 FORMS = ("chat", "text", "mixed")
+# Characters of a special token below which a text may contain the token by chance.
+_SHORTEST_SPECIAL_TOKEN = 3
 
 
 @dataclass(frozen=True)
-class Example:
-    """The prompt of one pair as a person would read it.
+class PromptPreview:
+    """The prompt of one pair, to show to a person.
 
     Attributes:
-        position: The pair's position among the kept ones.
-        question: The prompt, or its last message.
-        turns: Role and text of each message of a conversation; none of a prompt that is text.
+        position: Position of the pair among the kept ones.
+        question: The prompt if it is text, else the text of its last message.
+        turns: Role and text of each message of a conversation; empty for a prompt that is text.
     """
 
     position: int
@@ -30,32 +35,33 @@ class Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """How many rows of a dataset became pairs, and why the others did not.
+    """How many rows of a dataset are used, and why the others are not.
 
     Attributes:
         name: The split, such as "train".
-        kept: Pairs that are used.
-        dropped: For each reason how many rows it cost, and the positions of the first of them in the user's dataset.
-        prompts_cut: Kept pairs whose prompt lost tokens on its left to fit `max_context_length`.
-        examples: Some of the kept pairs' prompts, spread over the dataset, to show to a person.
-        noun: What a pair is called: that of an SFT dataset is an "example".
-        warning: What is strange about the kept pairs; "" when nothing is.
-        form: What the kept rows are learnt as: `chat`, through the chat template; `text`, as strings; `mixed`.
-        noted: For each remark about chat rows that are kept, such as what the chat template leaves out, how many they
-            are, and the positions of the first of them.
-        plain_text: What to do about rows of strings where the tokenizer has a chat template; "" otherwise.
+        kept: Number of pairs (or SFT examples) that are used.
+        dropped: For each reason the number of dropped rows and the first of their positions in the user's dataset.
+        prompts_cut: Number of kept pairs whose prompt lost tokens on its left to fit `max_context_length`.
+        previews: Prompts of some kept pairs, spread over the dataset.
+        noun: "pair", or "example" for SFT.
+        warning: What is unusual about the kept rows themselves; "" if nothing is.
+        noted: For each remark on what the chat template makes of kept rows, such as a text that it leaves out, the
+            number of rows and the first of their positions.
+        form: `chat` if all kept rows go through the chat template, `text` if none does, else `mixed`; "" without rows.
+        template_hint: For rows of form `text` that look like questions and answers, how to pass them through the
+            tokenizer's chat template; "" otherwise, and without a template.
     """
 
     name: str
     kept: int
     dropped: Mapping[str, tuple[int, tuple[int, ...]]]
     prompts_cut: int = 0
-    examples: tuple[Example, ...] = ()
+    previews: tuple[PromptPreview, ...] = ()
     noun: str = "pair"
     warning: str = ""
     noted: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     form: str = ""
-    plain_text: str = ""
+    template_hint: str = ""
 
     @classmethod
     def from_rows(
@@ -64,19 +70,20 @@ class DataReport:
         kept: int,
         dropped_rows: Mapping[str, Sequence[int]],
         prompts_cut: int = 0,
-        examples: Sequence[Example] = (),
+        previews: Sequence[PromptPreview] = (),
         noun: str = "pair",
         warning: str = "",
         noted_rows: Mapping[str, Sequence[int]] | None = None,
-        plain_text: str = "",
+        form: str = "",
+        template_hint: str = "",
     ) -> DataReport:
-        """Count the rows that were dropped and those with a remark, and keep the first few positions of each."""
+        """A report from the positions of all dropped rows and of all rows with a remark, for each reason and remark."""
         dropped, noted = _first(dropped_rows), _first(noted_rows or {})
-        return cls(name, kept, dropped, prompts_cut, tuple(examples), noun, warning, noted, plain_text=plain_text)
+        return cls(name, kept, dropped, prompts_cut, tuple(previews), noun, warning, noted, form, template_hint)
 
     @property
     def num_dropped(self) -> int:
-        """Rows that were dropped, for whatever reason."""
+        """Number of dropped rows."""
         return sum(count for count, _ in self.dropped.values())
 
     def __str__(self) -> str:
@@ -93,13 +100,13 @@ class DataReport:
 
     @property
     def warnings(self) -> list[str]:
-        """What is strange about the kept rows, a sentence each."""
-        plain = ["strings, which do not go through the chat template"] if self.plain_text else []
+        """What is unusual about the kept rows, one entry for each fact."""
+        plain = ["strings, which do not go through the chat template"] if self.template_hint else []
         return [*([self.warning] if self.warning else []), *plain, *self.remarks]
 
     @property
     def remarks(self) -> list[str]:
-        """What is strange about chat rows as the template writes them, with counts and the first rows."""
+        """What the chat template does to kept rows, with counts and the first positions."""
         return [f"{count} {remark}: {listed(count, rows)}" for remark, (count, rows) in self.noted.items()]
 
 
@@ -107,26 +114,62 @@ def _first(rows_of: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, tuple[i
     return {reason: (len(rows), tuple(sorted(rows)[:FIRST_ROWS])) for reason, rows in rows_of.items()}
 
 
-def mixture_warning(pairs: Sequence[TextPair | ChatPair]) -> str:
-    """What to know of a dataset of text and of chat messages; "" for one of either kind."""
-    of_chat = [pair.row for pair in pairs if isinstance(pair, ChatPair)]
-    if len(of_chat) in (0, len(pairs)):
-        return ""
+def warning_about(pairs: Sequence[TextPair | ChatPair]) -> str:
+    """What is unusual about rows that are used; "" if nothing is."""
+    found: list[str] = []
     of_text = [pair.row for pair in pairs if isinstance(pair, TextPair)]
-    return (
-        f"{len(of_text)} are plain text ({listed(len(of_text), of_text[:FIRST_ROWS])}) and {len(of_chat)} are chat "
-        f"messages ({listed(len(of_chat), of_chat[:FIRST_ROWS])}), and only these go through the chat template"
-    )
+    of_chat = [pair.row for pair in pairs if isinstance(pair, ChatPair)]
+    if of_text and of_chat:
+        found.append(
+            f"{len(of_text)} are plain text ({listed(len(of_text), of_text[:FIRST_ROWS])}) and {len(of_chat)} are chat "
+            f"messages ({listed(len(of_chat), of_chat[:FIRST_ROWS])}), and only these go through the chat template"
+        )
+    rows_of: dict[str, list[int]] = {}
+    for pair in pairs:
+        for remark in pair.remarks:
+            rows_of.setdefault(remark, []).append(pair.row)
+    found += [f"{len(rows)} with {remark}: {listed(len(rows), rows[:FIRST_ROWS])}" for remark, rows in rows_of.items()]
+    return "; ".join(found)
 
 
 def form_of(pairs: Sequence[TextPair | ChatPair], has_template: bool) -> str:
-    """What rows are learnt as; see `DataReport.form`."""
+    """The form in which rows are learnt; see `DataReport.form`."""
     kinds = {"chat" if isinstance(in_form(pair, has_template), ChatPair) else "text" for pair in pairs}
     return "mixed" if len(kinds) > 1 else "".join(kinds)
 
 
+def template_hint(
+    form: str, pairs: Sequence[TextPair | ChatPair], rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """How to pass rows of strings through the tokenizer's chat template; see `DataReport.template_hint`.
+
+    Args:
+        form: The rows' form.
+        pairs: The rows that are used.
+        rows: All rows.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        "" also where the strings contain special tokens, since a chat template has written them already, and where they
+        are learnt from their first token on, since such texts are no answers.
+    """
+    roles = rows.layouts[0].roles
+    if form != "text" or not tokenizer.chat_template or "text" in roles:
+        return ""
+    text = f"{pairs[0].prompt}{pairs[0].chosen}"
+    if any(len(token) >= _SHORTEST_SPECIAL_TOKEN and token in text for token in tokenizer.all_special_tokens):
+        return ""
+    if "prompt" not in roles:
+        return 'hand in messages: {"prompt": [{"role": "user", "content": ...}], "chosen": [...], "rejected": [...]}'
+    column = roles["prompt"]
+    return (
+        f"say columns={{'instruction': {column!r}}} (on a command line columns.instruction={column}): that is the "
+        "user's turn then, and the answers are the assistant's"
+    )
+
+
 def count_seen(pairs: Sequence[TokenizedPair], others: Sequence[TokenizedPair]) -> int:
-    """How many of the pairs are, token for token, among the others."""
+    """How many of the pairs are also among the others, with the same token ids."""
     if not pairs:
         return 0
     seen = {pair.key() for pair in others}
@@ -138,6 +181,6 @@ def _counted(count: int, noun: str) -> str:
 
 
 def listed(count: int, rows: Sequence[int]) -> str:
-    """So many rows, of which these are the first, such as `rows 3, 5, ...`."""
+    """The positions of `count` rows, of which `rows` has the first, such as `rows 3, 5, ...`."""
     numbers = ", ".join(map(str, rows))
     return f"{'row' if count == 1 else 'rows'} {numbers}{', ...' if count > len(rows) else ''}"

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
 from evollm.data.cells import Message, Row, UnreadableCell, UnusableRowError, is_missing, without_nones
-from evollm.data.columns import Layout, layout_of
-from evollm.data.mapping import ColumnMapping, mapping_of, value_of
+from evollm.data.columns import ColumnMapping, Layout, layout_of, mapping_of, value_of
 from evollm.data.open_dataset import is_files, open_dataset
 from evollm.data.shapes import FIRST, GOOD, INSTRUCTION, SECOND, TIE, Kind
 from evollm.errors import DataError, EvoLLMError
@@ -141,7 +140,7 @@ class RowFormat:
     mapping: ColumnMapping = field(default_factory=ColumnMapping)
 
     def with_columns(self, columns: object) -> RowFormat:
-        """The format of rows whose columns are what a mapping says; see `evollm.data.mapping.mapping_of`.
+        """The format of rows whose columns are what a mapping says; see `evollm.data.columns.mapping_of`.
 
         Raises:
             ConfigurationError: The mapping has an impossible entry.

@@ -1,7 +1,7 @@
-"""The shapes in which people have their rows: data, which `evollm.data.columns` looks things up in.
+"""Tables of the column names of known dataset formats, which `evollm.data.columns` looks columns up in.
 
-A column has a role, such as `prompt`; that is also what the keys of a `columns` mapping are. Names are those of
-LLaMA-Factory (alpaca, ShareGPT), TRL, UltraFeedback and PKU-SafeRLHF.
+A column has a role, such as `prompt`; the keys of a `columns` argument are roles too. The formats are those of
+LLaMA-Factory (alpaca, ShareGPT), TRL, UltraFeedback, SHP and PKU-SafeRLHF.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
 
-# For each meaning of a label the values that have it, as `value_of` writes them.
+# For each meaning of a label the values that have it, as `evollm.data.columns.value_of` writes them.
 Values: TypeAlias = Mapping[str, tuple[str, ...]]
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 GOOD, BAD = "good", "bad"
-# A column of this name is an instruction to an assistant, and not a text that is to be continued.
+# A column of this name holds a user's turn for a chat model, not a text to continue.
 INSTRUCTION = "instruction"
-# Given with a prompt, whatever the rows are for.
+# Optional columns beside the prompt, of pairs and of completions.
 _GIVEN: dict[str, tuple[str, ...]] = {
     "system": ("system",),
     "history": ("history",),
@@ -35,13 +35,12 @@ _BY_NUMBER: Values = {FIRST: ("0",), SECOND: ("1",), TIE: ("-1",)}
 
 @dataclass(frozen=True)
 class Shape:
-    """Columns that mean something settled where they are together.
+    """A known dataset format: columns that have these roles when they occur together.
 
     Attributes:
-        name: What it is called in the documentation.
-        needs: For each role the column that must be there, unless the role is given by a mapping; "" where it can be
-            given by a mapping alone.
-        takes: For further roles the names of columns of which the first that is there is used.
+        name: Its name in the documentation.
+        needs: For each required role its column, unless the user gives another; "" where the user must give it.
+        takes: For each optional role the columns that may have it, the first one that exists first.
         label: What the values of its label mean.
     """
 
@@ -53,11 +52,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a dataset is for.
+    """What a dataset is for: pairs, or single completions.
 
     Attributes:
-        shapes: The first that fits is taken.
-        sides: The roles of what is learnt; the first of them is what a dataset lacks that has none of the shapes.
+        shapes: The formats in which it may come; the first one that matches is taken.
+        sides: The roles of the columns that are learnt.
         meanings: What a label may mean.
     """
 
@@ -67,18 +66,18 @@ class Kind:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """What the keys of a `columns` mapping may be."""
+        """The roles that the `columns` argument may give."""
         found = dict.fromkeys(role for shape in self.shapes for role in (*shape.needs, *shape.takes))
         return tuple(role for role in found if role not in _NOT_MAPPED)
 
     @property
     def names(self) -> frozenset[str]:
-        """The columns that any of its shapes reads."""
+        """The columns that at least one shape reads."""
         needed = {name for shape in self.shapes for name in shape.needs.values() if name}
         return frozenset(needed.union(*(names for shape in self.shapes for names in shape.takes.values())))
 
 
-# Roles that a column has by its name alone.
+# Roles that the `columns` argument cannot give.
 _NOT_MAPPED = frozenset({"conversation", "other_label", "repeated"})
 _WITH_CONVERSATION = {"conversation": ("messages", "conversations")}
 _ALPACA = {"input": ("input",)}
@@ -130,38 +129,19 @@ EXAMPLE = Kind(
     meanings=(GOOD, BAD),
 )
 
-# ------------------------------------------------------------------------------------------------ names that mean much
+# --------------------------------------------------------------------------- other names, for messages about columns
 
-# Columns that say something to the model, by the role that their author probably meant: unused they would change what
-# rows mean, and their meaning is not settled enough to be taken for granted.
-MEANT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+# Columns that probably hold a part of the model's input, by their probable role. A dataset in which one is unused is
+# refused: the rows would mean something else without it, and its name alone does not settle its role.
+INPUT_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "prompt": (
-            "question",
-            "instruction",
-            "query",
-            "prompts",
-            "problem",
-            "user_prompt",
-            "input",
-            "context",
-            "post",
-            "history",
+            *("question", "instruction", "query", "prompts", "problem"),
+            *("user_prompt", "input", "context", "post", "history"),
         ),
         "input": (
-            "input",
-            "context",
-            "passage",
-            "document",
-            "background",
-            "article",
-            "inputs",
-            "evidence",
-            "initial_reason_steps",
-            "documents",
-            "choices",
-            "options",
-            "knowledge",
+            *("input", "context", "passage", "document", "background", "article", "inputs"),
+            *("evidence", "initial_reason_steps", "documents", "choices", "options", "knowledge"),
         ),
         "system": ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "persona"),
         "history": ("history", "chat_history", "dialogue_history", "dialog_history", "conversation_history"),
@@ -172,37 +152,24 @@ CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialo
 LABELS = ("label", "labels", "preference", "overall_preference", "preferred", "winner", "better", "better_response_id")
 OTHER_LABELS = ("safer_response_id", "annotator", "annotator1", "annotator_1", "annotation", "choice", "vote")
 IMAGES = ("image", "images", "videos", "video", "audio", "audios")
-# What sides are called elsewhere: for the line that a message spells out.
-ANSWERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+# Other names of the sides, which messages suggest to map.
+SIDE_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "chosen": (
-            "accepted",
-            "preferred",
-            "positive",
-            "better",
-            "good",
-            "win",
-            "response_chosen",
-            "chosen_response",
-            "response_j",
+            *("accepted", "preferred", "positive", "better", "good"),
+            *("win", "response_chosen", "chosen_response", "response_j"),
         ),
         "rejected": (
-            "dispreferred",
-            "negative",
-            "worse",
-            "bad",
-            "lose",
-            "response_rejected",
-            "rejected_response",
-            "response_k",
+            *("dispreferred", "negative", "worse", "bad"),
+            *("lose", "response_rejected", "rejected_response", "response_k"),
         ),
         "completion": ("output", "response", "answer", "target", "solution", "reply", "outputs", "responses"),
     }
 )
-# Columns of examples that say whether a completion is a good one, and are no label by their name alone.
-GOODNESS = (
+# Columns that probably say whether a completion is a good one; only `label` is read without a mapping.
+GOOD_OR_BAD_NAMES = (
     *("labels", "kto_tag", "desirable", "is_desirable", "preferred", "is_preferred", "is_good", "good", "is_chosen"),
     *("if_chosen", "is_safe", "accepted", "is_accepted", "thumbs_up", "binary_label", "is_correct"),
 )
 # Columns with lists of answers to one prompt, as in UltraFeedback, Nectar and stack-exchange-preferences.
-SEVERAL = ("completions", "answers", "responses", "generations", "candidates", "summaries", "replies")
+LIST_NAMES = ("completions", "answers", "responses", "generations", "candidates", "summaries", "replies")

@@ -17,12 +17,11 @@ from evollm.checks import optional_whole_number, usable_path
 from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicode
 from evollm.data.chat_template import RenderedChat, render_chat, template_source
-from evollm.data.kept_tokens import TokenizedSplit, kept_or_made
 from evollm.data.preference_rows import PAIRS, SAME_COMPLETIONS, shared_length
-from evollm.data.remarks import plain_text, remarks_on
-from evollm.data.row_report import DataReport, Example, form_of
+from evollm.data.row_report import DataReport, PromptPreview, form_of, template_hint, warning_about
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Spans, TextPair, in_form, read_dataset, read_rows
-from evollm.data.unwritten import QUESTION_SCORED, remarks
+from evollm.data.template_check import QUESTION_SCORED, check_rendered
+from evollm.data.token_cache import TokenizedSplit, cached
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
 from evollm.pace import counted
 
@@ -35,7 +34,7 @@ Text: TypeAlias = TextPair | RenderedChat
 _Encoded: TypeAlias = tuple[Text, tuple[Ids, ...], list[BoolArray | None], bool]
 
 PAIRS_PER_CALL = 512
-NUM_EXAMPLES = 12
+NUM_PREVIEWS = 12
 # Tokenizers that know no limit state one of about 1e30.
 LARGEST_REAL_LIMIT = 10**9
 # Of a chat template's own message, in characters.
@@ -97,20 +96,21 @@ def load_pairs(
         dropped.setdefault(reason, []).extend(rows)
     unused = {row for rows in dropped.values() for row in rows}
     kept = [pair for pair in raw_pairs if pair.row not in unused]
-    places = sorted({number * len(kept) // NUM_EXAMPLES for number in range(NUM_EXAMPLES)}) if kept else []
-    examples = [Example(place, kept[place].question, kept[place].turns) for place in places]
+    places = sorted({number * len(kept) // NUM_PREVIEWS for number in range(NUM_PREVIEWS)}) if kept else []
+    previews = [PromptPreview(place, kept[place].question, kept[place].turns) for place in places]
+    form = form_of(kept, bool(tokenizer.chat_template))
     report = DataReport.from_rows(
         name,
         len(split.pairs),
         dropped,
         split.prompts_cut,
-        examples,
+        previews,
         row_format.noun,
-        remarks_on(kept),
+        warning_about(kept),
         split.noted,
-        plain_text(kept, given, tokenizer) if name == "train" else "",
+        form,
+        template_hint(form, kept, given, tokenizer) if name == "train" else "",
     )
-    report = replace(report, form=form_of(kept, bool(tokenizer.chat_template)))
     if split.pairs:
         # Not a part of what is tokenised, and so of what a cache keeps.
         labels = {pair.row: pair.label for pair in kept}
@@ -157,7 +157,7 @@ def tokenize_pairs(
         min_completion_length: Fewest tokens of a completion, with what ends it.
         encoder_decoder: Tokenise prompt and completions apart, each as the tokenizer does by itself, since they are
             two sequences to such a model: T5's prompts then end with EOS. So it is with messages, too.
-        cache_dir: Folder that keeps token ids between runs; see `kept_or_made`.
+        cache_dir: Folder that keeps token ids between runs; see `cached`.
 
     Raises:
         ConfigurationError: The tokenizer has no EOS token.
@@ -173,7 +173,7 @@ def tokenize_pairs(
         "encoder_decoder": encoder_decoder,
     }
     make = partial(_tokenize, texts, tokenizer, marks, **settings)
-    split = make() if cache_dir is None else kept_or_made(cache_dir, texts, tokenizer, settings, make)
+    split = make() if cache_dir is None else cached(cache_dir, texts, tokenizer, settings, make)
     dropped = _merged(refused.dropped, split.dropped)
     unused = {row for rows in dropped.values() for row in rows}
     noted = {
@@ -259,7 +259,7 @@ def _as_text(
             continue
         try:
             chat = _as_written(pair, tokenizer)
-            found = remarks(pair, chat, template)
+            found = check_rendered(pair, chat, template)
         except UnusableRowError as unusable:
             split.drop(str(unusable), pair.row)
             continue

@@ -258,7 +258,7 @@ class Worker:
         # Of a sharded base all have to go along.
         if not (Processes.present().is_main or self.base.is_sharded):
             return []
-        examples = self.env.reports[split].examples
+        examples = self.env.reports[split].previews
         wanted = min(count, len(examples))
         examples = tuple(examples[number * len(examples) // wanted] for number in range(wanted))
         pairs = self.env.evaluation_pairs(split)

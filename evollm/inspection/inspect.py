@@ -14,11 +14,10 @@ import numpy as np
 from evollm.algorithms import Algorithm, algorithm_named
 from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.data.batch import BoolArray, IntArray, TokenizedPair
-from evollm.data.kept_tokens import TokenizedSplit
-from evollm.data.remarks import plain_text, remarks_on
-from evollm.data.row_report import DataReport, count_seen
+from evollm.data.row_report import DataReport, count_seen, form_of, template_hint, warning_about
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Rows, TextPair, read_dataset, read_rows
 from evollm.data.shapes import PAIR
+from evollm.data.token_cache import TokenizedSplit
 from evollm.data.tokenization import TOO_LONG, context_limit, shortest_context, tokenize_pairs
 from evollm.errors import ConfigurationError, DataError
 from evollm.inspection.forecast import forecast
@@ -89,9 +88,10 @@ def inspect_data(
     bos_id = tokenizer.bos_token_id
     limit = context_limit(tokenizer) if max_context_length is None else max_context_length
     kept = [n for n, pair in enumerate(whole.pairs) if limit is None or shortest_context(pair, bos_id) <= limit]
-    plain = plain_text([texts[n] for n in kept], rows, tokenizer)
+    used = [texts[n] for n in kept]
+    form = form_of(used, bool(tokenizer.chat_template))
     report = _report(whole, dropped, texts, set(kept), row_format, _fit(whole.pairs, limit, bos_id))
-    report = replace(report, plain_text=plain)
+    report = replace(report, form=form, template_hint=template_hint(form, used, rows, tokenizer))
     pairs = [whole.pairs[n] for n in kept]
     chosen_longer, rejected_longer = _longer_sides(pairs, row_format)
     roles = {role: column for layout in rows.layouts for role, column in layout.roles.items()}
@@ -108,7 +108,7 @@ def inspect_data(
         overlap=None if others is None else count_seen(pairs, others),
         chosen_longer=chosen_longer,
         rejected_longer=rejected_longer,
-        examples=_rendered(pairs, [texts[n].row for n in kept], tokenizer),
+        examples=_rendered(pairs, [text.row for text in used], tokenizer),
         forecast=forecast(str(model), config, pairs, algorithm, population=population, epochs=epochs, measured=estimate)
         if isinstance(model, str | os.PathLike) and pairs
         else None,
@@ -170,7 +170,7 @@ def _report(
     numbers = {text.row for text in used}
     noted = {remark: left for remark, rows in whole.noted.items() if (left := [row for row in rows if row in numbers])}
     return DataReport.from_rows(
-        "data", len(used), reasons, fit.prompts_cut, (), row_format.noun, remarks_on(used), noted
+        "data", len(used), reasons, fit.prompts_cut, (), row_format.noun, warning_about(used), noted
     )
 
 

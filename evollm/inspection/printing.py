@@ -67,7 +67,7 @@ def _rows_lines(inspection: Inspection) -> list[str]:
     for reason, (count, rows) in report.dropped.items():
         lines.append(f"  {count} {reason}: {listed(count, rows)}")
     lines += [f"Warning: {warning}" for warning in report.warnings]
-    return lines + ([f"  For turns of it {report.plain_text}"] if report.plain_text else [])
+    return lines + ([f"  For turns of it {report.template_hint}"] if report.template_hint else [])
 
 
 def _length_table(inspection: Inspection) -> Table:

@@ -449,10 +449,11 @@ def _check_state(state: Mapping[str, Any], present: Mapping[str, Any], num_batch
 
 
 def _warn_of_plain_text(report: DataReport) -> None:
-    if report.plain_text:
+    if report.template_hint:
         warnings.warn(
             "the rows are strings, which do not go through the chat template that the tokenizer has, and an instruct "
-            f"model answers in. For turns of it {report.plain_text}. For plain text set tokenizer.chat_template = None",
+            f"model answers in. For turns of it {report.template_hint}. For plain text set "
+            "tokenizer.chat_template = None",
             UserWarning,
             stacklevel=3,
         )

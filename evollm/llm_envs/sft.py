@@ -40,7 +40,7 @@ class SFTGym(DatasetGym):
         cache_dir: Folder that keeps token ids between runs, for rows, tokenizer and lengths that are the same; None:
             none. Rows are read, and chat templates applied, in any case.
         columns: Which column is what, and which value of a label means what, in rows of a shape that is not known by
-            itself; None: what the columns' names say. See [`evollm.data.mapping.mapping_of`][].
+            itself; None: what the columns' names say. See [`evollm.data.columns.mapping_of`][].
         written_at: The time that a chat template writes, as a datetime or in ISO 8601; None: now. A run that is
             resumed needs that of its beginning, which its `config.json` states.
 

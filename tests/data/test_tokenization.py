@@ -283,7 +283,7 @@ def test_examples_are_spread_over_the_kept_pairs_and_name_their_positions() -> N
     rows = [{"prompt": f"Question {n}?", "chosen": " yes", "rejected": " no" if n % 2 else " yes"} for n in range(100)]
     pairs, report = load_pairs(rows, make_tokenizer(), name="train")
     assert len(pairs) == 50
-    assert [example.question for example in report.examples[:3]] == ["Question 1?", "Question 9?", "Question 17?"]
-    assert [example.position for example in report.examples] == [number * 50 // 12 for number in range(12)]
+    assert [example.question for example in report.previews[:3]] == ["Question 1?", "Question 9?", "Question 17?"]
+    assert [example.position for example in report.previews] == [number * 50 // 12 for number in range(12)]
     few = load_pairs(rows[:4], make_tokenizer(), name="train")[1]
-    assert [example.position for example in few.examples] == [0, 1]
+    assert [example.position for example in few.previews] == [0, 1]

@@ -1,7 +1,7 @@
-"""What tokenisation makes of a split, and how that is kept between runs: one file, named after all that it depends on.
+"""The token ids of a split, and the cache (`cache_dir`) that keeps them between runs, one file for each split.
 
-The name is a digest of the texts as they are tokenised, after the chat template: a template that writes the date, or
-arguments that change what it writes, give other texts and so another file. Nothing in a file can run.
+The file's name is a digest of everything that the ids depend on, rendered texts included: a chat template that writes
+the date gives another file on another day. A file is safetensors and JSON, so that loading it runs no code.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from evollm.own_files import replace_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# To be raised whenever the same texts become other ids, or the file changes.
+# Raise it whenever the same texts get other ids, or the file's format changes.
 FORMAT = 3
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
-# What of a tokenizer is not in its backend's own description.
+# Attributes of a tokenizer that ids depend on and its backend's own JSON lacks.
 _ATTRIBUTES = (
     "bos_token_id",
     "eos_token_id",
@@ -44,15 +44,15 @@ _ATTRIBUTES = (
 
 @dataclass
 class TokenizedSplit:
-    """What tokenisation made of some pairs.
+    """The result of tokenising the rows of a split.
 
     Attributes:
         pairs: The pairs that fit, in the order of their rows.
-        dropped: For each reason the positions of the rows that were dropped.
-        noted: For each remark the positions of the rows that it is about.
-        prompts_cut: Pairs whose prompt was cut from the left.
-        shortest_overlong: The smallest `max_context_length` that would take one of the pairs that were too long for the
-            given one; None when none was.
+        dropped: For each reason the positions of the dropped rows.
+        noted: For each remark the positions of the kept rows that it is about.
+        prompts_cut: Number of pairs whose prompt was cut from the left.
+        shortest_overlong: The smallest `max_context_length` at which one of the pairs that were too long would fit;
+            None if no pair was too long.
     """
 
     pairs: list[TokenizedPair] = field(default_factory=list)
@@ -62,30 +62,30 @@ class TokenizedSplit:
     noted: DroppedRows = field(default_factory=dict)
 
     def drop(self, reason: str, row: int) -> None:
-        """Note that a row is not used."""
+        """Record that a row is dropped."""
         self.dropped.setdefault(reason, []).append(row)
 
     def note(self, remark: str, row: int) -> None:
-        """Note something of a row that is used all the same."""
+        """Record a remark on a row that is kept."""
         self.noted.setdefault(remark, []).append(row)
 
 
-def kept_or_made(
+def cached(
     cache_dir: Path,
     texts: Sequence[TextPair | RenderedChat],
     tokenizer: PreTrainedTokenizerBase,
     settings: Mapping[str, Any],
     make: Callable[[], TokenizedSplit],
 ) -> TokenizedSplit:
-    """What was kept of these texts in a folder, else what `make` gives, which is kept then.
+    """The token ids of these texts from the cache, else those that `make` gives, which are then added to it.
 
-    A file that is damaged, or a folder that cannot be written to, costs a warning and the time.
+    A damaged file is made again, with a warning; a folder that cannot be written to costs a warning.
 
     Args:
-        cache_dir: The folder; nothing in it is ever removed.
-        texts: What is tokenised.
-        tokenizer: By what; only what transformers itself loads as a fast tokenizer says all that ids depend on.
-        settings: Whatever else they depend on, as JSON values.
+        cache_dir: The cache's folder, from which nothing is ever removed.
+        texts: The texts to tokenise.
+        tokenizer: The tokenizer. Only a fast one of a transformers class is cached: no other describes itself fully.
+        settings: The further arguments that the ids depend on, as JSON values.
         make: Tokenises the texts.
     """
     if type(tokenizer).__module__.partition(".")[0] != "transformers" or not hasattr(tokenizer, "backend_tokenizer"):

@@ -1,7 +1,7 @@
-"""What a chat template leaves out of a row, or moves: each text of its messages is looked for in what is written.
+"""A search for texts of a row that its chat template leaves out: each text is looked for in the rendered conversation.
 
-Templates trim, wrap and escape, so texts are compared without whitespace, as they are or as JSON writes them. Messages
-are looked for one behind the other, as templates keep their order; system texts may stand anywhere.
+Templates trim, wrap and escape, so texts are compared without whitespace, both plain and as JSON. Messages are searched
+in their order, each behind the one before, as templates keep the order; system messages may stand anywhere.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,12 @@ from evollm.data.cells import Message, UnusableRowError
 from evollm.data.chat_template import RenderedChat
 from evollm.data.rows import ChatPair
 
-# Names of what a model thinks before it answers.
+# Keys of a message that hold the reasoning before an answer.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _END_OF_THOUGHT = "</think>"
-# Roles that most templates know; of others a template that knows them speaks.
+# Roles that templates handle even where their source does not name them.
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-# Templates write such texts at the beginning, or in a user's turn.
+# Roles whose messages templates may move: to the beginning, or into a user's turn.
 _MOVABLE = frozenset({"system", "developer"})
 
 LEFT_OUT = "which the chat template leaves out"
@@ -32,13 +33,13 @@ QUESTION_SCORED = "whose last prompt message is scored, as the chat template wri
 
 @dataclass(frozen=True)
 class _Found:
-    """What a search has found.
+    """The result of a search for messages; places are characters of the rendered text without whitespace.
 
     Attributes:
-        lost: What is not written.
-        end: Where the last of the texts that keep their order ends.
-        last_end: Where the content of the last message ends; None: it is not written.
-        is_any_there: Whether anything of the messages is written.
+        lost: The parts of messages that were not found.
+        end: End of the last message that was found, system messages apart.
+        last_end: End of the last message's content; None if it was not found.
+        is_any_there: Whether at least one part of the messages was found.
     """
 
     lost: tuple[str, ...]
@@ -47,35 +48,37 @@ class _Found:
     is_any_there: bool
 
 
-def remarks(pair: ChatPair, chat: RenderedChat, template: str) -> list[str]:
-    """What is strange about a row that can be used, each as the end of "3 rows ...".
+def check_rendered(pair: ChatPair, chat: RenderedChat, template: str) -> list[str]:
+    """Remarks on what the chat template loses or moves of a row, each as the end of "3 rows ...".
 
     Args:
         pair: The row.
-        chat: What the template makes of it.
+        chat: The row as the template renders it.
         template: The template's source.
 
     Raises:
-        UnusableRowError: The sides differ in nothing but what is left out, or nothing of a completion is written.
+        UnusableRowError: The sides are rendered alike, or nothing of a completion is rendered.
     """
     shared = chat.given
-    beginning = _bare(shared)
-    wholes = [beginning + _bare(whole[len(shared) :]) for whole in chat.wholes]
+    beginning = _without_space(shared)
+    wholes = [beginning + _without_space(whole[len(shared) :]) for whole in chat.wholes]
     lost: dict[str, None] = {}
     lost_of_completions: dict[str, None] = {}
     is_scored = is_empty = False
     in_beginning = _search(pair.prompt, beginning, 0, "an earlier {role} message")
     for side, whole in zip(pair.completions, wholes, strict=True):
         given = in_beginning
-        if given.lost:  # from what both conversations begin with; not yet from each of them
+        if given.lost:  # The prompt may end behind the shared beginning: search the whole conversation.
             given = _search(pair.prompt, whole, 0, "an earlier {role} message")
         answer = _search(side, whole, given.end, "the completion")
         lost.update(dict.fromkeys(given.lost))
         lost_of_completions.update(dict.fromkeys(answer.lost))
         is_scored |= given.last_end is not None and given.last_end > len(beginning)
-        is_empty |= not answer.is_any_there and not _is_a_word_there(side, whole[given.end :])
+        # A template may cut a message: one word of it is enough.
+        words, rest = (word for message in side for word in message.get("content", "").split()), whole[given.end :]
+        is_empty |= not answer.is_any_there and not any(word in rest for word in words)
     unknown = [*_unknown_words(pair, template)]
-    # Without a loss whitespace alone may be what is preferred.
+    # Sides without a loss may differ in whitespace alone, which the pair may be about.
     compared = wholes if lost_of_completions else chat.wholes
     is_alike = len(compared) > 1 and compared[0] == compared[1]
     if is_alike or is_empty:
@@ -88,7 +91,7 @@ def remarks(pair: ChatPair, chat: RenderedChat, template: str) -> list[str]:
 
 
 def _search(messages: Sequence[Message], whole: str, start: int, where: str) -> _Found:
-    """Look for the messages behind a place; the first match of each is never behind its true place."""
+    """Look for messages behind `start`, each at its first match, which is at its true place or before."""
     lost: dict[str, None] = {}
     end, last_end, is_any = start, None, False
     for message in messages:
@@ -105,13 +108,8 @@ def _search(messages: Sequence[Message], whole: str, start: int, where: str) -> 
     return _Found(tuple(lost), end, last_end, is_any)
 
 
-def _is_a_word_there(messages: Sequence[Message], whole: str) -> bool:
-    """Whether a word of the messages is written, though no message is to its end."""
-    return any(word in whole for message in messages for word in message.get("content", "").split())
-
-
 def _find_content(content: str, whole: str, start: int) -> tuple[int | None, tuple[str, ...]]:
-    """Where a message's content ends, None if it is not there, and what of it is lost."""
+    """The end of a message's content, None if it was not found, and the parts of it that were not."""
     end = _end_of(content, whole, start)
     if end is not None:
         return end, ()
@@ -124,7 +122,7 @@ def _find_content(content: str, whole: str, start: int) -> tuple[int | None, tup
 
 
 def _further_parts(message: Message) -> Iterator[tuple[str, str]]:
-    """Names and texts of what a message says beside its content."""
+    """Names and texts of the parts of a message beside its content: reasoning, name of the speaker, tool calls."""
     for name in REASONING:
         text = message.get(name)
         if isinstance(text, str) and text.strip():
@@ -132,25 +130,21 @@ def _further_parts(message: Message) -> Iterator[tuple[str, str]]:
     speaker = message.get("name")
     if isinstance(speaker, str) and speaker.strip() and message["role"] != "tool":
         yield "name", speaker
-    # OpenAI's way before there were several calls.
+    # `function_call` is OpenAI's older format, of one call.
     calls = [*message.get("tool_calls", ()), *filter(None, [message.get("function_call")])]
     for call in calls:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if isinstance(function, Mapping):
             yield from (("tool call", text) for text in _texts(function.get("name")))
-            yield from (("tool call", text) for text in _texts(_unpacked(function.get("arguments"))))
-
-
-def _unpacked(arguments: Any) -> Any:
-    """Arguments that are JSON text, as they are otherwise."""
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
+            arguments = function.get("arguments")
+            if isinstance(arguments, str):
+                with suppress(ValueError, RecursionError):
+                    arguments = json.loads(arguments)
+            yield from (("tool call", text) for text in _texts(arguments))
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All names and texts in a nested value; how a number is written is the template's affair."""
+    """All keys and texts in a nested value; numbers are left out, since templates format them differently."""
     left = [value]
     while left:
         value = left.pop()
@@ -169,6 +163,7 @@ def _is_tool_written(tool: Any, whole: str) -> bool:
 
 
 def _unknown_words(pair: ChatPair, template: str) -> Iterator[str]:
+    """Remarks on roles and arguments that the template's source does not contain."""
     roles = dict.fromkeys(message["role"] for side in (pair.prompt, *pair.completions) for message in side)
     for role in roles:
         if role not in _ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
@@ -179,7 +174,7 @@ def _unknown_words(pair: ChatPair, template: str) -> Iterator[str]:
 
 
 def _end_of(text: str, whole: str, start: int) -> int | None:
-    """Where a text ends that is written behind a place."""
+    """The end of the text's first occurrence behind `start`; None if there is none."""
     for form in _forms(text):
         place = whole.find(form, start)
         if place >= 0:
@@ -188,13 +183,13 @@ def _end_of(text: str, whole: str, start: int) -> int | None:
 
 
 def _forms(text: str) -> Iterator[str]:
-    """The text as it is, as JSON, and as JSON in a JSON string, as tool calls are."""
-    yield _bare(text)
+    """The text as it is, as JSON, and as JSON within a JSON string, in which tool calls are written."""
+    yield _without_space(text)
     for ascii_only in (False, True):
         once = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
-        yield _bare(once)
-        yield _bare(json.dumps(once, ensure_ascii=False)[1:-1])
+        yield _without_space(once)
+        yield _without_space(json.dumps(once, ensure_ascii=False)[1:-1])
 
 
-def _bare(text: str) -> str:
+def _without_space(text: str) -> str:
     return "".join(text.split())

@@ -32,8 +32,8 @@ from tokenizers_for_tests import make_tokenizer
 from evollm import PreferenceGym, SFTGym
 from evollm.data import DataReport, load_pairs
 from evollm.data.completion_rows import EXAMPLES
+from evollm.data.template_check import ALIKE, NOTHING_LEFT, QUESTION_SCORED
 from evollm.data.tokenization import TOO_LONG, UNLIKE_INFERENCE
-from evollm.data.unwritten import ALIKE, NOTHING_LEFT, QUESTION_SCORED
 from evollm.errors import DataError
 from evollm.inspection import inspect_data, print_inspection
 
