@@ -143,7 +143,7 @@ def _parse_json(path: Path, field: str) -> Iterator[object]:
     """The objects of JSON lines, or of a JSON array."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
-            numbered = ((number, line) for number, line in enumerate(lines, start=1) if _has_text(line))
+            numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.lstrip(_UTF8_MARK).strip())
             for first, (number, line) in enumerate(numbered):
                 if first == 0 and line.lstrip(_UTF8_MARK).lstrip().startswith(b"["):
                     yield from _parse_array(line + lines.read(), number, path, field)
@@ -153,10 +153,6 @@ def _parse_json(path: Path, field: str) -> Iterator[object]:
         raise DataError(field, str(path), f"is not a whole gzip file ({error}); fetch or compress it again") from None
     except OSError as error:
         raise DataError(field, str(path), f"cannot be read ({error})") from None
-
-
-def _has_text(line: bytes) -> bool:
-    return bool(line.lstrip(_UTF8_MARK).strip())
 
 
 def _parse_array(content: bytes, line: int, path: Path, field: str) -> Iterator[object]:

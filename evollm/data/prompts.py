@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from evollm.data.cells import (
@@ -148,14 +149,7 @@ def remarks_of(row: Row, *completions: Sequence[Message]) -> tuple[str, ...]:
     found = [row[REMARK]] if REMARK in row else []
     if any(map(is_learnt_in_part, completions)):
         found.append(OTHERS_IN_COMPLETION)
-    low, high = _number(row.get("score_chosen")), _number(row.get("score_rejected"))
-    if low is not None and high is not None and low < high:
-        found.append("a score of the chosen side below that of the rejected one")
+    with suppress(KeyError, TypeError, ValueError):  # Scores may be missing, or no numbers.
+        if float(row["score_chosen"]) < float(row["score_rejected"]):
+            found.append("a score of the chosen side below that of the rejected one")
     return tuple(found)
-
-
-def _number(value: object) -> float | None:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None

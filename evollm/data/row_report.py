@@ -63,24 +63,6 @@ class DataReport:
     form: str = ""
     template_hint: str = ""
 
-    @classmethod
-    def from_rows(
-        cls,
-        name: str,
-        kept: int,
-        dropped_rows: Mapping[str, Sequence[int]],
-        prompts_cut: int = 0,
-        previews: Sequence[PromptPreview] = (),
-        noun: str = "pair",
-        warning: str = "",
-        noted_rows: Mapping[str, Sequence[int]] | None = None,
-        form: str = "",
-        template_hint: str = "",
-    ) -> DataReport:
-        """A report from the positions of all dropped rows and of all rows with a remark, for each reason and remark."""
-        dropped, noted = _first(dropped_rows), _first(noted_rows or {})
-        return cls(name, kept, dropped, prompts_cut, tuple(previews), noun, warning, noted, form, template_hint)
-
     @property
     def num_dropped(self) -> int:
         """Number of dropped rows."""
@@ -110,7 +92,8 @@ class DataReport:
         return [f"{count} {remark}: {listed(count, rows)}" for remark, (count, rows) in self.noted.items()]
 
 
-def _first(rows_of: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, tuple[int, ...]]]:
+def count_rows(rows_of: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """For each reason or remark the number of its rows and the first of their positions, from all positions."""
     return {reason: (len(rows), tuple(sorted(rows)[:FIRST_ROWS])) for reason, rows in rows_of.items()}
 
 

@@ -18,7 +18,7 @@ from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicode
 from evollm.data.chat_template import RenderedChat, render_chat, template_source
 from evollm.data.preference_rows import PAIRS, SAME_COMPLETIONS, shared_length
-from evollm.data.row_report import DataReport, PromptPreview, form_of, template_hint, warning_about
+from evollm.data.row_report import DataReport, PromptPreview, count_rows, form_of, template_hint, warning_about
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Spans, TextPair, in_form, read_dataset, read_rows
 from evollm.data.template_check import QUESTION_SCORED, check_rendered
 from evollm.data.token_cache import TokenizedSplit, cached
@@ -99,15 +99,15 @@ def load_pairs(
     places = sorted({number * len(kept) // NUM_PREVIEWS for number in range(NUM_PREVIEWS)}) if kept else []
     previews = [PromptPreview(place, kept[place].question, kept[place].turns) for place in places]
     form = form_of(kept, bool(tokenizer.chat_template))
-    report = DataReport.from_rows(
+    report = DataReport(
         name,
         len(split.pairs),
-        dropped,
+        count_rows(dropped),
         split.prompts_cut,
-        previews,
+        tuple(previews),
         row_format.noun,
         warning_about(kept),
-        split.noted,
+        count_rows(split.noted),
         form,
         template_hint(form, kept, given, tokenizer) if name == "train" else "",
     )

@@ -14,7 +14,7 @@ import numpy as np
 from evollm.algorithms import Algorithm, algorithm_named
 from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.data.batch import BoolArray, IntArray, TokenizedPair
-from evollm.data.row_report import DataReport, count_seen, form_of, template_hint, warning_about
+from evollm.data.row_report import DataReport, count_rows, count_seen, form_of, template_hint, warning_about
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Rows, TextPair, read_dataset, read_rows
 from evollm.data.shapes import PAIR
 from evollm.data.token_cache import TokenizedSplit
@@ -169,8 +169,14 @@ def _report(
     used = [text for n, text in enumerate(texts) if n in kept]
     numbers = {text.row for text in used}
     noted = {remark: left for remark, rows in whole.noted.items() if (left := [row for row in rows if row in numbers])}
-    return DataReport.from_rows(
-        "data", len(used), reasons, fit.prompts_cut, (), row_format.noun, warning_about(used), noted
+    return DataReport(
+        "data",
+        len(used),
+        count_rows(reasons),
+        fit.prompts_cut,
+        noun=row_format.noun,
+        warning=warning_about(used),
+        noted=count_rows(noted),
     )
 
 

@@ -15,6 +15,7 @@ from tokenizers_for_tests import (
 from transformers import PreTrainedTokenizerFast
 
 from evollm.data import DataReport, TokenizedPair, load_pairs
+from evollm.data.row_report import count_rows
 from evollm.errors import ConfigurationError, DataError
 
 QUESTION = "what is the answer?"
@@ -272,11 +273,11 @@ def test_rows_dropped_before_and_after_tokenisation_are_counted_together() -> No
 
 def test_a_report_reads_as_a_sentence() -> None:
     rows = {"chosen == rejected": [17, 99], "empty completion": [5], "malformed messages": [8, 3, 1, 2, 9, 4]}
-    assert str(DataReport.from_rows("train", 2343, rows, prompts_cut=1)) == (
+    assert str(DataReport("train", 2343, count_rows(rows), prompts_cut=1)) == (
         "train: 2343 pairs kept, 9 dropped (2 chosen == rejected: rows 17, 99; 1 empty completion: row 5; "
         "6 malformed messages: rows 1, 2, 3, 4, 8, ...), 1 prompt cut"
     )
-    assert str(DataReport.from_rows("test", 1, {})) == "test: 1 pair kept"
+    assert str(DataReport("test", 1, {})) == "test: 1 pair kept"
 
 
 def test_examples_are_spread_over_the_kept_pairs_and_name_their_positions() -> None:
