@@ -1,4 +1,4 @@
-"""What every agent has: adapters on the shared base, an optimizer, hyperparameters, and a record of its life."""
+"""The agent without an algorithm: adapters on the shared base, AdamW, settings, hyperparameters and counters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from evollm.algorithms.arguments import show_arguments
-from evollm.algorithms.optimizers import adamw, free
+from evollm.algorithms.optimizers import adamw
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, Setting, check_evolution
 from evollm.checks import boolean, located, whole_number
 from evollm.errors import ConfigurationError
@@ -35,21 +35,21 @@ from evollm.runs.words import Words
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# What an agent's LoRA is unless the user says otherwise.
+# The LoRA configuration of an agent that is given none.
 DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ACTOR = "actor"
 REFERENCE = "reference"
-# Stands for the reference that an agent has itself, where the name of another adapter could be given.
+# Passed as the name of a reference adapter: each agent's own reference.
 OWN = "its own reference"
 
-# Clones of an agent hold the same objects under these names, and copies of all other attributes ...
+# Attributes that a clone shares with its agent; it gets deep copies of the others ...
 _SHARED = frozenset(
     {
         *{"base", "accelerator", "device", "settings", "hp_config", "lora_config", "hyperparameters", "model_config"},
         *{"observation_space", "action_space", "_mutation_hooks"},
     }
 )
-# ... but for these, which a clone makes anew from the weights.
+# ... except of these, which `clone` builds from the weights.
 _NETWORKS = frozenset({"_adapters", "optimizer"})
 
 A = TypeVar("A", bound="LLMAgent")
@@ -63,16 +63,16 @@ class LLMAgent:
 
     Attributes:
         fitness: The scores of `test`, oldest first.
-        steps: Batches that the agent has learnt from.
-        num_tokens: Tokens that it has learnt from, a prompt that two sides share counted once.
-        diverged: Whether a loss or gradient was not finite; the agent has skipped that update.
-        slot: Its place among others that were there when it is trained anew without them; else None.
+        steps: Number of batches that the agent has learnt from.
+        num_tokens: Number of tokens that it has learnt from; a prompt that two sides share counts once.
+        diverged: Whether a loss or gradient was not finite; that update was skipped, and the agent learns no more.
+        slot: In a replay of this agent alone, its place in the shared forward passes of the original run; else None.
         rng: The agent's own generator, cloned and saved with it, for subclasses and hooks that draw numbers.
     """
 
     algorithm: ClassVar[str]
     words: ClassVar[Words]
-    # What an agent of this kind is described by, apart from its weights.
+    # The dataclasses of the agent's settings and hyperparameters.
     settings_class: ClassVar[type[AgentSettings]] = AgentSettings
     hyperparameters_class: ClassVar[type[Hyperparameters]] = Hyperparameters
 
@@ -140,7 +140,7 @@ class LLMAgent:
         self.base = base = source.load(usable_device(accelerator, device, actor_network), accelerator)
         self.model_name = None if source.model_name is None else located(source.model_name)
         self.model_config = source.model_config
-        # A loaded model holds the archive's weights.
+        # A loaded model contains the archive's weights already.
         self.archive = None if source.model_name is None or source.archive is None else located(source.archive)
         self.dtype = source.dtype
         self.observation_space = observation_space
@@ -177,7 +177,7 @@ class LLMAgent:
             Engine.of(base).say([slow_compile_mode(base.device.type, settings.torch_compiler)])
 
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
-        """The other roles at birth and the names of their adapters, by default none; None: the base without adapter."""
+        """The frozen adapters of a new agent: for each role its name on the base; None for the base without adapter."""
         del actor
         return {}
 
@@ -186,13 +186,13 @@ class LLMAgent:
 
     @property
     def actor_network(self) -> PreTrainedModel | None:
-        """The base as a loaded model, None where it was loaded by `model_name`."""
+        """The model that the base is, if it was given as a loaded one; None if it was loaded by `model_name`."""
         return None if self.model_name is not None else self.base.network
 
     # Adapters and their roles
 
     def adapter(self, role: str) -> str | None:
-        """Name on the shared base of the adapter in this role; None: the base without adapter.
+        """Name on the shared base of the adapter in this role; None for the base without adapter.
 
         Raises:
             ConfigurationError: The agent has no such role.
@@ -205,14 +205,14 @@ class LLMAgent:
 
     @property
     def actor_adapter(self) -> str:
-        """Name on the shared base of the adapter that is trained."""
+        """Name on the shared base of the trained adapter."""
         name = self.adapter(ACTOR)
         assert name is not None
         return name
 
     @property
     def pass_options(self) -> PassOptions:
-        """How the agent goes through the base."""
+        """Options of the agent's forward and backward passes."""
         return PassOptions(
             token_budget=self.settings.token_budget,
             max_pairs=self.settings.micro_batch_size_per_gpu,
@@ -221,24 +221,24 @@ class LLMAgent:
         )
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """The parameters that training changes."""
+        """The trained parameters, in the optimizer's order."""
         return list(self.base.parameters(self.actor_adapter).values())
 
     def use_adapter(self, adapter_name: str) -> None:
-        """Make the adapter in this role the active one of the base, until further notice.
+        """Activate the adapter in this role on the base, until another is activated.
 
-        Actors require gradients and references do not, whichever is active.
+        Which parameters require gradients does not change: those of actors do, those of references do not.
         """
         self.base.use(self.adapter(adapter_name))
 
     @contextmanager
     def select_adapter(self, adapter_name: str) -> Iterator[None]:
-        """The adapter in this role is active inside the block; what was active before is so again afterwards."""
+        """Activate the adapter in this role inside the block, and the one before it again afterwards."""
         with self.base.active(self.adapter(adapter_name)):
             yield
 
     def set_reference_policy(self, reference_update_tracker: int) -> None:
-        """Make the present actor the reference, when the tracker is ahead of the agent's own.
+        """Replace the reference by a copy of the actor, if the tracker is larger than at the last replacement.
 
         Args:
             reference_update_tracker: For example the number of epochs completed.
@@ -256,7 +256,10 @@ class LLMAgent:
         self.reference_update_tracker = reference_update_tracker
 
     def _replace_reference(self, state: AdapterState) -> None:
-        """Change the reference, to another agent's if it has these weights; the old one is not written to."""
+        """Give the agent a reference with these weights, shared with agents that have an equal one.
+
+        The old adapter is released, not written to: other agents may share it.
+        """
         before = self.adapter(REFERENCE)
         assert before is not None
         self._adapters[REFERENCE] = self.base.frozen_adapter(state, REFERENCE)
@@ -264,13 +267,16 @@ class LLMAgent:
         self.base.release(before)
 
     def release(self) -> None:
-        """Free the agent's adapters and moments at once; it cannot be used afterwards.
+        """Free the agent's adapters and moments now; the agent cannot be used afterwards.
 
-        Those of an agent that is dropped are freed too, before the next adapter is added to its base, unless
-        `get_policy` has given somebody the model.
+        An agent that is garbage-collected is freed later, when its base adds the next adapter; after `get_policy` its
+        adapters stay until `release`, since the caller may still use the model.
         """
         self._adapters.release()
-        free(self.optimizer)
+        close = getattr(self.optimizer, "close", None)  # of AdamW sharded by DeepSpeed
+        if close is not None:
+            close()
+        self.optimizer.state.clear()
 
     # Evolution
 
@@ -286,13 +292,13 @@ class LLMAgent:
         sample_hyperparameters: bool = True,
         **kwargs: Any,
     ) -> list[Self]:
-        """Build `size` agents on one base, with the same first weights.
+        """Build `size` agents on one base, with equal initial adapters.
 
         Args:
             size: Number of agents.
             observation_space: As for one agent.
             action_space: As for one agent.
-            wrapper_cls: Called with each agent, and `wrapper_kwargs`; the results are returned instead.
+            wrapper_cls: Called with each agent and `wrapper_kwargs`; its results are returned instead of the agents.
             wrapper_kwargs: Keyword arguments for `wrapper_cls`.
             sample_hyperparameters: With an `hp_config`, agent 0 keeps the given values and the others start from
                 log-uniform draws inside the declared bounds. False: all start from the given values.
@@ -319,10 +325,10 @@ class LLMAgent:
         return asdict(self.hyperparameters)
 
     def set_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Change hyperparameters; the optimizer follows and keeps its moments.
+        """Change hyperparameters. The optimizer gets the learning rate and keeps its moments.
 
         Raises:
-            ConfigurationError: An unknown name or an impossible value.
+            ConfigurationError: A name is unknown or a value invalid.
         """
         hyperparameters = self.check_hyperparameters(values)
         if hyperparameters is self.hyperparameters:
@@ -332,47 +338,39 @@ class LLMAgent:
             group["lr"] = self.lr
 
     def check_hyperparameters(self, values: Mapping[str, Any]) -> Hyperparameters:
-        """The agent's hyperparameters with these values; the agent is not changed.
+        """The agent's hyperparameters with these values, checked; the agent is not changed.
 
         Raises:
-            ConfigurationError: An unknown name or an impossible value.
+            ConfigurationError: A name is unknown or a value invalid.
         """
-        if not isinstance(values, Mapping):
-            raise ConfigurationError("hyperparameters", values, "must be a mapping such as {'lr': 1e-5}")
-        current = self.hyperparameter_values()
-        unknown = sorted(set(values) - set(current))
-        if unknown:
-            raise ConfigurationError("hyperparameters", unknown, f"are not known: choose from {sorted(current)}")
-        changed = {name: value for name, value in values.items() if value != current[name]}
-        if not changed:
-            return self.hyperparameters
-        hyperparameters = replace(self.hyperparameters, **changed)
-        self.settings.check(hyperparameters)
-        return hyperparameters
+        changed = self.hyperparameters.with_values(values)
+        if changed is not self.hyperparameters:
+            self.settings.check(changed)
+        return changed
 
     def register_mutation_hook(self, hook: Callable[[], object] | Callable[[LLMAgent], object]) -> None:
-        """Call a function whenever an evolution has mutated this agent, or a later clone of it.
+        """Register a function that is called after each mutation of this agent or of a later clone.
 
         Args:
-            hook: Called with nothing if it can be, else with the agent that was mutated. A method of this agent is
-                called as the mutated agent's own.
+            hook: A function without required arguments, or of the mutated agent. A method of this agent is called as
+                the method of the mutated one.
 
         Raises:
-            ConfigurationError: It is no function, or needs more arguments.
+            ConfigurationError: The hook is no function, or requires more arguments.
         """
         if getattr(hook, "__self__", None) is self:
             hook = hook.__func__  # type: ignore[union-attr]
-        self._mutation_hooks += (_of_an_agent(hook),)
+        self._mutation_hooks += (_taking_agent(hook),)
 
     def mutation_hook(self) -> None:
-        """Call the functions that were registered; evolution does so after a mutation."""
+        """Call the registered functions; evolution does so after each mutation."""
         for hook in self._mutation_hooks:
             hook(self)
 
     def clone(self, index: int | None = None, wrap: bool = True) -> Self:
-        """A second agent like this one: own adapter, moments, hyperparameters and generator; nothing of the base.
+        """A copy of the agent on the same base, with its own actor, moments, hyperparameters and generator.
 
-        The frozen reference is shared, not copied, until either agent changes it.
+        The frozen reference is shared until either agent replaces it.
 
         Args:
             index: Number of the clone, by default the agent's own.
@@ -383,21 +381,18 @@ class LLMAgent:
         clone.index = self.index if index is None else whole_number("index", index, 0)
         clone._adapters = AdapterShares(self.base)
         for role in self._adapters:
-            clone._adapters[role] = self._bequeath(role)
+            name = self.adapter(role)
+            if name is not None:
+                trained = role == ACTOR
+                name = self.base.copy_adapter(name, role, trainable=True) if trained else self.base.retain(name)
+            clone._adapters[role] = name
         clone.optimizer = clone._new_optimizer()
         clone.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         return clone
 
-    def _bequeath(self, role: str) -> str | None:
-        """A clone's adapter in this role: a copy where it is trained, the same one where it is frozen."""
-        name = self.adapter(role)
-        if name is None:
-            return None
-        return self.base.copy_adapter(name, role, trainable=True) if role == ACTOR else self.base.retain(name)
-
     @staticmethod
     def copy_attributes(agent: A, clone: A) -> A:
-        """Copy all attributes but the networks; what agents share by design is shared."""
+        """Copy all attributes except adapters and optimizer to the clone; the base and settings are shared."""
         for name, value in vars(agent).items():
             if name in _SHARED:
                 setattr(clone, name, value)
@@ -406,8 +401,8 @@ class LLMAgent:
         return clone
 
 
-def _of_an_agent(hook: Callable[..., object]) -> Callable[[LLMAgent], object]:
-    """A hook as a function of an agent."""
+def _taking_agent(hook: Callable[..., object]) -> Callable[[LLMAgent], object]:
+    """The hook as a function of an agent."""
     try:
         signature = inspect.signature(hook)
     except (TypeError, ValueError):

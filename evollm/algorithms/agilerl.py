@@ -1,8 +1,4 @@
-"""Methods that scripts written for other evolutionary RL libraries call on an agent.
-
-Nothing in evollm depends on them. They are here so that such a script keeps running, and they do what their names
-say for an agent whose only network is an adapter.
-"""
+"""Methods that scripts written for AgileRL call on an agent, and that evollm itself does not need."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from evollm.algorithms.agent import OWN, LLMAgent
 from evollm.algorithms.algorithm import algorithm_of
-from evollm.algorithms.fit import check_base, check_gym
+from evollm.algorithms.input_checks import check_base, check_gym
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
@@ -33,17 +29,17 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-# Arguments that make no difference to an agent; `clone` is a method, too.
+# Arguments of the constructor that are no attributes: `wrap` has no effect, and `clone` is a method.
 _NO_ATTRIBUTES = frozenset({"wrap", "clone"})
 
 
 @dataclass(frozen=True)
 class CosineLRScheduleConfig:
-    """A linear warm-up followed by a cosine to zero.
+    """A linear warm-up followed by a cosine decay to zero.
 
     Attributes:
-        num_epochs: Calls of `scheduler.step()` that the schedule spans.
-        warmup_proportion: Share of them that warms up, in [0, 1).
+        num_epochs: Number of calls of `scheduler.step()`.
+        warmup_proportion: Share of the calls in the warm-up, in [0, 1).
     """
 
     num_epochs: int
@@ -52,7 +48,7 @@ class CosineLRScheduleConfig:
 
 @dataclass(frozen=True)
 class NetworkGroup:
-    """Names of the attributes that hold an agent's networks."""
+    """Names of an agent's attributes that hold its networks."""
 
     eval_network: str
     shared_networks: tuple[str, ...] = ()
@@ -60,10 +56,10 @@ class NetworkGroup:
 
 
 class EvolvableAlgorithm(SavableAgent):
-    """An agent with the methods that such scripts call."""
+    """An agent with AgileRL's interface."""
 
     training = True
-    # What is in effect: an argument of that name is accepted, and warned of.
+    # Always off: the argument of this name is accepted with a warning.
     use_liger_loss = False
 
     @explains(TEST)
@@ -72,11 +68,11 @@ class EvolvableAlgorithm(SavableAgent):
 
         Args:
             env: The environment.
-            loop: Passes over the rows; the score is their mean (without dropout they are all the same).
+            loop: Number of passes over the rows, whose mean is the score; without dropout they are equal.
 
         Returns:
-            The first number of the algorithm's fitness, 0-dimensional: of DPO the preference accuracy, where ties
-            count half, of SFT minus the loss in nats per token.
+            0-dimensional, the first number of the algorithm's fitness: for DPO the preference accuracy, where ties
+            count half, for SFT minus the loss in nats per token.
         """
         whole_number("loop", loop, 1)
         algorithm = algorithm_of(self)
@@ -90,7 +86,7 @@ class EvolvableAlgorithm(SavableAgent):
     def get_policy(self) -> PeftModel:
         """The base with this agent's actor active.
 
-        Whoever holds it may use the agent's adapters without the agent: they are freed by `release` alone from now on.
+        From now on only `release` frees the agent's adapters: the caller may use the model without the agent.
         """
         self.use_adapter("actor")
         self._adapters.hand_out()
@@ -102,7 +98,7 @@ class EvolvableAlgorithm(SavableAgent):
         return self.get_policy()
 
     def evolvable_attributes(self, networks_only: bool = False) -> dict[str, Any]:
-        """The actor, and the optimizer unless only networks are asked for."""
+        """The actor and, unless `networks_only`, the optimizer."""
         networks: dict[str, Any] = {"actor": self.get_policy()}
         return networks if networks_only else {**networks, "optimizer": self.optimizer}
 
@@ -110,13 +106,12 @@ class EvolvableAlgorithm(SavableAgent):
     def inspect_attributes(
         agent: LLMAgent, input_args_only: bool = False, exclude: Iterable[str] = ()
     ) -> dict[str, Any]:
-        """The public attributes that are no tuned networks.
+        """The public attributes of an agent, without base and optimizer.
 
         Args:
             agent: The agent.
-            input_args_only: Only the constructor's arguments, from which `type(agent)(**values)` makes an equal agent
-                with fresh adapters. A base that was given as a loaded model is among them; one that was loaded by its
-                name is loaded anew.
+            input_args_only: Only the constructor's arguments: `type(agent)(**values)` builds an equal agent with new
+                adapters, on the same base if that was given as a loaded model, else on a base loaded again by name.
             exclude: Names to leave out.
         """
         arguments = {name for name in inspect.signature(type(agent)).parameters if hasattr(agent, name)}
@@ -125,7 +120,7 @@ class EvolvableAlgorithm(SavableAgent):
         return {name: getattr(agent, name) for name in sorted(names)}
 
     def set_training_mode(self, training: bool) -> None:
-        """Record the mode. Dropout stays off in both: policy and reference are always compared."""
+        """Set `training`. Dropout stays off in both modes, so that policy and reference remain comparable."""
         self.training = training
 
     def to_device(self, *experiences: Any) -> tuple[Any, ...]:
@@ -141,22 +136,22 @@ class EvolvableAlgorithm(SavableAgent):
         return tuple(move(experience) for experience in experiences)
 
     def preprocess_observation(self, observation: Any) -> Any:
-        """Give the observation back: a batch of pairs needs no preprocessing."""
+        """Return the observation unchanged."""
         return observation
 
     def recompile(self) -> None:
-        """Compile the base's layers again, in the mode `torch_compiler`; without a mode do nothing."""
+        """Compile the base's layers again in the mode `torch_compiler`; without a mode do nothing."""
         if self.settings.torch_compiler is not None:
             self.base.compile(self.settings.torch_compiler)
 
     def register_network_group(self, group: NetworkGroup) -> None:
-        """Check that a group's networks exist. Which ones evolve is fixed here: the actor."""
+        """Check that a group's networks exist. The group has no other effect: the actor alone is trained."""
         for name in (group.eval_network, *group.shared_networks):
             if name not in ("actor", "reference"):
                 raise ConfigurationError("group", name, "is not a network of this agent: actor, reference")
 
     def reinit_optimizers(self, optimizer: Any = None) -> None:
-        """Start the optimizer afresh: no moments, step 0. There is only one, so `optimizer` makes no difference."""
+        """Replace the optimizer by a new one, without moments. An agent has only one, so `optimizer` has no effect."""
         del optimizer
         self.optimizer = self._new_optimizer()
 
@@ -167,10 +162,10 @@ class EvolvableAlgorithm(SavableAgent):
         accelerator: Accelerator | None = None,
         scheduler_config: CosineLRScheduleConfig | None = None,
     ) -> tuple[Accelerator | None, SequentialLR | None]:
-        """Set an optimizer's learning rate, keeping its moments; of a pair (actor, critic) the actor's.
+        """Set an optimizer's learning rate and keep its moments; of a pair (actor, critic) the actor's rate.
 
         Returns:
-            The accelerator as given, and the scheduler that the configuration asks for, for the caller to step.
+            The accelerator, and a scheduler for the caller to step if `scheduler_config` is given.
         """
         actor_lr = lr[0] if isinstance(lr, tuple) else lr
         for group in optimizer.param_groups:
@@ -186,12 +181,12 @@ class EvolvableAlgorithm(SavableAgent):
 
     @staticmethod
     def get_state_dim(observation_space: spaces.Space[Any]) -> tuple[Any, ...]:
-        """Shape of an observation; for a dictionary or tuple, one shape for each part."""
+        """Shape of an observation; for a dictionary or tuple one shape per part."""
         return _shape_of(observation_space)
 
     @staticmethod
     def get_action_dim(action_space: spaces.Space[Any]) -> tuple[Any, ...]:
-        """Shape of an action; for a dictionary or tuple, one shape for each part."""
+        """Shape of an action; for a dictionary or tuple one shape per part."""
         return _shape_of(action_space)
 
 

@@ -1,4 +1,4 @@
-"""What an algorithm is, in one object: whatever runs, tunes, inspects or replays agents asks this object alone."""
+"""`Algorithm`, all that training, tuning, inspection and replays need to know of an algorithm, and its registry."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from evollm.llm_envs import DatasetGym
 
 Learn: TypeAlias = "Callable[[Sequence[Any], PreferenceBatch], list[dict[str, float]]]"
-# Agents, environment, split, and what log-ratios are to.
+# Of agents, environment, split, and the reference adapter of log-ratios (see `DPO.evaluate`).
 Evaluate: TypeAlias = "Callable[[Sequence[Any], DatasetGym, str, str | None], Sequence[AnyEvaluation]]"
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An algorithm.
+    """A tuning algorithm.
 
     Attributes:
-        agent: Class of its agents, whose `algorithm` names it and whose `words` speak of it.
-        gym: Class of what serves their batches, whose `row_format` says what rows look like.
-        learn: One batch for some of the agents, through the base together.
-        evaluate: Scores some of the agents on a split.
-        fitness: From an evaluation to the fitness by default.
-        trial: The evaluation of an agent that has learnt nothing, to try a fitness function on.
-        has_reference: Whether agents are compared with a reference; else with the base.
-        evolves: The hyperparameters that evolve in `tune` unless the user says otherwise.
-        defaults: Where `tune` starts from another value than the agent does by itself, beside what holds for all.
-        loop: Name of the function of `evollm.training` that runs it.
+        agent: Class of the agents; its `algorithm` is the name and its `words` are the names of scores in reports.
+        gym: Class of the environment; its `row_format` says which rows are read.
+        learn: Updates several agents of one base on the same batch, in shared passes.
+        evaluate: Evaluates several agents of one base on a split, in shared passes.
+        fitness: The default fitness function, of an evaluation.
+        trial: The evaluation of an untrained agent, on which a user's fitness function is tried before a run.
+        has_reference: Whether agents have a reference adapter; without one, answers are compared with the base's.
+        evolves: The hyperparameters that evolve by default in `tune`.
+        defaults: The default values in `tune` that differ from those of the agent's constructor.
+        loop: Name of the function in `evollm.training` that runs the algorithm.
     """
 
     agent: type[SavableAgent]
@@ -50,12 +50,12 @@ class Algorithm:
 
     @property
     def name(self) -> str:
-        """What `tune(algorithm=...)` and a configuration file call it."""
+        """The name for `tune(algorithm=...)` and configuration files."""
         return self.agent.algorithm.lower()
 
     @property
     def row_format(self) -> RowFormat:
-        """What rows look like."""
+        """The rows that the gym reads."""
         return self.gym.row_format
 
 
@@ -63,23 +63,24 @@ ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def register(algorithm: Algorithm) -> None:
-    """Make an algorithm known by its name. A module that is run once more replaces its own.
+    """Add an algorithm to the registry. A module that is executed again may register its algorithm again.
 
     Raises:
-        ConfigurationError: The name is another's.
+        ConfigurationError: The name is that of another agent class's algorithm.
     """
     known = ALGORITHMS.get(algorithm.name)
-    if known is not None and _place(known) != _place(algorithm):
-        raise ConfigurationError("algorithm", algorithm.name, f"is the name of {'.'.join(_place(known))}: give another")
+    if known is not None and _qualified_name(known.agent) != _qualified_name(algorithm.agent):
+        fix = f"is the name of {_qualified_name(known.agent)}: give another"
+        raise ConfigurationError("algorithm", algorithm.name, fix)
     ALGORITHMS[algorithm.name] = algorithm
 
 
-def _place(algorithm: Algorithm) -> tuple[str, str]:
-    return algorithm.agent.__module__, algorithm.agent.__qualname__
+def _qualified_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def algorithm_named(name: object) -> Algorithm:
-    """The algorithm of a name.
+    """The algorithm with this name.
 
     Raises:
         ConfigurationError: There is no such algorithm.
@@ -90,10 +91,10 @@ def algorithm_named(name: object) -> Algorithm:
 
 
 def algorithm_of(agent: object) -> Algorithm:
-    """The algorithm of an agent; of a child of an algorithm's agents that has none of its own, its parent's.
+    """The algorithm of an agent: that of its class, or of the nearest parent class that has one.
 
     Raises:
-        ConfigurationError: It is no agent of an algorithm that is known.
+        ConfigurationError: No class of the agent is registered.
     """
     by_agent: dict[type, Algorithm] = {algorithm.agent: algorithm for algorithm in ALGORITHMS.values()}
     found = next((by_agent[kind] for kind in type(agent).__mro__ if kind in by_agent), None)

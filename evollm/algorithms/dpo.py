@@ -17,7 +17,7 @@ from evollm.algorithms.algorithm import Algorithm, register
 from evollm.algorithms.arguments import AgentArguments
 from evollm.algorithms.dpo_settings import DPOHyperparameters, DPOSettings, loss_settings, loss_terms
 from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together
-from evollm.algorithms.fit import batch_for, check_base, check_gym
+from evollm.algorithms.input_checks import batch_for, check_base, check_gym
 from evollm.algorithms.losses import LossSettings
 from evollm.algorithms.references import reference_logprobs
 from evollm.algorithms.settings import Evolvable, Setting
@@ -157,7 +157,7 @@ class DPO(EvolvableAlgorithm):
 
     @property
     def pass_options(self) -> PassOptions:
-        """How the agent goes through the base."""
+        """Options of the agent's forward and backward passes."""
         return replace(super().pass_options, up_to_shorter=self.settings.ld_alpha is not None)
 
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
@@ -184,7 +184,7 @@ class DPO(EvolvableAlgorithm):
         return learn_together([self], self._pairs(experiences), training=boolean("training", training))[0]
 
     def _pairs(self, experiences: PreferenceBatch | Mapping[str, Any]) -> PreferenceBatch:
-        """The batch that was handed in, if each of its rows has two sides."""
+        """The batch in `experiences`, in which each row must have two completions."""
         batch = batch_for(self.base, experiences)
         if not batch.rejected_lengths.all():
             fix = "DPO compares two completions: pass an observation of PreferenceGym, or train an SFT agent"
@@ -192,7 +192,7 @@ class DPO(EvolvableAlgorithm):
         return batch
 
     def reference_logprobs(self, batch: PreferenceBatch, reference: str | None = OWN) -> PairLogprobs:
-        """Log-probs of the batch's pairs under a reference, computed once for each reference and pair.
+        """Log-probs of the batch's pairs under a reference, cached by reference and pair.
 
         Args:
             batch: B pairs.
@@ -228,13 +228,13 @@ class DPO(EvolvableAlgorithm):
         Args:
             env: The environment.
             split: `test` (the selection pairs) or `final`.
-            reference: What the log-ratios are to: the name of a frozen adapter, by default the agent's reference.
+            reference: Name of the frozen adapter that log-ratios are relative to, by default the agent's reference.
 
         Returns:
-            The log-ratios of each pair, in the order of the split, but for those on which the reference is not finite.
+            The log-ratios of each pair in the order of the split, without pairs on which the reference is not finite.
 
         Raises:
-            DataError: The reference is not finite on any pair, or on one and `drop_nonfinite_rows` is False.
+            DataError: The reference is finite on no pair, or, with `drop_nonfinite_rows=False`, not on every one.
         """
         check_gym(env, PreferenceGym, "DPO.evaluate")
         check_base(self.base, env)

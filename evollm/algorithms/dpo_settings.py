@@ -1,4 +1,4 @@
-"""The plain data of a DPO agent: what evolution may change, and what it may not."""
+"""The hyperparameters and settings of a DPO agent, and what its losses take of them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MOST_SMOOTHING = 0.5
 
 @dataclass(frozen=True)
 class DPOHyperparameters(Hyperparameters):
-    """The plain data of a DPO agent that evolution may change.
+    """The values of a DPO agent that evolution may change.
 
     Attributes:
         beta: Strength of the pull towards the reference.
         nll_alpha: Weight of the negative log-likelihood of the chosen completions; 0 leaves it out.
-        loss_type: Name of a loss, or several names.
-        label_smoothing: Share of the labels that are taken to be wrong.
+        loss_type: Name of a loss, or a list of names.
+        label_smoothing: Assumed probability that a label is wrong.
     """
 
     beta: float = 0.1
@@ -48,7 +48,7 @@ class DPOHyperparameters(Hyperparameters):
 
 @dataclass(frozen=True)
 class DPOSettings(AgentSettings):
-    """What is the same for all DPO agents of a population and never mutates; `DPO` documents each field."""
+    """Settings that no mutation changes, equal for all DPO agents of a population; `DPO` documents each field."""
 
     loss_weights: Sequence[float] | None = None
     discopop_tau: float = 0.05
@@ -70,7 +70,7 @@ class DPOSettings(AgentSettings):
             object.__setattr__(self, "loss_weights", weights)
 
     def check(self, hyperparameters: Hyperparameters) -> None:
-        """Refuse another number of losses than there are weights, and weights with which nothing is learnt."""
+        """Check that there is a weight for each loss, and that not all weights are 0."""
         assert isinstance(hyperparameters, DPOHyperparameters)
         weights = [weight for _, weight in loss_terms(hyperparameters, self)]
         if not any(weights) and hyperparameters.nll_alpha == 0:
@@ -81,7 +81,7 @@ def loss_names(loss_type: object) -> tuple[str, ...]:
     """The names in a `loss_type`.
 
     Raises:
-        ConfigurationError: It is no name or list of names, or one of them is not known.
+        ConfigurationError: The value is no name or list of names, or a name is unknown.
     """
     names = (loss_type,) if isinstance(loss_type, str) else loss_type
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
@@ -95,10 +95,10 @@ def loss_names(loss_type: object) -> tuple[str, ...]:
 
 
 def loss_terms(hyperparameters: DPOHyperparameters, settings: DPOSettings) -> tuple[tuple[str, float], ...]:
-    """Losses and the weight of each, 1 unless weights are given.
+    """The losses and their weights; each weight is 1 if `loss_weights` is None.
 
     Raises:
-        ConfigurationError: There are not as many weights as losses.
+        ConfigurationError: The number of weights is not that of losses.
     """
     names, weights = loss_names(hyperparameters.loss_type), settings.loss_weights
     if weights is None:
@@ -110,7 +110,7 @@ def loss_terms(hyperparameters: DPOHyperparameters, settings: DPOSettings) -> tu
 
 
 def loss_settings(hyperparameters: DPOHyperparameters, settings: DPOSettings) -> LossSettings:
-    """The numbers that the losses depend on."""
+    """The numbers that the loss functions take."""
     return LossSettings(
         beta=hyperparameters.beta,
         label_smoothing=hyperparameters.label_smoothing,

@@ -1,7 +1,7 @@
-"""Losses of preference pairs: pure functions of sums of log-probs, each with the paper that it is from.
+"""Losses of preference pairs: pure functions of summed log-probs, each with its paper.
 
-`LOSSES` has them by the names that TRL gave them. Each maps B pairs and its settings to (B,) losses, whose mean over
-the pairs is the loss of the batch.
+`LOSSES` has them by TRL's names. Each function maps the scores of B pairs and the settings to (B,) losses, whose mean
+is the loss of the batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def token_mean_nll(chosen_logprobs: Tensor, num_chosen_tokens: int) -> Tensor:
 
     Args:
         chosen_logprobs: (B,) log pi(y_w | x), summed over tokens.
-        num_chosen_tokens: Completion tokens that the mean is over; the whole batch's when these are a part of it.
+        num_chosen_tokens: Completion tokens of the whole optimizer batch, of which these pairs may be a part.
 
     Returns:
         A scalar in nats per token.
@@ -44,13 +44,14 @@ def token_mean_nll(chosen_logprobs: Tensor, num_chosen_tokens: int) -> Tensor:
 
 
 def flush_small_gradients(logprobs: Tensor) -> Tensor:
-    """The same log-probs; gradients below 1e-12 become 0 on their way back.
+    """The same log-probs, with a hook that sets gradients below 1e-12 to 0.
 
     Where beta times the margin is large, a loss saturates and its gradient shrinks exponentially. The backward pass
-    then fills with denormal numbers, with which a CPU is many times slower. Adam's epsilon (1e-8) hides such gradients.
+    then fills with denormal numbers, with which some CPUs are many times slower. Adam's epsilon (1e-8) makes the update
+    by such gradients negligible.
     """
     if logprobs.requires_grad:
-        # A new tensor, so that nothing happens to gradients that reach the given one by another way.
+        # A view, so that the hook sees only the gradient of the result.
         logprobs = logprobs.view_as(logprobs)
         logprobs.register_hook(lambda grad: grad.masked_fill(grad.abs() < NEGLIGIBLE, 0.0))
     return logprobs
@@ -58,7 +59,7 @@ def flush_small_gradients(logprobs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a loss may depend on; sums are over the tokens of a completion, with what ends it.
+    """Inputs of a loss; sums are over the tokens of a completion, its EOS or end of turn included.
 
     Attributes:
         chosen: (B,) log pi(y_w | x).
@@ -68,7 +69,7 @@ class PairScores:
         chosen_lengths: (B,) tokens of y_w.
         rejected_lengths: (B,) tokens of y_l.
         mean_chosen_length: Mean tokens of y_w over the whole optimizer batch, of which these pairs may be a part.
-        chosen_likelihood: (B,) log pi(y_w | x) over all tokens alike, where the sums above weigh them; None: `chosen`.
+        chosen_likelihood: (B,) unweighted log pi(y_w | x) if the sums above weigh tokens (`ld_alpha`); None: `chosen`.
     """
 
     chosen: Tensor
@@ -97,19 +98,19 @@ class PairScores:
 
     @property
     def token_margins(self) -> Tensor:
-        """(B,) the same with each log-ratio as a mean over its tokens."""
+        """(B,) margins of log-ratios that are means over tokens."""
         return self.chosen_logratios / self.chosen_lengths - self.rejected_logratios / self.rejected_lengths
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Numbers that losses depend on.
+    """Parameters of the losses.
 
     Attributes:
-        beta: Strength of the pull towards the reference; each loss says what it makes of it.
-        label_smoothing: Share of the labels that are taken to be wrong, in [0, 0.5).
+        beta: Strength of the pull towards the reference; its exact role is in each loss's formula.
+        label_smoothing: Assumed probability that a label is wrong, in [0, 0.5).
         discopop_tau: Temperature of the blend in `discopop`.
-        simpo_gamma: Margin that `simpo` aims at, in the units of beta times a mean log-prob.
+        simpo_gamma: Target margin of `simpo`, in units of beta times a mean log-prob.
     """
 
     beta: float = 0.1
@@ -122,14 +123,14 @@ PairLoss = Callable[[PairScores, LossSettings], Tensor]
 
 
 def sigmoid(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """DPO (Rafailov et al., arXiv 2305.18290, equation 7); smoothed it is conservative DPO (Mitchell, 2023)."""
+    """DPO (Rafailov et al., arXiv 2305.18290, equation 7); with label smoothing conservative DPO (Mitchell, 2023)."""
     if settings.label_smoothing == 0:
         return dpo_sigmoid_loss(pairs.chosen_logratios, pairs.rejected_logratios, settings.beta)
     return _smoothed(settings.beta * pairs.margins, settings.label_smoothing)
 
 
 def robust(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """Robust DPO: unbiased where that share of the labels is flipped (Chowdhury et al., arXiv 2403.00409)."""
+    """Robust DPO: unbiased if the share `label_smoothing` of labels is flipped (Chowdhury et al., arXiv 2403.00409)."""
     logits, flipped = settings.beta * pairs.margins, settings.label_smoothing
     return (-(1 - flipped) * logsigmoid(logits) + flipped * logsigmoid(-logits)) / (1 - 2 * flipped)
 
@@ -140,12 +141,12 @@ def hinge(pairs: PairScores, settings: LossSettings) -> Tensor:
 
 
 def ipo(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """IPO: the margin, as means per token, is to be 1 / (2 beta) (Azar et al., arXiv 2310.12036, equation 17)."""
+    """IPO: the target of the token-mean margin is 1 / (2 beta) (Azar et al., arXiv 2310.12036, equation 17)."""
     return (pairs.token_margins - 1 / (2 * settings.beta)) ** 2
 
 
 def sigmoid_norm(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """DPO with log-ratios as means per token (Lambert et al., Tulu 3, arXiv 2411.15124)."""
+    """DPO with log-ratios that are means over tokens (Lambert et al., Tulu 3, arXiv 2411.15124)."""
     return -logsigmoid(settings.beta * pairs.token_margins)
 
 
@@ -164,13 +165,13 @@ def nca_pair(pairs: PairScores, settings: LossSettings) -> Tensor:
 
 
 def bco_pair(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """BCO without its moving shift: each side classified by itself (Jung et al., arXiv 2404.04656)."""
+    """BCO without its reward shift: a binary classifier of single completions (Jung et al., arXiv 2404.04656)."""
     chosen, rejected = settings.beta * pairs.chosen_logratios, settings.beta * pairs.rejected_logratios
     return -logsigmoid(chosen) - logsigmoid(-rejected)
 
 
 def sppo_hard(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """SPPO where the winner wins for certain (Wu et al., arXiv 2405.00675, equation 4.7)."""
+    """SPPO with hard labels, a win probability of 1 (Wu et al., arXiv 2405.00675, equation 4.7)."""
     goal = 0.5 / settings.beta
     return (pairs.chosen_logratios - goal) ** 2 + (pairs.rejected_logratios + goal) ** 2
 
@@ -187,9 +188,9 @@ def apo_down(pairs: PairScores, settings: LossSettings) -> Tensor:
 
 
 def aot(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """AOT on pairs: sorted margins of the policy over those of the reference (Melnyk et al., arXiv 2406.05882).
+    """AOT on pairs: sorted margins of the policy minus those of the reference (Melnyk et al., arXiv 2406.05882).
 
-    Pairs are compared by rank, so it is a loss of the whole batch: see `WHOLE_BATCH`.
+    Pairs are compared by rank, so that the loss needs the whole batch: see `WHOLE_BATCH`.
     """
     policy, _ = (pairs.chosen - pairs.rejected).sort()
     reference, _ = (pairs.reference_chosen - pairs.reference_rejected).sort()
@@ -197,7 +198,7 @@ def aot(pairs: PairScores, settings: LossSettings) -> Tensor:
 
 
 def aot_unpaired(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """AOT on two sets: sorted log-ratios of the chosen over those of the rejected (Melnyk et al., arXiv 2406.05882)."""
+    """AOT on two sets: sorted chosen minus sorted rejected log-ratios (Melnyk et al., arXiv 2406.05882)."""
     chosen, _ = pairs.chosen_logratios.sort()
     rejected, _ = pairs.rejected_logratios.sort()
     return _smoothed(settings.beta * (chosen - rejected), settings.label_smoothing)
@@ -207,25 +208,25 @@ def discopop(pairs: PairScores, settings: LossSettings) -> Tensor:
     """DiscoPOP: a blend of the logistic and the exponential loss (Lu et al., arXiv 2406.08414, equation 5)."""
     logits = settings.beta * pairs.margins
     share = logits / settings.discopop_tau
-    # The exponential by its logarithm: where a pair is far on the wrong side, 0 times infinity is 0 here.
+    # The exponential term is computed from its logarithm: very negative logits would give 0 times infinity.
     return share.neg().sigmoid() * -logsigmoid(logits) + (logsigmoid(share) - logits).exp()
 
 
 def sft(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """Negative log-likelihood of the chosen sides, a mean over all chosen tokens of the batch; beta plays no part."""
+    """Negative log-likelihood of the chosen sides, a mean over all chosen tokens of the batch; without beta."""
     del settings
     likelihood = pairs.chosen if pairs.chosen_likelihood is None else pairs.chosen_likelihood
     return -likelihood / pairs.mean_chosen_length
 
 
 def simpo(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """SimPO: mean log-probs in place of log-ratios, and a margin (Meng et al., arXiv 2405.14734, equation 6)."""
+    """SimPO: mean log-probs instead of log-ratios, and a target margin (Meng et al., arXiv 2405.14734, equation 6)."""
     margins = pairs.chosen / pairs.chosen_lengths - pairs.rejected / pairs.rejected_lengths
     return -logsigmoid(settings.beta * margins - settings.simpo_gamma)
 
 
 def orpo(pairs: PairScores, settings: LossSettings) -> Tensor:
-    """ORPO: likelihood and beta times the odds ratio (Hong et al., arXiv 2403.07691, equations 6 and 7)."""
+    """ORPO: negative log-likelihood plus beta times the odds-ratio loss (Hong et al., arXiv 2403.07691, eq. 6, 7)."""
     chosen, rejected = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
     log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
     return sft(pairs, settings) - settings.beta * logsigmoid(log_odds)
@@ -259,5 +260,5 @@ WHOLE_BATCH = frozenset({"aot", "aot_unpaired"})
 
 
 def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
-    """-log sigmoid with that share of the labels the other way round."""
+    """-log sigmoid, with labels flipped with probability `label_smoothing`."""
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)

@@ -1,7 +1,7 @@
-"""What a checkpoint says of an agent, read by a list of fields into plain values.
+"""The attributes of an agent in a checkpoint: only known fields of known types are read.
 
-A checkpoint may come from somebody else: it says how an agent learns, and can name neither a model nor arguments to
-load one with, nor code, a device or a path.
+A checkpoint may come from a stranger, so the fields hold settings, hyperparameters and counters, and no model name,
+loading argument, code, device or path.
 """
 
 from __future__ import annotations
@@ -15,29 +15,19 @@ from typing import Any
 import numpy as np
 
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
+from evollm.checks import boolean, whole_number
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 
 
 @dataclass(frozen=True)
 class SavedAttributes:
-    """The attributes of a saved agent.
+    """The attributes of a saved agent; `LLMAgent` documents each.
 
     Attributes:
-        algorithm: Of which it is.
-        index: Its number in its population.
-        settings: What no mutation changes.
-        hyperparameters: What evolution may change.
-        hp_config: Which of them evolve.
-        fitness: Its scores, oldest first.
-        steps: Batches that it has learnt from.
-        num_tokens: Tokens that it has learnt from.
-        diverged: Whether it has stopped learning.
-        reference_update_tracker: How often its reference has followed its actor.
-        rng: State of its generator.
+        rng: State of the agent's generator.
     """
 
-    algorithm: str
     index: int
     settings: AgentSettings
     hyperparameters: Hyperparameters
@@ -56,30 +46,31 @@ def read_attributes(
     hyperparameters_class: type[Hyperparameters],
     source: object,
 ) -> SavedAttributes:
-    """The attributes of an agent from the plain data of its checkpoint.
+    """Read and check the attributes in a checkpoint.
 
     Args:
-        attributes: What the checkpoint holds.
-        settings_class: The kind of settings that an agent of this algorithm has.
-        hyperparameters_class: Likewise.
+        attributes: The content of `attributes.pt`.
+        settings_class: Dataclass of the settings of this algorithm's agents.
+        hyperparameters_class: Dataclass of their hyperparameters.
         source: Where the checkpoint is, for the message.
 
     Raises:
-        CheckpointError: A field is missing, not known, or holds what it cannot hold; the message names it.
+        CheckpointError: A field is missing, unknown or invalid; the message names it.
     """
     try:
         hp_config = attributes["hp_config"]
         return SavedAttributes(
-            algorithm=_text("algorithm", attributes["algorithm"]),
-            index=_count("index", attributes["index"]),
+            index=whole_number("index", attributes["index"], 0),
             settings=_fields(settings_class, attributes["settings"], "settings"),
             hyperparameters=_fields(hyperparameters_class, attributes["hyperparameters"], "hyperparameters"),
             hp_config=None if hp_config is None else HyperparameterConfig.from_dict(hp_config),
             fitness=[_number("fitness", score) for score in attributes["fitness"]],
-            steps=_count("steps", attributes["steps"]),
-            num_tokens=_count("num_tokens", attributes["num_tokens"]),
-            diverged=_truth("diverged", attributes["diverged"]),
-            reference_update_tracker=_count("reference_update_tracker", attributes["reference_update_tracker"]),
+            steps=whole_number("steps", attributes["steps"], 0),
+            num_tokens=whole_number("num_tokens", attributes["num_tokens"], 0),
+            diverged=boolean("diverged", attributes["diverged"]),
+            reference_update_tracker=whole_number(
+                "reference_update_tracker", attributes["reference_update_tracker"], 0
+            ),
             rng=_generator_state(attributes["rng"]),
         )
     except (ConfigurationError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -87,13 +78,13 @@ def read_attributes(
 
 
 def accepted_by(constructor: Callable[..., Any], values: AgentSettings | Hyperparameters) -> dict[str, Any]:
-    """The fields of settings or hyperparameters that a constructor takes; the others stand at their defaults."""
+    """The fields of settings or hyperparameters that are parameters of a constructor, with their values."""
     accepted = inspect.signature(constructor).parameters
     return {name: value for name, value in dataclasses.asdict(values).items() if name in accepted}
 
 
 def _fields(kind: Callable[..., Any], values: object, what: str) -> Any:
-    """An object of a class of settings, whose own checks see every value."""
+    """An object of a dataclass from its saved fields, which the dataclass checks itself."""
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if not isinstance(values, Mapping) or not values.keys() <= known:
         strange = sorted(map(str, values.keys() - known)) if isinstance(values, Mapping) else values
@@ -110,24 +101,6 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise ConfigurationError(name, value, "must be a text")
-    return value
-
-
-def _truth(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigurationError(name, value, "must be True or False")
-    return value
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigurationError(name, value, "must be a whole number of at least 0")
-    return value
-
-
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigurationError(name, value, "must be a number")
@@ -135,6 +108,6 @@ def _number(name: str, value: object) -> float:
 
 
 def _generator_state(value: Any) -> dict[str, Any]:
-    """A state that a numpy generator takes."""
+    """The state of a generator, tried on a new one."""
     np.random.default_rng().bit_generator.state = value
     return dict(value)

@@ -1,4 +1,4 @@
-"""An agent's checkpoints: saved, loaded to resume, loaded as the first weights of a next stage."""
+"""An agent's checkpoints: saved, and loaded to resume a run or to start the next training stage."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from evollm.algorithms.agent import ACTOR, REFERENCE, LLMAgent
-from evollm.algorithms.optimizer_archive import check_names, check_schedule, read_optimizer
-from evollm.algorithms.optimizers import check_moments
+from evollm.algorithms.optimizers import check_moments, read_optimizer_archive
 from evollm.algorithms.saved_attributes import SavedAttributes, accepted_by, read_attributes
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
 from evollm.checkpoints.export import main_writes
 from evollm.checkpoints.find import find_agent
 from evollm.checkpoints.lora_merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
-from evollm.checkpoints.policy_archive import OPTIMIZER, POLICY, SCHEDULER
+from evollm.checkpoints.policy_archive import OPTIMIZER, POLICY
 from evollm.checks import boolean, optional_boolean, usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.foreign import LOAD, SAVE, explains
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class SavableAgent(LLMAgent):
-    """An agent that can be written to a folder and read from one."""
+    """An agent with the methods that write it to a folder and read it from one."""
 
     @classmethod
     def load(
@@ -48,21 +47,20 @@ class SavableAgent(LLMAgent):
         """Rebuild an agent from a folder that `save_checkpoint` wrote.
 
         Args:
-            path: The folder; or that of a run, whose best agent is loaded; see `load_checkpoint`.
-            device: Where to put the base; None: as for the constructor.
+            path: The folder, or that of a run, whose best agent is loaded; see `load_checkpoint`.
+            device: Device of the base; None: as for the constructor.
             accelerator: As for the constructor.
-            actor_network: The base; by default it is the checkpoint's own (`lora_only=False`), else it is loaded by the
-                name that the checkpoint states.
-            model_config: Keyword arguments for `from_pretrained`, with which the base is loaded by its name. None: of
-                those that it was first loaded with, the ones that choose weights and their type (`dtype`, `revision`,
-                ...). A checkpoint decides neither on custom code nor on quantisation.
-            archive: A policy archive for the base that is given or loaded by its name. None: of a base loaded by its
-                name, that of the first loading.
+            actor_network: The base. None: the base in the checkpoint (`lora_only=False`), or without one the base that
+                the checkpoint names.
+            model_config: Keyword arguments for `from_pretrained`, for a base loaded by its name. None: those of the
+                original loading that choose weights and their type (`dtype`, `revision`, ...), but never custom code
+                or quantisation, which a checkpoint cannot switch on.
+            archive: A policy archive whose weights replace those of the base. None: for a base loaded by its name, the
+                archive of the original loading.
 
         Raises:
-            CheckpointError: The folder or the archive is missing or damaged, or the base is another.
-            ConfigurationError: The base has no name to load it by, or cannot be loaded, or the agent is of another
-                algorithm.
+            CheckpointError: The folder or the archive is missing or damaged, or was saved on another base.
+            ConfigurationError: The checkpoint is of another algorithm, or its base has no name or cannot be loaded.
         """
         path = _agent_folder(path)
         folder = read_agent_folder(path)
@@ -80,7 +78,7 @@ class SavableAgent(LLMAgent):
         arguments: dict[str, Any] = {
             **accepted_by(cls, saved.settings),
             **accepted_by(cls, saved.hyperparameters),
-            # After them, so that nothing that a checkpoint holds stands for one of these.
+            # These come last, so that no field of a checkpoint can replace them.
             "actor_network": actor_network,
             "model_name": None if actor_network is not None else base_name,
             "model_config": model_config,
@@ -103,21 +101,22 @@ class SavableAgent(LLMAgent):
 
         Args:
             path: Folder to write.
-            lora_only: Leave the base's weights out. False adds them as a transformers model, in the subfolder `base`,
-                from which `load` takes them: the folder then stands by itself.
-            save_optimizer: Include the optimizer's moments, to resume from.
+            lora_only: Write the adapters alone. False also writes the base as a transformers model, in the subfolder
+                `base`, from which `load` takes it.
+            save_optimizer: Write the optimizer's moments, which a resume needs.
 
         Raises:
-            ConfigurationError: Something else lies at `path`, or `lora_only` is False and the base is quantised.
+            ConfigurationError: `path` holds something else than a checkpoint, or `lora_only` is False and the base is
+                quantised.
         """
         boolean("save_optimizer", save_optimizer)
         base = None if boolean("lora_only", lora_only) else self.base
-        # In all processes: each may hold a part.
+        # Called in all processes, since each may hold a shard of the moments.
         folder = self.to_folder(save_optimizer)
         main_writes(lambda: write_agent_folder(path, folder, base_name=self.base.name, base=base), base)
 
     def to_folder(self, save_optimizer: bool = True) -> AgentFolder:
-        """What `save_checkpoint` writes."""
+        """The content of a checkpoint as plain data."""
         adapters = {role: self.base.export(name) for role, name in self._adapters.items() if name is not None}
         return AgentFolder(adapters, self._attributes(), self.optimizer.state_dict() if save_optimizer else None)
 
@@ -134,26 +133,26 @@ class SavableAgent(LLMAgent):
         """Restore the agent from a folder that `save_checkpoint` wrote.
 
         Args:
-            path: The folder. That of a run stands for its best agent, or, while it has not ended, for the best one of
-                its newest checkpoint, with a warning; that of a checkpoint for the best agent in it.
-            load_optimizer: A resume also restores the optimizer's moments; with none saved it warns and starts afresh.
-                A next stage starts afresh: moments of another loss, or of one against another reference, would
-                mislead it; it warns too where none are saved. False keeps the live optimizer.
-            overwrite_reference_adapter: True: the next stage of a chain. The loaded actor is copied onto the reference,
-                if the agent has one; hyperparameters, counters and optimizer stay the agent's own. False: a resume.
-                The saved reference is restored, and from a checkpoint of the same algorithm all the rest too. None: a
-                resume when the checkpoint is of the same algorithm, the next stage otherwise, and where the folder is
-                an adapter by itself (`save_llm_checkpoint`).
+            path: The folder of an agent. The folder of a run or population also works and gives its best agent; of a
+                run that has not ended, with a warning, the best agent of its newest checkpoint.
+            load_optimizer: True: a resume restores the optimizer's moments. The next training stage starts with a new
+                optimizer, since the moments belong to another loss or reference. If no moments are saved, either warns
+                and starts with a new optimizer. False keeps the agent's optimizer as it is.
+            overwrite_reference_adapter: True: this is the next training stage. The loaded actor also becomes the
+                reference, if the agent has one; hyperparameters, counters and optimizer stay the agent's own. False:
+                this is a resume. The saved reference is restored, and from a checkpoint of the same algorithm
+                everything else. None: a resume for an agent of the same algorithm, else the next stage, as for a
+                folder that holds a single adapter (`save_llm_checkpoint`).
             overwrite_critic_adapter: Accepted for compatibility; this agent has no critic.
-            merge_lora_configs: Where the LoRA configurations differ, rebuild the agent's adapters with the larger rank,
-                the union of the target modules and, with a warning, its own values of other fields. The loaded
-                adapters compute what they computed; the optimizer starts afresh.
+            merge_lora_configs: If the LoRA configurations differ, rebuild the agent's adapters with the larger rank,
+                the union of the target modules and, with a warning, the agent's values of other fields. The loaded
+                adapters keep their outputs; the optimizer is a new one.
             check_base: Refuse a checkpoint that was saved on another base.
 
         Raises:
             CheckpointError: The folder is missing, damaged, or from another base.
-            ConfigurationError: The LoRA configurations differ; the message lists each field. Or the base itself is the
-                reference, which a next stage cannot change.
+            ConfigurationError: The LoRA configurations differ; the message lists each field. Or the reference is the
+                base without adapter, which the next stage cannot replace.
         """
         for name, value in (
             ("load_optimizer", load_optimizer),
@@ -172,25 +171,23 @@ class SavableAgent(LLMAgent):
         self.load_folder(folder, load_optimizer, overwrite_reference_adapter, source=path)
 
     def load_optimizer_archive(self, folder: str | Path) -> None:
-        """Go on with the moments in `optimizer.pt`, which `save_policy_archive` wrote beside a `policy.pt`.
+        """Load the moments in `optimizer.pt`, which `save_policy_archive` wrote beside a `policy.pt`.
 
-        The actor whose moments they are, for example from a checkpoint without optimizer, goes on with the same bits.
-        An agent that has learnt nothing on the `policy.pt` as its archive has a new adapter, since that file holds the
-        old one merged: it starts with the moments of the old one, with a warning. A `scheduler.pt` has to say the
-        agent's learning rate.
+        An agent with the actor that the moments belong to, for example from a checkpoint without optimizer, continues
+        bit for bit. A new agent on the base in `policy.pt`, which has the old adapter merged, has a new adapter: it
+        starts with the old adapter's moments, with a warning. The learning rate in `scheduler.pt` has to be the
+        agent's.
 
         Args:
-            folder: Where the files are.
+            folder: Folder of the files.
 
         Raises:
             CheckpointError: `optimizer.pt` is missing or not AdamW's for this agent's adapter, or a file is damaged or
-                holds something else than plain data. Nothing has changed then.
+                no plain data. The agent is unchanged then.
         """
         path = usable_path("folder", folder) / OPTIMIZER
-        step_idx, state, names, adapter = read_optimizer(path)
-        check_names(path, names, self.base.parameters(self.actor_adapter))
-        check_moments(state, self.actor_parameters(), path)
-        check_schedule(path.with_name(SCHEDULER), step_idx, self.lr)
+        parameters = self.base.parameters(self.actor_adapter)
+        step_idx, state, adapter = read_optimizer_archive(path, parameters, self.lr)
         actor = self.base.export(self.actor_adapter)
         if adapter != adapter_fingerprint(actor.config, actor.tensors):
             archive = self.base.archive
@@ -213,7 +210,7 @@ class SavableAgent(LLMAgent):
         self._load_moments(state)
 
     def _merged(self, folder: AgentFolder) -> AgentFolder:
-        """The folder's adapters in the shapes of a merged LoRA configuration, which this agent's get too."""
+        """Rebuild the agent's adapters with a merged LoRA configuration, and give the folder's adapters its shapes."""
         current, saved = self.base.config(self.actor_adapter), folder.adapter(ACTOR).config
         if not differing_fields(current, saved):
             return folder
@@ -252,12 +249,12 @@ class SavableAgent(LLMAgent):
         overwrite_reference_adapter: bool | None = None,
         source: object = "the checkpoint",
     ) -> None:
-        """What `load_checkpoint` does once a folder is read; `source` says where it came from."""
+        """Load the content of a folder, as `load_checkpoint` does; `source` is its name in messages."""
         saved_actor = folder.adapter(ACTOR)
         check_same_lora(self.base.config(self.actor_adapter), saved_actor.config)
         same_algorithm = folder.attributes["algorithm"] == self.algorithm
         if overwrite_reference_adapter is None:
-            # An adapter by itself has no reference to go on with.
+            # A folder with a single adapter has no reference to restore.
             alone = folder.is_adapter and self._adapters.get(REFERENCE) is not None
             overwrite_reference_adapter = alone or not same_algorithm
         is_resume = same_algorithm and not overwrite_reference_adapter
@@ -265,8 +262,9 @@ class SavableAgent(LLMAgent):
             fix = "the base itself is the reference and cannot become the checkpoint's actor: build the agent with True"
             raise ConfigurationError("use_separate_reference_adapter", False, fix)
 
-        # Looked up before anything is changed: each may be missing or damaged.
-        attributes = self._read_attributes(folder, source) if is_resume else None
+        # Everything that may be missing or damaged is read before the agent is changed.
+        classes = (self.settings_class, self.hyperparameters_class)
+        attributes = read_attributes(folder.attributes, *classes, source) if is_resume else None
         if load_optimizer and is_resume and folder.optimizer is not None:
             check_moments(folder.optimizer, self.actor_parameters(), source)
         has_reference = self._adapters.get(REFERENCE) is not None
@@ -289,9 +287,6 @@ class SavableAgent(LLMAgent):
         self.optimizer = self._new_optimizer()
         if is_resume and folder.optimizer is not None:
             self._load_moments(folder.optimizer)
-
-    def _read_attributes(self, folder: AgentFolder, source: object) -> SavedAttributes:
-        return read_attributes(folder.attributes, self.settings_class, self.hyperparameters_class, source)
 
     def _attributes(self) -> dict[str, Any]:
         return {
@@ -319,13 +314,13 @@ class SavableAgent(LLMAgent):
         groups = self.optimizer.param_groups
         own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self.optimizer.load_state_dict(dict(state))
-        # A checkpoint holds moments; how they are used is not its to say.
+        # Only the moments are restored: learning rate, betas and the like stay the agent's own.
         for group, options in zip(self.optimizer.param_groups, own, strict=True):
             group.update(options)
 
 
 def _agent_folder(path: str) -> str:
-    """The folder of the agent that a folder stands for; a choice among several is said in a warning."""
+    """The folder of the agent in this folder; for a run or population that of its best agent, see `find_agent`."""
     found = find_agent("path", path)
     if found.remark:
         warnings.warn(found.remark, UserWarning, stacklevel=3)
@@ -333,7 +328,7 @@ def _agent_folder(path: str) -> str:
 
 
 def _other_base(folder: AgentFolder, path: object, here: str) -> CheckpointError:
-    """What to say of a checkpoint from another base: how to load it on its own."""
+    """The error for a checkpoint from another base, with how to load the checkpoint's own base."""
     named = str(folder.attributes["base_name"] or "")
     own = str(folder.base or named)
     fix = "build the agent on the model that it was tuned on"

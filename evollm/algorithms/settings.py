@@ -1,22 +1,25 @@
-"""The plain data of an agent, apart from its weights: settings, hyperparameters, and how attributes reach them."""
+"""An agent's settings and hyperparameters, and the descriptors that make each an attribute of the agent."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import Any, ClassVar, Generic, TypeVar, overload
+
+from typing_extensions import Self
 
 from evollm.checks import boolean, optional_boolean, optional_whole_number, positive_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 
-# Of torch's generators.
+# The largest seed of torch's generators.
 _LARGEST_SEED = 2**63 - 1
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """What is the same for all agents of a population and never mutates; `DPO` documents each field."""
+    """Settings that no mutation changes, equal for all agents of a population; `DPO` documents each field."""
 
     seed: int = 42
     micro_batch_size_per_gpu: int | None = None
@@ -45,22 +48,22 @@ class AgentSettings:
             raise ConfigurationError("torch_compiler", self.torch_compiler, f"must be None or one of {COMPILE_MODES}")
 
     def check(self, hyperparameters: Hyperparameters) -> None:
-        """Refuse hyperparameters that do not go with these settings; a subclass says which.
+        """Check hyperparameters against these settings; the base class has nothing to check.
 
         Raises:
-            ConfigurationError: They do not.
+            ConfigurationError: They contradict each other.
         """
         del hyperparameters
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The plain data that evolution may change; a subclass adds what its loss needs.
+    """The values that evolution may change; a subclass adds those of its loss.
 
     Attributes:
         lr: Learning rate of AdamW.
-        max_grad_norm: The gradient is scaled down to this 2-norm when it is longer.
-        batch_size: At most so many pairs for one optimizer step.
+        max_grad_norm: Largest 2-norm of the gradient; a larger gradient is scaled down to it.
+        batch_size: Largest number of pairs for one optimizer step.
         update_epochs: Passes over each batch that `learn` is given.
     """
 
@@ -70,20 +73,36 @@ class Hyperparameters:
     update_epochs: int = 1
 
     def __post_init__(self) -> None:
-        # Plain Python numbers: a checkpoint holds nothing else.
+        # Plain Python numbers, since a checkpoint may hold no others.
         for name in ("lr", "max_grad_norm"):
             object.__setattr__(self, name, float(positive_number(name, getattr(self, name))))
         for name in ("batch_size", "update_epochs"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
 
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """A copy with these values; the object itself if none of them differs.
+
+        Raises:
+            ConfigurationError: A name is unknown or a value invalid.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigurationError("hyperparameters", values, "must be a mapping such as {'lr': 1e-5}")
+        current = asdict(self)
+        unknown = sorted(set(values) - set(current))
+        if unknown:
+            raise ConfigurationError("hyperparameters", unknown, f"are not known: choose from {sorted(current)}")
+        changed = {name: value for name, value in values.items() if value != current[name]}
+        return replace(self, **changed) if changed else self
+
 
 def check_evolution(
     hp_config: HyperparameterConfig | None, hyperparameters: Hyperparameters, settings: AgentSettings
 ) -> None:
-    """Refuse bounds and choices from which evolution could draw hyperparameters that no agent can have.
+    """Check that every value which evolution may draw is valid for an agent with these settings.
 
     Raises:
-        ConfigurationError: It could, or `hp_config` is none, or does not belong to the hyperparameters.
+        ConfigurationError: A bound or choice is invalid, or `hp_config` is no `HyperparameterConfig` for these
+            hyperparameters.
     """
     if hp_config is None:
         return
@@ -96,56 +115,32 @@ def check_evolution(
 T = TypeVar("T")
 
 
-class HasHyperparameters(Protocol):
-    """What `Evolvable` needs of the object that it stands on."""
-
-    hyperparameters: Any
-
-    def set_hyperparameters(self, values: dict[str, Any]) -> None:
-        """Change hyperparameters by name."""
-
-
-class HasSettings(Protocol):
-    """What `Setting` needs of the object that it stands on."""
-
-    settings: Any
-
-
 class Setting(Generic[T]):
-    """A setting as an attribute of the agent, such as `agent.seed`, which nothing changes."""
+    """A setting as a read-only attribute of the agent, such as `agent.seed`."""
+
+    _source: ClassVar[str] = "settings"
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     @overload
-    def __get__(self, agent: None, owner: type) -> Setting[T]: ...
+    def __get__(self, agent: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, agent: HasSettings, owner: type) -> T: ...
-    def __get__(self, agent: HasSettings | None, owner: type) -> T | Setting[T]:
+    def __get__(self, agent: Any, owner: type) -> T: ...
+    def __get__(self, agent: Any, owner: type) -> T | Self:
         if agent is None:
             return self
-        value: T = getattr(agent.settings, self.name)
+        value: T = getattr(getattr(agent, self._source), self.name)
         return value
 
-    def __set__(self, agent: HasSettings, value: T) -> None:
+    def __set__(self, agent: Any, value: T) -> None:
         raise ConfigurationError(self.name, value, "is set when an agent is made and stays: make another agent")
 
 
-class Evolvable(Generic[T]):
-    """A hyperparameter as an attribute of the agent: `agent.lr = 1e-5` reaches the optimizer too."""
+class Evolvable(Setting[T]):
+    """A hyperparameter as an attribute of the agent; `agent.lr = 1e-5` changes the optimizer's rate too."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    _source = "hyperparameters"
 
-    @overload
-    def __get__(self, agent: None, owner: type) -> Evolvable[T]: ...
-    @overload
-    def __get__(self, agent: HasHyperparameters, owner: type) -> T: ...
-    def __get__(self, agent: HasHyperparameters | None, owner: type) -> T | Evolvable[T]:
-        if agent is None:
-            return self
-        value: T = getattr(agent.hyperparameters, self.name)
-        return value
-
-    def __set__(self, agent: HasHyperparameters, value: T) -> None:
+    def __set__(self, agent: Any, value: T) -> None:
         agent.set_hyperparameters({self.name: value})

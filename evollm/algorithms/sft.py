@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from evollm.algorithms.agilerl import EvolvableAlgorithm
 from evollm.algorithms.algorithm import Algorithm, register
 from evollm.algorithms.arguments import AgentArguments
-from evollm.algorithms.fit import batch_for, check_base, check_gym
+from evollm.algorithms.input_checks import batch_for, check_base, check_gym
 from evollm.algorithms.sft_step import evaluate_together, learn_together
 from evollm.algorithms.step import policy_logprobs
 from evollm.checks import boolean
@@ -91,17 +91,17 @@ class SFT(EvolvableAlgorithm):
         """Update the actor on a batch of examples, `update_epochs` times.
 
         The loss is the mean negative log-likelihood of the completions' tokens, with what ends them, given all tokens
-        before them: a mean over all completion tokens of the optimizer batch, whatever the micro-batch and however
-        many processes, so that a token of a long completion weighs what one of a short completion weighs.
+        before them. The mean is over all completion tokens of the optimizer batch, whatever the micro-batch and the
+        number of processes, so that all tokens have the same weight.
 
         Args:
-            experiences: A batch, or an observation of `SFTGym`. Rejected sides play no part.
+            experiences: A batch, or an observation of `SFTGym`. Rejected sides are not used.
             training: False computes the metrics and changes nothing.
 
         Returns:
-            `mean_loss`, and by the names of TRL `loss`, `grad_norm`, `learning_rate`: means over the optimizer steps,
-            by their completion tokens, of the policy before each; losses in nats per token. `num_tokens`: the tokens
-            that the agent has learnt from so far, those of prompts included.
+            `mean_loss`, and by TRL's names `loss`, `grad_norm`, `learning_rate`: means over the optimizer steps,
+            weighted by completion tokens, of the policy before each step; losses in nats per token. `num_tokens`: the
+            tokens, prompts included, that the agent has learnt from so far.
         """
         return learn_together([self], batch_for(self.base, experiences), training=boolean("training", training))[0]
 
@@ -125,11 +125,11 @@ class SFT(EvolvableAlgorithm):
             split: `test` (the selection examples) or `final`.
 
         Returns:
-            The log-probability of each completion, in the order of the split, but for those on which the base by itself
-            is not finite.
+            The log-probability of each completion in the order of the split, without those on which the base without
+            adapter is not finite.
 
         Raises:
-            DataError: The base is not finite on any example, or on one and `drop_nonfinite_rows` is False.
+            DataError: The base is finite on no example, or, with `drop_nonfinite_rows=False`, not on every one.
         """
         check_gym(env, SFTGym, "SFT.evaluate")
         check_base(self.base, env)

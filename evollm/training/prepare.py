@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from evollm.algorithms import Algorithm
-from evollm.algorithms.fit import check_base, check_gym
+from evollm.algorithms.input_checks import check_base, check_gym
 from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.settings import check_evolution
 from evollm.checks import boolean

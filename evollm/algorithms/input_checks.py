@@ -1,4 +1,4 @@
-"""Whether agents can take what is handed to them: gyms and batches of their kind, for their base."""
+"""Checks that a gym or a batch suits an agent's algorithm and its base."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from evollm.models import SharedBase
 
 
 def check_gym(env: object, kind: type[DatasetGym], purpose: str) -> None:
-    """Refuse what is not a gym of this kind: rows, a wrapper, or a gym with rows for another stage.
+    """Check that `env` is a gym of this class, and not rows, a wrapper, or the gym of another algorithm.
 
     Args:
-        env: What was handed in.
-        kind: The gym that is needed.
-        purpose: What needs it.
+        env: The argument to check.
+        kind: The gym's class.
+        purpose: The function that needs the gym, for the message.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: The argument is something else.
     """
     if not isinstance(env, kind):
         fix = f"is no {kind.__name__}, which {purpose} needs: build one from the rows; of a wrapper pass what it wraps"
@@ -28,10 +28,11 @@ def check_gym(env: object, kind: type[DatasetGym], purpose: str) -> None:
 
 
 def check_base(base: SharedBase, env: DatasetGym) -> None:
-    """Refuse a gym whose token ids are not for this base.
+    """Check that the base can take a gym's token ids.
 
     Raises:
-        ConfigurationError: It was built for another kind of model or another tokenizer, or its texts are too long.
+        ConfigurationError: The gym is for the other kind of model (decoder-only or encoder-decoder), has ids beyond the
+            base's vocabulary, or texts longer than its positions.
     """
     if base.is_encoder_decoder != env.encoder_decoder:
         fix = f"the base {'is' if base.is_encoder_decoder else 'is not'} an encoder-decoder model: build the gym anew"
@@ -47,11 +48,11 @@ def check_base(base: SharedBase, env: DatasetGym) -> None:
 
 
 def batch_for(base: SharedBase, experiences: PreferenceBatch | Mapping[str, Any]) -> PreferenceBatch:
-    """The batch that was handed in, or that of an observation.
+    """The batch in `experiences`, a batch or an observation, checked against the base.
 
     Raises:
-        DataError: It is something else, or holds ids of another vocabulary, or more tokens in a row than the base has
-            positions for.
+        DataError: `experiences` is neither, is empty, has ids beyond the base's vocabulary, or a text longer than the
+            base's positions.
     """
     batch = PreferenceBatch.from_experiences(experiences)
     if not len(batch):
