@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
 from evollm import DPO, PreferenceGym
-from evollm.algorithms.losses import LOSSES, SMOOTHED
+from evollm.algorithms.losses import LOSSES
 from evollm.data import read_pairs
 from evollm.data.batch import IntArray
 from evollm.data.rows import ChatPair, TextPair
@@ -51,6 +51,7 @@ CHATML = (
 )
 
 # TRL has these in trainers of their own, and leaves smoothing out of this one.
+SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
 NOT_TRLS, NOT_SMOOTHED_BY_TRL = ("simpo", "orpo"), "sigmoid"
 
 Curve = list[tuple[float, float]]
