@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from conftest import make_rows
 from two_workers import TwoWorkers
 
 from evollm import (
+    DPO,
     Callback,
+    ConfigurationError,
     HyperparameterConfig,
     Mutations,
     PreferenceGym,
@@ -17,7 +20,9 @@ from evollm import (
     TournamentSelection,
     finetune_llm_preference,
 )
-from evollm.algorithms import DPO
+from evollm.execution.local import LocalExecutor
+from evollm.execution.worker import Worker
+from evollm.hpo import Birth
 from evollm.runs import read_run
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
@@ -91,3 +96,68 @@ def test_members_on_two_workers_end_as_on_one_and_go_on_when_killed(run, tmp_pat
     # Nothing is left but the members' adapters and their references.
     references = {agent.adapter("reference") for agent in spread}
     assert len(spread[0].base.adapters) == len(spread) + len(references)
+
+
+def test_a_worker_takes_members_in_hands_them_over_and_begins_again_from_none(make_population, gym) -> None:
+    agents = make_population(3, hp_config=HP_CONFIG)
+    values = agents[0].hyperparameter_values()
+    one, other = Worker(agents[:2], copy.copy(gym)), Worker(agents[2:], copy.copy(gym))
+    first = one.export(0)
+    for worker, births in (
+        (one, [Birth(0, 0, (), False, values), Birth(1, 1, (), False, {**values, "lr": 2e-3})]),
+        (other, [Birth(2, 2, (), False, values)]),
+    ):
+        worker.begin(births, moving_references=False, first=first)
+    assert [agent.lr for agent in one.agents] == [1e-3, 2e-3]
+    for worker in (one, other):
+        assert [done.step for done in worker.learn(0, 2)] == [1, 2]
+    # Agent 1 moves as it is, agent 3 is a child of it, and the other worker is left without members.
+    (moved,) = weights([one.agent(1)])
+    arriving = {1: one.export(1), 3: one.export(1)}
+    other.apply(
+        [Birth(1, 1, (), False, one.members()[1].hyperparameters), Birth(3, 1, (), False, {**values, "lr": 3e-3})],
+        arriving,
+    )
+    one.apply([])
+    assert [member.index for member in other.members()] == [1, 3]
+    assert all(torch.equal(weight, moved) for weight in weights(other.agents))
+    assert [member.steps for member in other.members()] == [2, 2]
+    assert other.agent(3).lr == 3e-3
+    assert one.members() == []
+    assert [done.metrics for done in one.learn(2, 3)] == [{}]
+    assert one.evaluate("test") == {}
+    # A fresh agent begins as the first one did, and one that had left comes back.
+    back = {1: other.export(1)}
+    one.apply([Birth(1, 1, (), False, other.members()[0].hyperparameters), Birth.fresh(4, values)], back)
+    other.apply([])
+    assert torch.equal(weights([one.agent(1)])[0], moved)
+    untouched = first.adapter("actor").tensors
+    mine = one.base.export(one.agent(4).actor_adapter).tensors
+    assert all(torch.equal(untouched[name], mine[name]) for name in untouched)
+    assert one.agent(4).steps == 0
+    for worker in (one, other):
+        worker.close()
+    # Two actors, and the reference that all share.
+    assert len(one.base.adapters) == 3
+
+
+def test_values_that_no_agent_can_have_change_nobody(make_population, gym) -> None:
+    for make in (LocalExecutor, TwoWorkers):
+        agents = make_population(4, hp_config=HP_CONFIG)
+        values = agents[0].hyperparameter_values()
+        executor = make(agents, gym)
+        executor.begin(
+            [Birth(agent.index, agent.index, (), False, values) for agent in agents], moving_references=False
+        )
+        before = executor.members()
+        with pytest.raises(ConfigurationError, match=r"lr=-1\.0"):
+            executor.apply([Birth.fresh(4, values), Birth.fresh(5, {**values, "lr": -1.0})])
+        assert executor.members() == before
+        executor.close()
+
+
+@pytest.mark.parametrize("executor", ["ray", 3, None])
+def test_what_makes_no_executor_is_refused(run, tmp_path, executor) -> None:
+    with pytest.raises(ConfigurationError, match=r"executor=.*must be a class or a function from agents and gym"):
+        run("run", executor=executor)
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from families import RELATIVE
 from peft import LoraConfig
 from tokenizers_for_tests import t5_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
+from two_workers import TwoWorkers
 
 import evollm
 from evollm import ConfigurationError, DataError, HyperparameterConfig, RLParameter
@@ -23,6 +24,8 @@ from evollm.errors import MissingExtraError
 from evollm.hpo import STRATEGIES, ancestry
 from evollm.runs import read_run
 from evollm.runs.folder import TUNE_ARGUMENTS
+from evollm.training import prepare
+from evollm.tuning import validate
 from evollm.tuning.arguments_file import read_tune_arguments
 from evollm.tuning.from_yaml import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.parameters import loop_of, parameters_of
@@ -57,6 +60,28 @@ def test_one_call_gives_the_best_agent_its_schedule_and_a_run_folder(tune, tmp_p
     assert [values for _, values in result.schedule][-1] == result.best.hyperparameter_values()
     assert result.schedule[0] == (0, dict(ancestry(plans, result.best.index)[0].hyperparameters))
     assert {step for step, _ in result.schedule} <= {0, *(one.step for one in record.evolutions)}
+
+
+def test_everything_is_checked_once(tune, monkeypatch) -> None:
+    calls = []
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **named: calls.append(name) or function(*args, **named))
+
+    for name in ("check_run", "check_fitness", "check_callbacks", "tracker_names"):
+        counted(prepare, name)
+    counted(prepare.RunPaths, "of")
+    tune(generations=2)
+    assert sorted(calls) == ["check_callbacks", "check_fitness", "check_run", "of", "tracker_names"]
+
+
+def test_the_agents_are_where_an_executor_has_them(tune, make_model, tokenizer, tmp_path) -> None:
+    result = tune(generations=2, executor=TwoWorkers)
+    assert result.best in result.population
+    assert read_tune_arguments(result.run_dir).objects == {"model", "data", "tokenizer", "executor"}
+    arguments = {"tokenizer": tokenizer, "population": 3, **SMALL, "executor": TwoWorkers}
+    assert "3 agents learnt from" in validate(make_model(), make_rows(40), **arguments)
 
 
 def test_a_search_by_its_name_takes_its_settings_and_is_known_to_the_folder(tune) -> None:
