@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from evollm.errors import DivergedError
+from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import AnyEvaluation, Birth, HyperparameterConfig
 from evollm.runs.events import SampleAnswer, StepDone
 
@@ -204,6 +204,23 @@ class Executor(Protocol):
 
 # Makes an executor of agents and gym, which are checked.
 ExecutorFactory: TypeAlias = Callable[[Sequence[Any], Any], Executor]
+
+
+def check_executor(executor: object) -> None:
+    """Refuse what is no executor.
+
+    Raises:
+        ConfigurationError: A method is missing.
+    """
+    missing = ["processes"] if not hasattr(executor, "processes") else []
+    for name, declared in vars(Executor).items():
+        # Inherited from the protocol it would do nothing.
+        inherited = getattr(type(executor), name, None) is declared
+        if not name.startswith("_") and (inherited or not callable(getattr(executor, name, None))):
+            missing.append(name)
+    if missing:
+        fix = f"makes what lacks {', '.join(missing)}: see evollm.execution.executor.Executor"
+        raise ConfigurationError("executor", type(executor).__name__, fix)
 
 
 def check_going(members: Sequence[Member]) -> None:

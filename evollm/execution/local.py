@@ -10,7 +10,7 @@ from typing import Any
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import read_population, write_population
 from evollm.checkpoints.export import main_writes
-from evollm.execution.executor import Arrays, Description, Executor, Member
+from evollm.execution.executor import Agreement, Arrays, Description, Member
 from evollm.execution.worker import Worker
 from evollm.hpo import AnyEvaluation, Birth
 from evollm.llm_envs import DatasetGym
@@ -18,11 +18,11 @@ from evollm.processes import Processes
 from evollm.runs.events import SampleAnswer, StepDone
 
 
-class LocalExecutor(Executor):
+class LocalExecutor:
     """One worker in this process; of several processes each has one with all agents, and shares the rows of a batch."""
 
     def __init__(self, agents: Sequence[SavableAgent], env: DatasetGym) -> None:
-        self.processes = Processes.present()
+        self.processes: Agreement = Processes.present()
         self._worker = Worker(agents, env)
 
     def describe(self) -> Description:

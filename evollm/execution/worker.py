@@ -56,6 +56,7 @@ class Worker:
         self._shares = AdapterShares(self.base)
         # What scores are measured against. Where references move, all agents and epochs need one that stays.
         self._fixed_reference: str | None = OWN
+        self._moving_references = False
         # What fresh agents begin as, and the fingerprint of its adapter when the run began.
         self._beginning: AgentFolder | None = None
         self._began_as: str | None = None

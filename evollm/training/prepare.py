@@ -14,7 +14,7 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.settings import check_evolution
 from evollm.checks import boolean
 from evollm.errors import ConfigurationError
-from evollm.execution.executor import ExecutorFactory
+from evollm.execution.executor import ExecutorFactory, check_executor
 from evollm.hpo import as_fitness
 from evollm.llm_envs import DatasetGym
 from evollm.processes import Processes
@@ -110,6 +110,7 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
     """
     check_run(pop, env, arguments.options, arguments.algorithm)
     executor = arguments.executor(pop, env)
+    check_executor(executor)
     return Run(executor, arguments.options, arguments.paths, arguments.fitness, arguments.callbacks)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from evollm.algorithms.saving import SavableAgent
+from evollm.checkpoints import only_writer
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.errors import DivergedError
 from evollm.execution.executor import check_going
@@ -34,7 +35,7 @@ def rehearse(setup: Setup) -> str:
     run = setup.run
     run.begin()
     if run.paths.resumes:
-        with run.paths.only_writer():
+        with only_writer(run.paths.run_dir, what=run.paths.run_dir):
             run.resume()
     generators = global_generators()
     try:

@@ -20,9 +20,11 @@ from evollm import (
     TournamentSelection,
     finetune_llm_preference,
 )
+from evollm.execution.executor import Executor
 from evollm.execution.local import LocalExecutor
 from evollm.execution.worker import Worker
 from evollm.hpo import Birth
+from evollm.processes import Processes
 from evollm.runs import read_run
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
@@ -156,8 +158,25 @@ def test_values_that_no_agent_can_have_change_nobody(make_population, gym) -> No
         executor.close()
 
 
-@pytest.mark.parametrize("executor", ["ray", 3, None])
-def test_what_makes_no_executor_is_refused(run, tmp_path, executor) -> None:
-    with pytest.raises(ConfigurationError, match=r"executor=.*must be a class or a function from agents and gym"):
+class Half(Executor):
+    def __init__(self, agents, env) -> None:
+        self.processes = Processes()
+
+    def describe(self) -> None: ...
+
+
+A_CLASS = "must be a class or a function from agents and gym"
+
+
+@pytest.mark.parametrize(
+    ("executor", "fix"),
+    [
+        *[("ray", A_CLASS), (3, A_CLASS), (None, A_CLASS)],
+        (Half, "makes what lacks changed_text, members, begin, learn"),
+        (lambda agents, env: agents, "makes what lacks processes, describe"),
+    ],
+)
+def test_what_makes_no_executor_is_refused(run, tmp_path, executor, fix) -> None:
+    with pytest.raises(ConfigurationError, match=rf"executor=.*{fix}"):
         run("run", executor=executor)
     assert not (tmp_path / "run").exists()

@@ -6,12 +6,11 @@ import copy
 from dataclasses import replace
 
 from evollm.checkpoints import read_population, write_population
-from evollm.execution.executor import Executor
 from evollm.execution.worker import Worker
 from evollm.processes import Processes
 
 
-class TwoWorkers(Executor):
+class TwoWorkers:
     def __init__(self, agents, env):
         self.processes = Processes.present()
         self.order = [agent.index for agent in agents]
