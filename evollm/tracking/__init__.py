@@ -1,4 +1,4 @@
-"""Where a run's events are written: files, the console, and optional trackers."""
+"""Callbacks that show a run: the console, and the optional trackers."""
 
 from evollm.tracking.console import Console
 from evollm.tracking.trackers import TRACKERS, TensorBoard, Tracker, Trackio, WeightsAndBiases, tracker_names

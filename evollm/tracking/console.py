@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar, a table for each generation, and the result."""
+"""The console output of a run: a progress bar, a table for each generation, and the result."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from evollm.runs.events import (
 from evollm.runs.words import Score, Words
 
 BAR_WIDTH = 8
+# The hyperparameters that tables show: these always, those below where they differ from their default.
 SHOWN = ("lr", "beta", "nll_alpha")
-# Shown too where they are not these.
-USUAL = {"loss_type": "sigmoid", "label_smoothing": 0.0}
+DEFAULTS = {"loss_type": "sigmoid", "label_smoothing": 0.0}
 
 
 class Console(Callback):
@@ -54,10 +54,10 @@ class Console(Callback):
     _words: Words
 
     def __init__(self, console: rich.console.Console | None = None) -> None:
-        # No emoji: a text such as a folder or an answer may hold what rich takes for the name of one.
+        # Without emoji, since a folder or an answer may contain a text such as :cat:, which rich would replace.
         self._console = console or rich.console.Console(emoji=False)
-        # Elsewhere, such as in a file, there is a line now and then instead.
-        self._has_bar = _can_move(self._console)
+        # Without a bar, such as in a file, progress is printed as lines.
+        self._has_bar = _can_show_bar(self._console)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(BAR_WIDTH),
@@ -67,7 +67,7 @@ class Console(Callback):
             TextColumn("left"),
             console=self._console,
             transient=True,
-            # By default it knows nothing of steps that take half a minute.
+            # In seconds. The default of 30 is too short for steps of half a minute.
             speed_estimate_period=3600,
         )
         self._task: TaskID | None = None
@@ -76,13 +76,13 @@ class Console(Callback):
         self._births: dict[int, Birth] = {}
         self._losses: dict[int, float] = {}
         self._plans: list[EvolutionPlan] = []
-        self._attention: set[str] = {""}
+        self._printed_attention: set[str] = {""}
 
     def on_start(self, event: RunStarted) -> None:
-        """Say what is about to happen and start the bar."""
+        """Print data, agents, steps and folder of the run, and start the bar."""
         self._births = {birth.index: birth for birth in event.founders}
         for evolution in event.evolutions:
-            self._follow(evolution.plan)
+            self._apply(evolution.plan)
         agents = f"{len(self._births)} agent{'s' if len(self._births) > 1 else ''}"
         data, words = event.config["data"], Words.from_dict(event.config["words"])
         self._words = words
@@ -108,30 +108,30 @@ class Console(Callback):
         self._pace = Pace(event.total_steps, event.step)
 
     def on_baseline(self, event: BaselineScored) -> None:
-        """Training is next."""
+        """Show that training begins."""
         self._phase("training")
         self._pace = Pace(self._total)
 
     def _phase(self, name: str) -> None:
-        """Say what takes the time now: beside the bar, or in a line where there is none."""
+        """Show the present phase of the run: beside the bar, or as a line if there is no bar."""
         assert self._task is not None
         self._progress.update(self._task, description=name)
         if not self._has_bar:
             self._print(f"{name} ...")
 
     def on_step(self, event: StepDone) -> None:
-        """Move the bar, or say how far the run is; and say what attention is computed by, once."""
-        if event.attention not in self._attention:
-            self._attention.add(event.attention)
+        """Advance the bar, or print the progress; and print each attention implementation once."""
+        if event.attention not in self._printed_attention:
+            self._printed_attention.add(event.attention)
             self._print(f"[dim]attention: {escape(event.attention)}[/dim]", soft_wrap=True)
         self._losses |= {index: metrics["loss"] for index, metrics in event.metrics.items()}
         assert self._task is not None
         assert self._pace is not None
-        found = batch_line(list(event.metrics.values()))
-        self._progress.update(self._task, completed=event.step, description=found)
+        metrics = batch_line(list(event.metrics.values()))
+        self._progress.update(self._task, completed=event.step, description=metrics)
         if not self._has_bar and self._pace.is_due(event.step):
             share = f"{event.step / self._total:.0%}"
-            self._print(f"step {event.step} of {self._total} ({share}): {found}; {self._pace.left(event.step)}")
+            self._print(f"step {event.step} of {self._total} ({share}): {metrics}; {self._pace.left(event.step)}")
 
     def on_evaluation(self, event: Evaluated) -> None:
         """Print the table of a generation."""
@@ -140,8 +140,8 @@ class Console(Callback):
             self._phase("final score and sample answers")
 
     def on_evolution(self, event: Evolved) -> None:
-        """Say who came from whom."""
-        self._follow(event.plan)
+        """Print the parent and the mutations of each agent."""
+        self._apply(event.plan)
         for birth in event.plan.births:
             parent = "" if birth.parent is None else f" <- {birth.parent}"
             self._print(f"  agent {birth.index}{parent}  {escape(birth.origin)}", soft_wrap=True)
@@ -149,12 +149,12 @@ class Console(Callback):
         if left and len(event.plan.births) != len(event.plan.fitnesses):
             self._print(f"  without heirs: {', '.join(map(str, left))}", soft_wrap=True)
 
-    def _follow(self, plan: EvolutionPlan) -> None:
+    def _apply(self, plan: EvolutionPlan) -> None:
         self._plans.append(plan)
         self._births = {birth.index: birth for birth in plan.births}
 
     def on_checkpoint(self, event: Checkpointed) -> None:
-        """Say where the population was saved."""
+        """Print the folder of the checkpoint."""
         self._print(f"step {event.step}: population saved in {escape(str(event.path))}", soft_wrap=True)
 
     def on_end(self, event: RunEnded) -> None:
@@ -178,7 +178,7 @@ class Console(Callback):
             self._print(f"Load it with: [bold]{escape(line)}[/bold]", soft_wrap=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._has_bar:
             self._progress.stop()
 
@@ -186,31 +186,29 @@ class Console(Callback):
         self._console.print(what, soft_wrap=soft_wrap, highlight=False, emoji=False)
 
 
-def _can_move(console: rich.console.Console) -> bool:
-    """Whether a bar can move there: in a terminal or a notebook, not in a file that is made to look like one."""
+def _can_show_bar(console: rich.console.Console) -> bool:
+    """Whether output goes to a terminal or a notebook; rich's own test can be forced to take a file for a terminal."""
     is_terminal = console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
     return console.is_jupyter or is_terminal
 
 
-def batch_line(found: Sequence[Mapping[str, float]]) -> str:
-    """What the agents made of a batch, in some words: the best of them where there are several."""
-    lowest, best = ("lowest ", "best ") if len(found) > 1 else ("", "")
-    losses = [metrics["loss"] for metrics in found]
-    line = f"{lowest}loss {min(losses):.3f}"
-    if "rewards/accuracies" in found[0]:
-        line += f", {best}accuracy {max(metrics['rewards/accuracies'] for metrics in found):.2f}"
+def batch_line(agents: Sequence[Mapping[str, float]]) -> str:
+    """Return loss and accuracy on a batch from each agent's metrics: the lowest and the best of several agents."""
+    lowest, best = ("lowest ", "best ") if len(agents) > 1 else ("", "")
+    line = f"{lowest}loss {min(metrics['loss'] for metrics in agents):.3f}"
+    if "rewards/accuracies" in agents[0]:
+        line += f", {best}accuracy {max(metrics['rewards/accuracies'] for metrics in agents):.2f}"
     return line
 
 
 def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapping[int, float], words: Words) -> Table:
-    """One row for each agent, the fittest first and marked."""
+    """Return a table with one row for each agent, the fittest first and marked."""
     table = Table(title=f"generation {event.generation}, step {event.step}", title_justify="left", box=SIMPLE_HEAD)
-    shown = [
-        name for name in (*SHOWN, *USUAL) if any(name in _worth_showing(values) for values in event.agents.values())
-    ]
+    shown = [name for name in (*SHOWN, *DEFAULTS) if any(name in _shown_names(one) for one in event.agents.values())]
     for name in ("agent", "parent", *shown, *(score.heading or score.label for score in words.scores), "loss"):
         table.add_column(name, justify="right")
-    for index in _best_first(event):
+    indices = list(event.fitnesses)
+    for index in (indices[position] for position in rank(list(event.fitnesses.values()))):
         parent, values = births[index].parent, event.agents[index]
         evaluation = event.evaluations.get(index)
         scores = ["diverged", *[""] * (len(words.scores) - 1)]
@@ -229,24 +227,24 @@ def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapp
 
 
 def schedule_line(line: Sequence[Birth]) -> str:
-    """The hyperparameters of an agent's line, founder first; a kept elite goes on with the same ones."""
-    generations = [f"agent {birth.index} ({', '.join(_values(birth))})" for birth in line if not birth.elite]
+    """Return the hyperparameters of an agent's ancestry as text, founder first and without the births of elites."""
+    generations = []
+    for birth in line:
+        if not birth.elite:
+            values = birth.hyperparameters
+            listed = ", ".join(f"{name} {format_value(values[name])}" for name in _shown_names(values))
+            generations.append(f"agent {birth.index} ({listed})")
     return " -> ".join(generations)
 
 
-def _values(birth: Birth) -> list[str]:
-    values = birth.hyperparameters
-    return [f"{name} {format_value(values[name])}" for name in _worth_showing(values)]
-
-
-def _worth_showing(values: Mapping[str, Any]) -> list[str]:
-    """Names of the hyperparameters that a person wants to see."""
-    unusual = [name for name, usual in USUAL.items() if values.get(name, usual) != usual]
-    return [name for name in SHOWN if name in values] + unusual
+def _shown_names(values: Mapping[str, Any]) -> list[str]:
+    """The names of an agent's hyperparameters that are shown."""
+    changed = [name for name, default in DEFAULTS.items() if values.get(name, default) != default]
+    return [name for name in SHOWN if name in values] + changed
 
 
 def score_lines(words: Words, split: str, before: AnyEvaluation, after: AnyEvaluation, *, chosen_by_score: bool) -> str:
-    """The scores before and after, and what they were measured on."""
+    """Return the scores before and after, and the number and kind of the rows, as text."""
     kind, noun = "final" if split == "final" else "selection", f"{words.noun}s"
     values = [
         (score, f"{before.scores[score.name]:{score.format_spec}} -> {after.scores[score.name]:{score.format_spec}}")
@@ -265,8 +263,3 @@ def score_lines(words: Words, split: str, before: AnyEvaluation, after: AnyEvalu
 
 def _unit(score: Score) -> str:
     return "" if score.is_share or not score.unit else f" {score.unit}"
-
-
-def _best_first(event: Evaluated) -> list[int]:
-    indices = list(event.fitnesses)
-    return [indices[position] for position in rank([event.fitnesses[index] for index in indices])]

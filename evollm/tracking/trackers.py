@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and trackio, which are optional."""
+"""Callbacks for TensorBoard, Weights & Biases and trackio, which are optional dependencies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 from evollm.checks import boolean, nearest_name
 from evollm.errors import ConfigurationError, MissingExtraError
-from evollm.hpo import AnyEvaluation, Birth
+from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, read_bytes, replace_bytes
 from evollm.runs.events import Callback, Evaluated, Evolved, RunEnded, RunStarted, StepDone
 
-# The name under which a tracker of elsewhere knows the run, for whoever resumes it.
+# The file with the run's id in Weights & Biases and trackio, by which a resumed run continues there.
 ID_FILE = "tracking-id"
 _ID = re.compile(r"[0-9a-f]{8}")
 PROJECT = "evollm"
@@ -25,7 +25,7 @@ NONE = "none"
 
 
 class Tracker(Callback):
-    """Turns a run into scalars such as `agent_3/rewards/margins`, and evolutions into text as well.
+    """Writes a run as scalars such as `agent_3/rewards/margins`, and evolutions as text, too.
 
     Raises:
         MissingExtraError: The tracker's package is not installed.
@@ -34,7 +34,10 @@ class Tracker(Callback):
     name: ClassVar[str]
 
     def __init__(self) -> None:
-        self.module = _require(self.name)
+        try:
+            self.module = importlib.import_module(self.name)
+        except ImportError as error:
+            raise MissingExtraError(self.name, self.name, f'report_to="{self.name}"') from error
 
     def on_step(self, event: StepDone) -> None:
         """Write the metrics of every agent."""
@@ -47,14 +50,16 @@ class Tracker(Callback):
         self.write(_by_agent(scores) | {"best_agent": event.best, "generation": event.generation}, event.step)
 
     def on_evolution(self, event: Evolved) -> None:
-        """Write who came from whom, with which hyperparameters."""
+        """Write the parent and the hyperparameters of every agent."""
         births = event.plan.births
         lineage = {birth.index: {"parent": birth.parent, **birth.hyperparameters} for birth in births}
         self.write(_by_agent(lineage) | {"generation": event.plan.generation + 1}, event.step)
-        self.write_text("evolution", "\n".join(map(_line, births)), event.step)
+        parents = ["" if birth.parent is None else f" <- agent {birth.parent}" for birth in births]
+        lines = [f"agent {one.index}{parent}: {one.origin}" for one, parent in zip(births, parents, strict=True)]
+        self.write_text("evolution", "\n".join(lines), event.step)
 
     def on_end(self, event: RunEnded) -> None:
-        """Write the score of the first agent before training and that of the best one after."""
+        """Write the scores of the first agent before training and of the best agent after it."""
         scores: dict[str, float] = {"best_agent": event.best}
         for when, evaluation in (("before", event.before), ("after", event.after)):
             if evaluation is not None:
@@ -63,11 +68,11 @@ class Tracker(Callback):
 
     @abstractmethod
     def write(self, values: Mapping[str, float], step: int) -> None:
-        """Write scalars; several calls may come for one step."""
+        """Write scalars; there may be several calls for one step."""
 
     @abstractmethod
     def write_text(self, name: str, text: str, step: int) -> None:
-        """Write some lines of text."""
+        """Write lines of text."""
 
 
 class TensorBoard(Tracker):
@@ -79,7 +84,7 @@ class TensorBoard(Tracker):
     def on_start(self, event: RunStarted) -> None:
         """Open the event file."""
         module = importlib.import_module("torch.utils.tensorboard")
-        # What a resumed run had written after its checkpoint comes again.
+        # A resumed run repeats the steps after its checkpoint, so their first records are dropped.
         purge = event.step + 1 if event.step else None
         folder = str(inside(event.run_dir, "tensorboard"))
         self._writer = _started(self.name, lambda: module.SummaryWriter(folder, purge_step=purge))
@@ -90,7 +95,7 @@ class TensorBoard(Tracker):
             self._writer.add_scalar(name, value, step)
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        """Write some lines of text; TensorBoard reads them as Markdown."""
+        """Write lines of text; TensorBoard shows them as Markdown, in which two spaces end a line."""
         self._writer.add_text(name, text.replace("\n", "  \n"), step)
 
     def close(self) -> None:
@@ -100,9 +105,9 @@ class TensorBoard(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """Logs to a Weights & Biases run, which a resumed run goes on with.
+    """Logs to a Weights & Biases run; a resumed run continues it.
 
-    The project is `evollm` or `WANDB_PROJECT`; wandb's other variables work as ever, such as `WANDB_MODE=offline`.
+    The project is `evollm` or `WANDB_PROJECT`; wandb reads its other variables itself, such as `WANDB_MODE=offline`.
     """
 
     name = "wandb"
@@ -120,15 +125,15 @@ class WeightsAndBiases(Tracker):
         self._run = _started(self.name, lambda: self.module.init(**arguments))
 
     def write(self, values: Mapping[str, float], step: int) -> None:
-        """Log scalars; what is logged at one step becomes one row."""
+        """Log scalars; wandb joins the calls of one step to one row."""
         self._log(values, step)
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        """Log some lines of text."""
+        """Log lines of text."""
         self._log({name: text}, step)
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
-        # Steps only grow there. Those between the checkpoint and the interruption come again with the same values.
+        # wandb refuses a smaller step than the last; the steps that a resumed run repeats have the same values.
         if step >= self._run.step:
             self._run.log(dict(values), step=step)
 
@@ -139,10 +144,10 @@ class WeightsAndBiases(Tracker):
 
 
 class Trackio(Tracker):
-    """Logs to a trackio run, which a resumed run goes on with.
+    """Logs to a trackio run; a resumed run continues it.
 
-    It is a local one unless trackio's own variables say otherwise (`TRACKIO_SPACE_ID`, `TRACKIO_DIR`). The project is
-    `evollm` or `TRACKIO_PROJECT`.
+    The run is local unless trackio's variables are set (`TRACKIO_SPACE_ID`, `TRACKIO_DIR`). The project is `evollm` or
+    `TRACKIO_PROJECT`.
     """
 
     name = "trackio"
@@ -152,7 +157,7 @@ class Trackio(Tracker):
         """Open the run, or open it again."""
         arguments = {
             "project": os.environ.get("TRACKIO_PROJECT", PROJECT),
-            # Runs are found by their names, and folders of the same name are not rare.
+            # trackio identifies runs by name, and two run folders may have the same one.
             "name": f"{event.run_dir.name}-{_tracking_id(event.run_dir)}",
             "resume": "allow",
             "config": dict(event.config),
@@ -165,7 +170,7 @@ class Trackio(Tracker):
         self._run.log(dict(values), step=step)
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        """Log some lines of text."""
+        """Log lines of text."""
         self._run.log({name: text}, step=step)
 
     def close(self) -> None:
@@ -178,7 +183,7 @@ TRACKERS: Mapping[str, type[Tracker]] = {tracker.name: tracker for tracker in (T
 
 
 def tracker_names(report_to: str | Sequence[str] | None, *, wb: bool = False, tensorboard: bool = False) -> list[str]:
-    """The trackers that were asked for, each once.
+    """Return the names of the requested trackers, each once.
 
     Args:
         report_to: A name of `TRACKERS` or a list of names; "none" or None: none.
@@ -186,7 +191,7 @@ def tracker_names(report_to: str | Sequence[str] | None, *, wb: bool = False, te
         tensorboard: The same as the name `tensorboard`.
 
     Raises:
-        ConfigurationError: A name is not known, or "none" stands beside others.
+        ConfigurationError: A name is not known, or the list has "none" and others.
     """
     names = [report_to] if isinstance(report_to, str) else report_to
     if names is None:
@@ -204,15 +209,8 @@ def tracker_names(report_to: str | Sequence[str] | None, *, wb: bool = False, te
     return [name for name in TRACKERS if name in names or switched.get(name)]
 
 
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtraError(name, name, f'report_to="{name}"') from error
-
-
 def _started(name: str, start: Callable[[], Any]) -> Any:
-    """What `start` returns; its failure as an error that says what to do."""
+    """Call `start` and return its result; an exception becomes a ConfigurationError."""
     try:
         return start()
     except Exception as error:
@@ -223,7 +221,7 @@ def _started(name: str, start: Callable[[], Any]) -> Any:
 
 
 def _tracking_id(run_dir: Path) -> str:
-    """The name of the run for trackers, drawn once and kept in its folder."""
+    """Return the run's id for trackers, which is random and stored in the run folder."""
     path = inside(run_dir, ID_FILE)
     if not path.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -235,7 +233,7 @@ def _tracking_id(run_dir: Path) -> str:
 
 
 def _by_agent(values: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
-    """The numbers among the values of every agent, by the name that trackers group by."""
+    """Return the numbers of every agent by names such as `agent_3/lr`, which trackers group by their first part."""
     return {
         f"agent_{index}/{name}": value
         for index, named in values.items()
@@ -246,8 +244,3 @@ def _by_agent(values: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
 
 def _scores(prefix: str, evaluation: AnyEvaluation) -> dict[str, float]:
     return {f"{prefix}{name.removeprefix('mean_')}": value for name, value in evaluation.scores.items()}
-
-
-def _line(birth: Birth) -> str:
-    parent = "" if birth.parent is None else f" <- agent {birth.parent}"
-    return f"agent {birth.index}{parent}: {birth.origin}"
