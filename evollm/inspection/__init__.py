@@ -1,4 +1,4 @@
-"""What evollm understood of a dataset, before anything is trained on it."""
+"""Inspection of a dataset before training: columns, dropped rows, lengths, and estimates of memory and time."""
 
 from __future__ import annotations
 

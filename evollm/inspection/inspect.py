@@ -1,4 +1,4 @@
-"""Read a dataset as a gym would, and say what came of it."""
+"""Reads a dataset as a gym does, and collects columns, dropped rows, lengths and repetitions."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ def inspect_data(
     estimate: bool = False,
     columns: Mapping[str, Any] | None = None,
 ) -> Inspection:
-    """Say what evollm understands of a dataset: what is used, how long it is, what the loss sees.
+    """Inspect a dataset: the rows that are used, their lengths in tokens, and the tokens that enter the loss.
 
     Args:
-        data: What `PreferenceGym` or `SFTGym` takes.
-        model: Name or folder of the model, of which the tokenizer and the configuration are read; or a tokenizer.
+        data: A dataset, as `PreferenceGym` or `SFTGym` takes it.
+        model: Name or folder of the model, whose tokenizer and configuration are read; or a tokenizer.
         split: Split of a dataset on the hub, by default `train`.
-        sft: Whether the rows are examples for SFT; None: what their columns say.
+        sft: Whether the rows are examples for SFT; None: their columns decide.
         max_context_length: As for the gyms.
         min_completion_length: As for the gyms.
-        against: Another dataset, such as the held-out one: count the rows that are in both.
+        against: Another dataset, such as the held-out one, to count the rows that are in both.
         population: Agents of the run whose memory and time are estimated.
-        epochs: Its epochs.
-        estimate: Load the model's weights and time a few steps of one agent, for an estimate of the run's time.
+        epochs: Epochs of that run.
+        estimate: Whether to load the model's weights and time a step of one agent, to estimate the run's time.
         columns: As for the gyms.
 
     Raises:
-        ConfigurationError: An argument cannot work, or the model's tokenizer cannot be loaded.
+        ConfigurationError: An argument is invalid, or the model's tokenizer cannot be loaded.
         DataError: The dataset cannot be read, lacks a column or has no row.
     """
     boolean("estimate", estimate)
@@ -132,7 +132,7 @@ def _with_split(data: object, split: object) -> object:
 
 
 def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, RowFormat, Algorithm]:
-    """The rows, for the algorithm that was asked for, or for preferences if they are not for the other."""
+    """Read the rows for the requested algorithm, or else for DPO if they have its columns, and for SFT if not."""
 
     def read(algorithm: Algorithm) -> tuple[Rows, RowFormat, Algorithm]:
         row_format = algorithm.row_format.with_columns(columns)
@@ -142,16 +142,16 @@ def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, Ro
     if sft is not None:
         return read(examples if boolean("sft", sft) else pairs)
     if hasattr(data, "__next__"):
-        data = list(data)  # to be read twice
+        data = list(data)  # an iterator could not be read for both algorithms
     try:
         return read(pairs)
     except ConfigurationError as error:
         try:
             return read(examples)
         except ConfigurationError as other:
-            # A mapping that only one of the formats takes says which one is meant.
-            meant = "SFTGym" in str(error) or (isinstance(other, DataError) and not isinstance(error, DataError))
-            raise (other if meant else error) from None
+            # Raise the error of the format for which the data, or the column mapping, was meant.
+            is_sft = "SFTGym" in str(error) or (isinstance(other, DataError) and not isinstance(error, DataError))
+            raise (other if is_sft else error) from None
 
 
 def _report(
@@ -216,7 +216,7 @@ def _repetitions(pairs: Sequence[TokenizedPair]) -> dict[str, int]:
 
 
 def _longer_sides(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> tuple[float | None, float | None]:
-    """How often the chosen side is the longer one in scored tokens, and how often the rejected one."""
+    """Shares of the pairs whose chosen, and whose rejected, side has more scored tokens; None for examples."""
     if row_format.kind is not PAIR or not pairs:
         return None, None
     excess = np.array([np.subtract(*pair.num_scored) for pair in pairs])
@@ -226,7 +226,7 @@ def _longer_sides(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> tupl
 def _rendered(
     pairs: Sequence[TokenizedPair], rows: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[RenderedRow, ...]:
-    """Rows that are spread over the dataset."""
+    """Decode a few rows, evenly spaced over the dataset."""
     places = sorted({number * len(pairs) // NUM_RENDERED for number in range(NUM_RENDERED)}) if pairs else []
     return tuple(
         RenderedRow(
@@ -241,7 +241,7 @@ def _rendered(
 
 
 def _side(ids: IntArray, mask: BoolArray, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A side as text, what is not scored of it between bars that close and open."""
+    """Decode a completion; tokens that are not scored are between `▐` and `▌`."""
     cuts = np.flatnonzero(np.diff(mask)) + 1
     parts = zip(np.split(ids, cuts), np.split(mask, cuts), strict=True)
     texts = ((str(tokenizer.decode(part)), bool(scored.all())) for part, scored in parts)

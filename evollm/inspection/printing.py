@@ -1,4 +1,4 @@
-"""An inspection for a person."""
+"""Prints an inspection to the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNPAIRED = (
 
 
 def print_inspection(inspection: Inspection, console: rich.console.Console | None = None) -> None:
-    """Print what was found; scored tokens stand between two bars, so that colours are not needed."""
+    """Print an inspection; scored tokens are marked by bars as well as by colour."""
     console = console or rich.console.Console()
 
     def say(what: object) -> None:
@@ -55,7 +55,7 @@ def print_inspection(inspection: Inspection, console: rich.console.Console | Non
 
 
 def _rows_lines(inspection: Inspection) -> list[str]:
-    """Which columns are read, and what became of the rows."""
+    """The columns that are read, and the numbers of kept and dropped rows."""
     report = inspection.report
     read = ", ".join(name if name == role else f"{name} as {role}" for role, name in inspection.columns.items())
     lines = [f"Columns read: {read}"]
@@ -125,7 +125,7 @@ def _forecast_lines(forecast: Forecast) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-    """An estimate for a person, no finer than it is known."""
+    """Return an estimated time as text with few digits: `40 s`, `3 min` or `1.5 h`."""
     minute, hour = 60, 3600
     if seconds < 2 * minute:
         return f"{seconds:.0f} s"

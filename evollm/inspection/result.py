@@ -1,4 +1,4 @@
-"""What an inspection found, as plain data."""
+"""The result of an inspection as plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evollm.inspection.forecast import Forecast
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long something is, in tokens: percentiles over the rows, and the longest."""
+    """Percentiles of lengths in tokens over the rows, and the largest length."""
 
     p50: int
     p90: int
@@ -22,19 +22,19 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Lengths:
-        """The percentiles of at least one length, each of them one of the lengths."""
+        """Compute them from at least one length; each percentile is one of the lengths."""
         p50, p90, p99 = np.percentile(lengths, [50, 90, 99], method="higher")
         return cls(int(p50), int(p90), int(p99), int(max(lengths)))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a `max_context_length` would do to the rows.
+    """The effect of a `max_context_length` on the rows.
 
     Attributes:
-        limit: The length, in tokens of prompt and longer completion.
-        prompts_cut: Rows whose prompt would lose tokens on its left.
-        too_long: Rows that would be dropped: their completion does not fit.
+        limit: The length, in tokens of the prompt and the longer completion.
+        prompts_cut: Rows whose prompt would be truncated on its left.
+        too_long: Rows that would be dropped, since their completion does not fit.
     """
 
     limit: int
@@ -44,15 +44,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """A row as the model sees it, special tokens written out.
+    """A row as the model gets it, decoded with special tokens.
 
     Attributes:
-        row: Its position in the dataset.
-        prompt: What is given. None of its tokens is scored.
-        chosen: The chosen side, or the completion of an example. All of it is scored but what stands between `▐` and
-            `▌`: turns that are not the assistant's.
-        rejected: The rejected side, likewise; None for an example.
-        num_scored: Tokens that are scored, of both sides.
+        row: The row's position in the dataset.
+        prompt: The prompt, none of whose tokens are scored.
+        chosen: The chosen side, or the completion of an example. Its tokens are scored, except those between `▐` and
+            `▌`, which are turns of other roles than the assistant.
+        rejected: The rejected side in the same form; None for an example.
+        num_scored: Number of scored tokens of both sides.
     """
 
     row: int
@@ -64,26 +64,26 @@ class RenderedRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What evollm understood of a dataset. Counts and lengths are those of the rows that are used, before any cut.
+    """The result of `inspect_data`. Counts and lengths are those of the used rows, before prompts are truncated.
 
     Attributes:
-        report: Rows kept and dropped with the reasons, and the prompts that were cut.
-        columns: For each role that columns have, such as `prompt`, the column that has it.
-        unused: The other columns.
-        lengths: In tokens: `prompt`, `chosen`, `rejected`, and `whole`, the row with its prompt counted once. Of
-            examples `prompt`, `completion` and `whole`.
+        report: Rows kept and dropped with the reasons, and the number of truncated prompts.
+        columns: The column of each role, such as `prompt`.
+        unused: Columns that are not read.
+        lengths: Lengths in tokens of `prompt`, `chosen`, `rejected` and `whole`, the row with its prompt counted once;
+            for examples of `prompt`, `completion` and `whole`.
         num_tokens: Tokens of all rows, each prompt counted once.
-        prompt_share: Share of them that are prompts, which are computed once for both sides.
-        limit: The `max_context_length` that holds, if any.
-        fits: What that one and some usual ones would do.
-        duplicates: Rows that are, token for token, an earlier row.
-        repeated_prompts: Rows whose prompt an earlier row has.
-        contradictions: Rows that prefer the other way round what an earlier row says.
-        overlap: Rows that are in the other dataset too; None when there is none to compare with.
-        chosen_longer: Share of the pairs whose chosen side is longer than the rejected one; None of examples.
-        rejected_longer: The same for the rejected side.
-        examples: Three rows as the model sees them.
-        forecast: Memory and time that a run would take, as far as they were asked for and the model is known.
+        prompt_share: Share of these tokens that are prompts, which are computed once for both sides.
+        limit: The `max_context_length` in effect, if any.
+        fits: The effects of that limit, and of some usual ones.
+        duplicates: Rows that equal an earlier row, token by token.
+        repeated_prompts: Rows with the prompt of an earlier row.
+        contradictions: Rows whose chosen and rejected sides are those of an earlier row, exchanged.
+        overlap: Rows that are in the other dataset, too; None if there is none.
+        chosen_longer: Share of the pairs whose chosen side is longer than the rejected one; None for examples.
+        rejected_longer: Share of the pairs whose rejected side is longer; None for examples.
+        examples: Three rows, decoded.
+        forecast: Estimated memory and time of a run; None if the model is not known.
     """
 
     report: DataReport
