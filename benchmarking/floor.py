@@ -41,7 +41,7 @@ class Costs:
     def of(cls, agent: DPO) -> Costs:
         """Count an agent's model."""
         base = agent.base
-        adapters = {id(p) for name in base.adapters for p in base.parameters(name).values()}
+        adapters = {id(p) for name in base.adapters.names for p in base.adapters.parameters(name).values()}
         blocks = [p for layer in base.layers.modules for p in layer.parameters() if p.ndim == 2]
         return cls._of(
             base.network,

@@ -52,7 +52,7 @@ def measure(model_folder: str, agents: int, batch_size: int, budget: int) -> dic
     few = few.select(list(range(int((np.cumsum(few.num_tokens) <= budget).sum()))))
     with count_saved_bytes() as saved:
         population[0].learn(few)
-    adapters = {id(p): p for name in base.adapters for p in base.parameters(name).values()}
+    adapters = {id(p): p for name in base.adapters.names for p in base.adapters.parameters(name).values()}
     storages = {p.untyped_storage().data_ptr() for p in model.parameters() if id(p) not in adapters}
     return {
         "agents": agents,

@@ -63,7 +63,7 @@ def gradients(model: Any, batch: PreferenceBatch, *, plain: bool) -> dict[str, T
     return {
         f"{agent.index}.{name}": parameter.grad.clone()
         for agent in agents
-        for name, parameter in agent.base.parameters(agent.actor_adapter).items()
+        for name, parameter in agent.base.adapters.parameters(agent.actor_adapter).items()
         if parameter.grad is not None
     }
 

@@ -47,7 +47,7 @@ def swapped(agent: Any, length: int) -> float:
     base = agent.base
     pairs = probe.random_pairs(base, probe.probed_length(base, length))
     short = PreferenceBatch.from_pairs(pairs[1:])
-    with probe.random_adapters(base, base.config(agent.actor_adapter)) as members:
+    with probe.random_adapters(base, base.adapters.config(agent.actor_adapter)) as members:
         probe.make_differ(base, members, short)
         right, wrong = (
             torch.cat(probe.packed_sums(base, names, short, tiled_head=True, routed=True, passes=2))

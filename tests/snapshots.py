@@ -20,7 +20,7 @@ def digest(tensors: list[Tensor]) -> str:
 
 def adapter_bits(base: SharedBase) -> dict[str, str]:
     """Digest of every adapter on the base, by name."""
-    return {name: digest(list(base.parameters(name).values())) for name in base.adapters}
+    return {name: digest(list(base.adapters.parameters(name).values())) for name in base.adapters.names}
 
 
 def actor_bits(agent: LLMAgent) -> str:
@@ -29,5 +29,5 @@ def actor_bits(agent: LLMAgent) -> str:
 
 def base_bits(base: SharedBase) -> str:
     """Digest of the base's own weights, adapters left out."""
-    adapters = {id(parameter) for name in base.adapters for parameter in base.parameters(name).values()}
+    adapters = {id(parameter) for name in base.adapters.names for parameter in base.adapters.parameters(name).values()}
     return digest([parameter for parameter in base.network.parameters() if id(parameter) not in adapters])

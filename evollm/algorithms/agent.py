@@ -28,7 +28,7 @@ from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterShares, AdapterState
 from evollm.models.engine import BatchSlot, Engine, PassOptions
 from evollm.models.loading import BaseSource, usable_device
-from evollm.models.requirements import check_lora_config
+from evollm.models.lora_config import check_lora_config
 from evollm.models.slow_settings import slow_compile_mode
 from evollm.runs.words import Words
 
@@ -161,10 +161,10 @@ class LLMAgent:
         self.rng = np.random.default_rng(settings.seed)
         self._mutation_hooks: tuple[Callable[[LLMAgent], object], ...] = ()
 
-        self._adapters = AdapterShares(base)
-        actor = self._adapters[ACTOR] = base.add_adapter(ACTOR, lora_config, trainable=True, seed=settings.seed)
+        self._adapters = AdapterShares(base.adapters)
+        actor = self._adapters[ACTOR] = base.adapters.add(ACTOR, lora_config, trainable=True, seed=settings.seed)
         self._adapters.update(self._frozen_adapters(actor))
-        base.use(actor)
+        base.adapters.use(actor)
         self.optimizer = self._new_optimizer()
         if settings.gradient_checkpointing and not base.can_checkpoint:
             warnings.warn(
@@ -222,14 +222,14 @@ class LLMAgent:
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The trained parameters, in the optimizer's order."""
-        return list(self.base.parameters(self.actor_adapter).values())
+        return list(self.base.adapters.parameters(self.actor_adapter).values())
 
     def use_adapter(self, adapter_name: str) -> None:
         """Activate the adapter in this role on the base, until another is activated.
 
         Which parameters require gradients does not change: those of actors do, those of references do not.
         """
-        self.base.use(self.adapter(adapter_name))
+        self.base.adapters.use(self.adapter(adapter_name))
 
     @contextmanager
     def select_adapter(self, adapter_name: str) -> Iterator[None]:
@@ -252,7 +252,7 @@ class LLMAgent:
             raise ConfigurationError(
                 "use_separate_reference_adapter", False, "the base itself is the reference and cannot be updated"
             )
-        self._replace_reference(self.base.export(self.actor_adapter))
+        self._replace_reference(self.base.adapters.export(self.actor_adapter))
         self.reference_update_tracker = reference_update_tracker
 
     def _replace_reference(self, state: AdapterState) -> None:
@@ -262,9 +262,9 @@ class LLMAgent:
         """
         before = self.adapter(REFERENCE)
         assert before is not None
-        self._adapters[REFERENCE] = self.base.frozen_adapter(state, REFERENCE)
-        self.base.use(self.actor_adapter)
-        self.base.release(before)
+        self._adapters[REFERENCE] = self.base.adapters.frozen(state, REFERENCE)
+        self.base.adapters.use(self.actor_adapter)
+        self.base.adapters.release(before)
 
     def release(self) -> None:
         """Free the agent's adapters and moments now; the agent cannot be used afterwards.
@@ -379,12 +379,12 @@ class LLMAgent:
         boolean("wrap", wrap)
         clone = self.copy_attributes(self, object.__new__(type(self)))
         clone.index = self.index if index is None else whole_number("index", index, 0)
-        clone._adapters = AdapterShares(self.base)
+        clone._adapters = AdapterShares(self.base.adapters)
         for role in self._adapters:
             name = self.adapter(role)
             if name is not None:
                 trained = role == ACTOR
-                name = self.base.copy_adapter(name, role, trainable=True) if trained else self.base.retain(name)
+                name = self.base.adapters.copy(name, role, trainable=True) if trained else self.base.adapters.retain(name)
             clone._adapters[role] = name
         clone.optimizer = clone._new_optimizer()
         clone.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))

@@ -90,7 +90,7 @@ class EvolvableAlgorithm(SavableAgent):
         """
         self.use_adapter("actor")
         self._adapters.hand_out()
-        return self.base.peft_model
+        return self.base.adapters.peft_model
 
     @property
     def actor(self) -> PeftModel:

@@ -163,7 +163,7 @@ class DPO(EvolvableAlgorithm):
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
         if not self.settings.use_separate_reference_adapter:
             return {REFERENCE: None}
-        return {REFERENCE: self.base.copy_adapter(actor, REFERENCE, trainable=False)}
+        return {REFERENCE: self.base.adapters.copy(actor, REFERENCE, trainable=False)}
 
     def learn(self, experiences: PreferenceBatch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
         """Update the actor on a batch of pairs, `update_epochs` times.

@@ -45,7 +45,7 @@ def reference_logprobs(
     """
     base, options = agents[0].base, agents[0].pass_options
     names = [agent.adapter(REFERENCE) if reference == OWN else reference for agent in agents]
-    fingerprints = [base.fingerprint(name) for name in names]
+    fingerprints = [base.adapters.fingerprint(name) for name in names]
     # By content: references of different names may hold the same weights.
     distinct = dict(zip(fingerprints, names, strict=True))
     adapters = list(distinct.values())

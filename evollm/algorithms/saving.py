@@ -25,6 +25,7 @@ from evollm.errors import CheckpointError, ConfigurationError
 from evollm.foreign import LOAD, SAVE, explains
 from evollm.models import AdapterState
 from evollm.models.fingerprints import adapter_fingerprint
+from evollm.models.merging import adapter_difference
 from evollm.models.pretrained import reloadable
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class SavableAgent(LLMAgent):
 
     def to_folder(self, save_optimizer: bool = True) -> AgentFolder:
         """The content of a checkpoint as plain data."""
-        adapters = {role: self.base.export(name) for role, name in self._adapters.items() if name is not None}
+        adapters = {role: self.base.adapters.export(name) for role, name in self._adapters.items() if name is not None}
         return AgentFolder(adapters, self._attributes(), self.optimizer.state_dict() if save_optimizer else None)
 
     @explains(LOAD)
@@ -186,9 +187,9 @@ class SavableAgent(LLMAgent):
                 no plain data. The agent is unchanged then.
         """
         path = usable_path("folder", folder) / OPTIMIZER
-        parameters = self.base.parameters(self.actor_adapter)
+        parameters = self.base.adapters.parameters(self.actor_adapter)
         step_idx, state, adapter = read_optimizer_archive(path, parameters, self.lr)
-        actor = self.base.export(self.actor_adapter)
+        actor = self.base.adapters.export(self.actor_adapter)
         if adapter != adapter_fingerprint(actor.config, actor.tensors):
             archive = self.base.archive
             if self.steps or archive is None or archive.step_idx != step_idx:
@@ -211,7 +212,7 @@ class SavableAgent(LLMAgent):
 
     def _merged(self, folder: AgentFolder) -> AgentFolder:
         """Rebuild the agent's adapters with a merged LoRA configuration, and give the folder's adapters its shapes."""
-        current, saved = self.base.config(self.actor_adapter), folder.adapter(ACTOR).config
+        current, saved = self.base.adapters.config(self.actor_adapter), folder.adapter(ACTOR).config
         if not differing_fields(current, saved):
             return folder
         merged, overruled = merge_lora_configs(current, saved)
@@ -221,24 +222,24 @@ class SavableAgent(LLMAgent):
                 UserWarning,
                 stacklevel=4,
             )
-        name = self.base.add_adapter(ACTOR, merged, trainable=True, seed=self.settings.seed)
-        fresh = self.base.export(name)
+        name = self.base.adapters.add(ACTOR, merged, trainable=True, seed=self.settings.seed)
+        fresh = self.base.adapters.export(name)
         try:
             adapters = {
                 role: AdapterState(fresh.config, pad_adapter(state, fresh)) for role, state in folder.adapters.items()
             }
-            fault = self.base.difference(folder.adapter(ACTOR), adapters[ACTOR])
+            fault = adapter_difference(self.base, folder.adapter(ACTOR), adapters[ACTOR])
             if fault is not None:
                 fix = f"would not compute what was saved ({fault}): build the agent with the checkpoint's lora_config"
                 raise ConfigurationError("merge_lora_configs", True, fix)
         except ConfigurationError:
-            self.base.use(self.actor_adapter)
-            self.base.release(name)
+            self.base.adapters.use(self.actor_adapter)
+            self.base.adapters.release(name)
             raise
-        self.base.release(self.actor_adapter)
+        self.base.adapters.release(self.actor_adapter)
         self._adapters[ACTOR] = name
         self.lora_config = merged
-        self.base.use(name)
+        self.base.adapters.use(name)
         self.optimizer = self._new_optimizer()
         return replace(folder, adapters=adapters, optimizer=None)
 
@@ -251,7 +252,7 @@ class SavableAgent(LLMAgent):
     ) -> None:
         """Load the content of a folder, as `load_checkpoint` does; `source` is its name in messages."""
         saved_actor = folder.adapter(ACTOR)
-        check_same_lora(self.base.config(self.actor_adapter), saved_actor.config)
+        check_same_lora(self.base.adapters.config(self.actor_adapter), saved_actor.config)
         same_algorithm = folder.attributes["algorithm"] == self.algorithm
         if overwrite_reference_adapter is None:
             # A folder with a single adapter has no reference to restore.
@@ -270,7 +271,7 @@ class SavableAgent(LLMAgent):
         has_reference = self._adapters.get(REFERENCE) is not None
         if has_reference:
             saved_reference = saved_actor if overwrite_reference_adapter else folder.adapter(REFERENCE)
-        self.base.load(self.actor_adapter, saved_actor.tensors)
+        self.base.adapters.load(self.actor_adapter, saved_actor.tensors)
         if has_reference:
             self._replace_reference(saved_reference)
         if attributes is not None:

@@ -71,7 +71,7 @@ def _usable_rows(agents: Sequence[SFT], batch: PreferenceBatch, suspects: Sequen
     base = agents[0].base
     if suspects:
         reference_logprobs(agents, batch.select(suspects), None)
-    known = base.reference_cache.known_as_not_finite(base.fingerprint(None), batch)
+    known = base.reference_cache.known_as_not_finite(base.adapters.fingerprint(None), batch)
     return [tuple(other_rows(known, len(batch)))] * len(agents)
 
 

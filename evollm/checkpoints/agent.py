@@ -17,7 +17,8 @@ from evollm.checkpoints.atomic import existing_folder, replace_folder, verify
 from evollm.checks import usable_path
 from evollm.errors import CheckpointError, EvoLLMError
 from evollm.models import AdapterState, SharedBase
-from evollm.models.lora_json import lora_config_from, write_lora_config
+from evollm.models.lora_config import lora_config_from, write_lora_config
+from evollm.models.merging import save_base
 from evollm.own_files import inside, read_bytes
 from evollm.safe_load import read_plain
 
@@ -70,7 +71,7 @@ def write_agent_folder(path: str | Path, agent: AgentFolder, base_name: str, bas
     with replace_folder(path) as folder:
         write_agent(folder, agent, base_name)
         if base is not None:
-            base.save_weights(folder / BASE)
+            save_base(base, folder / BASE)
 
 
 def write_agent(folder: Path, agent: AgentFolder, base_name: str) -> None:

@@ -12,6 +12,7 @@ from evollm.checkpoints.atomic import replace_folder
 from evollm.errors import ConfigurationError
 from evollm.foreign import SAVE_ADAPTER, explains
 from evollm.models import SharedBase
+from evollm.models.merging import save_base
 from evollm.models.pretrained import auto_class
 from evollm.processes import Processes
 from evollm.report.model_card import ExportedModel, model_card
@@ -126,7 +127,7 @@ def save_merged_model(
     def write() -> None:
         card = _card(agent, path, tokenizer, run_dir, step, is_adapter=False)
         with replace_folder(path) as folder:
-            agent.base.save_weights(folder, merged=agent.actor_adapter)
+            save_base(agent.base, folder, merged=agent.actor_adapter)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             _write_card(folder, card)

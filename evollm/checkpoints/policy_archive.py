@@ -16,6 +16,7 @@ from evollm.checkpoints.export import HasActor, main_writes
 from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models.fingerprints import adapter_fingerprint
+from evollm.models.merging import base_state
 from evollm.models.policy_archive import read_archive, read_policy_archive
 
 POLICY = "policy.pt"
@@ -77,7 +78,7 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
         for place in states:
             _check_replaceable(place, read_archive)
         # The last to be written: where there is no room it is as it was.
-        states[usable_path("path", path)] = _on_cpu(agent.base.state(agent.actor_adapter))
+        states[usable_path("path", path)] = _on_cpu(base_state(agent.base, agent.actor_adapter))
         for place, content in states.items():
             with replace_file(place) as file, open(file, "wb") as stream:
                 torch.save({"step_idx": step_idx, "state": content, "metrics": scores}, stream)
@@ -89,9 +90,9 @@ def _training_state(agent: Trained) -> dict[str, dict[str, Any]]:
     """States of the optimizer and of a constant schedule, by their files' names."""
     optimizer = agent.optimizer.state_dict()
     (group,) = optimizer["param_groups"]
-    actor = agent.base.export(agent.actor_adapter)
+    actor = agent.base.adapters.export(agent.actor_adapter)
     said = {
-        NAMES: list(agent.base.parameters(agent.actor_adapter)),
+        NAMES: list(agent.base.adapters.parameters(agent.actor_adapter)),
         ADAPTER: adapter_fingerprint(actor.config, actor.tensors),
     }
     num_steps = max((int(moments["step"]) for moments in optimizer["state"].values()), default=0)

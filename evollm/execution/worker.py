@@ -53,7 +53,7 @@ class Worker:
         self.base = agents[0].base
         self._algorithm = algorithm_of(agents[0])
         self._engine = Engine.of(self.base)
-        self._shares = AdapterShares(self.base)
+        self._shares = AdapterShares(self.base.adapters)
         # What scores are measured against. Where references move, all agents and epochs need one that stays.
         self._fixed_reference: str | None = OWN
         self._moving_references = False
@@ -73,7 +73,7 @@ class Worker:
             "base_dtype": str(base.network.dtype),
             "base_fingerprint": base.weights_fingerprint,
             "device": str(first.device),
-            "lora": computing_settings(base.config(first.actor_adapter)),
+            "lora": computing_settings(base.adapters.config(first.actor_adapter)),
             "settings": asdict(first.settings),
             "hp_config": first.hp_config.to_dict() if first.hp_config else None,
             "data": {
@@ -125,9 +125,9 @@ class Worker:
         self._moving_references = moving_references
         if moving_references:
             self._fixed_reference = (
-                self.base.retain(str(self.agents[0].adapter(REFERENCE)))
+                self.base.adapters.retain(str(self.agents[0].adapter(REFERENCE)))
                 if first is None
-                else self.base.frozen_adapter(first.adapter(REFERENCE), REFERENCE)
+                else self.base.adapters.frozen(first.adapter(REFERENCE), REFERENCE)
             )
             self._shares["fixed_reference"] = self._fixed_reference
         if births is not None:
@@ -223,7 +223,7 @@ class Worker:
         return Population(
             [agent.to_folder() for agent in self.agents],
             state,
-            fixed_reference=self.base.export(str(self._fixed_reference)) if moves else None,
+            fixed_reference=self.base.adapters.export(str(self._fixed_reference)) if moves else None,
             reference_logprobs=self.base.reference_cache,
         )
 
@@ -246,7 +246,7 @@ class Worker:
             agent.load_folder(folder, overwrite_reference_adapter=False)
         if saved.fixed_reference is not None:
             self._shares.release()
-            self._fixed_reference = self.base.frozen_adapter(saved.fixed_reference, REFERENCE)
+            self._fixed_reference = self.base.adapters.frozen(saved.fixed_reference, REFERENCE)
             self._shares["fixed_reference"] = self._fixed_reference
         self._began_as = saved.state["began_as"]
         self.env.load_state_dict(saved.state["env"])

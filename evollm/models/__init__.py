@@ -6,8 +6,8 @@ from evollm.models.logprobs import completion_logprobs
 from evollm.models.policy_archive import PolicyArchive
 from evollm.models.pretrained import load_base_model
 from evollm.models.reference_cache import ReferenceCache
+from evollm.models.registry import AdapterShares
 from evollm.models.shared_base import SharedBase
-from evollm.models.shares import AdapterShares
 
 __all__ = [
     "AdapterShares",

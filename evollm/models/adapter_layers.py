@@ -1,21 +1,41 @@
-"""The layers that hold adapters, and ways through them past all adapters but one.
+"""PEFT's layers, with operations on one adapter that leave all other adapters alone.
 
-PEFT's own functions visit the weights of all adapters, some of them once for each layer. To add, switch or free one of
-N adapters must not cost more the more there are.
+PEFT's own functions visit the weights of every adapter, some of them once for each layer. With N adapters on one base,
+the time to add, activate or delete one of them must not grow with N.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-# Where a module dictionary and a parameter dictionary of torch keep their entries.
+# The attributes in which nn.ModuleDict and nn.ParameterDict keep their entries.
 _ENTRIES = ("_modules", "_parameters", "_keys")
+
+
+def own_name(path: str) -> str:
+    """The path of a module or weight in the model without adapters: without the segments `base_layer`."""
+    return ".".join(part for part in path.split(".") if part != "base_layer")
+
+
+def holds_any(layer: Any, adapters: Sequence[str]) -> bool:
+    """Whether a PEFT layer holds weights of one of these adapters."""
+    held = set().union(*(getattr(layer, name, {}) for name in layer.adapter_layer_names))
+    return any(name in held for name in adapters)
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
+    """PEFT's layers that hold an adapter, by path; of nested ones the outer one comes first."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and holds_any(module, [adapter])
+    }
 
 
 class AdapterLayers:
@@ -25,11 +45,11 @@ class AdapterLayers:
         self._layers: list[Any] = []
 
     def find(self, model: nn.Module) -> None:
-        """Note all layers of a model; call it after an adapter came, which may have brought new ones."""
+        """Look the layers of a model up; to be called after each new adapter, which may have added layers."""
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
     def activate(self, adapter: str | None) -> None:
-        """Compute with this adapter, or with none; which weights require gradients stays as it is."""
+        """Compute with this adapter, or without any; `requires_grad` of the weights stays as it is."""
         for layer in self._layers:
             if layer.merged:
                 layer.unmerge()
@@ -38,24 +58,25 @@ class AdapterLayers:
                 layer._active_adapter = [adapter]
 
     def copy(self, source: str, target: str) -> dict[int, Any]:
-        """Give each layer that holds the adapter `source` a copy of it as the adapter `target`.
+        """Copy the adapter `source` to a new adapter `target` in each layer that holds it.
 
         Returns:
-            The copy of each of its tensors, by the tensor's `id`.
+            The copy of each of its tensors, by the `id` of the original.
         """
         copies: dict[int, Any] = {}
         for layer in self._layers:
             settings = [value for value in vars(layer).values() if isinstance(value, dict)]
-            for held in (*_containers(layer), *settings):
-                if source in held:
-                    held[target] = copy.deepcopy(held[source], copies)
+            for by_adapter in (*_containers(layer), *settings):
+                if source in by_adapter:
+                    by_adapter[target] = copy.deepcopy(by_adapter[source], copies)
         return copies
 
     @contextmanager
     def only(self, adapter: str) -> Iterator[None]:
-        """Inside the block the layers seem to hold this adapter and no other; it may come or go there.
+        """Inside the block the layers hold no other adapter, so that PEFT's functions visit this one alone.
 
-        No forward pass may run in it. After an error they hold what they held before.
+        The adapter may be added or deleted in the block. No forward pass may run in it. After an error the layers hold
+        the entries that they held before.
         """
         hidden = [
             (vars(container), entries, vars(container)[entries])
@@ -81,7 +102,7 @@ class AdapterLayers:
 
 
 def _containers(layer: nn.Module) -> Iterator[nn.ModuleDict | nn.ParameterDict]:
-    """What a layer keeps by the names of adapters."""
+    """The layer's dictionaries from adapter name to module or parameter."""
     for name, child in layer.named_children():
         if name != "base_layer" and isinstance(child, nn.ModuleDict | nn.ParameterDict):
             yield child

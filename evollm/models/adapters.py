@@ -1,8 +1,8 @@
-"""Adapters: apart from the model that they are on, and on it."""
+"""A LoRA adapter: apart from any model (`AdapterState`) and on a PEFT model (`Adapter`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -16,7 +16,7 @@ class AdapterState:
 
     Attributes:
         config: Its LoRA configuration.
-        tensors: Its weights, named as PEFT names them in a saved adapter.
+        tensors: Its weights, under the names of PEFT's saved adapters.
     """
 
     config: LoraConfig
@@ -25,18 +25,18 @@ class AdapterState:
 
 @dataclass
 class Adapter:
-    """An adapter on a model.
+    """An adapter on a PEFT model.
 
     Attributes:
-        settings: What of its configuration decides what it computes, as JSON.
+        settings: The part of its configuration that decides what the adapter computes, as JSON.
         trainable: Whether its parameters require gradients.
-        first_layer: Index of the first repeated layer of the base that it has weights in; -1: it has some in front of
-            the layers; the number of layers: it has none before the head.
-        parameters: By their path in the PEFT model without the adapter's name, each once.
-        tensors: The same and buffers, named as PEFT names them in a saved adapter; a tensor that two modules share has
-            two names.
-        owners: How many share it.
-        fingerprint: Digest of a frozen adapter's weights; None: not known yet.
+        first_layer: Index of the first repeated layer of the base that has weights of the adapter; -1: modules in front
+            of the layers have some (embeddings); the number of layers: only the head has some.
+        parameters: Its parameters by their path in the PEFT model, without the adapter's name; shared ones once.
+        tensors: Its parameters and buffers, under the names of PEFT's saved adapters; a tensor that two modules share
+            has two names.
+        owners: Number of owners; see `SharedBase`.
+        fingerprint: Digest of a frozen adapter's weights; None: not computed yet.
     """
 
     settings: str
@@ -48,15 +48,15 @@ class Adapter:
     fingerprint: str | None = None
 
 
-def drop_adapter(model: nn.Module, name: str) -> None:
-    """Take an adapter out of all layers, also one that was put into a part of them only."""
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Delete an adapter's weights, also those of an adapter that PEFT has put into some of its layers only."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(name)
 
 
-def parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
-    """The parameters whose dotted path has the adapter's name as a segment, under that path without it."""
+def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters by their path in the PEFT model, without the adapter's name; shared ones once."""
     found = {}
     for path, parameter in model.named_parameters():
         segments = path.split(".")
@@ -66,8 +66,8 @@ def parameters_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def saved_tensors(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors themselves, named as PEFT saves them."""
+def adapter_tensors(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """An adapter's parameters and buffers, not copied, under the names of PEFT's saved adapters."""
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     own = {path: tensor for path, tensor in tensors.items() if name in path.split(".")}
@@ -75,3 +75,19 @@ def saved_tensors(model: PeftModel, name: str) -> dict[str, Tensor]:
         model, state_dict=own, adapter_name=name, save_embedding_layers=False
     )
     return found
+
+
+def first_layer_with(parameters: Iterable[nn.Parameter], layers: Sequence[nn.Module], head: nn.Module | None) -> int:
+    """`Adapter.first_layer` of an adapter with these parameters.
+
+    Args:
+        parameters: The adapter's parameters.
+        layers: The repeated layers of the base.
+        head: The base's output embeddings, if it has any.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    by_layer = [{id(parameter) for parameter in layer.parameters()} for layer in layers]
+    in_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    if wanted - in_head.union(*by_layer):
+        return -1
+    return next((index for index, held in enumerate(by_layer) if held & wanted), len(by_layer))

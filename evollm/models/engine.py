@@ -147,15 +147,17 @@ class Engine:
         """
         for name in members:
             # Whoever has the network may have called PEFT's own switch, which freezes all adapters but one.
-            self.base.restore_trainability(name)
+            self.base.adapters.restore_trainability(name)
         return self._run(batch, members, options, loss)
 
     def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:
         """The fast paths that all these members may take with pairs of up to `length` tokens; others are probed."""
-        configs = {self.base.settings(name): self.base.config(name) for name in members if name is not None}
+        configs = {
+            self.base.adapters.settings(name): self.base.adapters.config(name) for name in members if name is not None
+        }
         if None in members:
             # The base by itself is probed together with an adapter; there is always one.
-            settings, config = self._without_adapter or self._settings_of(self.base.adapters[0])
+            settings, config = self._without_adapter or self._settings_of(self.base.adapters.names[0])
             configs.setdefault(settings, config)
         longest = probed_length(self.base, length)
         found = FastPaths(longest=longest)
@@ -172,7 +174,7 @@ class Engine:
         self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, loss: MemberLoss | None
     ) -> list[PairLogprobs]:
         """All pairs, each in one of the processes; every process gets all results."""
-        self.base.take_back()
+        self.base.adapters.release_lost()
         self.say([slow_dtype(self.base.device.type, self.base.network.dtype)])
         longest = longest_side(batch) if self.base.is_encoder_decoder else batch.longest_sequence
         paths = self.prepare(members, longest)
@@ -251,7 +253,7 @@ class Engine:
         scaled = None
         if loss is not None and self.base.network.dtype == torch.float16:
             names = [name for name in members if name is not None]
-            scaled = ScaledBackward([list(self.base.parameters(name).values()) for name in names])
+            scaled = ScaledBackward([list(self.base.adapters.parameters(name).values()) for name in names])
         again = True
         while again:
             with few.forward(numbers, options) as logprobs:
@@ -372,7 +374,7 @@ class Engine:
             raise ConfigurationError("attn_implementation", attention, fix)
 
     def _settings_of(self, adapter: str) -> tuple[str, LoraConfig]:
-        return self.base.settings(adapter), self.base.config(adapter)
+        return self.base.adapters.settings(adapter), self.base.adapters.config(adapter)
 
     def say(self, reasons: Sequence[str]) -> None:
         """Warn of each of these that has not been said of the base yet; "" is nothing to say."""
@@ -463,7 +465,7 @@ class _FewPairs:
         self._layout: PairLayout | None = None
         if self._packed:
             self._layout = PairLayout(self._packed.lengths, base.device, base.network.dtype)
-        first = base.first_adapted_layer([name for name in members if name is not None])
+        first = base.adapters.first_layer([name for name in members if name is not None])
         self._fan_out = FanOut(first, 1) if self._packed and first is not None else None
 
     @property

@@ -16,8 +16,7 @@ from evollm.errors import ConfigurationError
 from evollm.models.policy_archive import PolicyArchive, copy_state, note_archive, read_policy_archive
 from evollm.models.precision import default_device, with_dtype
 from evollm.models.pretrained import find_config, load_base_model, reloadable
-from evollm.models.requirements import check_plain_model
-from evollm.models.shared_base import SharedBase
+from evollm.models.shared_base import SharedBase, check_plain_model
 from evollm.models.targets import text_config
 from evollm.processes import check_processes, uses_deepspeed
 

@@ -27,8 +27,9 @@ from transformers import (
 from evollm.checks import expanded, hub_name_in, is_lfs_pointer, nearest_name, usable_path
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
 from evollm.hub import hub_or_cache, is_absence
+from evollm.models.adapter_layers import adapted_layers, own_name
 from evollm.models.encoder_decoder import is_encoder_decoder
-from evollm.models.merging import adapted_layers, all_logprobs, check_same, own_name
+from evollm.models.merging import all_logprobs, check_same
 from evollm.quiet import quiet
 
 _RELOADABLE = frozenset(

@@ -15,7 +15,6 @@ from torch import Tensor
 from evollm.data.batch import IntArray, PreferenceBatch, TokenizedPair
 from evollm.errors import ConfigurationError
 from evollm.models.attention import PairLayout
-from evollm.models.bypassed import bypassed_layers_refused
 from evollm.models.encoder_decoder import (
     EncodedPairs,
     encoder_decoder_logprobs,
@@ -28,6 +27,7 @@ from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logpr
 from evollm.models.packing import PackedPairs
 from evollm.models.rounding import rounded_otherwise
 from evollm.models.shared_base import SharedBase
+from evollm.models.targets import bypassed_layers_refused
 
 # Tokens of the prompt and of each side.
 _SHORT_PAIRS = ((4, 8, 8), (9, 5, 7), (2, 6, 4))
@@ -247,7 +247,7 @@ def packed_sums(
     if base.is_encoder_decoder:
         return _encoded_once(base, members, batch, tiled_head=tiled_head, routed=routed)
     packed = PackedPairs.of(batch, base.device)
-    first = base.first_adapted_layer(members)
+    first = base.adapters.first_layer(members)
     fan_out = None if first is None else FanOut(first, len(members))
     with (
         base.active(members[0]) as network,
@@ -306,19 +306,19 @@ def random_pairs(base: SharedBase, longest: int) -> list[TokenizedPair]:
 def random_adapters(base: SharedBase, config: LoraConfig) -> Iterator[tuple[str, str]]:
     """Two frozen adapters, for as long as the block lasts."""
     names: list[str] = []
-    with base.active(base.active_adapter):
+    with base.active(base.adapters.active):
         try:
-            names += [base.add_adapter("probe", config, trainable=False, seed=1)]
-            names += [base.add_adapter("probe", config, trainable=False, seed=2)]
+            names += [base.adapters.add("probe", config, trainable=False, seed=1)]
+            names += [base.adapters.add("probe", config, trainable=False, seed=2)]
             yield names[0], names[1]
         finally:
             for name in names:
-                base.release(name)
+                base.adapters.release(name)
 
 
 def _add_noise(base: SharedBase, adapters: Sequence[str], scale: float) -> None:
     """Move each adapter's weights by noise of its own, the same at every call but for the scale."""
     generator = torch.Generator().manual_seed(0)
     for name in adapters:
-        for parameter in base.parameters(name).values():
+        for parameter in base.adapters.parameters(name).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)

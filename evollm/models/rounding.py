@@ -55,7 +55,7 @@ def rounded_otherwise(base: SharedBase, adapters: Sequence[str], seed: int) -> I
     embeddings = [network.get_input_embeddings()]
     # An encoder and a decoder may each have a module for the weights that they share.
     embeddings += [module for module in network.modules() if isinstance(module, nn.Embedding)]
-    weights = [parameter for name in adapters for parameter in base.parameters(name).values()]
+    weights = [parameter for name in adapters for parameter in base.adapters.parameters(name).values()]
     before = [weight.detach().clone() for weight in weights]
     try:
         for weight in weights:

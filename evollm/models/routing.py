@@ -1,7 +1,7 @@
-"""Several adapters in one forward pass: block m of the rows goes through the LoRA weights of member m.
+"""Several adapters in one forward pass: the batch is M equal blocks of rows, and block m uses adapter m's LoRA weights.
 
-The base's product is one for all rows and the adapters' are batched over the members (Punica's idea, arXiv 2310.18547,
-for training). Gradients reach each adapter's own parameters.
+The base's weights are multiplied once with all rows; the LoRA products are batched over the M members (as in Punica,
+arXiv 2310.18547, here for training). Each adapter's parameters get their own gradients.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from evollm.models.adapter_layers import holds_any
+
 
 class AdapterRouter:
-    """Takes the LoRA layers of a model over while rows are routed, and leaves them to PEFT otherwise."""
+    """Replaces the forward passes of LoRA layers while rows are routed; otherwise PEFT's own run.
+
+    Attributes:
+        members: Adapter of each block of rows; None: rows are not routed.
+    """
 
     def __init__(self) -> None:
         self.members: tuple[str, ...] | None = None
         self._layers: dict[nn.Module, _RoutedForward] = {}
 
     def take_over(self, model: nn.Module) -> None:
-        """Stand in for the forward pass of every layer that can be routed; call it after new layers came."""
+        """Replace `forward` of every LoRA layer that is not replaced yet; to be called after each new adapter."""
         for module in model.modules():
             if _is_routable(module) and module not in self._layers:
                 self._layers[module] = _RoutedForward(module, self)
 
     def can_route(self, model: nn.Module, adapters: Sequence[str]) -> bool:
-        """Whether each layer that holds one of these adapters is plain LoRA on a linear layer."""
+        """Whether these adapters are plain LoRA on linear layers wherever they are."""
         return all(
             module in self._layers and _is_plain(module, adapters)
             for module in model.modules()
@@ -41,7 +47,7 @@ class AdapterRouter:
 
     @contextmanager
     def route(self, members: tuple[str, ...] | None) -> Iterator[None]:
-        """Send block m of the rows through adapter `members[m]` inside the block; None: leave the rows to PEFT."""
+        """Route block m of the rows through adapter `members[m]` inside the block; None: PEFT's forward passes."""
         before, self.members = self.members, members
         try:
             yield
@@ -50,7 +56,7 @@ class AdapterRouter:
 
 
 class _RoutedForward:
-    """A LoRA layer's forward pass."""
+    """Replacement of a LoRA layer's `forward`."""
 
     def __init__(self, layer: Any, router: AdapterRouter) -> None:
         self._layer = layer
@@ -58,10 +64,10 @@ class _RoutedForward:
         self._plain: Callable[..., Tensor] = layer.forward
         layer.forward = self
 
-    # Compiled, the members' tensors would be guarded one by one and every other set of members compiled anew.
+    # Compiled code has guards on each member's tensors and would be compiled again for each set of members.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output for the routed members, or PEFT's."""
+        """The output of the routed members, or of PEFT's layer if rows are not routed."""
         members = self._router.members
         if members is None:
             return self._plain(x, *args, **kwargs)
@@ -122,7 +128,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
-    """A linear layer whose product can be taken without calling it: no quantised weight, no hooks of the user's."""
+    """Whether x W^T + b can be computed without calling the layer: its weight is not quantised and it has no hooks."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
@@ -133,20 +139,14 @@ def _is_plain_linear(layer: nn.Module) -> bool:
 
 
 def _is_routable(module: nn.Module) -> bool:
-    """LoRA on a linear layer, quantised ones included: their classes are made for each backend."""
+    """Whether it is LoRA on a linear layer; PEFT has a class for each kind of quantised layer, named `Linear...`."""
     return isinstance(module, LoraLinear) or (
         isinstance(module, LoraLayer) and type(module).__name__.startswith("Linear")
     )
 
 
-def holds_any(layer: Any, adapters: Sequence[str]) -> bool:
-    """Whether a PEFT layer holds weights of one of these adapters."""
-    held = set().union(*(getattr(layer, name, {}) for name in layer.adapter_layer_names))
-    return any(name in held for name in adapters)
-
-
 def _is_plain(layer: Any, adapters: Sequence[str]) -> bool:
-    """No variant such as DoRA, no bias of the adapter's own, nothing merged into the base."""
+    """Whether nothing is merged into the base and none of the adapters has a variant such as DoRA or a bias."""
     return not layer.merged and all(
         name not in getattr(layer, "lora_variant", {}) and layer.lora_B[name].bias is None
         for name in adapters

@@ -307,7 +307,7 @@ def _check_same(agent: SavableAgent, env: DatasetGym, config: Mapping[str, Any])
     now = {
         "algorithm": agent.algorithm,
         "base_fingerprint": agent.base.weights_fingerprint,
-        "lora": computing_settings(agent.base.config(agent.actor_adapter)),
+        "lora": computing_settings(agent.base.adapters.config(agent.actor_adapter)),
         "settings": asdict(agent.settings),
         "batch_size": env.batch_size,
     }
@@ -331,5 +331,5 @@ def _references_of(checkpoints: Path) -> ReferenceCache | None:
 
 
 def _is_exact(agent: SavableAgent, elite: Path) -> bool:
-    then, now = read_agent_folder(elite).adapter(ACTOR).tensors, agent.base.export(agent.actor_adapter).tensors
+    then, now = read_agent_folder(elite).adapter(ACTOR).tensors, agent.base.adapters.export(agent.actor_adapter).tensors
     return then.keys() == now.keys() and all(torch.equal(then[name], now[name].cpu()) for name in then)

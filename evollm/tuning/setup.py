@@ -35,7 +35,7 @@ from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.precision import AUTO, names_dtype
 from evollm.models.pretrained import find_config, load_tokenizer
-from evollm.models.requirements import check_plain_model
+from evollm.models.shared_base import check_plain_model
 from evollm.names import ALIASES, check_known
 from evollm.processes import check_processes
 from evollm.runs import read_config

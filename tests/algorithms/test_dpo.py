@@ -138,7 +138,7 @@ def test_the_references_of_a_fresh_population_are_one_adapter(make_population) -
     population = make_population(5)
     assert len({agent.adapter("reference") for agent in population}) == 1
     assert len({agent.actor_adapter for agent in population}) == 5
-    assert len(population[0].base.adapters) == 6
+    assert len(population[0].base.adapters.names) == 6
 
 
 def test_updating_one_agents_reference_leaves_the_others_theirs(make_population, gym) -> None:

@@ -31,10 +31,10 @@ def test_a_cell_that_makes_a_population_runs_ten_times_with_the_adapters_of_one(
         population = make_population(3, actor_network=model, wrapper_cls=wrapper)
         agents = [member.agent if wrapper else member for member in population]
         # The last cell's population was still there when this one was made.
-        assert len(SharedBase.of(model).adapters) == 4
+        assert len(SharedBase.of(model).adapters.names) == 4
         learn_together(agents, batch)
     own = {path for path, _ in model.named_parameters() if ".actor-" in path or ".reference-" in path}
-    assert {path.split(".")[-2] for path in own} == set(agents[0].base.adapters)
+    assert {path.split(".")[-2] for path in own} == set(agents[0].base.adapters.names)
 
 
 def test_names_of_freed_adapters_are_not_used_again(make_model, make_agent) -> None:
@@ -42,8 +42,8 @@ def test_names_of_freed_adapters_are_not_used_again(make_model, make_agent) -> N
     names: set[str] = set()
     for _ in range(4):
         agent = make_agent(actor_network=model)
-        assert not names & set(agent.base.adapters)
-        names |= set(agent.base.adapters)
+        assert not names & set(agent.base.adapters.names)
+        names |= set(agent.base.adapters.names)
         del agent
 
 
@@ -55,11 +55,11 @@ def test_nothing_is_freed_while_an_adapter_is_in_use(make_model, make_agent, lor
     del dropped
     with base.active(kept.actor_adapter):
         for _ in range(2):
-            assert lost in base.adapters
-            base.release(base.add_adapter("actor", lora, trainable=True))
+            assert lost in base.adapters.names
+            base.adapters.release(base.adapters.add("actor", lora, trainable=True))
     # It was the active one.
-    assert lost not in base.adapters
-    assert base.active_adapter in base.adapters
+    assert lost not in base.adapters.names
+    assert base.adapters.active in base.adapters.names
 
 
 def test_a_collector_in_another_thread_touches_no_adapter(make_model, make_agent) -> None:
@@ -73,7 +73,7 @@ def test_a_collector_in_another_thread_touches_no_adapter(make_model, make_agent
     collecting.start()
     collecting.join()
     assert list(model.state_dict()) == before
-    assert len(kept.base.adapters) == 2
+    assert len(kept.base.adapters.names) == 2
     assert len(list(model.state_dict())) < len(before)
 
 
@@ -99,11 +99,11 @@ def test_a_dropped_agents_reference_stays_with_those_who_share_it(make_agent, gy
     clone = agent.clone(index=1)
     own = adapter_bits(base)[reference]
     del agent
-    assert base.adapters == [reference, clone.actor_adapter]
+    assert base.adapters.names == [reference, clone.actor_adapter]
     assert adapter_bits(base)[reference] == own
     assert clone.learn(gym.next_batch())["loss"] > 0
     del clone
-    assert base.adapters == []
+    assert base.adapters.names == []
 
 
 def test_an_agent_whose_network_was_handed_out_keeps_its_adapters(make_model, make_agent, gym) -> None:
@@ -123,7 +123,7 @@ def test_release_frees_at_once_also_what_was_handed_out(make_agent) -> None:
     agent = make_agent()
     agent.get_policy()
     agent.release()
-    assert agent.base.adapters == []
+    assert agent.base.adapters.names == []
     with pytest.raises(ConfigurationError, match="released"):
         agent.actor_adapter  # noqa: B018 - a property
 
@@ -134,14 +134,14 @@ def test_copies_of_an_agent_hold_its_adapters(make_agent, gym) -> None:
     base = agent.base
     assert deep.base is not base
     del agent
-    assert len(base.adapters) == 2
+    assert len(base.adapters.names) == 2
     shallow.learn(gym.next_batch())
     del shallow
-    assert base.adapters == []
-    assert len(deep.base.adapters) == 2
+    assert base.adapters.names == []
+    assert len(deep.base.adapters.names) == 2
     other = deep.base
     del deep
-    assert other.adapters == []
+    assert other.adapters.names == []
 
 
 def test_an_agent_that_could_not_be_made_leaves_nothing(make_model, make_agent, monkeypatch) -> None:
@@ -154,4 +154,4 @@ def test_an_agent_that_could_not_be_made_leaves_nothing(make_model, make_agent, 
     monkeypatch.setattr(DPO, "_new_optimizer", fail)
     with pytest.raises(MemoryError):
         make_agent(actor_network=model)
-    assert SharedBase.of(model).adapters == []
+    assert SharedBase.of(model).adapters.names == []

@@ -92,10 +92,10 @@ def test_a_reference_that_is_no_adapter_is_refused(make_agent, gym) -> None:
     ],
 )
 def test_other_arguments_of_the_wrong_kind_are_refused(agent, call, message) -> None:
-    adapters = agent.base.adapters
+    adapters = agent.base.adapters.names
     with pytest.raises(ConfigurationError, match=message):
         call(agent)
-    assert agent.base.adapters == adapters
+    assert agent.base.adapters.names == adapters
 
 
 def test_a_switch_in_words_is_refused(agent, own_gym) -> None:

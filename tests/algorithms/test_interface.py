@@ -23,8 +23,8 @@ def test_use_adapter_lasts_and_select_adapter_does_not(make_agent) -> None:
     agent = make_agent()
     agent.use_adapter("reference")
     with agent.select_adapter("actor"):
-        assert agent.base.peft_model.active_adapters == [agent.actor_adapter]
-    assert agent.base.peft_model.active_adapters == [agent.adapter("reference")]
+        assert agent.base.adapters.peft_model.active_adapters == [agent.actor_adapter]
+    assert agent.base.adapters.peft_model.active_adapters == [agent.adapter("reference")]
     with pytest.raises(ConfigurationError, match="adapter_name='critic'"):
         agent.use_adapter("critic")
 
@@ -124,6 +124,6 @@ def test_releasing_an_agent_leaves_the_others_running(make_population, gym) -> N
     before = actor_bits(second)
     first.release()
     assert actor_bits(second) == before
-    assert len(second.base.adapters) == 2
+    assert len(second.base.adapters.names) == 2
     second.learn(gym.next_batch())
     assert actor_bits(second) != before

@@ -160,7 +160,7 @@ def test_fitness_and_margins_do_not_depend_on_ld_alpha(make_model: Callable[...,
     plain, weighed = make_agent(model), make_agent(model, ld_alpha=0.0)
     batch = gym.next_batch()
     plain.learn(batch)
-    weighed.base.load(weighed.actor_adapter, plain.base.export(plain.actor_adapter).tensors)
+    weighed.base.adapters.load(weighed.actor_adapter, plain.base.adapters.export(plain.actor_adapter).tensors)
     assert all(np.array_equal(*sides) for sides in zip(plain.logratios(batch), weighed.logratios(batch), strict=True))
     assert plain.test(gym) == weighed.test(gym)
     assert plain.evaluate(gym).mean_margin == weighed.evaluate(gym).mean_margin
@@ -171,7 +171,9 @@ def test_references_with_and_without_the_shorter_sums_are_kept_apart(make_model,
     model, batch = make_model(), make_batch()
     plain, weighed = make_agent(model), make_agent(model, ld_alpha=0.5)
     base = plain.base
-    assert base.fingerprint(plain.adapter("reference")) == base.fingerprint(weighed.adapter("reference"))
+    assert base.adapters.fingerprint(plain.adapter("reference")) == base.adapters.fingerprint(
+        weighed.adapter("reference")
+    )
     assert plain.reference_logprobs(batch).up_to_shorter is None
     expected = weighed.reference_logprobs(batch)
     assert plain.reference_logprobs(batch).up_to_shorter is None
@@ -182,7 +184,7 @@ def test_references_with_and_without_the_shorter_sums_are_kept_apart(make_model,
     base.reference_cache = again
     torch.testing.assert_close(weighed.reference_logprobs(batch).columns, expected.columns, rtol=0, atol=0)
     assert len(again) == 2 * len(batch)
-    again.forget(base.fingerprint(plain.adapter("reference")))
+    again.forget(base.adapters.fingerprint(plain.adapter("reference")))
     assert len(again) == 0
 
 

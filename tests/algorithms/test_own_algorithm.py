@@ -99,7 +99,7 @@ class Pointwise(EvolvableAlgorithm):
     beta = Evolvable[float]()
 
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
-        return {REFERENCE: self.base.copy_adapter(actor, REFERENCE, trainable=False)}
+        return {REFERENCE: self.base.adapters.copy(actor, REFERENCE, trainable=False)}
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def answers(count: int, skip: int = 0) -> list[dict[str, Any]]:
 
 
 def same_adapters(first: Any, second: Any) -> bool:
-    one, other = (agent.base.export(agent.actor_adapter).tensors for agent in (first, second))
+    one, other = (agent.base.adapters.export(agent.actor_adapter).tensors for agent in (first, second))
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

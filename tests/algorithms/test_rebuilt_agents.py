@@ -147,8 +147,8 @@ def test_looking_at_attributes_hands_out_no_network(make_agent) -> None:
     DPO.inspect_attributes(agent)
     DPO.inspect_attributes(agent, input_args_only=True)
     del agent
-    base.take_back()
-    assert base.adapters == []
+    base.adapters.release_lost()
+    assert base.adapters.names == []
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_a_nan_in_one_sft_member_leaves_the_others_bits() -> None:
 def test_learning_lowers_the_loss_and_trains_the_actor_alone(make_sft_population, sft_gym) -> None:
     population, batch = make_sft_population(2), sft_gym.next_batch()
     base = population[0].base
-    assert len(base.adapters) == 2
+    assert len(base.adapters.names) == 2
     before, frozen = adapter_bits(base), base_bits(base)
     losses = [population[0].learn(batch) for _ in range(4)]
     after = adapter_bits(base)
@@ -268,7 +268,7 @@ def test_an_sft_agent_starts_from_a_dpo_checkpoint(make_agent, make_sft, gym, sf
     agent = make_sft(lr=2e-3)
     agent.load_checkpoint(str(tmp_path / "dpo"))
     assert actor_bits(agent) == actor_bits(dpo)
-    assert (agent.lr, len(agent.base.adapters), bool(agent.optimizer.state)) == (2e-3, 1, False)
+    assert (agent.lr, len(agent.base.adapters.names), bool(agent.optimizer.state)) == (2e-3, 1, False)
     agent.learn(sft_gym.next_batch())
 
 
@@ -318,4 +318,4 @@ def test_a_population_starts_from_one_checkpoint_with_one_reference(tuned, make_
     for agent in population:
         agent.load_checkpoint(str(tmp_path / "sft"))
     assert len({agent.adapter("reference") for agent in population}) == 1
-    assert len(population[0].base.adapters) == 4
+    assert len(population[0].base.adapters.names) == 4

@@ -267,7 +267,7 @@ def test_merged_lora_configs_compute_what_was_saved(trained, make_agent, gym, tm
     said = [str(warning.message) for warning in caught]
     assert any("no optimizer state" in text for text in said)
     assert any("['lora_alpha']" in text for text in said) == (alpha != 8)
-    config = agent.base.config(agent.actor_adapter)
+    config = agent.base.adapters.config(agent.actor_adapter)
     assert config.r == max(rank, 4)
     assert set(config.target_modules) == {"q_proj", "v_proj", "down_proj", *modules}
     for mine, theirs in zip(agent.logratios(batch), trained.logratios(batch), strict=True):
@@ -278,7 +278,7 @@ def test_merged_lora_configs_compute_what_was_saved(trained, make_agent, gym, tm
     gradients = [state["exp_avg"].abs().sum() for state in agent.optimizer.state.values()]
     assert all(gradient > 0 for gradient in gradients)
     agent.save_checkpoint(str(tmp_path / "again"))
-    assert len(agent.base.adapters) == 2
+    assert len(agent.base.adapters.names) == 2
 
 
 def test_merging_what_has_no_union_is_refused_and_changes_nothing(trained, make_agent, tmp_path) -> None:
@@ -292,7 +292,7 @@ def test_merging_what_has_no_union_is_refused_and_changes_nothing(trained, make_
     with pytest.warns(match="rank_pattern"), pytest.raises(ConfigurationError, match="cannot be merged"):
         other.load_checkpoint(str(tmp_path / "agent"), merge_lora_configs=True)
     assert adapter_bits(agent.base) == before
-    assert len(other.base.adapters) == 2
+    assert len(other.base.adapters.names) == 2
 
 
 @pytest.mark.parametrize("save_optimizer", [True, False])
@@ -513,7 +513,7 @@ def test_attributes_of_something_else_are_refused(trained, tmp_path) -> None:
 def test_an_adapter_configuration_is_the_same_in_every_process(tmp_path) -> None:
     code = (
         "import sys; from pathlib import Path; from peft import LoraConfig; "
-        "from evollm.models.lora_json import write_lora_config; "
+        "from evollm.models.lora_config import write_lora_config; "
         "names = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']; "
         "write_lora_config(LoraConfig(target_modules=names, exclude_modules=names[:2]), Path(sys.argv[1]), 'base')"
     )

@@ -164,7 +164,7 @@ def test_every_argument_that_takes_an_agent_takes_a_run(interrupted, capsys) -> 
     elite = load_file(f"run/elite/{ACTOR}")
     for given in ("run", "run/elite", "run/elite/actor"):
         agent = DPO.load(given)
-        state = agent.base.export(agent.actor_adapter).tensors
+        state = agent.base.adapters.export(agent.actor_adapter).tensors
         assert all(torch.equal(state[name], elite[name]) for name in elite)
         agent.load_checkpoint(given, overwrite_reference_adapter=True)
         assert main(["chat", given, "--prompt", "a", "--max-new-tokens", "1"]) == 0

@@ -97,7 +97,7 @@ def test_members_on_two_workers_end_as_on_one_and_go_on_when_killed(run, tmp_pat
     assert ended[0].best == ended[1].best
     # Nothing is left but the members' adapters and their references.
     references = {agent.adapter("reference") for agent in spread}
-    assert len(spread[0].base.adapters) == len(spread) + len(references)
+    assert len(spread[0].base.adapters.names) == len(spread) + len(references)
 
 
 def test_a_worker_takes_members_in_hands_them_over_and_begins_again_from_none(make_population, gym) -> None:
@@ -134,13 +134,13 @@ def test_a_worker_takes_members_in_hands_them_over_and_begins_again_from_none(ma
     other.apply([])
     assert torch.equal(weights([one.agent(1)])[0], moved)
     untouched = first.adapter("actor").tensors
-    mine = one.base.export(one.agent(4).actor_adapter).tensors
+    mine = one.base.adapters.export(one.agent(4).actor_adapter).tensors
     assert all(torch.equal(untouched[name], mine[name]) for name in untouched)
     assert one.agent(4).steps == 0
     for worker in (one, other):
         worker.close()
     # Two actors, and the reference that all share.
-    assert len(one.base.adapters) == 3
+    assert len(one.base.adapters.names) == 3
 
 
 def test_values_that_no_agent_can_have_change_nobody(make_population, gym) -> None:

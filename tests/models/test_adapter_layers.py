@@ -66,35 +66,35 @@ def test_adapters_are_copied_exported_loaded_and_freed_as_by_peft(make_model, ki
     base = SharedBase.of(make(make_model))
     before = base_bits(base)
     config = LoraConfig(r=4, task_type="CAUSAL_LM", **settings)
-    first = base.add_adapter("actor", config, trainable=True, seed=1)
+    first = base.adapters.add("actor", config, trainable=True, seed=1)
     with torch.no_grad():
-        for number, parameter in enumerate(base.parameters(first).values()):
+        for number, parameter in enumerate(base.adapters.parameters(first).values()):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)).to(parameter))
-    copied = base.copy_adapter(first, "actor", trainable=True)
+    copied = base.adapters.copy(first, "actor", trainable=True)
     # By PEFT from the beginning.
-    loaded = base.add_adapter("reference", config, trainable=False, seed=2)
-    base.load(loaded, base.export(first).tensors)
+    loaded = base.adapters.add("reference", config, trainable=False, seed=2)
+    base.adapters.load(loaded, base.adapters.export(first).tensors)
 
-    state = base.export(first)
+    state = base.adapters.export(first)
     for name in (first, copied, loaded):
-        by_peft = get_peft_model_state_dict(base.peft_model, adapter_name=name, save_embedding_layers=False)
-        found = base.export(name).tensors
+        by_peft = get_peft_model_state_dict(base.adapters.peft_model, adapter_name=name, save_embedding_layers=False)
+        found = base.adapters.export(name).tensors
         assert list(found) == list(by_peft) == list(state.tensors)
         assert all(torch.equal(found[key], by_peft[key]) for key in found)
         assert all(torch.equal(found[key], state.tensors[key]) for key in found)
         assert torch.equal(log_probs(base, name), log_probs(base, first))
-        assert {parameter.requires_grad for parameter in base.parameters(name).values()} == {name != loaded}
+        assert {parameter.requires_grad for parameter in base.adapters.parameters(name).values()} == {name != loaded}
     # An equal frozen one is found; the copies share nothing.
-    assert base.frozen_adapter(state, "reference") == loaded
-    base.release(loaded)
+    assert base.adapters.frozen(state, "reference") == loaded
+    base.adapters.release(loaded)
     with torch.no_grad():
-        next(iter(base.parameters(copied).values())).add_(1)
+        next(iter(base.adapters.parameters(copied).values())).add_(1)
     bits = adapter_bits(base)
     assert bits[first] == bits[loaded] != bits[copied]
-    assert base.frozen_adapter(base.export(copied), "reference") not in (first, copied, loaded)
+    assert base.adapters.frozen(base.adapters.export(copied), "reference") not in (first, copied, loaded)
     # Nothing of a freed adapter stays, and the base is what it was.
-    for name in base.adapters[1:]:
-        base.release(name)
+    for name in base.adapters.names[1:]:
+        base.adapters.release(name)
     assert {name for path in base.network.state_dict() for name in path.split(".") if "-" in name} == {first}
     assert adapter_bits(base)[first] == bits[first]
     assert base_bits(base) == before
@@ -118,38 +118,38 @@ def calls_of(work: Callable[[], object]) -> int:
 
 def test_work_on_one_adapter_does_not_grow_with_their_number(make_model, lora) -> None:
     base = SharedBase.of(make_model())
-    actor = base.add_adapter("actor", lora, trainable=True)
+    actor = base.adapters.add("actor", lora, trainable=True)
 
     def changed() -> None:
         with torch.no_grad():
-            next(iter(base.parameters(actor).values())).add_(1)
+            next(iter(base.adapters.parameters(actor).values())).add_(1)
 
     def measure() -> dict[str, int]:
         changed()
-        state, made = base.export(actor), []
+        state, made = base.adapters.export(actor), []
         works = {
-            "add": lambda: made.append(base.add_adapter("actor", lora, trainable=True)),
-            "copy": lambda: made.append(base.copy_adapter(actor, "actor", trainable=True)),
-            "new reference": lambda: made.append(base.frozen_adapter(state, "reference")),
-            "same reference": lambda: made.append(base.frozen_adapter(state, "reference")),
-            "switch": lambda: base.use(actor),
-            "switch off": lambda: base.use(None),
-            "export": lambda: base.export(actor),
-            "load": lambda: base.load(actor, state.tensors),
-            "first layer": lambda: base.first_adapted_layer([actor]),
-            "free": lambda: base.release(made.pop(0)),
+            "add": lambda: made.append(base.adapters.add("actor", lora, trainable=True)),
+            "copy": lambda: made.append(base.adapters.copy(actor, "actor", trainable=True)),
+            "new reference": lambda: made.append(base.adapters.frozen(state, "reference")),
+            "same reference": lambda: made.append(base.adapters.frozen(state, "reference")),
+            "switch": lambda: base.adapters.use(actor),
+            "switch off": lambda: base.adapters.use(None),
+            "export": lambda: base.adapters.export(actor),
+            "load": lambda: base.adapters.load(actor, state.tensors),
+            "first layer": lambda: base.adapters.first_layer([actor]),
+            "free": lambda: base.adapters.release(made.pop(0)),
         }
         counts = {name: calls_of(work) for name, work in works.items()}
         for name in made:
-            base.release(name)
+            base.adapters.release(name)
         return counts
 
     measure()
     few = measure()
     for _ in range(10):
-        base.copy_adapter(actor, "actor", trainable=True)
+        base.adapters.copy(actor, "actor", trainable=True)
         changed()
-        base.fingerprint(base.frozen_adapter(base.export(actor), "reference"))
+        base.adapters.fingerprint(base.adapters.frozen(base.adapters.export(actor), "reference"))
     many = measure()
     for name, count in few.items():
         # Of the 20 others no more than a name or a digest is looked at.

@@ -274,10 +274,10 @@ def test_a_probe_vouches_for_no_longer_pair_than_it_tried() -> None:
 
 def test_a_probe_leaves_nothing_behind() -> None:
     agent = make_agents(make_family("llama"), MIXED[:1])[0]
-    before = agent.base.adapters
+    before = agent.base.adapters.names
     Engine.of(agent.base).prepare([agent.actor_adapter], 40)
-    assert agent.base.adapters == before
-    assert agent.base.active_adapter == agent.actor_adapter
+    assert agent.base.adapters.names == before
+    assert agent.base.adapters.active == agent.actor_adapter
 
 
 @pytest.mark.parametrize("variant", [{"use_dora": True}, {"lora_bias": True}])

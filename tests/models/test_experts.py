@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 
 from evollm import DPO, ConfigurationError, PreferenceGym, save_merged_model, tune
 from evollm.models.generation import greedy_answers
-from evollm.models.merging import all_logprobs
+from evollm.models.merging import all_logprobs, base_state
 from evollm.tuning.winner import export, open_winner
 
 # That members go one by one, PEFT's remarks on target_parameters.
@@ -90,7 +90,7 @@ def test_what_trains_on_experts_is_saved_resumed_merged_and_answers(kind: str, t
     make(kind, tokenizer).save_pretrained(tmp_path / "base")
     _, lora, adapts_experts = BASES[kind]
     population = DPO.population(2, model_name=str(tmp_path / "base"), lora_config=lora, lr=1e-2)
-    names = set(population[0].base.parameters(population[0].actor_adapter))
+    names = set(population[0].base.adapters.parameters(population[0].actor_adapter))
     assert any(".experts." in name for name in names) == adapts_experts
     assert not [name for name in names if ".router." in name or ".gate." in name]
     for agent in population:
@@ -145,9 +145,9 @@ def test_an_adapter_on_a_layer_that_gives_no_tensor_is_refused_before_training(k
 def test_a_router_that_is_named_is_adapted(tokenizer, gym: PreferenceGym) -> None:
     lora = LoraConfig(r=4, target_parameters=["gate.weight"])
     agent = DPO(actor_network=make("mixtral", tokenizer), lora_config=lora)
-    assert all(".gate." in name for name in agent.base.parameters(agent.actor_adapter))
+    assert all(".gate." in name for name in agent.base.adapters.parameters(agent.actor_adapter))
     agent.learn(gym.next_batch())
-    agent.base.state(agent.actor_adapter)
+    base_state(agent.base, agent.actor_adapter)
 
 
 def test_experts_of_other_ranks_are_not_merged_into_one_another(tokenizer, gym, tmp_path) -> None:
@@ -157,8 +157,8 @@ def test_experts_of_other_ranks_are_not_merged_into_one_another(tokenizer, gym, 
     small.learn(gym.next_batch())
     small.save_checkpoint(str(tmp_path / "small"))
     large = DPO(actor_network=make("gpt-oss", tokenizer), lora_config=LoraConfig(r=8, **parameters))
-    before, adapters = logprobs_of(large), large.base.adapters
+    before, adapters = logprobs_of(large), large.base.adapters.names
     with pytest.raises(ConfigurationError, match="would not compute what was saved"):
         large.load_checkpoint(str(tmp_path / "small"), merge_lora_configs=True)
     assert torch.equal(logprobs_of(large), before)
-    assert large.base.adapters == adapters
+    assert large.base.adapters.names == adapters

@@ -150,7 +150,7 @@ def test_a_gradient_that_exceeds_float16_is_computed_again_under_a_smaller_scale
     for dtype, large in ((torch.float32, True), (torch.float16, True), (torch.float16, False)):
         agents = half_agents(dtype)
         with torch.no_grad():
-            for name, parameter in agents[1].base.parameters(agents[1].actor_adapter).items():
+            for name, parameter in agents[1].base.adapters.parameters(agents[1].actor_adapter).items():
                 # The product stays, and so do the outputs; what B gets is multiplied by what A gives.
                 parameter.mul_(2.0 ** (14 if "lora_A" in name else -14) if large else 1.0)
         results.append(gradients(agents, [1.0, 1.5], batch, token_budget=2048))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 
 from evollm import DPO, ConfigurationError, save_merged_model
 from evollm.models.loading import load_base_model
-from evollm.models.merging import all_logprobs
+from evollm.models.merging import all_logprobs, base_state
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Larger than usual, so that adapters change log-probs clearly.
@@ -103,7 +103,7 @@ def test_what_would_not_compute_the_same_is_refused_and_leaves_nothing_behind(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_adapter_that_has_learnt_nothing_merges_bit_for_bit(make_model, tmp_path) -> None:
     agent = DPO(actor_network=make_model(tie_word_embeddings=True), lora_config=LoraConfig(target_modules=["lm_head"]))
-    own, merged = agent.base.state(), agent.base.state(agent.actor_adapter)
+    own, merged = base_state(agent.base), base_state(agent.base, agent.actor_adapter)
     assert own.keys() == merged.keys()
     assert all(torch.equal(own[name], merged[name]) for name in own)
 

@@ -218,5 +218,5 @@ def test_a_run_goes_on_with_the_same_references_and_not_with_those_of_whole_side
     cache = ReferenceCache()
     cache.load(tmp_path / "cache")
     assert len(cache) == 2
-    fingerprint = agent.base.fingerprint(agent.adapter("reference"))
+    fingerprint = agent.base.adapters.fingerprint(agent.adapter("reference"))
     assert cache.get([fingerprint], PreferenceBatch.from_pairs([pair]), None)[0].chosen.item() == sums[0].chosen.item()

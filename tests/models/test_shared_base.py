@@ -21,7 +21,7 @@ def batch(gym) -> PreferenceBatch:
 def perturb(base: SharedBase, name: str, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in base.parameters(name).values():
+        for parameter in base.adapters.parameters(name).values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
@@ -39,21 +39,21 @@ def test_the_same_model_object_gives_the_same_base(make_model) -> None:
 def test_adding_an_adapter_leaves_base_and_global_generator_as_they_were(make_model, lora) -> None:
     base = SharedBase.of(make_model())
     before, state = base_bits(base), torch.get_rng_state()
-    base.add_adapter("actor", lora, trainable=True, seed=3)
+    base.adapters.add("actor", lora, trainable=True, seed=3)
     assert base_bits(base) == before
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_seed_decides_the_first_weights(make_model, lora) -> None:
     base = SharedBase.of(make_model())
-    names = [base.add_adapter("actor", lora, trainable=True, seed=seed) for seed in (1, 1, 2)]
+    names = [base.adapters.add("actor", lora, trainable=True, seed=seed) for seed in (1, 1, 2)]
     bits = adapter_bits(base)
     assert bits[names[0]] == bits[names[1]] != bits[names[2]]
 
 
 def test_a_fresh_adapter_computes_what_the_base_computes(make_model, lora, batch) -> None:
     base = SharedBase.of(make_model())
-    name = base.add_adapter("actor", lora, trainable=True)
+    name = base.adapters.add("actor", lora, trainable=True)
     assert torch.equal(logps(base, name, batch), logps(base, None, batch))
     perturb(base, name)
     assert not torch.allclose(logps(base, name, batch), logps(base, None, batch))
@@ -61,23 +61,23 @@ def test_a_fresh_adapter_computes_what_the_base_computes(make_model, lora, batch
 
 def test_only_trainable_adapters_require_gradients_whichever_is_active(make_model, lora) -> None:
     base = SharedBase.of(make_model())
-    actor = base.add_adapter("actor", lora, trainable=True)
-    reference = base.copy_adapter(actor, "reference", trainable=False)
-    other = base.copy_adapter(actor, "actor", trainable=True)
+    actor = base.adapters.add("actor", lora, trainable=True)
+    reference = base.adapters.copy(actor, "reference", trainable=False)
+    other = base.adapters.copy(actor, "actor", trainable=True)
     for active in (reference, actor, None, other, reference):
-        base.use(active)
-        for name in base.adapters:
-            assert {p.requires_grad for p in base.parameters(name).values()} == {name != reference}
+        base.adapters.use(active)
+        for name in base.adapters.names:
+            assert {p.requires_grad for p in base.adapters.parameters(name).values()} == {name != reference}
         trainable = sum(parameter.requires_grad for parameter in base.network.parameters())
-        assert trainable == len(base.parameters(actor)) + len(base.parameters(other))
+        assert trainable == len(base.adapters.parameters(actor)) + len(base.adapters.parameters(other))
 
 
 def test_active_restores_what_was_active_before_also_after_an_error(make_model, lora, batch) -> None:
     base = SharedBase.of(make_model())
-    first = base.add_adapter("actor", lora, trainable=True)
-    second = base.copy_adapter(first, "actor", trainable=True)
+    first = base.adapters.add("actor", lora, trainable=True)
+    second = base.adapters.copy(first, "actor", trainable=True)
     perturb(base, first)
-    base.use(first)
+    base.adapters.use(first)
     with torch.no_grad():
         expected = completion_logprobs(base.network, batch, base.device).chosen
     with pytest.raises(RuntimeError), base.active(second), base.active(None):
@@ -88,26 +88,26 @@ def test_active_restores_what_was_active_before_also_after_an_error(make_model, 
 
 def test_the_last_release_frees_an_adapter_without_a_warning(make_model, lora, batch) -> None:
     base = SharedBase.of(make_model())
-    kept = base.add_adapter("actor", lora, trainable=True)
-    shared = base.copy_adapter(kept, "reference", trainable=False)
-    base.retain(shared)
+    kept = base.adapters.add("actor", lora, trainable=True)
+    shared = base.adapters.copy(kept, "reference", trainable=False)
+    base.adapters.retain(shared)
     before = sum(parameter.numel() for parameter in base.network.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        base.release(shared)
-        assert shared in base.adapters
-        base.use(shared)
-        base.release(shared)
-    assert base.adapters == [kept]
+        base.adapters.release(shared)
+        assert shared in base.adapters.names
+        base.adapters.use(shared)
+        base.adapters.release(shared)
+    assert base.adapters.names == [kept]
     freed = before - sum(parameter.numel() for parameter in base.network.parameters())
-    assert freed == sum(parameter.numel() for parameter in base.parameters(kept).values())
+    assert freed == sum(parameter.numel() for parameter in base.adapters.parameters(kept).values())
     assert torch.isfinite(logps(base, kept, batch)).all()
 
 
 def test_adapters_are_float32_on_a_bfloat16_base_and_log_probs_are_too(make_model, lora, batch) -> None:
     base = SharedBase.of(make_model(dtype=torch.bfloat16))
-    name = base.add_adapter("actor", lora, trainable=True)
-    assert {parameter.dtype for parameter in base.parameters(name).values()} == {torch.float32}
+    name = base.adapters.add("actor", lora, trainable=True)
+    assert {parameter.dtype for parameter in base.adapters.parameters(name).values()} == {torch.float32}
     assert logps(base, name, batch).dtype == torch.float32
 
 
@@ -117,9 +117,9 @@ def gradients(
     """Gradients of `name` when the backward pass runs while `other` is the active adapter."""
     with base.active(name, gradient_checkpointing=recompute) as network:
         loss = completion_logprobs(network, batch, base.device).chosen.sum()
-    base.use(other)
+    base.adapters.use(other)
     loss.backward()
-    found = [parameter.grad.clone() for parameter in base.parameters(name).values()]
+    found = [parameter.grad.clone() for parameter in base.adapters.parameters(name).values()]
     for parameter in base.network.parameters():
         parameter.grad = None
     return found
@@ -127,8 +127,8 @@ def gradients(
 
 def test_checkpointed_layers_recompute_with_the_adapter_of_their_forward_pass(make_model, lora, batch) -> None:
     base = SharedBase.of(make_model(dtype=torch.float64))
-    name = base.add_adapter("actor", lora, trainable=True)
-    other = base.copy_adapter(name, "actor", trainable=True)
+    name = base.adapters.add("actor", lora, trainable=True)
+    other = base.adapters.copy(name, "actor", trainable=True)
     perturb(base, name, seed=1)
     perturb(base, other, seed=2)
     plain = gradients(base, name, other, batch, recompute=False)
@@ -139,7 +139,7 @@ def test_checkpointed_layers_recompute_with_the_adapter_of_their_forward_pass(ma
 
 def test_checkpointing_really_recomputes(make_model, lora, batch) -> None:
     base = SharedBase.of(make_model())
-    name = base.add_adapter("actor", lora, trainable=True)
+    name = base.adapters.add("actor", lora, trainable=True)
     calls: list[int] = []
     base.network.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     for recompute in (False, True):
@@ -156,8 +156,8 @@ def test_dropout_stays_off_in_training(tokenizer, batch, recompute: bool, user_t
     )
     base = SharedBase.of(GPT2LMHeadModel(config).eval())
     lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    first = base.add_adapter("actor", lora, trainable=True)
-    name = base.copy_adapter(first, "actor", trainable=True)
+    first = base.adapters.add("actor", lora, trainable=True)
+    name = base.adapters.copy(first, "actor", trainable=True)
     perturb(base, name)
     if user_trains:
         base.network.train()
@@ -168,26 +168,26 @@ def test_dropout_stays_off_in_training(tokenizer, batch, recompute: bool, user_t
 
 def test_fingerprints_tell_weights_apart_and_know_equal_ones(make_model, lora) -> None:
     base = SharedBase.of(make_model())
-    actor = base.add_adapter("actor", lora, trainable=True)
-    first, second = (base.copy_adapter(actor, "reference", trainable=False) for _ in range(2))
-    assert base.fingerprint(first) == base.fingerprint(second) != base.fingerprint(None)
+    actor = base.adapters.add("actor", lora, trainable=True)
+    first, second = (base.adapters.copy(actor, "reference", trainable=False) for _ in range(2))
+    assert base.adapters.fingerprint(first) == base.adapters.fingerprint(second) != base.adapters.fingerprint(None)
     perturb(base, actor)
-    changed = base.copy_adapter(actor, "reference", trainable=False)
-    assert base.fingerprint(changed) != base.fingerprint(first)
+    changed = base.adapters.copy(actor, "reference", trainable=False)
+    assert base.adapters.fingerprint(changed) != base.adapters.fingerprint(first)
     with pytest.raises(ConfigurationError, match="trainable"):
-        base.fingerprint(actor)
+        base.adapters.fingerprint(actor)
 
 
 def test_weights_that_do_not_fit_are_refused_and_nothing_changes(make_model, lora) -> None:
     base = SharedBase.of(make_model())
-    name = base.add_adapter("actor", lora, trainable=True)
+    name = base.adapters.add("actor", lora, trainable=True)
     before = adapter_bits(base)
-    tensors = dict(base.export(name).tensors)
+    tensors = dict(base.adapters.export(name).tensors)
     key = next(iter(tensors))
     with pytest.raises(ConfigurationError, match="do not fit"):
-        base.load(name, {**tensors, key: torch.zeros(1, 1)})
+        base.adapters.load(name, {**tensors, key: torch.zeros(1, 1)})
     with pytest.raises(ConfigurationError, match="do not fit"):
-        base.load(name, {"unknown": torch.zeros(1)})
+        base.adapters.load(name, {"unknown": torch.zeros(1)})
     assert adapter_bits(base) == before
 
 
@@ -223,7 +223,7 @@ def test_a_lora_config_that_cannot_work_is_refused(make_model, changes, field) -
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes})
     base = SharedBase.of(make_model())
     with pytest.raises(ConfigurationError, match=f"lora_config.{field}"):
-        base.add_adapter("actor", config, trainable=True)
+        base.adapters.add("actor", config, trainable=True)
 
 
 @pytest.mark.parametrize(
@@ -243,18 +243,18 @@ def test_a_lora_config_that_cannot_work_is_refused(make_model, changes, field) -
 def test_what_peft_refuses_is_one_short_line_and_leaves_the_base_as_it_was(make_model, lora, changes, words) -> None:
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **changes})
     base, fresh = SharedBase.of(make_model()), SharedBase.of(make_model())
-    fresh.add_adapter("actor", lora, trainable=True)
+    fresh.adapters.add("actor", lora, trainable=True)
     for adapters in ([], ["actor-0"]):
         with pytest.raises(ConfigurationError) as caught:
-            base.add_adapter("actor", config, trainable=True)
+            base.adapters.add("actor", config, trainable=True)
         said = str(caught.value)
         assert said.startswith("lora_config={")
         assert [word for word in words if word not in said] == []
         assert "\n" not in said
         assert len(said) < 450
-        assert base.adapters == adapters
+        assert base.adapters.names == adapters
         if not adapters:
-            base.add_adapter("actor", lora, trainable=True)
+            base.adapters.add("actor", lora, trainable=True)
         assert base.network.state_dict().keys() == fresh.network.state_dict().keys()
     assert adapter_bits(base) == adapter_bits(fresh)
 

@@ -114,7 +114,7 @@ def test_a_model_with_a_state_gives_its_own_log_probs_and_gradients_on_the_plain
 def test_all_linear_leaves_out_the_weights_that_a_mixer_reads_itself() -> None:
     adapted = {
         path.split(".lora_")[0].rpartition(".")[2]
-        for path in dict(one_agent(make_model("mamba"), "all-linear").base.peft_model.named_parameters())
+        for path in dict(one_agent(make_model("mamba"), "all-linear").base.adapters.peft_model.named_parameters())
         if "lora_" in path
     }
     assert adapted == {"in_proj", "x_proj"}

@@ -61,7 +61,9 @@ def test_text_alone_tunes_the_language_model_alone(kind: str, tokenizer, gym, tm
     KINDS[kind](len(tokenizer)).save_pretrained(tmp_path / "base")
     population = DPO.population(2, model_name=str(tmp_path / "base"), lr=1e-2)
     base, agent = population[0].base, population[1]
-    assert all(".language_model." in name or ".text_model." in name for name in base.parameters(agent.actor_adapter))
+    assert all(
+        ".language_model." in name or ".text_model." in name for name in base.adapters.parameters(agent.actor_adapter)
+    )
     assert base.max_positions == TEXT["max_position_embeddings"]
     assert len(base.layers) == TEXT["num_hidden_layers"]
     for one in population:
@@ -93,4 +95,4 @@ def test_texts_longer_than_the_language_model_takes_are_refused(tokenizer) -> No
 
 def test_what_is_named_is_adapted_wherever_it_is(tokenizer) -> None:
     agent = DPO(actor_network=llava(len(tokenizer)), lora_config=LoraConfig(target_modules=["fc1"]))
-    assert all(".vision_tower." in name for name in agent.base.parameters(agent.actor_adapter))
+    assert all(".vision_tower." in name for name in agent.base.adapters.parameters(agent.actor_adapter))

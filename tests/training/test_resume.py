@@ -90,7 +90,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_interrupted(run, tmp_path
         assert end(tmp_path / name, population) == whole
         # The references that the new process made for its founders are gone again.
         again = run("again-" + name, **changes)
-        assert len(population[0].base.adapters) == len(again[0].base.adapters)
+        assert len(population[0].base.adapters.names) == len(again[0].base.adapters.names)
 
 
 @pytest.mark.parametrize("ended", [3, 4])

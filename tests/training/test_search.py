@@ -143,7 +143,7 @@ def test_members_come_and_go_as_the_search_plans_and_it_is_told_when_it_asked_to
     assert [agent.index for agent in population] == last
     assert [agent.lr for agent in population] == [5e-3, 4e-3]
     # Nothing is left of those who went, nor more references than one.
-    assert len(population[0].base.adapters) == 3
+    assert len(population[0].base.adapters.names) == 3
 
 
 def test_a_run_whose_population_grows_and_shrinks_resumes_bit_for_bit(run, tmp_path) -> None:
@@ -153,7 +153,7 @@ def test_a_run_whose_population_grows_and_shrinks_resumes_bit_for_bit(run, tmp_p
             run(f"crashed-{step}", callbacks=[Crash(step + 1)])
         population = run(f"crashed-{step}", resume=True)
         assert end(tmp_path / f"crashed-{step}", population) == whole
-        assert len(population[0].base.adapters) == 3
+        assert len(population[0].base.adapters.names) == 3
 
 
 def test_a_fresh_agent_begins_as_the_first_one_did(run, made, tmp_path) -> None:
@@ -166,9 +166,9 @@ def test_a_fresh_agent_begins_as_the_first_one_did(run, made, tmp_path) -> None:
     for _ in range(4):
         agent.learn(env.next_batch())
     saved = read_agent_folder(tmp_path / "run/checkpoints/step-000006/agent-9")
-    alone = agent.base.export(agent.actor_adapter).tensors
+    alone = agent.base.adapters.export(agent.actor_adapter).tensors
     assert all(torch.allclose(saved.adapter("actor").tensors[name], alone[name], atol=1e-6) for name in alone)
-    reference = agent.base.export(agent.adapter("reference")).tensors
+    reference = agent.base.adapters.export(agent.adapter("reference")).tensors
     assert all(torch.equal(saved.adapter("reference").tensors[name], reference[name]) for name in reference)
     assert saved.attributes["steps"] == 4
 
@@ -271,8 +271,8 @@ def test_fresh_agents_of_a_resumed_run_are_not_made_from_other_weights(run, made
         run("run", callbacks=[Crash(2)])
     agents, env = made(3)
     for agent in agents:
-        agent.base.load(
-            agent.actor_adapter, {k: v + 1 for k, v in agent.base.export(agent.actor_adapter).tensors.items()}
+        agent.base.adapters.load(
+            agent.actor_adapter, {k: v + 1 for k, v in agent.base.adapters.export(agent.actor_adapter).tensors.items()}
         )
     arguments = {"max_steps": STEPS, "evo_steps": 2, "checkpoint_steps": 1, "search": Scripted(), "verbose": False}
     with pytest.raises(ConfigurationError, match="begin with other weights"):

@@ -97,7 +97,7 @@ def test_a_population_of_sft_agents_evolves_and_lowers_the_held_out_loss(run, tm
     plans = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()][1:]
     assert len(plans) == 2
     assert all(1e-4 <= agent.lr <= 1e-2 for agent in population)
-    assert len(population[0].base.adapters) == 3
+    assert len(population[0].base.adapters.names) == 3
     shown = text.getvalue()
     assert "Held-out loss on 6 selection examples" in shown
     assert "perplexity" in shown

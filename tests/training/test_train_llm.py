@@ -143,7 +143,7 @@ def test_a_population_never_holds_more_adapters_than_its_size_and_one_reference(
     make_population, tokenizer, evolution, tmp_path
 ) -> None:
     population = run_population(make_population, tokenizer, evolution, tmp_path / "run")
-    assert len(population[0].base.adapters) == 5
+    assert len(population[0].base.adapters.names) == 5
 
 
 def test_eight_agents_hold_one_base(make_population, gym, quiet) -> None:
@@ -151,7 +151,7 @@ def test_eight_agents_hold_one_base(make_population, gym, quiet) -> None:
     before = base_bits(population[0].base)
     finetune_llm_preference(population, gym, max_steps=2, **quiet)
     base = population[0].base
-    adapters = {id(p) for name in base.adapters for p in base.parameters(name).values()}
+    adapters = {id(p) for name in base.adapters.names for p in base.adapters.parameters(name).values()}
     models = {id(agent.base.network): agent.base.network for agent in population}
     storages = {
         parameter.untyped_storage().data_ptr()
@@ -427,7 +427,7 @@ def test_scores_stay_comparable_when_references_move(make_agent, make_model, gym
         )
         evaluations = [event.evaluations[0] for kind, event in record.events if kind == "on_evaluation"]
         margins.append([evaluation.mean_margin for evaluation in evaluations])
-        assert len(agent.base.adapters) == 2
+        assert len(agent.base.adapters.names) == 2
     assert margins[1] == pytest.approx(margins[0], rel=0.05)
 
 

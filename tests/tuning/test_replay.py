@@ -128,7 +128,7 @@ def test_the_agent_learns_in_passes_of_the_runs_shapes(run, made, sizes, monkeyp
     # The pass with the agent in it is the only one that is computed.
     assert len(with_seats) == len(sizes)
     elite = read_agent_folder(folder / "elite").adapter("actor").tensors
-    mine = result.agent.base.export(result.agent.actor_adapter).tensors
+    mine = result.agent.base.adapters.export(result.agent.actor_adapter).tensors
     assert all(torch.allclose(elite[name], mine[name], atol=1e-3) for name in elite)
 
 

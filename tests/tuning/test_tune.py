@@ -109,7 +109,7 @@ def test_sft_takes_examples_and_dpo_goes_on_from_it(tune, tmp_path) -> None:
     stage_1 = tune(make_examples(40), algorithm="sft", generations=2)
     assert isinstance(stage_1.best, evollm.SFT)
     stage_2 = tune(population=1, start_from=stage_1.run_dir / "elite", run_dir=tmp_path / "two", lr=1e-9)
-    fresh, tuned = (agent.base.export(agent.actor_adapter).tensors for agent in (stage_1.best, stage_2.best))
+    fresh, tuned = (agent.base.adapters.export(agent.actor_adapter).tensors for agent in (stage_1.best, stage_2.best))
     assert all(torch.allclose(fresh[name], tuned[name], atol=1e-6) for name in fresh)
 
 
