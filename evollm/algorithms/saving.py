@@ -26,7 +26,7 @@ from evollm.foreign import LOAD, SAVE, explains
 from evollm.models import AdapterState
 from evollm.models.fingerprints import adapter_fingerprint
 from evollm.models.merging import adapter_difference
-from evollm.models.pretrained import reloadable
+from evollm.models.model_config import reloadable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

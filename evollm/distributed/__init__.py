@@ -1,1 +1,1 @@
-"""Optional engines that spread state over processes: DeepSpeed's ZeRO. Imported when an accelerator asks for one."""
+"""DeepSpeed's ZeRO: optimizer state or the base sharded over processes. Imported only if an accelerator uses it."""

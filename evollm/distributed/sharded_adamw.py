@@ -1,4 +1,4 @@
-"""AdamW whose moments are spread over the processes by DeepSpeed (ZeRO, arXiv 1910.02054, stages 1 and 2)."""
+"""AdamW with its moments sharded over the processes by DeepSpeed (ZeRO, arXiv 1910.02054, stages 1 and 2)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedAdamW(torch.optim.AdamW):
-    """AdamW without weight decay, of which each process holds the moments of its share of the parameters.
+    """AdamW without weight decay; each process holds the moments of its shard of the parameters.
 
-    It is used as `torch.optim.AdamW` is, in all processes alike: gradients are those of the whole batch, already summed
-    and clipped, and `state_dict` has AdamW's own layout, whatever the number of processes.
+    All processes use it in the same way as `torch.optim.AdamW`. Gradients must be those of the whole batch, already
+    summed over the processes and clipped. `state_dict` has AdamW's own layout, for any number of processes.
 
-    DeepSpeed's optimizer is used without its engine: the engine clips gradients to 1 unless told otherwise, and stays
-    in memory after `destroy`. It keeps hooks on the parameters that it is given, so it gets parameters of its own,
-    which lie in the same memory; the backward pass through the base knows nothing of it.
+    DeepSpeed's optimizer is used without DeepSpeed's engine, which clips gradients to 1 by default and stays in memory
+    after `destroy`. DeepSpeed sets hooks on the parameters that it is given, so it is given twins of the parameters in
+    the same memory: no hook runs in the backward pass through the base.
 
     Args:
-        parameters: What it updates, in float32; they are moved into one block of memory.
+        parameters: The parameters to update, in float32; they are moved into one block of memory.
         lr: Learning rate.
-        stage: 1 spreads moments, 2 the gradients that DeepSpeed holds too.
+        stage: 1 shards the moments, 2 also the gradients that DeepSpeed holds.
 
     Raises:
         ConfigurationError: A parameter is not in float32.
@@ -44,30 +44,31 @@ class ShardedAdamW(torch.optim.AdamW):
             raise ConfigurationError("adapter dtype", other, fix)
         super().__init__(parameters, lr=lr, weight_decay=0.0)
         self._twins = [nn.Parameter(parameter.detach()) for parameter in parameters]
-        # Its own group of settings, since DeepSpeed replaces the parameters in it by its shard.
+        # With parameter groups of its own, since DeepSpeed puts its shard in place of the parameters there.
         inner = torch.optim.AdamW(self._twins, lr=lr, weight_decay=0.0)
         self._zero = _zero_optimizer(inner, self._twins, stage)
         for parameter, twin in zip(parameters, self._twins, strict=True):
-            # DeepSpeed has moved the twins into its block.
+            # DeepSpeed has moved the twins into one block of memory.
             parameter.data = twin.data
-        # Its hooks form a cycle with the twins that the garbage collector cannot see.
+        # DeepSpeed's hooks and the twins form a reference cycle that the garbage collector cannot see.
         self._destroy = weakref.finalize(self, self._zero.destroy)
         self._destroy.atexit = False
 
     @property
     def sharded(self) -> torch.optim.Optimizer:
-        """The optimizer of this process's share."""
+        """The optimizer of this process's shard."""
         return cast(torch.optim.Optimizer, self._zero.optimizer)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the parameters by their gradients, which are the same in all processes."""
+        """Update the parameters with their gradients, which must be equal in all processes."""
         assert closure is None, "gradients are computed by evollm"
         for mine, shard in zip(self.param_groups, self.sharded.param_groups, strict=True):
             shard["lr"] = mine["lr"]
-        # Whatever has been written into the parameters since, by loading an adapter for example.
+        # The parameters may have been overwritten since the last step, by loading an adapter for example.
         self._zero.refresh_fp32_params()
         gradients = [parameter.grad for parameter in self.param_groups[0]["params"]]
-        # DeepSpeed takes gradients from a backward pass, and averages over the processes what is equal in all of them.
+        # DeepSpeed takes gradients from a backward pass only: this one gives each twin its parameter's gradient. The
+        # average that DeepSpeed takes over the processes changes nothing, since their gradients are equal.
         products = [(twin * grad).sum() for twin, grad in zip(self._twins, gradients, strict=True) if grad is not None]
         torch.stack(products).sum().backward()
         if self._zero.partition_gradients:
@@ -77,7 +78,7 @@ class ShardedAdamW(torch.optim.AdamW):
         self._zero.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state with whole moments; all processes must call it."""
+        """AdamW's state, with the moments gathered from all processes; all of them must call this."""
         state = super().state_dict()
         shard = self.sharded.state.get(self._shard, {})
         if _STEP not in shard:
@@ -90,8 +91,8 @@ class ShardedAdamW(torch.optim.AdamW):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the own share out of a state as AdamW writes it."""
-        # Checks and casts it as AdamW would; the whole moments live no longer than this call.
+        """Load this process's shard from a state of AdamW."""
+        # torch checks and casts the state; the whole moments are deleted again below.
         super().load_state_dict(state_dict)
         whole = [self.state[parameter] for parameter in self.param_groups[0]["params"]]
         self.state.clear()
@@ -115,11 +116,11 @@ class ShardedAdamW(torch.optim.AdamW):
 
     @property
     def _shard(self) -> Tensor:
-        """(n,) this process's share of all parameters."""
+        """(n,) this process's shard of all parameters."""
         return cast(Tensor, self.sharded.param_groups[0]["params"][0])
 
     def _gather(self, shard: Tensor) -> list[Tensor]:
-        """What the shards of all processes are for each parameter."""
+        """The value of each parameter, from the shards of all processes."""
         whole = [torch.zeros(twin.numel(), dtype=shard.dtype, device=shard.device) for twin in self._twins]
         for twin, values in zip(self._twins, whole, strict=True):
             for in_shard, in_twin in _overlap(twin):
@@ -131,7 +132,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
 
 def _overlap(twin: Any) -> list[tuple[slice, slice]]:
-    """Where a parameter and this process's shard meet, in the shard and in the parameter; empty: nowhere."""
+    """Slices of this process's shard and of a parameter that hold the same elements; empty if there are none."""
     mapping = twin._hp_mapping
     if mapping is None:
         return []
@@ -153,13 +154,13 @@ def _zero_optimizer(inner: torch.optim.Optimizer, parameters: Sequence[nn.Parame
         NoopTimer(),
         None,
         verbose=False,
-        # Gradients are collected in a buffer of this many values, which is allocated whole.
+        # DeepSpeed allocates a buffer of this many gradients.
         reduce_bucket_size=sum(parameter.numel() for parameter in parameters),
         dp_process_group=deepspeed.comm.get_world_group(),
         clip_grad=0.0,
         communication_data_type=torch.float32,
         partition_grads=stage > 1,
-        # A diverged agent makes no step: nothing that gets here has to be looked at again.
+        # Gradients have been checked before: a diverged agent makes no step.
         check_grad_overflow=False,
         compute_grad_norm=False,
     )

@@ -1,4 +1,4 @@
-"""The frozen layers of a base spread over the processes by DeepSpeed (ZeRO, arXiv 1910.02054, stage 3)."""
+"""The frozen layers of a base, sharded over the processes by DeepSpeed (ZeRO, arXiv 1910.02054, stage 3)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from evollm.errors import ConfigurationError
 
 
 def shard_layers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Leave each process its share of the layers' weights; what is outside the layers stays whole.
+    """Shard the weights of the layers over the processes; weights outside the layers stay whole.
 
     Args:
-        model: The base, whole and without adapters.
+        model: The base, with whole weights and without adapters.
         layers: Its repeated layers.
 
     Raises:
@@ -34,7 +34,7 @@ def shard_layers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def gathered(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """The weights of these layers are whole inside the block; all processes must enter it."""
+    """Inside the block these layers have all their weights; all processes must enter it."""
     modules = [module for layer in layers for module in layer.modules()]
     held = [
         (module._parameters, name, parameter)
@@ -44,7 +44,7 @@ def gathered(layers: Sequence[nn.Module]) -> Iterator[None]:
     ]
     shards = {id(parameter): parameter for _, _, parameter in held}
     with import_deepspeed().zero.GatheredParameters(list(shards.values())):
-        # Under parameters of their own: what autograd has saved of these stays whole when DeepSpeed empties its own.
+        # As new parameters: DeepSpeed empties its own at the end, but autograd may have saved the weights.
         whole = {key: nn.Parameter(shard.data, requires_grad=False) for key, shard in shards.items()}
         for parameters, name, shard in held:
             parameters[name] = whole[id(shard)]
@@ -57,7 +57,7 @@ def gathered(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 @torch.no_grad()
 def make_whole(model: nn.Module) -> None:
-    """Undo the sharding that transformers does by itself when it loads a model under a stage 3 accelerator."""
+    """Undo the sharding by transformers, which shards each model that is loaded under an accelerator of stage 3."""
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
     zero = import_deepspeed().zero

@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration asks for, and what of it cannot be done here."""
+"""Reading a DeepSpeed configuration: its ZeRO stage, and an error for settings that would have no effect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from evollm.errors import ConfigurationError, MissingExtraError
 
 _STAGES = (1, 2, 3)
-# Settings with the values under which evollm and DeepSpeed want the same; None: any, it has no bearing on the result.
+# Allowed values of each setting; None: all, since the setting does not change results. `auto` is always allowed.
 _SETTINGS: dict[str, tuple[object, ...] | None] = {
     "train_batch_size": None,
     "train_micro_batch_size_per_gpu": None,
@@ -38,7 +38,7 @@ _FIXES = {
 
 
 def import_deepspeed() -> Any:
-    """The package, which is an extra.
+    """Import DeepSpeed, which is an optional dependency.
 
     Raises:
         MissingExtraError: It is not installed.
@@ -70,10 +70,10 @@ def zero_stage(accelerator: Any) -> int:
 
 
 def check_zero_config(config: Mapping[str, Any]) -> None:
-    """Refuse what would be silently overridden; `auto` is always fine.
+    """Refuse a configuration with a setting that evollm would not follow; the value `auto` always passes.
 
     Raises:
-        ConfigurationError: The first such setting.
+        ConfigurationError: It names the first such setting.
     """
     for name, value in _leaves(config):
         allowed = _SETTINGS.get(name, ())
@@ -84,7 +84,7 @@ def check_zero_config(config: Mapping[str, Any]) -> None:
 
 
 def _leaves(config: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    """Values by their dotted path."""
+    """The values of a nested configuration, each with its dotted path."""
     found: list[tuple[str, Any]] = []
     for key, value in config.items():
         found += _leaves(value, f"{path}{key}.") if isinstance(value, Mapping) else [(path + key, value)]

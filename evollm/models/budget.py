@@ -1,4 +1,4 @@
-"""How many tokens to have in flight, where the user does not say."""
+"""Defaults that follow the free memory: tokens in a forward pass, and whether activations are recomputed."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from evollm.models.shared_base import SharedBase
 
-# Beyond these a pass gets no faster: on a CPU its activations have long left the caches, on a GPU its cores are busy.
+# Tokens in a pass, by device type and training, beyond which its speed per token no longer grows.
 _ENOUGH_TOKENS = {("cpu", True): 1024, ("cpu", False): 2048, ("cuda", True): 16384, ("cuda", False): 32768}
-# Of the memory that is free; the rest is for gradients, moments and what the allocator wastes.
+# Share of the free memory; the rest is for gradients, moments and fragmentation.
 _SHARE = 0.6
 _FEWEST_TOKENS = 256
-# Of the tokens that are enough: with so many in a pass, recomputing to have more of them costs more than it gains.
+# Share of `_ENOUGH_TOKENS` from which on recomputing costs more time than larger passes gain.
 _ENOUGH_TO_KEEP = 0.25
 
 
 @dataclass
 class SavedBytes:
-    """Bytes that a forward pass keeps for the backward pass, parameters left out."""
+    """Bytes of the tensors that autograd saves in a forward pass, without parameters."""
 
     total: int = 0
 
 
 @contextmanager
 def count_saved_bytes(*, keep: bool = True) -> Iterator[SavedBytes]:
-    """Count what forward passes inside the block save; each storage once.
+    """Count the bytes that autograd saves in the block's forward passes, each storage once.
 
     Args:
-        keep: Save it, for a backward pass. False: a pass takes no more memory than one without gradients.
+        keep: Whether the tensors are saved. False: a pass takes as little memory as one without gradients, and has no
+            backward pass.
     """
     saved = SavedBytes()
-    # By address; of what is not kept another tensor may come to lie there.
+    # By address, which another tensor may get when a storage is freed; hence the weak references.
     seen: dict[int, StorageWeakRef] = {}
 
     def pack(tensor: Tensor) -> Tensor | None:
@@ -46,7 +47,7 @@ def count_saved_bytes(*, keep: bool = True) -> Iterator[SavedBytes]:
         if not isinstance(tensor, torch.nn.Parameter) and (known is None or known.expired()):
             seen[storage.data_ptr()] = StorageWeakRef(storage)
             saved.total += storage.nbytes()
-        # Of an operation's own output this would keep the graph, which keeps the output: neither would ever be freed.
+        # Detached, since an operation that saves its own output would form a reference cycle with its graph node.
         return tensor.detach() if keep else None
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -54,20 +55,20 @@ def count_saved_bytes(*, keep: bool = True) -> Iterator[SavedBytes]:
 
 
 def default_budget(base: SharedBase, saved_per_token: float, *, training: bool, tiled: bool) -> int:
-    """Tokens in flight that are enough for full speed and fit into the free memory, a power of two.
+    """Tokens of a pass: enough for full speed if they fit into the free memory; a power of two.
 
     Args:
         base: The base.
-        saved_per_token: Bytes that a pass saves for each token; see `count_saved_bytes`.
+        saved_per_token: Bytes that autograd saves for each token; see `count_saved_bytes`.
         training: Whether there will be a backward pass.
-        tiled: Whether the logits of all tokens never exist at once.
+        tiled: Whether logits are computed in tiles, so that those of all tokens never exist at once.
     """
     affordable = affordable_tokens(base, saved_per_token, tiled=tiled)
     return tokens_in_flight(affordable, base.device.type, training=training)
 
 
 def tokens_in_flight(affordable: int, device_type: str, *, training: bool) -> int:
-    """What is enough for full speed on such a device and fits, with `affordable` tokens in memory, a power of two."""
+    """Tokens of a pass, as of `default_budget`, if `affordable` tokens fit into the free memory."""
     tokens, enough = _FEWEST_TOKENS, _enough_tokens(device_type, training=training)
     while 2 * tokens <= min(enough, affordable):
         tokens *= 2
@@ -75,35 +76,36 @@ def tokens_in_flight(affordable: int, device_type: str, *, training: bool) -> in
 
 
 def tokens_that_fit(free_bytes: int, bytes_per_token: float) -> int:
-    """Tokens for which a pass should take memory, where so much is free."""
+    """Tokens that a pass may have with this much free memory."""
     return int(_SHARE * free_bytes / bytes_per_token)
 
 
 def affordable_tokens(base: SharedBase, saved_per_token: float, *, tiled: bool) -> int:
     """Tokens that fit into the free memory; see `default_budget` for the arguments."""
     config = base.network.config
-    # What lives for a moment: some hidden states of one layer, and float32 logits with their softmax.
-    passing = 64 * 4 * int(getattr(config, "hidden_size", 1024)) + (0 if tiled else 12 * base.num_embeddings)
-    return tokens_that_fit(_free_memory(base.device), saved_per_token + passing)
+    # Temporary tensors: hidden states within a layer, and float32 logits with their softmax.
+    temporary = 64 * 4 * int(getattr(config, "hidden_size", 1024)) + (0 if tiled else 12 * base.num_embeddings)
+    return tokens_that_fit(_free_memory(base.device), saved_per_token + temporary)
 
 
 def tokens_to_keep(device_type: str, token_budget: int | None, longest: int) -> int:
     """Tokens whose activations must fit into memory for a training pass at full speed.
 
     Args:
-        device_type: Of the base, such as `cuda`.
-        token_budget: Most tokens in a pass, as the user gave it; None: a default that follows the memory.
+        device_type: Device type of the base, such as `cuda`.
+        token_budget: The user's limit of tokens in a pass; None: a default that follows the memory.
         longest: Tokens of the longest pair.
 
     Returns:
-        The budget, or a quarter of what is enough there; at least the longest pair, which goes into a pass undivided.
+        The budget, or without one a quarter of the tokens that are enough for full speed; at least `longest`, since a
+        pair is never divided.
     """
     enough = token_budget or int(_ENOUGH_TO_KEEP * _enough_tokens(device_type, training=True))
     return max(enough, longest)
 
 
 def should_recompute(affordable: int, device_type: str, token_budget: int | None, longest: int) -> bool:
-    """Whether activations are to be computed again, with `affordable` tokens in memory; see `tokens_to_keep`."""
+    """Whether activations should be recomputed in the backward pass if `affordable` tokens fit into the free memory."""
     return affordable < tokens_to_keep(device_type, token_budget, longest)
 
 
@@ -112,7 +114,7 @@ def _enough_tokens(device_type: str, *, training: bool) -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated there."""
+    """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused

@@ -1,4 +1,4 @@
-"""Which layouts of a pass a base has been seen to compute rightly."""
+"""The faster ways to compute log-probs that gave right results for a base in a trial."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-# Types of the fields as JSON has them.
+# JSON types of the fields; the others are boolean.
 _TYPES: Mapping[str, tuple[type, ...]] = {"longest": (int,), "floor": (int, float), "reasons": (list,)}
 
 
 @dataclass(frozen=True)
 class FastPaths:
-    """What the base and a LoRA configuration have been seen to compute rightly.
+    """The faster ways that gave right log-probs for a base and a LoRA configuration; see `evollm.models.probe`.
 
     Attributes:
-        shared_prompt: Packed pairs, the prompt once.
-        tiled_head: The head applied to the hidden states of completion tokens alone.
-        stacking: Several members in one pass.
-        longest: Longest sequence that this was tried with, in tokens.
-        reasons: Why a path is not taken, for the user.
-        explicit_positions: Padded sequences in one batch, with position ids.
-        implicit_positions: The same without position ids.
-        floor: What rounding alone makes of a completion's log-prob, in nats; see `evollm.models.rounding`.
+        shared_prompt: Packed pairs, each with its prompt once.
+        tiled_head: The head applied in tiles, to the hidden states of completion tokens only.
+        stacking: Several adapters in one forward pass.
+        longest: Longest sequence of the trial, in tokens.
+        reasons: Why ways are not used, one sentence each, for a warning.
+        explicit_positions: Padded batches of several sequences, with position ids.
+        implicit_positions: Padded batches of several sequences, without position ids.
+        floor: Difference of a completion's log-prob that rounding alone makes, in nats; see `evollm.models.rounding`.
     """
 
     shared_prompt: bool = True
@@ -35,25 +35,29 @@ class FastPaths:
     floor: float = 0.0
 
     def goes_alone(self, explicit_positions: bool) -> bool:
-        """Whether no batch of several sequences is right, with or, if that is asked for, without position ids."""
+        """Whether each sequence needs a forward pass of its own, since no batch of several gives right log-probs.
+
+        Args:
+            explicit_positions: Whether position ids may be passed.
+        """
         padded = self.implicit_positions or (explicit_positions and self.explicit_positions)
         return not (self.shared_prompt or padded)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
+        """The fields as JSON values."""
         return {**asdict(self), "reasons": list(self.reasons)}
 
     @classmethod
     def from_dict(cls, data: Any) -> FastPaths:
-        """Read what `to_dict` gave.
+        """The inverse of `to_dict`.
 
         Raises:
-            ValueError: It is something else.
+            ValueError: Keys or types of values are others.
         """
         names = {part.name for part in fields(cls)}
         if not isinstance(data, Mapping) or data.keys() != names:
             raise ValueError(f"fast paths have {sorted(names)}, not {data!r}")
-        # By the type itself: True is an integer, too.
+        # Not by isinstance, since a bool is an int as well.
         if not all(type(value) in _TYPES.get(name, (bool,)) for name, value in data.items()):
             raise ValueError(f"{data!r} are not fast paths")
         if not all(isinstance(reason, str) for reason in data["reasons"]):
@@ -61,7 +65,7 @@ class FastPaths:
         return cls(**{**data, "reasons": tuple(data["reasons"])})
 
     def __and__(self, other: FastPaths) -> FastPaths:
-        """The paths that both take."""
+        """The ways that are right in both trials."""
         return FastPaths(
             shared_prompt=self.shared_prompt and other.shared_prompt,
             tiled_head=self.tiled_head and other.tiled_head,

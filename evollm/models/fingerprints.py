@@ -1,4 +1,4 @@
-"""What makes two adapters or two bases the same: settings that compute the same, and digests of weights."""
+"""Digests that tell adapters and bases apart, and the LoRA settings that decide what an adapter computes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,14 @@ LORA_PROVENANCE = frozenset(
 )
 
 
-def lora_settings(config: LoraConfig) -> dict[str, Any]:
-    """A LoRA configuration as JSON values; sets become sorted lists."""
-    settings: dict[str, Any] = json.loads(json.dumps(cast(Any, config).to_dict(), default=_jsonable))
-    return settings
-
-
 def computing_settings(config: LoraConfig) -> dict[str, Any]:
-    """The settings that decide what an adapter computes."""
-    return {key: value for key, value in lora_settings(config).items() if key not in LORA_PROVENANCE}
+    """The settings that decide what an adapter computes, as JSON values; sets become sorted lists."""
+    settings = json.loads(json.dumps(cast(Any, config).to_dict(), default=_jsonable))
+    return {key: value for key, value in settings.items() if key not in LORA_PROVENANCE}
 
 
 def canonical_settings(config: LoraConfig) -> str:
-    """The settings that decide what an adapter computes, as JSON that is equal for equal ones."""
+    """`computing_settings` as JSON text; equal settings give equal text."""
     return json.dumps(computing_settings(config), sort_keys=True)
 
 
@@ -41,18 +36,18 @@ def _jsonable(value: object) -> object:
 
 
 def adapter_fingerprint(config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:
-    """Digest of an adapter's weights, by their names in a saved adapter, and of the settings that they compute with."""
+    """SHA-256 of an adapter's weights, under the names of PEFT's saved adapters, and of its computing settings."""
     digest = hashlib.sha256(canonical_settings(config).encode())
     for key, tensor in sorted(tensors.items()):
-        digest.update(key.encode() + _bytes_of(tensor))
+        digest.update(key.encode() + _flat_bytes(tensor).tobytes())
     return digest.hexdigest()
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Digest that tells a model from others: name, shape, type and every value of each tensor.
+    """XXH3 digest of a model: name, shape, type and all values of each tensor.
 
-    XXH3 reads some gigabytes a second, several times what SHA-256 does. It finds whatever has changed, and is no seal
-    against somebody who looks for other weights with the same digest.
+    XXH3 reads some gigabytes per second, several times as many as SHA-256. It detects accidental changes; it is not
+    secure against weights that were constructed to have the same digest.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in model.state_dict().items():
@@ -64,10 +59,6 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _flat_bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    """The bytes of a tensor on the CPU, not copied where it lies there in one piece."""
+    """The bytes of a tensor; without a copy if the tensor is contiguous and on the CPU."""
     found: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return found
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return _flat_bytes(tensor).tobytes()

@@ -1,4 +1,4 @@
-"""Greedy answers, to see what tuning has changed."""
+"""Greedy generation, for the samples that a run shows."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def greedy_answers(
     max_new_tokens: int = 64,
     cut_mark: str = "",
 ) -> list[str]:
-    """Answer each prompt with the likeliest tokens.
+    """Generate a completion of each prompt by greedy decoding.
 
     Args:
         base: The shared base.
-        adapter: Name of the adapter that answers; None: the base itself.
+        adapter: Name of the adapter to use; None: the base without adapter.
         prompts: Token ids, (P_i,) each.
-        tokenizer: Turns the answers into text; its EOS ends them, and so does what ends those of `generate`: the tokens
-            and strings of the base's `generation_config`.
-        max_new_tokens: Longest answer, in tokens.
-        cut_mark: What is added to an answer that is as long and has not ended.
+        tokenizer: Decodes the answers. An answer ends at its EOS, or at a token or string at which the base's
+            `generation_config` stops.
+        max_new_tokens: Length limit of an answer, in tokens.
+        cut_mark: Text to append to an answer that reached the limit before it ended.
 
     Returns:
-        The answers without their prompts and special tokens.
+        The answers, without their prompts and without special tokens.
     """
     answers = []
     ends = _ends(base, tokenizer)
@@ -48,28 +48,27 @@ def greedy_answers(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=ends or None,
                 pad_token_id=ends[0] if ends else None,
-                # For strings that end an answer.
+                # `generate` needs it for stop strings.
                 tokenizer=tokenizer,
             )
             # A decoder's output begins with its own start token, not with the prompt.
             start = 0 if base.is_encoder_decoder else len(prompt)
             answer = output[0, start:]
             text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-            # A string that ends an answer may do so at the last token.
-            strings = tuple(_as_list(getattr(base.network.generation_config, "stop_strings", None)))
-            ended = len(answer) < max_new_tokens or int(answer[-1]) in ends or text.endswith(strings)
+            stop_strings = tuple(_as_list(getattr(base.network.generation_config, "stop_strings", None)))
+            ended = len(answer) < max_new_tokens or int(answer[-1]) in ends or text.endswith(stop_strings)
             answers.append(text if ended else f"{text}{cut_mark}")
     return answers
 
 
 def _ends(base: SharedBase, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, the tokenizer's own first."""
+    """Ids of the tokens that end an answer, the tokenizer's EOS first."""
     listed = _as_list(getattr(base.network.generation_config, "eos_token_id", None))
     return list(dict.fromkeys(int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None))
 
 
 def _as_list(value: Any) -> list[Any]:
-    """What a configuration has one or several of, or none."""
+    """A list of a setting that is None, one value or a list of values."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

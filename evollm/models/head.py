@@ -1,4 +1,4 @@
-"""Token log-probs from hidden states, without the logits of all tokens in memory at once."""
+"""Log-probs of tokens from hidden states, without the logits of all tokens in memory at once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TILE_BYTES = 128 * 2**20
 def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Log softmax(hidden W^T + bias) at the targets.
 
-    Logits exist a tile at a time. Where a gradient is wanted, the forward pass also computes each token's gradient with
-    respect to its hidden state, W[y] - sum_v p_v W[v], which the backward pass only has to scale: nothing is
-    recomputed, and D numbers a token are kept instead of V. The head is frozen and gets no gradient.
+    Logits are computed tile by tile. If `hidden` requires a gradient, the forward pass also computes the gradient of
+    each log-prob with respect to its hidden state, W[y] - sum_v p_v W[v], and the backward pass only scales it: logits
+    are not recomputed, and D numbers per token are saved instead of V. The head is frozen and gets no gradient.
 
     Args:
         hidden: (n, D) hidden states.
@@ -48,7 +48,7 @@ class _TokenLogprobs(torch.autograd.Function):
             normaliser = logits.logsumexp(dim=1, keepdim=True)
             logprobs[rows] = (logits.gather(1, wanted) - normaliser).squeeze(1)
             if differentiable:
-                # Rounded after the subtraction: where p is nearly 1, W[y] - sum p W would be a difference of equals.
+                # Rounding p - 1 rather than p: where p[y] is nearly 1, W[y] - sum p W would lose all its digits.
                 excess = logits.sub_(normaliser).exp_()
                 excess.scatter_add_(1, wanted, excess.new_full(wanted.shape, -1.0))
                 gradient[rows] = -(excess.to(weight.dtype) @ weight).to(wide)

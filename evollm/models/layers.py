@@ -1,8 +1,8 @@
-"""The repeated layers of a model: recomputed in the backward pass, compiled, or run once for several members.
+"""The repeated layers of a model: recomputed in the backward pass, compiled, or run once for several adapters.
 
-The checkpointing of transformers only works in training mode, which would turn dropout on, and recomputes with
-whatever adapter is active when the backward pass runs. Both are wrong for several adapters on one base. Compilation
-is for each layer by itself, inside its checkpoint: the compiler cannot trace a checkpoint that switches adapters.
+The checkpointing of transformers works only in training mode, which turns dropout on, and recomputes a layer with the
+adapter that is active in the backward pass rather than with that of the forward pass. Each layer is compiled by itself,
+inside its checkpoint, since torch.compile cannot trace a checkpoint that switches adapters.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 @dataclass
 class FanOut:
-    """From which layer on each member has its own hidden states.
+    """Running the layers below the first adapter once for all adapters (members) of a forward pass.
 
-    The layers below hold no member's adapter. They run once, on one row, for all members of a pass, and not at all in
-    the next pass over the same tokens. Nothing in them requires a gradient, so autograd records nothing.
+    Layers below `first` hold no adapter of a member, so that their outputs are equal for all members. They run on one
+    row, and are skipped in further passes over the same tokens. They have no trainable weights, so autograd records
+    nothing there.
 
     Attributes:
-        first: Index of the first layer that runs for each member.
-        members: Members of the present pass.
-        hidden: (1, N, D) the input of layer `first`, once it is known.
-        in_tuple: Whether the layers below give their hidden states in a tuple.
+        first: Index of the first layer that runs on one row per member.
+        members: Number of members of the current pass.
+        hidden: (1, N, D) the input of layer `first`; None until it has been computed.
+        in_tuple: Whether the layers below `first` return their hidden states in a tuple.
     """
 
     first: int
@@ -41,17 +42,18 @@ class FanOut:
 
 
 class LayerStack:
-    """All layers that a model declares as checkpointable, in their order.
+    """The layers that a model declares as checkpointable (`GradientCheckpointingLayer`), in their order.
 
     Args:
-        model: The model; the layers' forward passes are replaced.
-        recompute_context: Called in each checkpointed forward pass; the recomputation enters what it returns.
+        model: The model; `forward` of its layers is replaced.
+        recompute_context: Called in the forward pass of each checkpointed layer; the recomputation of the layer runs in
+            the context that it returns.
 
     Attributes:
         checkpointing: Whether activations are recomputed in the backward pass.
-        fan_out: Where the members of the present pass part; None: all rows go through all layers.
-        gathered: Makes layers' weights whole inside a block, where each process holds a share of them; None: they are
-            whole.
+        fan_out: See `FanOut`; None: all rows run through all layers.
+        gathered: Context manager in which layers of a sharded base have all their weights; None: the base is not
+            sharded.
     """
 
     def __init__(self, model: nn.Module, recompute_context: ContextFactory) -> None:
@@ -72,7 +74,7 @@ class LayerStack:
 
 
 class _LayerForward:
-    """Stands in for a layer's `forward`."""
+    """Replacement of a layer's `forward`."""
 
     def __init__(self, layer: nn.Module, index: int, stack: LayerStack) -> None:
         self._layer = layer
@@ -83,7 +85,7 @@ class _LayerForward:
         layer.forward = self
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer, or not, as the stack says."""
+        """The layer's output; below `fan_out.first` the layer is skipped once `fan_out.hidden` is known."""
         fan_out = self._stack.fan_out
         if fan_out is None or self._index > fan_out.first:
             return self._run(hidden_states, *args, **kwargs)
@@ -98,7 +100,7 @@ class _LayerForward:
         return output
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        # What autograd saves of a sharded layer would keep its whole weights in memory until the backward pass.
+        # Sharded layers are always recomputed: autograd would save their gathered weights until the backward pass.
         recompute = self._stack.checkpointing or self._stack.gathered is not None
         if not (recompute and torch.is_grad_enabled()):
             return self._with_weights(*args, **kwargs)
@@ -107,7 +109,7 @@ class _LayerForward:
             self._with_weights,
             *args,
             use_reentrant=False,
-            # Nothing in evaluation mode draws numbers.
+            # In evaluation mode layers draw no random numbers.
             preserve_rng_state=False,
             context_fn=lambda: (nullcontext(), context),
             **kwargs,

@@ -1,4 +1,4 @@
-"""Find the frozen base model and its device, once for a whole population."""
+"""The base and the device that an agent's constructor asks for, and the weights of a policy archive on the base."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
+from evollm.models.model_config import reloadable
 from evollm.models.policy_archive import PolicyArchive, copy_state, note_archive, read_policy_archive
 from evollm.models.precision import default_device, with_dtype
-from evollm.models.pretrained import find_config, load_base_model, reloadable
+from evollm.models.pretrained import find_config, load_base_model
 from evollm.models.shared_base import SharedBase, check_plain_model
 from evollm.models.targets import text_config
 from evollm.processes import check_processes, uses_deepspeed
@@ -34,11 +35,12 @@ def load_policy_archive(path: str | Path, model: PreTrainedModel) -> PolicyArchi
         model: A causal language model without adapters, of the architecture that the archive was trained from.
 
     Returns:
-        What the archive says beside its weights; agents on the model have it as `agent.base.archive`.
+        The archive without its weights; agents on the model have it as `agent.base.archive`.
 
     Raises:
-        CheckpointError: The file is missing, damaged or not plain data, or does not fit the model, which is as it was.
-        ConfigurationError: The model is none, or agents or adapters have been built on it.
+        CheckpointError: The file is missing, damaged or not plain data, or does not fit the model; then the model keeps
+            its weights.
+        ConfigurationError: `model` is no model of transformers, or agents or adapters have been built on it.
     """
     if not isinstance(path, str | os.PathLike):
         raise ConfigurationError("archive", path, "must be the path of a policy.pt")
@@ -56,13 +58,12 @@ def load_policy_archive(path: str | Path, model: PreTrainedModel) -> PolicyArchi
 def usable_device(
     accelerator: Accelerator | None, device: str | torch.device | None, network: PreTrainedModel | None = None
 ) -> torch.device:
-    """The device to train on: the accelerator's, if there is one, else the one that is asked for.
+    """The device to train on: the accelerator's; without accelerator `device`.
 
-    Where none is asked for, a loaded network stays where it is, and anything else goes to a card if there is one.
+    Without both it is the device of `network`, and without that a GPU if there is one, or the CPU.
 
     Raises:
-        ConfigurationError: A launch or DeepSpeed setting that would not do what it seems to, or a device that is not
-            there.
+        ConfigurationError: A launch or DeepSpeed setting would have no effect, or the device is not available.
         MissingExtraError: DeepSpeed is not installed.
     """
     check_processes(accelerator)
@@ -79,8 +80,8 @@ def usable_device(
             )
         return cast(torch.device, accelerator.device)
     if device is None:
-        # Anything else is refused when it is made the base.
-        return _where_it_is(network) if isinstance(network, PreTrainedModel) else default_device()
+        # A network that is no model of transformers is refused by `check_plain_model`.
+        return _device_of(network) if isinstance(network, PreTrainedModel) else default_device()
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
@@ -89,8 +90,8 @@ def usable_device(
     return found
 
 
-def _where_it_is(network: PreTrainedModel) -> torch.device:
-    """The device of a loaded network, with a warning if that is the slow one of two."""
+def _device_of(network: PreTrainedModel) -> torch.device:
+    """The device of a loaded network; warns if that is the CPU of a machine with a GPU."""
     if network.device.type == "cpu" and torch.cuda.is_available():
         fix = "pass device='cuda' to train on the card, or device='cpu' to go without this warning"
         warnings.warn(f"actor_network is on the CPU and stays there: {fix}", UserWarning, stacklevel=6)
@@ -99,7 +100,7 @@ def _where_it_is(network: PreTrainedModel) -> torch.device:
 
 @dataclass(frozen=True)
 class BaseSource:
-    """What an agent's constructor is told of its base; `DPO` documents each field."""
+    """The arguments of an agent's constructor that say which base to use; `DPO` documents each field."""
 
     model_name: str | None
     actor_network: PreTrainedModel | None
@@ -108,86 +109,67 @@ class BaseSource:
     dtype: str | torch.dtype | None
 
     def load(self, device: torch.device, accelerator: Accelerator | None) -> SharedBase:
-        """The shared base; `shared_base` says what it raises."""
-        return shared_base(
-            self.model_name, self.actor_network, self.model_config, device, self.archive, accelerator, self.dtype
-        )
+        """The shared base on this device, with the weights of the policy archive if there is one.
+
+        Raises:
+            ConfigurationError: Both or neither of `model_name` and `actor_network` are given, or the model cannot be
+                loaded or moved.
+            CheckpointError: The archive cannot be read, or does not fit the model.
+        """
+        network, model_config = self._network(device)
+        sharded = _shards_base(accelerator)
+        if sharded and SharedBase.on(network) is None:
+            from evollm.distributed.sharded_base import make_whole  # noqa: PLC0415
+
+            make_whole(network)
+        if self.archive is not None:
+            load_policy_archive(self.archive, network)
+        base = SharedBase.of(network)
+        if model_config is not None:
+            base.model_config = reloadable(model_config)
+        base.move_to(device)
+        if sharded and not base.is_sharded:
+            from evollm.distributed.sharded_base import gathered, shard_layers  # noqa: PLC0415
+
+            shard_layers(base.network, base.layers.modules)
+            base.layers.gathered = gathered
+        return base
+
+    def _network(self, device: torch.device) -> tuple[PreTrainedModel, Mapping[str, Any] | None]:
+        """The model, and the keyword arguments that it was loaded with if `model_name` is given."""
+        if (self.model_name is None) == (self.actor_network is None):
+            raise ConfigurationError("model_name", self.model_name, "pass either model_name or actor_network")
+        if self.actor_network is not None:
+            for field, value in (("model_config", self.model_config), ("dtype", self.dtype)):
+                if value is not None:
+                    raise ConfigurationError(field, value, "belongs to model_name; a loaded model has its own")
+            _check_vocabulary(self.actor_network)
+            return self.actor_network, None
+        if not isinstance(self.model_name, str | os.PathLike):
+            fix = "must be a hub name or a folder; a loaded model is passed as actor_network"
+            raise ConfigurationError("model_name", type(self.model_name).__name__, fix)
+        if not isinstance(self.model_config, Mapping | None):
+            fix = "must be keyword arguments of from_pretrained, such as {'dtype': torch.bfloat16}"
+            raise ConfigurationError("model_config", self.model_config, fix)
+        model_config = self.model_config
+        if self.dtype is not None:
+            found = find_config(self.model_name, model_config)
+            model_config = with_dtype(model_config, self.dtype, found, device)
+        return load_base_model(self.model_name, model_config), model_config
 
 
-def shared_base(
-    model_name: str | None,
-    actor_network: PreTrainedModel | None,
-    model_config: Mapping[str, Any] | None,
-    device: torch.device,
-    archive: str | Path | None = None,
-    accelerator: Accelerator | None = None,
-    dtype: str | torch.dtype | None = None,
-) -> SharedBase:
-    """The shared base of a model that is given or loaded by name, with the weights of a policy archive if there is one.
-
-    Raises:
-        ConfigurationError: Both or neither are given, or the model cannot be loaded or moved.
-        CheckpointError: The archive cannot be read, or does not fit the model.
-    """
-    actor_network, model_config = _network(model_name, actor_network, model_config, device, dtype)
-    sharded = _shards_base(accelerator)
-    if sharded and SharedBase.on(actor_network) is None:
-        from evollm.distributed.sharded_base import make_whole  # noqa: PLC0415
-
-        make_whole(actor_network)
-    if archive is not None:
-        load_policy_archive(archive, actor_network)
-    base = SharedBase.of(actor_network)
-    if model_config is not None:
-        base.model_config = reloadable(model_config)
-    base.move_to(device)
-    if sharded and not base.is_sharded:
-        from evollm.distributed.sharded_base import gathered, shard_layers  # noqa: PLC0415
-
-        shard_layers(base.network, base.layers.modules)
-        base.layers.gathered = gathered
-    return base
-
-
-def _network(
-    model_name: str | None,
-    actor_network: PreTrainedModel | None,
-    model_config: Mapping[str, Any] | None,
-    device: torch.device,
-    dtype: str | torch.dtype | None,
-) -> tuple[PreTrainedModel, Mapping[str, Any] | None]:
-    """The model that is given or loaded by name, and the keyword arguments that it was loaded with."""
-    if (model_name is None) == (actor_network is None):
-        raise ConfigurationError("model_name", model_name, "pass either model_name or actor_network")
-    if actor_network is not None:
-        for field, value in (("model_config", model_config), ("dtype", dtype)):
-            if value is not None:
-                raise ConfigurationError(field, value, "belongs to model_name; a loaded model has its own")
-        _check_size(actor_network)
-        return actor_network, None
-    if not isinstance(model_name, str | os.PathLike):
-        fix = "must be a hub name or a folder; a loaded model is passed as actor_network"
-        raise ConfigurationError("model_name", type(model_name).__name__, fix)
-    if not isinstance(model_config, Mapping | None):
-        fix = "must be keyword arguments of from_pretrained, such as {'dtype': torch.bfloat16}"
-        raise ConfigurationError("model_config", model_config, fix)
-    if dtype is not None:
-        model_config = with_dtype(model_config, dtype, find_config(model_name, model_config), device)
-    return load_base_model(model_name, model_config), model_config
-
-
-def _check_size(model: PreTrainedModel) -> None:
-    """Refuse a loaded model with tokens that are not where it came from: no checkpoint would hold their weights.
+def _check_vocabulary(model: PreTrainedModel) -> None:
+    """Refuse a loaded model to which tokens were added: a checkpoint names the model and has no embeddings of theirs.
 
     Raises:
-        ConfigurationError: Its vocabulary is of another size than that of the model of its name.
+        ConfigurationError: Its vocabulary is of another size than in the configuration under its name.
     """
     if not isinstance(model, PreTrainedModel) or not model.name_or_path or SharedBase.on(model) is not None:
         return
     if Path(model.name_or_path, "adapter_config.json").is_file():
-        # An adapter's folder holds the rows.
+        # Loading from an adapter's folder adds the same tokens again.
         return
-    # It has been loaded from there: without asking the hub again.
+    # The files are in the cache, since the model was loaded from them.
     found = find_config(model.name_or_path, {"local_files_only": True})
     before = getattr(text_config(found), "vocab_size", None)
     now = getattr(text_config(model.config), "vocab_size", None)
@@ -200,7 +182,7 @@ def _check_size(model: PreTrainedModel) -> None:
 
 
 def _shards_base(accelerator: Accelerator | None) -> bool:
-    """Whether the base's layers are to be spread over the processes: DeepSpeed's stage 3."""
+    """Whether the base's layers are sharded over the processes: ZeRO stage 3."""
     if not uses_deepspeed(accelerator):
         return False
     from evollm.distributed.zero_config import zero_stage  # noqa: PLC0415

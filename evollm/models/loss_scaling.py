@@ -1,9 +1,9 @@
-"""Backward passes through a float16 base: scaled, so that small gradients do not become 0 on their way.
+"""Loss scaling for backward passes through a float16 base, so that small gradients do not underflow to 0.
 
-float16 has no number between 0 and 6e-8. A loss that is a mean over many pairs, or has a small weight, gives
-log-probs gradients that get lost among the activations (Micikevicius et al., Mixed Precision Training, arXiv
-1710.03740). How the loss depends on the log-probs is a handful of numbers, known before the pass, so that the right
-scale need not be searched for from step to step: it brings the largest of them to between 1/2 and 1.
+float16 has no number between 0 and 6e-8. The gradients of a loss that is a mean over many pairs, or has a small weight,
+underflow in the activations (Micikevicius et al., Mixed Precision Training, arXiv 1710.03740). The gradient with
+respect to the log-probs is known before the backward pass through the base, so the scale is computed from it, not
+adapted from step to step: it brings the largest of these gradients to between 1/2 and 1.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from torch import Tensor, nn
 
 from evollm.models.logprobs import PairLogprobs
 
-# Of float32, which gradients and parameters are in: nothing is rounded to a denormal or an infinity on the way.
+# Limit of the scale's exponent, so that float32 gradients neither overflow nor become denormal.
 _LARGEST_EXPONENT = 100
-# Where gradients exceed float16 all the same, the scale is lowered by 2^4, so many times: by 2^8 at once, gradients on
-# the way were rounded to a fifth.
+# If gradients overflow float16 nevertheless, the scale is lowered by 2^4, at most four times. With 2^8 at once, some
+# gradients were rounded to a fifth.
 _STEP, _STEPS = 4, 4
 
 
 def scale_exponent(largest: float) -> int:
-    """The k for which `largest` * 2^k is between 1/2 and 1; 0 for what no scale helps."""
+    """The k for which `largest` * 2^k is between 1/2 and 1; 0 if `largest` is 0 or not finite."""
     if largest == 0 or not math.isfinite(largest):
         return 0
     return max(-_LARGEST_EXPONENT, min(_LARGEST_EXPONENT, -math.frexp(largest)[1]))
 
 
 class ScaledBackward:
-    """The backward pass of members that share a forward pass, each under a scale of its own.
+    """The backward pass of members that share a forward pass, each with a scale of its own.
 
-    A power of two changes no digit, and is taken out again in float32. A gradient that exceeds float16 nonetheless is
-    computed again under a smaller scale; one that still does is handed on as it is, for whoever looks for divergence.
+    Scales are powers of two, which change no digits, and are divided out in float32. A gradient that overflows float16
+    is computed again with a smaller scale; if it still does, it stays infinite, and the caller treats the member as
+    diverged.
 
     Args:
         parameters: The trained parameters of each member, float32 or wider.
@@ -47,14 +48,14 @@ class ScaledBackward:
         self._missing = set(range(len(parameters)))
 
     def attempt(self, loss: Callable[[list[PairLogprobs]], Tensor], policies: Sequence[PairLogprobs]) -> bool:
-        """Compute the gradients that are missing.
+        """Compute the gradients of all members that have none yet.
 
         Args:
-            loss: From each member's log-probs to the sum of their losses.
-            policies: These log-probs, from a forward pass that has just been made.
+            loss: Gives the sum of the members' losses, from the log-probs of each.
+            policies: The log-probs of each member, from a new forward pass.
 
         Returns:
-            Whether a member's gradient exceeds float16, so that another forward pass and attempt are needed.
+            Whether a member's gradient overflowed, so that another forward pass and attempt are needed.
         """
         leaves = [one.like([tensor.detach().requires_grad_() for tensor in one.tensors]) for one in policies]
         columns = [column for leaf in leaves for column in leaf.tensors]
@@ -65,7 +66,7 @@ class ScaledBackward:
         exponents = [scale_exponent(one) - down for one, down in zip(largest, self._lowered, strict=True)]
         scaled = [gradient * 2.0**k for k, part in zip(exponents, parts, strict=True) for gradient in part]
         own = [column for one in policies for column in one.tensors]
-        # The rejected sides of examples that have none depend on nothing.
+        # Log-probs of missing rejected completions are constants.
         wanted = [(column, gradient) for column, gradient in zip(own, scaled, strict=True) if column.requires_grad]
         outputs, directions = zip(*wanted, strict=True)
         inputs = [parameter for parameters in self._parameters for parameter in parameters]
@@ -83,7 +84,7 @@ class ScaledBackward:
         return bool(self._missing)
 
     def accumulate(self) -> None:
-        """Add what was found to the parameters' gradients."""
+        """Add the gradients that were found to `grad` of the parameters."""
         for parameters, gradients in zip(self._parameters, self._found, strict=True):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:

@@ -19,18 +19,18 @@ from evollm.safe_load import read_plain
 _NAMED_AT_MOST = 5
 _ATTRIBUTE = "_evollm_policy_archive"
 _FORM = 'a dict with "step_idx", "state" (of policy.pt all weights by their name) and "metrics"'
-# Constants that older versions of transformers kept in a model's state: causal masks, and the frequencies of positions.
+# Buffers that older versions of transformers saved with the weights: causal masks and rotary frequencies.
 _CONSTANTS = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias|rotary_emb\.inv_freq)$")
 
 
 @dataclass(frozen=True)
 class PolicyArchive:
-    """What a `policy.pt` says beside its weights.
+    """A `policy.pt` without its weights.
 
     Attributes:
         path: The file.
-        step_idx: How far its training had come; the original repository counts examples, evollm steps.
-        metrics: Its scores by name, None if it has none.
+        step_idx: How far it was trained: in examples if the original repository wrote it, in steps if evollm did.
+        metrics: Scores by name; None: the file has none.
     """
 
     path: str
@@ -39,10 +39,10 @@ class PolicyArchive:
 
 
 def read_policy_archive(path: str | Path) -> tuple[PolicyArchive, dict[str, Tensor]]:
-    """Read a `policy.pt` without running anything that is in it.
+    """Read a `policy.pt` without executing code from it.
 
     Returns:
-        What it says, and its weights by their name, on the CPU, mapped from the file where possible.
+        The archive, and its weights by name, on the CPU, memory-mapped from the file where possible.
 
     Raises:
         CheckpointError: The file is missing, damaged, not plain data, or of another form.
@@ -58,15 +58,15 @@ def read_policy_archive(path: str | Path) -> tuple[PolicyArchive, dict[str, Tens
 def read_archive(
     path: str | Path, what: str = "a policy archive", *, mapped: bool = False
 ) -> tuple[PolicyArchive, dict[str, Any]]:
-    """Read a dict of `step_idx`, `state` and `metrics` without running anything that is in it.
+    """Read a dict of `step_idx`, `state` and `metrics` without executing code from it.
 
     Args:
         path: The file.
-        what: What it should be, for the message.
-        mapped: Leave tensors in the file where possible, for a caller that copies them.
+        what: The expected kind of file, for messages.
+        mapped: Memory-map tensors from the file where possible, for a caller that copies them.
 
     Returns:
-        What it says, and its state.
+        The archive, and its state.
 
     Raises:
         CheckpointError: The file is missing, damaged, not plain data, or of another form.
@@ -86,16 +86,17 @@ def read_archive(
 
 
 def copy_state(path: str | Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Overwrite all weights of a model; they are cast to the model's own types. All or none are overwritten.
+    """Overwrite all weights of a model, or none if one of them does not fit; weights are cast to the model's types.
 
     Args:
-        path: Where they come from, for messages.
-        state: The weights by their name. Of tied ones it may hold one or all; constants that older versions of
-            transformers kept among the weights are left out.
+        path: The file that they come from, for messages.
+        state: The weights by name. Of tied weights it may hold one or all; buffers that older versions of transformers
+            saved with the weights are ignored.
         model: The model.
 
     Raises:
-        CheckpointError: Weights are missing, unknown, of another shape or kind, or differ where the model ties them.
+        CheckpointError: Weights are missing, unknown, of another shape or an unsuitable type, or differ where the model
+            ties them.
     """
     own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     state = {name: tensor for name, tensor in state.items() if name in own or not _is_constant(name, tensor)}
@@ -139,13 +140,13 @@ def copy_state(path: str | Path, state: Mapping[str, Tensor], model: nn.Module) 
 
 
 def note_archive(model: nn.Module, archive: PolicyArchive) -> None:
-    """Remember beside a model where its weights came from."""
-    # Past nn.Module's own __setattr__, as nothing of the network's.
+    """Store on a model which archive its weights were loaded from."""
+    # Set in `__dict__`, since `nn.Module.__setattr__` has rules of its own for some types.
     model.__dict__[_ATTRIBUTE] = archive
 
 
 def loaded_archive(model: nn.Module) -> PolicyArchive | None:
-    """What `note_archive` remembered."""
+    """The archive that `note_archive` stored; None: none."""
     archive = model.__dict__.get(_ATTRIBUTE)
     return archive if isinstance(archive, PolicyArchive) else None
 
@@ -164,7 +165,7 @@ def _is_constant(name: str, tensor: Tensor) -> bool:
 
 
 def _castable(tensor: Tensor, target: Tensor) -> bool:
-    """Whether numbers are copied as what they are; a quantised weight is whole numbers that mean others."""
+    """Whether copying keeps the values up to rounding; the integers of a quantised weight are codes, not values."""
     if target.is_meta:
         return False
     return tensor.dtype == target.dtype or (tensor.is_floating_point() and target.is_floating_point())

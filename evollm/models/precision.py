@@ -1,7 +1,7 @@
-"""Where a frozen base lies and in which type, where the user leaves it to the library.
+"""The default device of a base, and the type that `dtype="auto"` stands for.
 
-The type that a device is fast at is a property of a GPU. Of a CPU it is a measurement: one with AMX multiplies bfloat16
-several times as fast as float32, one without several times as slowly.
+A GPU says whether it supports bfloat16. On a CPU the speed is measured: with AMX, bfloat16 products are several times
+as fast as float32 ones, without it several times as slow.
 """
 
 from __future__ import annotations
@@ -18,36 +18,37 @@ from evollm.processes import Processes
 
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# What types are called elsewhere.
+# Names of types in other libraries.
 SHORT_TYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-# So many times as fast as float32 bfloat16 has to be on a CPU: with it log-probs lose two decimal digits.
-_WORTH = 1.5
+# Smallest speedup over float32 for which "auto" takes bfloat16 on a CPU; log-probs lose two decimal digits by it.
+_SMALLEST_SPEEDUP = 1.5
+# Rows of the products that are measured.
 _TOKENS = 256
-# Below this a product takes no time, and a measurement of it is noise.
+# A product with fewer weights is too short to be measured.
 _FEWEST_WEIGHTS = 2**18
 _ROUNDS = 5
-# Types that weights are stored in for use; float64 is somebody's decision.
+# Stored types that "auto" may replace; the author of float64 weights had a reason for them.
 _COMMON = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 def default_device() -> torch.device:
-    """A card if there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def with_dtype(
     model_config: Mapping[str, Any] | None, dtype: str | torch.dtype | None, config: Any, device: torch.device
 ) -> dict[str, Any]:
-    """The keyword arguments for `from_pretrained` with the type to load a base in.
+    """Add the type to load a base in to the keyword arguments for `from_pretrained`.
 
     Args:
-        model_config: Those of the user.
-        dtype: A type or its name; `"auto"`: what the device is fastest at; None: what the weights are stored in.
+        model_config: The user's keyword arguments.
+        dtype: A type or its name; `"auto"`: the fastest on the device; None: the type that the weights are stored in.
         config: The model's configuration; None: unknown.
-        device: Where the base will be.
+        device: The device that the base will be on.
 
     Raises:
-        ConfigurationError: `dtype` is none, or `model_config` names one, too.
+        ConfigurationError: `dtype` is not the name of a type, or `model_config` has a dtype, too.
     """
     arguments = dict(model_config or {})
     if dtype is None:
@@ -67,37 +68,36 @@ def with_dtype(
 
 
 def names_dtype(model_config: Mapping[str, Any] | None) -> bool:
-    """Whether keyword arguments for `from_pretrained` already say what type the weights have."""
+    """Whether keyword arguments for `from_pretrained` decide the type of the weights."""
     names = ("dtype", "torch_dtype", "quantization_config", "gguf_file")
     return isinstance(model_config, Mapping) and any(model_config.get(name) is not None for name in names)
 
 
 def _fastest(model_config: Mapping[str, Any], config: Any, device: torch.device) -> str | None:
-    """The name of the type that this base is fastest in there; None: as it is stored."""
+    """The name of the type in which the device computes this base fastest; None: the stored type."""
     quantised = getattr(config, "quantization_config", None) is not None
     if config is None or quantised or names_dtype(model_config) or _stored(config) not in _COMMON:
         return None
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if fast else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type != "cpu":
         return None
     hidden, intermediate = _widths(config)
     if hidden * intermediate < _FEWEST_WEIGHTS:
         return None
-    worth = speedup(hidden, intermediate) >= _WORTH
-    # The same in all processes, which each measure.
-    return "bfloat16" if Processes.present().smallest(int(worth)) else "float32"
+    fast = speedup(hidden, intermediate) >= _SMALLEST_SPEEDUP
+    # Each process measures by itself; all of them must get the same type.
+    return "bfloat16" if Processes.present().smallest(int(fast)) else "float32"
 
 
 def speedup(hidden: int, intermediate: int) -> float:
-    """How many times as fast as in float32 products of these widths are in bfloat16, on this CPU."""
+    """Time of a float32 product of these widths divided by that of the bfloat16 product, on this CPU."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(intermediate, hidden, generator=generator)
     states = torch.randn(_TOKENS, hidden, generator=generator)
     pairs = {dtype: (states.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
     best = dict.fromkeys(pairs, float("inf"))
-    # In turns, and the best of each: what else the machine does must not decide.
+    # Alternating, and the shortest time of each: other processes on the machine slow single products down.
     for _ in range(_ROUNDS):
         for dtype, (rows, matrix) in pairs.items():
             started = time.perf_counter()
@@ -107,13 +107,13 @@ def speedup(hidden: int, intermediate: int) -> float:
 
 
 def _stored(config: Any) -> torch.dtype | None:
-    """The type that the weights are stored in, as far as the configuration says."""
+    """The type that the weights are stored in; None: the configuration does not say."""
     stored = getattr(config, "dtype", None)
     return getattr(torch, stored, None) if isinstance(stored, str) else stored
 
 
 def _widths(config: Any) -> tuple[int, int]:
-    """Width of the hidden states and of the feed-forward layers; 0 where they are not known."""
+    """Widths of the hidden states and of the feed-forward layers; the first is 0 if it is not known."""
     text = config.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or 0)
     for name in ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "n_inner"):

@@ -5,142 +5,54 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel
-from safetensors import safe_open
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
 )
 
-from evollm.checks import expanded, hub_name_in, is_lfs_pointer, nearest_name, usable_path
+from evollm.checks import expanded, hub_name_in, is_lfs_pointer, usable_path
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
 from evollm.hub import hub_or_cache, is_absence
-from evollm.models.adapter_layers import adapted_layers, own_name
 from evollm.models.encoder_decoder import is_encoder_decoder
-from evollm.models.merging import all_logprobs, check_same
+from evollm.models.merged_adapter import ADAPTER_CONFIG, base_of_adapter, merge_adapter
+from evollm.models.model_config import ATTENTION, check_arguments, file_arguments
 from evollm.quiet import quiet
 
-_RELOADABLE = frozenset(
-    {"attn_implementation", "dtype", "gguf_file", "revision", "subfolder", "torch_dtype", "variant"}
-)
-_ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
+# Most names of missing weights in an error message.
 _NAMED_AT_MOST = 5
-# Of a folder that PEFT saves.
-_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, _PEFT_PREFIX = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "base_model.model.",
-)
-# One of them a folder with a tokenizer has.
+# A folder with a tokenizer has at least one of these files.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# Of a run folder.
+# Every run folder has this file.
 _LINEAGE = "lineage.jsonl"
-# In bytes; a pointer of Git LFS has some 130.
+# Bytes; a pointer of Git LFS has about 130.
 _LARGEST_POINTER = 1024
-_NOT_MERGED = "a weight may be tied to another one; untie the base's embeddings and train the adapter on that"
-# Where a model's files are looked for; the other arguments of `from_pretrained` are about its weights.
-_ABOUT_FILES = frozenset(
-    {
-        *{"cache_dir", "code_revision", "force_download", "gguf_file", "local_files_only", "proxies", "revision"},
-        *{"subfolder", "token", "trust_remote_code"},
-    }
-)
-_ABOUT_WEIGHTS = frozenset({"device_map", "low_cpu_mem_usage", "max_memory", "quantization_config", "use_safetensors"})
-
-
-def _is_dtype(value: object) -> bool:
-    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-# The settings of bitsandbytes that a checkpoint may hold, and what each must be.
-_QUANTISATION: Mapping[str, Callable[[object], bool]] = {
-    "load_in_4bit": lambda value: isinstance(value, bool),
-    "load_in_8bit": lambda value: isinstance(value, bool),
-    "bnb_4bit_quant_type": lambda value: value in ("nf4", "fp4"),
-    "bnb_4bit_use_double_quant": lambda value: isinstance(value, bool),
-    "bnb_4bit_compute_dtype": _is_dtype,
-    "bnb_4bit_quant_storage": _is_dtype,
-    "llm_int8_threshold": lambda value: isinstance(value, float),
-    "llm_int8_has_fp16_weight": lambda value: isinstance(value, bool),
-    "llm_int8_enable_fp32_cpu_offload": lambda value: isinstance(value, bool),
-    "llm_int8_skip_modules": _is_names,
-}
-# What a checkpoint may say of the loss of routers.
-_ROUTERS: Mapping[str, Callable[[object], bool]] = {
-    "output_router_logits": lambda value: isinstance(value, bool),
-    "router_aux_loss_coef": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-}
-
-
-def reloadable(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `model_config` that a checkpoint keeps, and that is taken from it, so that its base loads alike.
-
-    Only what chooses among the weights of a name, their type, how bitsandbytes rounds them, and whether routers have a
-    loss: a checkpoint must not be able to ask for code of somebody else's (`trust_remote_code`, kernels or quantisers
-    by name), and must not hold a password (`token`).
-    """
-    kept: dict[str, Any] = {}
-    if not isinstance(model_config, Mapping):
-        return kept
-    for name in _RELOADABLE & model_config.keys():
-        value = _plain(model_config[name])
-        if isinstance(value, str) and (name != "attn_implementation" or value in _ATTENTION):
-            kept[name] = value
-    for name, is_right in _ROUTERS.items():
-        if is_right(model_config.get(name)):
-            kept[name] = model_config[name]
-    quantisation = _quantisation(model_config.get("quantization_config"))
-    return kept | ({"quantization_config": quantisation} if quantisation else {})
-
-
-def _quantisation(config: object) -> dict[str, Any]:
-    """The settings of a bitsandbytes configuration as plain data; {} of any other one."""
-    settings = config.to_dict() if isinstance(config, BitsAndBytesConfig) else config
-    if not isinstance(settings, Mapping) or settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
-        return {}
-    plain = {name: _plain(value) for name, value in settings.items() if name in _QUANTISATION}
-    kept = {name: value for name, value in plain.items() if _QUANTISATION[name](value)}
-    return kept if kept.get("load_in_4bit") or kept.get("load_in_8bit") else {}
-
-
-def _plain(value: object) -> object:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-
-
-def _about_files(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What of a model's keyword arguments its configuration and its tokenizer need; custom code only if asked for."""
-    found = {key: value for key, value in (arguments or {}).items() if key in _ABOUT_FILES}
-    return {"trust_remote_code": False, **found}
 
 
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a language model of this configuration."""
     if is_encoder_decoder(config):
         return AutoModelForSeq2SeqLM
-    # One that reads pictures too, and of which transformers has no part for text alone.
-    reads_pictures = type(config) in AutoModelForImageTextToText._model_mapping
+    # transformers has no text-only class for some models that also read images.
+    reads_images = type(config) in AutoModelForImageTextToText._model_mapping
     causal = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForImageTextToText if reads_pictures and not causal else AutoModelForCausalLM
+    return AutoModelForImageTextToText if reads_images and not causal else AutoModelForCausalLM
 
 
 def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
-    """Refuse a path that leads to no folder: transformers would take it for a name on the hub."""
+    """Refuse a path that is not a folder of a model: transformers would look such a path up on the hub.
+
+    Args:
+        field: The parameter, for messages.
+        name: A name on the hub, which passes, or a path.
+    """
     path, text = usable_path(field, name), str(name)
     if path.is_dir():
         _check_content(field, text, path)
@@ -159,7 +71,7 @@ def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
 
 
 def _check_content(field: str, text: str, folder: Path) -> None:
-    """Refuse a folder of something else, and files that have not been fetched."""
+    """Refuse a run folder, and a folder with pointers of Git LFS in place of files."""
     if (folder / _LINEAGE).is_file():
         fix = f"is a run folder: evollm export {text} --to FOLDER writes its model, or go on from it with start_from"
         raise ConfigurationError(field, text, fix)
@@ -170,17 +82,17 @@ def _check_content(field: str, text: str, folder: Path) -> None:
 
 
 def find_config(name: str | os.PathLike[str], model_config: Mapping[str, Any] | None = None) -> Any | None:
-    """The configuration of a model by name or folder; None where there is none, as with a tokenizer's folder alone.
+    """The configuration of a model; None if it cannot be loaded, as from a folder that holds a tokenizer only.
 
     Args:
-        name: As for `load_base_model`.
-        model_config: Likewise.
+        name: Hub name or folder.
+        model_config: Keyword arguments that the model is loaded with.
     """
-    name = _described_by(expanded(name), "config.json")
+    name = _folder_with(expanded(name), "config.json")
     try:
         with quiet(), hub_or_cache(name):
-            return AutoConfig.from_pretrained(name, **_about_files(model_config))
-    except Exception:  # Loading the model itself says what is wrong.
+            return AutoConfig.from_pretrained(name, **file_arguments(model_config))
+    except Exception:  # `load_base_model` raises with the reason.
         return None
 
 
@@ -196,7 +108,7 @@ def load_tokenizer(name: str | os.PathLike[str], model_config: Mapping[str, Any]
     """
     name = expanded(name)
     _check_folder("model", name)
-    base = _described_by(name, *_TOKENIZER_FILES)
+    base = _folder_with(name, *_TOKENIZER_FILES)
     if base != name:
         _check_folder("model", base)
         name = base
@@ -204,24 +116,24 @@ def load_tokenizer(name: str | os.PathLike[str], model_config: Mapping[str, Any]
         return _tokenizer(name, model_config, no_hub)
 
 
-def _described_by(name: str, *files: str) -> str:
-    """The base that the folder of an adapter names, if the folder has none of these files; else the name itself."""
+def _folder_with(name: str, *files: str) -> str:
+    """Name of the base if `name` is a folder of an adapter that has none of these files; otherwise `name` itself."""
     folder = Path(name)
-    if not (folder / _ADAPTER_CONFIG).is_file() or any((folder / file).is_file() for file in files):
+    if not (folder / ADAPTER_CONFIG).is_file() or any((folder / file).is_file() for file in files):
         return name
     try:
-        base = json.loads((folder / _ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):  # Loading the adapter says what is wrong with it.
+        base = json.loads((folder / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):  # `base_of_adapter` raises with the reason.
         return name
     return expanded(base) if isinstance(base, str) and base else name
 
 
 def _tokenizer(name: str, model_config: Mapping[str, Any] | None, no_hub: str | None) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name, **_about_files(model_config))
-    except Exception as error:  # Whatever the hub, the network, its files and the tokenizer's own code raise.
+        return AutoTokenizer.from_pretrained(name, **file_arguments(model_config))
+    except Exception as error:  # The hub, the network, the files and custom code raise many kinds of errors.
         if no_hub is not None and is_absence(error):
-            raise ConfigurationError("model", name, _nowhere(no_hub)) from error
+            raise ConfigurationError("model", name, _not_found(no_hub)) from error
         if Path(name).is_dir() and not any(Path(name, file).is_file() for file in _TOKENIZER_FILES):
             raise ConfigurationError("model", name, _lacks_tokenizer(Path(name))) from error
         reason = str(error).strip().splitlines()[:1] or [""]
@@ -235,8 +147,12 @@ def _lacks_tokenizer(folder: Path) -> str:
     return "has no tokenizer (tokenizer.json): tokenizer.save_pretrained(folder), or pass tokenizer"
 
 
-def _nowhere(no_hub: str) -> str:
-    """What to do about a name that is neither a folder nor in the cache, while the hub is not asked."""
+def _not_found(no_hub: str) -> str:
+    """Message about a name that is neither a folder nor in the cache, while the hub cannot be asked.
+
+    Args:
+        no_hub: Why it cannot be asked.
+    """
     return (
         f"is no folder here and not in the cache of the hub, and {no_hub}: give the folder of a model, or a network; "
         "a model that is in the cache loads without one"
@@ -263,8 +179,9 @@ def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) ->
     folder = Path(name)
     if (folder / "config.json").is_file() or not folder.is_dir():
         return _load(name, arguments)
-    if (folder / _ADAPTER_CONFIG).is_file():
-        return _with_adapter(name, arguments)
+    if (folder / ADAPTER_CONFIG).is_file():
+        base_name = base_of_adapter(name)
+        return merge_adapter(_load(expanded(base_name), arguments), name, base_name)
     if (folder / "attributes.pt").is_file():
         fix = "is an agent's checkpoint: build the agent on its base and call load_checkpoint(path), or DPO.load(path)"
         raise ConfigurationError("model_name", name, fix)
@@ -272,7 +189,7 @@ def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) ->
 
 
 def _load(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
-    """The model as `from_pretrained` loads it."""
+    """The model of a hub name, a folder or a GGUF file, with all weights from its files."""
     _check_folder("model_name", name)
     with quiet(), hub_or_cache(name) as no_hub:
         return _loaded(name, arguments, no_hub)
@@ -282,32 +199,32 @@ def _loaded(name: str, arguments: Mapping[str, Any], no_hub: str | None) -> PreT
     try:
         config = arguments.get("config")
         if config is None:
-            config = AutoConfig.from_pretrained(name, **_about_files(arguments))
+            config = AutoConfig.from_pretrained(name, **file_arguments(arguments))
         asked = getattr(config, "_attn_implementation", None)
-        if "attn_implementation" not in arguments and not (asked is None or asked in _ATTENTION):
-            # Its name may be that of a kernel on the hub, which is code.
+        if "attn_implementation" not in arguments and not (asked is None or asked in ATTENTION):
+            # An unknown name may be that of a kernel on the hub, which is foreign code.
             fix = f"asks for attn_implementation={asked!r}: read what that runs, then pass it in model_config"
             raise ConfigurationError("model_name", name, fix)
         model, loading = auto_class(config).from_pretrained(name, **arguments, output_loading_info=True)
     except pickle.UnpicklingError:
-        # The library's own reason explains how to run what the file holds.
+        # The message of torch is left out: it says how to unpickle the file nevertheless.
         fix = "its weights are a pickle that holds more than tensors, and was not run: take a model with safetensors"
         raise ConfigurationError("model_name", name, fix) from None
     except ImportError as error:
         raise _what_to_install(name, arguments, error) from error
     except Exception as error:
-        # Anything: the files, the arguments and code that comes with a model may each fail in its own way.
+        # The files, the arguments and custom code of the model raise many kinds of errors.
         if no_hub is not None and is_absence(error):
-            raise ConfigurationError("model_name", name, _nowhere(no_hub)) from error
+            raise ConfigurationError("model_name", name, _not_found(no_hub)) from error
         if "trust_remote_code" in str(error) and not arguments["trust_remote_code"]:
             fix = "comes with code of its own, which was not run: read it, then pass trust_remote_code=True"
             raise ConfigurationError("model_name", name, f"cannot be loaded: it {fix} in model_config") from error
-        _check_arguments(arguments, error)
+        check_arguments(arguments, error)
         reason = f"cannot be loaded as a language model: {type(error).__name__}: {error}"
         raise ConfigurationError("model_name", name, reason) from error
     missing = sorted(loading["missing_keys"])
     if missing:
-        # The library draws them at random.
+        # transformers initialises missing weights at random.
         fix = (
             f"its files lack weights of {type(model).__name__}: {', '.join(missing[:_NAMED_AT_MOST])} ({len(missing)})"
         )
@@ -316,25 +233,8 @@ def _loaded(name: str, arguments: Mapping[str, Any], no_hub: str | None) -> PreT
     return model
 
 
-def _check_arguments(arguments: Mapping[str, Any], error: Exception) -> None:
-    """Raise what transformers says of one of the keyword arguments, with the argument's name."""
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    if unknown is not None and unknown[1] in arguments:
-        name, value = unknown[1], arguments[unknown[1]]
-        if name in _QUANTISATION:
-            fix = f"belongs one level down: model_config: {{quantization_config: {{{name}: {str(value).lower()}}}}}"
-        else:
-            known = sorted(_RELOADABLE | _ABOUT_FILES | _ABOUT_WEIGHTS)
-            fix = f"is no argument of from_pretrained; the nearest known one is {nearest_name(name, known)!r}"
-        raise ConfigurationError(f"model_config.{name}", value, fix) from error
-    attention = arguments.get("attn_implementation")
-    if attention is not None and attention not in _ATTENTION and "attn_implementation" in str(error):
-        fix = f"is none of {', '.join(sorted(_ATTENTION))}"
-        raise ConfigurationError("model_config.attn_implementation", attention, fix) from error
-
-
 def _what_to_install(name: str, arguments: Mapping[str, Any], error: ImportError) -> EvoLLMError:
-    """An error that says which package is missing, from transformers' own."""
+    """The error to raise for an ImportError of transformers: it says which package to install."""
     reason = str(error)
     if "bitsandbytes" in reason:
         return MissingExtraError("bitsandbytes", "quantization", f"{name!r} in 4 or 8 bits")
@@ -347,65 +247,3 @@ def _what_to_install(name: str, arguments: Mapping[str, Any], error: ImportError
         )
         return ConfigurationError("attn_implementation", attention, fix)
     return ConfigurationError("model_name", name, f"cannot be loaded, a package is missing: {error}")
-
-
-def _with_adapter(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
-    """The base that an adapter names, with the adapter merged into its weights."""
-    try:
-        config = PeftConfig.from_pretrained(name)
-        base_name = config.base_model_name_or_path
-    except Exception as error:
-        reason = f"is a PEFT adapter that cannot be read: {type(error).__name__}: {error}"
-        raise ConfigurationError("model_name", name, reason) from error
-    if getattr(config, "megatron_config", None):
-        # PEFT imports the module that it names.
-        fix = "is a PEFT adapter that asks for Megatron, which does not work here: take another"
-        raise ConfigurationError("model_name", name, fix)
-    if not base_name:
-        fix = "is a PEFT adapter that does not name its base: merge it into the base, and save and load that"
-        raise ConfigurationError("model_name", name, fix)
-    model = _load(expanded(base_name), arguments)
-    if getattr(model, "is_quantized", False):
-        fix = "is a PEFT adapter, which cannot be merged into quantised weights: merge it unquantised, and save that"
-        raise ConfigurationError("model_name", name, fix)
-    try:
-        merged, fault = _merged(model, name)
-    except Exception as error:
-        reason = f"is a PEFT adapter that cannot be merged into {base_name!r}: {type(error).__name__}: {error}"
-        raise ConfigurationError("model_name", name, reason) from error
-    if fault is not None:
-        fix = f"is a PEFT adapter that cannot be merged into {base_name!r} ({fault}): {_NOT_MERGED}"
-        raise ConfigurationError("model_name", name, fix)
-    assert isinstance(merged, PreTrainedModel)
-    # By this name a checkpoint finds the same weights again.
-    merged.config._name_or_path = name
-    return merged
-
-
-def _merged(model: PreTrainedModel, name: str) -> tuple[Any, str | None]:
-    """The model with an adapter merged into it, and what is wrong if its log-probs are not the adapter's."""
-    _make_room(model, name)
-    adapted = cast(Any, PeftModel.from_pretrained(model, name)).eval()
-    (adapter,) = adapted.peft_config
-    new_tokens = getattr(adapted.peft_config[adapter], "trainable_token_indices", None) or []
-    tokens = new_tokens if isinstance(new_tokens, list) else [token for part in new_tokens.values() for token in part]
-    paths = [own_name(path) for path in adapted_layers(adapted.get_base_model(), adapter)]
-    expected = all_logprobs(adapted.get_base_model(), tokens)
-    merged = adapted.merge_and_unload().eval()
-    modules = dict(merged.named_modules())
-    layers = [modules[path] for path in paths if path in modules]
-    return merged, check_same(expected, lambda: all_logprobs(merged, tokens), layers)
-
-
-def _make_room(model: PreTrainedModel, name: str) -> None:
-    """Resize a base's embeddings where an adapter was saved with its own, of another size: tokens were added."""
-    path = Path(name, _ADAPTER_WEIGHTS)
-    if not path.is_file():
-        return
-    embeddings = cast(nn.Embedding, model.get_input_embeddings())
-    own = next(key for key, module in model.named_modules() if module is embeddings)
-    with safe_open(path, framework="pt") as file:
-        key = f"{_PEFT_PREFIX}{own}.weight"
-        rows = file.get_slice(key).get_shape()[0] if key in file.keys() else len(embeddings.weight)  # noqa: SIM118
-    if rows != len(embeddings.weight):
-        model.resize_token_embeddings(rows, mean_resizing=False)

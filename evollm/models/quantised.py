@@ -1,4 +1,4 @@
-"""Quantised bases: their layers keep their bits, and their gradients are compared with their weights before use."""
+"""Quantised bases: keeping 4-bit layers trainable, and checking the gradients through quantised layers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from evollm.errors import ConfigurationError
 from evollm.quiet import CAST, hold_back
 
-# Largest relative error of a gradient. Rounding is below 0.01 in bfloat16; a gradient of other weights is off by 0.7 or
-# more.
+# Largest relative error of a gradient. In bfloat16 rounding gives less than 0.01, and a gradient that belongs to other
+# weights 0.7 or more.
 _TOLERANCE = 0.05
-# Columns of the weights that are compared, and rows of the gradient.
+# Number of columns of the weights that are compared, and number of rows of the input.
 _COLUMNS, _ROWS = 64, 4
 _RELOAD = (
     "load the base again and build the agents on it before it computes anything without gradients, "
@@ -23,7 +23,7 @@ _RELOAD = (
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Have no 4-bit layer of bitsandbytes pack its weights for inference.
+    """Stop 4-bit layers of bitsandbytes from packing their weights for inference.
 
     On CPUs with AVX512-BF16 such a layer in evaluation mode rewrites its weights, at its first input that requires no
     gradient, for a product that has no backward pass. Packing rounds the scales of the weights and cannot be undone.
@@ -62,10 +62,10 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def gradient_error(layer: Any) -> float:
-    """Relative error of a linear layer's gradient by its input, against the weights that its forward pass applies.
+    """Relative error of a linear layer's gradient with respect to its input x, given the weights of its forward pass.
 
-    What the layer makes of unit vectors are columns of its dequantised weights W (out, in), whatever the quantiser.
-    The gradient of sum(G * layer(x)) by x is G W.
+    Applied to unit vectors, a layer of any quantiser gives columns of its dequantised weights W (out, in). The gradient
+    of sum(G * layer(x)) with respect to x must be G W.
     """
     device = layer.weight.device
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +84,7 @@ def gradient_error(layer: Any) -> float:
 
 
 def _gradient(value: Tensor, x: Tensor) -> Tensor:
-    """The gradient of a value by `x`, zeros where the value does not know of it."""
+    """The gradient of a value with respect to `x`; zeros if the value does not depend on it in autograd's graph."""
     gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
     return torch.zeros_like(x) if gradient is None else gradient
 
@@ -93,7 +93,7 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The quantised linear layers of a model, with their names."""
     for name, module in model.named_modules() if getattr(model, "is_quantized", False) else ():
         weight = getattr(module, "weight", None)
-        # A quantiser has a class of its own for weights, or keeps codes in them that are no numbers to compute with.
+        # Quantised weights are of a subclass of Parameter, or hold integer codes.
         quantised = isinstance(weight, Tensor) and not (type(weight) is nn.Parameter and weight.is_floating_point())
         if quantised and hasattr(module, "in_features"):
             yield name, module

@@ -1,4 +1,4 @@
-"""Rotary embeddings with dynamic NTK scaling: how long their sequences may be, and that each pass begins anew."""
+"""Rotary embeddings with dynamic NTK scaling: their longest sequence, and a reset before each forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DYNAMIC = "dynamic"
 
 
 def longest_sequence(config: Any) -> int | None:
-    """The longest sequence that a text configuration is made for, in tokens; None where it does not say."""
+    """The longest sequence of a text configuration, in tokens; None: the configuration does not say."""
     positions = getattr(config, "max_position_embeddings", None)
     if not positions:
         return None
@@ -23,25 +23,25 @@ def longest_sequence(config: Any) -> int | None:
 
 
 def forget_longest_sequences(model: nn.Module) -> None:
-    """Have dynamically scaled frequencies depend on the pass that uses them, and not on the passes before it.
+    """Reset dynamically scaled frequencies before each forward pass.
 
-    Dynamic NTK scaling (`rope_type="dynamic"`) of transformers goes on with the frequencies of the longest sequence so
-    far until a sequence fits the model's original length. A log-prob would depend on what was computed before it.
+    Dynamic NTK scaling (`rope_type="dynamic"`) of transformers keeps the frequencies of the longest sequence so far
+    until a sequence fits the model's original length. Without a reset, log-probs would depend on earlier passes.
     """
     for module in model.modules():
         if _dynamic_prefixes(module):
-            module.register_forward_pre_hook(_begin_anew)
+            module.register_forward_pre_hook(_reset)
 
 
 def _dynamic_prefixes(module: Any) -> list[str]:
-    """What the names of a module's dynamically scaled frequencies begin with, one for each type of layers."""
+    """Prefixes of the attribute names of a module's dynamically scaled frequencies, one for each layer type."""
     if not (hasattr(module, _LONGEST) and hasattr(module, "rope_type")):
         return []
     types = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
     return [f"{kind}_" if kind else "" for kind, rope_type in types.items() if _DYNAMIC in str(rope_type)]
 
 
-def _begin_anew(module: Any, inputs: object) -> None:
+def _reset(module: Any, inputs: object) -> None:
     del inputs
     original = module.original_max_seq_len
     for prefix in _dynamic_prefixes(module):

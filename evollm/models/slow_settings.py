@@ -1,4 +1,4 @@
-"""Settings that cost time for nothing where the base is: each in one line with what to do about it, "" where not."""
+"""Warnings about settings that only cost time on a GPU: one line each with a remedy; "" if there is nothing to say."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 
 from evollm.models.budget import should_recompute, tokens_to_keep
 
-# Where the base is worth a remark: a CPU has no such settings.
+# Devices with such settings: GPUs, and not CPUs.
 _CARDS = ("cuda",)
-# They have CUDA record a graph of kernels for fixed shapes.
-_RECORDING_MODES = ("reduce-overhead", "max-autotune")
+# Modes of `torch.compile` that record CUDA graphs, which are for fixed shapes.
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 def is_card(device_type: str) -> bool:
-    """Whether that is a device on which settings are remarked on."""
+    """Whether this is the type of a GPU."""
     return device_type in _CARDS
 
 
 def slow_dtype(device_type: str, dtype: torch.dtype) -> str:
-    """A base that is wider than what a card multiplies fast, and than what its attention kernel takes."""
+    """A base in float32 or wider: slow to multiply, and refused by the flash attention kernel."""
     if not is_card(device_type) or not dtype.is_floating_point or torch.finfo(dtype).bits <= 16:  # noqa: PLR2004
         return ""
     name = str(dtype).removeprefix("torch.")
@@ -26,8 +26,8 @@ def slow_dtype(device_type: str, dtype: torch.dtype) -> str:
 
 
 def slow_compile_mode(device_type: str, mode: str) -> str:
-    """A mode of `torch.compile` that records a graph for each shape, where each batch has another shape."""
-    if not is_card(device_type) or mode not in _RECORDING_MODES:
+    """A mode of `torch.compile` that records a graph for each shape, though nearly every batch has another shape."""
+    if not is_card(device_type) or mode not in _CUDA_GRAPH_MODES:
         return ""
     instead = "max-autotune-no-cudagraphs" if mode == "max-autotune" else "default"
     return (
@@ -37,7 +37,7 @@ def slow_compile_mode(device_type: str, mode: str) -> str:
 
 
 def needless_checkpointing(device_type: str, affordable: int, token_budget: int | None, longest: int) -> str:
-    """`gradient_checkpointing=True` where memory is not short; see `budget.should_recompute` for the arguments."""
+    """`gradient_checkpointing=True` though memory is not short; see `budget.should_recompute` for the arguments."""
     if not is_card(device_type) or should_recompute(affordable, device_type, token_budget, longest):
         return ""
     wanted = tokens_to_keep(device_type, token_budget, longest)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 from evollm import DPO, ConfigurationError, MissingExtraError
 from evollm.models.engine import Engine, PassOptions
 from evollm.models.loading import load_base_model
-from evollm.models.pretrained import reloadable
+from evollm.models.model_config import reloadable
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT8 = {"load_in_8bit": True}
