@@ -76,7 +76,9 @@ def names_dtype(model_config: Mapping[str, Any] | None) -> bool:
 def _fastest(model_config: Mapping[str, Any], config: Any, device: torch.device) -> str | None:
     """The name of the type in which the device computes this base fastest; None: the stored type."""
     quantised = getattr(config, "quantization_config", None) is not None
-    if config is None or quantised or names_dtype(model_config) or _stored(config) not in _COMMON:
+    stored = getattr(config, "dtype", None)
+    stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+    if config is None or quantised or names_dtype(model_config) or stored not in _COMMON:
         return None
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
@@ -104,12 +106,6 @@ def speedup(hidden: int, intermediate: int) -> float:
             linear(rows, matrix)
             best[dtype] = min(best[dtype], time.perf_counter() - started)
     return best[torch.float32] / best[torch.bfloat16]
-
-
-def _stored(config: Any) -> torch.dtype | None:
-    """The type that the weights are stored in; None: the configuration does not say."""
-    stored = getattr(config, "dtype", None)
-    return getattr(torch, stored, None) if isinstance(stored, str) else stored
 
 
 def _widths(config: Any) -> tuple[int, int]:

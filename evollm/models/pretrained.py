@@ -47,7 +47,7 @@ def auto_class(config: Any) -> Any:
 
 
 def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
-    """Refuse a path that is not a folder of a model: transformers would look such a path up on the hub.
+    """Refuse a path that is not a folder of a model (transformers would look it up on the hub), or an incomplete clone.
 
     Args:
         field: The parameter, for messages.
@@ -55,7 +55,15 @@ def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
     """
     path, text = usable_path(field, name), str(name)
     if path.is_dir():
-        _check_content(field, text, path)
+        if (path / _LINEAGE).is_file():
+            fix = (
+                f"is a run folder: evollm export {text} --to FOLDER writes its model, or go on from it with start_from"
+            )
+            raise ConfigurationError(field, text, fix)
+        for file in sorted(path.iterdir()):
+            if file.is_file() and file.stat().st_size <= _LARGEST_POINTER and is_lfs_pointer(file):
+                fix = f"its {file.name} is a pointer of Git LFS and not the file: run git lfs pull in its repository"
+                raise ConfigurationError(field, text, fix)
         return
     if path.exists():
         fix = "is no folder: give that of a model, or its name on the hub"
@@ -68,17 +76,6 @@ def _check_folder(field: str, name: str | os.PathLike[str]) -> None:
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         fix = "no such folder: give that of a model, or its name on the hub; of a base that was moved, where it is now"
         raise ConfigurationError(field, text, fix)
-
-
-def _check_content(field: str, text: str, folder: Path) -> None:
-    """Refuse a run folder, and a folder with pointers of Git LFS in place of files."""
-    if (folder / _LINEAGE).is_file():
-        fix = f"is a run folder: evollm export {text} --to FOLDER writes its model, or go on from it with start_from"
-        raise ConfigurationError(field, text, fix)
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.stat().st_size <= _LARGEST_POINTER and is_lfs_pointer(file):
-            fix = f"its {file.name} is a pointer of Git LFS and not the file: run git lfs pull in its repository"
-            raise ConfigurationError(field, text, fix)
 
 
 def find_config(name: str | os.PathLike[str], model_config: Mapping[str, Any] | None = None) -> Any | None:
@@ -113,7 +110,19 @@ def load_tokenizer(name: str | os.PathLike[str], model_config: Mapping[str, Any]
         _check_folder("model", base)
         name = base
     with quiet(), hub_or_cache(name) as no_hub:
-        return _tokenizer(name, model_config, no_hub)
+        try:
+            return AutoTokenizer.from_pretrained(name, **file_arguments(model_config))
+        except Exception as error:  # The hub, the network, the files and custom code raise many kinds of errors.
+            if no_hub is not None and is_absence(error):
+                raise ConfigurationError("model", name, _not_found(no_hub)) from error
+            if Path(name).is_dir() and not any(Path(name, file).is_file() for file in _TOKENIZER_FILES):
+                fix = "has no tokenizer (tokenizer.json): tokenizer.save_pretrained(folder), or pass tokenizer"
+                if not Path(name, "config.json").is_file():
+                    fix = "is no folder of a model: it has no config.json; give that of a model, or its name on the hub"
+                raise ConfigurationError("model", name, fix) from error
+            reason = str(error).strip().splitlines()[:1] or [""]
+            fix = f"no tokenizer can be loaded from it ({type(error).__name__}: {reason[0]})"
+            raise ConfigurationError("model", name, fix) from error
 
 
 def _folder_with(name: str, *files: str) -> str:
@@ -126,25 +135,6 @@ def _folder_with(name: str, *files: str) -> str:
     except (OSError, ValueError, AttributeError, RecursionError):  # `base_of_adapter` raises with the reason.
         return name
     return expanded(base) if isinstance(base, str) and base else name
-
-
-def _tokenizer(name: str, model_config: Mapping[str, Any] | None, no_hub: str | None) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name, **file_arguments(model_config))
-    except Exception as error:  # The hub, the network, the files and custom code raise many kinds of errors.
-        if no_hub is not None and is_absence(error):
-            raise ConfigurationError("model", name, _not_found(no_hub)) from error
-        if Path(name).is_dir() and not any(Path(name, file).is_file() for file in _TOKENIZER_FILES):
-            raise ConfigurationError("model", name, _lacks_tokenizer(Path(name))) from error
-        reason = str(error).strip().splitlines()[:1] or [""]
-        fix = f"no tokenizer can be loaded from it ({type(error).__name__}: {reason[0]})"
-        raise ConfigurationError("model", name, fix) from error
-
-
-def _lacks_tokenizer(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        return "is no folder of a model: it has no config.json; give that of a model, or its name on the hub"
-    return "has no tokenizer (tokenizer.json): tokenizer.save_pretrained(folder), or pass tokenizer"
 
 
 def _not_found(no_hub: str) -> str:

@@ -78,15 +78,12 @@ def gradient_error(layer: Any) -> float:
     x = torch.randn(1, _ROWS, layer.in_features, generator=generator).to(device).requires_grad_()
     output_gradient = torch.randn(1, _ROWS, layer.out_features, generator=generator).to(device)
     with torch.enable_grad():
-        found = _gradient((layer(x) * output_gradient).sum(), x)[0, :, columns.to(device)]
+        value = (layer(x) * output_gradient).sum()
+        # A layer without a backward pass gives a value that does not depend on x in autograd's graph.
+        gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+        found = (torch.zeros_like(x) if gradient is None else gradient)[0, :, columns.to(device)]
     expected = output_gradient[0] @ weights
     return float((found - expected).norm() / expected.norm())
-
-
-def _gradient(value: Tensor, x: Tensor) -> Tensor:
-    """The gradient of a value with respect to `x`; zeros if the value does not depend on it in autograd's graph."""
-    gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
-    return torch.zeros_like(x) if gradient is None else gradient
 
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
