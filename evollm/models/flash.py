@@ -73,8 +73,8 @@ def flash_attention(
     Returns:
         (T, H, E).
     """
-    size = kernel_head_size(query, value)
     # The kernel takes one head size for queries, keys and values; padding with zeros does not change the scores.
+    size = kernel_head_size(query, value)
     output = torch.ops.aten._flash_attention_forward.default(
         _widen(query, size),
         _widen(key, size),
@@ -165,7 +165,8 @@ def _try_kernel(device: torch.device, dtype: torch.dtype, head_size: int, window
             towards, *inputs = (tensor.double().requires_grad_() for tensor in given)
             exact = _in_float64(*inputs, scale=scale, window=window)
             expected = exact, *torch.autograd.grad(exact, inputs, towards)
-            gaps += [_gap(one, other.detach()) for one, other in zip(found, expected, strict=True)]
+            pairs = zip(found, (tensor.detach() for tensor in expected), strict=True)
+            gaps += [float((one.double() - other).norm() / other.norm()) for one, other in pairs]
     return gaps
 
 
@@ -175,7 +176,3 @@ def _in_float64(query: Tensor, key: Tensor, value: Tensor, *, scale: float, wind
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     seen = causal_mask(len(query), len(key), window, query.device)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(dim=-1), value)
-
-
-def _gap(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())

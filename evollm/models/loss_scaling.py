@@ -48,14 +48,14 @@ class ScaledBackward:
         self._missing = set(range(len(parameters)))
 
     def attempt(self, loss: Callable[[list[PairLogprobs]], Tensor], policies: Sequence[PairLogprobs]) -> bool:
-        """Compute the gradients of all members that have none yet.
+        """Compute the gradients that are missing.
 
         Args:
-            loss: Gives the sum of the members' losses, from the log-probs of each.
-            policies: The log-probs of each member, from a new forward pass.
+            loss: From each member's log-probs to the sum of their losses.
+            policies: These log-probs, from a forward pass that has just been made.
 
         Returns:
-            Whether a member's gradient overflowed, so that another forward pass and attempt are needed.
+            Whether a member's gradient exceeds float16, so that another forward pass and attempt are needed.
         """
         leaves = [one.like([tensor.detach().requires_grad_() for tensor in one.tensors]) for one in policies]
         columns = [column for leaf in leaves for column in leaf.tensors]
@@ -66,7 +66,7 @@ class ScaledBackward:
         exponents = [scale_exponent(one) - down for one, down in zip(largest, self._lowered, strict=True)]
         scaled = [gradient * 2.0**k for k, part in zip(exponents, parts, strict=True) for gradient in part]
         own = [column for one in policies for column in one.tensors]
-        # Log-probs of missing rejected completions are constants.
+        # The rejected sides of examples that have none depend on nothing.
         wanted = [(column, gradient) for column, gradient in zip(own, scaled, strict=True) if column.requires_grad]
         outputs, directions = zip(*wanted, strict=True)
         inputs = [parameter for parameters in self._parameters for parameter in parameters]
