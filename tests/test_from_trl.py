@@ -20,8 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import evollm
 from evollm import DPO, ConfigurationError, PreferenceGym, tune
 from evollm.data.batch import PreferenceBatch
+from evollm.models.adapters.merging import all_logprobs
 from evollm.models.logprobs import two_sequences
-from evollm.models.merging import all_logprobs
 
 PAGE = (Path(__file__).parents[1] / "docs" / "from_trl.md").read_text(encoding="utf-8")
 # Names of all arguments, as TRL and transformers of these versions have them.

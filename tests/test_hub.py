@@ -13,7 +13,7 @@ import pytest
 from evollm import ConfigurationError, DataError
 from evollm.data.open_dataset import open_dataset
 from evollm.hub import hub_or_cache, unreachable
-from evollm.models.pretrained import find_config, load_base_model, load_tokenizer
+from evollm.models.loading.pretrained import find_config, load_base_model, load_tokenizer
 
 NAME = "nobody/nothing-here"
 # What the libraries take by themselves is 23 s for each file.

@@ -145,7 +145,7 @@ def test_a_checkpoint_names_neither_a_model_nor_its_arguments(folder, trap, caps
         assert "attributes" in line
     for attempt in (
         lambda: DPO.load("run/elite"),
-        lambda: DPO.load("run/elite", actor_network=evollm.models.loading.load_base_model("model")),
+        lambda: DPO.load("run/elite", actor_network=evollm.models.load_base_model("model")),
         lambda: DPO(model_name="model").load_checkpoint("run/elite", merge_lora_configs=True),
     ):
         with pytest.raises(EvoLLMError, match="attributes"):

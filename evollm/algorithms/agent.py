@@ -26,9 +26,9 @@ from evollm.checks import boolean, located, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterShares, AdapterState
+from evollm.models.adapters.lora_config import check_lora_config
 from evollm.models.engine import BatchSlot, Engine, PassOptions
-from evollm.models.loading import BaseSource, usable_device
-from evollm.models.lora_config import check_lora_config
+from evollm.models.loading.base_source import BaseSource, usable_device
 from evollm.models.slow_settings import slow_compile_mode
 from evollm.runs.words import Words
 
@@ -384,7 +384,9 @@ class LLMAgent:
             name = self.adapter(role)
             if name is not None:
                 trained = role == ACTOR
-                name = self.base.adapters.copy(name, role, trainable=True) if trained else self.base.adapters.retain(name)
+                name = (
+                    self.base.adapters.copy(name, role, trainable=True) if trained else self.base.adapters.retain(name)
+                )
             clone._adapters[role] = name
         clone.optimizer = clone._new_optimizer()
         clone.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))

@@ -14,7 +14,7 @@ from torch import nn
 
 from evollm.checkpoints.policy_archive import ADAPTER, NAMES, OPTIMIZER, SCHEDULER
 from evollm.errors import CheckpointError
-from evollm.models.policy_archive import read_archive
+from evollm.models.loading.policy_archive import read_archive
 from evollm.processes import uses_deepspeed
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

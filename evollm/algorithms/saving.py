@@ -24,9 +24,9 @@ from evollm.checks import boolean, optional_boolean, usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.foreign import LOAD, SAVE, explains
 from evollm.models import AdapterState
+from evollm.models.adapters.merging import adapter_difference
 from evollm.models.fingerprints import adapter_fingerprint
-from evollm.models.merging import adapter_difference
-from evollm.models.model_config import reloadable
+from evollm.models.loading.model_config import reloadable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -17,8 +17,8 @@ from evollm.checkpoints.atomic import existing_folder, replace_folder, verify
 from evollm.checks import usable_path
 from evollm.errors import CheckpointError, EvoLLMError
 from evollm.models import AdapterState, SharedBase
-from evollm.models.lora_config import lora_config_from, write_lora_config
-from evollm.models.merging import save_base
+from evollm.models.adapters.lora_config import lora_config_from, write_lora_config
+from evollm.models.adapters.merging import save_base
 from evollm.own_files import inside, read_bytes
 from evollm.safe_load import read_plain
 

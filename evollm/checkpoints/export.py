@@ -12,8 +12,8 @@ from evollm.checkpoints.atomic import replace_folder
 from evollm.errors import ConfigurationError
 from evollm.foreign import SAVE_ADAPTER, explains
 from evollm.models import SharedBase
-from evollm.models.merging import save_base
-from evollm.models.pretrained import auto_class
+from evollm.models.adapters.merging import save_base
+from evollm.models.loading.pretrained import auto_class
 from evollm.processes import Processes
 from evollm.report.model_card import ExportedModel, model_card
 

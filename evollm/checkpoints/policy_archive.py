@@ -15,9 +15,9 @@ from evollm.checkpoints.atomic import replace_file
 from evollm.checkpoints.export import HasActor, main_writes
 from evollm.checks import usable_path
 from evollm.errors import CheckpointError, ConfigurationError
+from evollm.models.adapters.merging import base_state
 from evollm.models.fingerprints import adapter_fingerprint
-from evollm.models.merging import base_state
-from evollm.models.policy_archive import read_archive, read_policy_archive
+from evollm.models.loading.policy_archive import read_archive, read_policy_archive
 
 POLICY = "policy.pt"
 OPTIMIZER = "optimizer.pt"

@@ -9,7 +9,7 @@ from typing import Any
 
 from evollm.checks import whole_number
 from evollm.demo.model import demo_model
-from evollm.models.precision import AUTO
+from evollm.models.loading.precision import AUTO
 from evollm.tuning import TuneResult, tune
 
 PAIRS = Path(__file__).parent / "pairs"

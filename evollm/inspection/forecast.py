@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from evollm.algorithms import Algorithm
 from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.models.budget import count_saved_bytes, should_recompute, tokens_in_flight, tokens_that_fit
-from evollm.models.pretrained import auto_class, load_base_model
+from evollm.models.loading.pretrained import auto_class, load_base_model
 
 # The rank of the agents' default LoRA configuration.
 RANK = 16

@@ -23,7 +23,7 @@ from evollm.errors import ConfigurationError, DataError
 from evollm.inspection.forecast import forecast
 from evollm.inspection.result import Fit, Inspection, Lengths, RenderedRow
 from evollm.models.encoder_decoder import is_encoder_decoder
-from evollm.models.pretrained import find_config, load_tokenizer
+from evollm.models.loading.pretrained import find_config, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from evollm.data.batch import PreferenceBatch
 from evollm.errors import ConfigurationError
+from evollm.models.adapters.targets import text_config
 from evollm.models.encoder_decoder import is_encoder_decoder
-from evollm.models.targets import text_config
 
 _SWITCH = "output_router_logits"
 _COEFFICIENT = "router_aux_loss_coef"

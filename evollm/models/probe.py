@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evollm.data.batch import IntArray, PreferenceBatch, TokenizedPair
 from evollm.errors import ConfigurationError
+from evollm.models.adapters.targets import bypassed_layers_refused
 from evollm.models.attention import PairLayout
 from evollm.models.encoder_decoder import (
     EncodedPairs,
@@ -27,7 +28,6 @@ from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logpr
 from evollm.models.packing import PackedPairs
 from evollm.models.rounding import rounded_otherwise
 from evollm.models.shared_base import SharedBase
-from evollm.models.targets import bypassed_layers_refused
 
 # Tokens of the prompt and of each side.
 _SHORT_PAIRS = ((4, 8, 8), (9, 5, 7), (2, 6, 4))

@@ -14,18 +14,18 @@ from transformers import PreTrainedModel
 
 from evollm.checks import located
 from evollm.errors import ConfigurationError
+from evollm.models.adapters.registry import AdapterRegistry
+from evollm.models.adapters.routing import AdapterRouter
+from evollm.models.adapters.targets import language_model, text_config
 from evollm.models.attention import PairLayout, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
 from evollm.models.fingerprints import weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
 from evollm.models.load_balancing import LoadBalancing, asked_for, load_balancing
-from evollm.models.policy_archive import PolicyArchive, loaded_archive
+from evollm.models.loading.policy_archive import PolicyArchive, loaded_archive
 from evollm.models.quantised import keep_differentiable
 from evollm.models.reference_cache import ReferenceCache
-from evollm.models.registry import AdapterRegistry
 from evollm.models.rope import forget_longest_sequences, longest_sequence
-from evollm.models.routing import AdapterRouter
-from evollm.models.targets import language_model, text_config
 
 _ATTRIBUTE = "_evollm_shared_base"
 

@@ -22,8 +22,8 @@ from evollm.command_line import command, place, setting
 from evollm.data.open_dataset import is_files
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import HyperparameterConfig
-from evollm.models.model_config import reloadable
-from evollm.models.precision import AUTO, DTYPES
+from evollm.models.loading.model_config import reloadable
+from evollm.models.loading.precision import AUTO, DTYPES
 from evollm.own_files import inside, read_bytes, replace_bytes
 from evollm.runs.folder import CHECKPOINTS, ELITE, TUNE_ARGUMENTS, no_run, run_above
 

@@ -16,7 +16,7 @@ from evollm.algorithms.agent import DEFAULT_LORA
 from evollm.checks import is_number_as_text
 from evollm.errors import ConfigurationError, brief
 from evollm.hpo import HyperparameterConfig, RLParameter
-from evollm.models.precision import SHORT_TYPES
+from evollm.models.loading.precision import SHORT_TYPES
 from evollm.names import BOUND_ALIASES, LORA_ALIASES, check_known
 from evollm.tuning.parameters import Settings, check_types
 

@@ -33,8 +33,8 @@ from evollm.hpo import (
 from evollm.hpo.strategies import search_of, strategy_of
 from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
-from evollm.models.precision import AUTO, names_dtype
-from evollm.models.pretrained import find_config, load_tokenizer
+from evollm.models.loading.precision import AUTO, names_dtype
+from evollm.models.loading.pretrained import find_config, load_tokenizer
 from evollm.models.shared_base import check_plain_model
 from evollm.names import ALIASES, check_known
 from evollm.processes import check_processes

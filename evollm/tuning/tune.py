@@ -11,7 +11,7 @@ from typing import Any
 
 from evollm.algorithms.saving import SavableAgent
 from evollm.errors import MissingExtraError
-from evollm.models.precision import names_dtype
+from evollm.models.loading.precision import names_dtype
 from evollm.pace import progress_told
 from evollm.processes import Processes
 from evollm.report import write_report

@@ -24,9 +24,9 @@ from evollm.data.row_report import FORMS
 from evollm.data.tokenization import prompt_ids
 from evollm.errors import CheckpointError, ConfigurationError, brief
 from evollm.models.generation import greedy_answers
-from evollm.models.model_config import reloadable
-from evollm.models.precision import AUTO
-from evollm.models.pretrained import load_base_model, load_tokenizer
+from evollm.models.loading.model_config import reloadable
+from evollm.models.loading.precision import AUTO
+from evollm.models.loading.pretrained import load_base_model, load_tokenizer
 from evollm.runs import has_ended, read_config
 from evollm.runs.folder import run_above
 from evollm.tuning.arguments_file import TuneArguments, known_of, place_of, resume_of

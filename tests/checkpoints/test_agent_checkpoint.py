@@ -513,7 +513,7 @@ def test_attributes_of_something_else_are_refused(trained, tmp_path) -> None:
 def test_an_adapter_configuration_is_the_same_in_every_process(tmp_path) -> None:
     code = (
         "import sys; from pathlib import Path; from peft import LoraConfig; "
-        "from evollm.models.lora_config import write_lora_config; "
+        "from evollm.models.adapters.lora_config import write_lora_config; "
         "names = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']; "
         "write_lora_config(LoraConfig(target_modules=names, exclude_modules=names[:2]), Path(sys.argv[1]), 'base')"
     )

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evollm import DPO, ConfigurationError, save_merged_model, tune
-from evollm.models.loading import load_base_model
-from evollm.models.merging import all_logprobs
+from evollm.models import load_base_model
+from evollm.models.adapters.merging import all_logprobs
 
 
 @pytest.fixture

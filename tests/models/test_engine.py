@@ -232,7 +232,8 @@ def test_a_path_that_is_wrong_is_not_taken(monkeypatch, breakage: str, lost: str
 
 
 def break_path(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
-    from evollm.models import logprobs, routing  # noqa: PLC0415
+    from evollm.models import logprobs  # noqa: PLC0415
+    from evollm.models.adapters.adapter import routing  # noqa: PLC0415
 
     if breakage == "positions":
         original: Callable[..., Any] = packing.PackedPairs.of.__func__

@@ -12,8 +12,8 @@ from conftest import make_rows
 from peft import LoraConfig, PeftModel
 
 from evollm import DPO, ConfigurationError, PreferenceGym, save_merged_model, tune
+from evollm.models.adapters.merging import all_logprobs, base_state
 from evollm.models.generation import greedy_answers
-from evollm.models.merging import all_logprobs, base_state
 from evollm.tuning.winner import export, open_winner
 
 # That members go one by one, PEFT's remarks on target_parameters.

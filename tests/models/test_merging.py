@@ -11,8 +11,8 @@ from snapshots import base_bits
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from evollm import DPO, ConfigurationError, save_merged_model
-from evollm.models.loading import load_base_model
-from evollm.models.merging import all_logprobs, base_state
+from evollm.models import load_base_model
+from evollm.models.adapters.merging import all_logprobs, base_state
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Larger than usual, so that adapters change log-probs clearly.

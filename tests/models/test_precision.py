@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import evollm
 from evollm import DPO, SFT, ConfigurationError
-from evollm.models import loading, precision
-from evollm.models.precision import speedup, with_dtype
+from evollm.models.loading.base_source import base_source, precision
+from evollm.models.loading.precision import speedup, with_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WIDE = LlamaConfig(hidden_size=1024, intermediate_size=2816, dtype=torch.bfloat16)
@@ -122,16 +122,16 @@ def test_a_search_goes_on_in_the_dtype_that_it_began_in(model_folder, tmp_path, 
 
 def test_without_a_device_a_named_base_goes_to_a_card_and_a_loaded_one_stays(model_folder, monkeypatch) -> None:
     network = AutoModelForCausalLM.from_pretrained(model_folder)
-    assert loading.usable_device(None, None, network) == CPU
-    assert loading.usable_device(None, None) == (CUDA if torch.cuda.is_available() else CPU)
+    assert base_source.usable_device(None, None, network) == CPU
+    assert base_source.usable_device(None, None) == (CUDA if torch.cuda.is_available() else CPU)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert loading.usable_device(None, None) == CUDA
+    assert base_source.usable_device(None, None) == CUDA
     with pytest.warns(UserWarning, match="actor_network is on the CPU and stays there: pass device='cuda'"):
-        assert loading.usable_device(None, None, network) == CPU
+        assert base_source.usable_device(None, None, network) == CPU
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert loading.usable_device(None, "cpu", network) == CPU
-        assert loading.usable_device(None, None, network.to("meta")) == torch.device("meta")
+        assert base_source.usable_device(None, "cpu", network) == CPU
+        assert base_source.usable_device(None, None, network.to("meta")) == torch.device("meta")
 
 
 def test_configurations_of_all_kinds_have_widths() -> None:

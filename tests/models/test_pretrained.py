@@ -17,9 +17,9 @@ from snapshots import base_bits
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from evollm import DPO, ConfigurationError, MissingExtraError
+from evollm.models import load_base_model
 from evollm.models.engine import Engine, PassOptions
-from evollm.models.loading import load_base_model
-from evollm.models.model_config import reloadable
+from evollm.models.loading.model_config import reloadable
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT8 = {"load_in_8bit": True}
@@ -118,7 +118,7 @@ def test_gguf_that_is_missing_is_named_with_its_extra(folder, monkeypatch) -> No
     def refuse(*_: Any, **__: Any) -> None:
         raise ImportError("Please install torch and gguf>=0.10.0 to load a GGUF checkpoint in PyTorch.")
 
-    monkeypatch.setattr("evollm.models.pretrained.AutoConfig.from_pretrained", refuse)
+    monkeypatch.setattr("evollm.models.loading.pretrained.AutoConfig.from_pretrained", refuse)
     with pytest.raises(MissingExtraError, match=r'gguf: pip install "evollm\[gguf\]"'):
         load_base_model(folder, {"gguf_file": "model.gguf"})
 

@@ -84,7 +84,7 @@ def test_a_gradient_of_other_weights_is_refused_before_training(factor: float, l
 
 def test_gradients_are_compared_once_for_each_base(load, lora, monkeypatch) -> None:
     calls = []
-    monkeypatch.setattr("evollm.models.registry.check_gradients", calls.append)
+    monkeypatch.setattr("evollm.models.adapters.registry.check_gradients", calls.append)
     model = load("nf4")
     agents = DPO.population(3, actor_network=model, lora_config=lora)
     DPO(actor_network=model, lora_config=lora)

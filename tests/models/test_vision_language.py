@@ -11,9 +11,9 @@ from conftest import make_rows
 from peft import LoraConfig, PeftModel
 
 from evollm import DPO, ConfigurationError, PreferenceGym, save_merged_model
+from evollm.models.adapters.merging import all_logprobs
 from evollm.models.engine import Engine
-from evollm.models.merging import all_logprobs
-from evollm.models.pretrained import load_base_model
+from evollm.models.loading.pretrained import load_base_model
 
 TEXT = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},

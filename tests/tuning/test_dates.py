@@ -117,7 +117,7 @@ def test_a_time_that_is_none_is_refused(dated, written_at: Any) -> None:
 
 
 def open_tokenizer(folder: Path) -> Any:
-    from evollm.models.pretrained import load_tokenizer  # noqa: PLC0415
+    from evollm.models.loading.pretrained import load_tokenizer  # noqa: PLC0415
 
     return load_tokenizer(str(folder / "base"))
 

@@ -17,8 +17,8 @@ from tokenizers_for_tests import chatml_tokenizer
 from transformers import AutoModelForCausalLM
 
 from evollm import DPO, ConfigurationError, tune
-from evollm.models.merging import all_logprobs
-from evollm.models.pretrained import load_tokenizer
+from evollm.models.adapters.merging import all_logprobs
+from evollm.models.loading.pretrained import load_tokenizer
 from evollm.runs import read_run
 from evollm.tuning.arguments_file import arguments_to_resume
 from evollm.tuning.winner import export, open_winner

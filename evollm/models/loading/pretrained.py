@@ -22,8 +22,8 @@ from evollm.checks import expanded, hub_name_in, is_lfs_pointer, usable_path
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError
 from evollm.hub import hub_or_cache, is_absence
 from evollm.models.encoder_decoder import is_encoder_decoder
-from evollm.models.merged_adapter import ADAPTER_CONFIG, base_of_adapter, merge_adapter
-from evollm.models.model_config import ATTENTION, check_arguments, file_arguments
+from evollm.models.loading.merged_adapter import ADAPTER_CONFIG, base_of_adapter, merge_adapter
+from evollm.models.loading.model_config import ATTENTION, check_arguments, file_arguments
 from evollm.quiet import quiet
 
 # Most names of missing weights in an error message.

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from evollm.models.adapter_layers import holds_any
+from evollm.models.adapters.peft_layers import holds_any
 
 
 class AdapterRouter:

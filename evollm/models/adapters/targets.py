@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from evollm.errors import ConfigurationError
-from evollm.models.adapter_layers import holds_any, own_name
+from evollm.models.adapters.peft_layers import holds_any, own_name
 from evollm.models.encoder_decoder import is_encoder_decoder
 
 _ALL = "all-linear"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from evollm.errors import ConfigurationError, brief
-from evollm.models.adapter_layers import adapted_layers, own_name
-from evollm.models.adapters import AdapterState
+from evollm.models.adapters.adapter import AdapterState
+from evollm.models.adapters.peft_layers import adapted_layers, own_name
 from evollm.models.rounding import outputs_rounded_otherwise
 from evollm.models.shared_base import SharedBase
 from evollm.quiet import quiet

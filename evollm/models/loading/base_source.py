@@ -13,12 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
-from evollm.models.model_config import reloadable
-from evollm.models.policy_archive import PolicyArchive, copy_state, note_archive, read_policy_archive
-from evollm.models.precision import default_device, with_dtype
-from evollm.models.pretrained import find_config, load_base_model
+from evollm.models.adapters.targets import text_config
+from evollm.models.loading.model_config import reloadable
+from evollm.models.loading.policy_archive import PolicyArchive, copy_state, note_archive, read_policy_archive
+from evollm.models.loading.precision import default_device, with_dtype
+from evollm.models.loading.pretrained import find_config, load_base_model
 from evollm.models.shared_base import SharedBase, check_plain_model
-from evollm.models.targets import text_config
 from evollm.processes import check_processes, uses_deepspeed
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
-from evollm.models.adapter_layers import AdapterLayers
-from evollm.models.adapters import (
+from evollm.models.adapters.adapter import (
     Adapter,
     AdapterState,
     adapter_parameters,
@@ -25,13 +24,14 @@ from evollm.models.adapters import (
     delete_adapter,
     first_layer_with,
 )
+from evollm.models.adapters.lora_config import check_lora_config, refusal
+from evollm.models.adapters.peft_layers import AdapterLayers
+from evollm.models.adapters.routing import AdapterRouter
+from evollm.models.adapters.targets import check_tensors, resolve_all_linear
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.fingerprints import adapter_fingerprint, canonical_settings
 from evollm.models.load_balancing import load_balancing
-from evollm.models.lora_config import check_lora_config, refusal
 from evollm.models.quantised import check_gradients
-from evollm.models.routing import AdapterRouter
-from evollm.models.targets import check_tensors, resolve_all_linear
 
 
 class AdapterRegistry:

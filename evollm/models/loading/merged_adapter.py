@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from evollm.errors import ConfigurationError
-from evollm.models.adapter_layers import adapted_layers, own_name
-from evollm.models.merging import all_logprobs, check_same
+from evollm.models.adapters.merging import all_logprobs, check_same
+from evollm.models.adapters.peft_layers import adapted_layers, own_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"

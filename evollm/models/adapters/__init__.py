@@ -1,0 +1,1 @@
+"""LoRA adapters on a shared base: their configurations, target layers, owners, routing and merging."""
