@@ -1,4 +1,4 @@
-"""State on disk: never half there, and never code."""
+"""Checkpoints of agents and populations, and exports: complete or absent, and read without running code."""
 
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
 from evollm.checkpoints.atomic import only_writer, replace_folder

@@ -1,7 +1,7 @@
-"""Folders that appear whole or not at all, and say whether they still are.
+"""Atomic replacement of folders, with a manifest that detects damage.
 
-A folder is written aside, listed in a manifest with a sha256 sum for each file, flushed to disk and renamed. The sums
-are what finds a changed bit: neither safetensors nor torch does.
+A folder is written under another name, listed in a manifest with the sha256 sum of each file, flushed to disk and
+renamed. The sums detect changed bits, which neither safetensors nor torch does.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _CHUNK = 2**22
 
 
 def check_replaceable(field: str, path: Path) -> None:
-    """Refuse a path at which something lies that evollm did not write, and one that cannot be written.
+    """Check that a path can be written, and that nothing is there that evollm has not written.
 
     Raises:
-        ConfigurationError: A link, a file, or a folder with other content, at the path or where its parts are set
-            aside; or a path that cannot be made.
+        ConfigurationError: The path cannot be written; or at the path, or at one of the two names that are used while
+            it is replaced, there is a link, a file, or a folder with other content.
     """
     if not path.name:
         raise ConfigurationError(field, str(path), "has no name of its own: give a folder below it")
@@ -47,56 +47,58 @@ def check_replaceable(field: str, path: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is empty, or a saved agent, adapter or population without a file of somebody else's."""
-    if not folder.is_dir():
-        return False
-    return not any(folder.iterdir()) or _holds_only(folder, _listed(folder))
+    """Whether a folder is empty, or a saved agent, adapter or population without other files."""
+    names = _listed(folder)
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return folder.is_dir() and all(file.relative_to(folder).as_posix() in names for file in files)
 
 
 def _is_staging(folder: Path) -> bool:
-    """Whether a folder is empty, or one in which a process writes or has written a folder."""
+    """Whether a folder is empty, or has the lock of a process that writes or has written a folder."""
     return folder.is_dir() and (not any(folder.iterdir()) or (folder / _LOCK).is_file())
 
 
 @contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Give a new empty folder to write into, and put it in the place of `path` when the block ends without an error.
+    """Yield an empty folder to write into; it replaces `path` if the block ends without an error.
 
-    The folder lies beside `path`, so that the rename stays on one file system. After an error nothing has changed; if
-    the process dies, `path` is the old folder or the new one, but for the moment between two renames, when the old one
-    is where `existing_folder` finds it.
+    The folder is beside `path`, so that the rename stays on one file system. After an error nothing has changed. If the
+    process is killed, `path` is the old folder or the new one; between the two renames the old folder is where
+    `existing_folder` finds it.
 
     Raises:
-        ConfigurationError: Something lies at `path` that is not a saved agent, adapter or population.
+        ConfigurationError: `path` is something else than a saved agent, adapter or population.
         CheckpointError: Another process is writing to `path`.
-        OSError: The disk is full, for example.
+        OSError: The folder cannot be written, for example since the disk is full.
     """
-    path = _as_path(path)
+    path = usable_path("path", path)
     check_replaceable("path", path)
     with _staging(path) as staging:
         yield staging
         seal(staging)
         _swap(staging, path)
-        # It moved with the folder: by its lock a folder is known that is being written.
+        # The lock was renamed with the folder, and would mark it as one that is being written.
         with suppress(OSError):
             (path / _LOCK).unlink(missing_ok=True)
 
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Give the path of a new file to write, and put it in the place of `path` when the block ends without an error.
+    """Yield the path of a new file; the file replaces `path` if the block ends without an error.
 
-    After an error nothing has changed; if the process dies, `path` is the old file or the new one. A lone file has no
-    manifest.
+    After an error nothing has changed. If the process is killed, `path` is the old file or the new one. A single file
+    has no manifest.
 
     Raises:
-        ConfigurationError: Something of somebody else's lies where the new file is written.
+        ConfigurationError: `path` is a link, or the name of the new file's folder is taken.
         CheckpointError: Another process is writing to `path`.
-        OSError: The disk is full, for example.
+        OSError: The file cannot be written, for example since the disk is full.
     """
-    path = _as_path(path)
-    if path.is_symlink() or not _is_free(_staged(path)):
-        raise ConfigurationError("path", str(path), f"it, or {_staged(path).name} beside it, is somebody else's")
+    path = usable_path("path", path)
+    staged = _staged(path)
+    if path.is_symlink() or staged.is_symlink() or (staged.exists() and not _is_staging(staged)):
+        fix = f"is a link, or {staged.name} beside it is not evollm's: remove that, or give another path"
+        raise ConfigurationError("path", str(path), fix)
     with _staging(path) as staging:
         file = staging / path.name
         yield file
@@ -105,27 +107,21 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         _flush(path.parent)
 
 
-def _is_free(staged: Path) -> bool:
-    return not staged.is_symlink() and (not staged.exists() or _is_staging(staged))
-
-
-def _as_path(path: str | Path) -> Path:
-    return usable_path("path", path)
-
-
 @contextmanager
 def _staging(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, on the same file system, that one process at a time has; it is gone afterwards."""
+    """Yield an empty folder beside `path`, for one process at a time, and remove what is left of it afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_discarded(path.parent, re.escape(path.name))
     staging = _staged(path)
     staging.mkdir(exist_ok=True)
     with only_writer(staging, what=path):
         try:
-            # Left by a process that died.
+            # Remove what a killed process has left.
             for leftover in staging.iterdir():
-                if leftover.name != _LOCK:
-                    _remove(leftover)
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover)
+                elif leftover.name != _LOCK:
+                    leftover.unlink(missing_ok=True)
             yield staging
         finally:
             if staging.exists():
@@ -134,11 +130,10 @@ def _staging(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def only_writer(folder: Path, what: Path) -> Iterator[None]:
-    """Keep other processes from writing into an existing folder during the block; a dead process keeps nobody out.
+    """Lock an existing folder against other writers during the block; the lock of a killed process is released.
 
     Raises:
-        CheckpointError: Another process is in such a block; the message names `what`. Or the folder's lock is a file of
-            somebody else's.
+        CheckpointError: Another process holds the lock, and the message names `what`; or the lock file is not evollm's.
     """
     path = inside(folder, _LOCK)
     if path.exists() and (not path.is_file() or path.stat().st_size > 0):
@@ -155,27 +150,27 @@ def only_writer(folder: Path, what: Path) -> Iterator[None]:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Refuse a folder into which another process writes now.
+    """Check that no other process is writing into a folder.
 
     Raises:
-        CheckpointError: As of `only_writer`.
+        CheckpointError: Another process holds the lock of `only_writer`.
     """
     if is_locked_folder(folder):
         try:
             with only_writer(folder, what=folder):
                 pass
         except OSError:
-            # Whoever writes says why that cannot be.
+            # The folder is not writable; the writer raises the error.
             return
 
 
 def is_locked_folder(folder: Path) -> bool:
-    """Whether `only_writer` has been in a folder: its lock stays."""
+    """Whether a folder has the lock file of `only_writer`, which stays after the block."""
     return (folder / _LOCK).is_file()
 
 
 def seal(folder: Path) -> None:
-    """List the files of a folder with their sums in its manifest, and flush everything to disk."""
+    """Write the manifest of a folder, with the sum of each file, and flush everything to disk."""
     files: dict[str, dict[str, object]] = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         if file not in (folder / MANIFEST, folder / _LOCK):
@@ -183,36 +178,32 @@ def seal(folder: Path) -> None:
             _flush(file)
     (folder / MANIFEST).write_text(_manifest_text(files), encoding="utf-8")
     _flush(folder / MANIFEST)
-    _give_ordinary_permissions(folder, list(files))
+    # All files get the permissions of the user's umask, since some libraries let only the owner read weights.
+    mode = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
+    for name in files:
+        if stat.S_IMODE((folder / name).stat().st_mode) != mode:
+            (folder / name).chmod(mode)
     for inner in [folder, *(inner for inner in folder.rglob("*") if inner.is_dir())]:
         _flush(inner)
 
 
-def _give_ordinary_permissions(folder: Path, names: list[str]) -> None:
-    """Let files be read by whom the user's umask lets read: some libraries write weights for the owner alone."""
-    ordinary = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
-    for name in names:
-        if stat.S_IMODE((folder / name).stat().st_mode) != ordinary:
-            (folder / name).chmod(ordinary)
-
-
 def verify(folder: Path) -> list[str]:
-    """Compare every file of a folder with its manifest.
+    """Compare every file of a folder with the manifest.
 
     Returns:
-        The names of the files, relative to the folder, with `/` between their parts.
+        The files' paths relative to the folder, with `/` as the separator.
 
     Raises:
-        CheckpointError: The manifest or a file is missing, cut or changed, or a link; the message names it.
+        CheckpointError: The manifest or a file is missing, truncated, changed, or a link; the message names it.
     """
     try:
         text = read_bytes(inside(folder, MANIFEST)).decode()
         files: dict[str, dict[str, object]] = json.loads(text)["files"]
         unchanged = text == _manifest_text(files)
         if not all(entry.keys() == {"bytes", "sha256"} for entry in files.values()):
-            raise ValueError("its entries are something else")
+            raise ValueError("an entry has other fields")
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: {MANIFEST} is missing, so nothing says whether the rest is whole") from None
+        raise CheckpointError(f"{folder}: {MANIFEST} is missing, so the other files cannot be checked") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged ({error})") from None
     if not unchanged:
@@ -229,33 +220,28 @@ def verify(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path) -> set[str]:
-    """The files in a folder's manifest; none where it has no manifest of evollm's."""
+    """Return the files in a folder's manifest; none if there is no manifest, or not one of evollm's."""
     try:
         manifest = json.loads(read_bytes(folder / MANIFEST))
     except (OSError, ValueError, RecursionError):
         return set()
-    # Other programs give their files that name too.
+    # Other programs write files with this name, too.
     ours = isinstance(manifest, dict) and manifest.keys() == {"files", "format", "sha256"}
     return {*manifest["files"], MANIFEST, _LOCK} if ours and isinstance(manifest["files"], dict) else set()
 
 
-def _holds_only(folder: Path, names: set[str]) -> bool:
-    """Whether each file in a folder has one of these names, relative to the folder."""
-    return all(path.relative_to(folder).as_posix() in names or path.is_dir() for path in folder.rglob("*"))
-
-
 def existing_folder(path: Path) -> Path:
-    """Where the folder that was written to `path` is: there, or set aside by a process that died while replacing it."""
+    """Return `path`, or the name to which a process that was killed while replacing it had renamed the old folder."""
     retired = _retired(path)
     return retired if retired.is_dir() and not retired.is_symlink() and not path.exists() else path
 
 
 def remove_folder(path: Path, name: str | None = None) -> None:
-    """Remove a folder; if the process dies meanwhile, what is left has a name that nobody takes for the folder.
+    """Remove a folder; it is renamed first, so that a partly removed folder is not taken for a complete one.
 
     Args:
         path: The folder.
-        name: Under which `remove_discarded` finds what is left; None: the folder's own.
+        name: The name by which `remove_discarded` finds a partly removed folder; None: the folder's own.
     """
     discarded = path.with_name(f".{name or path.name}.{secrets.token_hex(4)}.gone")
     path.rename(discarded)
@@ -263,13 +249,13 @@ def remove_folder(path: Path, name: str | None = None) -> None:
 
 
 def remove_unfinished(folder: Path, name: str) -> None:
-    """Remove what processes that died while they wrote or removed folders have left in `folder`.
+    """Remove what processes that were killed while writing or removing folders have left in `folder`.
 
-    Whoever calls it keeps other writers out.
+    The caller must hold the lock of `folder`.
 
     Args:
-        folder: Where the folders were.
-        name: A pattern of their names.
+        folder: The parent of the folders.
+        name: A regular expression for the folders' names.
     """
     remove_discarded(folder, name)
     for path in folder.iterdir():
@@ -283,10 +269,7 @@ def remove_unfinished(folder: Path, name: str) -> None:
 
 
 def _discard(path: Path, name: str) -> None:
-    """Remove a folder as `remove_folder` does, as far as it can be removed.
-
-    Renamed first: of a folder that is removed in part, nothing else would tell whose it is.
-    """
+    """Remove a folder with `remove_folder`, or, if it cannot be renamed, as far as possible."""
     try:
         remove_folder(path, name)
     except OSError:
@@ -294,11 +277,11 @@ def _discard(path: Path, name: str) -> None:
 
 
 def remove_discarded(folder: Path, name: str) -> None:
-    """Finish what processes that died while removing a folder have left in `folder`.
+    """Remove the partly removed folders that killed processes have left in `folder`.
 
     Args:
-        folder: Where the folder was.
-        name: A pattern of its name.
+        folder: The parent of the folders.
+        name: A regular expression for the folders' names.
     """
     pattern = re.compile(rf"\.{name}\.[0-9a-f]{{8}}\.gone")
     for path in folder.iterdir():
@@ -307,7 +290,7 @@ def remove_discarded(folder: Path, name: str) -> None:
 
 
 def _swap(staging: Path, path: Path) -> None:
-    """Rename `staging` to `path`; a folder that was there is deleted once the new one is on disk."""
+    """Rename `staging` to `path`; a folder that was there is removed after the new one is on disk."""
     retired = _retired(path)
     if path.exists():
         if retired.exists():
@@ -332,18 +315,11 @@ def _retired(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _manifest_text(files: dict[str, dict[str, object]]) -> str:
     listed = json.dumps(files, sort_keys=True)
-    # A sum of its own: a changed letter in a name must not pass for a missing file.
-    own = hashlib.sha256(listed.encode()).hexdigest()
-    return json.dumps({"files": files, "format": 1, "sha256": own}, indent=1) + "\n"
+    # The manifest has a sum of itself, so that damage to a name in it is not reported as a missing file.
+    own_sum = hashlib.sha256(listed.encode()).hexdigest()
+    return json.dumps({"files": files, "format": 1, "sha256": own_sum}, indent=1) + "\n"
 
 
 def _digest(file: Path) -> str:
@@ -355,7 +331,7 @@ def _digest(file: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Have a file or folder on disk, not only in the system's memory."""
+    """Write a file or folder to disk with fsync."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

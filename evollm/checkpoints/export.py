@@ -1,4 +1,4 @@
-"""What leaves evollm: an adapter by itself, or the base with the adapter merged into it."""
+"""Exports of an agent: its adapter alone, or the base with the adapter merged into it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from evollm.report.model_card import ExportedModel, model_card
 
 
 def main_writes(write: Callable[[], None], base: SharedBase | None = None) -> None:
-    """Let the main process write while the others wait; all call it.
+    """Call `write` in the main process while the other processes wait; all processes must call this function.
 
     Args:
-        write: Writes.
-        base: What it writes weights of; they are whole meanwhile.
+        write: Writes the files.
+        base: The base whose weights are written; under ZeRO 3 they are gathered during the call.
     """
     processes = Processes.present()
     with nullcontext() if base is None else base.whole():
@@ -31,19 +31,19 @@ def main_writes(write: Callable[[], None], base: SharedBase | None = None) -> No
             if processes.is_main:
                 write()
         finally:
-            # Also when there is no room: who catches that goes on with the others.
+            # Also after an error, since a caller that catches it goes on with the other processes.
             processes.wait()
 
 
 class HasActor(Protocol):
-    """An agent, as far as its actor goes."""
+    """An agent whose actor can be merged into its base."""
 
     base: SharedBase
     index: int
 
     @property
     def actor_adapter(self) -> str:
-        """Name of the actor on the base."""
+        """Name of the actor's adapter on the base."""
 
 
 def _check_agent(agent: object) -> None:
@@ -53,10 +53,10 @@ def _check_agent(agent: object) -> None:
 
 
 class CanBeSaved(HasActor, Protocol):
-    """An agent, as far as its attributes go, too."""
+    """An agent that can be saved."""
 
     def to_folder(self, save_optimizer: bool) -> AgentFolder:
-        """What a checkpoint holds."""
+        """The contents of a checkpoint folder."""
 
 
 @explains(SAVE_ADAPTER)
@@ -69,18 +69,18 @@ def save_llm_checkpoint(
 ) -> None:
     """Write an agent's tuned adapter alone, to deploy: `PeftModel.from_pretrained(base_model, path)` loads it.
 
-    So does `agent.load_checkpoint(path)`, as a next stage: the folder has neither reference nor optimizer, so that the
-    adapter becomes the reference too. Beside the adapter lies `attributes.pt`, which says on which base it was tuned.
+    `agent.load_checkpoint(path)` loads it for a next stage of training: since the folder has neither reference nor
+    optimizer, the adapter becomes the reference, too. The file `attributes.pt` beside the adapter identifies its base.
 
     Args:
         agent: The agent.
         path: Folder to write or replace.
-        tokenizer: The base's, for the model card; it is not written.
+        tokenizer: The base's tokenizer, for the model card; it is not written.
         run_dir: As for `save_merged_model`.
-        step: Likewise.
+        step: As for `save_merged_model`.
 
     Raises:
-        ConfigurationError: It is no agent.
+        ConfigurationError: `agent` is not an agent.
     """
     _check_agent(agent)
     saved = agent.to_folder(save_optimizer=False)
@@ -104,22 +104,20 @@ def save_merged_model(
 ) -> None:
     """Write the base with an agent's adapter merged into it: `AutoModelForCausalLM.from_pretrained(path)` loads it.
 
-    Of an encoder-decoder model, `AutoModelForSeq2SeqLM` does.
-
-    The base in memory stays as it is; the merged weights need as much memory once more while they are written.
+    An encoder-decoder model is loaded by `AutoModelForSeq2SeqLM`. The base in memory is not changed; during the call
+    the merged weights take as much memory again.
 
     Args:
         agent: The agent.
         path: Folder to write or replace.
-        tokenizer: Written beside the model, with its chat template.
-        run_dir: The run that tuned the agent; with it the folder gets a model card that states base, data, schedule of
-            hyperparameters and scores, with the lines that load it.
-        step: Steps that the run had done when the agent was saved, of one from a checkpoint; None: it is the best agent
-            of a run that has ended.
+        tokenizer: Tokenizer to write beside the model, with its chat template.
+        run_dir: The run that tuned the agent; with it the folder gets a model card with base, data, hyperparameters,
+            scores and the code that loads the model.
+        step: Steps done when the agent's checkpoint was saved; None: it is the best agent of a run that has ended.
 
     Raises:
-        ConfigurationError: It is no agent, its base is quantised, or merged weights would not compute what the
-            adapter computes.
+        ConfigurationError: `agent` is not an agent, its base is quantised, or the merged weights would not compute the
+            same as the adapter.
         CheckpointError: The run folder cannot be read.
     """
     _check_agent(agent)
@@ -144,7 +142,7 @@ def _card(
     *,
     is_adapter: bool,
 ) -> str | None:
-    """The model card of what is written to `path`; None without a run."""
+    """Return the model card of the model in `path`; None without a run."""
     if run_dir is None:
         return None
     name = agent.base.name

@@ -1,4 +1,4 @@
-"""Which agent is meant where a folder is given: an agent's own, or the best one of a run or of a checkpoint."""
+"""Finds the agent for a given folder: the folder's own, or the best agent of a run or of a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class NoAgentError(CheckpointError):
 
 @dataclass(frozen=True)
 class FoundAgent:
-    """An agent's folder, and why it is that one.
+    """The folder of an agent, and how it was chosen.
 
     Attributes:
         path: The folder.
-        remark: What to know of the choice, in a line; "" where it is the folder that was given, or a run's last word.
-        index: The agent's number, of one in a checkpoint.
-        step: Steps done, of one in a checkpoint.
+        remark: A sentence about the choice; "" if the folder is the given one, or the best agent of a run that ended.
+        index: The agent's index, for an agent in a checkpoint.
+        step: Steps done, for an agent in a checkpoint.
     """
 
     path: Path
@@ -42,16 +42,16 @@ class FoundAgent:
 
 
 def find_agent(field: str, path: object) -> FoundAgent:
-    """The agent that a folder stands for.
+    """Find the agent for a folder.
 
     Args:
-        field: What the user calls the folder, for messages.
-        path: Folder of an agent, or of its actor; of a run: its best agent, and of one that has not ended the best of
-            its newest checkpoint; of a checkpoint, or of several: the best of the newest.
+        field: The name of the user's argument, for error messages.
+        path: Folder of an agent or of its actor; of a run, for its best agent, or, while the run has not ended, the
+            best agent of its newest checkpoint; of a checkpoint, or of several, for the best agent of the newest.
 
     Raises:
-        ConfigurationError: This is no path.
-        CheckpointError: The run has no agent to take, or what it has is damaged.
+        ConfigurationError: `path` is not a path.
+        CheckpointError: The run has saved no agent, or its files are damaged.
     """
     folder = existing_folder(usable_path(field, path))
     if folder.name == _ACTOR and (folder.parent / ATTRIBUTES).is_file():
@@ -71,11 +71,11 @@ def best_of_run(run_dir: Path, elite: Path, checkpoints: Path) -> FoundAgent:
 
     Args:
         run_dir: The run folder.
-        elite: Where its best agent is, once it has ended.
-        checkpoints: Where its checkpoints are.
+        elite: Folder of the best agent, which is written when the run ends.
+        checkpoints: Folder of the checkpoints.
 
     Raises:
-        CheckpointError: There is none, or what there is is damaged.
+        CheckpointError: The run has saved no agent, or its files are damaged.
     """
     ended = has_ended(run_dir)
     saved = existing_folder(elite)
@@ -94,10 +94,10 @@ def best_of_checkpoint(folder: Path, what: str) -> FoundAgent:
 
     Args:
         folder: The checkpoint.
-        what: What it was found as, to begin the remark with.
+        what: The beginning of the remark.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The checkpoint is damaged.
     """
     state = read_state(folder)
     names = state["agents"]
@@ -118,26 +118,26 @@ def best_of_checkpoint(folder: Path, what: str) -> FoundAgent:
 
 
 def _fitness(number: int, known: dict[int, Fitness], parents: dict[int, int | None]) -> Fitness:
-    """An agent's fitness; its parent's where it was born after the last scoring."""
+    """An agent's fitness, or its parent's if the agent was born after the last evaluation."""
     parent = parents.get(number)
     unknown = (float("nan"),)
     return known.get(number, unknown if parent is None else known.get(parent, unknown))
 
 
 def check_is_base(field: str, model: object) -> None:
-    """Refuse the folder of a run or of an agent where that of a model is asked for, and say what is to be given.
+    """Check that a model is not the folder of a run or of an agent.
 
     Raises:
-        ConfigurationError: It is one.
+        ConfigurationError: It is one; the message says which argument to use.
     """
     if not isinstance(model, str | os.PathLike) or not str(model):
         return
     folder = Path(expanded(model))
     try:
-        # An adapter by itself, as exports are, is a base; what else an agent has lies in folders below its own.
+        # An exported adapter, which has its configuration in the folder itself, can be a base.
         is_agent = (folder / ATTRIBUTES).is_file() and not (folder / ADAPTER).is_file()
         what = "a run" if is_run(folder) else "an agent" if is_agent else ""
-    except (OSError, ValueError):  # No path at all.
+    except (OSError, ValueError):  # not a valid path
         return
     if what:
         actor = (folder / ELITE if what == "a run" else folder) / _ACTOR

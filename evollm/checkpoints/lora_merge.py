@@ -1,4 +1,4 @@
-"""Reconciling the LoRA configuration of a checkpoint with that of the agent that loads it."""
+"""Compares and merges the LoRA configurations of a checkpoint and of the agent that loads it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from evollm.errors import ConfigurationError
 from evollm.models import AdapterState
 from evollm.models.fingerprints import LORA_PROVENANCE
 
-# Fields that may differ between two LoRA configurations that compute the same.
+# Fields that do not change the output of the adapter.
 _NOT_COMPARED = LORA_PROVENANCE | {"auto_mapping", "task_type", "lora_dropout"}
 
 
 def differing_fields(current: LoraConfig, saved: LoraConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two configurations compute differently: name to (current, saved)."""
+    """Return the fields that make two configurations compute differently: name to (current, saved)."""
     values = {field.name: (getattr(current, field.name), getattr(saved, field.name, None)) for field in fields(current)}
     return {
         name: (one, other)
         for name, (one, other) in values.items()
-        if name not in _NOT_COMPARED and _plain(one) != _plain(other)
+        if name not in _NOT_COMPARED and _comparable(one) != _comparable(other)
     }
 
 
-def _plain(value: Any) -> Any:
-    """Names in their order, which means nothing; nothing for no names. PEFT keeps them as sets, and files as lists."""
+def _comparable(value: Any) -> Any:
+    """Sort names, which PEFT has as sets and files as lists; None for an empty collection."""
     if isinstance(value, list | tuple | set | frozenset):
         return sorted(value) or None
     return value or None if isinstance(value, Mapping) else value
 
 
 def check_same_lora(current: LoraConfig, saved: LoraConfig) -> None:
-    """Raise unless two LoRA configurations compute the same.
+    """Check that two LoRA configurations compute the same.
 
     Raises:
-        ConfigurationError: They differ; the message lists each field with both values.
+        ConfigurationError: The configurations differ; the message lists each field with both values.
     """
     differing = differing_fields(current, saved)
     if differing:
@@ -56,14 +56,14 @@ def check_same_lora(current: LoraConfig, saved: LoraConfig) -> None:
 
 
 def merge_lora_configs(current: LoraConfig, saved: LoraConfig) -> tuple[LoraConfig, list[str]]:
-    """One configuration for both: the larger rank, the union of the target modules, else the current value.
+    """Merge two configurations: the larger rank, the union of the target modules, else the current value.
 
     Args:
-        current: That of the agent that loads.
-        saved: That of the checkpoint.
+        current: The configuration of the agent that loads.
+        saved: The configuration of the checkpoint.
 
     Returns:
-        The configuration, and the names of the other fields that differ, in which the current value won.
+        The merged configuration, and the names of the other fields that differ, which have the current value.
 
     Raises:
         ConfigurationError: The target modules are patterns, which have no union.
@@ -82,17 +82,17 @@ def merge_lora_configs(current: LoraConfig, saved: LoraConfig) -> tuple[LoraConf
 
 
 def pad_adapter(saved: AdapterState, fresh: AdapterState) -> dict[str, Tensor]:
-    """A saved adapter's weights in the shapes of a fresh one of at least its rank; it computes what it computed.
+    """Put a saved adapter's weights into the shapes of a fresh adapter of at least its rank, with the same output.
 
-    Saved weights take the top left slice, the other ranks keep the fresh A and a B of zeros. Where the two
-    configurations scale the product differently, B makes up for it.
+    The saved weights are the top left slice; the other ranks keep the fresh A, and their B is 0. If the two
+    configurations scale the product B A differently, B is multiplied by the ratio.
 
     Args:
         saved: The adapter to load.
         fresh: A newly initialised adapter with the merged configuration.
 
     Raises:
-        ConfigurationError: A saved weight has no place in the fresh adapter.
+        ConfigurationError: The fresh adapter lacks a saved weight, or has it in a smaller shape.
     """
     padded = {}
     factor = _scaling(saved.config) / _scaling(fresh.config)

@@ -1,4 +1,4 @@
-"""An agent as `policy.pt` of the original DPO repository."""
+"""Writes an agent as `policy.pt`, the checkpoint format of the original DPO repository."""
 
 from __future__ import annotations
 
@@ -22,52 +22,53 @@ from evollm.models.loading.policy_archive import read_archive, read_policy_archi
 POLICY = "policy.pt"
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
-# Of the group of parameters in an optimizer's file: what they are called, and which adapter they were.
+# Keys in the parameter group of an optimizer file: the names of the parameters, and the fingerprint of the adapter.
 NAMES = "param_names"
 ADAPTER = "adapter_sha256"
 
 
 class Trained(HasActor, Protocol):
-    """An agent with a record of its life."""
+    """An agent with its optimizer and counters."""
 
     steps: int
     fitness: list[float]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """What trains the actor."""
+        """The optimizer of the actor."""
 
     @property
     def lr(self) -> float:
-        """Its learning rate."""
+        """The learning rate."""
 
 
 def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, Any] | None = None) -> None:
     """Write the base with an agent's adapter merged into it as one file, a dict with `step_idx`, `state` and `metrics`.
 
     `model.load_state_dict(torch.load(path, map_location="cpu")["state"])` loads it, and so does
-    `load_policy_archive`. The weights have the base's types and are on the CPU. The file appears whole or not at all.
+    `load_policy_archive`. The weights have the base's dtypes and are on the CPU. After a failure there is the old file,
+    or none.
 
-    An agent that has learnt nothing on a policy archive keeps that archive's step and metrics, and every bit of its
-    weights. Otherwise `step_idx` is `agent.steps`, in batches.
+    An untrained agent on a policy archive keeps the archive's step and metrics, and every bit of its weights. Otherwise
+    `step_idx` is `agent.steps`, in batches.
 
-    Beside a file that is called `policy.pt` come `optimizer.pt` and `scheduler.pt` of the same form, as the original
-    repository saves them: the state of AdamW for the adapter, and that of a `LambdaLR` whose rate is constant.
-    `agent.load_optimizer_archive` reads them.
+    If the file is called `policy.pt`, `optimizer.pt` and `scheduler.pt` are written beside it in the same format, as
+    the original repository does: the state of AdamW for the adapter, and the state of a `LambdaLR` with a constant
+    rate. `agent.load_optimizer_archive` reads them.
 
     Args:
         agent: The agent.
-        path: File to write; one that is there is replaced if it is a policy archive.
+        path: File to write; an existing file is replaced if it is a policy archive.
         metrics: Scores by name, JSON values. None: the agent's latest fitness, if it has one.
 
     Raises:
-        ConfigurationError: The metrics are not JSON values, something else lies at `path`, or the weights cannot be
-            merged (see `save_merged_model`).
+        ConfigurationError: The metrics are not JSON values, an existing file is not a policy archive, or the weights
+            cannot be merged (see `save_merged_model`).
         CheckpointError: Another process is writing to `path`.
-        OSError: The disk is full, for example.
+        OSError: The file cannot be written, for example since the disk is full.
     """
-    step_idx, scores = _record(agent, metrics)
-    # In all processes: each may hold a part.
+    step_idx, scores = _step_and_metrics(agent, metrics)
+    # In all processes, since ZeRO divides the optimizer's state among them.
     beside = _training_state(agent) if usable_path("path", path).name == POLICY else {}
 
     def write() -> None:
@@ -77,7 +78,7 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
             states[usable_path("path", path).with_name(name)] = state
         for place in states:
             _check_replaceable(place, read_archive)
-        # The last to be written: where there is no room it is as it was.
+        # Written last, so that it is unchanged if the disk is full.
         states[usable_path("path", path)] = _on_cpu(base_state(agent.base, agent.actor_adapter))
         for place, content in states.items():
             with replace_file(place) as file, open(file, "wb") as stream:
@@ -87,30 +88,30 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
 
 
 def _training_state(agent: Trained) -> dict[str, dict[str, Any]]:
-    """States of the optimizer and of a constant schedule, by their files' names."""
+    """Return the states of the optimizer and of a constant learning rate schedule, by file name."""
     optimizer = agent.optimizer.state_dict()
     (group,) = optimizer["param_groups"]
     actor = agent.base.adapters.export(agent.actor_adapter)
-    said = {
+    added = {
         NAMES: list(agent.base.adapters.parameters(agent.actor_adapter)),
         ADAPTER: adapter_fingerprint(actor.config, actor.tensors),
     }
     num_steps = max((int(moments["step"]) for moments in optimizer["state"].values()), default=0)
     schedule = LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=agent.lr), lambda step: 1.0).state_dict()
     return {
-        OPTIMIZER: {**optimizer, "param_groups": [group | said]},
+        OPTIMIZER: {**optimizer, "param_groups": [group | added]},
         SCHEDULER: schedule | {"last_epoch": num_steps, "_step_count": num_steps + 1},
     }
 
 
-def _record(agent: Trained, metrics: Mapping[str, Any] | None) -> tuple[int, Mapping[str, Any] | None]:
-    """The step and the metrics to write."""
+def _step_and_metrics(agent: Trained, metrics: Mapping[str, Any] | None) -> tuple[int, Mapping[str, Any] | None]:
+    """Return the step and the metrics to write."""
     archive = agent.base.archive
     untouched = archive is not None and agent.steps == 0
     step_idx = archive.step_idx if archive is not None and untouched else agent.steps
     if metrics is not None:
         try:
-            # What reads back as plain numbers, whatever kind of numbers they are.
+            # Through JSON, so that the file has plain Python numbers only.
             return step_idx, dict(json.loads(json.dumps(metrics)))
         except (TypeError, ValueError) as error:
             raise ConfigurationError("metrics", metrics, f"must be scores by name, JSON values ({error})") from None
@@ -120,7 +121,7 @@ def _record(agent: Trained, metrics: Mapping[str, Any] | None) -> tuple[int, Map
 
 
 def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU of what is elsewhere; tied weights stay one, and are written once."""
+    """Copy weights to the CPU; tied weights stay one tensor, which torch.save writes once."""
     moved: dict[tuple[int, torch.Size], Tensor] = {}
     for tensor in weights.values():
         moved.setdefault((tensor.data_ptr(), tensor.shape), tensor.cpu())
