@@ -1,6 +1,6 @@
 """evollm: tune language models with a population of SFT or DPO agents on one shared base.
 
-Importing it is quick: torch and the like are imported when the first of its names is asked for.
+Importing this package is quick: torch, transformers and others are imported when the first public name is used.
 """
 
 from __future__ import annotations
@@ -81,39 +81,37 @@ __all__ = [
 
 hold_back(KERNEL)
 
-# Packages and modules that these names come from, or are made with: `import evollm` is enough to write `evollm.hpo`.
-_PARTS = frozenset(
+# Packages and modules that `evollm.public` imports, so that after `import evollm` the name `evollm.hpo` is found.
+_SUBMODULES = frozenset(
     {
-        *{
-            "algorithms",
-            "checkpoints",
-            "checks",
-            "data",
-            "errors",
-            "execution",
-            "foreign",
-            "hpo",
-            "inspection",
-            "llm_envs",
-            "models",
-        },
-        *{"own_files", "processes", "report", "runs", "safe_load", "tracking", "training", "tuning"},
+        "algorithms",
+        "checkpoints",
+        "checks",
+        "data",
+        "errors",
+        "execution",
+        "foreign",
+        "hpo",
+        "inspection",
+        "llm_envs",
+        "models",
     }
+    | {"own_files", "processes", "report", "runs", "safe_load", "tracking", "training", "tuning"}
 )
 
 
-# Type checkers would take any name for one of evollm's.
+# Hidden from type checkers, which would accept any name as an attribute of the package.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """A public name or a part of the library, which is imported whole at the first of them."""
-        if name not in __all__ and name not in _PARTS:
+        """Return a public name or a submodule; the first call imports `evollm.public`."""
+        if name not in __all__ and name not in _SUBMODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         public = import_module("evollm.public")
-        # From now on they are found without coming here; importing a part has made it an attribute.
+        # Python calls this function only for missing attributes; importing a submodule has set its attribute.
         globals().update({name: getattr(public, name) for name in __all__})
         return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PARTS})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,4 +1,4 @@
-"""Checks of single arguments; each returns the value as a plain Python one."""
+"""Checks of single arguments; each returns the value as a plain Python value."""
 
 from __future__ import annotations
 
@@ -34,21 +34,17 @@ def finite_number(field: str, value: object) -> float:
 
 
 def nearest_name(name: str, known: Collection[str], aliases: Mapping[str, str] | None = None) -> str | None:
-    """The known name that was perhaps meant: what an alias stands for, else the one spelt most alike; None of none."""
+    """Return the known name of an alias, else the known name with the most similar spelling; None if none is known."""
     alias = (aliases or {}).get(name)
     if alias is not None and alias in known:
         return alias
-    spelt = {_folded(one): one for one in known}
-    return next((spelt[one] for one in difflib.get_close_matches(_folded(name), spelt, 1, cutoff=0.0)), None)
-
-
-def _folded(name: str) -> str:
-    """The name in small letters, with an underscore for a hyphen."""
-    return name.lower().replace("-", "_")
+    by_spelling = {one.lower().replace("-", "_"): one for one in known}
+    nearest = difflib.get_close_matches(name.lower().replace("-", "_"), by_spelling, 1, cutoff=0.0)
+    return by_spelling[nearest[0]] if nearest else None
 
 
 def is_number_as_text(value: object) -> bool:
-    """Whether it is text that says a finite number."""
+    """Whether the value is a string with a finite number."""
     try:
         return isinstance(value, str) and math.isfinite(float(value))
     except ValueError:
@@ -56,7 +52,7 @@ def is_number_as_text(value: object) -> bool:
 
 
 def number_hint(value: object) -> str:
-    """How a number is written, for who has written it as text; "" for anything else."""
+    """Return a hint on how to write a number that was given as text; "" for other values."""
     if is_number_as_text(value):
         yaml = " (PyYAML reads 1e-5 as text, write 1.0e-5)" if "e" in str(value).lower() else ""
         return f"; it is text, so take its quotation marks away{yaml}"
@@ -68,7 +64,7 @@ def number_hint(value: object) -> str:
 
 
 def whole_hint(value: object) -> str:
-    """How a whole number is written, for who has written it otherwise."""
+    """Return a hint on how to write a whole number that was given as a float or as text; "" for other values."""
     if isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     return number_hint(value)
@@ -130,12 +126,12 @@ def optional_boolean(field: str, value: object) -> bool | None:
 
 
 def expanded(path: str | os.PathLike[str]) -> str:
-    """The path with the user's home for a `~` that it begins with."""
+    """Return the path with a leading `~` replaced by the user's home directory."""
     return os.path.expanduser(os.fspath(path))
 
 
 def located(name: str | os.PathLike[str]) -> str:
-    """The absolute path of a file or folder that is there, so that it is found from anywhere; a name stays as it is."""
+    """Return the absolute path of an existing file or folder; other names, such as those on the hub, are unchanged."""
     text = expanded(name)
     try:
         return os.path.abspath(text) if text and os.path.exists(text) else text
@@ -144,22 +140,22 @@ def located(name: str | os.PathLike[str]) -> str:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file stands for one that Git LFS has not fetched."""
+    """Whether a file is a Git LFS pointer, whose content has not been fetched."""
     with path.open("rb") as file:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def hub_name_in(text: str) -> str | None:
-    """The name of a model or dataset on the hub, of the address of its page; None of anything else."""
+    """Return the hub name of a model or dataset from the URL of its page; None for other texts."""
     found = _HUB_PAGE.fullmatch(text)
     return found["name"] if found else None
 
 
 def usable_path(field: str, value: object) -> Path:
-    """Return `value` as a path, which may or may not exist; `~` is the user's home.
+    """Return `value` as a path, which need not exist; `~` is the user's home directory.
 
     Raises:
-        ConfigurationError: If it is no path, or one that the file system cannot have.
+        ConfigurationError: If it is not a path, or not one that the file system allows.
     """
     if not isinstance(value, str | os.PathLike):
         raise ConfigurationError(field, value, "must be a path")

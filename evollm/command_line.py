@@ -1,4 +1,4 @@
-"""Commands that are printed to be typed: each can be pasted into a shell, whatever its folders are called."""
+"""Commands that evollm prints for the user to run: each is quoted, so that it can be pasted into a shell."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import os
 import re
 import shlex
 
-# A path that YAML reads as the text that it is.
+# Paths that YAML reads as strings without quotation marks.
 _PLAIN = re.compile(r"/[\w./-]*", re.ASCII)
 
 
 def command(*words: str | os.PathLike[str]) -> str:
-    """A command of evollm as a shell takes it.
+    """Return a shell command that calls evollm.
 
     Args:
-        *words: The name of the command, options, paths, settings.
+        *words: The command's name, options, paths and settings.
     """
     return shlex.join(["evollm", *map(str, words)])
 
 
 def place(path: str | os.PathLike[str]) -> str:
-    """A path as an argument: not one that begins like an option, or like somebody's home."""
+    """Return a path as an argument; a leading `-` or `~`, which begins an option or a home directory, gets a `./`."""
     text = str(path)
     return f"./{text}" if text.startswith(("-", "~")) else text
 
 
 def setting(name: str, path: str | os.PathLike[str]) -> str:
-    """`name=path` as an argument: a text, whatever YAML would make of the path."""
+    """Return `name=path` as an argument, quoted where YAML would read the path as something else than a string."""
     text = str(path)
     return f"{name}={text if _PLAIN.fullmatch(text) else json.dumps(place(text), ensure_ascii=False)}"

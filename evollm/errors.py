@@ -1,20 +1,19 @@
 """The errors that evollm raises.
 
-Each message names the field, the value it had and what to do about it. All of them descend from
-[`EvoLLMError`][evollm.errors.EvoLLMError], and those about a bad argument are `ValueError`s too.
+Each message names the field, its value and the fix. All errors are subclasses of
+[`EvoLLMError`][evollm.errors.EvoLLMError]; those about an invalid argument are `ValueError`s, too.
 """
 
 from __future__ import annotations
 
 from unicodedata import category
 
-# Of a value, in characters: the rest of the message must stay in sight. A text may be a path, or the names of columns.
-_LONGEST = 400
-_LONGEST_OBJECT = 90
-# Of what to do about it, which may quote a library or a path.
-_LONGEST_FIX = 600
-# Of another library's reason.
-_LONGEST_REASON = 200
+# The largest lengths of the parts of a message, in characters: a string such as a path, another value, the fix, and the
+# reason of another library.
+_MAX_TEXT = 400
+_MAX_VALUE = 90
+_MAX_FIX = 600
+_MAX_REASON = 200
 
 
 class EvoLLMError(Exception):
@@ -22,54 +21,50 @@ class EvoLLMError(Exception):
 
 
 class ConfigurationError(EvoLLMError, ValueError):
-    """An argument has a value that cannot work.
+    """An argument has an invalid value.
 
     Args:
-        field: The argument or attribute at fault, as the user wrote it.
-        value: The value that it had.
-        fix: What is wrong with it and what to write instead.
+        field: The argument or attribute, as the user wrote it.
+        value: Its value.
+        fix: The reason why the value is invalid, and what to write instead.
     """
 
     def __init__(self, field: str, value: object, fix: str) -> None:
-        super().__init__(one_line(f"{field}={_described(value)}: {_cut(fix, _LONGEST_FIX)}"))
+        try:
+            shown_value = repr(value)
+        except Exception:  # repr fails for an int of thousands of digits, and for objects that are not initialised
+            shown_value = f"a {type(value).__name__}"
+        shown_value = _cut(shown_value, _MAX_TEXT if isinstance(value, str) else _MAX_VALUE)
+        super().__init__(one_line(f"{field}={shown_value}: {_cut(fix, _MAX_FIX)}"))
         self.field = field
         self.value = value
         self.fix = fix
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, and without characters that a terminal would obey."""
+    """Return the text on one line, with control characters escaped."""
     line = " ".join(part.strip() for part in text.splitlines() if part.strip())
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def shown(text: str) -> str:
-    """The text with its lines, and without characters that a terminal would obey."""
+    """Return the text with control characters escaped, except line breaks and tabs."""
     return "".join(repr(char)[1:-1] if category(char) == "Cc" and char not in "\n\t" else char for char in text)
 
 
 def brief(text: str) -> str:
-    """What another library says, in one line and as far as a person would read it."""
+    """Return another library's message on one line of at most 200 characters and an ellipsis."""
     line = one_line(text)
-    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
+    return line if len(line) <= _MAX_REASON else f"{line[:_MAX_REASON]}..."
 
 
-def _described(value: object) -> str:
-    """The value as Python writes it, as far as a person would read it."""
-    try:
-        text = repr(value)
-    except Exception:  # Numbers of thousands of digits, and objects that are not finished, have no text.
-        text = f"a {type(value).__name__}"
-    return _cut(text, _LONGEST if isinstance(value, str) else _LONGEST_OBJECT)
-
-
-def _cut(text: str, longest: int) -> str:
-    """The text, without its middle if it is long."""
-    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 4 :]}"
+def _cut(text: str, length: int) -> str:
+    """Return a text with its middle left out if it is longer than `length` characters."""
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]}"
 
 
 class DataError(ConfigurationError):
-    """A dataset cannot be turned into preference pairs or examples, or holds what is meant for another stage."""
+    """A dataset cannot be read as preference pairs or examples, or has the columns of the other kind of rows."""
 
 
 class CheckpointError(EvoLLMError):
@@ -85,8 +80,8 @@ class MissingExtraError(EvoLLMError, ImportError):
 
     Args:
         package: The distribution that is missing.
-        extra: The extra of evollm that brings it.
-        purpose: What it is needed for.
+        extra: The extra of evollm that installs it.
+        purpose: The feature that needs it.
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:

@@ -1,4 +1,4 @@
-"""The hub: asked where it answers, and otherwise its cache alone, without minutes of new attempts."""
+"""Offline use of the Hugging Face hub: if it cannot be reached, its cache is used without minutes of retries."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 
 from evollm.errors import brief
 
-# Of a connection that was refused at once, in seconds: names may take a moment after a machine has woken.
+# Seconds before the one retry, since name resolution may fail at first after a machine has woken.
 _WAIT = 0.5
 _ABSENT = frozenset({"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"})
 
 
 @contextmanager
 def hub_or_cache(name: str | os.PathLike[str]) -> Iterator[str | None]:
-    """Take what a name stands for from the cache alone where the hub cannot be reached.
+    """Set huggingface_hub and datasets offline inside the block if the hub cannot be reached.
 
-    The libraries that ask it try again six times for each file, which takes them 23 s. Here it is asked once before,
-    with the timeout `HF_HUB_ETAG_TIMEOUT` (10 s); an answer that is slow to come is left to them.
+    The two libraries retry six times for each file, which takes 23 s. This function sends one request before, with the
+    timeout `HF_HUB_ETAG_TIMEOUT` (10 s).
 
     Args:
-        name: A path, which nothing is asked for if it exists, or a name on the hub.
+        name: A name on the hub, or a path; for an existing path no request is sent.
 
     Yields:
-        Why the hub is not asked, None where it is.
+        The reason why the hub cannot be reached, None if it can.
     """
     why = None if Path(name).exists() else unreachable()
     with ExitStack() as afterwards:
@@ -43,13 +43,13 @@ def hub_or_cache(name: str | os.PathLike[str]) -> Iterator[str | None]:
 
 
 def _set_offline(settings: Any, afterwards: ExitStack) -> None:
-    """Both libraries read it at each request."""
+    """Set HF_HUB_OFFLINE, which both libraries read at each request, until `afterwards` is closed."""
     afterwards.callback(setattr, settings, "HF_HUB_OFFLINE", settings.HF_HUB_OFFLINE)
     settings.HF_HUB_OFFLINE = True
 
 
 def unreachable() -> str | None:
-    """Why the hub cannot be asked; None where it can."""
+    """Return the reason why the hub cannot be reached; None if it can."""
     from huggingface_hub import constants, get_session  # noqa: PLC0415 - slow to import
 
     if constants.HF_HUB_OFFLINE:
@@ -58,7 +58,7 @@ def unreachable() -> str | None:
         try:
             get_session().head(constants.ENDPOINT, timeout=float(constants.HF_HUB_ETAG_TIMEOUT))
             return None
-        except Exception as error:  # Of whichever library makes the request: their classes have these names.
+        except Exception as error:  # requests and httpx have different classes with these names
             kind = type(error).__name__
             if not (isinstance(error, OSError) or kind.startswith(("Connect", "Proxy"))):
                 return None
@@ -70,7 +70,7 @@ def unreachable() -> str | None:
 
 
 def is_absence(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that the cache lacks something."""
+    """Whether an error, or a cause of it, means that a file is not in the cache."""
     while error is not None:
         if type(error).__name__ in _ABSENT:
             return True

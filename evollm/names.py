@@ -1,4 +1,4 @@
-"""Names of settings: what is known, and what is meant by a name that is not."""
+"""The names of settings: aliases from other libraries, and hints for unknown names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from evollm.checks import nearest_name
 from evollm.errors import ConfigurationError
 
-# What other libraries, and the pieces themselves, call the parameters of `tune`.
+# Names in other libraries, and in the classes of evollm, for the parameters of `tune`.
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "model_name": "model",
@@ -69,7 +69,7 @@ BOUND_ALIASES: Mapping[str, str] = MappingProxyType(
     }
 )
 _QUANTISED = "model_config.quantization_config"
-# Settings that are written inside of another one.
+# Settings that are entries of another setting.
 _INSIDE = {
     **{name: f"lora_config.{LORA_ALIASES[name]}" for name in LORA_ALIASES if name != "modules"},
     **{name: f"lora_config.{name}" for name in ("r", "lora_alpha", "lora_dropout", "target_modules")},
@@ -84,8 +84,8 @@ _INSIDE = {
 _CONSTANT = "the learning rate is constant between evolutions, which make its schedule"
 _ONE_OPTIMIZER = "the optimizer is AdamW without weight decay"
 _TYPE = "the base's type is dtype, such as dtype=bfloat16; adapters stay in float32"
-# Settings of other libraries that have no counterpart, with the reason.
-_NONE_HERE = {
+# Settings of other libraries that evollm lacks, with the reason.
+_NOT_SUPPORTED = {
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler", "warmup_ratio", "warmup_steps"), _CONSTANT),
     **dict.fromkeys(("weight_decay", "optim", "optimizer"), _ONE_OPTIMIZER),
     **dict.fromkeys(("bf16", "fp16", "precision", "mixed_precision", "torch_dtype"), _TYPE),
@@ -99,33 +99,33 @@ _NONE_HERE = {
 
 
 def check_known(given: Mapping[str, Any], known: Collection[str], aliases: Mapping[str, str], inside: str = "") -> None:
-    """Refuse names that are no parameter.
+    """Check that all names are known.
 
     Args:
         given: Names with their values.
-        known: The names that there are.
-        aliases: What other libraries call them.
-        inside: The setting that they are entries of, such as `lora_config`; "": none.
+        known: The known names.
+        aliases: Other names for the known names.
+        inside: The setting that has the names as entries, such as `lora_config`; "": none.
 
     Raises:
-        ConfigurationError: The first of them, with where it belongs, or the nearest known name.
+        ConfigurationError: A name is unknown; the message says where it belongs, or gives the nearest known name.
     """
     for name, value in given.items():
         if name not in known:
             field = f"{inside}.{name}" if inside else str(name)
-            meant = _meant(str(name), value, known, aliases, inside)
-            raise ConfigurationError(field, value, f"is no parameter; {meant}")
+            hint = _hint(str(name), value, known, aliases, inside)
+            raise ConfigurationError(field, value, f"is no parameter; {hint}")
 
 
-def _meant(name: str, value: object, known: Collection[str], aliases: Mapping[str, str], inside: str) -> str:
+def _hint(name: str, value: object, known: Collection[str], aliases: Mapping[str, str], inside: str) -> str:
     spelt = name.lower().replace("-", "_")
     if not inside and name.partition(".")[0] in known:
         outer, _, inner = name.partition(".")
         return f"in a file write {outer}: {{{inner}: ...}}; a dotted name is for a command line"
     if not inside and spelt in _INSIDE and spelt not in known:
         return f"it is an entry of another one: {_INSIDE[spelt]}"
-    if not inside and spelt in _NONE_HERE:
-        return f"leave it out: {_NONE_HERE[spelt]}"
+    if not inside and spelt in _NOT_SUPPORTED:
+        return f"leave it out: {_NOT_SUPPORTED[spelt]}"
     if isinstance(value, Mapping) and not inside and value and all(entry in known for entry in value):
         return f"write its entries by themselves, without {name} around them"
     return f"the nearest known one is {nearest_name(spelt, known, aliases)!r}"

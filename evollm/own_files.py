@@ -1,6 +1,6 @@
-"""Files in folders that may come from somebody else: no link is followed, and each file is there whole or not at all.
+"""Safe access to files in run folders and checkpoints, which may come from other people: no links, atomic writes.
 
-Nothing here defends against somebody who changes a folder at the same moment; its content is taken to stand still.
+These functions do not protect against another process that changes the folder at the same time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from evollm.errors import CheckpointError, ConfigurationError
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file or folder below `folder`, which need not exist.
+    """Return the path of a file or folder below `folder`, which need not exist.
 
     Args:
-        folder: May be reached through links: its path is the user's.
-        name: Relative, with `/` between its parts.
+        folder: The folder; its own path, which the user has given, may have links.
+        name: A relative path with `/` as the separator.
 
     Raises:
         CheckpointError: The name leads out of the folder, or a part of it is a symbolic link.
@@ -40,9 +40,9 @@ def read_bytes(path: Path) -> bytes:
     """Read a regular file.
 
     Raises:
-        OSError: It cannot be read; a device, a pipe or a folder counts as what cannot be read.
+        OSError: The file cannot be read, or is a device, a pipe or a folder.
     """
-    # Without O_NONBLOCK opening a named pipe waits for somebody who writes into it.
+    # Without O_NONBLOCK opening a named pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -54,12 +54,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Put content in the place of a file; on disk is the old file or the new one, whenever the process dies.
+    """Write or replace a file; if the process is killed, the old file or the new one is on disk.
 
     A link at `path` is replaced, not followed.
 
     Raises:
-        OSError: The disk is full, for example; the old file is still there.
+        OSError: The file cannot be written, for example since the disk is full; the old file is unchanged.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -75,7 +75,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that died while they replaced a file have left in a folder: of that name, or of any."""
+    """Remove the temporary files that killed processes have left in a folder: those of one file name, or of all."""
     leftover = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}\.new")
     for path in folder.iterdir():
         if leftover.fullmatch(path.name) and not path.is_dir():
@@ -83,10 +83,10 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def check_can_be_made(field: str, path: Path) -> None:
-    """Find out before any work whether a file or folder can be written at a path.
+    """Check, before any work, that a file or folder can be written at a path.
 
     Raises:
-        ConfigurationError: A part of the path is a file, or nothing can be written into it.
+        ConfigurationError: A parent of the path is not a folder, or cannot be written into.
     """
     existing = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not existing.is_dir():
@@ -95,7 +95,7 @@ def check_can_be_made(field: str, path: Path) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigurationError(field, str(path), f"cannot be written: {existing} may not be written into")
     try:
-        # Rights do not tell what root may do, or a file system that takes no files. On Linux this file has no name.
+        # os.access is not enough for root and for read-only file systems. On Linux this file has no name.
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         reason = error.strerror or type(error).__name__

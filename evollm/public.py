@@ -1,4 +1,4 @@
-"""The names that `evollm` has: what takes seconds to import is imported when the first of them is asked for."""
+"""The public names of `evollm`; this module takes seconds to import, and `evollm` imports it at the first use."""
 
 from evollm.algorithms import DPO, SFT
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
