@@ -1,6 +1,6 @@
-"""Arguments that scripts written for other libraries pass, and evollm does not take.
+"""Error messages for arguments of AgileRL that evollm lacks: they say what to write instead.
 
-Python's own message names such an argument, but not what to write instead. What is not listed here is left to Python.
+For an argument that is not listed here Python raises its own TypeError.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-# Their values may hold a key.
-_NOT_SHOWN = frozenset({"wandb_api_key", "wandb_kwargs", "init_hp"})
+# Arguments whose values may contain an API key.
+_SECRET = frozenset({"wandb_api_key", "wandb_kwargs", "init_hp"})
 _TRACKER = "report_to='wandb' reads wandb's own variables"
 
-# For each callable the names that AgileRL gives to its arguments, and what to write here.
+# For each callable: the names of AgileRL's arguments, and what to write here.
 AGENT = {
     "mini_batch_size": "batch_size is the pairs of an optimizer step and micro_batch_size_per_gpu those of a pass",
     "quantization_config": "give it as model_config={'quantization_config': ...}, with model_name",
@@ -81,7 +81,7 @@ TEST = {
 }
 ACTION = {"training": "an agent acts in one way: leave it out"}
 
-# The order in which AgileRL takes arguments that evollm takes by name, as far as its versions agree.
+# AgileRL's order of positional arguments that are keyword arguments here, as far as its versions agree.
 TOURNAMENT_ORDER = ("tournament_size", "elitism", "population_size", "eval_loop")
 MUTATIONS_ORDER = ("no_mutation", "architecture", "new_layer_prob", "parameters", "activation", "rl_hp", "mutation_sd")
 LOOP_ORDER = ("pop", "env", "init_hp")
@@ -89,15 +89,14 @@ RESET_ORDER = ("self", "reset_dataloaders")
 
 
 def explains(names: Mapping[str, str], order: Sequence[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have a function say what to write instead of arguments of another library's.
+    """Decorate a function so that it explains arguments of another library.
 
     Args:
-        names: Of such arguments, and what to write.
-        order: Names of the other library's first arguments, to say what one without a name was.
+        names: The other library's arguments, and what to write instead.
+        order: The other library's positional arguments, to name one that was passed by position.
 
     Returns:
-        A decorator. The function raises `ConfigurationError` for such an argument, and for one without a name where
-        it takes arguments by name.
+        A decorator. The function raises `ConfigurationError` for such an argument, and for too many positional ones.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -110,7 +109,8 @@ def explains(names: Mapping[str, str], order: Sequence[str] = ()) -> Callable[[C
                 raise _misplaced(by_place, order, arguments, names)
             for name, value in named.items():
                 if name in names and name not in parameters:
-                    raise _foreign(name, value, names[name])
+                    shown = "..." if name in _SECRET else value
+                    raise ConfigurationError(name, shown, f"is not an argument here: {names[name]}")
             return function(*arguments, **named)
 
         return explaining
@@ -119,7 +119,7 @@ def explains(names: Mapping[str, str], order: Sequence[str] = ()) -> Callable[[C
 
 
 def explains_construction(names: Mapping[str, str], order: Sequence[str] = ()) -> Callable[[C], C]:
-    """`explains`, of what constructs a dataclass."""
+    """Decorate a dataclass so that its constructor explains arguments, as `explains` does."""
 
     def decorate(kind: C) -> C:
         kind.__init__ = explains(names, ("self", *order))(kind.__init__)  # type: ignore[misc]
@@ -128,18 +128,14 @@ def explains_construction(names: Mapping[str, str], order: Sequence[str] = ()) -
     return decorate
 
 
-def _foreign(name: str, value: object, fix: str) -> ConfigurationError:
-    return ConfigurationError(name, "..." if name in _NOT_SHOWN else value, f"is not an argument here: {fix}")
-
-
 def _misplaced(
     by_place: Sequence[str], order: Sequence[str], arguments: Sequence[object], names: Mapping[str, str]
 ) -> ConfigurationError:
-    """What to say of the first argument that has no name at a place where it needs one."""
+    """Return the error for the first argument that is positional and must be a keyword argument."""
     place = len(by_place)
     known = place < len(order)
     name = order[place] if known else f"argument {place + 1 - by_place.count('self')}"
-    value = "..." if name in _NOT_SHOWN else arguments[place]
+    value = "..." if name in _SECRET else arguments[place]
     taken = ", ".join(one for one in by_place if one != "self") or "none"
     meant = (
         f"in AgileRL this place is {name}'s, and {names[name]}" if name in names else "give arguments by their names"

@@ -1,8 +1,8 @@
-"""Several processes: what they share, and checks that they were launched as they seem to be.
+"""Data parallelism over processes: collective operations, and checks of the launch.
 
-Every process holds the base, all adapters and all optimizers, unless DeepSpeed spreads them, and sees the same
-batches. Each computes a share of the pairs; log-probs and gradients are added up, and all that follows is the same
-everywhere. Adapters are small: one sum over a block of gradients for each agent and step is nearly all that travels.
+Every process has the base, all adapters and all optimizers, unless DeepSpeed shards them, and gets the same batches. It
+computes a share of the pairs; log-probs and gradients are all-reduced, and all later computations are the same in each
+process. The traffic is small: nearly all of it is one all-reduce of an adapter's gradients for each agent and step.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _LAUNCH_DEEPSPEED = (
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together.
+    """The rank of this process, and the number of processes.
 
     Attributes:
-        rank: Its number, from 0.
-        size: How many there are.
+        rank: The rank, from 0.
+        size: The world size.
     """
 
     rank: int = 0
@@ -43,22 +43,22 @@ class Processes:
 
     @classmethod
     def present(cls) -> Processes:
-        """As torch.distributed was set up; one process without it."""
+        """Return the rank and the world size of torch.distributed; one process if it is not initialised."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this process writes the files."""
         return self.rank == 0
 
     def share(self, count: int) -> list[int]:
-        """Which of `count` rows this process computes."""
+        """The positions, of `count` rows, that this process computes."""
         return list(range(self.rank, count, self.size))
 
     def add_up(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over all processes, the same bits everywhere."""
+        """Replace a tensor by its sum over all processes, with the same bits in each."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
@@ -75,10 +75,10 @@ class Processes:
         return -self.smallest(-value)
 
     def from_main(self, value: Any) -> Any:
-        """The main process's value, JSON values only."""
+        """Return the main process's value, which must consist of JSON values."""
         if self.size == 1:
             return value
-        # Text, not pickles: nothing that is received can run.
+        # As JSON, not as a pickle, which could run code.
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=_device())
         length = torch.tensor(len(data), device=_device())
         dist.broadcast(length, src=0)
@@ -88,23 +88,23 @@ class Processes:
         return json.loads(bytes(data.tolist()))
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all processes have called this method."""
         if self.size > 1:
             dist.barrier()
 
 
 def _device() -> torch.device:
-    """Where the processes exchange tensors."""
+    """The device of the tensors that processes exchange."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def uses_deepspeed(accelerator: Any) -> bool:
-    """Whether an accelerator has set DeepSpeed up."""
+    """Whether an accelerator uses DeepSpeed."""
     return _kind(accelerator) == "DEEPSPEED"
 
 
 def check_processes(accelerator: Any) -> Processes:
-    """Find launches that would train apart, or without what was asked for, while they seem to train together.
+    """Check that the launched processes are connected, and that accelerate runs what was configured.
 
     Args:
         accelerator: An `accelerate.Accelerator` or None.
@@ -113,12 +113,12 @@ def check_processes(accelerator: Any) -> Processes:
         The processes.
 
     Raises:
-        ConfigurationError: It is no accelerator, runs something else than data parallelism or DeepSpeed, or knows of
-            other processes than were launched.
+        ConfigurationError: `accelerator` is not an accelerator, uses something else than data parallelism or
+            DeepSpeed, or has another number of processes than were launched.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
-        # What `accelerate launch --cpu --num_processes 2` leaves behind: an address to meet at, for one process.
+        # `accelerate launch --cpu --num_processes 2` sets MASTER_PORT, but starts one process.
         fix = f"`accelerate launch --cpu` starts one process, whatever its --num_processes: {_LAUNCH}"
         raise ConfigurationError("accelerator", accelerator and "Accelerator(...)", fix)
     if accelerator is None:
@@ -140,16 +140,16 @@ def check_processes(accelerator: Any) -> Processes:
 
 
 def _kind(accelerator: Any) -> str:
-    """What accelerate says that it does, `NO` for nothing."""
+    """The name of accelerate's distributed type, `NO` for none."""
     return str(getattr(getattr(accelerator, "distributed_type", None), "value", "NO"))
 
 
 def _check_kind(kind: str) -> None:
-    """Refuse what is not supported, and what accelerate was asked for but quietly does not do."""
+    """Refuse unsupported types, and settings that accelerate ignores without an error."""
     field = "accelerator.distributed_type"
     if kind in ("FSDP", "MEGATRON_LM", "TP") or _asked_for("ACCELERATE_USE_FSDP"):
         fix = f"is not supported: use plain data parallelism, or DeepSpeed's ZeRO to shard; {_LAUNCH}"
-        # On a CPU accelerate leaves the replicas unsynchronised and calls it data parallelism.
+        # On a CPU accelerate reports data parallelism instead of FSDP, and does not synchronise the replicas.
         raise ConfigurationError(field, "FSDP" if _asked_for("ACCELERATE_USE_FSDP") else kind, fix)
     if _asked_for("ACCELERATE_USE_DEEPSPEED") and kind != "DEEPSPEED":
         fix = f"DeepSpeed was asked for and is not used, which is what Accelerator(cpu=True) does: {_LAUNCH_DEEPSPEED}"
@@ -157,5 +157,5 @@ def _check_kind(kind: str) -> None:
 
 
 def _asked_for(variable: str) -> bool:
-    """Whether accelerate's plugins or its launcher have set this."""
+    """Whether accelerate's plugins or its launcher have set an environment variable to true."""
     return os.environ.get(variable, "false").lower() == "true"

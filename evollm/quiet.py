@@ -1,4 +1,4 @@
-"""Other libraries at work for evollm: without bars and remarks that nobody asked for."""
+"""Suppresses progress bars and log messages of other libraries."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-# By logger, how a remark of bitsandbytes begins. When PEFT imports it on a CPU with AVX512-BF16, it says that it could
-# not fetch a kernel, which is for packed weights: those have no gradient, and evollm never packs. The other comes for
-# every layer of each pass over an 8-bit base in another type than float16.
+# The logger and the beginning of two messages of bitsandbytes. The first, on the import on a CPU with AVX512-BF16, says
+# that a kernel was not found; the kernel is for packed weights, which have no gradient and which evollm does not use.
+# The second is logged for every layer and pass over an 8-bit base in another dtype than float16.
 KERNEL = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
 CAST = ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")
 
 
 @dataclass(frozen=True)
 class _Without(logging.Filter):
-    """Lets everything pass but one remark."""
+    """Drops the messages with this beginning."""
 
     beginning: str
 
@@ -28,17 +28,17 @@ class _Without(logging.Filter):
 
 
 def hold_back(remark: tuple[str, str]) -> None:
-    """Have one remark not shown; whatever else that logger says is."""
+    """Suppress one message of a logger, given as (logger, beginning)."""
     logger, beginning = remark
-    # One that is equal is not added again.
+    # addFilter ignores a filter that equals an existing one.
     logging.getLogger(logger).addFilter(_Without(beginning))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Have transformers and datasets load and save without bars and remarks; afterwards they are as before.
+    """Suppress bars and warnings of transformers and datasets inside the block.
 
-    Bars of a download from the hub stay, for it may take long. So does a verbosity that the user has set.
+    Bars of downloads from the hub remain, since these may take long. A verbosity that the user has set is kept.
     """
     from transformers.utils import logging as transformers_log  # noqa: PLC0415 - slow to import
 
@@ -47,10 +47,10 @@ def quiet() -> Iterator[None]:
         if verbosity == logging.WARNING:
             afterwards.callback(transformers_log.set_verbosity, verbosity)
             transformers_log.set_verbosity_error()
-        # Its public switch turns the bars of downloads off as well.
-        of_log: Any = transformers_log
-        afterwards.callback(setattr, of_log, "_tqdm_active", transformers_log.is_progress_bar_enabled())
-        of_log._tqdm_active = False
+        # The private attribute, since the public function disables the bars of downloads as well.
+        log_module: Any = transformers_log
+        afterwards.callback(setattr, log_module, "_tqdm_active", transformers_log.is_progress_bar_enabled())
+        log_module._tqdm_active = False
         datasets = sys.modules.get("datasets")
         set_by_user = "HF_DATASETS_DISABLE_PROGRESS_BARS" in os.environ
         if datasets is not None and not set_by_user and not datasets.are_progress_bars_disabled():

@@ -1,4 +1,4 @@
-"""Files of `torch.save` that hold data: tensors, numbers, strings, dicts and lists, and nothing that would run."""
+"""Reads files of `torch.save` that have plain data only: tensors, numbers, strings, dicts and lists."""
 
 from __future__ import annotations
 
@@ -18,31 +18,30 @@ _LEAVES = (Tensor, str, int, float, bool, type(None))
 
 
 def read_plain(path: Path, *, mapped: bool = False) -> Any:
-    """Read a file of `torch.save` without running anything that is in it; tensors are on the CPU.
+    """Read a file of `torch.save` without running code from it; tensors are on the CPU.
 
-    There is no other way in: what this refuses is not read by evollm.
+    All of evollm reads such files through this function alone.
 
     Args:
         path: The file.
-        mapped: Leave the tensors in the file where its format allows it, for a caller that copies them: they take
-            memory only while they are used.
+        mapped: Map the tensors into memory if the file's format allows it, for a caller that copies them one by one.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds something that is not plain data.
+        CheckpointError: The file is missing, damaged, or has values that are not plain data.
     """
-    if not path.is_file():  # A pipe would be waited for.
+    if not path.is_file():  # reading a pipe would wait for a writer
         raise CheckpointError(f"{path} cannot be read: there is no such file")
     try:
-        # The format before torch 1.6 is no archive and cannot be mapped.
+        # The format before torch 1.6 is no zip archive and cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        # Of torch's own message only the name: the rest explains how to run what the file holds.
+        # Only the name from torch's message, the rest of which explains how to load the file with its code.
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it holds {name[1]}" if name else "it holds something else"
         raise CheckpointError(
             f"{path} cannot be read: {what}, and evollm reads {PLAIN} only. Nothing of it was run"
         ) from None
-    except Exception as error:  # A damaged pickle raises whatever its bytes happen to ask for.
+    except Exception as error:  # a damaged pickle may raise any exception
         raise CheckpointError(f"{path} cannot be read: {error or type(error).__name__}") from error
     try:
         strange = foreign_type(content)
@@ -54,7 +53,7 @@ def read_plain(path: Path, *, mapped: bool = False) -> Any:
 
 
 def foreign_type(value: object) -> str | None:
-    """Name of a type in a nested value that is not plain data, None if there is none."""
+    """Return the name of the first type in a nested value that is not plain data; None if there is none."""
     if isinstance(value, _LEAVES):
         return None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A whole population as a folder."""
+"""The checkpoint of a population as a folder."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FIXED_REFERENCE = "fixed_reference"
 
 @dataclass(frozen=True)
 class Population:
-    """Everything that a run needs to go on.
+    """Everything that a run needs to resume.
 
     Attributes:
-        agents: The agents in their order.
-        state: Counters, generators, positions, settings: JSON values, among them `step`.
-        arrays: What JSON is too narrow for.
-        fixed_reference: The adapter that scores are measured against, where it is no agent's reference.
-        reference_logprobs: The reference log-probs known so far.
+        agents: The agents in the order of the population.
+        state: Counters, generator states, positions and settings as JSON values; `step` is one of them.
+        arrays: State that is not JSON.
+        fixed_reference: The reference adapter of the scores, if it is not the reference of an agent.
+        reference_logprobs: The cached reference log-probs.
     """
 
     agents: Sequence[AgentFolder]
@@ -43,14 +43,14 @@ class Population:
 
 
 def write_population(path: Path, population: Population, base_name: str) -> None:
-    """Write a population's folder; it appears whole or not at all.
+    """Write a population's folder; after a failure there is the old folder, or none.
 
-    Each agent is a subfolder `agent-<index>` that loads by itself.
+    Each agent has a subfolder `agent-<index>`, which is a complete checkpoint of the agent.
 
     Args:
         path: Folder to write or replace.
-        population: What to write.
-        base_name: Name or path of the base model, for whoever loads an adapter.
+        population: The contents.
+        base_name: Name or path of the base model, which PEFT reads from `adapter_config.json`.
     """
     names = [f"agent-{agent.attributes['index']}" for agent in population.agents]
     with replace_folder(path) as folder:
@@ -67,7 +67,7 @@ def write_population(path: Path, population: Population, base_name: str) -> None
 
 
 def read_population(path: Path) -> Population:
-    """Read a population's folder without running anything that is in it.
+    """Read a population's folder without running code from it.
 
     Raises:
         CheckpointError: A file is missing, damaged or not plain data; the message names it.
