@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from evollm import DPO
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Costs:
             intermediate_size=int(getattr(config, "intermediate_size", 4 * config.hidden_size)),
         )
 
-    def training(self, batch: PreferenceBatch) -> float:
+    def training(self, batch: Batch) -> float:
         """Operations for one member to learn from the batch, the reference known."""
         tokens = int(batch.num_tokens.sum())
         completions = int(batch.chosen_lengths.sum() + batch.rejected_lengths.sum())

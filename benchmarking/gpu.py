@@ -42,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 from evollm import DPO
 from evollm.algorithms.dpo_step import learn_together
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.models.engine import Engine
 
 Row = dict[str, Any]
@@ -85,7 +85,7 @@ class Setting:
         """Of the base."""
         return torch.float32 if self.is_toy else torch.bfloat16
 
-    def batches(self, batch_size: int, vocabulary: int) -> list[PreferenceBatch]:
+    def batches(self, batch_size: int, vocabulary: int) -> list[Batch]:
         """Random pairs for all steps, of ids below 1000, so that a thousand words can spell them for TRL."""
         shape = Shape(8, 6, 7) if self.is_toy else Shape()
         return [shape.batch(batch_size, min(vocabulary, 1000), seed) for seed in range(WARM + self.steps)]
@@ -135,7 +135,7 @@ def run_case(shape: str, batch_size: int, case: str, setting: Setting) -> Row:
 
 
 def population_row(
-    agents: Sequence[DPO], batches: Sequence[PreferenceBatch], setting: Setting, costs: Costs, *, together: bool
+    agents: Sequence[DPO], batches: Sequence[Batch], setting: Setting, costs: Costs, *, together: bool
 ) -> Row:
     """Evollm's row."""
     row = measured(costs, setting, lambda: run_population(agents, batches, setting, together=together))
@@ -157,7 +157,7 @@ class Ran:
     """
 
     times: StepTimes
-    trained: Sequence[tuple[int, PreferenceBatch]]
+    trained: Sequence[tuple[int, Batch]]
     members: int
     attention: str
     peak_mib: float
@@ -185,9 +185,7 @@ def measured(costs: Costs, setting: Setting, run: Callable[[], Ran]) -> Row:
     }
 
 
-def run_population(
-    agents: Sequence[DPO], batches: Sequence[PreferenceBatch], setting: Setting, *, together: bool
-) -> Ran:
+def run_population(agents: Sequence[DPO], batches: Sequence[Batch], setting: Setting, *, together: bool) -> Ran:
     """Let agents learn from the batches, all at once, or one after the other from all batches."""
     for agent in agents:
         for batch in batches:
@@ -206,7 +204,7 @@ def run_population(
     return Ran(every, trained, len(agents), population_attention(agents[0]), peak)
 
 
-def run_trl(model: Any, batches: Sequence[PreferenceBatch], setting: Setting) -> Ran:
+def run_trl(model: Any, batches: Sequence[Batch], setting: Setting) -> Ran:
     """Train one member with TRL on the same batches, as words, in the same order."""
     from trl_steps import train  # noqa: PLC0415 - TRL need not be there
 
@@ -216,7 +214,7 @@ def run_trl(model: Any, batches: Sequence[PreferenceBatch], setting: Setting) ->
     train(
         model,
         _thousand_words(),
-        [_row(batch.pair(number)) for batch in sequence for number in range(len(batch))],
+        [_row(batch[number]) for batch in sequence for number in range(len(batch))],
         LORA,
         len(batches[0]),
         times,

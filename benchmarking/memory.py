@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from evollm import DPO, PreferenceGym
 from evollm.algorithms.dpo_step import learn_together
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.demo import demo_model, demo_pairs
 from evollm.models.budget import count_saved_bytes
 
@@ -48,7 +48,7 @@ def measure(model_folder: str, agents: int, batch_size: int, budget: int) -> dic
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
     base = population[0].base
     # A pass as full as the budget allows, by itself.
-    few = PreferenceBatch.from_pairs(env.train_pairs)
+    few = Batch(env.train_pairs)
     few = few.select(list(range(int((np.cumsum(few.num_tokens) <= budget).sum()))))
     with count_saved_bytes() as saved:
         population[0].learn(few)

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from evollm import DPO
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.models.engine import Engine, PassOptions
 from evollm.models.fast_paths import FastPaths
 from evollm.models.logprobs import PairLogprobs
@@ -42,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def gradients(model: Any, batch: PreferenceBatch, *, plain: bool) -> dict[str, Tensor]:
+def gradients(model: Any, batch: Batch, *, plain: bool) -> dict[str, Tensor]:
     """Of a weighted sum of log-probs of two agents, by each adapter parameter."""
     agents = DPO.population(2, actor_network=model, gradient_checkpointing=False)
     engine = Engine.of(agents[0].base)
@@ -84,7 +84,7 @@ def load(folder: str, kind: str, *, dequantised: bool) -> Any:
     return model
 
 
-def relative_errors(folder: str, kind: str, batch: PreferenceBatch, *, plain: bool) -> Tensor:
+def relative_errors(folder: str, kind: str, batch: Batch, *, plain: bool) -> Tensor:
     """Of each adapter parameter's gradient."""
     found = gradients(load(folder, kind, dequantised=False), batch, plain=plain)
     expected = gradients(load(folder, kind, dequantised=True), batch, plain=plain)

@@ -17,7 +17,7 @@ from synthetic import make_population
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.models import probe
 from evollm.models.engine import Engine
 
@@ -46,7 +46,7 @@ def swapped(agent: Any, length: int) -> float:
     """How far log-probs are off, in nats, where two members go through each other's adapters."""
     base = agent.base
     pairs = probe.random_pairs(base, probe.probed_length(base, length))
-    short = PreferenceBatch.from_pairs(pairs[1:])
+    short = Batch(pairs[1:])
     with probe.random_adapters(base, base.adapters.config(agent.actor_adapter)) as members:
         probe.make_differ(base, members, short)
         right, wrong = (

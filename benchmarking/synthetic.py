@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from evollm import DPO
 from evollm.algorithms.dpo_step import learn_together
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Shape:
     chosen: int = 40
     rejected: int = 50
 
-    def batch(self, count: int, vocabulary: int, seed: int = 0) -> PreferenceBatch:
+    def batch(self, count: int, vocabulary: int, seed: int = 0) -> Batch:
         """`count` pairs of random tokens."""
         rng = np.random.default_rng(seed)
         pairs = []
         for _ in range(count):
             stretch = rng.uniform(0.5, 1.5)
             sizes = (max(2, round(stretch * mean)) for mean in (self.prompt, self.chosen, self.rejected))
-            pairs.append(TokenizedPair(*(rng.integers(vocabulary, size=size) for size in sizes)))
-        return PreferenceBatch.from_pairs(pairs)
+            pairs.append(Sample.of(*(rng.integers(vocabulary, size=size) for size in sizes)))
+        return Batch(pairs)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def make_population(model: Any, size: int, **settings: Any) -> list[DPO]:
     return agents
 
 
-def measure(agents: Sequence[DPO], batches: Sequence[PreferenceBatch], *, together: bool) -> Measured:
+def measure(agents: Sequence[DPO], batches: Sequence[Batch], *, together: bool) -> Measured:
     """Let the agents learn from each batch, in shared passes, or one agent after the other from all batches.
 
     One agent's steps follow each other, as when it is trained alone: switching adapters between steps costs time that

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from evollm import DPO, PreferenceGym
 from evollm.algorithms import dpo_step, step
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.models.engine import Engine
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     costs, engine = Costs.of(agents[0]), Engine.of(agents[0].base)
     # In the order of the rows, as the peers train.
     size = options.batch_size
-    batches = [PreferenceBatch.from_pairs(env.train_pairs[i : i + size]) for i in range(0, len(env.train_pairs), size)]
+    batches = [Batch(env.train_pairs[i : i + size]) for i in range(0, len(env.train_pairs), size)]
     started = time.perf_counter()
     # A fast path is tried once for each base and length; like loading, this is not part of the training.
     engine.prepare([agents[0].actor_adapter], max(pair.longest_sequence for pair in env.all_pairs))

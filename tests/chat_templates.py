@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers_for_tests import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from evollm.data import TokenizedPair, load_pairs
+from evollm.data import Sample, load_pairs
 from evollm.data.preference_rows import PAIRS
 from evollm.data.rows import RowFormat
 
@@ -177,6 +177,6 @@ def template_ids(tokenizer: Any, row: dict[str, Any], *side: dict[str, Any], gen
     return list(encoding["input_ids"])
 
 
-def only(tokenizer: Any, row: dict[str, Any], row_format: RowFormat = PAIRS, **limits: Any) -> TokenizedPair:
+def only(tokenizer: Any, row: dict[str, Any], row_format: RowFormat = PAIRS, **limits: Any) -> Sample:
     (pair,), _ = load_pairs([row], tokenizer, name="train", row_format=row_format, **limits)
     return pair

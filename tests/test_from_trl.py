@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import evollm
 from evollm import DPO, ConfigurationError, PreferenceGym, tune
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.models.adapters.merging import all_logprobs
 from evollm.models.logprobs import two_sequences
 
@@ -96,7 +96,7 @@ def test_metrics_that_need_all_logits_are_computed_as_the_page_says(make_model, 
     pairs = env.evaluation_pairs("test")
     found = names["logit_metrics"](agent, pairs)
 
-    layout = two_sequences(PreferenceBatch.from_pairs(pairs))
+    layout = two_sequences(Batch(pairs))
     ids, mask = torch.from_numpy(layout.input_ids), torch.from_numpy(layout.attention_mask)
     with agent.base.active(agent.actor_adapter) as network, torch.no_grad():
         logits = network(input_ids=ids, attention_mask=mask).logits[:, :-1]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from evollm.algorithms.dpo_step import learn_together
-from evollm.data.batch import PreferenceBatch
-from evollm.models.attention import PairLayout, packed_attention, pair_attention
+from evollm.data.samples import Batch
+from evollm.models.attention import PackedSequences, packed_attention, pair_attention
 from evollm.models.engine import Engine, MemberLoss, PassOptions
-from evollm.models.packing import PairLengths
+from evollm.models.packing import SampleLengths
 from evollm.models.probe import FastPaths
 from quarter_hour.running import Place
 
@@ -135,7 +135,7 @@ def same_step_twice(place: Place) -> None:
         )
 
 
-def _after_steps(sizes: Any, batches: Sequence[PreferenceBatch], setting: Setting) -> Tensor:
+def _after_steps(sizes: Any, batches: Sequence[Batch], setting: Setting) -> Tensor:
     """All weights of two members' adapters after a step on each batch, from the same start."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if setting.device.type == "cuda" else torch.float32
@@ -150,7 +150,7 @@ def _gradients(
     weights: dict[str, Tensor],
     sizes: Any,
     dtype: torch.dtype,
-    batch: PreferenceBatch,
+    batch: Batch,
     setting: Setting,
     *,
     plain: bool,
@@ -184,26 +184,26 @@ def _sigmoid_loss() -> MemberLoss:
     return loss
 
 
-def _lengths(toy: bool) -> tuple[PairLengths, ...]:
+def _lengths(toy: bool) -> tuple[SampleLengths, ...]:
     """A few pairs: usual, short, prompt longer than a window, sides shorter than one."""
     sizes = [(20, 7, 9), (3, 30, 2)] if toy else [(125, 40, 50), (4, 90, 3), (260, 9, 130), (33, 1, 64)]
-    return tuple(PairLengths(*size) for size in sizes)
+    return tuple(SampleLengths(size[0], size[1:]) for size in sizes)
 
 
-def _tokens(lengths: Sequence[PairLengths]) -> int:
-    return sum(sum(pair) for pair in lengths)
+def _tokens(lengths: Sequence[SampleLengths]) -> int:
+    return sum(sample.prompt + sum(sample.completions) for sample in lengths)
 
 
-def _seen(lengths: Sequence[PairLengths], window: int | None, device: torch.device) -> Tensor:
+def _seen(lengths: Sequence[SampleLengths], window: int | None, device: torch.device) -> Tensor:
     """(N, N) True where a token sees another, by the definition: of its pair, not of the other side, not later."""
     tokens = [
         (number, side, position)
-        for number, pair in enumerate(lengths)
-        for side, count, start in ((0, pair.prompt, 0), (1, pair.chosen, pair.prompt), (2, pair.rejected, pair.prompt))
+        for number, (prompt, completions) in enumerate(lengths)
+        for side, (count, start) in enumerate([(prompt, 0), *((length, prompt) for length in completions)])
         for position in range(start, start + count)
     ]
     pair, side, position = (torch.tensor(column, device=device) for column in zip(*tokens, strict=True))
-    other_side = (side[:, None] * side[None, :]) == 2
+    other_side = (side[:, None] != side[None, :]) & (side[:, None] * side[None, :] > 0)
     distance = position[:, None] - position[None, :]
     seen = (pair[:, None] == pair[None, :]) & ~other_side & (distance >= 0)
     return seen if window is None else seen & (distance < window)
@@ -219,9 +219,11 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     return (scores.softmax(dim=-1, dtype=wide).to(value.dtype) @ value).transpose(1, 2)
 
 
-def _library(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[PairLengths, ...], window: int | None) -> Tensor:
+def _library(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[SampleLengths, ...], window: int | None
+) -> Tensor:
     config = SimpleNamespace(_attn_implementation="sdpa", sub_configs={})
-    with packed_attention(config, PairLayout(lengths, query.device)):
+    with packed_attention(config, PackedSequences(lengths, query.device)):
         return pair_attention(nn.Identity(), query, key, value, None, sliding_window=window)[0]
 
 

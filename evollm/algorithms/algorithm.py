@@ -10,12 +10,12 @@ from evollm.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from evollm.algorithms.saving import SavableAgent
-    from evollm.data.batch import PreferenceBatch
     from evollm.data.rows import RowFormat
+    from evollm.data.samples import Batch
     from evollm.hpo import AnyEvaluation
     from evollm.llm_envs import DatasetGym
 
-Learn: TypeAlias = "Callable[[Sequence[Any], PreferenceBatch], list[dict[str, float]]]"
+Learn: TypeAlias = "Callable[[Sequence[Any], Batch], list[dict[str, float]]]"
 # Of agents, environment, split, and the reference adapter of log-ratios (see `DPO.evaluate`).
 Evaluate: TypeAlias = "Callable[[Sequence[Any], DatasetGym, str, str | None], Sequence[AnyEvaluation]]"
 

@@ -22,11 +22,12 @@ from evollm.algorithms.losses import LossSettings
 from evollm.algorithms.references import reference_logprobs
 from evollm.algorithms.settings import Evolvable, Setting
 from evollm.checks import boolean
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.errors import DataError
 from evollm.foreign import ACTION, AGENT, explains
 from evollm.hpo.fitness import Evaluation, preference_fitness
 from evollm.llm_envs import PreferenceGym
+from evollm.llm_envs.observations import as_action, batch_of
 from evollm.models.engine import PassOptions
 from evollm.models.logprobs import PairLogprobs
 from evollm.runs.words import Score, Words
@@ -165,7 +166,7 @@ class DPO(EvolvableAlgorithm):
             return {REFERENCE: None}
         return {REFERENCE: self.base.adapters.copy(actor, REFERENCE, trainable=False)}
 
-    def learn(self, experiences: PreferenceBatch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
+    def learn(self, experiences: Batch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
         """Update the actor on a batch of pairs, `update_epochs` times.
 
         The loss is the mean over pairs of -log sigmoid(beta * margin), plus `nll_alpha` times the mean negative
@@ -183,15 +184,15 @@ class DPO(EvolvableAlgorithm):
         """
         return learn_together([self], self._pairs(experiences), training=boolean("training", training))[0]
 
-    def _pairs(self, experiences: PreferenceBatch | Mapping[str, Any]) -> PreferenceBatch:
+    def _pairs(self, experiences: Batch | Mapping[str, Any]) -> Batch:
         """The batch in `experiences`, in which each row must have two completions."""
         batch = batch_for(self.base, experiences)
-        if not batch.rejected_lengths.all():
+        if not all(len(sample.completions) > 1 for sample in batch):
             fix = "DPO compares two completions: pass an observation of PreferenceGym, or train an SFT agent"
             raise DataError("experiences", "a row without a rejected side", fix)
         return batch
 
-    def reference_logprobs(self, batch: PreferenceBatch, reference: str | None = OWN) -> PairLogprobs:
+    def reference_logprobs(self, batch: Batch, reference: str | None = OWN) -> PairLogprobs:
         """Log-probs of the batch's pairs under a reference, cached by reference and pair.
 
         Args:
@@ -203,24 +204,16 @@ class DPO(EvolvableAlgorithm):
         """
         return reference_logprobs([self], self._pairs(batch), reference)[0]
 
-    def logratios(
-        self, batch: PreferenceBatch, reference: str | None = OWN
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def logratios(self, batch: Batch, reference: str | None = OWN) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Log-ratios of the chosen and of the rejected completions, (B,) and (B,), free of beta."""
         chosen, rejected = logratios_together([self], self._pairs(batch), reference)[0]
         return chosen.numpy(), rejected.numpy()
 
     @explains(ACTION)
-    def get_action(self, obs: PreferenceBatch | Mapping[str, Any]) -> NDArray[np.float32]:
+    def get_action(self, obs: Batch | Mapping[str, Any]) -> NDArray[np.float32]:
         """The margin that the agent gives to each pair of an observation, (num_rows,), 0 for absent rows."""
-        chosen, rejected = self.logratios(PreferenceBatch.from_experiences(obs))
-        margins = (chosen - rejected).astype(np.float32)
-        if isinstance(obs, PreferenceBatch):
-            return margins
-        present = np.asarray(obs["prompt_lengths"]) > 0
-        action = np.zeros(len(present), dtype=np.float32)
-        action[present] = margins
-        return action
+        chosen, rejected = self.logratios(batch_of(obs))
+        return as_action(chosen - rejected, obs)
 
     def evaluate(self, env: PreferenceGym, split: str = "test", reference: str | None = OWN) -> Evaluation:
         """Score the agent on every pair of a fixed split.

@@ -24,7 +24,7 @@ from evollm.algorithms.metrics import pair_metrics
 from evollm.algorithms.references import Rows, finite_rows, reference_logprobs
 from evollm.algorithms.scoring import scored_batches
 from evollm.algorithms.step import Method, learn_by, policy_logprobs
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.hpo.fitness import Evaluation
 from evollm.models.logprobs import PairLogprobs
 
@@ -46,7 +46,7 @@ class DPOObjective:
         ld_alpha: Weight of the tokens beyond the shorter side's length; None: that of the others.
     """
 
-    batch: PreferenceBatch
+    batch: Batch
     reference: PairLogprobs
     terms: tuple[tuple[str, float], ...]
     settings: LossSettings
@@ -106,7 +106,7 @@ class DPOObjective:
         return (loss + self.nll_alpha * nll if self.nll_alpha > 0 else loss), nll
 
 
-def learn_together(agents: Sequence[DPO], batch: PreferenceBatch, *, training: bool = True) -> list[dict[str, float]]:
+def learn_together(agents: Sequence[DPO], batch: Batch, *, training: bool = True) -> list[dict[str, float]]:
     """Update each agent's actor on the same batch; see `DPO.learn`.
 
     Args:
@@ -125,23 +125,21 @@ def learn_together(agents: Sequence[DPO], batch: PreferenceBatch, *, training: b
 
 
 def _usable_rows(
-    agents: Sequence[DPO], batch: PreferenceBatch, suspects: Sequence[int], reference: str | None = OWN
+    agents: Sequence[DPO], batch: Batch, suspects: Sequence[int], reference: str | None = OWN
 ) -> list[Rows]:
     """The rows on which each agent's reference gives log-probs that are finite."""
     del suspects
     return [tuple(finite_rows([found])) for found in reference_logprobs(agents, batch, reference)]
 
 
-def _objectives(agents: Sequence[DPO], batch: PreferenceBatch) -> list[DPOObjective]:
+def _objectives(agents: Sequence[DPO], batch: Batch) -> list[DPOObjective]:
     return [
         DPOObjective(batch, reference, agent.loss_terms, agent.loss_settings, agent.nll_alpha, agent.settings.ld_alpha)
         for agent, reference in zip(agents, reference_logprobs(agents, batch), strict=True)
     ]
 
 
-def logratios_together(
-    agents: Sequence[DPO], batch: PreferenceBatch, reference: str | None = OWN
-) -> list[tuple[Tensor, Tensor]]:
+def logratios_together(agents: Sequence[DPO], batch: Batch, reference: str | None = OWN) -> list[tuple[Tensor, Tensor]]:
     """Log-ratios of each agent's chosen and rejected completions, (B,) and (B,) in float64 on the CPU, free of beta."""
     references = reference_logprobs(agents, batch, reference)
     return [

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.errors import ConfigurationError, DataError
 from evollm.llm_envs import DatasetGym
+from evollm.llm_envs.observations import batch_of
 from evollm.models import SharedBase
 
 
@@ -47,17 +48,18 @@ def check_base(base: SharedBase, env: DatasetGym) -> None:
         raise ConfigurationError("tokenizer", getattr(env.tokenizer, "name_or_path", type(env.tokenizer).__name__), fix)
 
 
-def batch_for(base: SharedBase, experiences: PreferenceBatch | Mapping[str, Any]) -> PreferenceBatch:
+def batch_for(base: SharedBase, experiences: Batch | Mapping[str, Any]) -> Batch:
     """The batch in `experiences`, a batch or an observation, checked against the base.
 
     Raises:
         DataError: `experiences` is neither, is empty, has ids beyond the base's vocabulary, or a text longer than the
             base's positions.
     """
-    batch = PreferenceBatch.from_experiences(experiences)
+    batch = batch_of(experiences)
     if not len(batch):
         raise DataError("experiences", "no row", "pass a batch with at least one")
-    smallest, largest, vocabulary = int(batch.input_ids.min()), int(batch.input_ids.max()), base.num_embeddings
+    smallest, largest = min(sample.id_range[0] for sample in batch), max(sample.id_range[1] for sample in batch)
+    vocabulary = base.num_embeddings
     if smallest < 0 or largest >= vocabulary:
         fix = f"is no token of the base, which knows {vocabulary}: use the base's own tokenizer"
         raise DataError("experiences['input_ids']", smallest if smallest < 0 else largest, fix)

@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar
 import torch
 
 from evollm.algorithms.agent import OWN, REFERENCE, LLMAgent
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.errors import DataError
 from evollm.models.engine import Engine
 from evollm.models.logprobs import PairLogprobs
@@ -20,7 +20,7 @@ A = TypeVar("A", bound=LLMAgent)
 Rows: TypeAlias = tuple[int, ...]
 # From agents, their batch, and rows on which an agent's own log-prob is not finite, to the rows that each can learn
 # from and be scored on.
-Judge: TypeAlias = Callable[[Sequence[A], PreferenceBatch, Sequence[int]], Sequence[Rows]]
+Judge: TypeAlias = Callable[[Sequence[A], Batch, Sequence[int]], Sequence[Rows]]
 
 # Of rows that are named, the first ones.
 MOST_NAMED = 20
@@ -28,9 +28,7 @@ REASON = "the frozen base, or the reference on it, gives log-probs that are not 
 BROKEN = "the base is broken, or numbers get too large for its type: load it anew, in bfloat16 or float32"
 
 
-def reference_logprobs(
-    agents: Sequence[LLMAgent], batch: PreferenceBatch, reference: str | None = OWN
-) -> list[PairLogprobs]:
+def reference_logprobs(agents: Sequence[LLMAgent], batch: Batch, reference: str | None = OWN) -> list[PairLogprobs]:
     """Log-probs of the batch's pairs under each agent's reference, computed once for each reference and pair.
 
     Those of the other rows are what they would be without the rows on which they are not finite, bit for bit.
@@ -50,7 +48,7 @@ def reference_logprobs(
     distinct = dict(zip(fingerprints, names, strict=True))
     adapters = list(distinct.values())
 
-    def compute(missing: PreferenceBatch, numbers: Sequence[int]) -> list[PairLogprobs]:
+    def compute(missing: Batch, numbers: Sequence[int]) -> list[PairLogprobs]:
         engine, members = Engine.of(base), [adapters[number] for number in numbers]
         found = engine.logprobs(missing, members, options)
         finite = finite_rows(found)
@@ -76,7 +74,7 @@ def other_rows(rows: Sequence[int], count: int) -> list[int]:
     return sorted({*range(count)} - {*rows})
 
 
-def leave_out(agents: Sequence[LLMAgent], batch: PreferenceBatch) -> None:
+def leave_out(agents: Sequence[LLMAgent], batch: Batch) -> None:
     """Say of rows that they are left out, once of each; or refuse them, if the agents were made to.
 
     Args:
@@ -97,10 +95,10 @@ def leave_out(agents: Sequence[LLMAgent], batch: PreferenceBatch) -> None:
         warnings.warn(f"left out: {_named(batch.select(new))}, for there {REASON}", UserWarning, stacklevel=2)
 
 
-def _named(batch: PreferenceBatch) -> str:
+def _named(batch: Batch) -> str:
     """The rows of a batch by their split and their positions in the user's dataset."""
     assert batch.rows is not None
-    numbers = sorted(batch.rows.tolist())
+    numbers = sorted(batch.rows)
     listed = ", ".join(map(str, numbers[:MOST_NAMED]))
     more = f", ... ({len(numbers)} in all)" if len(numbers) > MOST_NAMED else ""
     return f"{batch.split_name} {'row' if len(numbers) == 1 else 'rows'} {listed}{more}"

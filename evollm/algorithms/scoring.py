@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from evollm.algorithms.agent import LLMAgent
 from evollm.algorithms.references import BROKEN, REASON, Judge, finite_rows, leave_out, other_rows
 from evollm.algorithms.step import policy_logprobs
-from evollm.data.batch import IntArray, PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, IntArray, Sample
 from evollm.errors import DataError
 from evollm.models.logprobs import PairLogprobs
 
@@ -20,7 +20,7 @@ A = TypeVar("A", bound=LLMAgent)
 
 def scored_batches(
     usable_rows: Judge[A], agents: Sequence[A], env: DatasetGym, split: str
-) -> Iterator[tuple[IntArray, PreferenceBatch, list[PairLogprobs]]]:
+) -> Iterator[tuple[IntArray, Batch, list[PairLogprobs]]]:
     """Go once through the rows of a split on which all agents can be scored.
 
     Args:
@@ -36,7 +36,7 @@ def scored_batches(
         DataError: There is no such row, or rows are left out by agents with `drop_nonfinite_rows=False`.
     """
     pairs = env.evaluation_pairs(split)
-    unusable: list[TokenizedPair] = []
+    unusable: list[Sample] = []
     for positions, batch in env.eval_batches(split):
         rows, policies = _score(usable_rows, agents, batch)
         unusable += [pairs[position] for position in positions[other_rows(rows, len(batch))]]
@@ -45,10 +45,10 @@ def scored_batches(
     if len(unusable) == len(pairs):
         raise DataError(f"{split}_dataset", f"{len(pairs)} rows", f"on every one {REASON}: {BROKEN}")
     if unusable:
-        leave_out(agents, PreferenceBatch.from_pairs(unusable, split))
+        leave_out(agents, Batch(unusable, split))
 
 
-def _score(usable_rows: Judge[A], agents: Sequence[A], batch: PreferenceBatch) -> tuple[list[int], list[PairLogprobs]]:
+def _score(usable_rows: Judge[A], agents: Sequence[A], batch: Batch) -> tuple[list[int], list[PairLogprobs]]:
     """The rows of a batch on which all agents can be scored, and each actor's log-probs there."""
     rows = sorted(set.intersection(*(set(usable) for usable in usable_rows(agents, batch, ()))))
     if not rows:

@@ -16,10 +16,11 @@ from evollm.algorithms.input_checks import batch_for, check_base, check_gym
 from evollm.algorithms.sft_step import evaluate_together, learn_together
 from evollm.algorithms.step import policy_logprobs
 from evollm.checks import boolean
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.foreign import ACTION, SFT_AGENT, explains
 from evollm.hpo.fitness import LikelihoodEvaluation, likelihood_fitness
 from evollm.llm_envs import SFTGym
+from evollm.llm_envs.observations import as_action
 from evollm.runs.words import Score, Words
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class SFT(EvolvableAlgorithm):
             **shared,
         )
 
-    def learn(self, experiences: PreferenceBatch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
+    def learn(self, experiences: Batch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
         """Update the actor on a batch of examples, `update_epochs` times.
 
         The loss is the mean negative log-likelihood of the completions' tokens, with what ends them, given all tokens
@@ -106,16 +107,10 @@ class SFT(EvolvableAlgorithm):
         return learn_together([self], batch_for(self.base, experiences), training=boolean("training", training))[0]
 
     @explains(ACTION)
-    def get_action(self, obs: PreferenceBatch | Mapping[str, Any]) -> NDArray[np.float32]:
+    def get_action(self, obs: Batch | Mapping[str, Any]) -> NDArray[np.float32]:
         """The log-probability of each completion of an observation, (num_rows,) in nats, 0 for absent rows."""
         (policy,) = policy_logprobs([self], batch_for(self.base, obs))
-        logprobs = policy.chosen.float().cpu().numpy()
-        if isinstance(obs, PreferenceBatch):
-            return logprobs
-        present = np.asarray(obs["prompt_lengths"]) > 0
-        action = np.zeros(len(present), dtype=np.float32)
-        action[present] = logprobs
-        return action
+        return as_action(policy.chosen.float().cpu().numpy(), obs)
 
     def evaluate(self, env: SFTGym, split: str = "test") -> LikelihoodEvaluation:
         """Score the agent on every example of a fixed split.

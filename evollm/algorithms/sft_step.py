@@ -13,7 +13,7 @@ from evollm.algorithms.losses import token_mean_nll
 from evollm.algorithms.references import Rows, other_rows, reference_logprobs
 from evollm.algorithms.scoring import scored_batches
 from evollm.algorithms.step import Method, learn_by
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.hpo.fitness import LikelihoodEvaluation
 from evollm.models.logprobs import PairLogprobs
 
@@ -44,7 +44,7 @@ class SFTObjective:
         return {"mean_loss": loss, "loss": loss}
 
 
-def learn_together(agents: Sequence[SFT], batch: PreferenceBatch, *, training: bool = True) -> list[dict[str, float]]:
+def learn_together(agents: Sequence[SFT], batch: Batch, *, training: bool = True) -> list[dict[str, float]]:
     """Update each agent's actor on the same batch; see `SFT.learn`.
 
     Args:
@@ -62,11 +62,11 @@ def learn_together(agents: Sequence[SFT], batch: PreferenceBatch, *, training: b
     return learn_by(Method(_objectives, _usable_rows), agents, batch, training=training)
 
 
-def _objectives(agents: Sequence[SFT], batch: PreferenceBatch) -> list[SFTObjective]:
+def _objectives(agents: Sequence[SFT], batch: Batch) -> list[SFTObjective]:
     return [SFTObjective(int(batch.chosen_scored.sum()))] * len(agents)
 
 
-def _usable_rows(agents: Sequence[SFT], batch: PreferenceBatch, suspects: Sequence[int]) -> list[Rows]:
+def _usable_rows(agents: Sequence[SFT], batch: Batch, suspects: Sequence[int]) -> list[Rows]:
     """All rows but those on which the base by itself is not finite, as far as that is known: suspects are tried."""
     base = agents[0].base
     if suspects:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from evollm.algorithms.agent import LLMAgent
 from evollm.algorithms.balanced import Balanced
 from evollm.algorithms.references import Judge, Rows, finite_rows, leave_out, other_rows
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.errors import DivergedError
 from evollm.models.engine import Engine
 from evollm.models.load_balancing import LoadBalancing
@@ -83,7 +83,7 @@ class Method(Generic[A]):
         usable_rows: Which rows of a batch each of them can learn from.
     """
 
-    objectives: Callable[[Sequence[A], PreferenceBatch], Sequence[Objective]]
+    objectives: Callable[[Sequence[A], Batch], Sequence[Objective]]
     usable_rows: Judge[A]
 
 
@@ -95,9 +95,7 @@ class _Step(NamedTuple):
     num_tokens: int
 
 
-def learn_by(
-    method: Method[A], agents: Sequence[A], batch: PreferenceBatch, *, training: bool
-) -> list[dict[str, float]]:
+def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: bool) -> list[dict[str, float]]:
     """Update each agent's actor on the same batch.
 
     Rows that an agent cannot learn from are left out of the optimizer batch that they are in, as if they had not been
@@ -125,7 +123,7 @@ def learn_by(
             f"agents {diverged} have diverged: they learn no more; go on from a checkpoint, with a lower {levers}"
         )
     if batch.rows is None:
-        batch = replace(batch, rows=np.arange(len(batch)), split_name="batch")
+        batch = Batch([replace(sample, row=row) for row, sample in enumerate(batch)], "batch")
     steps: dict[int, list[_Step]] = {id(agent): [] for agent in agents}
     for together in alike(agents):
         first = together[0]
@@ -150,7 +148,7 @@ def alike(agents: Sequence[A]) -> Iterator[list[A]]:
 
 
 def policy_logprobs(
-    agents: Sequence[LLMAgent], batch: PreferenceBatch, balancing: LoadBalancing | None = None
+    agents: Sequence[LLMAgent], batch: Batch, balancing: LoadBalancing | None = None
 ) -> list[PairLogprobs]:
     """(B,) log-probs of the batch's pairs under each agent's actor, and the loads of experts for a loss of routers."""
     found: dict[int, PairLogprobs] = {}
@@ -167,9 +165,7 @@ def hyperparameters_to_lower(agents: Sequence[LLMAgent]) -> str:
     return " or ".join(name for name in ("lr", "beta") if name in agents[0].hyperparameter_values())
 
 
-def _learn_from(
-    method: Method[A], agents: Sequence[A], batch: PreferenceBatch, training: bool
-) -> list[tuple[A, _Step]]:
+def _learn_from(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) -> list[tuple[A, _Step]]:
     """One optimizer step of each agent on the rows that it can learn from."""
     sharing: dict[Rows, list[A]] = {}
     for agent, usable in zip(agents, method.usable_rows(agents, batch, ()), strict=True):
@@ -182,7 +178,7 @@ def _learn_from(
     return found
 
 
-def _step(method: Method[A], agents: Sequence[A], batch: PreferenceBatch, training: bool) -> list[tuple[A, _Step]]:
+def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) -> list[tuple[A, _Step]]:
     """One optimizer step of each agent, unless rows turn out not to be usable: then without these."""
     balancing = agents[0].base.load_balancing
     objectives = _objectives(method, agents, batch, balancing)
@@ -204,14 +200,14 @@ def _step(method: Method[A], agents: Sequence[A], batch: PreferenceBatch, traini
 
 
 def _objectives(
-    method: Method[A], agents: Sequence[A], batch: PreferenceBatch, balancing: LoadBalancing | None
+    method: Method[A], agents: Sequence[A], batch: Batch, balancing: LoadBalancing | None
 ) -> Sequence[Objective]:
     """The objective of each agent, with the loss of routers where the base asks for it."""
     objectives = method.objectives(agents, batch)
     return objectives if balancing is None else [Balanced(objective, balancing) for objective in objectives]
 
 
-def _no_step(method: Method[A], agents: Sequence[A], batch: PreferenceBatch) -> list[tuple[A, _Step]]:
+def _no_step(method: Method[A], agents: Sequence[A], batch: Batch) -> list[tuple[A, _Step]]:
     """The metrics of agents that cannot learn from any row of a batch, by their names."""
     results, balancing = [], agents[0].base.load_balancing
     for agent, objective in zip(agents, _objectives(method, agents, batch, balancing), strict=True):
@@ -227,7 +223,7 @@ def _no_step(method: Method[A], agents: Sequence[A], batch: PreferenceBatch) -> 
 def _backward(
     agents: Sequence[LLMAgent],
     objectives: Sequence[Objective],
-    batch: PreferenceBatch,
+    batch: Batch,
     balancing: LoadBalancing | None,
 ) -> list[PairLogprobs]:
     """The log-probs of each agent's actor, and the gradients of the objectives in its parameters."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from evollm.data.batch import TokenizedPair
 from evollm.data.rows import ChatPair, Rows, TextPair, in_form
+from evollm.data.samples import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,12 +151,12 @@ def template_hint(
     )
 
 
-def count_seen(pairs: Sequence[TokenizedPair], others: Sequence[TokenizedPair]) -> int:
+def count_seen(pairs: Sequence[Sample], others: Sequence[Sample]) -> int:
     """How many of the pairs are also among the others, with the same token ids."""
     if not pairs:
         return 0
-    seen = {pair.key() for pair in others}
-    return sum(pair.key() in seen for pair in pairs)
+    seen = {pair.key for pair in others}
+    return sum(pair.key in seen for pair in pairs)
 
 
 def _counted(count: int, noun: str) -> str:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from evollm.data.batch import TokenizedPair
 from evollm.data.chat_template import RenderedChat
 from evollm.data.rows import DroppedRows, TextPair
+from evollm.data.samples import IntArray, Sample
 from evollm.own_files import replace_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 # Raise it whenever the same texts get other ids, or the file's format changes.
 FORMAT = 3
-_SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 # Attributes of a tokenizer that ids depend on and its backend's own JSON lacks.
 _ATTRIBUTES = (
     "bos_token_id",
@@ -55,7 +54,7 @@ class TokenizedSplit:
             None if no pair was too long.
     """
 
-    pairs: list[TokenizedPair] = field(default_factory=list)
+    pairs: list[Sample] = field(default_factory=list)
     dropped: DroppedRows = field(default_factory=dict)
     prompts_cut: int = 0
     shortest_overlong: int | None = None
@@ -122,7 +121,11 @@ def _digest_of(texts: Sequence[TextPair | RenderedChat], tokenizer: Any, setting
 
 
 def _write(path: Path, split: TokenizedSplit) -> None:
-    sides = [getattr(pair, side) for pair in split.pairs for side in _SIDES]
+    sides: list[IntArray] = []
+    for pair in split.pairs:
+        # Three lengths for each row: an example has no second completion, whose length is 0.
+        nothing = [np.zeros(0, np.int64)] * (2 - len(pair.completions))
+        sides += [pair.prompt_ids, *(completion.ids for completion in pair.completions), *nothing]
     arrays: dict[str, NDArray[Any]] = {
         "ids": np.concatenate([*sides, np.zeros(0, np.int64)]).astype(np.int32),
         "lengths": np.array([len(side) for side in sides], np.int64),  # (3n,)
@@ -146,20 +149,22 @@ def _read(path: Path) -> TokenizedSplit:
     ids = arrays["ids"].astype(np.int64)
     sides = [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     rows = arrays["rows"].tolist()
-    pairs = [TokenizedPair(*sides[3 * n : 3 * n + 3], row=row) for n, row in enumerate(rows)]
+    pairs = [
+        Sample.of(*sides[3 * n : 3 * n + (3 if len(sides[3 * n + 2]) else 2)], row=row) for n, row in enumerate(rows)
+    ]
     for number in np.unique(arrays["unscored"][:, 0]):
         pair = pairs[number]
-        mask = np.ones(len(pair.chosen_ids) + len(pair.rejected_ids), np.bool_)
+        mask = np.ones(sum(map(len, pair.completions)), np.bool_)
         mask[arrays["unscored"][arrays["unscored"][:, 0] == number, 1]] = False
         pairs[number] = pair.with_mask(mask)
     return TokenizedSplit(pairs, **json.loads(metadata["rest"]))
 
 
-def _unscored(pairs: Sequence[TokenizedPair]) -> NDArray[np.int64]:
+def _unscored(pairs: Sequence[Sample]) -> NDArray[np.int64]:
     found = [
         (number, place)
         for number, pair in enumerate(pairs)
-        if not all(mask is None for mask in (pair.chosen_mask, pair.rejected_mask))
+        if pair.has_mask
         for place in np.flatnonzero(~np.concatenate(pair.masks))
     ]
     return np.array(found, np.int64).reshape(-1, 2)

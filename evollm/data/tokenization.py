@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from evollm.checks import optional_whole_number, usable_path
-from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicode
 from evollm.data.chat_template import RenderedChat, render_chat, template_source
 from evollm.data.preference_rows import PAIRS, SAME_COMPLETIONS, shared_length
 from evollm.data.row_report import DataReport, PromptPreview, count_rows, form_of, template_hint, warning_about
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Spans, TextPair, in_form, read_dataset, read_rows
+from evollm.data.samples import LABEL, BoolArray, IntArray, Sample
 from evollm.data.template_check import QUESTION_SCORED, check_rendered
 from evollm.data.token_cache import TokenizedSplit, cached
 from evollm.errors import ConfigurationError, DataError, EvoLLMError
@@ -57,7 +57,7 @@ def load_pairs(
     row_format: RowFormat = PAIRS,
     encoder_decoder: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> tuple[list[TokenizedPair], DataReport]:
+) -> tuple[list[Sample], DataReport]:
     """Turn a dataset of preference pairs, or of examples, into token ids.
 
     Args:
@@ -67,7 +67,7 @@ def load_pairs(
         max_context_length: Most tokens of prompt + longer completion. Longer prompts are cut from the left; pairs whose
             completion does not fit are dropped. None: what the tokenizer states, if it states a limit.
         min_completion_length: Pairs with a completion of fewer tokens, with what ends it, are dropped.
-        row_format: What the rows look like: `PAIRS`, or `EXAMPLES`, which become pairs without a rejected side.
+        row_format: What the rows look like: `PAIRS`, or `EXAMPLES`, which become samples with one completion.
         encoder_decoder: Whether they are for an encoder-decoder model; see `tokenize_pairs`.
         cache_dir: Folder that keeps token ids between runs; None: none.
 
@@ -113,8 +113,10 @@ def load_pairs(
     )
     if split.pairs:
         # Not a part of what is tokenised, and so of what a cache keeps.
-        labels = {pair.row: pair.label for pair in kept}
-        return [replace(pair, label=labels[cast("int", pair.row)]) for pair in split.pairs], report
+        labels = {pair.row: pair.label for pair in kept if pair.label is not None}
+        return [
+            replace(pair, extras={LABEL: labels[pair.row]}) if pair.row in labels else pair for pair in split.pairs
+        ], report
     if split.shortest_overlong is None:
         raise DataError(
             argument, f"{report.num_dropped} rows", f"no usable {row_format.noun} ({report}); correct the rows"
@@ -210,7 +212,7 @@ def _tokenize(
         reason = _fault(prompt, sides, scored, min_completion_length, nothing=0 if is_chat else 1)
         if reason is None:
             arrays = [np.array(ids, dtype=np.int64) for ids in (prompt, *sides)]
-            pair = TokenizedPair(*arrays, row=text.row).with_mask(np.concatenate(scored))
+            pair = Sample.of(*arrays, row=text.row).with_mask(np.concatenate(scored))
             reason = _fit_into(split, pair, max_context_length, marks.bos_id)
         if reason is not None:
             split.drop(reason, text.row)
@@ -433,7 +435,7 @@ def _fault(
     return TOO_SHORT if shortest < min_completion_length else None
 
 
-def _fit_into(split: TokenizedSplit, pair: TokenizedPair, limit: int | None, bos_id: int | None) -> str | None:
+def _fit_into(split: TokenizedSplit, pair: Sample, limit: int | None, bos_id: int | None) -> str | None:
     """Add a pair to the split, its prompt cut if need be; the reason when it cannot be made to fit."""
     if limit is not None and pair.longest_sequence > limit:
         needed = shortest_context(pair, bos_id)
@@ -446,13 +448,13 @@ def _fit_into(split: TokenizedSplit, pair: TokenizedPair, limit: int | None, bos
     return None
 
 
-def shortest_context(pair: TokenizedPair, bos_id: int | None) -> int:
+def shortest_context(pair: Sample, bos_id: int | None) -> int:
     """Tokens of the longer completion, one prompt token and the BOS, if the prompt has one."""
     kept_of_prompt = min(len(pair.prompt_ids), 1 + _opens_with(pair.prompt_ids, bos_id))
     return pair.longest_sequence - len(pair.prompt_ids) + kept_of_prompt
 
 
-def cut_prompt(pair: TokenizedPair, excess: int, bos_id: int | None) -> TokenizedPair:
+def cut_prompt(pair: Sample, excess: int, bos_id: int | None) -> Sample:
     """Take `excess` tokens out of the prompt's left end, behind its BOS."""
     start = _opens_with(pair.prompt_ids, bos_id)
     return replace(pair, prompt_ids=np.delete(pair.prompt_ids, slice(start, start + excess)))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from evollm.algorithms import Algorithm
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models.budget import count_saved_bytes, should_recompute, tokens_in_flight, tokens_that_fit
 from evollm.models.loading.pretrained import auto_class, load_base_model
 
@@ -56,7 +56,7 @@ class Forecast:
 def forecast(
     model: str,
     config: Any,
-    pairs: Sequence[TokenizedPair],
+    pairs: Sequence[Sample],
     algorithm: Algorithm,
     *,
     population: int,
@@ -132,7 +132,7 @@ def _rough_activations(config: Any, longest: int, free_bytes: int) -> float:
     return layers * layer
 
 
-def usual_pairs(pairs: Sequence[TokenizedPair], tokens: int) -> list[TokenizedPair]:
+def usual_pairs(pairs: Sequence[Sample], tokens: int) -> list[Sample]:
     """Return rows of at most so many tokens in all, but at least one: the row of median length and longer ones."""
     ordered = sorted(pairs, key=lambda pair: pair.num_tokens)
     chosen = [ordered[len(ordered) // 2]]
@@ -143,10 +143,10 @@ def usual_pairs(pairs: Sequence[TokenizedPair], tokens: int) -> list[TokenizedPa
     return chosen
 
 
-def _measure(model: Any, pairs: Sequence[TokenizedPair], algorithm: Algorithm) -> tuple[float, float]:
+def _measure(model: Any, pairs: Sequence[Sample], algorithm: Algorithm) -> tuple[float, float]:
     """Measure one agent's seconds and bytes of activations per training token, on rows of usual length."""
     usual = usual_pairs(pairs, TIMED_TOKENS)
-    batch = PreferenceBatch.from_pairs(usual)
+    batch = Batch(usual)
     agent: Any = algorithm.agent(actor_network=model, batch_size=len(usual))
     tokens = int(batch.num_tokens.sum())
     with count_saved_bytes() as saved:

@@ -13,9 +13,9 @@ import numpy as np
 
 from evollm.algorithms import Algorithm, algorithm_named
 from evollm.checks import boolean, optional_whole_number, whole_number
-from evollm.data.batch import BoolArray, IntArray, TokenizedPair
 from evollm.data.row_report import DataReport, count_rows, count_seen, form_of, template_hint, warning_about
 from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Rows, TextPair, read_dataset, read_rows
+from evollm.data.samples import Completion, Sample
 from evollm.data.shapes import PAIR
 from evollm.data.token_cache import TokenizedSplit
 from evollm.data.tokenization import TOO_LONG, context_limit, shortest_context, tokenize_pairs
@@ -180,7 +180,7 @@ def _report(
     )
 
 
-def _fit(pairs: Sequence[TokenizedPair], limit: int | None, bos_id: int | None) -> Fit:
+def _fit(pairs: Sequence[Sample], limit: int | None, bos_id: int | None) -> Fit:
     if limit is None:
         return Fit(0, 0, 0)
     long = [pair for pair in pairs if pair.longest_sequence > limit]
@@ -188,7 +188,7 @@ def _fit(pairs: Sequence[TokenizedPair], limit: int | None, bos_id: int | None) 
     return Fit(limit, len(long) - too_long, too_long)
 
 
-def _lengths(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> dict[str, Lengths]:
+def _lengths(pairs: Sequence[Sample], row_format: RowFormat) -> dict[str, Lengths]:
     if not pairs:
         return {}
     chosen = [len(pair.chosen_ids) for pair in pairs]
@@ -201,30 +201,30 @@ def _lengths(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> dict[str,
     return {name: Lengths.of(column) for name, column in columns.items()}
 
 
-def _repetitions(pairs: Sequence[TokenizedPair]) -> dict[str, int]:
+def _repetitions(pairs: Sequence[Sample]) -> dict[str, int]:
     prompts: set[bytes] = set()
     seen: set[tuple[bytes, ...]] = set()
     counts = {"duplicates": 0, "repeated_prompts": 0, "contradictions": 0}
     for pair in pairs:
-        prompt, chosen, rejected = (ids.tobytes() for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        counts["duplicates"] += (prompt, chosen, rejected) in seen
-        counts["contradictions"] += (prompt, rejected, chosen) in seen
+        prompt, *sides = (ids.tobytes() for ids in (pair.prompt_ids, *(side.ids for side in pair.completions)))
+        counts["duplicates"] += (prompt, *sides) in seen
+        counts["contradictions"] += len(sides) > 1 and (prompt, *sides[::-1]) in seen
         counts["repeated_prompts"] += prompt in prompts
         prompts.add(prompt)
-        seen.add((prompt, chosen, rejected))
+        seen.add((prompt, *sides))
     return counts
 
 
-def _longer_sides(pairs: Sequence[TokenizedPair], row_format: RowFormat) -> tuple[float | None, float | None]:
+def _longer_sides(pairs: Sequence[Sample], row_format: RowFormat) -> tuple[float | None, float | None]:
     """Shares of the pairs whose chosen, and whose rejected, side has more scored tokens; None for examples."""
     if row_format.kind is not PAIR or not pairs:
         return None, None
-    excess = np.array([np.subtract(*pair.num_scored) for pair in pairs])
+    excess = np.array([pair.num_scored[0] - pair.num_scored[1] for pair in pairs])
     return float((excess > 0).mean()), float((excess < 0).mean())
 
 
 def _rendered(
-    pairs: Sequence[TokenizedPair], rows: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[Sample], rows: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[RenderedRow, ...]:
     """Decode a few rows, evenly spaced over the dataset."""
     places = sorted({number * len(pairs) // NUM_RENDERED for number in range(NUM_RENDERED)}) if pairs else []
@@ -232,17 +232,17 @@ def _rendered(
         RenderedRow(
             row=rows[place],
             prompt=str(tokenizer.decode(pairs[place].prompt_ids)),
-            chosen=_side(pairs[place].chosen_ids, pairs[place].masks[0], tokenizer),
-            rejected=_side(pairs[place].rejected_ids, pairs[place].masks[1], tokenizer) or None,
+            chosen=_side(pairs[place].completions[0], tokenizer),
+            rejected=next((_side(side, tokenizer) for side in pairs[place].completions[1:]), None),
             num_scored=sum(pairs[place].num_scored),
         )
         for place in places
     )
 
 
-def _side(ids: IntArray, mask: BoolArray, tokenizer: PreTrainedTokenizerBase) -> str:
+def _side(side: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
     """Decode a completion; tokens that are not scored are between `▐` and `▌`."""
-    cuts = np.flatnonzero(np.diff(mask)) + 1
-    parts = zip(np.split(ids, cuts), np.split(mask, cuts), strict=True)
+    cuts = np.flatnonzero(np.diff(side.scored)) + 1
+    parts = zip(np.split(side.ids, cuts), np.split(side.scored, cuts), strict=True)
     texts = ((str(tokenizer.decode(part)), bool(scored.all())) for part, scored in parts)
     return "".join(text if is_scored else f"▐{text}▌" for text, is_scored in texts)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import gymnasium
 import numpy as np
@@ -23,23 +23,23 @@ from typing_extensions import Self
 
 from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.data import clock
-from evollm.data.batch import FIELDS, MASK, IntArray, PreferenceBatch, TokenizedPair
 from evollm.data.row_report import DataReport, count_seen
 from evollm.data.rows import RowFormat
+from evollm.data.samples import Batch, IntArray, Sample
 from evollm.data.tokenization import load_pairs
 from evollm.errors import ConfigurationError
 from evollm.foreign import GYM, RESET, RESET_ORDER, explains
+from evollm.llm_envs.observations import Observation, ObservationShape
 from evollm.processes import check_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Observation: TypeAlias = dict[str, NDArray[Any]]
 Info: TypeAlias = dict[str, Any]
 FloatArray: TypeAlias = NDArray[np.float32]
 
 SPLITS = ("train", "test", "final")
-NO_PAIRS = PreferenceBatch(np.zeros((0, 0), np.int64), *(np.zeros(0, np.int64) for _ in FIELDS[1:]))
+NO_PAIRS = Batch(())
 # Parts of a split that are told apart, and tokens of a text that are shown.
 _SHARES, _SHOWN_TOKENS = 256, 40
 STATE_KEYS = frozenset({"seed", "epoch", "index", "awaiting_action", "num_pairs", "batch_size"})
@@ -63,7 +63,7 @@ class _Position:
 class DatasetGym(gymnasium.Env[Observation, FloatArray]):
     """Serves the rows of datasets as batches of pairs; a subclass says what a row is, and what an action earns.
 
-    Its arguments, attributes and errors are those of its subclasses; an SFT example is a pair without a rejected side.
+    Its arguments, attributes and errors are those of its subclasses.
     The order of epoch e is `np.random.default_rng([seed, e]).permutation(n)`, so that seed, epoch and index say
     everything about the position.
 
@@ -107,7 +107,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         self.row_format = type(self).row_format.with_columns(columns)
         self.encoder_decoder = boolean("encoder_decoder", encoder_decoder)
         self.reports: dict[str, DataReport] = {}
-        self._pairs: dict[str, list[TokenizedPair]] = {}
+        self._pairs: dict[str, list[Sample]] = {}
         self.written_at = clock.given_moment("written_at", written_at)
         for split, dataset in zip(SPLITS, (train_dataset, test_dataset, final_dataset), strict=True):
             self._pairs[split] = []
@@ -128,38 +128,34 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         _warn_of_overlap(self._pairs, self.row_format.noun)
         all_pairs = self.all_pairs
         self.longest_sequence = max(
-            max(map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
-            if encoder_decoder
-            else pair.longest_sequence
+            max(len(pair.prompt_ids), *map(len, pair.completions)) if encoder_decoder else pair.longest_sequence
             for pair in all_pairs
         )
-        self._row_length = max(pair.num_tokens for pair in all_pairs)
         self._training = _Position()
         self._evaluation: _Position | None = None
-        self.largest_id = max(int(pair.token_ids.max()) for pair in all_pairs)
+        self.largest_id = max(pair.id_range[1] for pair in all_pairs)
         largest_id = max(len(tokenizer) - 1, self.largest_id)
-        self._has_masks = any(pair.chosen_mask is not None or pair.rejected_mask is not None for pair in all_pairs)
-        shape = (self.batch_size, self._row_length)
-        self.observation_space = _observation_space(*shape, largest_id, with_mask=self._has_masks)
+        self._shape = ObservationShape.of(Batch(all_pairs), self.batch_size)
+        self.observation_space = self._shape.space(largest_id)
         self.action_space = spaces.Box(-np.inf, self.largest_action, (self.batch_size,), np.float32)
 
     @property
-    def train_pairs(self) -> list[TokenizedPair]:
+    def train_pairs(self) -> list[Sample]:
         """The tokenised training pairs."""
         return self._pairs["train"]
 
     @property
-    def test_pairs(self) -> list[TokenizedPair]:
+    def test_pairs(self) -> list[Sample]:
         """The tokenised selection pairs; empty without a `test_dataset`."""
         return self._pairs["test"]
 
     @property
-    def final_pairs(self) -> list[TokenizedPair]:
+    def final_pairs(self) -> list[Sample]:
         """The tokenised pairs of the final score; empty without a `final_dataset`."""
         return self._pairs["final"]
 
     @property
-    def all_pairs(self) -> list[TokenizedPair]:
+    def all_pairs(self) -> list[Sample]:
         """The tokenised pairs of all splits."""
         return [pair for pairs in self._pairs.values() for pair in pairs]
 
@@ -176,7 +172,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         for split, pairs in self._pairs.items():
             digest.update(f"{split} {len(pairs)}".encode())
             for pair in pairs:
-                digest.update(pair.key())
+                digest.update(pair.key)
         return digest.hexdigest()
 
     @property
@@ -267,11 +263,11 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
             return observation, reward, False, False, info
         self._position = replace(position, awaiting_action=False)
         info = {"epoch": position.epoch, "index": position.index}
-        return self._observation(NO_PAIRS), reward, True, False, info
+        return self._shape.observation(NO_PAIRS), reward, True, False, info
 
     # ------------------------------------------------------------------------------------------------------- batches
 
-    def next_batch(self) -> PreferenceBatch:
+    def next_batch(self) -> Batch:
         """Serve the next batch, of a new epoch if need be; an epoch's last batch may be smaller.
 
         In `eval_mode` it goes through the selection pairs.
@@ -293,9 +289,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         finally:
             self._evaluation = before
 
-    def eval_batches(
-        self, split: str = "test", batch_size: int | None = None
-    ) -> Iterator[tuple[IntArray, PreferenceBatch]]:
+    def eval_batches(self, split: str = "test", batch_size: int | None = None) -> Iterator[tuple[IntArray, Batch]]:
         """Go once through all pairs of a split, those of like length together; the order is always the same.
 
         Args:
@@ -312,7 +306,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         size = optional_whole_number("batch_size", batch_size, 1) or self.batch_size
         order = np.argsort([pair.num_tokens for pair in pairs], kind="stable")
         chunks = (order[start : start + size] for start in range(0, len(pairs), size))
-        return ((rows, PreferenceBatch.from_pairs([pairs[row] for row in rows], split)) for rows in chunks)
+        return ((rows, Batch([pairs[row] for row in rows], split)) for rows in chunks)
 
     # ------------------------------------------------------------------------------------------------------ position
 
@@ -365,23 +359,20 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         order = _epoch_order(self.seed, epoch, count) if self._evaluation is None else np.arange(count)
         return order[index * size : (index + 1) * size]
 
-    def _serve(self, awaiting_action: bool) -> PreferenceBatch:
+    def _serve(self, awaiting_action: bool) -> Batch:
         position = self._position
         if position.index == len(self):
             position = _Position(position.epoch + 1)
         self._position = _Position(position.epoch, position.index + 1, awaiting_action)
         pairs, rows = self._pairs[self._split], self._rows(position.epoch, position.index)
-        return PreferenceBatch.from_pairs([pairs[row] for row in rows], self._split)
+        return Batch([pairs[row] for row in rows], self._split)
 
     def _observe_next(self) -> tuple[Observation, Info]:
         batch = self._serve(awaiting_action=True)
         info = {"epoch": self._position.epoch, "index": self._position.index - 1}
-        return self._observation(batch), info
+        return self._shape.observation(batch), info
 
-    def _observation(self, batch: PreferenceBatch) -> Observation:
-        return batch.to_observation(self.batch_size, self._row_length, with_mask=self._has_masks)
-
-    def evaluation_pairs(self, split: str) -> list[TokenizedPair]:
+    def evaluation_pairs(self, split: str) -> list[Sample]:
         """The tokenised pairs of a split that agents are scored on, in their order.
 
         Raises:
@@ -396,7 +387,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         return self._pairs[split]
 
     @abstractmethod
-    def _reward(self, numbers: NDArray[Any], pairs: Sequence[TokenizedPair]) -> float:
+    def _reward(self, numbers: NDArray[Any], pairs: Sequence[Sample]) -> float:
         """What an action earns: a number for each of these pairs."""
 
     def _numbers(self, action: object) -> NDArray[Any]:
@@ -415,17 +406,6 @@ def _epoch_order(seed: int, epoch: int, count: int) -> IntArray:
     order = np.random.default_rng([seed, epoch]).permutation(count)
     order.flags.writeable = False
     return order
-
-
-def _observation_space(
-    num_rows: int, row_length: int, largest_id: int, *, with_mask: bool
-) -> spaces.Space[Observation]:
-    lengths = {name: spaces.Box(0, row_length, (num_rows,), np.int64) for name in FIELDS[1:]}
-    mask = {MASK: spaces.MultiBinary((num_rows, row_length))} if with_mask else {}
-    ids = spaces.Box(0, largest_id, (num_rows, row_length), np.int64)
-    space = spaces.Dict({"input_ids": ids, **lengths, **mask})
-    # gymnasium types the samples of a Dict as a dictionary of spaces.
-    return cast("spaces.Space[Observation]", space)
 
 
 def _check_state(state: Mapping[str, Any], present: Mapping[str, Any], num_batches: int) -> None:
@@ -470,7 +450,7 @@ def _warn_of_templates(reports: Mapping[str, DataReport]) -> None:
         )
 
 
-def _warn_of_overlap(pairs: Mapping[str, Sequence[TokenizedPair]], noun: str) -> None:
+def _warn_of_overlap(pairs: Mapping[str, Sequence[Sample]], noun: str) -> None:
     for first, second in combinations(SPLITS, 2):
         count = count_seen(pairs[second], pairs[first])
         if count:
@@ -482,14 +462,14 @@ def _warn_of_overlap(pairs: Mapping[str, Sequence[TokenizedPair]], noun: str) ->
             )
 
 
-def _shares(pairs: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+def _shares(pairs: list[Sample]) -> list[list[Sample]]:
     """Up to `_SHARES` equal parts, in their order."""
     size = -(-len(pairs) // _SHARES) or 1
     return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
 
-def _digest_of(pairs: Iterable[TokenizedPair]) -> str:
+def _digest_of(pairs: Iterable[Sample]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for pair in pairs:
-        digest.update(pair.key())
+        digest.update(pair.key)
     return digest.hexdigest()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evollm.data.batch import TokenizedPair
 from evollm.data.preference_rows import PAIRS
+from evollm.data.samples import Sample
 from evollm.llm_envs.dataset_gym import DatasetGym
 
 
@@ -58,6 +58,6 @@ class PreferenceGym(DatasetGym):
 
     row_format = PAIRS
 
-    def _reward(self, numbers: NDArray[Any], pairs: Sequence[TokenizedPair]) -> float:
+    def _reward(self, numbers: NDArray[Any], pairs: Sequence[Sample]) -> float:
         del pairs
         return float(np.mean((numbers > 0) + 0.5 * (numbers == 0)))

@@ -7,8 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from evollm.data.batch import TokenizedPair
 from evollm.data.completion_rows import EXAMPLES
+from evollm.data.samples import Sample
 from evollm.llm_envs.dataset_gym import DatasetGym
 
 
@@ -17,8 +17,8 @@ class SFTGym(DatasetGym):
 
     An observation is a batch of B examples, padded to fixed shapes: `input_ids` (B, L) with `prompt | completion` in
     each row, and `prompt_lengths`, `chosen_lengths` (those of completions, with what ends them) and `rejected_lengths`
-    (B,), which are 0 for rows without an example; an example is a pair without a rejected side, so that the last are
-    always 0. Where turns of a completion are not scored there is `scored_mask` (B, L), 1 at the tokens that are. An
+    (B,), which are 0 for rows without an example; an example has no rejected completion, so that the last are always
+    0. Where turns of a completion are not scored there is `scored_mask` (B, L), 1 at the tokens that are. An
     action is the log-probability of each completion (B,), summed over its scored tokens, in nats. The reward is the
     mean log-probability of a scored token of the examples present. An episode is an epoch.
 
@@ -58,5 +58,5 @@ class SFTGym(DatasetGym):
     row_format = EXAMPLES
     largest_action = 0.0
 
-    def _reward(self, numbers: NDArray[Any], pairs: Sequence[TokenizedPair]) -> float:
+    def _reward(self, numbers: NDArray[Any], pairs: Sequence[Sample]) -> float:
         return float(numbers.sum() / sum(pair.num_scored[0] for pair in pairs))

@@ -1,8 +1,8 @@
-"""Attention within packed pairs: each side sees its prompt and itself, nothing else, and no square mask is built.
+"""Attention within packed samples: each completion sees its prompt and itself, nothing else; no square mask is built.
 
-A pair's prompt and chosen side are one causal sequence; its rejected side continues the same prompt. Registered with
-transformers as an attention implementation of its own, so that it serves every model whose layers ask for theirs by
-name. That it does is not taken for granted: see `evollm.models.probe`.
+A sample's prompt and first completion are one causal sequence; its other completions continue the same prompt.
+Registered with transformers as an attention implementation of its own, so that it serves every model whose layers ask
+for theirs by name. That it does is not taken for granted: see `evollm.models.probe`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from evollm.models.flash import SequenceBounds, causal_mask, flash_attention, kernel_head_size, takes, why_not_flash
-from evollm.models.packing import PairLengths
+from evollm.models.packing import SampleLengths
 
 PAIR_ATTENTION = "evollm_pairs"
 # Arguments that change the scores unless they are None. The probe finds what this list does not know.
@@ -32,20 +33,20 @@ SOFT_CAPPED = "products with a soft cap, one sequence after the other"
 
 
 class UnsupportedAttentionError(RuntimeError):
-    """A model asks for something that attention within packed pairs does not do."""
+    """A model asks for something that attention within packed samples does not do."""
 
 
-class PairLayout:
-    """Where the pairs of a packed row begin and end, and the masks that follow, made once for all layers.
+class PackedSequences:
+    """Where the samples of a packed row begin and end, and the masks that follow, made once for all layers.
 
     Attributes:
-        lengths: Tokens of the pairs' parts.
+        lengths: Tokens of the samples' parts.
         base_dtype: Of the base, where the engine has remarked on it; None: nobody has.
         kinds: What the layers' attention has been computed by so far, in words.
     """
 
     def __init__(
-        self, lengths: tuple[PairLengths, ...], device: torch.device, base_dtype: torch.dtype | None = None
+        self, lengths: tuple[SampleLengths, ...], device: torch.device, base_dtype: torch.dtype | None = None
     ) -> None:
         self.lengths = lengths
         self.base_dtype = base_dtype
@@ -73,11 +74,11 @@ class PairLayout:
 
 
 # Set for the time of a forward and backward pass. Not a context variable: autograd's own threads must see it too.
-_current: PairLayout | None = None
+_current: PackedSequences | None = None
 
 
 @contextmanager
-def packed_attention(config: Any, layout: PairLayout | None) -> Iterator[None]:
+def packed_attention(config: Any, layout: PackedSequences | None) -> Iterator[None]:
     """Let the attention of the model with this configuration follow a layout inside the block; None changes nothing."""
     global _current
     if layout is None:
@@ -94,7 +95,7 @@ def packed_attention(config: Any, layout: PairLayout | None) -> Iterator[None]:
         _current, config._attn_implementation = before, implementations
 
 
-def current_layout() -> PairLayout | None:
+def current_layout() -> PackedSequences | None:
     """The layout that attention follows at present."""
     return _current
 
@@ -130,7 +131,7 @@ def pair_attention(
     layout = _current
     asked = [name for name in _CHANGES_SCORES if others.get(name) is not None]
     if layout is None or asked or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise UnsupportedAttentionError(f"attention within pairs cannot follow {asked or 'this mask'}")
+        raise UnsupportedAttentionError(f"attention within samples cannot follow {asked or 'this mask'}")
     if softcap is None:
         refusal = why_not_flash(query.device, query.dtype, kernel_head_size(query, value))
         if not refusal:
@@ -147,20 +148,23 @@ def pair_attention(
     if groups > 1 and (query.device.type != "cpu" or softcap is not None):
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     # split() rather than slices: its backward pass is one cat() where each slice's would fill a whole tensor.
-    sizes = [size for pair in layout.lengths for size in (pair.prompt + pair.chosen, pair.rejected)]
-    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
-    parts = []
-    for number, pair in enumerate(layout.lengths):
-        first, second = 2 * number, 2 * number + 1
-        sequences = [(queries[first], keys[first], values[first])]
-        if pair.rejected:
-            prompt_keys, prompt_values = keys[first][:, :, : pair.prompt], values[first][:, :, : pair.prompt]
-            seen = torch.cat([prompt_keys, keys[second]], dim=2), torch.cat([prompt_values, values[second]], dim=2)
-            sequences.append((queries[second], *seen))
-        for asking, seen_keys, seen_values in sequences:
+    sizes = [size for prompt, (first, *rest) in layout.lengths for size in (prompt + first, *rest)]
+    sequences = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
+    parts: list[Tensor] = []
+    for prompt, completions in layout.lengths:
+        first, *later = islice(sequences, len(completions))
+        # Without other completions nothing is cut out of the first one's keys and values.
+        shared = [tensor[:, :, :prompt] for tensor in first[1:]] if later else []
+        continuing = [(other[0], *map(_after, shared, other[1:])) for other in later]
+        for asking, seen_keys, seen_values in [first, *continuing]:
             mask = layout.mask(asking.shape[2], seen_keys.shape[2], sliding_window)
             parts.append(_attend(asking, seen_keys, seen_values, mask, scaling, softcap).transpose(1, 2))
     return torch.cat(parts, dim=1), None
+
+
+def _after(shared: Tensor, own: Tensor) -> Tensor:
+    """The keys or values of a prompt, followed by those of a completion."""
+    return torch.cat([shared, own], dim=2)
 
 
 def _attend(
@@ -183,27 +187,28 @@ def _attend(
 @lru_cache
 def _warn_of_slow_attention(reason: str) -> None:
     """Say once for each reason why a GPU is kept waiting."""
-    what = "attention within pairs goes one sequence at a time, which is slow on a GPU"
+    what = "attention within samples goes one sequence at a time, which is slow on a GPU"
     warnings.warn(f"{what}: torch's flash kernel is not taken ({reason})", UserWarning, stacklevel=2)
 
 
 class _VarlenIndices:
-    """The two sides of each pair as sequences of a variable-length kernel, which masks from the lower right corner.
+    """Each completion as a sequence of a variable-length kernel, which masks from the lower right corner.
 
-    Queries stay where they are: prompt and chosen side are one sequence of queries, the rejected side another. Only
-    keys and values are gathered, as `prompt | chosen | prompt | rejected`.
+    Queries stay where they are: prompt and first completion are one sequence of queries, each other completion one of
+    its own. Only keys and values are gathered, as `prompt | completion | prompt | completion`.
     """
 
-    def __init__(self, lengths: tuple[PairLengths, ...], device: torch.device) -> None:
+    def __init__(self, lengths: tuple[SampleLengths, ...], device: torch.device) -> None:
         columns, counts = [], []
         start = 0
-        for pair in lengths:
-            middle, end = start + pair.prompt + pair.chosen, start + sum(pair)
-            columns.append(torch.arange(start, middle))
-            counts.append((middle - start, middle - start))
-            if pair.rejected:
-                columns += [torch.arange(start, start + pair.prompt), torch.arange(middle, end)]
-                counts.append((pair.rejected, pair.prompt + pair.rejected))
+        for prompt, (first, *others) in lengths:
+            end = start + prompt + first
+            columns.append(torch.arange(start, end))
+            counts.append((prompt + first, prompt + first))
+            for length in others:
+                columns += [torch.arange(start, start + prompt), torch.arange(end, end + length)]
+                counts.append((length, prompt + length))
+                end += length
             start = end
         self._columns = torch.cat(columns).to(device)
         self._counts = counts

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from evollm.data.batch import BoolArray, IntArray, PreferenceBatch
+from evollm.data.samples import Batch, BoolArray, IntArray
 from evollm.errors import ConfigurationError
 from evollm.models.head import token_logprobs
 from evollm.models.logprobs import PairLogprobs, linear_head, shorter_lengths, sums_by_pair, target_logprobs
@@ -42,12 +42,12 @@ def start_token(network: Any) -> int:
     raise ConfigurationError("actor_network.config.decoder_start_token_id", None, fix)
 
 
-def longest_side(batch: PreferenceBatch) -> int:
+def longest_side(batch: Batch) -> int:
     """Tokens of the longest sequence that the encoder or the decoder gets."""
     return int(max(batch.prompt_lengths.max(), batch.chosen_lengths.max(), batch.rejected_lengths.max()))
 
 
-def padded_lengths(batch: PreferenceBatch, *, shared_prompt: bool) -> IntArray:
+def padded_lengths(batch: Batch, *, shared_prompt: bool) -> IntArray:
     """(B, 2) tokens that each pair has in the encoder and in the decoder, its two sides padded to the longer one."""
     sides = 1 + (batch.rejected_lengths > 0)
     prompts = batch.prompt_lengths * (1 if shared_prompt else sides)
@@ -85,15 +85,15 @@ class EncodedPairs:
     shared_prompt: bool
 
     @classmethod
-    def of(cls, batch: PreferenceBatch, device: torch.device, start: int, *, shared_prompt: bool) -> EncodedPairs:
+    def of(cls, batch: Batch, device: torch.device, start: int, *, shared_prompt: bool) -> EncodedPairs:
         """Lay out a batch on a device; `start` is the decoder's first input."""
-        pairs = [batch.pair(row) for row in range(len(batch))]
         rejected_rows = np.flatnonzero(batch.rejected_lengths)
-        sides = [pair.chosen_ids for pair in pairs] + [pairs[row].rejected_ids for row in rejected_rows]
-        masks = [pair.masks[0] for pair in pairs] + [pairs[row].masks[1] for row in rejected_rows]
-        prompts = [pair.prompt_ids for pair in pairs]
+        completions = [sample.completions[0] for sample in batch]
+        completions += [batch[row].completions[1] for row in rejected_rows.tolist()]
+        sides, masks = [side.ids for side in completions], [side.scored for side in completions]
+        prompts = [sample.prompt_ids for sample in batch]
         if not shared_prompt:
-            prompts += [pairs[row].prompt_ids for row in rejected_rows]
+            prompts += [batch[row].prompt_ids for row in rejected_rows.tolist()]
         first, shorter = np.array([start]), shorter_lengths(batch)
         prompt_ids, prompt_mask = _padded(prompts, device)
         decoder_ids, decoder_mask = _padded([np.concatenate([first, side[:-1]]) for side in sides], device)
@@ -107,7 +107,7 @@ class EncodedPairs:
             sizes=tuple(int(mask.sum()) for mask in masks),
             shorter=(*shorter.tolist(), *shorter[rejected_rows].tolist()),
             rejected_rows=torch.from_numpy(rejected_rows).to(device),
-            num_pairs=len(pairs),
+            num_pairs=len(batch),
             shared_prompt=shared_prompt,
         )
 
@@ -161,7 +161,7 @@ def encoder_decoder_logprobs(
 
 
 def lone_encoder_decoder_logprobs(
-    network: Any, batch: PreferenceBatch, device: torch.device, *, up_to_shorter: bool = False
+    network: Any, batch: Batch, device: torch.device, *, up_to_shorter: bool = False
 ) -> PairLogprobs:
     """The same, each side in a pass of its own in which the network gets nothing but its token ids.
 

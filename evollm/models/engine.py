@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from peft import LoraConfig
 
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.models.attention import PairLayout
+from evollm.models.attention import PackedSequences
 from evollm.models.budget import affordable_tokens, count_saved_bytes, default_budget, should_recompute
 from evollm.models.encoder_decoder import (
     EncodedPairs,
@@ -38,7 +38,7 @@ from evollm.models.load_balancing import (
 )
 from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logprobs, packed_logprobs
 from evollm.models.loss_scaling import ScaledBackward
-from evollm.models.packing import PackedPairs
+from evollm.models.packing import PackedSamples
 from evollm.models.probe import probe, probed_length
 from evollm.models.shared_base import SharedBase
 from evollm.models.slow_settings import is_card, needless_checkpointing, slow_dtype
@@ -117,9 +117,7 @@ class Engine:
         return engine
 
     @torch.no_grad()
-    def logprobs(
-        self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions
-    ) -> list[PairLogprobs]:
+    def logprobs(self, batch: Batch, members: Sequence[str | None], options: PassOptions) -> list[PairLogprobs]:
         """The log-probs of a batch's pairs under each member.
 
         Args:
@@ -134,7 +132,7 @@ class Engine:
         return self._run(batch, members, options, loss=None)
 
     def backward(
-        self, batch: PreferenceBatch, members: Sequence[str], options: PassOptions, loss: MemberLoss
+        self, batch: Batch, members: Sequence[str], options: PassOptions, loss: MemberLoss
     ) -> list[PairLogprobs]:
         """The same, and add the gradient of the members' losses to their parameters'.
 
@@ -171,7 +169,7 @@ class Engine:
         return found
 
     def _run(
-        self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, loss: MemberLoss | None
+        self, batch: Batch, members: Sequence[str | None], options: PassOptions, loss: MemberLoss | None
     ) -> list[PairLogprobs]:
         """All pairs, each in one of the processes; every process gets all results."""
         self.base.adapters.release_lost()
@@ -203,7 +201,7 @@ class Engine:
 
     def _run_here(
         self,
-        batch: PreferenceBatch,
+        batch: Batch,
         own: Sequence[int],
         members: Sequence[str | None],
         options: PassOptions,
@@ -271,7 +269,7 @@ class Engine:
             scaled.accumulate()
         return results
 
-    def _groups(self, batch: PreferenceBatch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:
+    def _groups(self, batch: Batch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:
         """Rows that go through the base together."""
         if self.base.is_encoder_decoder:
             return padded_groups(padded_lengths(batch, shared_prompt=paths.shared_prompt), budget, max_pairs)
@@ -317,7 +315,7 @@ class Engine:
 
     def _default_budget(
         self,
-        batch: PreferenceBatch,
+        batch: Batch,
         members: Sequence[str | None],
         options: PassOptions,
         paths: FastPaths,
@@ -332,9 +330,7 @@ class Engine:
             self._budgets[kind] = Processes.present().smallest(budget)
         return self._budgets[kind]
 
-    def _recomputes(
-        self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, paths: FastPaths
-    ) -> bool:
+    def _recomputes(self, batch: Batch, members: Sequence[str | None], options: PassOptions, paths: FastPaths) -> bool:
         """Whether activations are computed again in the backward pass: as the user says, or as memory needs it.
 
         What is kept is for how many tokens memory has room, and not what follows from it: a longer pair may come.
@@ -356,7 +352,7 @@ class Engine:
         return should_recompute(*room)
 
     def _saved_per_token(
-        self, batch: PreferenceBatch, members: Sequence[str | None], options: PassOptions, paths: FastPaths
+        self, batch: Batch, members: Sequence[str | None], options: PassOptions, paths: FastPaths
     ) -> float:
         """Bytes that a pass of one member saves for each token."""
         # The longest: what a pass saves once, the members' stacked weights, should weigh little.
@@ -448,23 +444,21 @@ def _from_everywhere(
 class _FewPairs:
     """The pairs of one pass, laid out once, and the members that go through the base with them."""
 
-    def __init__(
-        self, base: SharedBase, batch: PreferenceBatch, members: Sequence[str | None], paths: FastPaths
-    ) -> None:
+    def __init__(self, base: SharedBase, batch: Batch, members: Sequence[str | None], paths: FastPaths) -> None:
         self._base = base
         self._batch = batch
         self._members = members
         self._paths = paths
         self._sides: EncodedPairs | None = None
-        self._packed: PackedPairs | None = None
+        self._packed: PackedSamples | None = None
         if base.is_encoder_decoder:
             start = start_token(base.network)
             self._sides = EncodedPairs.of(batch, base.device, start, shared_prompt=paths.shared_prompt)
         elif paths.shared_prompt:
-            self._packed = PackedPairs.of(batch, base.device)
-        self._layout: PairLayout | None = None
+            self._packed = PackedSamples.of(batch, base.device)
+        self._layout: PackedSequences | None = None
         if self._packed:
-            self._layout = PairLayout(self._packed.lengths, base.device, base.network.dtype)
+            self._layout = PackedSequences(self._packed.lengths, base.device, base.network.dtype)
         first = base.adapters.first_layer([name for name in members if name is not None])
         self._fan_out = FanOut(first, 1) if self._packed and first is not None else None
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from evollm.data.batch import IntArray
+from evollm.data.samples import IntArray
 from evollm.models.shared_base import SharedBase
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.errors import ConfigurationError
 from evollm.models.adapters.targets import text_config
 from evollm.models.encoder_decoder import is_encoder_decoder
@@ -158,7 +158,7 @@ def row_loads(
     return torch.einsum("bn,mnke->mbke", torch.from_numpy(counts).to(total), total)
 
 
-def packed_spans(batch: PreferenceBatch) -> list[Span]:
+def packed_spans(batch: Batch) -> list[Span]:
     """Of packed pairs: a prompt counts for each of the sides that follow it, as if it had been repeated."""
     spans = []
     for row, (prompt, chosen, rejected) in enumerate(_lengths(batch)):
@@ -166,7 +166,7 @@ def packed_spans(batch: PreferenceBatch) -> list[Span]:
     return spans
 
 
-def padded_spans(batch: PreferenceBatch) -> list[Span]:
+def padded_spans(batch: Batch) -> list[Span]:
     """Of the sequences of `two_sequences`, with their padding."""
     sequences = [(row, prompt + chosen) for row, (prompt, chosen, _) in enumerate(_lengths(batch))]
     sequences += [(row, prompt + rejected) for row, (prompt, _, rejected) in enumerate(_lengths(batch)) if rejected]
@@ -174,7 +174,7 @@ def padded_spans(batch: PreferenceBatch) -> list[Span]:
     return [Span(row, *part) for row, length in sequences for part in _padded(length, longest)]
 
 
-def lone_spans(batch: PreferenceBatch) -> list[Span]:
+def lone_spans(batch: Batch) -> list[Span]:
     """Of sequences one by one, a pair's chosen side before its rejected one."""
     return [
         Span(row, 1, prompt + side) for row, (prompt, *sides) in enumerate(_lengths(batch)) for side in sides if side
@@ -186,7 +186,7 @@ def _padded(length: int, longest: int) -> list[tuple[int, int]]:
     return [(1, length), (0, longest - length)]
 
 
-def _lengths(batch: PreferenceBatch) -> list[list[int]]:
+def _lengths(batch: Batch) -> list[list[int]]:
     """Tokens of each pair's prompt, chosen and rejected side."""
     columns = batch.prompt_lengths, batch.chosen_lengths, batch.rejected_lengths
     return [list(map(int, sizes)) for sizes in zip(*columns, strict=True)]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evollm.data.batch import IntArray, PreferenceBatch
+from evollm.data.samples import Batch, IntArray
 from evollm.models.head import token_logprobs
-from evollm.models.packing import PackedPairs
+from evollm.models.packing import PackedSamples
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ class SequenceLayout:
     rejected_rows: IntArray
 
 
-def two_sequences(batch: PreferenceBatch) -> SequenceLayout:
+def two_sequences(batch: Batch) -> SequenceLayout:
     """Lay each pair out as two sequences, prompt + chosen and prompt + rejected; an SFT example as one."""
-    pairs = [batch.pair(row) for row in range(len(batch))]
     rejected_rows = np.flatnonzero(batch.rejected_lengths)
-    sequences = [np.concatenate([pair.prompt_ids, pair.chosen_ids]) for pair in pairs]
-    sequences += [np.concatenate([pairs[row].prompt_ids, pairs[row].rejected_ids]) for row in rejected_rows]
+    sides = [(sample.prompt_ids, sample.completions[0]) for sample in batch]
+    sides += [(batch[row].prompt_ids, batch[row].completions[1]) for row in rejected_rows.tolist()]
+    sequences = [np.concatenate([prompt, side.ids]) for prompt, side in sides]
     lengths = np.array([len(sequence) for sequence in sequences])
-    masks = [pair.masks[0] for pair in pairs] + [pairs[row].masks[1] for row in rejected_rows]
+    masks = [side.scored for _, side in sides]
 
     input_ids = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
     scored = np.zeros(input_ids.shape, dtype=np.bool_)
@@ -120,7 +121,7 @@ def two_sequences(batch: PreferenceBatch) -> SequenceLayout:
 
 def completion_logprobs(
     network: nn.Module,
-    batch: PreferenceBatch,
+    batch: Batch,
     device: torch.device,
     *,
     explicit_positions: bool = True,
@@ -181,7 +182,7 @@ def completion_logprobs(
 
 
 def lone_logprobs(
-    network: nn.Module, batch: PreferenceBatch, device: torch.device, *, up_to_shorter: bool = False
+    network: nn.Module, batch: Batch, device: torch.device, *, up_to_shorter: bool = False
 ) -> PairLogprobs:
     """The same, each sequence in a pass of its own in which the network gets nothing but its token ids.
 
@@ -197,7 +198,7 @@ def lone_logprobs(
 
 
 def sums_by_pair(
-    batch: PreferenceBatch,
+    batch: Batch,
     token_sums: Callable[[IntArray, IntArray], Tensor],
     *,
     up_to_shorter: bool,
@@ -205,27 +206,24 @@ def sums_by_pair(
     """The sums of B pairs from a function that gives (side,) log-probs of a prompt's and a side's tokens."""
     found = []
     for row in range(len(batch)):
-        pair = batch.pair(row)
-        has_rejected = len(pair.rejected_ids) > 0
-        chosen = token_sums(pair.prompt_ids, pair.chosen_ids)
-        rejected = token_sums(pair.prompt_ids, pair.rejected_ids) if has_rejected else chosen.new_zeros(0)
-        if pair.chosen_mask is not None:
-            chosen = chosen[torch.from_numpy(pair.chosen_mask).to(chosen.device)]
-        if pair.rejected_mask is not None:
-            rejected = rejected[torch.from_numpy(pair.rejected_mask).to(rejected.device)]
+        sides = []
+        for completion in batch[row].completions:
+            side = token_sums(batch[row].prompt_ids, completion.ids)
+            sides.append(side if completion.mask is None else side[torch.from_numpy(completion.mask).to(side.device)])
+        chosen, rejected = sides if len(sides) > 1 else (sides[0], sides[0].new_zeros(0))
         shorter = min(len(chosen), len(rejected))
         ends = (None, shorter) if up_to_shorter else (None,)
         found.append([side[:end].sum() for end in ends for side in (chosen, rejected)])
     return PairLogprobs.of([torch.stack(column) for column in zip(*found, strict=True)])
 
 
-def shorter_lengths(batch: PreferenceBatch) -> IntArray:
+def shorter_lengths(batch: Batch) -> IntArray:
     """(B,) scored tokens of each pair's shorter side."""
     return np.minimum(batch.chosen_scored, batch.rejected_scored)
 
 
 def packed_logprobs(
-    network: nn.Module, packed: PackedPairs, num_members: int, *, tiled_head: bool, up_to_shorter: bool = False
+    network: nn.Module, packed: PackedSamples, num_members: int, *, tiled_head: bool, up_to_shorter: bool = False
 ) -> list[PairLogprobs]:
     """The same for packed pairs and each of M members, whose rows have been routed.
 
@@ -241,12 +239,15 @@ def packed_logprobs(
     else:
         logits = _logits(network, inputs, packed.predicting)  # (M, C, V)
         found = target_logprobs(logits, packed.targets.expand(num_members, -1))
+    # Two of each sample: a second completion that it has not has no token.
+    counts = iter(packed.scored)
+    scored = [n for size in packed.lengths for n in [*islice(counts, len(size.completions)), 0][:2]]
     # Sums of slices, not an index_add: that adds in any order on a GPU.
-    parts = found.split(packed.scored, dim=1)
+    parts = found.split(scored, dim=1)
     sums = torch.stack([part.sum(dim=1) for part in parts], dim=1)  # (M, 2B)
     if not up_to_shorter:
         return [PairLogprobs(chosen=row[0::2], rejected=row[1::2]) for row in sums]
-    pairs = zip(packed.scored[0::2], packed.scored[1::2], strict=True)
+    pairs = zip(scored[0::2], scored[1::2], strict=True)
     lengths = [min(pair) for pair in pairs for _ in range(2)]
     first = [part[:, :length].sum(dim=1) for part, length in zip(parts, lengths, strict=True)]
     both = torch.stack([sums, torch.stack(first, dim=1)], dim=1)  # (M, 2, 2B)

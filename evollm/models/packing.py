@@ -1,4 +1,4 @@
-"""Pairs in one row without padding, the prompt once: the layout of the fast path."""
+"""Samples in one row without padding, the prompt once: the layout of the fast path."""
 
 from __future__ import annotations
 
@@ -10,35 +10,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evollm.data.batch import IntArray, PreferenceBatch
+from evollm.data.samples import Batch, IntArray
 
 
-class PairLengths(NamedTuple):
-    """Tokens of a pair's three parts."""
+class SampleLengths(NamedTuple):
+    """Tokens of a sample's prompt and of each of its completions."""
 
     prompt: int
-    chosen: int
-    rejected: int
+    completions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class PackedPairs:
-    """B pairs, one after another in one row of N tokens: `prompt | chosen | rejected | prompt | chosen | ...`.
+class PackedSamples:
+    """B samples, one after another in one row of N tokens: `prompt | completion | completion | prompt | ...`.
 
-    A rejected side may be empty: an SFT example has none. Its positions begin again where the prompt ends, and the
-    prompt's last token predicts the first token of both sides. Which tokens see which is up to the attention; see
-    `evollm.models.attention`.
+    The positions of each completion begin where the prompt ends, and the prompt's last token predicts the first token
+    of each. Which tokens see which is up to the attention; see `evollm.models.attention`.
 
     Attributes:
-        lengths: (B,) the lengths of each pair's parts.
-        scored: (2B,) tokens of each side that are scored; of each pair first the chosen side's.
+        lengths: (B,) the lengths of each sample's parts.
+        scored: Tokens of each completion that are scored, sample by sample.
         input_ids: (1, N) token ids.
         position_ids: (1, N) position of each token in its own sequence.
-        predicting: (C,) columns whose logits predict a scored token; of each pair first the chosen side's.
+        predicting: (C,) columns whose logits predict a scored token, completion by completion.
         targets: (C,) the tokens that they predict.
     """
 
-    lengths: tuple[PairLengths, ...]
+    lengths: tuple[SampleLengths, ...]
     scored: tuple[int, ...]
     input_ids: Tensor
     position_ids: Tensor
@@ -46,7 +44,7 @@ class PackedPairs:
     targets: Tensor
 
     @classmethod
-    def of(cls, batch: PreferenceBatch, device: torch.device) -> PackedPairs:
+    def of(cls, batch: Batch, device: torch.device) -> PackedSamples:
         """Lay out a batch on a device."""
         ids: list[IntArray] = []
         positions: list[IntArray] = []
@@ -54,24 +52,21 @@ class PackedPairs:
         targets: list[IntArray] = []
         lengths, scored = [], list[int]()
         start = 0
-        for row in range(len(batch)):
-            pair = batch.pair(row)
-            size = PairLengths(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
-            fork, middle = start + size.prompt, start + size.prompt + size.chosen
-            end = middle + size.rejected
-            ids += [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
-            positions += [_range(0, size.prompt + size.chosen), _range(size.prompt, size.prompt + size.rejected)]
-            first = _range(fork - 1, fork)
-            columns = (
-                _range(fork - 1, middle - 1),
-                np.concatenate([first[: size.rejected], _range(middle, end - 1)]),
-            )
-            for column, side, mask in zip(columns, (pair.chosen_ids, pair.rejected_ids), pair.masks, strict=True):
-                predicting.append(column[mask])
-                targets.append(side[mask])
-            scored += pair.num_scored
-            lengths.append(size)
-            start = end
+        for sample in batch:
+            fork = len(sample.prompt_ids)
+            ids.append(sample.prompt_ids)
+            positions.append(np.arange(fork))
+            last, start = start + fork - 1, start + fork
+            for completion in sample.completions:
+                columns = np.arange(start - 1, start - 1 + len(completion))
+                columns[:1] = last
+                ids.append(completion.ids)
+                positions.append(np.arange(fork, fork + len(completion)))
+                predicting.append(columns[completion.scored])
+                targets.append(completion.ids[completion.scored])
+                start += len(completion)
+            scored += sample.num_scored
+            lengths.append(SampleLengths(fork, tuple(map(len, sample.completions))))
 
         def tensor(parts: Sequence[IntArray]) -> Tensor:
             return torch.from_numpy(np.concatenate(parts)).to(device)
@@ -84,7 +79,3 @@ class PackedPairs:
             predicting=tensor(predicting),
             targets=tensor(targets),
         )
-
-
-def _range(start: int, end: int) -> IntArray:
-    return np.arange(start, end, dtype=np.int64)

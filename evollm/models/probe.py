@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from evollm.data.batch import IntArray, PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, IntArray, Sample
 from evollm.errors import ConfigurationError
 from evollm.models.adapters.targets import bypassed_layers_refused
-from evollm.models.attention import PairLayout
+from evollm.models.attention import PackedSequences
 from evollm.models.encoder_decoder import (
     EncodedPairs,
     encoder_decoder_logprobs,
@@ -25,7 +25,7 @@ from evollm.models.encoder_decoder import (
 from evollm.models.fast_paths import FastPaths
 from evollm.models.layers import FanOut
 from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logprobs, packed_logprobs
-from evollm.models.packing import PackedPairs
+from evollm.models.packing import PackedSamples
 from evollm.models.rounding import rounded_otherwise
 from evollm.models.shared_base import SharedBase
 
@@ -67,7 +67,7 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
         longest: Tokens of the longest sequence to vouch for; see `probed_length`.
     """
     pairs = random_pairs(base, longest)
-    every, uneven, short = (PreferenceBatch.from_pairs(part) for part in (pairs, pairs[:2], pairs[1:]))
+    every, uneven, short = (Batch(part) for part in (pairs, pairs[:2], pairs[1:]))
     with random_adapters(base, config) as members:
         floor, apart = make_differ(base, members, short)
         first = _own(base, members[0], short.select([0]))
@@ -112,7 +112,7 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
 
 
 def _padded_batches(
-    base: SharedBase, member: str, batch: PreferenceBatch, expected: Tensor, bounds: Tensor
+    base: SharedBase, member: str, batch: Batch, expected: Tensor, bounds: Tensor
 ) -> tuple[bool, bool, list[str]]:
     """Whether padded batches are right with position ids and without, and what that means where they are not."""
     with_ids, without = _Trial(), _Trial()
@@ -180,7 +180,7 @@ def differences(found: Tensor) -> Tensor:
     return found.pow(2).mean(dim=1).sqrt()
 
 
-def make_differ(base: SharedBase, members: Sequence[str], batch: PreferenceBatch) -> tuple[float, float]:
+def make_differ(base: SharedBase, members: Sequence[str], batch: Batch) -> tuple[float, float]:
     """Add noise to the members' weights until their log-probs differ by more than rounding could.
 
     Returns:
@@ -206,14 +206,14 @@ def make_differ(base: SharedBase, members: Sequence[str], batch: PreferenceBatch
     return found[0]
 
 
-def _floor_of_long(base: SharedBase, member: str, pair: TokenizedPair, expected: Tensor) -> float:
+def _floor_of_long(base: SharedBase, member: str, pair: Sample, expected: Tensor) -> float:
     """The rounding floor of a long sequence, prompt and chosen side, whose log-prob is expected to be that."""
-    alone = PreferenceBatch.from_pairs([replace(pair, rejected_ids=pair.rejected_ids[:0])])
+    alone = Batch([replace(pair, completions=pair.completions[:1])])
     with rounded_otherwise(base, [member], seed=0):
         return float((_own(base, member, alone)[0, 0] - expected).abs())
 
 
-def _own(base: SharedBase, adapter: str, batch: PreferenceBatch) -> Tensor:
+def _own(base: SharedBase, adapter: str, batch: Batch) -> Tensor:
     """(B, 2) by the model's own forward pass, one sequence at a time, with its token ids and nothing else."""
     with base.active(adapter) as network:
         lone = lone_encoder_decoder_logprobs if base.is_encoder_decoder else lone_logprobs
@@ -221,7 +221,7 @@ def _own(base: SharedBase, adapter: str, batch: PreferenceBatch) -> Tensor:
 
 
 def _padded(
-    base: SharedBase, adapter: str, batch: PreferenceBatch, *, explicit_positions: bool = True, tiled_head: bool = False
+    base: SharedBase, adapter: str, batch: Batch, *, explicit_positions: bool = True, tiled_head: bool = False
 ) -> Tensor:
     """(B, 2) by the plain layout and PEFT's own forward pass."""
     with base.active(adapter) as network:
@@ -237,7 +237,7 @@ def _padded(
 def packed_sums(
     base: SharedBase,
     members: tuple[str, ...],
-    batch: PreferenceBatch,
+    batch: Batch,
     *,
     tiled_head: bool,
     routed: bool = False,
@@ -246,13 +246,13 @@ def packed_sums(
     """(B, 2) for each member with prompts computed once, of the last of some equal passes."""
     if base.is_encoder_decoder:
         return _encoded_once(base, members, batch, tiled_head=tiled_head, routed=routed)
-    packed = PackedPairs.of(batch, base.device)
+    packed = PackedSamples.of(batch, base.device)
     first = base.adapters.first_layer(members)
     fan_out = None if first is None else FanOut(first, len(members))
     with (
         base.active(members[0]) as network,
         base.router.route(members if routed else None),
-        base.packed(PairLayout(packed.lengths, base.device, base.network.dtype), fan_out),
+        base.packed(PackedSequences(packed.lengths, base.device, base.network.dtype), fan_out),
     ):
         for _ in range(passes):
             found = packed_logprobs(network, packed, len(members), tiled_head=tiled_head)
@@ -260,7 +260,7 @@ def packed_sums(
 
 
 def _encoded_once(
-    base: SharedBase, members: tuple[str, ...], batch: PreferenceBatch, *, tiled_head: bool, routed: bool
+    base: SharedBase, members: tuple[str, ...], batch: Batch, *, tiled_head: bool, routed: bool
 ) -> list[Tensor]:
     """The same of an encoder-decoder model, which keeps nothing from one pass to the next."""
     pairs = EncodedPairs.of(batch, base.device, start_token(base.network), shared_prompt=True)
@@ -286,7 +286,7 @@ def _usual_ids(base: SharedBase) -> IntArray:
     return usual if padding is None else np.setdiff1d(usual, [padding])
 
 
-def random_pairs(base: SharedBase, longest: int) -> list[TokenizedPair]:
+def random_pairs(base: SharedBase, longest: int) -> list[Sample]:
     """A pair whose sequences are `longest` tokens long, and some with few tokens; sides end as a completion does."""
     rng, ids = np.random.default_rng(0), _usual_ids(base)
     end = getattr(base.network.config, "eos_token_id", None)
@@ -297,7 +297,7 @@ def random_pairs(base: SharedBase, longest: int) -> list[TokenizedPair]:
 
     sizes = [(longest - _COMPLETION, _COMPLETION, _COMPLETION), *_SHORT_PAIRS]
     return [
-        TokenizedPair(ids[rng.integers(len(ids), size=prompt)], side(chosen), side(rejected))
+        Sample.of(ids[rng.integers(len(ids), size=prompt)], side(chosen), side(rejected))
         for prompt, chosen, rejected in sizes
     ]
 

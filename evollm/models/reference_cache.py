@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.errors import CheckpointError
 from evollm.models.logprobs import PairLogprobs
 
 # From pairs and positions of references to each one's log-probs of these pairs.
-Compute = Callable[[PreferenceBatch, Sequence[int]], list[PairLogprobs]]
+Compute = Callable[[Batch, Sequence[int]], list[PairLogprobs]]
 
 _KEY_BYTES = 16
 
@@ -40,7 +40,7 @@ class ReferenceCache:
         self.told_of: set[tuple[str, bytes]] = set()
 
     def get(
-        self, references: Sequence[str], batch: PreferenceBatch, compute: Compute, *, up_to_shorter: bool = False
+        self, references: Sequence[str], batch: Batch, compute: Compute, *, up_to_shorter: bool = False
     ) -> list[PairLogprobs]:
         """Log-probs of every pair of the batch under each reference, computing those that are not known.
 
@@ -68,7 +68,7 @@ class ReferenceCache:
                 self._entries[references[number]].update(zip((keys[row] for row in rows), sums, strict=True))
         return [self._lookup(reference, keys) for reference in references]
 
-    def known_as_not_finite(self, reference: str, batch: PreferenceBatch) -> list[int]:
+    def known_as_not_finite(self, reference: str, batch: Batch) -> list[int]:
         """The rows of a batch whose sums are known, and are not all finite."""
         entries = self._entries.get(reference)
         if not entries:

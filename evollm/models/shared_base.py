@@ -17,7 +17,7 @@ from evollm.errors import ConfigurationError
 from evollm.models.adapters.registry import AdapterRegistry
 from evollm.models.adapters.routing import AdapterRouter
 from evollm.models.adapters.targets import language_model, text_config
-from evollm.models.attention import PairLayout, current_layout, packed_attention
+from evollm.models.attention import PackedSequences, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
 from evollm.models.fingerprints import weights_fingerprint
 from evollm.models.layers import FanOut, LayerStack
@@ -205,8 +205,8 @@ class SharedBase:
                 self.layers.checkpointing = before
 
     @contextmanager
-    def packed(self, layout: PairLayout, fan_out: FanOut | None) -> Iterator[None]:
-        """Inside the block the rows of a forward pass are packed pairs; see `PackedPairs` and `FanOut`."""
+    def packed(self, layout: PackedSequences, fan_out: FanOut | None) -> Iterator[None]:
+        """Inside the block the rows of a forward pass are packed pairs; see `PackedSamples` and `FanOut`."""
         before, self.layers.fan_out = self.layers.fan_out, fan_out
         try:
             with packed_attention(self.network.config, layout):

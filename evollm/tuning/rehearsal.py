@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import only_writer
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.errors import DivergedError
 from evollm.execution.executor import check_going
 from evollm.execution.worker import global_generators, learn_all, set_global_generators
@@ -52,7 +52,7 @@ def rehearse(setup: Setup) -> str:
 
 
 def _seconds_per_token(
-    population: Sequence[SavableAgent], pairs: Sequence[TokenizedPair], batch_size: int
+    population: Sequence[SavableAgent], pairs: Sequence[Sample], batch_size: int
 ) -> tuple[float, str]:
     """Seconds in which all agents learn from a token, and how that was measured."""
     rows = usual_pairs(pairs, TIMED_TOKENS)
@@ -67,9 +67,9 @@ def _seconds_per_token(
     return seconds / tokens, f"{agents} learnt from {tokens} tokens in {seconds:.2g} s"
 
 
-def _timed(population: Sequence[SavableAgent], rows: Sequence[TokenizedPair]) -> float:
+def _timed(population: Sequence[SavableAgent], rows: Sequence[Sample]) -> float:
     """Seconds of a step, after one in which everything is made that is made once."""
-    batch = PreferenceBatch.from_pairs(list(rows))
+    batch = Batch(list(rows))
     learn_all(population, batch)
     start = time.perf_counter()
     learn_all(population, batch)
@@ -91,5 +91,5 @@ def _passes(setup: Setup, steps: int) -> float:
     return learnt + REFERENCE_SHARE / int(setup.agents[0].update_epochs) * forward
 
 
-def _tokens(pairs: Sequence[TokenizedPair]) -> int:
+def _tokens(pairs: Sequence[Sample]) -> int:
     return sum(pair.num_tokens for pair in pairs)

@@ -19,8 +19,8 @@ from evollm.checkpoints.agent import read_agent_folder
 from evollm.checkpoints.atomic import check_replaceable
 from evollm.checkpoints.find import FoundAgent, NoAgentError, best_of_run, check_is_base, find_agent
 from evollm.checks import usable_path
-from evollm.data.batch import IntArray
 from evollm.data.row_report import FORMS
+from evollm.data.samples import IntArray
 from evollm.data.tokenization import prompt_ids
 from evollm.errors import CheckpointError, ConfigurationError, brief
 from evollm.models.generation import greedy_answers

@@ -11,8 +11,9 @@ from snapshots import actor_bits, adapter_bits, base_bits
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from evollm import DPO, ConfigurationError, DivergedError, HyperparameterConfig, PreferenceGym, RLParameter
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.hpo import preference_fitness
+from evollm.llm_envs.observations import batch_of
 
 TRL_NAMES = {
     "loss",
@@ -247,7 +248,7 @@ def test_evaluation_keeps_the_order_of_the_split(make_agent, tokenizer) -> None:
         agent.learn(env.next_batch())
     together = agent.evaluate(env).margins
     for position, pair in enumerate(env.test_pairs):
-        chosen, rejected = agent.logratios(PreferenceBatch.from_pairs([pair]))
+        chosen, rejected = agent.logratios(Batch([pair]))
         assert together[position] == pytest.approx((chosen - rejected)[0], abs=1e-4)
 
 
@@ -266,7 +267,7 @@ def test_an_observation_trains_like_its_batch(make_agent, gym) -> None:
     observation, _ = gym.reset(seed=5)
     first, second = make_agent(), make_agent()
     first.learn(observation)
-    second.learn(PreferenceBatch.from_experiences(observation))
+    second.learn(batch_of(observation))
     assert actor_bits(first) == actor_bits(second)
 
 

@@ -19,7 +19,7 @@ from evollm import DPO, ConfigurationError
 from evollm.algorithms.dpo_step import DPOObjective, learn_together
 from evollm.algorithms.losses import LossSettings
 from evollm.algorithms.step import Linearised
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models import ReferenceCache
 from evollm.models.engine import Engine, PassOptions
 from evollm.models.fast_paths import FastPaths
@@ -28,11 +28,9 @@ from evollm.models.logprobs import PairLogprobs
 SHAPES = [(9, 5, 3), (3, 1, 12), (14, 7, 7)]
 
 
-def make_batch(seed: int = 0) -> PreferenceBatch:
+def make_batch(seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
-    return PreferenceBatch.from_pairs(
-        [TokenizedPair(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in SHAPES]
-    )
+    return Batch([Sample.of(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in SHAPES])
 
 
 def make_agent(model: Any, **arguments: Any) -> DPO:
@@ -51,13 +49,13 @@ def token_logprobs(network: Any, prompt: np.ndarray, side: np.ndarray) -> Tensor
     return logits.log_softmax(-1)[range(len(side)), targets]
 
 
-def direct_loss(agent: DPO, batch: PreferenceBatch, alpha: float, nll_alpha: float) -> Tensor:
+def direct_loss(agent: DPO, batch: Batch, alpha: float, nll_alpha: float) -> Tensor:
     """The mean over pairs of -log sigmoid(beta * weighed margin), and the likelihood of all chosen tokens."""
 
     def sums(adapter: str | None) -> tuple[list[Tensor], list[Tensor]]:
         weighed, whole = [], []
         for row in range(len(batch)):
-            pair = batch.pair(row)
+            pair = batch[row]
             shorter = min(len(pair.chosen_ids), len(pair.rejected_ids))
             for side in (pair.chosen_ids, pair.rejected_ids):
                 with agent.base.active(adapter) as network:
@@ -110,9 +108,9 @@ def two_pairs() -> tuple[PairLogprobs, PairLogprobs]:
 
 
 def objective(ld_alpha: float | None, terms: Sequence[str] = ("sigmoid",), nll_alpha: float = 0.0) -> DPOObjective:
-    pairs = [TokenizedPair(*(np.zeros(size, np.int64) for size in shape)) for shape in ((2, 4, 2), (2, 1, 3))]
+    pairs = [Sample.of(*(np.zeros(size, np.int64) for size in shape)) for shape in ((2, 4, 2), (2, 1, 3))]
     weights = tuple((name, 1.0) for name in terms)
-    batch = PreferenceBatch.from_pairs(pairs)
+    batch = Batch(pairs)
     return DPOObjective(batch, two_pairs()[1], weights, LossSettings(beta=0.1), nll_alpha, ld_alpha)
 
 

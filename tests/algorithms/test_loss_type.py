@@ -24,7 +24,7 @@ from evollm import (
     finetune_llm_preference,
 )
 from evollm.algorithms.losses import LOSSES, LossSettings, PairScores
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -33,11 +33,9 @@ SHAPES = [(9, 5, 7), (3, 12, 2), (14, 1, 6), (1, 2, 9), (6, 11, 3)]
 
 
 @pytest.fixture
-def batch() -> PreferenceBatch:
+def batch() -> Batch:
     rng = np.random.default_rng(0)
-    return PreferenceBatch.from_pairs(
-        [TokenizedPair(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in SHAPES]
-    )
+    return Batch([Sample.of(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in SHAPES])
 
 
 @pytest.fixture
@@ -56,21 +54,21 @@ def make_exact(lora):
     return make
 
 
-def loss_and_gradient(agent: DPO, batch: PreferenceBatch) -> tuple[float, list[Tensor]]:
+def loss_and_gradient(agent: DPO, batch: Batch) -> tuple[float, list[Tensor]]:
     """What `learn` reports and hands to the optimizer."""
     seen: list[Tensor] = []
     agent.optimizer.step = lambda: seen.extend(p.grad.clone() for p in agent.actor_parameters())  # type: ignore
     return agent.learn(batch)["loss"], seen
 
 
-def by_hand(agent: DPO, batch: PreferenceBatch, names: list[str], weights: list[float], settings: LossSettings):
+def by_hand(agent: DPO, batch: Batch, names: list[str], weights: list[float], settings: LossSettings):
     """The same by PEFT's own forward passes, one for each sequence, and autograd over the whole batch."""
     network = agent.get_policy()
     sums = []
     for row in range(len(batch)):
         prompt, chosen = int(batch.prompt_lengths[row]), int(batch.chosen_lengths[row])
         end = prompt + chosen
-        ids = torch.from_numpy(batch.input_ids[row])
+        ids = torch.from_numpy(batch[row].token_ids)
         rejected = ids[end : end + int(batch.rejected_lengths[row])]
         for side in (ids[prompt:end], rejected):
             sequence = torch.cat([ids[:prompt], side])

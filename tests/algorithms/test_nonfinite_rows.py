@@ -14,19 +14,19 @@ from snapshots import actor_bits
 
 from evollm import DataError, PreferenceGym, SFTGym
 from evollm.algorithms import dpo_step, sft_step
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models.engine import Engine
 
 LEFT_OUT = "left out: train row"
 
 
-def pairs_of(rows: list[dict[str, str]], tokenizer: Any, gym: Any = PreferenceGym) -> PreferenceBatch:
+def pairs_of(rows: list[dict[str, str]], tokenizer: Any, gym: Any = PreferenceGym) -> Batch:
     """All rows in their order, as a batch of the gym's training split."""
     env = gym(rows, None, tokenizer, data_batch_size_per_gpu=len(rows))
-    return PreferenceBatch.from_pairs(env.train_pairs, "train")
+    return Batch(env.train_pairs, "train")
 
 
-def others(batch: PreferenceBatch, left_out: int) -> PreferenceBatch:
+def others(batch: Batch, left_out: int) -> Batch:
     return batch.select([row for row in range(len(batch)) if row != left_out])
 
 
@@ -81,12 +81,12 @@ def test_references_of_other_rows_have_the_bits_that_they_have_without_such_a_ro
     agent = make_agent(actor_network=break_token(make_model(), tokenizer), calc_position_embeddings=False)
     rng, (token,) = np.random.default_rng(0), tokenizer(MARK, add_special_tokens=False)["input_ids"]
     short, long = (
-        TokenizedPair(*(rng.integers(5, token, size=size) for size in sizes)) for sizes in ((3, 4, 5), (90, 60, 60))
+        Sample.of(*(rng.integers(5, token, size=size) for size in sizes)) for sizes in ((3, 4, 5), (90, 60, 60))
     )
     long.prompt_ids[0] = token
-    both = agent.reference_logprobs(PreferenceBatch.from_pairs([short, long])).columns
+    both = agent.reference_logprobs(Batch([short, long])).columns
     agent.base.reference_cache.clear()
-    alone = agent.reference_logprobs(PreferenceBatch.from_pairs([short])).columns
+    alone = agent.reference_logprobs(Batch([short])).columns
     assert [column[0] for column in both] == [column[0] for column in alone]
     assert not any(column[1].isfinite() for column in both)
 

@@ -39,10 +39,10 @@ from evollm.algorithms.references import Rows, finite_rows, reference_logprobs
 from evollm.algorithms.scoring import scored_batches
 from evollm.algorithms.settings import Evolvable, Hyperparameters
 from evollm.algorithms.step import Method, learn_by
-from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.data.cells import UnusableRowError
 from evollm.data.completion_rows import EXAMPLES
 from evollm.data.rows import RowFormat
+from evollm.data.samples import Batch, Sample
 from evollm.hpo import Evaluation
 from evollm.llm_envs import DatasetGym
 from evollm.models.logprobs import PairLogprobs
@@ -66,11 +66,11 @@ class LabelGym(DatasetGym):
 
     row_format = RowFormat("answer", EXAMPLES.kind, labelled)
 
-    def _reward(self, numbers: Any, pairs: Sequence[TokenizedPair]) -> float:
+    def _reward(self, numbers: Any, pairs: Sequence[Sample]) -> float:
         return float(np.mean(numbers * signs(pairs) > 0))
 
 
-def signs(pairs: Sequence[TokenizedPair]) -> Any:
+def signs(pairs: Sequence[Sample]) -> Any:
     return np.array([pair.label for pair in pairs])
 
 
@@ -123,19 +123,19 @@ class PointwiseObjective:
         return {"loss": self.loss(range(self.weight), policy).item()}
 
 
-def objectives(agents: Sequence[Pointwise], batch: PreferenceBatch) -> list[PointwiseObjective]:
+def objectives(agents: Sequence[Pointwise], batch: Batch) -> list[PointwiseObjective]:
     references = reference_logprobs(agents, batch)
     labels = torch.from_numpy(batch.labels)
     return [PointwiseObjective(labels, one.chosen, agent.beta) for agent, one in zip(agents, references, strict=True)]
 
 
 def usable_rows(
-    agents: Sequence[Pointwise], batch: PreferenceBatch, suspects: Sequence[int], reference: str | None = OWN
+    agents: Sequence[Pointwise], batch: Batch, suspects: Sequence[int], reference: str | None = OWN
 ) -> list[Rows]:
     return [tuple(finite_rows([found])) for found in reference_logprobs(agents, batch, reference)]
 
 
-def learn(agents: Sequence[Pointwise], batch: PreferenceBatch) -> list[dict[str, float]]:
+def learn(agents: Sequence[Pointwise], batch: Batch) -> list[dict[str, float]]:
     return learn_by(Method(objectives, usable_rows), agents, batch, training=True)
 
 
@@ -290,7 +290,7 @@ def test_labels_stay_with_their_rows_in_batches_and_beside_kept_tokens(tokenizer
         for _ in range(len(env)):
             batch = env.next_batch()
             wanted = [1.0 if rows[number]["label"] else -1.0 for number in batch.rows]
-            assert batch.labels.tolist() == wanted == [batch.pair(row).label for row in range(len(batch))]
+            assert batch.labels.tolist() == wanted == [batch[row].label for row in range(len(batch))]
             assert batch.select([len(batch) - 1]).labels.tolist() == wanted[-1:]
 
 

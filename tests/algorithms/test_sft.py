@@ -15,7 +15,8 @@ from torch import Tensor
 
 from evollm import DPO, SFT, ConfigurationError, DivergedError, HyperparameterConfig, RLParameter, SFTGym
 from evollm.algorithms.sft_step import learn_together
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
+from evollm.llm_envs.observations import batch_of
 from evollm.models.engine import Engine
 from evollm.models.fast_paths import FastPaths
 
@@ -29,11 +30,9 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
-def make_batch(seed: int = 0, shapes: Sequence[tuple[int, int]] = SHAPES) -> PreferenceBatch:
+def make_batch(seed: int = 0, shapes: Sequence[tuple[int, int]] = SHAPES) -> Batch:
     rng = np.random.default_rng(seed)
-    return PreferenceBatch.from_pairs(
-        [TokenizedPair(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in shapes]
-    )
+    return Batch([Sample.of(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in shapes])
 
 
 def make_agents(members: Sequence[dict[str, Any]] = MIXED, **shared: Any) -> list[SFT]:
@@ -75,12 +74,14 @@ def test_the_loss_is_cross_entropy_on_completion_tokens_alone_with_its_gradient(
     batch = make_batch()
     longest = int(batch.num_tokens.max())
     labels = torch.full((len(batch), longest), -100)
+    input_ids = torch.zeros(labels.shape, dtype=torch.int64)
     for row in range(len(batch)):
         prompt, end = batch.prompt_lengths[row], batch.num_tokens[row]
-        labels[row, prompt:end] = torch.from_numpy(batch.input_ids[row, prompt:end])
+        input_ids[row, :end] = torch.from_numpy(batch[row].token_ids)
+        labels[row, prompt:end] = input_ids[row, prompt:end]
     mask = torch.from_numpy((np.arange(longest) < batch.num_tokens[:, None]).astype(np.int64))
     with agent.base.active(agent.actor_adapter) as network:
-        logits = network(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask).logits[:, :-1]
+        logits = network(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         expected.backward()
     gradients = [p.grad.clone() for p in agent.actor_parameters()]
@@ -178,7 +179,7 @@ def test_an_observation_of_examples_trains_like_its_batch_and_the_agent_plays(ma
     first, second = make_sft(), make_sft()
     observation, _ = sft_gym.reset()
     first.learn(observation)
-    second.learn(PreferenceBatch.from_experiences(observation))
+    second.learn(batch_of(observation))
     assert actor_bits(first) == actor_bits(second)
     action = first.get_action(observation)
     assert action in sft_gym.action_space
@@ -192,9 +193,9 @@ def test_the_held_out_score_is_minus_the_mean_loss_of_a_token_in_the_order_of_th
     agent.learn(env.next_batch())
     evaluation = agent.evaluate(env)
     for position, example in enumerate(env.test_pairs):
-        alone = agent.learn(PreferenceBatch.from_pairs([example]), training=False)["loss"]
+        alone = agent.learn(Batch([example]), training=False)["loss"]
         assert -evaluation.logprobs[position] / len(example.chosen_ids) == pytest.approx(alone, rel=1e-5)
-    whole = agent.learn(PreferenceBatch.from_pairs(env.test_pairs), training=False)["loss"]
+    whole = agent.learn(Batch(env.test_pairs), training=False)["loss"]
     assert float(agent.test(env)) == agent.fitness[0] == pytest.approx(-whole, rel=1e-6)
     assert evaluation.scores == {"loss": evaluation.loss, "perplexity": math.exp(evaluation.loss)}
 

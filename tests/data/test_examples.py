@@ -126,5 +126,5 @@ def test_an_example_has_the_token_ids_of_the_chosen_side_of_a_pair(
             assert example.prompt_ids.tolist() == pair.prompt_ids.tolist()
         assert example.chosen_ids.tolist() == pair.chosen_ids.tolist()
         assert rows is CHAT or example.chosen_ids[-1] == tokenizer.eos_token_id
-        assert len(example.rejected_ids) == 0
+        assert len(example.completions) == 1
         assert example.longest_sequence <= (max_context_length or 1000)

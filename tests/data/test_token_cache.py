@@ -37,7 +37,7 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
 
 
 def content(env: Any) -> tuple[Any, ...]:
-    pairs = [(pair.row, pair.key(), pair.prompt_ids.dtype) for pair in env.all_pairs]
+    pairs = [(pair.row, pair.key, pair.prompt_ids.dtype) for pair in env.all_pairs]
     return env.fingerprint, pairs, {name: str(report) for name, report in env.reports.items()}, env.longest_sequence
 
 

@@ -14,7 +14,7 @@ from tokenizers_for_tests import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from evollm.data import DataReport, TokenizedPair, load_pairs
+from evollm.data import DataReport, Sample, load_pairs
 from evollm.data.row_report import count_rows
 from evollm.errors import ConfigurationError, DataError
 
@@ -26,7 +26,7 @@ CHAT = {
 }
 
 
-def load(tokenizer: PreTrainedTokenizerFast, *rows: dict[str, Any], **limits: Any) -> list[TokenizedPair]:
+def load(tokenizer: PreTrainedTokenizerFast, *rows: dict[str, Any], **limits: Any) -> list[Sample]:
     return load_pairs(list(rows), tokenizer, name="train", **limits)[0]
 
 
@@ -34,7 +34,7 @@ def text_row(prompt: str = QUESTION, chosen: str = " yes", rejected: str = " no"
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def sides(pair: TokenizedPair) -> tuple[list[int], list[int]]:
+def sides(pair: Sample) -> tuple[list[int], list[int]]:
     return [*pair.prompt_ids, *pair.chosen_ids], [*pair.prompt_ids, *pair.rejected_ids]
 
 

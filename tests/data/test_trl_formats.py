@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from tokenizers_for_tests import chatml_tokenizer, make_tokenizer
 
-from evollm.data import TokenizedPair, load_pairs
+from evollm.data import Sample, load_pairs
 from evollm.data.cells import (
     EMPTY_COMPLETION,
     MALFORMED_MESSAGES,
@@ -104,8 +104,8 @@ def texts(row_format: RowFormat, *rows: dict[str, Any], data: object = None) -> 
     return [tuple(tokenizer.decode(ids) for ids in _parts(pair) if len(ids)) for pair in pairs]
 
 
-def _parts(pair: TokenizedPair) -> tuple[Any, ...]:
-    return pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+def _parts(pair: Sample) -> tuple[Any, ...]:
+    return pair.prompt_ids, *(completion.ids for completion in pair.completions)
 
 
 # --------------------------------------------------------------------------------------------------------------- tools

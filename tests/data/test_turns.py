@@ -24,11 +24,12 @@ from tokenizers_for_tests import make_tokenizer
 
 from evollm import DataError, PreferenceGym, SFTGym, inspect_data
 from evollm.data import load_pairs
-from evollm.data.batch import PreferenceBatch, TokenizedPair
 from evollm.data.cells import NOT_TO_BE_LEARNT
 from evollm.data.chat_template import TURNS_NOT_FOUND
 from evollm.data.completion_rows import EXAMPLES
 from evollm.data.prompts import OTHERS_IN_COMPLETION
+from evollm.data.samples import Sample
+from evollm.llm_envs.observations import batch_of
 
 # What each family's template writes of a turn: of Blue, of Green, and before an answer that ends the conversation.
 WRITTEN = {
@@ -57,9 +58,8 @@ def runs(ids: np.ndarray, mask: np.ndarray, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(part) for part, scored in parts if scored.all()]
 
 
-def scored_texts(pair: TokenizedPair, tokenizer: Any) -> list[list[str]]:
-    sides = zip((pair.chosen_ids, pair.rejected_ids), pair.masks, strict=True)
-    return [runs(ids, mask, tokenizer) for ids, mask in sides if len(ids)]
+def scored_texts(pair: Sample, tokenizer: Any) -> list[list[str]]:
+    return [runs(side.ids, side.scored, tokenizer) for side in pair.completions]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,13 +107,13 @@ def test_a_completion_that_ends_with_others_is_scored_up_to_them_and_one_side_ma
     tokenizer = family_tokenizer("ChatML")
     pair = only(tokenizer, {"prompt": [USER], "chosen": [BLUE, AGAIN], "rejected": [GREEN]})
     assert scored_texts(pair, tokenizer) == [["Blue.<|im_end|>\n"], ["  Green,\nmaybe. <|im_end|>\n"]]
-    assert pair.rejected_mask is None
+    assert pair.completions[1].mask is None
 
 
 def test_a_completion_of_the_assistants_alone_is_scored_whole() -> None:
     pair = only(family_tokenizer("ChatML"), {"prompt": [USER], "chosen": [BLUE, GREEN], "rejected": [GREEN]})
-    assert pair.chosen_mask is None
-    assert pair.rejected_mask is None
+    assert pair.completions[0].mask is None
+    assert pair.completions[1].mask is None
 
 
 def test_an_example_is_scored_likewise_and_of_messages_the_last_answer_alone() -> None:
@@ -121,7 +121,7 @@ def test_an_example_is_scored_likewise_and_of_messages_the_last_answer_alone() -
     pair = only(tokenizer, {"prompt": [USER], "completion": [BLUE, AGAIN, GREEN]}, EXAMPLES)
     assert scored_texts(pair, tokenizer) == [["Blue.<|im_end|>\n", "  Green,\nmaybe. <|im_end|>\n"]]
     whole = only(tokenizer, {"messages": [USER, BLUE, AGAIN, GREEN]}, EXAMPLES)
-    assert whole.chosen_mask is None
+    assert whole.completions[0].mask is None
     assert tokenizer.decode(whole.chosen_ids) == "  Green,\nmaybe. <|im_end|>\n"
 
 
@@ -175,13 +175,13 @@ def test_pairs_are_the_same_after_a_batch_an_observation_and_a_file(tmp_path) ->
     tokenizer = family_tokenizer("Llama 3")
     rows = [{"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]}, TURNS]
     gyms = [PreferenceGym(rows, None, tokenizer, 2, cache_dir=tmp_path / "tokens") for _ in range(2)]
-    keys = {pair.key() for pair in gyms[0].train_pairs}
-    assert {pair.key() for pair in gyms[1].train_pairs} == keys == set(gyms[0].next_batch().keys())
+    keys = {pair.key for pair in gyms[0].train_pairs}
+    assert {pair.key for pair in gyms[1].train_pairs} == keys == set(gyms[0].next_batch().keys())
     observation, _ = gyms[0].reset()
     assert gyms[0].observation_space.contains(observation)
-    batch = PreferenceBatch.from_experiences(observation)
+    batch = batch_of(observation)
     assert set(batch.keys()) == keys
-    assert batch.chosen_scored.tolist() == [batch.pair(row).num_scored[0] for row in range(2)]
+    assert batch.chosen_scored.tolist() == [batch[row].num_scored[0] for row in range(2)]
     assert {key for part in batch.split(1) for key in part.keys()} == keys  # noqa: SIM118
     assert gyms[0].observation_space.contains(gyms[0].step(np.zeros(2, np.float32))[0])
 
@@ -202,16 +202,16 @@ def test_pairs_without_such_turns_are_what_they_were() -> None:
         }
     )
     (alone,), beside = env.train_pairs, PreferenceGym([simple, TURNS], None, tokenizer, 2).next_batch()
-    assert PreferenceBatch.from_pairs([alone]).scored_mask is None
-    assert alone.key() in beside.keys()  # noqa: SIM118
+    assert not alone.has_mask
+    assert alone.key in beside.keys()  # noqa: SIM118
 
 
 def test_equal_tokens_of_which_others_are_scored_are_not_the_same_pair() -> None:
     ids = np.arange(5)
-    whole = TokenizedPair(ids, ids, ids)
-    keys = {whole.with_mask(np.array(mask, np.bool_)).key() for mask in ([1] * 10, [0] + [1] * 9, [1] * 9 + [0])}
+    whole = Sample.of(ids, ids, ids)
+    keys = {whole.with_mask(np.array(mask, np.bool_)).key for mask in ([1] * 10, [0] + [1] * 9, [1] * 9 + [0])}
     assert len(keys) == 3
-    assert whole.key() in keys
+    assert whole.key in keys
 
 
 @pytest.mark.parametrize("mask", [np.zeros((2, 40), np.int8), np.ones((2, 3), np.int8)], ids=["nothing", "shape"])
@@ -219,7 +219,7 @@ def test_a_mask_that_leaves_nothing_or_does_not_fit_is_refused(mask: np.ndarray)
     ids = np.zeros((2, 40), np.int64)
     lengths = {name: np.array([3, 4]) for name in ("prompt_lengths", "chosen_lengths", "rejected_lengths")}
     with pytest.raises(DataError, match="scored_mask"):
-        PreferenceBatch.from_experiences({"input_ids": ids, **lengths, "scored_mask": mask})
+        batch_of({"input_ids": ids, **lengths, "scored_mask": mask})
 
 
 def test_a_score_of_examples_is_a_mean_over_scored_tokens() -> None:
@@ -240,7 +240,7 @@ def test_answers_that_say_that_they_are_not_to_be_learnt_are_not_scored(mark: di
     learnt = {"messages": [USER, {**BLUE, "weight": 1.0, "train": True}]}
     silent = {"messages": [USER, {**BLUE, **mark}]}
     (pair,), report = load_pairs([learnt, silent], tokenizer, name="train", row_format=EXAMPLES)
-    assert pair.chosen_mask is None
+    assert pair.completions[0].mask is None
     assert report.dropped == {NOT_TO_BE_LEARNT: (1, (1,))}
 
 

@@ -12,9 +12,10 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from tokenizers_for_tests import make_tokenizer
 
-from evollm.data import PreferenceBatch
+from evollm.data import Batch
 from evollm.errors import ConfigurationError, DataError
 from evollm.llm_envs import PreferenceGym
+from evollm.llm_envs.observations import batch_of
 
 WORDS = ["yes", "no", "answer", "question", "system", "user", "other"]
 
@@ -59,7 +60,7 @@ def test_observations_lie_in_the_space_and_hold_the_batch_of_next_batch() -> Non
     for index in range(len(env)):
         assert env.observation_space.contains(observation)
         assert info == {"epoch": 0, "index": index}
-        assert PreferenceBatch.from_experiences(observation).keys() == twin.next_batch().keys()
+        assert batch_of(observation).keys() == twin.next_batch().keys()
         observation, _, terminated, truncated, info = env.step(margins(0, 0, 0, 0))
         assert terminated is (index == len(env) - 1)
         assert truncated is False
@@ -87,7 +88,7 @@ def test_an_epoch_serves_every_pair_once_in_the_documented_order() -> None:
     for epoch in range(2):
         served = [key for batch in batches(env, len(env)) for key in batch]
         order = np.random.default_rng([5, epoch]).permutation(10)
-        assert served == PreferenceBatch.from_pairs([env.train_pairs[row] for row in order]).keys()
+        assert served == Batch([env.train_pairs[row] for row in order]).keys()
         assert env.num_epochs == epoch + 1
 
 
@@ -115,7 +116,7 @@ def test_reset_with_a_seed_starts_over_with_it() -> None:
     batches(env, 5)
     observation, info = env.reset(seed=9)
     assert (info, env.seed, env.num_epochs) == ({"epoch": 0, "index": 0}, 9, 0)
-    assert PreferenceBatch.from_experiences(observation).keys() == make_gym(seed=9).next_batch().keys()
+    assert batch_of(observation).keys() == make_gym(seed=9).next_batch().keys()
 
 
 def test_num_epochs_counts_an_epoch_once_its_last_batch_is_scored() -> None:
@@ -155,12 +156,12 @@ def test_an_action_that_is_not_one_number_for_each_row_is_refused(action: Any) -
 
 def test_eval_mode_serves_the_selection_pairs_in_their_own_order() -> None:
     env = make_gym()
-    keys = PreferenceBatch.from_pairs(env.test_pairs).keys()
+    keys = Batch(env.test_pairs).keys()
     with env.eval_mode():
         assert len(env) == 2
         assert batches(env, 4) == [keys[:4], keys[4:]] * 2
         observation, _ = env.reset()
-        assert PreferenceBatch.from_experiences(observation).keys() == keys[:4]
+        assert batch_of(observation).keys() == keys[:4]
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -193,16 +194,21 @@ def test_eval_batches_hold_every_pair_once_at_its_index(split: str, batch_size: 
     seen = []
     for indices, batch in env.eval_batches(split, batch_size):
         assert 1 <= len(batch) <= (batch_size or 4)
-        assert batch.keys() == PreferenceBatch.from_pairs([pairs[index] for index in indices]).keys()
+        assert batch.keys() == Batch([pairs[index] for index in indices]).keys()
         seen.extend(indices.tolist())
     assert sorted(seen) == list(range(len(pairs)))
 
 
+def padded(batch: Batch) -> int:
+    """Tokens of a batch whose samples are padded to its longest."""
+    return len(batch) * int(batch.num_tokens.max())
+
+
 def test_eval_batches_pad_no_more_than_the_order_of_the_rows_would() -> None:
     env = make_gym(num_test=40)
-    grouped = sum(batch.input_ids.size for _, batch in env.eval_batches())
+    grouped = sum(padded(batch) for _, batch in env.eval_batches())
     with env.eval_mode():
-        as_they_come = sum(env.next_batch().input_ids.size for _ in range(len(env)))
+        as_they_come = sum(padded(env.next_batch()) for _ in range(len(env)))
     assert grouped < as_they_come
 
 

@@ -10,7 +10,7 @@ from gymnasium.utils.env_checker import check_env
 from tokenizers_for_tests import make_tokenizer
 
 from evollm import ConfigurationError, DataError, PreferenceGym, SFTGym
-from evollm.data import PreferenceBatch
+from evollm.llm_envs.observations import batch_of
 
 
 def rows(count: int, tag: str) -> list[dict[str, str]]:
@@ -40,8 +40,8 @@ def test_examples_come_in_the_order_of_the_pairs_of_the_same_seed() -> None:
         batch, theirs = env.next_batch(), other.next_batch()
         assert not batch.rejected_lengths.any()
         for row in range(len(batch)):
-            assert batch.pair(row).prompt_ids.tolist() == theirs.pair(row).prompt_ids.tolist()
-            assert batch.pair(row).chosen_ids.tolist() == theirs.pair(row).chosen_ids.tolist()
+            assert batch[row].prompt_ids.tolist() == theirs[row].prompt_ids.tolist()
+            assert batch[row].chosen_ids.tolist() == theirs[row].chosen_ids.tolist()
 
 
 def test_the_reward_is_the_mean_log_probability_of_a_token() -> None:
@@ -60,7 +60,7 @@ def test_observations_of_examples_lie_in_the_space_and_hold_the_batch() -> None:
     env, twin = make_gym(), make_gym()
     observation, _ = env.reset()
     assert env.observation_space.contains(observation)
-    assert PreferenceBatch.from_experiences(observation).keys() == twin.next_batch().keys()
+    assert batch_of(observation).keys() == twin.next_batch().keys()
 
 
 def test_a_position_among_examples_is_restored() -> None:

@@ -12,7 +12,7 @@ from families import VOCABULARY, make_family
 from peft import LoraConfig
 
 from evollm import DPO, SFT
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.errors import CheckpointError
 from evollm.models import attention, budget, layers, slow_settings
 from evollm.models.budget import count_saved_bytes, should_recompute
@@ -25,11 +25,9 @@ MUCH, LITTLE = 2**40, 2**20
 TARGETS = {"t5": ["q", "wo"], "bart": ["q_proj", "fc2"]}
 
 
-def make_batch(shape: tuple[int, int, int] = (9, 5, 3)) -> PreferenceBatch:
+def make_batch(shape: tuple[int, int, int] = (9, 5, 3)) -> Batch:
     rng = np.random.default_rng(0)
-    return PreferenceBatch.from_pairs(
-        [TokenizedPair(*(rng.integers(VOCABULARY, size=size) for size in shape)) for _ in range(4)]
-    )
+    return Batch([Sample.of(*(rng.integers(VOCABULARY, size=size) for size in shape)) for _ in range(4)])
 
 
 def make_agent(family: str = "llama", algorithm: Any = DPO, **settings: Any) -> Any:

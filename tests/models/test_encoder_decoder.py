@@ -29,7 +29,7 @@ from evollm import (
     save_llm_checkpoint,
     save_merged_model,
 )
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models.encoder_decoder import EncodedPairs, encoder_decoder_logprobs
 from evollm.models.engine import Engine, PassOptions
 from evollm.models.generation import greedy_answers
@@ -50,12 +50,10 @@ def make_gym(**changes: Any) -> PreferenceGym:
     return PreferenceGym(make_rows(12), make_rows(6, 12), t5_tokenizer(), **settings | changes)
 
 
-def random_batch() -> PreferenceBatch:
+def random_batch() -> Batch:
     """The second pair has no rejected side."""
     rng, shapes = np.random.default_rng(0), [(9, 5, 3), (3, 4, 0), (6, 1, 7)]
-    return PreferenceBatch.from_pairs(
-        [TokenizedPair(*(rng.integers(160, size=size) for size in shape)) for shape in shapes]
-    )
+    return Batch([Sample.of(*(rng.integers(160, size=size) for size in shape if size)) for shape in shapes])
 
 
 def by_hand(network: nn.Module, prompt: np.ndarray, side: np.ndarray) -> float:
@@ -74,9 +72,9 @@ def test_log_probs_of_an_encoder_decoder_are_those_of_the_models_own_labels(fami
     with torch.no_grad():
         (found,) = encoder_decoder_logprobs(network, pairs)
     for row in range(len(batch)):
-        pair = batch.pair(row)
+        pair = batch[row]
         assert found.chosen[row].item() == pytest.approx(by_hand(network, pair.prompt_ids, pair.chosen_ids), abs=1e-10)
-        expected = by_hand(network, pair.prompt_ids, pair.rejected_ids) if len(pair.rejected_ids) else 0.0
+        expected = by_hand(network, pair.prompt_ids, pair.rejected_ids) if len(pair.completions) > 1 else 0.0
         assert found.rejected[row].item() == pytest.approx(expected, abs=1e-10)
 
 
@@ -100,7 +98,7 @@ def test_no_pass_of_an_encoder_decoder_has_more_tokens_than_the_budget(monkeypat
     expected = engine.logprobs(batch, [agent.actor_adapter], PassOptions(token_budget=10_000))
     original = EncodedPairs.of.__func__
 
-    def record(cls: type, batch: PreferenceBatch, *args: Any, **kwargs: Any) -> EncodedPairs:
+    def record(cls: type, batch: Batch, *args: Any, **kwargs: Any) -> EncodedPairs:
         pairs = original(cls, batch, *args, **kwargs)
         sizes.append((len(batch), pairs.num_tokens))
         return pairs
@@ -158,7 +156,7 @@ def test_a_population_of_encoder_decoders_evolves_is_saved_and_goes_on_as_a_mode
     merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
     tuned = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert tuned.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
-    pair = batch.pair(0)
+    pair = batch[0]
     logprob = Engine.of(best.base).logprobs(batch, [best.actor_adapter], PassOptions())[0].chosen[0].item()
     for model in (merged, tuned):
         assert by_hand(model, pair.prompt_ids, pair.chosen_ids) == pytest.approx(logprob, abs=1e-3)
@@ -191,9 +189,9 @@ def test_recomputed_layers_of_an_encoder_decoder_give_the_same_gradients() -> No
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-10)
 
 
-def random_batch_with_both_sides() -> PreferenceBatch:
+def random_batch_with_both_sides() -> Batch:
     batch = random_batch()
-    return PreferenceBatch.from_pairs([batch.pair(0), batch.pair(2)])
+    return Batch([batch[0], batch[2]])
 
 
 def test_a_gym_for_another_kind_of_model_is_refused(tmp_path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evollm import DPO
 from evollm.algorithms.dpo_step import learn_together, logratios_together
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models import attention, packing
 from evollm.models.engine import Engine, PassOptions, _FewPairs
 from evollm.models.fast_paths import FastPaths
@@ -33,11 +33,11 @@ MIXED: list[dict[str, Any]] = [
 SHAPES = [(9, 5, 3), (3, 1, 12), (14, 7, 7), (1, 2, 2), (6, 11, 1)]
 
 
-def make_batch(seed: int = 0, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> PreferenceBatch:
+def make_batch(seed: int = 0, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Batch:
     """Random tokens; the sides of some pairs are longer than the small models' windows."""
     rng = np.random.default_rng(seed)
-    pairs = [TokenizedPair(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in shapes]
-    return PreferenceBatch.from_pairs(pairs)
+    pairs = [Sample.of(*(rng.integers(VOCABULARY, size=size) for size in shape if size)) for shape in shapes]
+    return Batch(pairs)
 
 
 def make_agents(model: Any, members: Sequence[dict[str, Any]] = MIXED, targets: Any = None, **shared: Any) -> list[DPO]:
@@ -98,7 +98,7 @@ def test_stacked_gradients_are_the_members_own() -> None:
     assert all(float(gradient.abs().max()) > 1e-4 for gradient in gradients[0])
 
 
-def backward(agents: Sequence[DPO], batch: PreferenceBatch, options: PassOptions | None = None) -> list[Tensor]:
+def backward(agents: Sequence[DPO], batch: Batch, options: PassOptions | None = None) -> list[Tensor]:
     """The gradient of a loss in which every log-prob has another weight."""
 
     def loss(members: Sequence[int], rows: Sequence[int], policies: list[PairLogprobs]) -> Tensor:
@@ -150,16 +150,16 @@ def test_any_token_budget_gives_the_same_result(token_budget: int, max_pairs: in
 
 def test_no_pass_has_more_tokens_than_the_budget(monkeypatch) -> None:
     sizes = []
-    original = packing.PackedPairs.of.__func__
+    original = packing.PackedSamples.of.__func__
 
-    def record(cls: type, batch: PreferenceBatch, device: torch.device) -> packing.PackedPairs:
+    def record(cls: type, batch: Batch, device: torch.device) -> packing.PackedSamples:
         sizes.append(int(batch.num_tokens.sum()))
         return original(cls, batch, device)
 
     agents = make_agents(make_family("llama"))
     engine, names, batch = Engine.of(agents[0].base), [a.actor_adapter for a in agents], make_batch()
     engine.prepare(names, batch.longest_sequence)
-    monkeypatch.setattr(packing.PackedPairs, "of", classmethod(record))
+    monkeypatch.setattr(packing.PackedSamples, "of", classmethod(record))
     engine.logprobs(batch, names, PassOptions(token_budget=30))
     assert sum(sizes) == batch.num_tokens.sum()
     assert max(sizes) <= 30
@@ -236,22 +236,22 @@ def break_path(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
     from evollm.models.adapters.adapter import routing  # noqa: PLC0415
 
     if breakage == "positions":
-        original: Callable[..., Any] = packing.PackedPairs.of.__func__
+        original: Callable[..., Any] = packing.PackedSamples.of.__func__
 
-        def shifted(cls: type, batch: PreferenceBatch, device: torch.device) -> packing.PackedPairs:
+        def shifted(cls: type, batch: Batch, device: torch.device) -> packing.PackedSamples:
             packed = original(cls, batch, device)
             packed.position_ids[0, -batch.rejected_lengths[-1] :] += 1
             return packed
 
-        monkeypatch.setattr(packing.PackedPairs, "of", classmethod(shifted))
+        monkeypatch.setattr(packing.PackedSamples, "of", classmethod(shifted))
     elif breakage == "leak":
-        mask = attention.PairLayout.mask
+        mask = attention.PackedSequences.mask
 
-        def leaking(self: attention.PairLayout, queries: int, keys: int, window: int | None) -> Tensor | None:
+        def leaking(self: attention.PackedSequences, queries: int, keys: int, window: int | None) -> Tensor | None:
             found = mask(self, queries, keys, window)
             return None if found is None else torch.ones_like(found)
 
-        monkeypatch.setattr(attention.PairLayout, "mask", leaking)
+        monkeypatch.setattr(attention.PackedSequences, "mask", leaking)
     elif breakage == "routes":
         stacked = routing._stacked_weights
         monkeypatch.setattr(

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from evollm import DPO
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models import attention, flash, shared_base
 from evollm.models.engine import Engine, PassOptions, _FewPairs
 from evollm.models.probe import FastPaths
@@ -54,8 +54,8 @@ def test_a_pass_on_a_gpu_goes_through_the_flash_kernel_in_half_precision(
     monkeypatch, dtype: torch.dtype, gradient_checkpointing: bool
 ) -> None:
     pretend(monkeypatch)
-    pairs = [TokenizedPair(*map(np.arange, shape)) for shape in ((5, 3, 4), (2, 6, 1), (3, 4, 0))]
-    batch = PreferenceBatch.from_pairs(pairs)
+    pairs = [Sample.of(*map(np.arange, shape)) for shape in ((5, 3, 4), (2, 6, 1), (3, 4, 0))]
+    batch = Batch(pairs)
     shape = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     with FakeTensorMode(allow_non_fake_inputs=True):

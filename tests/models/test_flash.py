@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from evollm import DPO
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models import attention, flash
 from evollm.models.engine import Engine, PassOptions
 
@@ -25,10 +25,10 @@ SHAPES = [(9, 5, 3), (3, 1, 12), (14, 7, 7), (1, 2, 2), (6, 11, 1), (4, 9, 0), (
 FAMILIES = {"qwen2": [], "qwen2-window": [], "mistral-window": [], "gemma3": [], "gpt-neox": ["query_key_value"]}
 
 
-def make_batch() -> PreferenceBatch:
+def make_batch() -> Batch:
     rng = np.random.default_rng(0)
-    pairs = [TokenizedPair(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in SHAPES]
-    return PreferenceBatch.from_pairs(pairs)
+    pairs = [Sample.of(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in SHAPES]
+    return Batch(pairs)
 
 
 def make_agents(model: Any, targets: list[str], **settings: Any) -> list[DPO]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evollm import DPO, SFT, ConfigurationError, tune
 from evollm.algorithms.dpo_step import learn_together
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models import engine as engines
 from evollm.models.engine import Engine, _from_everywhere
 from evollm.models.fast_paths import FastPaths
@@ -59,12 +59,10 @@ def make_base(kind: str = "mixtral", **asked: Any) -> Any:
     return model(config(**{**SMALL, **own, **(asked or ASKED)})).eval()
 
 
-def make_batch(rejected: bool = True) -> PreferenceBatch:
+def make_batch(rejected: bool = True) -> Batch:
     rng = np.random.default_rng(0)
     shapes = [shape if rejected else (*shape[:2], 0) for shape in SHAPES]
-    return PreferenceBatch.from_pairs(
-        [TokenizedPair(*(rng.integers(3, VOCABULARY, size=size) for size in shape)) for shape in shapes]
-    )
+    return Batch([Sample.of(*(rng.integers(3, VOCABULARY, size=size) for size in shape if size)) for shape in shapes])
 
 
 def make_agent(model: Any, targets: list[str] | None = ATTENTION, agent: type = DPO, **settings: Any) -> Any:
@@ -73,7 +71,7 @@ def make_agent(model: Any, targets: list[str] | None = ATTENTION, agent: type = 
     return agent(actor_network=model, lora_config=lora, max_grad_norm=1e9, **settings)
 
 
-def own_outputs(agent: Any, batch: PreferenceBatch) -> tuple[Any, Any]:
+def own_outputs(agent: Any, batch: Batch) -> tuple[Any, Any]:
     """The model's own forward pass of the padded batch, with its mask, and its layout."""
     layout = two_sequences(batch)
     ids, mask = torch.from_numpy(layout.input_ids), torch.from_numpy(layout.attention_mask)
@@ -81,7 +79,7 @@ def own_outputs(agent: Any, batch: PreferenceBatch) -> tuple[Any, Any]:
         return network(input_ids=ids, attention_mask=mask, output_router_logits=True), layout
 
 
-def gradient_of(agent: Any, batch: PreferenceBatch) -> tuple[dict[str, float], Tensor]:
+def gradient_of(agent: Any, batch: Batch) -> tuple[dict[str, float], Tensor]:
     """What an agent learns a batch with, metrics and gradient; its weights stay."""
     found: list[Tensor] = []
     agent.optimizer.step = lambda: found.append(torch.cat([p.grad.flatten() for p in agent.actor_parameters()]))
@@ -100,7 +98,7 @@ def test_the_loss_of_routers_is_the_models_own(kind: str) -> None:
     assert metrics["mean_loss"] == metrics["loss"]
 
 
-def own_gradient(agent: Any, batch: PreferenceBatch) -> Tensor:
+def own_gradient(agent: Any, batch: Batch) -> Tensor:
     """By the model's own pass: the loss of the algorithm, and what transformers adds to it."""
     outputs, layout = own_outputs(agent, batch)
     logprobs = outputs.logits[:, :-1].log_softmax(dim=-1)
@@ -197,7 +195,7 @@ def test_other_losses_over_the_batch_and_weights_for_long_sides_stay_what_they_a
 def test_a_batch_without_a_usable_row_has_no_loss_of_routers() -> None:
     agent, batch = make_agent(make_base()), make_batch()
     with torch.no_grad():
-        agent.base.network.get_input_embeddings().weight[int(batch.input_ids[0, 0])] = torch.nan
+        agent.base.network.get_input_embeddings().weight[int(batch[0].prompt_ids[0])] = torch.nan
     metrics = agent.learn(batch.select([0]), training=False)
     assert np.isnan([metrics["loss"], metrics["aux_loss"]]).all()
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from evollm import CheckpointError
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models import ReferenceCache, completion_logprobs
 from evollm.models.logprobs import PairLogprobs
 
@@ -46,7 +46,7 @@ def test_log_probs_equal_those_of_each_sequence_by_itself(network, gym, explicit
     with torch.no_grad():
         found = completion_logprobs(network, batch, CPU, explicit_positions=explicit_positions)
     for row in range(len(batch)):
-        pair = batch.pair(row)
+        pair = batch[row]
         assert found.chosen[row].item() == pytest.approx(by_hand(network, pair.prompt_ids, pair.chosen_ids), abs=1e-10)
         rejected = by_hand(network, pair.prompt_ids, pair.rejected_ids)
         assert found.rejected[row].item() == pytest.approx(rejected, abs=1e-10)
@@ -81,13 +81,13 @@ class CountedRows(PlainSignature):
 def test_an_empty_rejected_side_has_log_prob_0_and_costs_no_sequence(network, gym, tiled_head: bool) -> None:
     """Of four pairs the first and the last keep their rejected sides."""
     batch = gym.next_batch()
-    pairs = [batch.pair(row) for row in range(4)]
-    mixed = [TokenizedPair(p.prompt_ids, p.chosen_ids) if row in (1, 2) else p for row, p in enumerate(pairs)]
+    pairs = [batch[row] for row in range(4)]
+    mixed = [Sample.of(p.prompt_ids, p.chosen_ids) if row in (1, 2) else p for row, p in enumerate(pairs)]
     with torch.no_grad():
         expected = completion_logprobs(network, batch, CPU)
-        found = completion_logprobs(network, PreferenceBatch.from_pairs(mixed), CPU, tiled_head=tiled_head)
+        found = completion_logprobs(network, Batch(mixed), CPU, tiled_head=tiled_head)
         counted = CountedRows(network)
-        completion_logprobs(counted, PreferenceBatch.from_pairs(mixed), CPU)
+        completion_logprobs(counted, Batch(mixed), CPU)
     torch.testing.assert_close(found.chosen, expected.chosen, rtol=0, atol=1e-10)
     torch.testing.assert_close(found.rejected[[0, 3]], expected.rejected[[0, 3]], rtol=0, atol=1e-10)
     assert found.rejected[[1, 2]].tolist() == [0.0, 0.0]
@@ -105,13 +105,13 @@ def test_sums_of_a_bfloat16_model_are_finer_than_bfloat16(make_model, gym) -> No
 def test_a_reference_is_computed_once_for_each_pair(gym) -> None:
     cache, asked = ReferenceCache(), []
 
-    def compute(batch: PreferenceBatch, numbers: Sequence[int]) -> list[PairLogprobs]:
+    def compute(batch: Batch, numbers: Sequence[int]) -> list[PairLogprobs]:
         asked.append((len(batch), list(numbers)))
         lengths = -torch.tensor(batch.chosen_lengths).float(), -torch.tensor(batch.rejected_lengths).float()
         return [PairLogprobs(*lengths)] * len(numbers)
 
     first, second = gym.next_batch(), gym.next_batch()
-    mixed = PreferenceBatch.from_pairs([first.pair(1), second.pair(0)])
+    mixed = Batch([first[1], second[0]])
     cache.get(["a"], first, compute)
     (found,) = cache.get(["a"], mixed, compute)
     assert asked == [(4, [0]), (1, [0])]
@@ -126,11 +126,11 @@ def test_a_reference_is_computed_once_for_each_pair(gym) -> None:
 def test_reference_log_probs_kept_in_a_file_are_not_computed_again(gym, tmp_path) -> None:
     batch = gym.next_batch()
 
-    def compute(missing: PreferenceBatch, numbers: Sequence[int]) -> list[PairLogprobs]:
+    def compute(missing: Batch, numbers: Sequence[int]) -> list[PairLogprobs]:
         assert len(missing) == len(batch)
         return [PairLogprobs(torch.rand(len(missing)) + number, torch.rand(len(missing))) for number in numbers]
 
-    def refuse(missing: PreferenceBatch, numbers: Sequence[int]) -> list[PairLogprobs]:
+    def refuse(missing: Batch, numbers: Sequence[int]) -> list[PairLogprobs]:
         raise AssertionError("known pairs were computed again")
 
     cache, again = ReferenceCache(), ReferenceCache()
@@ -157,6 +157,6 @@ def test_a_damaged_file_of_reference_log_probs_is_an_evollm_error(tmp_path) -> N
 
 def test_keys_of_pairs_depend_on_where_the_prompt_ends() -> None:
     ids = np.arange(6)
-    one = PreferenceBatch.from_pairs([TokenizedPair(ids[:2], ids[2:4], ids[4:])])
-    other = PreferenceBatch.from_pairs([TokenizedPair(ids[:1], ids[1:4], ids[4:])])
+    one = Batch([Sample.of(ids[:2], ids[2:4], ids[4:])])
+    other = Batch([Sample.of(ids[:1], ids[1:4], ids[4:])])
     assert one.keys() != other.keys()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evollm import DPO, SFT
 from evollm.algorithms.dpo_step import learn_together
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models import loss_scaling
 from evollm.models.engine import Engine, PassOptions
 from evollm.models.fast_paths import FastPaths
@@ -30,10 +30,10 @@ SHAPES = [(9, 5, 3), (3, 1, 12), (14, 7, 7), (1, 2, 2), (6, 11, 1)]
 TARGETS = {"gpt-neox": ["query_key_value"], "t5": ["q", "wo"], "openai-gpt": ["c_attn"]}
 
 
-def make_batch(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> PreferenceBatch:
+def make_batch(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Batch:
     rng = np.random.default_rng(0)
-    pairs = [TokenizedPair(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in shapes]
-    return PreferenceBatch.from_pairs(pairs)
+    pairs = [Sample.of(*(rng.integers(VOCABULARY, size=size) for size in shape if size)) for shape in shapes]
+    return Batch(pairs)
 
 
 def half_agents(dtype: torch.dtype = torch.float16, family: str = "llama", members: int = 2, **settings) -> list[DPO]:
@@ -49,9 +49,7 @@ def half_agents(dtype: torch.dtype = torch.float16, family: str = "llama", membe
     return [DPO(actor_network=model, lora_config=lora, index=seed, seed=seed, **settings) for seed in range(members)]
 
 
-def gradients(
-    agents: Sequence[DPO], weights: Sequence[float], batch: PreferenceBatch | None = None, **options
-) -> list[Tensor]:
+def gradients(agents: Sequence[DPO], weights: Sequence[float], batch: Batch | None = None, **options) -> list[Tensor]:
     """Each member's gradient, as one vector in float64, of a loss that is a sum over pairs under a weight."""
 
     def loss(members: Sequence[int], rows: Sequence[int], policies: list[PairLogprobs]) -> Tensor:

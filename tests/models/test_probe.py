@@ -15,7 +15,7 @@ from models.test_engine import TARGETS, break_path, make_agents, make_batch
 from transformers import AutoModelForCausalLM, LlamaConfig, MBartConfig, RobertaConfig
 
 from evollm import DPO
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.demo import demo_model
 from evollm.models.engine import Engine, PassOptions
 from evollm.models.fast_paths import FastPaths
@@ -121,7 +121,7 @@ def test_dynamic_ntk_scaling_follows_each_sequence_and_not_those_before_it() -> 
     torch.testing.assert_close(forwards.rejected, backwards.rejected.flip(0), rtol=0, atol=0)
 
 
-def check_own_log_probs(agent: DPO, batch: PreferenceBatch) -> None:
+def check_own_log_probs(agent: DPO, batch: Batch) -> None:
     """By the engine, forward and backward, as by the model's own pass over each sequence."""
     engine, name = Engine.of(agent.base), agent.actor_adapter
     with warnings.catch_warnings():

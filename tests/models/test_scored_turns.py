@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evollm import DPO, SFT, PreferenceGym, SFTGym
 from evollm.algorithms.dpo_step import learn_together
-from evollm.data.batch import PreferenceBatch, TokenizedPair
+from evollm.data.samples import Batch, Sample
 from evollm.models import ReferenceCache
 from evollm.models.engine import Engine, PassOptions
 from evollm.models.fast_paths import FastPaths
@@ -41,11 +41,11 @@ CASES = [
 ]
 
 
-def random_pairs(shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[TokenizedPair]:
+def random_pairs(shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Sample]:
     rng = np.random.default_rng(0)
     found = []
     for *sizes, chosen, rejected in shapes:
-        pair = TokenizedPair(*(rng.integers(VOCABULARY, size=size) for size in sizes))
+        pair = Sample.of(*(rng.integers(VOCABULARY, size=size) for size in sizes if size))
         mask = np.zeros(sizes[1] + sizes[2], np.bool_)
         mask[rng.choice(sizes[1], chosen, replace=False)] = True
         mask[sizes[1] + rng.choice(sizes[2], rejected, replace=False) if sizes[2] else []] = True
@@ -71,7 +71,7 @@ def small_llama(tokenizer: Any) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).double()
 
 
-def expected_of(agent: DPO, pairs: Sequence[TokenizedPair], adapter: str | None = None) -> list[list[float]]:
+def expected_of(agent: DPO, pairs: Sequence[Sample], adapter: str | None = None) -> list[list[float]]:
     """For each pair the four sums: of scored tokens, and of the first of them, as many as the fewer of both sides."""
     apart = agent.base.is_encoder_decoder
     found = []
@@ -79,8 +79,7 @@ def expected_of(agent: DPO, pairs: Sequence[TokenizedPair], adapter: str | None 
         for pair in pairs:
             sides = [
                 token_logprobs(network, pair.prompt_ids, ids, apart)[torch.from_numpy(mask)]
-                for ids, mask in zip((pair.chosen_ids, pair.rejected_ids), pair.masks, strict=True)
-                if len(ids)
+                for ids, mask in ((side.ids, side.scored) for side in pair.completions)
             ]
             sides += [torch.zeros(0, dtype=torch.float64)] * (2 - len(sides))
             shorter = min(map(len, sides))
@@ -102,28 +101,23 @@ def test_log_probs_are_sums_over_scored_tokens_by_every_path(family: str, path: 
     names = [agent.actor_adapter for agent in agents]
     for up_to_shorter in (False, True):
         options = PassOptions(up_to_shorter=up_to_shorter)
-        for agent, found in zip(
-            agents, engine.logprobs(PreferenceBatch.from_pairs(pairs), names, options), strict=True
-        ):
+        for agent, found in zip(agents, engine.logprobs(Batch(pairs), names, options), strict=True):
             expected = torch.tensor(expected_of(agent, pairs), dtype=torch.float64)[:, : len(found.columns)]
             torch.testing.assert_close(torch.stack(found.columns, dim=1).double(), expected, rtol=0, atol=1e-10)
 
 
 def test_a_pair_beside_one_that_is_scored_in_part_has_the_bits_that_it_has_beside_one_that_is_not() -> None:
     whole, partial = random_pairs([(6, 9, 5, 9, 5), (3, 4, 12, 2, 5)])
-    everywhere = TokenizedPair(partial.prompt_ids, partial.chosen_ids, partial.rejected_ids)
+    everywhere = Sample.of(partial.prompt_ids, partial.chosen_ids, partial.rejected_ids)
     agents = population("llama")
     engine, names = Engine.of(agents[0].base), [agents[0].actor_adapter]
-    found = [
-        engine.logprobs(PreferenceBatch.from_pairs([whole, other]), names, PassOptions())[0]
-        for other in (partial, everywhere)
-    ]
+    found = [engine.logprobs(Batch([whole, other]), names, PassOptions())[0] for other in (partial, everywhere)]
     assert found[0].chosen[0].item() == found[1].chosen[0].item()
     assert found[0].rejected[0].item() == found[1].rejected[0].item()
     assert found[0].chosen[1].item() != found[1].chosen[1].item()
 
 
-def losses_by_hand(agent: DPO, pairs: Sequence[TokenizedPair], reference: list[list[float]]) -> dict[str, float]:
+def losses_by_hand(agent: DPO, pairs: Sequence[Sample], reference: list[list[float]]) -> dict[str, float]:
     sums = torch.tensor(expected_of(agent, pairs), dtype=torch.float64)
     ratios = sums - torch.tensor(reference, dtype=torch.float64)
     lengths = torch.tensor([pair.num_scored for pair in pairs], dtype=torch.float64)
@@ -143,7 +137,7 @@ def losses_by_hand(agent: DPO, pairs: Sequence[TokenizedPair], reference: list[l
 def test_losses_are_of_scored_tokens_and_members_learn_together_as_alone(loss: str) -> None:
     settings = {"loss_type": "sigmoid", "ld_alpha": 0.25} if loss == "ld" else {"loss_type": loss}
     pairs = random_pairs(SHAPES[:4])
-    batch = PreferenceBatch.from_pairs(pairs)
+    batch = Batch(pairs)
     together, alone = (population("llama", **settings, lr=1e-2, nll_alpha=0.0) for _ in range(2))
     for _ in range(2):
         metrics = learn_together(together, batch)
@@ -162,12 +156,12 @@ def test_gradients_are_those_of_scored_tokens_alone() -> None:
     """A completion's end that is not scored changes nothing: it conditions no scored token."""
     pair = random_pairs([(6, 9, 5, 9, 5)])[0]
     mask = np.array([True] * 6 + [False] * 3 + [True] * 3 + [False] * 2)
-    other = replace(pair, chosen_ids=pair.chosen_ids[:6], rejected_ids=pair.rejected_ids[:3])
+    other = Sample.of(pair.prompt_ids, pair.chosen_ids[:6], pair.rejected_ids[:3])
     weights = []
     for one in (pair.with_mask(mask), other):
         agent = population("llama", lr=1e-2, loss_type="ipo")[0]
-        agent.learn(PreferenceBatch.from_pairs([one]))
-        agent.learn(PreferenceBatch.from_pairs([one]))
+        agent.learn(Batch([one]))
+        agent.learn(Batch([one]))
         weights.append([p.detach().clone() for p in agent.actor_parameters()])
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-10)
 
@@ -186,7 +180,7 @@ def test_supervised_losses_and_scores_are_means_over_scored_tokens() -> None:
     found = agent.evaluate(env)
     assert found.logprobs == pytest.approx(logprobs, abs=1e-9)
     assert found.num_tokens.tolist() == counts
-    batch = PreferenceBatch.from_pairs(env.test_pairs)
+    batch = Batch(env.test_pairs)
     assert agent.learn(batch, training=False)["mean_loss"] == pytest.approx(-sum(logprobs) / sum(counts), abs=1e-9)
 
 
@@ -201,9 +195,7 @@ def test_a_user_turn_moved_into_the_prompt_leaves_the_log_prob_of_the_answers_be
     ]
     agent = DPO(actor_network=small_llama(tokenizer), lora_config=LORA)
     env = PreferenceGym([whole, first, *behind], None, tokenizer, 4)
-    scores = Engine.of(agent.base).logprobs(
-        PreferenceBatch.from_pairs(env.train_pairs), [agent.actor_adapter], PassOptions()
-    )[0]
+    scores = Engine.of(agent.base).logprobs(Batch(env.train_pairs), [agent.actor_adapter], PassOptions())[0]
     chosen, rejected = scores.chosen.tolist(), scores.rejected.tolist()
     assert chosen[0] == pytest.approx(chosen[1] + chosen[2], abs=1e-10)
     assert rejected[0] == pytest.approx(rejected[1] + chosen[3], abs=1e-10)
@@ -211,12 +203,12 @@ def test_a_user_turn_moved_into_the_prompt_leaves_the_log_prob_of_the_answers_be
 
 def test_a_run_goes_on_with_the_same_references_and_not_with_those_of_whole_sides(tmp_path) -> None:
     (pair, *_), agent = random_pairs(), population("llama")[0]
-    whole = TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-    sums = [agent.reference_logprobs(PreferenceBatch.from_pairs([one])) for one in (pair, whole, pair)]
+    whole = Sample.of(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    sums = [agent.reference_logprobs(Batch([one])) for one in (pair, whole, pair)]
     assert sums[0].chosen.item() == sums[2].chosen.item() != sums[1].chosen.item()
     agent.base.reference_cache.save(tmp_path / "cache")
     cache = ReferenceCache()
     cache.load(tmp_path / "cache")
     assert len(cache) == 2
     fingerprint = agent.base.adapters.fingerprint(agent.adapter("reference"))
-    assert cache.get([fingerprint], PreferenceBatch.from_pairs([pair]), None)[0].chosen.item() == sums[0].chosen.item()
+    assert cache.get([fingerprint], Batch([pair]), None)[0].chosen.item() == sums[0].chosen.item()

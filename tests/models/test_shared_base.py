@@ -9,12 +9,12 @@ from snapshots import adapter_bits, base_bits
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from evollm import ConfigurationError
-from evollm.data.batch import PreferenceBatch
+from evollm.data.samples import Batch
 from evollm.models import SharedBase, completion_logprobs
 
 
 @pytest.fixture
-def batch(gym) -> PreferenceBatch:
+def batch(gym) -> Batch:
     return gym.next_batch()
 
 
@@ -25,7 +25,7 @@ def perturb(base: SharedBase, name: str, seed: int = 1) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
-def logps(base: SharedBase, name: str | None, batch: PreferenceBatch) -> torch.Tensor:
+def logps(base: SharedBase, name: str | None, batch: Batch) -> torch.Tensor:
     with base.active(name) as network, torch.no_grad():
         return completion_logprobs(network, batch, base.device).chosen
 
@@ -111,9 +111,7 @@ def test_adapters_are_float32_on_a_bfloat16_base_and_log_probs_are_too(make_mode
     assert logps(base, name, batch).dtype == torch.float32
 
 
-def gradients(
-    base: SharedBase, name: str, other: str, batch: PreferenceBatch, *, recompute: bool
-) -> list[torch.Tensor]:
+def gradients(base: SharedBase, name: str, other: str, batch: Batch, *, recompute: bool) -> list[torch.Tensor]:
     """Gradients of `name` when the backward pass runs while `other` is the active adapter."""
     with base.active(name, gradient_checkpointing=recompute) as network:
         loss = completion_logprobs(network, batch, base.device).chosen.sum()
