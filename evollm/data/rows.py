@@ -170,6 +170,10 @@ class UnusedColumnError(Exception):
         self.role = role
 
 
+# What a row holds, the reason why it cannot be used, or what it says in a column that would not be used.
+Parsed: TypeAlias = "TextPair | ChatPair | str | UnusedColumnError"
+
+
 class Rows(list[Row]):
     """Rows by the roles of their columns.
 
@@ -182,10 +186,33 @@ class Rows(list[Row]):
         super().__init__(rows)
         self.layouts = list(layouts)
         self.positions = range(len(self)) if positions is None else positions
+        self._parsed: tuple[RowFormat, list[Parsed]] | None = None
+
+    def parsed(self, row_format: RowFormat) -> list[Parsed]:
+        """What each row holds; parsed at the first call with this format."""
+        if self._parsed is None or self._parsed[0] != row_format:
+            numbered = zip(self.positions, self, strict=True)
+            self._parsed = row_format, [_parsed(row_format, number, row) for number, row in numbered]
+        return self._parsed[1]
 
     def part(self, places: Sequence[int]) -> Rows:
-        """Some of the rows, which keep their positions."""
-        return Rows([self[place] for place in places], self.layouts, [self.positions[place] for place in places])
+        """Some of the rows, which keep their positions and are not parsed again."""
+        found = Rows([self[place] for place in places], self.layouts, [self.positions[place] for place in places])
+        if self._parsed is not None:
+            row_format, parsed = self._parsed
+            found._parsed = row_format, [parsed[place] for place in places]
+        return found
+
+
+def _parsed(row_format: RowFormat, number: int, row: Row) -> Parsed:
+    try:
+        return row_format.read(number, row)
+    except UnusableRowError as unusable:
+        return str(unusable)
+    except RecursionError:
+        return NESTED_TOO_DEEPLY
+    except UnusedColumnError as unused:
+        return unused
 
 
 def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[list[TextPair | ChatPair], DroppedRows]:
@@ -224,17 +251,13 @@ def read_each(rows: Rows, field: str, row_format: RowFormat) -> list[tuple[int, 
     """
     found: list[tuple[int, TextPair | ChatPair | str]] = []
     odd: list[tuple[int, str, UnusedColumnError]] = []
-    for number, row in zip(rows.positions, rows, strict=True):
-        try:
-            found.append((number, row_format.read(number, row)))
-        except UnusableRowError as unusable:
-            found.append((number, str(unusable)))
-        except RecursionError:
-            found.append((number, NESTED_TOO_DEEPLY))
-        except UnusedColumnError as unused:
-            column = next((layout.roles[unused.role] for layout in rows.layouts if unused.role in layout.roles), "")
-            odd.append((number, column, unused))
-            found.append((number, f"whose {column!r} {unused}"))
+    for number, parsed in zip(rows.positions, rows.parsed(row_format), strict=True):
+        if not isinstance(parsed, UnusedColumnError):
+            found.append((number, parsed))
+            continue
+        column = next((layout.roles[parsed.role] for layout in rows.layouts if parsed.role in layout.roles), "")
+        odd.append((number, column, parsed))
+        found.append((number, f"whose {column!r} {parsed}"))
     usable = sum(not isinstance(pair, str) for _, pair in found)
     if len(odd) > usable:
         number, column, first = odd[0]

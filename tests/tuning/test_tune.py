@@ -3,13 +3,15 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_examples, make_rows
 from families import RELATIVE
 from peft import LoraConfig
-from tokenizers_for_tests import t5_tokenizer
+from tokenizers_for_tests import make_tokenizer, t5_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 from two_workers import TwoWorkers
 
@@ -20,6 +22,8 @@ from evollm.algorithms.agent import DEFAULT_LORA
 from evollm.cli import main
 from evollm.data.completion_rows import EXAMPLES
 from evollm.data.preference_rows import PAIRS
+from evollm.data.rows import Rows
+from evollm.data.tokenization import load_pairs
 from evollm.errors import MissingExtraError
 from evollm.hpo import STRATEGIES, ancestry
 from evollm.runs import read_run
@@ -30,7 +34,7 @@ from evollm.tuning.arguments_file import read_tune_arguments
 from evollm.tuning.from_yaml import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.parameters import loop_of, parameters_of
 from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
-from evollm.tuning.splits import hold_out
+from evollm.tuning.splits import Splits, hold_out
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 SMALL = {"lora_config": LORA, "num_epochs": 1, "verbose": False, "num_sample_answers": 0, "data_batch_size_per_gpu": 8}
@@ -333,6 +337,27 @@ def test_no_prompt_is_in_two_splits_whatever_the_order_of_the_rows() -> None:
 def test_texts_without_a_prompt_are_set_apart_one_by_one() -> None:
     splits = hold_out([{"text": f"Story {number}"} for number in range(50)], EXAMPLES, 2, seed=1)
     assert [len(part) for part in (splits.train, *splits.parts)] == [40, 5, 5]
+
+
+def test_rows_that_are_set_apart_are_parsed_once() -> None:
+    parsed: list[int] = []
+
+    def read(number: int, row: Any) -> Any:
+        parsed.append(number)
+        return PAIRS.read(number, row)
+
+    rows = [*make_rows(20), {"prompt": "a", "chosen": "b"}]
+    counting = replace(PAIRS, read=read)
+    splits = hold_out(rows, counting, 2, seed=1)
+    found = [load_pairs(part, make_tokenizer(), name=name, row_format=counting) for name, part in named(splits)]
+    assert sorted(parsed) == list(range(21))
+    plain = [load_pairs(part, make_tokenizer(), name=name) for name, part in named(hold_out(rows, PAIRS, 2, seed=1))]
+    assert [report for _, report in found] == [report for _, report in plain]
+    assert [[pair.key for pair in pairs] for pairs, _ in found] == [[pair.key for pair in pairs] for pairs, _ in plain]
+
+
+def named(splits: Splits) -> list[tuple[str, Rows]]:
+    return list(zip(("train", "test", "final"), (splits.train, *splits.parts), strict=True))
 
 
 def test_whether_the_prompt_is_repeated_is_the_same_in_all_splits() -> None:
