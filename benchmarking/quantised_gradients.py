@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from evollm import DPO
 from evollm.data.samples import Batch
-from evollm.models.engine import Engine, PassOptions
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.fast_paths import FastPaths
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import TokenLogprobs
 from evollm.models.quantised import quantised_layers
 
 BOUND = 1e-3
@@ -54,12 +54,12 @@ def gradients(model: Any, batch: Batch, *, plain: bool) -> dict[str, Tensor]:
     if plain:
         engine.prepare = lambda members, length: FastPaths(False, False, False, length)  # type: ignore[method-assign]
 
-    def loss(members: Sequence[int], rows: Sequence[int], policies: list[PairLogprobs]) -> Tensor:
+    def loss(members: Sequence[int], rows: Sequence[int], found: TokenLogprobs) -> Tensor:
         del members
         weights = torch.tensor(rows) + 1.0
-        return torch.stack([(weights * (p.chosen - 0.3 * p.rejected)).sum() for p in policies]).sum()
+        return torch.stack([(weights * (p.chosen - 0.3 * p.rejected)).sum() for p in found.members]).sum()
 
-    engine.backward(batch, [agent.actor_adapter for agent in agents], PassOptions(), loss)
+    engine.backward(Item.on(batch, [agent.actor_adapter for agent in agents]), PassOptions(), loss)
     return {
         f"{agent.index}.{name}": parameter.grad.clone()
         for agent in agents

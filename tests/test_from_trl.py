@@ -21,7 +21,7 @@ import evollm
 from evollm import DPO, ConfigurationError, PreferenceGym, tune
 from evollm.data.samples import Batch
 from evollm.models.adapters.merging import all_logprobs
-from evollm.models.logprobs import two_sequences
+from evollm.models.layouts.plain import PaddedSequences
 
 PAGE = (Path(__file__).parents[1] / "docs" / "from_trl.md").read_text(encoding="utf-8")
 # Names of all arguments, as TRL and transformers of these versions have them.
@@ -96,7 +96,7 @@ def test_metrics_that_need_all_logits_are_computed_as_the_page_says(make_model, 
     pairs = env.evaluation_pairs("test")
     found = names["logit_metrics"](agent, pairs)
 
-    layout = two_sequences(Batch(pairs))
+    layout = PaddedSequences.of(Batch(pairs))
     ids, mask = torch.from_numpy(layout.input_ids), torch.from_numpy(layout.attention_mask)
     with agent.base.active(agent.actor_adapter) as network, torch.no_grad():
         logits = network(input_ids=ids, attention_mask=mask).logits[:, :-1]

@@ -16,9 +16,9 @@ from torch.nn.functional import logsigmoid
 
 from evollm.algorithms.dpo_step import learn_together
 from evollm.data.samples import Batch
-from evollm.models.attention import PackedSequences, packed_attention, pair_attention
-from evollm.models.engine import Engine, MemberLoss, PassOptions
-from evollm.models.packing import SampleLengths
+from evollm.models.attention import PackedSequences, SampleLengths, packed_attention, pair_attention
+from evollm.models.engine import Engine, Item, ItemLoss, PassOptions
+from evollm.models.logprobs import TokenLogprobs
 from evollm.models.probe import FastPaths
 from quarter_hour.running import Place
 
@@ -171,15 +171,17 @@ def _gradients(
     if plain:
         paths = FastPaths(False, False, False, paths.longest)
         engine.paths = dict.fromkeys(engine.paths, paths)
-    found = engine.backward(batch, names, PassOptions(), _sigmoid_loss())
+    found = engine.backward(Item.on(batch, names), PassOptions(), _sigmoid_loss())
     logprobs = torch.stack([column for member in found for column in (member.chosen, member.rejected)])
     gradients = [p.grad.flatten() for agent in agents for p in agent.actor_parameters() if p.grad is not None]
     return {"logprobs": logprobs.double(), "gradients": torch.cat(gradients).double()}, paths
 
 
-def _sigmoid_loss() -> MemberLoss:
-    def loss(members: Sequence[int], rows: Sequence[int], found: Sequence[Any]) -> Tensor:
-        return torch.stack([-logsigmoid(0.1 * (member.chosen - member.rejected)).sum() for member in found]).sum()
+def _sigmoid_loss() -> ItemLoss:
+    def loss(members: Sequence[int], rows: Sequence[int], found: TokenLogprobs) -> Tensor:
+        return torch.stack(
+            [-logsigmoid(0.1 * (member.chosen - member.rejected)).sum() for member in found.members]
+        ).sum()
 
     return loss
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from evollm.models.load_balancing import LoadBalancing
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import MemberLogprobs
 
 if TYPE_CHECKING:
     from evollm.algorithms.step import Objective
@@ -34,17 +34,17 @@ class Balanced:
         """Items of the batch that the loss is the mean over."""
         return self.objective.weight
 
-    def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
+    def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
         """The loss of the batch, whose rows these are."""
         loss = self.objective.loss(rows, policy)
         return loss + (self.balancing.coefficient * self._routers(policy)).to(loss)
 
-    def metrics(self, policy: PairLogprobs) -> dict[str, float]:
+    def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
         """Those of the objective, with `aux_loss`, that of the routers without its coefficient."""
         metrics, routers = self.objective.metrics(policy), self._routers(policy).item()
         added = {name: metrics[name] + self.balancing.coefficient * routers for name in ("loss", "mean_loss")}
         return {**metrics, **added, "aux_loss": routers}
 
-    def _routers(self, policy: PairLogprobs) -> Tensor:
+    def _routers(self, policy: MemberLogprobs) -> Tensor:
         assert policy.loads is not None
         return self.balancing.loss(policy.loads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,10 +15,9 @@ from evollm.algorithms.agilerl import EvolvableAlgorithm
 from evollm.algorithms.algorithm import Algorithm, register
 from evollm.algorithms.arguments import AgentArguments
 from evollm.algorithms.dpo_settings import DPOHyperparameters, DPOSettings, loss_settings, loss_terms
-from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together
+from evollm.algorithms.dpo_step import evaluate_together, learn_together, logratios_together, references_of
 from evollm.algorithms.input_checks import batch_for, check_base, check_gym
 from evollm.algorithms.losses import LossSettings
-from evollm.algorithms.references import reference_logprobs
 from evollm.algorithms.settings import Evolvable, Setting
 from evollm.checks import boolean
 from evollm.data.samples import Batch
@@ -28,8 +26,7 @@ from evollm.foreign import ACTION, AGENT, explains
 from evollm.hpo.fitness import Evaluation, preference_fitness
 from evollm.llm_envs import PreferenceGym
 from evollm.llm_envs.observations import as_action, batch_of
-from evollm.models.engine import PassOptions
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import CompletionSums
 from evollm.runs.words import Score, Words
 
 if TYPE_CHECKING:
@@ -156,11 +153,6 @@ class DPO(EvolvableAlgorithm):
         """What the losses depend on."""
         return loss_settings(self.hyperparameters, self.settings)
 
-    @property
-    def pass_options(self) -> PassOptions:
-        """Options of the agent's forward and backward passes."""
-        return replace(super().pass_options, up_to_shorter=self.settings.ld_alpha is not None)
-
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
         if not self.settings.use_separate_reference_adapter:
             return {REFERENCE: None}
@@ -192,7 +184,7 @@ class DPO(EvolvableAlgorithm):
             raise DataError("experiences", "a row without a rejected side", fix)
         return batch
 
-    def reference_logprobs(self, batch: Batch, reference: str | None = OWN) -> PairLogprobs:
+    def reference_logprobs(self, batch: Batch, reference: str | None = OWN) -> CompletionSums:
         """Log-probs of the batch's pairs under a reference, cached by reference and pair.
 
         Args:
@@ -202,7 +194,7 @@ class DPO(EvolvableAlgorithm):
         Returns:
             (B,) float64 tensors on the CPU.
         """
-        return reference_logprobs([self], self._pairs(batch), reference)[0]
+        return references_of([self], self._pairs(batch), reference)[0]
 
     def logratios(self, batch: Batch, reference: str | None = OWN) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Log-ratios of the chosen and of the rejected completions, (B,) and (B,), free of beta."""

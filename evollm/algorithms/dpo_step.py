@@ -26,7 +26,7 @@ from evollm.algorithms.scoring import scored_batches
 from evollm.algorithms.step import Method, learn_by, policy_logprobs
 from evollm.data.samples import Batch
 from evollm.hpo.fitness import Evaluation
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import CompletionSums, MemberLogprobs
 
 if TYPE_CHECKING:
     from evollm.algorithms.dpo import DPO
@@ -47,7 +47,7 @@ class DPOObjective:
     """
 
     batch: Batch
-    reference: PairLogprobs
+    reference: CompletionSums
     terms: tuple[tuple[str, float], ...]
     settings: LossSettings
     nll_alpha: float
@@ -63,14 +63,14 @@ class DPOObjective:
         """Whether a loss compares pairs with each other, so that a part of the batch has none."""
         return any(name in WHOLE_BATCH for name, _ in self.terms)
 
-    def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
+    def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
         """What these rows contribute to the batch's loss."""
         return self._parts(rows, policy)[0]
 
-    def metrics(self, policy: PairLogprobs) -> dict[str, float]:
+    def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
         """See `DPO.learn`."""
         loss, nll = (value.item() for value in self._parts(range(self.weight), policy))
-        compared = policy.weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
+        compared = self._sums(policy).weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
         pairs = pair_metrics(*compared, self.settings.beta)
         return {
             "mean_loss": loss,
@@ -81,9 +81,12 @@ class DPOObjective:
             **pairs,
         }
 
-    def _parts(self, rows: Sequence[int], policy: PairLogprobs) -> tuple[Tensor, Tensor]:
+    def _sums(self, policy: MemberLogprobs) -> CompletionSums:
+        return policy.sums(up_to_shorter=self.ld_alpha is not None)
+
+    def _parts(self, rows: Sequence[int], policy: MemberLogprobs) -> tuple[Tensor, Tensor]:
         """Loss and negative log-likelihood: what these rows contribute to the batch's means."""
-        quiet = PairLogprobs.of([flush_small_gradients(column) for column in policy.columns])
+        quiet = self._sums(policy).map(flush_small_gradients)
         compared, reference = quiet.weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
         chosen, rejected = compared.chosen, compared.rejected
         num_chosen_tokens = int(self.batch.chosen_scored.sum())
@@ -124,24 +127,34 @@ def learn_together(agents: Sequence[DPO], batch: Batch, *, training: bool = True
     return learn_by(Method(_objectives, _usable_rows), agents, batch, training=training)
 
 
+def references_of(agents: Sequence[DPO], batch: Batch, reference: str | None = OWN) -> list[CompletionSums]:
+    """Log-probs under each agent's reference, as its loss needs them; see `reference_logprobs`."""
+    found: dict[int, CompletionSums] = {}
+    for weighs in (False, True):
+        some = [agent for agent in agents if (agent.settings.ld_alpha is not None) == weighs]
+        sums = reference_logprobs(some, batch, reference, up_to_shorter=weighs) if some else []
+        found |= zip(map(id, some), sums, strict=True)
+    return [found[id(agent)] for agent in agents]
+
+
 def _usable_rows(
     agents: Sequence[DPO], batch: Batch, suspects: Sequence[int], reference: str | None = OWN
 ) -> list[Rows]:
     """The rows on which each agent's reference gives log-probs that are finite."""
     del suspects
-    return [tuple(finite_rows([found])) for found in reference_logprobs(agents, batch, reference)]
+    return [tuple(finite_rows([found])) for found in references_of(agents, batch, reference)]
 
 
 def _objectives(agents: Sequence[DPO], batch: Batch) -> list[DPOObjective]:
     return [
         DPOObjective(batch, reference, agent.loss_terms, agent.loss_settings, agent.nll_alpha, agent.settings.ld_alpha)
-        for agent, reference in zip(agents, reference_logprobs(agents, batch), strict=True)
+        for agent, reference in zip(agents, references_of(agents, batch), strict=True)
     ]
 
 
 def logratios_together(agents: Sequence[DPO], batch: Batch, reference: str | None = OWN) -> list[tuple[Tensor, Tensor]]:
     """Log-ratios of each agent's chosen and rejected completions, (B,) and (B,) in float64 on the CPU, free of beta."""
-    references = reference_logprobs(agents, batch, reference)
+    references = references_of(agents, batch, reference)
     return [
         (policy.chosen.double().cpu() - frozen.chosen, policy.rejected.double().cpu() - frozen.rejected)
         for policy, frozen in zip(policy_logprobs(agents, batch), references, strict=True)
@@ -157,9 +170,9 @@ def evaluate_together(
     ratios = np.full((len(agents), 2, num_pairs), np.nan)
     scored: list[int] = []
     for positions, batch, policies in scored_batches(judge, agents, env, split):
-        references = reference_logprobs(agents, batch, reference)
+        references = references_of(agents, batch, reference)
         for row, (policy, frozen) in enumerate(zip(policies, references, strict=True)):
-            for side, (ours, theirs) in enumerate(zip(policy.columns[:2], frozen.columns[:2], strict=True)):
+            for side, (ours, theirs) in enumerate(zip(policy.sums().columns, frozen.columns, strict=True)):
                 ratios[row, side, positions] = (ours.double().cpu() - theirs).numpy()
         scored += positions.tolist()
     return [Evaluation(*both) for both in ratios[:, :, sorted(scored)]]

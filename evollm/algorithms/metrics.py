@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import CompletionSums
 
 
-def pair_metrics(policy: PairLogprobs, reference: PairLogprobs, beta: float) -> dict[str, float]:
+def pair_metrics(policy: CompletionSums, reference: CompletionSums, beta: float) -> dict[str, float]:
     """Means over a batch's pairs.
 
     Args:

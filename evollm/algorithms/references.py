@@ -11,8 +11,8 @@ import torch
 from evollm.algorithms.agent import OWN, REFERENCE, LLMAgent
 from evollm.data.samples import Batch
 from evollm.errors import DataError
-from evollm.models.engine import Engine
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.engine import Engine, Item
+from evollm.models.logprobs import CompletionSums
 from evollm.processes import Processes
 
 A = TypeVar("A", bound=LLMAgent)
@@ -28,15 +28,18 @@ REASON = "the frozen base, or the reference on it, gives log-probs that are not 
 BROKEN = "the base is broken, or numbers get too large for its type: load it anew, in bfloat16 or float32"
 
 
-def reference_logprobs(agents: Sequence[LLMAgent], batch: Batch, reference: str | None = OWN) -> list[PairLogprobs]:
-    """Log-probs of the batch's pairs under each agent's reference, computed once for each reference and pair.
+def reference_logprobs(
+    agents: Sequence[LLMAgent], batch: Batch, reference: str | None = OWN, *, up_to_shorter: bool = False
+) -> list[CompletionSums]:
+    """Log-probs of the batch's samples under each agent's reference, computed once for each reference and sample.
 
     Those of the other rows are what they would be without the rows on which they are not finite, bit for bit.
 
     Args:
         agents: Agents of one base.
-        batch: B pairs.
+        batch: B samples.
         reference: Name of a frozen adapter, None for the base without adapter; by default each agent's own.
+        up_to_shorter: Whether sums up to the shortest completion's length are given too.
 
     Returns:
         (B,) float64 tensors on the CPU for each agent.
@@ -48,22 +51,25 @@ def reference_logprobs(agents: Sequence[LLMAgent], batch: Batch, reference: str 
     distinct = dict(zip(fingerprints, names, strict=True))
     adapters = list(distinct.values())
 
-    def compute(missing: Batch, numbers: Sequence[int]) -> list[PairLogprobs]:
-        engine, members = Engine.of(base), [adapters[number] for number in numbers]
-        found = engine.logprobs(missing, members, options)
+    def sums_of(samples: Batch, numbers: Sequence[int]) -> list[CompletionSums]:
+        items = Item.on(samples, [adapters[number] for number in numbers])
+        return [one.sums(up_to_shorter=up_to_shorter) for one in Engine.of(base).logprobs(items, options)]
+
+    def compute(missing: Batch, numbers: Sequence[int]) -> list[CompletionSums]:
+        found = sums_of(missing, numbers)
         finite = finite_rows(found)
         if len(finite) in (0, len(missing)):
             return found
         # Once more, for roundings depend on what shares a pass.
-        again = engine.logprobs(missing.select(finite), members, options)
+        again = sums_of(missing.select(finite), numbers)
         return [first.with_rows(finite, second) for first, second in zip(found, again, strict=True)]
 
-    found = base.reference_cache.get(list(distinct), batch, compute, up_to_shorter=options.up_to_shorter)
+    found = base.reference_cache.get(list(distinct), batch, compute, up_to_shorter=up_to_shorter)
     by_fingerprint = dict(zip(distinct, found, strict=True))
     return [by_fingerprint[fingerprint] for fingerprint in fingerprints]
 
 
-def finite_rows(found: Sequence[PairLogprobs]) -> list[int]:
+def finite_rows(found: Sequence[CompletionSums]) -> list[int]:
     """The rows on which all log-probs are finite, whoever gives them."""
     columns = torch.stack([column for one in found for column in one.columns])
     return [row for row, finite in enumerate(torch.isfinite(columns).all(dim=0).tolist()) if finite]

@@ -10,7 +10,7 @@ from evollm.algorithms.references import BROKEN, REASON, Judge, finite_rows, lea
 from evollm.algorithms.step import policy_logprobs
 from evollm.data.samples import Batch, IntArray, Sample
 from evollm.errors import DataError
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import MemberLogprobs
 
 if TYPE_CHECKING:
     from evollm.llm_envs import DatasetGym
@@ -20,7 +20,7 @@ A = TypeVar("A", bound=LLMAgent)
 
 def scored_batches(
     usable_rows: Judge[A], agents: Sequence[A], env: DatasetGym, split: str
-) -> Iterator[tuple[IntArray, Batch, list[PairLogprobs]]]:
+) -> Iterator[tuple[IntArray, Batch, list[MemberLogprobs]]]:
     """Go once through the rows of a split on which all agents can be scored.
 
     Args:
@@ -48,14 +48,14 @@ def scored_batches(
         leave_out(agents, Batch(unusable, split))
 
 
-def _score(usable_rows: Judge[A], agents: Sequence[A], batch: Batch) -> tuple[list[int], list[PairLogprobs]]:
+def _score(usable_rows: Judge[A], agents: Sequence[A], batch: Batch) -> tuple[list[int], list[MemberLogprobs]]:
     """The rows of a batch on which all agents can be scored, and each actor's log-probs there."""
     rows = sorted(set.intersection(*(set(usable) for usable in usable_rows(agents, batch, ()))))
     if not rows:
         return rows, []
     kept = batch.select(rows)
     policies = policy_logprobs(agents, kept)
-    suspects = other_rows(finite_rows(policies), len(kept))
+    suspects = other_rows(finite_rows([policy.sums() for policy in policies]), len(kept))
     if suspects and any(len(usable) < len(kept) for usable in usable_rows(agents, kept, suspects)):
         fewer, policies = _score(usable_rows, agents, kept)
         rows = [rows[row] for row in fewer]

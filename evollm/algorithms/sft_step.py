@@ -15,7 +15,7 @@ from evollm.algorithms.scoring import scored_batches
 from evollm.algorithms.step import Method, learn_by
 from evollm.data.samples import Batch
 from evollm.hpo.fitness import LikelihoodEvaluation
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import MemberLogprobs
 
 if TYPE_CHECKING:
     from evollm.algorithms.sft import SFT
@@ -33,12 +33,12 @@ class SFTObjective:
     weight: int
     whole_batch: ClassVar[bool] = False
 
-    def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
+    def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
         """What these rows contribute to the batch's loss."""
         del rows
         return token_mean_nll(policy.chosen, self.weight)
 
-    def metrics(self, policy: PairLogprobs) -> dict[str, float]:
+    def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
         """See `SFT.learn`."""
         loss = token_mean_nll(policy.chosen, self.weight).item()
         return {"mean_loss": loss, "loss": loss}

@@ -18,9 +18,9 @@ from evollm.algorithms.balanced import Balanced
 from evollm.algorithms.references import Judge, Rows, finite_rows, leave_out, other_rows
 from evollm.data.samples import Batch
 from evollm.errors import DivergedError
-from evollm.models.engine import Engine
+from evollm.models.engine import Engine, Item
 from evollm.models.load_balancing import LoadBalancing
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, pieces_of
 from evollm.processes import Processes
 
 A = TypeVar("A", bound=LLMAgent)
@@ -37,10 +37,10 @@ class Objective(Protocol):
     def whole_batch(self) -> bool:
         """Whether the loss cannot be computed from parts of the batch."""
 
-    def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
+    def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
         """What these rows contribute to the batch's loss, a scalar."""
 
-    def metrics(self, policy: PairLogprobs) -> dict[str, float]:
+    def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
         """What to report of the whole batch; `loss` is among it."""
 
 
@@ -51,27 +51,27 @@ class Linearised:
     Its gradient is the objective's own, and it can be computed from parts of the batch.
 
     Attributes:
-        gradient: (B,) derivative of the objective's loss by each log-prob.
+        gradient: Derivative of the objective's loss by each token's log-prob, and by the loads of experts.
     """
 
-    gradient: PairLogprobs
+    gradient: TokenLogprobs
 
     @classmethod
-    def of(cls, objective: Objective, policy: PairLogprobs) -> Linearised:
-        """Around the log-probs of the whole batch, (B,)."""
-        known = policy.like([tensor.detach().requires_grad_() for tensor in policy.tensors])
+    def of(cls, objective: Objective, policy: MemberLogprobs) -> Linearised:
+        """Around the log-probs of the whole batch."""
+        one = TokenLogprobs(policy.values[None], policy.pieces, None if policy.loads is None else policy.loads[None])
+        known = one.like([tensor.detach().requires_grad_() for tensor in one.tensors])
         with torch.enable_grad():
-            loss = objective.loss(range(len(known.chosen)), known)
+            loss = objective.loss(range(known.num_rows), known.of(0))
         return cls(known.like(torch.autograd.grad(loss, known.tensors, materialize_grads=True)))
 
-    def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
+    def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
         """What these rows contribute."""
-        columns = zip(self.gradient.columns, policy.columns, strict=True)
-        first, *others = (gradient[rows].to(column) * column for gradient, column in columns)
-        found = sum(others, first).sum()
+        index = self.gradient.index_of(piece._replace(row=rows[piece.row]) for piece in policy.pieces)
+        found = (self.gradient.values[0, index].to(policy.values) * policy.values).sum()
         if self.gradient.loads is None or policy.loads is None:
             return found
-        return found + (self.gradient.loads[rows].to(policy.loads) * policy.loads).sum().to(found)
+        return found + (self.gradient.loads[0, list(rows)].to(policy.loads) * policy.loads).sum().to(found)
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,13 @@ def alike(agents: Sequence[A]) -> Iterator[list[A]]:
 
 def policy_logprobs(
     agents: Sequence[LLMAgent], batch: Batch, balancing: LoadBalancing | None = None
-) -> list[PairLogprobs]:
-    """(B,) log-probs of the batch's pairs under each agent's actor, and the loads of experts for a loss of routers."""
-    found: dict[int, PairLogprobs] = {}
+) -> list[MemberLogprobs]:
+    """Log-probs of the batch's samples under each agent's actor, and the loads of experts for a loss of routers."""
+    found: dict[int, MemberLogprobs] = {}
     for together in alike(agents):
-        actors = [agent.actor_adapter for agent in together]
+        items = Item.on(batch, [agent.actor_adapter for agent in together])
         options = replace(together[0].pass_options, balancing=balancing)
-        policies = Engine.of(together[0].base).logprobs(batch, actors, options)
+        policies = Engine.of(together[0].base).logprobs(items, options)
         found |= {id(agent): policy for agent, policy in zip(together, policies, strict=True)}
     return [found[id(agent)] for agent in agents]
 
@@ -186,7 +186,7 @@ def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) 
         policies = _backward(agents, objectives, batch, balancing)
     else:
         policies = policy_logprobs(agents, batch, balancing)
-    suspects = other_rows(finite_rows(policies), len(batch))
+    suspects = other_rows(finite_rows([policy.sums() for policy in policies]), len(batch))
     if suspects and any(len(rows) < len(batch) for rows in method.usable_rows(agents, batch, suspects)):
         for agent in agents:
             agent.optimizer.zero_grad(set_to_none=True)
@@ -211,10 +211,10 @@ def _no_step(method: Method[A], agents: Sequence[A], batch: Batch) -> list[tuple
     """The metrics of agents that cannot learn from any row of a batch, by their names."""
     results, balancing = [], agents[0].base.load_balancing
     for agent, objective in zip(agents, _objectives(method, agents, batch, balancing), strict=True):
-        columns = 4 if agent.pass_options.up_to_shorter else 2
-        unknown = PairLogprobs.of(list(torch.full((columns, len(batch)), torch.nan, dtype=torch.float64)))
-        if balancing is not None:
-            unknown = replace(unknown, loads=torch.full((len(batch), 2, balancing.experts), torch.nan))
+        pieces = pieces_of(batch)
+        values = torch.full((1, sum(piece.length for piece in pieces)), torch.nan)
+        loads = None if balancing is None else torch.full((1, len(batch), 2, balancing.experts), torch.nan)
+        unknown = TokenLogprobs(values, pieces, loads).of(0)
         metrics = {**dict.fromkeys(objective.metrics(unknown), np.nan), "learning_rate": agent.lr, "grad_norm": 0.0}
         results.append((agent, _Step(0, metrics, 0)))
     return results
@@ -225,27 +225,27 @@ def _backward(
     objectives: Sequence[Objective],
     batch: Batch,
     balancing: LoadBalancing | None,
-) -> list[PairLogprobs]:
+) -> list[MemberLogprobs]:
     """The log-probs of each agent's actor, and the gradients of the objectives in its parameters."""
     # Replaying, an agent by itself learns in the passes that it learnt in; all else is computed without others.
     engine = Engine.of(agents[0].base)
     options = replace(agents[0].pass_options, slot=agents[0].slot, balancing=balancing)
-    actors = [agent.actor_adapter for agent in agents]
+    items = Item.on(batch, [agent.actor_adapter for agent in agents])
 
     by_rows: dict[int, Objective | Linearised] = dict(enumerate(objectives))
     whole = [number for number, objective in by_rows.items() if objectives[number].whole_batch]
     if whole:
         # A forward pass more: how each row counts depends on the log-probs of all.
-        known = engine.logprobs(batch, [actors[number] for number in whole], options)
+        known = engine.logprobs([items[number] for number in whole], options)
         for number, policy in zip(whole, known, strict=True):
             by_rows[number] = Linearised.of(objectives[number], policy)
 
-    def sum_of_losses(members: Sequence[int], rows: Sequence[int], policies: list[PairLogprobs]) -> Tensor:
-        losses = [by_rows[member].loss(rows, policy) for member, policy in zip(members, policies, strict=True)]
+    def sum_of_losses(numbers: Sequence[int], rows: Sequence[int], found: TokenLogprobs) -> Tensor:
+        losses = [by_rows[number].loss(rows, policy) for number, policy in zip(numbers, found.members, strict=True)]
         return torch.stack(losses).sum()
 
     blocks = [block for agent in agents for block in _allocate_gradients(agent.actor_parameters())]
-    policies = engine.backward(batch, actors, options, sum_of_losses)
+    policies = engine.backward(items, options, sum_of_losses)
     for block in blocks:
         Processes.present().add_up(block)
     return policies

@@ -5,21 +5,22 @@
   pass, merging
 - `loading/`: a base by name, from an adapter's folder or a policy archive; its type and device
 - `engine`: log-probs of a batch for any number of adapters, with or without gradients
-- `packing`, `attention`, `flash`, `encoder_decoder`, `grouping`: how pairs are laid out in a forward pass
-- `logprobs`, `head`: log-probs from hidden states; `reference_cache` keeps those of frozen adapters
+- `layouts/`: how samples are laid out in a forward pass: packed, plain, for an encoder-decoder, or each by itself;
+  `attention`, `flash`, `grouping` are for them
+- `logprobs`, `head`: log-probs of tokens, and their sums; `reference_cache` keeps those of frozen adapters
 - `layers`, `rope`, `quantised`: what is changed in the modules of the base
 - `load_balancing`, `loss_scaling`: the loss of routers, and backward passes in float16
 - `probe`, `rounding`, `fast_paths`: trials that compare faster ways with the model's own forward pass
-- `budget`, `slow_settings`: what follows the free memory, and warnings about slow settings
+- `budget`, `pass_budgets`, `slow_settings`: what follows the free memory, and warnings about slow settings
 - `fingerprints`, `generation`: digests of adapters and bases, and greedy answers
 """
 
 from evollm.models.adapters.adapter import AdapterState
 from evollm.models.adapters.registry import AdapterShares
+from evollm.models.layouts import completion_logprobs
 from evollm.models.loading.base_source import load_policy_archive
 from evollm.models.loading.policy_archive import PolicyArchive
 from evollm.models.loading.pretrained import load_base_model
-from evollm.models.logprobs import completion_logprobs
 from evollm.models.reference_cache import ReferenceCache
 from evollm.models.shared_base import SharedBase
 

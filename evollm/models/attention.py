@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from evollm.data.samples import Sample
 from evollm.models.flash import SequenceBounds, causal_mask, flash_attention, kernel_head_size, takes, why_not_flash
-from evollm.models.packing import SampleLengths
 
 PAIR_ATTENTION = "evollm_pairs"
 # Arguments that change the scores unless they are None. The probe finds what this list does not know.
@@ -30,6 +30,18 @@ SLOW_WITHOUT_FLASH = ("cuda",)
 FLASH = "torch's flash kernel, all sequences in one call"
 ONE_BY_ONE = "scaled_dot_product_attention, one sequence after the other"
 SOFT_CAPPED = "products with a soft cap, one sequence after the other"
+
+
+class SampleLengths(NamedTuple):
+    """Tokens of a sample's prompt and of each of its completions."""
+
+    prompt: int
+    completions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sample: Sample) -> SampleLengths:
+        """The lengths of a sample."""
+        return cls(len(sample.prompt_ids), tuple(map(len, sample.completions)))
 
 
 class UnsupportedAttentionError(RuntimeError):

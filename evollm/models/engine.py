@@ -1,12 +1,13 @@
-"""Log-probs of many members in few passes through the base, by the fastest path that has proved itself."""
+"""Log-probs of many members in few passes through the base, by the fastest layout that has proved itself."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,40 +15,34 @@ from peft import LoraConfig
 
 from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.models.attention import PackedSequences
-from evollm.models.budget import affordable_tokens, count_saved_bytes, default_budget, should_recompute
-from evollm.models.encoder_decoder import (
-    EncodedPairs,
-    encoder_decoder_logprobs,
-    lone_encoder_decoder_logprobs,
-    longest_side,
-    padded_lengths,
-    start_token,
-)
+from evollm.models.budget import count_saved_bytes
 from evollm.models.fast_paths import FastPaths
-from evollm.models.grouping import balanced_groups, padded_groups
-from evollm.models.layers import FanOut
-from evollm.models.load_balancing import (
-    LoadBalancing,
-    Span,
-    lone_spans,
-    packed_spans,
-    padded_spans,
-    recorded,
-    row_loads,
-)
-from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logprobs, packed_logprobs
+from evollm.models.layouts import LaidOut, Layout, layout_for, longest_sequence
+from evollm.models.load_balancing import LoadBalancing, recorded, row_loads
+from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, joined, of_all_members, pieces_of
 from evollm.models.loss_scaling import ScaledBackward
-from evollm.models.packing import PackedSamples
+from evollm.models.pass_budgets import PassBudgets
 from evollm.models.probe import probe, probed_length
 from evollm.models.shared_base import SharedBase
-from evollm.models.slow_settings import is_card, needless_checkpointing, slow_dtype
+from evollm.models.slow_settings import slow_dtype
 from evollm.processes import Processes
 
-# (members, rows, log-probs of each member for these rows) -> the sum of the members' losses on them.
-MemberLoss = Callable[[Sequence[int], Sequence[int], list[PairLogprobs]], torch.Tensor]
+# (items, rows of their batch, log-probs under the items' members for these rows) -> the sum of the items' losses there.
+ItemLoss = Callable[[Sequence[int], Sequence[int], TokenLogprobs], torch.Tensor]
 
 _ATTRIBUTE = "_evollm_engine"
+
+
+class Item(NamedTuple):
+    """One member's work: an adapter, None for the base without adapter, and the samples that it goes through."""
+
+    adapter: str | None
+    batch: Batch
+
+    @classmethod
+    def on(cls, batch: Batch, adapters: Iterable[str | None]) -> list[Item]:
+        """An item for each adapter, all on one batch."""
+        return [cls(adapter, batch) for adapter in adapters]
 
 
 @dataclass(frozen=True)
@@ -68,22 +63,20 @@ class PassOptions:
     """How the members of a population go through the base; the same for all of them.
 
     Attributes:
-        token_budget: Most tokens in a pass, over all its members; a pair that is longer has a pass of its own. None:
+        token_budget: Most tokens in a pass, over all its members; a sample that is longer has a pass of its own. None:
             what suits the device and its free memory.
-        max_pairs: Most pairs of one member in a pass; None: no bound.
-        explicit_positions: Whether position ids are passed; without them pairs cannot share their prompt.
+        max_pairs: Most samples of one member in a pass; None: no bound.
+        explicit_positions: Whether position ids are passed; without them samples cannot share their prompt.
         gradient_checkpointing: Recompute activations in the backward pass. None: where memory is too short for them.
-        up_to_shorter: Give each pair's sums up to its shorter side's length too.
         slot: Of a member by itself: it goes through the base in this place, and in the places beside it, too, from
             which nothing is taken. None: the members that are given.
-        balancing: The loss of routers for which each pair's loads of experts are given too; None: they are not.
+        balancing: The loss of routers for which each sample's loads of experts are given too; None: they are not.
     """
 
     token_budget: int | None = None
     max_pairs: int | None = None
     explicit_positions: bool = True
     gradient_checkpointing: bool | None = False
-    up_to_shorter: bool = False
     slot: BatchSlot | None = None
     balancing: LoadBalancing | None = None
 
@@ -94,16 +87,15 @@ class Engine:
     Attributes:
         base: The base.
         paths: Which fast paths members take, by the settings of their LoRA configuration and the length that was tried.
+        budgets: How many tokens a pass takes.
         attention: What the latest pass computed attention by, in words; "" before the first one.
     """
 
     def __init__(self, base: SharedBase) -> None:
         self.base = base
         self.paths: dict[tuple[str, int], FastPaths] = {}
+        self.budgets = PassBudgets(base)
         self.attention = ""
-        self._budgets: dict[tuple[bool, bool, bool], int] = {}
-        # With and without a tiled head: tokens of which the activations fit into memory.
-        self._affordable: dict[bool, int] = {}
         self._said: set[str] = set()
         self._without_adapter: tuple[str, LoraConfig] | None = None
 
@@ -117,39 +109,38 @@ class Engine:
         return engine
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch, members: Sequence[str | None], options: PassOptions) -> list[PairLogprobs]:
-        """The log-probs of a batch's pairs under each member.
+    def logprobs(self, items: Sequence[Item], options: PassOptions) -> list[MemberLogprobs]:
+        """The log-probs of each item's scored tokens under its adapter.
+
+        Items whose batch is the same object share its layout, passes, and the layers below the first adapter. Those of
+        different batches are run one batch after the other.
 
         Args:
-            batch: B pairs.
-            members: Names of adapters; None: the base without adapter.
+            items: Adapters and their samples.
             options: How they go through the base.
 
         Returns:
-            (B,) sums for each member, on the base's device.
+            For each item the log-probs of its batch, on the CPU: all first completions, then all second ones.
         """
-        options = replace(options, gradient_checkpointing=False)
-        return self._run(batch, members, options, loss=None)
+        return self._run(items, replace(options, gradient_checkpointing=False), loss=None)
 
-    def backward(
-        self, batch: Batch, members: Sequence[str], options: PassOptions, loss: MemberLoss
-    ) -> list[PairLogprobs]:
-        """The same, and add the gradient of the members' losses to their parameters'.
+    def backward(self, items: Sequence[Item], options: PassOptions, loss: ItemLoss) -> list[MemberLogprobs]:
+        """The same, and add the gradient of the items' losses to their adapters' parameters.
 
         Args:
-            batch: B pairs.
-            members: Names of trainable adapters.
+            items: Trainable adapters and their samples.
             options: How they go through the base.
-            loss: From positions of members, of pairs in the batch, and their log-probs, to the sum of these members'
-                losses on these pairs. Called once for each pass.
+            loss: From positions of items, of samples in their batch, and the log-probs, to the sum of these items'
+                losses on these samples. Called once for each pass.
         """
-        for name in members:
+        for item in items:
             # Whoever has the network may have called PEFT's own switch, which freezes all adapters but one.
-            self.base.adapters.restore_trainability(name)
-        return self._run(batch, members, options, loss)
+            assert item.adapter is not None
+            self.base.adapters.restore_trainability(item.adapter)
+        return self._run(items, options, loss)
 
     def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:
-        """The fast paths that all these members may take with pairs of up to `length` tokens; others are probed."""
+        """The fast paths that these members may take with sequences of up to `length` tokens; others are probed."""
         configs = {
             self.base.adapters.settings(name): self.base.adapters.config(name) for name in members if name is not None
         }
@@ -168,85 +159,110 @@ class Engine:
             found = found & known
         return found
 
-    def _run(
-        self, batch: Batch, members: Sequence[str | None], options: PassOptions, loss: MemberLoss | None
-    ) -> list[PairLogprobs]:
-        """All pairs, each in one of the processes; every process gets all results."""
+    def _run(self, items: Sequence[Item], options: PassOptions, loss: ItemLoss | None) -> list[MemberLogprobs]:
+        """All items, those with the same batch together."""
+        found: dict[int, MemberLogprobs] = {}
+        sharing: dict[int, list[int]] = {}
+        for number, item in enumerate(items):
+            sharing.setdefault(id(item.batch), []).append(number)
+        for numbers in sharing.values():
+            members, batch = [items[number].adapter for number in numbers], items[numbers[0]].batch
+            own = None if loss is None else partial(_of_items, loss, numbers)
+            found |= zip(numbers, self._run_batch(batch, members, options, own).members, strict=True)
+        return [found[number] for number in range(len(items))]
+
+    def _run_batch(
+        self, batch: Batch, members: Sequence[str | None], options: PassOptions, loss: ItemLoss | None
+    ) -> TokenLogprobs:
+        """All samples of a batch, each in one of the processes; every process gets all results."""
         self.base.adapters.release_lost()
         self.say([slow_dtype(self.base.device.type, self.base.network.dtype)])
-        longest = longest_side(batch) if self.base.is_encoder_decoder else batch.longest_sequence
-        paths = self.prepare(members, longest)
-        if not (options.explicit_positions or self.base.is_encoder_decoder):
-            paths = replace(paths, shared_prompt=False)
-        if loss is not None and (self.base.is_encoder_decoder or not paths.shared_prompt):
+        paths = self.prepare(members, longest_sequence(self.base, batch))
+        layout = layout_for(self.base, paths, explicit_positions=options.explicit_positions)
+        if loss is not None and layout.own_attention:
             self._check_own_attention()
-        if paths.goes_alone(options.explicit_positions):
-            # Processes that share the base's layers need passes of equally many sequences.
-            options = replace(options, max_pairs=1)
-        options = replace(options, gradient_checkpointing=self._recomputes(batch, members, options, paths))
-        budget = options.token_budget or self._default_budget(batch, members, options, paths, training=loss is not None)
+
+        def saved(recompute: bool) -> float:
+            """Bytes that a pass of one member saves for each token."""
+            # The longest: what a pass saves once, the members' stacked weights, should weigh little.
+            longest = batch.select([int(np.argmax(batch.num_tokens))])
+            few = _FewSamples(self.base, layout, longest, members, stacking=paths.stacking)
+            kind = replace(options, gradient_checkpointing=recompute)
+            with count_saved_bytes(keep=False) as bytes_saved, few.forward([0], kind):
+                pass
+            return bytes_saved.total / int(longest.num_tokens.sum())
+
+        tiled, longest = paths.tiled_head, int(batch.num_tokens.max())
+        recompute, remark = self.budgets.recomputes(
+            options.gradient_checkpointing, saved, tiled=tiled, token_budget=options.token_budget, longest=longest
+        )
+        self.say([remark])
+        options = replace(options, gradient_checkpointing=recompute)
+        budget = options.token_budget or self.budgets.budget(
+            saved, training=loss is not None, recompute=recompute, tiled=tiled
+        )
+        run = partial(self._run_rows, batch, members, options, layout, paths.stacking, budget, loss)
         processes = Processes.present()
         if processes.size == 1:
-            return self._run_here(batch, range(len(batch)), members, options, paths, budget, loss)
+            whole = run(range(len(batch)))
+            assert whole is not None
+            return whole
         own = processes.share(len(batch))
-        results: Sequence[PairLogprobs | None] = [None] * len(members)
-        if own or self.base.is_sharded:
-            results = self._run_here(batch, own, members, options, paths, budget, loss) or results
-        columns = 4 if options.up_to_shorter else 2
-        experts = None if options.balancing is None else options.balancing.experts
-        return [
-            _from_everywhere(result, own, (columns, len(batch)), self.base.device, processes, experts)
-            for result in results
-        ]
+        part = run(own) if own or self.base.is_sharded else None
+        dtype = torch.promote_types(self.base.network.dtype, torch.float32)
+        nothing = torch.zeros(len(members), int(sum(piece.length for piece in pieces_of(batch))), dtype=dtype)
+        return _from_everywhere(part, own, batch, nothing.to(self.base.device), options.balancing)
 
-    def _run_here(
+    def _run_rows(
         self,
         batch: Batch,
-        own: Sequence[int],
         members: Sequence[str | None],
         options: PassOptions,
-        paths: FastPaths,
+        layout: Layout,
+        stacking: bool,
         budget: int,
-        loss: MemberLoss | None,
-    ) -> list[PairLogprobs]:
-        """The pairs of these rows, in their order; [] without rows."""
-        parts: list[list[PairLogprobs]] = [[] for _ in members]
+        loss: ItemLoss | None,
+        own: Sequence[int],
+    ) -> TokenLogprobs | None:
+        """The samples of these rows; None without rows."""
         groups: list[list[int]] = []
         if own:
-            divided = self._groups(batch.select(own), budget, options.max_pairs, paths)
+            divided = layout.groups(batch.select(own), budget, options.max_pairs)
             groups = [[own[row] for row in rows] for rows in divided]
         slot = options.slot or BatchSlot(0, 1)
         slotted = [*members] * slot.of
         fillers = 0
         if self.base.is_sharded:
-            # Weights come from all processes: who has fewer passes goes along in passes that count for nothing.
+            # Weights come from all processes: one with fewer passes than another adds passes that count for nothing.
             fillers = Processes.present().largest(len(groups)) - len(groups)
+        parts: list[list[TokenLogprobs]] = []
         for rows, weight in [*((rows, 1) for rows in groups), *[([0], 0)] * fillers]:
-            few = _FewPairs(self.base, batch.select(rows), slotted, paths)
+            few = _FewSamples(self.base, layout, batch.select(rows), slotted, stacking=stacking)
+            taken: list[TokenLogprobs] = []
             for numbers in few.passes(budget):
                 # By itself a member takes part in the one pass that its slot is in.
                 taking = numbers if options.slot is None else [0] if slot.place in numbers else []
                 if not taking:
                     continue
                 trained = [members[number] for number in taking]
-                found = None if loss is None else _WeightedLoss(loss, taking, rows, weight)
+                found = None if loss is None else partial(_weighted, loss, taking, rows, weight)
                 place = None if options.slot is None else list(numbers).index(slot.place)
-                taken = self._pass(few, numbers, options, place, trained, found)
+                taken.append(self._pass(few, numbers, options, place, trained, found))
                 self.attention = few.attention
-                for number, part in zip(taking, taken, strict=True):
-                    if weight:
-                        parts[number].append(part)
-        return [PairLogprobs.join(member_parts, groups) for member_parts in parts] if groups else []
+            if weight:
+                parts.append(taken)
+        # Copied when all passes are on their way: a copy waits for the device.
+        return joined([of_all_members(taken) for taken in parts], groups) if groups else None
 
     def _pass(
         self,
-        few: _FewPairs,
+        few: _FewSamples,
         numbers: Sequence[int],
         options: PassOptions,
         place: int | None,
         members: Sequence[str | None],
-        loss: _WeightedLoss | None,
-    ) -> list[PairLogprobs]:
+        loss: Callable[[TokenLogprobs], torch.Tensor] | None,
+    ) -> TokenLogprobs:
         """The log-probs of the members that take part in one pass, and their gradients added to the parameters'."""
         scaled = None
         if loss is not None and self.base.network.dtype == torch.float16:
@@ -254,31 +270,20 @@ class Engine:
             scaled = ScaledBackward([list(self.base.adapters.parameters(name).values()) for name in names])
         again = True
         while again:
-            with few.forward(numbers, options) as logprobs:
-                taken = logprobs if place is None else [logprobs[place]]
+            with few.forward(numbers, options) as found:
+                taken = found if place is None else found.like([one[place : place + 1] for one in found.tensors])
                 # Inside the block, since it recomputes checkpointed layers.
                 again = scaled is not None and loss is not None and scaled.attempt(loss, taken)
                 if scaled is None and loss is not None:
                     loss(taken).backward()
             if self.base.is_sharded and scaled is not None:
                 again = bool(Processes.present().largest(again))
-            results = [part.like([tensor.detach() for tensor in part.tensors]) for part in taken]
+            results = taken.like([tensor.detach() for tensor in taken.tensors])
             # Their graph: the next one must not come to lie beside it.
-            del logprobs, taken
+            del found, taken
         if scaled is not None:
             scaled.accumulate()
         return results
-
-    def _groups(self, batch: Batch, budget: int, max_pairs: int | None, paths: FastPaths) -> list[list[int]]:
-        """Rows that go through the base together."""
-        if self.base.is_encoder_decoder:
-            return padded_groups(padded_lengths(batch, shared_prompt=paths.shared_prompt), budget, max_pairs)
-        if paths.shared_prompt:
-            return balanced_groups(batch.num_tokens.tolist(), budget, max_pairs)
-        # Two padded sequences for each pair, one for an SFT example.
-        longest = batch.prompt_lengths + np.maximum(batch.chosen_lengths, batch.rejected_lengths)
-        sequences = 1 + (batch.rejected_lengths > 0)
-        return padded_groups(sequences * longest, budget, max_pairs)
 
     def begin(self, adapter: str) -> None:
         """Forget what was found for earlier runs on this base, on which the bits of a run must not depend.
@@ -287,17 +292,13 @@ class Engine:
             adapter: One of the run's; the base without adapter is probed with its configuration.
         """
         self.paths.clear()
-        self._budgets.clear()
-        self._affordable.clear()
+        self.budgets.clear()
         self._without_adapter = self._settings_of(adapter)
 
     def state_dict(self) -> dict[str, Any]:
         """Fast paths, default budgets and room for activations found so far, as JSON: a run's bits depend on them."""
-        return {
-            "paths": [{"settings": settings, **paths.to_dict()} for (settings, _), paths in self.paths.items()],
-            "budgets": [[*kind, budget] for kind, budget in self._budgets.items()],
-            "affordable": [[tiled, tokens] for tiled, tokens in self._affordable.items()],
-        }
+        paths = [{"settings": settings, **paths.to_dict()} for (settings, _), paths in self.paths.items()]
+        return {"paths": paths, **self.budgets.state_dict()}
 
     def load_state_dict(self, state: object) -> None:
         """Take what `state_dict` gave, whatever a probe would find here and whatever memory is free.
@@ -306,61 +307,12 @@ class Engine:
             CheckpointError: `state` is not what `state_dict` gave; nothing is changed.
         """
         try:
-            paths, budgets, affordable = _read_state(state)
+            paths, budgets = _read_paths(state), PassBudgets.from_state(self.base, state)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"what the checkpoint says of the fast paths is damaged: {error}") from error
-        self.paths, self._budgets, self._affordable = paths, budgets, affordable
+        self.paths, self.budgets = paths, budgets
         for known in paths.values():
             self.say(known.reasons)
-
-    def _default_budget(
-        self,
-        batch: Batch,
-        members: Sequence[str | None],
-        options: PassOptions,
-        paths: FastPaths,
-        *,
-        training: bool,
-    ) -> int:
-        """The budget for this kind of pass, found at the first of its kind and kept."""
-        kind = (training, bool(options.gradient_checkpointing), paths.tiled_head)
-        if kind not in self._budgets:
-            per_token = self._saved_per_token(batch, members, options, paths)
-            budget = default_budget(self.base, per_token, training=training, tiled=paths.tiled_head)
-            self._budgets[kind] = Processes.present().smallest(budget)
-        return self._budgets[kind]
-
-    def _recomputes(self, batch: Batch, members: Sequence[str | None], options: PassOptions, paths: FastPaths) -> bool:
-        """Whether activations are computed again in the backward pass: as the user says, or as memory needs it.
-
-        What is kept is for how many tokens memory has room, and not what follows from it: a longer pair may come.
-        """
-        base, asked = self.base, options.gradient_checkpointing
-        device = base.device.type
-        if asked is False or not base.can_checkpoint or base.is_sharded or (asked and not is_card(device)):
-            # The layers of a sharded base are recomputed in any case.
-            return bool(asked) or (asked is None and base.is_sharded)
-        if paths.tiled_head not in self._affordable:
-            keeping = replace(options, gradient_checkpointing=False)
-            per_token = self._saved_per_token(batch, members, keeping, paths)
-            affordable = affordable_tokens(base, per_token, tiled=paths.tiled_head)
-            self._affordable[paths.tiled_head] = Processes.present().smallest(affordable)
-        room = self._affordable[paths.tiled_head], device, options.token_budget, int(batch.num_tokens.max())
-        if asked:
-            self.say([needless_checkpointing(device, room[0], room[2], room[3])])
-            return True
-        return should_recompute(*room)
-
-    def _saved_per_token(
-        self, batch: Batch, members: Sequence[str | None], options: PassOptions, paths: FastPaths
-    ) -> float:
-        """Bytes that a pass of one member saves for each token."""
-        # The longest: what a pass saves once, the members' stacked weights, should weigh little.
-        longest = batch.select([int(np.argmax(batch.num_tokens))])
-        few = _FewPairs(self.base, longest, members, paths)
-        with count_saved_bytes(keep=False) as saved, few.forward([0], options):
-            pass
-        return saved.total / int(longest.num_tokens.sum())
 
     def _check_own_attention(self) -> None:
         """Refuse to train by an attention of the model's own that cannot be differentiated."""
@@ -382,153 +334,103 @@ class Engine:
                 warnings.warn(f"{self.base.name or 'the base'}: {reason}", UserWarning, stacklevel=3)
 
 
-@dataclass(frozen=True)
-class _WeightedLoss:
-    """The losses of a pass, as a function of the members' log-probs."""
-
-    loss: MemberLoss
-    members: Sequence[int]
-    rows: Sequence[int]
-    weight: int
-
-    def __call__(self, policies: list[PairLogprobs]) -> torch.Tensor:
-        return self.loss(self.members, self.rows, policies) * self.weight
+def _of_items(
+    loss: ItemLoss, items: Sequence[int], members: Sequence[int], rows: Sequence[int], found: TokenLogprobs
+) -> torch.Tensor:
+    """The loss of the members of one batch, which are some of the items."""
+    return loss([items[member] for member in members], rows, found)
 
 
-def _read_state(
-    state: Any,
-) -> tuple[dict[tuple[str, int], FastPaths], dict[tuple[bool, bool, bool], int], dict[bool, int]]:
-    """Fast paths, default budgets and room for activations from what `Engine.state_dict` gave."""
-    paths, budgets = {}, {}
+def _weighted(
+    loss: ItemLoss, members: Sequence[int], rows: Sequence[int], weight: int, found: TokenLogprobs
+) -> torch.Tensor:
+    return loss(members, rows, found) * weight
+
+
+def _read_paths(state: Any) -> dict[tuple[str, int], FastPaths]:
+    """Fast paths from what `Engine.state_dict` gave."""
+    paths = {}
     for entry in state["paths"]:
         settings, known = entry["settings"], FastPaths.from_dict({k: v for k, v in entry.items() if k != "settings"})
         if not isinstance(settings, str):
             raise ValueError(f"{settings!r} are not the settings of an adapter")
         paths[settings, known.longest] = known
-    for *kind, budget in state["budgets"]:
-        one, two, three = kind
-        if not all(isinstance(value, bool) for value in kind) or type(budget) is not int or budget < 1:
-            raise ValueError(f"{[*kind, budget]!r} is not a budget")
-        budgets[one, two, three] = budget
-    affordable = {}
-    # Absent from earlier checkpoints, whose agents all say whether they recompute.
-    for tiled, tokens in state.get("affordable", []):
-        if not isinstance(tiled, bool) or type(tokens) is not int or tokens < 0:
-            raise ValueError(f"{[tiled, tokens]!r} is no room for activations")
-        affordable[tiled] = tokens
-    return paths, budgets, affordable
+    return paths
 
 
 def _from_everywhere(
-    result: PairLogprobs | None,
+    result: TokenLogprobs | None,
     own: Sequence[int],
-    shape: tuple[int, int],
-    device: torch.device,
-    processes: Processes,
-    experts: int | None,
-) -> PairLogprobs:
-    """The log-probs of all pairs, of which each process has its own."""
-    sums = torch.zeros(shape, dtype=torch.float64, device=device)
+    batch: Batch,
+    values: torch.Tensor,
+    balancing: LoadBalancing | None,
+) -> TokenLogprobs:
+    """The log-probs of all samples, of which each process has its own.
+
+    Args:
+        result: Those of this process; None where it has none.
+        own: Their rows, in their order.
+        batch: All samples.
+        values: (M, C) zeros, to be exchanged.
+        balancing: The loss for which there are loads; None: there are none.
+    """
+    whole, loads = TokenLogprobs(values, pieces_of(batch)), None
     if result is not None:
-        sums[:, list(own)] = torch.stack(result.columns).double()
-    processes.add_up(sums)
-    if experts is None:
-        return PairLogprobs.of(list(sums))
-    loads = sums.new_zeros(shape[1], 2, experts)
-    if result is not None and result.loads is not None:
-        loads[list(own)] = result.loads.double()
-    processes.add_up(loads)
-    return PairLogprobs.of(list(sums), loads)
+        values[:, whole.index_of(result.pieces)] = result.values.to(values)
+    Processes.present().add_up(values)
+    if balancing is not None:
+        shape = len(values), len(batch), 2, balancing.experts
+        loads = torch.zeros(shape, dtype=torch.float64, device=values.device)
+        if result is not None and result.loads is not None:
+            loads[:, list(own)] = result.loads.to(loads)
+        Processes.present().add_up(loads)
+        loads = loads.cpu()
+    return TokenLogprobs(values.cpu(), whole.pieces, loads)
 
 
-class _FewPairs:
-    """The pairs of one pass, laid out once, and the members that go through the base with them."""
+class _FewSamples:
+    """The samples of one pass, laid out once, and the members that go through the base with them."""
 
-    def __init__(self, base: SharedBase, batch: Batch, members: Sequence[str | None], paths: FastPaths) -> None:
+    def __init__(
+        self, base: SharedBase, layout: Layout, batch: Batch, members: Sequence[str | None], *, stacking: bool
+    ) -> None:
         self._base = base
-        self._batch = batch
+        self._num_rows = len(batch)
         self._members = members
-        self._paths = paths
-        self._sides: EncodedPairs | None = None
-        self._packed: PackedSamples | None = None
-        if base.is_encoder_decoder:
-            start = start_token(base.network)
-            self._sides = EncodedPairs.of(batch, base.device, start, shared_prompt=paths.shared_prompt)
-        elif paths.shared_prompt:
-            self._packed = PackedSamples.of(batch, base.device)
-        self._layout: PackedSequences | None = None
-        if self._packed:
-            self._layout = PackedSequences(self._packed.lengths, base.device, base.network.dtype)
-        first = base.adapters.first_layer([name for name in members if name is not None])
-        self._fan_out = FanOut(first, 1) if self._packed and first is not None else None
-
-    @property
-    def starts_at_first_adapter(self) -> bool:
-        """Whether the layers below the first adapter run once for all members."""
-        return self._fan_out is not None
+        self._stacking = stacking
+        self.laid: LaidOut = layout.lay_out(batch, members)
 
     @property
     def attention(self) -> str:
         """What attention has been computed by, in words."""
-        kinds = sorted(self._layout.kinds) if self._layout else []
-        return " and ".join(kinds) or f"the model's own ({self._base.network.config._attn_implementation})"
+        return self.laid.attention or f"the model's own ({self._base.network.config._attn_implementation})"
 
     def passes(self, budget: int) -> list[Sequence[int]]:
         """Positions of the members of each pass: as many as the budget holds, evenly."""
         together = 1
-        stacking = self.starts_at_first_adapter or self._sides is not None
-        if self._paths.stacking and stacking and None not in self._members:
-            tokens = int(self._batch.num_tokens.sum()) if self._sides is None else self._sides.num_tokens
-            together = max(1, budget // tokens)
+        if self._stacking and self.laid.can_stack and None not in self._members:
+            together = max(1, budget // self.laid.num_tokens)
         if self._base.is_sharded:
             together = Processes.present().smallest(together)
         count = -(-len(self._members) // together)
         return [part.tolist() for part in np.array_split(np.arange(len(self._members)), count)]
 
     @contextmanager
-    def forward(self, numbers: Sequence[int], options: PassOptions) -> Iterator[list[PairLogprobs]]:
+    def forward(self, numbers: Sequence[int], options: PassOptions) -> Iterator[TokenLogprobs]:
         """The log-probs of these members, inside a block in which their gradients can be computed."""
-        base, paths = self._base, self._paths
+        base, laid, balancing = self._base, self.laid, options.balancing
         names = [self._members[number] for number in numbers]
-        routes = tuple(name for name in names if name is not None) if paths.stacking else ()
-        with ExitStack() as stack:
-            recompute = bool(options.gradient_checkpointing)
-            network = stack.enter_context(base.active(names[0], gradient_checkpointing=recompute))
-            stack.enter_context(base.router.route(routes or None))
-            if self._packed is not None and self._layout is not None:
-                # Without an adapter there are no members to part.
-                fan_out = self._fan_out if names[0] is not None else None
-                if fan_out is not None:
-                    fan_out.members = len(names)
-                    if options.balancing is not None:
-                        # A layer that runs once for all members has one record of its router for all of them.
-                        fan_out.first = 0
-                stack.enter_context(base.packed(self._layout, fan_out))
-            if options.balancing is None:
-                yield self._logprobs(network, len(names), options)
+        routes = tuple(name for name in names if name is not None) if self._stacking else ()
+        recompute = bool(options.gradient_checkpointing)
+        with (
+            base.active(names[0], gradient_checkpointing=recompute) as network,
+            base.router.route(routes or None),
+            laid.passing(len(names), adapted=names[0] is not None, whole=balancing is not None),
+        ):
+            if balancing is None:
+                yield TokenLogprobs(laid.logprobs(network, len(names)), laid.pieces)
                 return
             with recorded(network) as calls:
-                found = self._logprobs(network, len(names), options)
-            rows, per_token = len(self._batch), options.balancing.per_token
-            loads = row_loads(calls, self._spans(options), rows, len(names), per_token)
-            yield [replace(member, loads=part) for member, part in zip(found, loads, strict=True)]
-
-    def _logprobs(self, network: Any, num_members: int, options: PassOptions) -> list[PairLogprobs]:
-        """The log-probs of these members, whose rows have been routed."""
-        base, paths = self._base, self._paths
-        wanted = {"tiled_head": paths.tiled_head, "up_to_shorter": options.up_to_shorter}
-        if self._packed is not None:
-            return packed_logprobs(network, self._packed, num_members, **wanted)
-        if paths.goes_alone(options.explicit_positions):
-            lone = lone_logprobs if self._sides is None else lone_encoder_decoder_logprobs
-            return [lone(network, self._batch, base.device, up_to_shorter=options.up_to_shorter)]
-        if self._sides is not None:
-            return encoder_decoder_logprobs(network, self._sides, num_members, **wanted)
-        explicit = options.explicit_positions and paths.explicit_positions
-        return [completion_logprobs(network, self._batch, base.device, explicit_positions=explicit, **wanted)]
-
-    def _spans(self, options: PassOptions) -> list[Span]:
-        """Where the tokens are whose routers have been recorded."""
-        if self._packed is not None:
-            return packed_spans(self._batch)
-        return (lone_spans if self._paths.goes_alone(options.explicit_positions) else padded_spans)(self._batch)
+                values = laid.logprobs(network, len(names))
+            loads = row_loads(calls, laid.spans(), self._num_rows, len(names), balancing.per_token)
+            yield TokenLogprobs(values, laid.pieces, loads)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evollm.data.samples import Batch
 from evollm.errors import ConfigurationError
 from evollm.models.adapters.targets import text_config
 from evollm.models.encoder_decoder import is_encoder_decoder
@@ -28,6 +27,26 @@ _COEFFICIENT = "router_aux_loss_coef"
 # Tokens of the sequences on which the loss is compared with the model's own.
 _TRIED = (9, 6)
 _TOLERANCE = 1e-3
+
+
+class Span(NamedTuple):
+    """Tokens of a pass that stand beside each other.
+
+    Attributes:
+        row: The sample in its batch.
+        weight: How often each token counts; 0 for padding.
+        length: Tokens.
+    """
+
+    row: int
+    weight: int
+    length: int
+
+
+def padded_spans(row: int, length: int, longest: int) -> list[Span]:
+    """A sequence's tokens and its padding."""
+    return [Span(row, 1, length), Span(row, 0, longest - length)]
+
 
 # Of each layer the logits of its router, (tokens, E).
 RouterLogits = tuple[Tensor, ...]
@@ -58,14 +77,6 @@ class LoadBalancing:
         tokens = chosen.sum() / self.per_token
         products: Tensor = chosen / tokens * (probabilities / tokens)
         return products.sum() * self.experts
-
-
-class Span(NamedTuple):
-    """Tokens that stand beside each other: of which row, how often each counts, and how many there are."""
-
-    row: int
-    weight: int
-    length: int
 
 
 def asked_for(network: PreTrainedModel) -> dict[str, Any]:
@@ -111,7 +122,7 @@ def _tried(network: Any, coefficient: float) -> tuple[LoadBalancing, float, floa
         own = network(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True).aux_loss
     per_token = getattr(network, "num_experts_per_tok", None) or text_config(network.config).num_experts_per_tok
     found = LoadBalancing(coefficient, calls[0][0].shape[-1], per_token)
-    spans = [Span(row, *part) for row, count in enumerate(_TRIED) for part in _padded(count, mask.shape[1])]
+    spans = [span for row, count in enumerate(_TRIED) for span in padded_spans(row, count, mask.shape[1])]
     loads = row_loads(calls, spans, len(_TRIED), 1, per_token)[0]
     return found, found.loss(loads).item(), float(own)
 
@@ -156,37 +167,3 @@ def row_loads(
     counts[np.repeat(rows, lengths), np.arange(lengths.sum())] = np.repeat(weights, lengths)
     # A product rather than an index_add, which adds in any order on a GPU.
     return torch.einsum("bn,mnke->mbke", torch.from_numpy(counts).to(total), total)
-
-
-def packed_spans(batch: Batch) -> list[Span]:
-    """Of packed pairs: a prompt counts for each of the sides that follow it, as if it had been repeated."""
-    spans = []
-    for row, (prompt, chosen, rejected) in enumerate(_lengths(batch)):
-        spans += [Span(row, 1 + (rejected > 0), prompt), Span(row, 1, chosen), Span(row, 1, rejected)]
-    return spans
-
-
-def padded_spans(batch: Batch) -> list[Span]:
-    """Of the sequences of `two_sequences`, with their padding."""
-    sequences = [(row, prompt + chosen) for row, (prompt, chosen, _) in enumerate(_lengths(batch))]
-    sequences += [(row, prompt + rejected) for row, (prompt, _, rejected) in enumerate(_lengths(batch)) if rejected]
-    longest = max(length for _, length in sequences)
-    return [Span(row, *part) for row, length in sequences for part in _padded(length, longest)]
-
-
-def lone_spans(batch: Batch) -> list[Span]:
-    """Of sequences one by one, a pair's chosen side before its rejected one."""
-    return [
-        Span(row, 1, prompt + side) for row, (prompt, *sides) in enumerate(_lengths(batch)) for side in sides if side
-    ]
-
-
-def _padded(length: int, longest: int) -> list[tuple[int, int]]:
-    """Weights and lengths of a sequence's tokens and of its padding."""
-    return [(1, length), (0, longest - length)]
-
-
-def _lengths(batch: Batch) -> list[list[int]]:
-    """Tokens of each pair's prompt, chosen and rejected side."""
-    columns = batch.prompt_lengths, batch.chosen_lengths, batch.rejected_lengths
-    return [list(map(int, sizes)) for sizes in zip(*columns, strict=True)]

@@ -1,260 +1,257 @@
-"""Log-probs of completions: by the plain layout, which every faster one has to reproduce, and by packed pairs."""
+"""Log-probs of scored tokens, what they are sums of, and how they are read off a network."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from evollm.data.samples import Batch, IntArray
-from evollm.models.head import token_logprobs
-from evollm.models.packing import PackedSamples
 
 
-@dataclass(frozen=True)
-class PairLogprobs:
-    """Summed log-probabilities of B pairs' completions, in float32 or wider.
+class Piece(NamedTuple):
+    """Tokens that stand beside each other: the scored ones of one completion.
 
     Attributes:
-        chosen: (B,) log pi(chosen | prompt), in nats.
-        rejected: (B,) log pi(rejected | prompt), in nats; 0 where there is no rejected side.
-        up_to_shorter: The same sums over the first tokens of each side, as many as the pair's shorter side has; None
-            unless they were asked for.
-        loads: (B, 2, E) what each pair adds to the loads of experts, None unless it was asked for; see
-            `evollm.models.load_balancing`.
+        row: The sample in its batch.
+        place: The completion in its sample.
+        length: Tokens.
     """
 
-    chosen: Tensor
-    rejected: Tensor
-    up_to_shorter: PairLogprobs | None = None
-    loads: Tensor | None = None
+    row: int
+    place: int
+    length: int
+
+
+Pieces = tuple[Piece, ...]
+
+
+def pieces_of(batch: Batch, *, by_place: bool = True) -> Pieces:
+    """The pieces of a batch: all first completions, then all second ones, or else sample by sample."""
+    found = [Piece(row, place, n) for row, sample in enumerate(batch) for place, n in enumerate(sample.num_scored)]
+    return tuple(sorted(found, key=lambda piece: (piece.place, piece.row)) if by_place else found)
+
+
+@dataclass(frozen=True, eq=False)
+class CompletionSums:
+    """Log-probs of B samples' completions, in nats.
+
+    Attributes:
+        columns: For each place (B,) log pi(completion | prompt), summed over scored tokens; 0 where a sample has no
+            completion in this place.
+        up_to_shorter: The same over the first tokens alone, as many as the sample's shortest completion has; None
+            unless they were asked for.
+    """
+
+    columns: tuple[Tensor, ...]
+    up_to_shorter: tuple[Tensor, ...] | None = None
 
     @property
-    def columns(self) -> list[Tensor]:
-        """All sums: two, or four with those up to the shorter side's length."""
-        return [self.chosen, self.rejected, *(self.up_to_shorter.columns if self.up_to_shorter else ())]
-
-    @classmethod
-    def of(cls, columns: Sequence[Tensor], loads: Tensor | None = None) -> PairLogprobs:
-        """From the `columns` of another one, and its loads."""
-        return cls(columns[0], columns[1], cls.of(columns[2:]) if len(columns) > 2 else None, loads)  # noqa: PLR2004
+    def chosen(self) -> Tensor:
+        """(B,) of the first completions."""
+        return self.columns[0]
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """All sums, and the loads where there are any."""
-        return [*self.columns, *([] if self.loads is None else [self.loads])]
+    def rejected(self) -> Tensor:
+        """(B,) of the second completions; `IndexError` if no sample has any."""
+        return self.columns[1]
 
-    def like(self, tensors: Sequence[Tensor]) -> PairLogprobs:
-        """The same with other `tensors`."""
-        count = len(self.columns)
-        return PairLogprobs.of(tensors[:count], *tensors[count:])
+    def map(self, change: Callable[[Tensor], Tensor]) -> CompletionSums:
+        """The same with each (B,) tensor changed."""
+        shorter = None if self.up_to_shorter is None else tuple(map(change, self.up_to_shorter))
+        return CompletionSums(tuple(map(change, self.columns)), shorter)
 
-    @classmethod
-    def join(cls, parts: Sequence[PairLogprobs], rows: Sequence[Sequence[int]]) -> PairLogprobs:
-        """Put the pairs of several parts, each with the rows that it holds, into the order of the rows."""
-        order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable")).to(parts[0].chosen.device)
-        tensors = zip(*(part.tensors for part in parts), strict=True)
-        return parts[0].like([torch.cat(column)[order] for column in tensors])
+    def with_rows(self, rows: Sequence[int], other: CompletionSums) -> CompletionSums:
+        """The same with the samples of another one, in its order, at these rows."""
+        places = torch.tensor(rows)
 
-    def with_rows(self, rows: Sequence[int], other: PairLogprobs) -> PairLogprobs:
-        """The same with the pairs of another one, in its order, at these rows."""
-        places = torch.tensor(rows, device=self.chosen.device)
-        columns = zip(self.columns, other.columns, strict=True)
-        return PairLogprobs.of([column.index_copy(0, places, part) for column, part in columns])
+        def of(columns: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # A place that none of the others has holds zeros already.
+            changed = [column.index_copy(0, places, part) for column, part in zip(columns, others, strict=False)]
+            return (*changed, *columns[len(others) :])
 
-    def weighted(self, tail_weight: float | None) -> PairLogprobs:
-        """Sums in which tokens beyond the shorter side's length count that much; None: as the others do."""
+        shorter = None
+        if self.up_to_shorter is not None and other.up_to_shorter is not None:
+            shorter = of(self.up_to_shorter, other.up_to_shorter)
+        return CompletionSums(of(self.columns, other.columns), shorter)
+
+    def weighted(self, tail_weight: float | None) -> CompletionSums:
+        """Sums in which tokens beyond the shortest completion's length count that much; None: as the others do."""
         if tail_weight is None:
             return self
         assert self.up_to_shorter is not None
-        shared = self.up_to_shorter
-        return PairLogprobs(
-            torch.lerp(shared.chosen, self.chosen, tail_weight), torch.lerp(shared.rejected, self.rejected, tail_weight)
-        )
+        pairs = zip(self.up_to_shorter, self.columns, strict=True)
+        return CompletionSums(tuple(torch.lerp(shared, whole, tail_weight) for shared, whole in pairs))
 
 
-@dataclass(frozen=True)
-class SequenceLayout:
-    """The sides of B pairs as S sequences: the B chosen ones, then those rejected ones that are not empty.
+@dataclass(frozen=True, eq=False)
+class TokenLogprobs:
+    """Log-probs of the scored tokens of B samples under each of M members, who share a batch.
 
     Attributes:
-        input_ids: (S, T) token ids, padded on the right.
-        attention_mask: (S, T) 1 where there is a token.
-        completion_mask: (S, T - 1) True where position t predicts a completion's token t + 1 that is scored.
-        rejected_rows: (S - B,) the pairs that the rejected sequences belong to.
+        values: (M, C) in nats, in float32 or wider.
+        pieces: Which tokens these are, in their order.
+        loads: (M, B, 2, E) what each sample adds to the loads of experts, None unless it was asked for; see
+            `evollm.models.load_balancing`.
     """
 
-    input_ids: IntArray
-    attention_mask: IntArray
-    completion_mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
-    rejected_rows: IntArray
+    values: Tensor
+    pieces: Pieces
+    loads: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The values, and the loads where there are any."""
+        return [self.values, *([] if self.loads is None else [self.loads])]
+
+    def like(self, tensors: Sequence[Tensor]) -> TokenLogprobs:
+        """The same with other `tensors`."""
+        return TokenLogprobs(tensors[0], self.pieces, *tensors[1:])
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return 1 + max(piece.row for piece in self.pieces)
+
+    def of(self, member: int) -> MemberLogprobs:
+        """The log-probs under one of the members."""
+        return MemberLogprobs(self, member)
+
+    @property
+    def members(self) -> list[MemberLogprobs]:
+        """The log-probs under each member."""
+        return [self.of(member) for member in range(len(self.values))]
+
+    @cached_property
+    def sums(self) -> tuple[Tensor, ...]:
+        """For each place (M, B) sums of completions; see `CompletionSums.columns`."""
+        # For all members at once; sums of slices, not an index_add: that adds in any order on a GPU.
+        return self._by_place([part.sum(dim=1) for part in self._parts])
+
+    @cached_property
+    def sums_up_to_shorter(self) -> tuple[Tensor, ...]:
+        """The same up to the length of each sample's shortest completion."""
+        shortest: dict[int, int] = {}
+        for piece in self.pieces:
+            shortest[piece.row] = min(piece.length, shortest.get(piece.row, piece.length))
+        parts = zip(self._parts, self.pieces, strict=True)
+        return self._by_place([part[:, : shortest[piece.row]].sum(dim=1) for part, piece in parts])
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = self.values.split([piece.length for piece in self.pieces], dim=1)
+        return parts
+
+    def _by_place(self, sums: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """From (M,) sums of the pieces to (M, B) of each place."""
+        stacked = torch.stack(list(sums), dim=1)
+        columns = []
+        for place in range(1 + max(piece.place for piece in self.pieces)):
+            numbers = [number for number, piece in enumerate(self.pieces) if piece.place == place]
+            rows = [self.pieces[number].row for number in numbers]
+            step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+            steps = range(numbers[0], numbers[0] + step * len(numbers), step)
+            if rows == [*range(self.num_rows)] and numbers == [*steps]:
+                columns.append(stacked[:, steps.start : steps.stop : step])
+                continue
+            into, out = (torch.tensor(index, device=stacked.device) for index in (rows, numbers))
+            zeros = stacked.new_zeros(len(stacked), self.num_rows)
+            columns.append(zeros.index_copy(1, into, stacked.index_select(1, out)))
+        return tuple(columns)
+
+    def index_of(self, pieces: Iterable[Piece]) -> Tensor:
+        """(C',) where the tokens of these pieces are among the values."""
+        ends = np.cumsum([piece.length for piece in self.pieces])
+        start = {piece[:2]: end - piece.length for piece, end in zip(self.pieces, ends.tolist(), strict=True)}
+        index = np.concatenate([np.arange(piece.length) + start[piece[:2]] for piece in pieces])
+        return torch.from_numpy(index).to(self.values.device)
 
 
-def two_sequences(batch: Batch) -> SequenceLayout:
-    """Lay each pair out as two sequences, prompt + chosen and prompt + rejected; an SFT example as one."""
-    rejected_rows = np.flatnonzero(batch.rejected_lengths)
-    sides = [(sample.prompt_ids, sample.completions[0]) for sample in batch]
-    sides += [(batch[row].prompt_ids, batch[row].completions[1]) for row in rejected_rows.tolist()]
-    sequences = [np.concatenate([prompt, side.ids]) for prompt, side in sides]
-    lengths = np.array([len(sequence) for sequence in sequences])
-    masks = [side.scored for _, side in sides]
+@dataclass(frozen=True, eq=False)
+class MemberLogprobs:
+    """Log-probs of the scored tokens of B samples under one of the members who share a batch.
 
-    input_ids = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
-    scored = np.zeros(input_ids.shape, dtype=np.bool_)
-    for row, (sequence, mask) in enumerate(zip(sequences, masks, strict=True)):
-        input_ids[row, : len(sequence)] = sequence
-        scored[row, len(sequence) - len(mask) : len(sequence)] = mask
-    columns = np.arange(input_ids.shape[1])
-    return SequenceLayout(
-        input_ids=input_ids,
-        attention_mask=(columns < lengths[:, None]).astype(np.int64),
-        completion_mask=scored[:, 1:],
-        rejected_rows=rejected_rows,
-    )
+    Attributes:
+        found: Those under all members, which are summed at once.
+        member: Position of this one.
+    """
+
+    found: TokenLogprobs
+    member: int
+
+    @property
+    def values(self) -> Tensor:
+        """(C,) log-probs of the tokens of `pieces`."""
+        return self.found.values[self.member]
+
+    @property
+    def pieces(self) -> Pieces:
+        """Which tokens these are, in their order."""
+        return self.found.pieces
+
+    @property
+    def loads(self) -> Tensor | None:
+        """(B, 2, E) loads of experts where they were asked for."""
+        return None if self.found.loads is None else self.found.loads[self.member]
+
+    @property
+    def chosen(self) -> Tensor:
+        """(B,) sums over the first completions."""
+        return self.found.sums[0][self.member]
+
+    @property
+    def rejected(self) -> Tensor:
+        """(B,) sums over the second completions; `IndexError` if no sample has any."""
+        return self.found.sums[1][self.member]
+
+    def sums(self, *, up_to_shorter: bool = False) -> CompletionSums:
+        """The sums over each completion, and over its first tokens if they are asked for."""
+        columns = [column[self.member] for column in self.found.sums]
+        if not up_to_shorter:
+            return CompletionSums(tuple(columns))
+        return CompletionSums(tuple(columns), tuple(column[self.member] for column in self.found.sums_up_to_shorter))
 
 
-def completion_logprobs(
-    network: nn.Module,
-    batch: Batch,
-    device: torch.device,
-    *,
-    explicit_positions: bool = True,
-    tiled_head: bool = False,
-    up_to_shorter: bool = False,
-) -> PairLogprobs:
-    """Sum the log-probabilities of each completion's scored tokens given all tokens before them.
+def of_all_members(parts: Sequence[TokenLogprobs]) -> TokenLogprobs:
+    """Put members' log-probs on the same samples one after the other, on the CPU."""
+    tensors = zip(*(part.tensors for part in parts), strict=True)
+    return parts[0].like([torch.cat([tensor.cpu() for tensor in column]) for column in tensors])
 
-    log pi(y | x) = sum_t log pi(y_t | x, y_<t), the quantity of DPO (arXiv 2305.18290, equation 7). Chosen and
-    rejected go through one forward pass.
+
+def joined(parts: Sequence[TokenLogprobs], rows: Sequence[Sequence[int]]) -> TokenLogprobs:
+    """Put the samples of several parts into the order of a batch, by place.
 
     Args:
-        network: A causal language model of transformers; its active adapters decide whose log-probs these are.
-        batch: B pairs.
-        device: Where the network is.
-        explicit_positions: Pass `position_ids` rather than leave them to the model.
-        tiled_head: Apply the head to tiles of the completions' hidden states; see `evollm.models.head`.
-        up_to_shorter: Give the sums up to the shorter side's length too.
-
-    Returns:
-        Two sums for each pair; differentiable where gradients are enabled.
+        parts: Log-probs under the same members.
+        rows: For each part the rows of its samples in the batch, which may have others, too.
     """
-    layout = two_sequences(batch)
-    input_ids = torch.from_numpy(layout.input_ids).to(device)
-    inputs: dict[str, Any] = {
-        "input_ids": input_ids,
-        "attention_mask": torch.from_numpy(layout.attention_mask).to(device),
-        "use_cache": False,
-    }
-    if explicit_positions and "position_ids" in inspect.signature(network.forward).parameters:
-        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
-
-    mask = torch.from_numpy(layout.completion_mask).to(device)
-    sizes = layout.completion_mask.sum(axis=1).tolist()
-    if tiled_head:
-        hidden = _hidden_states(network, inputs)[:, :-1][mask]  # (C, D)
-        head = linear_head(network)
-        found = token_logprobs(hidden, head.weight, head.bias, input_ids[:, 1:][mask])
-        sums = torch.stack([part.sum() for part in found.split(sizes)])
-    else:
-        columns = torch.from_numpy(np.flatnonzero(layout.completion_mask.any(axis=0))).to(device)
-        token_sums = target_logprobs(_logits(network, inputs, columns), input_ids[:, columns + 1])
-        # where() rather than a product: an infinite log-prob in the padding must not turn the sum into NaN.
-        sums = torch.where(mask[:, columns], token_sums, token_sums.new_zeros(())).sum(dim=1)
-        found = token_sums[mask[:, columns]] if up_to_shorter else token_sums
-    rejected_rows = torch.from_numpy(layout.rejected_rows).to(device)
-
-    def by_pair(sums: Tensor, shared: PairLogprobs | None = None) -> PairLogprobs:
-        rejected = sums.new_zeros(len(batch)).index_copy(0, rejected_rows, sums[len(batch) :])
-        return PairLogprobs(sums[: len(batch)], rejected, shared)
-
-    if not up_to_shorter:
-        return by_pair(sums)
-    shorter = shorter_lengths(batch)
-    lengths = [*shorter, *shorter[layout.rejected_rows]]
-    first = [part[:length] for part, length in zip(found.split(sizes), lengths, strict=True)]
-    return by_pair(sums, by_pair(torch.stack([part.sum() for part in first])))
+    held = zip(parts, rows, strict=True)
+    pieces = tuple(piece._replace(row=numbers[piece.row]) for part, numbers in held for piece in part.pieces)
+    whole = TokenLogprobs(torch.cat([part.values for part in parts], dim=1), pieces)
+    wanted = tuple(sorted(pieces, key=lambda piece: (piece.place, piece.row)))
+    loads = None
+    if parts[0].loads is not None:
+        order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable"))
+        loads = torch.cat([part.loads for part in parts if part.loads is not None], dim=1)[:, order]
+    return TokenLogprobs(whole.values.index_select(1, whole.index_of(wanted)), wanted, loads)
 
 
-def lone_logprobs(
-    network: nn.Module, batch: Batch, device: torch.device, *, up_to_shorter: bool = False
-) -> PairLogprobs:
-    """The same, each sequence in a pass of its own in which the network gets nothing but its token ids.
-
-    What the network makes of a sequence when nobody tells it more: the fixed_reference for every other layout.
-    """
-
-    def token_sums(prompt: IntArray, side: IntArray) -> Tensor:
-        inputs = {"input_ids": torch.from_numpy(np.concatenate([prompt, side]))[None].to(device), "use_cache": False}
-        columns = torch.arange(len(prompt) - 1, len(prompt) + len(side) - 1, device=device)
-        return target_logprobs(_logits(network, inputs, columns), torch.from_numpy(side)[None].to(device))[0]
-
-    return sums_by_pair(batch, token_sums, up_to_shorter=up_to_shorter)
+# ------------------------------------------------------------------------------------------------- off a network
 
 
-def sums_by_pair(
-    batch: Batch,
-    token_sums: Callable[[IntArray, IntArray], Tensor],
-    *,
-    up_to_shorter: bool,
-) -> PairLogprobs:
-    """The sums of B pairs from a function that gives (side,) log-probs of a prompt's and a side's tokens."""
-    found = []
-    for row in range(len(batch)):
-        sides = []
-        for completion in batch[row].completions:
-            side = token_sums(batch[row].prompt_ids, completion.ids)
-            sides.append(side if completion.mask is None else side[torch.from_numpy(completion.mask).to(side.device)])
-        chosen, rejected = sides if len(sides) > 1 else (sides[0], sides[0].new_zeros(0))
-        shorter = min(len(chosen), len(rejected))
-        ends = (None, shorter) if up_to_shorter else (None,)
-        found.append([side[:end].sum() for end in ends for side in (chosen, rejected)])
-    return PairLogprobs.of([torch.stack(column) for column in zip(*found, strict=True)])
+def token_logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log softmax(logits) at the targets, (..., T, V) and (..., T) -> (..., T), at least in float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
-def shorter_lengths(batch: Batch) -> IntArray:
-    """(B,) scored tokens of each pair's shorter side."""
-    return np.minimum(batch.chosen_scored, batch.rejected_scored)
-
-
-def packed_logprobs(
-    network: nn.Module, packed: PackedSamples, num_members: int, *, tiled_head: bool, up_to_shorter: bool = False
-) -> list[PairLogprobs]:
-    """The same for packed pairs and each of M members, whose rows have been routed.
-
-    Returns:
-        (B,) sums for each member.
-    """
-    inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
-    if tiled_head:
-        hidden = _hidden_states(network, inputs).index_select(1, packed.predicting)  # (M, C, D)
-        head = linear_head(network)
-        targets = packed.targets.repeat(num_members)
-        found = token_logprobs(hidden.flatten(0, 1), head.weight, head.bias, targets).view(num_members, -1)
-    else:
-        logits = _logits(network, inputs, packed.predicting)  # (M, C, V)
-        found = target_logprobs(logits, packed.targets.expand(num_members, -1))
-    # Two of each sample: a second completion that it has not has no token.
-    counts = iter(packed.scored)
-    scored = [n for size in packed.lengths for n in [*islice(counts, len(size.completions)), 0][:2]]
-    # Sums of slices, not an index_add: that adds in any order on a GPU.
-    parts = found.split(scored, dim=1)
-    sums = torch.stack([part.sum(dim=1) for part in parts], dim=1)  # (M, 2B)
-    if not up_to_shorter:
-        return [PairLogprobs(chosen=row[0::2], rejected=row[1::2]) for row in sums]
-    pairs = zip(scored[0::2], scored[1::2], strict=True)
-    lengths = [min(pair) for pair in pairs for _ in range(2)]
-    first = [part[:, :length].sum(dim=1) for part, length in zip(parts, lengths, strict=True)]
-    both = torch.stack([sums, torch.stack(first, dim=1)], dim=1)  # (M, 2, 2B)
-    return [PairLogprobs.of([side for row in rows for side in (row[0::2], row[1::2])]) for rows in both]
-
-
-def _hidden_states(network: Any, inputs: dict[str, Any]) -> Tensor:
+def hidden_states(network: Any, inputs: dict[str, Any]) -> Tensor:
     """(rows, T, D) the last hidden states, as the head gets them."""
     hidden = network.base_model(**inputs).last_hidden_state
     assert isinstance(hidden, Tensor)
@@ -273,7 +270,7 @@ def linear_head(network: Any) -> nn.Linear:
     return head
 
 
-def _logits(network: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Tensor:
+def logits_at(network: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Tensor:
     """(rows, columns, V) the network's own logits at these columns."""
     if "logits_to_keep" not in inspect.signature(network.forward).parameters:
         logits = network(**inputs).logits[:, columns]
@@ -283,7 +280,10 @@ def _logits(network: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Tens
     return logits
 
 
-def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log softmax(logits) at the targets, (B, T, V) and (B, T) -> (B, T), at least in float32."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+def padded(sequences: Sequence[np.ndarray[Any, Any]]) -> tuple[IntArray, IntArray]:
+    """(n, L) n sequences, padded on the right with zeros, and 1 where there is a token."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    ids = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return ids, (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import TokenLogprobs
 
 # Limit of the scale's exponent, so that float32 gradients neither overflow nor become denormal.
 _LARGEST_EXPONENT = 100
@@ -47,30 +47,25 @@ class ScaledBackward:
         self._found: list[list[Tensor | None]] = [[] for _ in parameters]
         self._missing = set(range(len(parameters)))
 
-    def attempt(self, loss: Callable[[list[PairLogprobs]], Tensor], policies: Sequence[PairLogprobs]) -> bool:
+    def attempt(self, loss: Callable[[TokenLogprobs], Tensor], policies: TokenLogprobs) -> bool:
         """Compute the gradients that are missing.
 
         Args:
-            loss: From each member's log-probs to the sum of their losses.
+            loss: From the members' log-probs to the sum of their losses.
             policies: These log-probs, from a forward pass that has just been made.
 
         Returns:
             Whether a member's gradient exceeds float16, so that another forward pass and attempt are needed.
         """
-        leaves = [one.like([tensor.detach().requires_grad_() for tensor in one.tensors]) for one in policies]
-        columns = [column for leaf in leaves for column in leaf.tensors]
-        towards = torch.autograd.grad(loss(leaves), columns, materialize_grads=True)
-        width = len(columns) // len(leaves)
-        parts = [towards[start : start + width] for start in range(0, len(columns), width)]
-        largest = torch.stack([torch.stack([one.abs().max() for one in part]).max() for part in parts]).tolist()
+        leaves = policies.like([tensor.detach().requires_grad_() for tensor in policies.tensors])
+        towards = torch.autograd.grad(loss(leaves), leaves.tensors, materialize_grads=True)
+        largest = torch.stack([one.abs().flatten(1).amax(dim=1) for one in towards]).amax(dim=0).tolist()
         exponents = [scale_exponent(one) - down for one, down in zip(largest, self._lowered, strict=True)]
-        scaled = [gradient * 2.0**k for k, part in zip(exponents, parts, strict=True) for gradient in part]
-        own = [column for one in policies for column in one.tensors]
-        # The rejected sides of examples that have none depend on nothing.
-        wanted = [(column, gradient) for column, gradient in zip(own, scaled, strict=True) if column.requires_grad]
-        outputs, directions = zip(*wanted, strict=True)
+        directions = [
+            torch.stack([gradient * 2.0**k for k, gradient in zip(exponents, one, strict=True)]) for one in towards
+        ]
         inputs = [parameter for parameters in self._parameters for parameter in parameters]
-        found = iter(torch.autograd.grad(outputs, inputs, directions, allow_unused=True))
+        found = iter(torch.autograd.grad(policies.tensors, inputs, directions, allow_unused=True))
         for member, (parameters, exponent) in enumerate(zip(self._parameters, exponents, strict=True)):
             gradients = [next(found) for _ in parameters]
             if member not in self._missing:

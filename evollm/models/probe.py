@@ -15,17 +15,9 @@ from torch import Tensor
 from evollm.data.samples import Batch, IntArray, Sample
 from evollm.errors import ConfigurationError
 from evollm.models.adapters.targets import bypassed_layers_refused
-from evollm.models.attention import PackedSequences
-from evollm.models.encoder_decoder import (
-    EncodedPairs,
-    encoder_decoder_logprobs,
-    lone_encoder_decoder_logprobs,
-    start_token,
-)
 from evollm.models.fast_paths import FastPaths
-from evollm.models.layers import FanOut
-from evollm.models.logprobs import PairLogprobs, completion_logprobs, lone_logprobs, packed_logprobs
-from evollm.models.packing import PackedSamples
+from evollm.models.layouts import Layout, layout_for, lone_layout
+from evollm.models.logprobs import TokenLogprobs
 from evollm.models.rounding import rounded_otherwise
 from evollm.models.shared_base import SharedBase
 
@@ -215,23 +207,15 @@ def _floor_of_long(base: SharedBase, member: str, pair: Sample, expected: Tensor
 
 def _own(base: SharedBase, adapter: str, batch: Batch) -> Tensor:
     """(B, 2) by the model's own forward pass, one sequence at a time, with its token ids and nothing else."""
-    with base.active(adapter) as network:
-        lone = lone_encoder_decoder_logprobs if base.is_encoder_decoder else lone_logprobs
-        return _sums(lone(network, batch, base.device))
+    return _sums(base, lone_layout(base), (adapter,), batch)[0]
 
 
 def _padded(
     base: SharedBase, adapter: str, batch: Batch, *, explicit_positions: bool = True, tiled_head: bool = False
 ) -> Tensor:
     """(B, 2) by the plain layout and PEFT's own forward pass."""
-    with base.active(adapter) as network:
-        if base.is_encoder_decoder:
-            pairs = EncodedPairs.of(batch, base.device, start_token(network), shared_prompt=False)
-            return _sums(encoder_decoder_logprobs(network, pairs, tiled_head=tiled_head)[0])
-        found = completion_logprobs(
-            network, batch, base.device, explicit_positions=explicit_positions, tiled_head=tiled_head
-        )
-        return _sums(found)
+    paths = FastPaths(shared_prompt=False, tiled_head=tiled_head)
+    return _sums(base, layout_for(base, paths, explicit_positions=explicit_positions), (adapter,), batch)[0]
 
 
 def packed_sums(
@@ -244,33 +228,29 @@ def packed_sums(
     passes: int = 1,
 ) -> list[Tensor]:
     """(B, 2) for each member with prompts computed once, of the last of some equal passes."""
-    if base.is_encoder_decoder:
-        return _encoded_once(base, members, batch, tiled_head=tiled_head, routed=routed)
-    packed = PackedSamples.of(batch, base.device)
-    first = base.adapters.first_layer(members)
-    fan_out = None if first is None else FanOut(first, len(members))
+    return _sums(base, layout_for(base, FastPaths(tiled_head=tiled_head)), members, batch, routed=routed, passes=passes)
+
+
+def _sums(
+    base: SharedBase,
+    layout: Layout,
+    members: tuple[str, ...],
+    batch: Batch,
+    *,
+    routed: bool = False,
+    passes: int = 1,
+) -> list[Tensor]:
+    """For each member (B, k) sums of completions, 0 where there is none, of the last of some equal passes."""
+    laid = layout.lay_out(batch, members)
     with (
         base.active(members[0]) as network,
         base.router.route(members if routed else None),
-        base.packed(PackedSequences(packed.lengths, base.device, base.network.dtype), fan_out),
+        laid.passing(len(members)),
     ):
         for _ in range(passes):
-            found = packed_logprobs(network, packed, len(members), tiled_head=tiled_head)
-        return [_sums(member) for member in found]
-
-
-def _encoded_once(
-    base: SharedBase, members: tuple[str, ...], batch: Batch, *, tiled_head: bool, routed: bool
-) -> list[Tensor]:
-    """The same of an encoder-decoder model, which keeps nothing from one pass to the next."""
-    pairs = EncodedPairs.of(batch, base.device, start_token(base.network), shared_prompt=True)
-    with base.active(members[0]) as network, base.router.route(members if routed else None):
-        found = encoder_decoder_logprobs(network, pairs, len(members), tiled_head=tiled_head)
-    return [_sums(member) for member in found]
-
-
-def _sums(found: PairLogprobs) -> Tensor:
-    return torch.stack([found.chosen, found.rejected], dim=1)
+            values = laid.logprobs(network, len(members))
+        found = torch.stack(TokenLogprobs(values, laid.pieces).sums, dim=2)  # (M, B, k)
+    return list(found)
 
 
 def _usual_ids(base: SharedBase) -> IntArray:

@@ -12,27 +12,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from evollm.data.samples import Batch
+from evollm.data.samples import Batch, Sample
 from evollm.errors import CheckpointError
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import CompletionSums
 
-# From pairs and positions of references to each one's log-probs of these pairs.
-Compute = Callable[[Batch, Sequence[int]], list[PairLogprobs]]
+# From samples and positions of references to each one's log-probs of these samples.
+Compute = Callable[[Batch, Sequence[int]], list[CompletionSums]]
 
 _KEY_BYTES = 16
+# Sums of a sample with fewer completions are followed by zeros: of an example there are as many as of a pair.
+_FEWEST_SUMS = 2
 
-
-# Entries that hold the sums up to the shorter side too are apart from those that do not.
+# Entries that hold the sums up to the shortest completion too are apart from those that do not.
 _WITH_SHORTER = " up to the shorter side"
 
 
 class ReferenceCache:
-    """Two log-probability sums for each (reference, pair), or four; both are identified by their content.
+    """A sum of log-probs for each completion of each (reference, sample), or two; both are known by their content.
 
     Agents whose references hold the same weights share the entries, whoever asks first.
 
     Attributes:
-        told_of: Split and digest of the pairs with sums that are not finite, which the user has been told of.
+        told_of: Split and digest of the samples with sums that are not finite, which the user has been told of.
     """
 
     def __init__(self) -> None:
@@ -41,17 +42,17 @@ class ReferenceCache:
 
     def get(
         self, references: Sequence[str], batch: Batch, compute: Compute, *, up_to_shorter: bool = False
-    ) -> list[PairLogprobs]:
-        """Log-probs of every pair of the batch under each reference, computing those that are not known.
+    ) -> list[CompletionSums]:
+        """Log-probs of every sample of the batch under each reference, computing those that are not known.
 
         Args:
             references: Fingerprints of the references' weights, all different.
-            batch: B pairs.
-            compute: Gives the log-probs of the pairs that are missing; called once for references that miss the same.
-            up_to_shorter: Whether these have the sums up to the shorter side's length too.
+            batch: B samples.
+            compute: Gives the log-probs of the samples that are missing; called once for references that miss the same.
+            up_to_shorter: Whether these have the sums up to the shortest completion's length too.
 
         Returns:
-            (B,) float64 tensors on the CPU for each: float64 holds any sum exactly, whatever it was computed in.
+            For each (B,) float64 tensors on the CPU: float64 holds any sum exactly, whatever it was computed in.
         """
         keys = batch.keys()
         if up_to_shorter:
@@ -64,9 +65,9 @@ class ReferenceCache:
                 lacking.setdefault(missing, []).append(number)
         for rows, numbers in lacking.items():
             for number, computed in zip(numbers, compute(batch.select(list(rows)), numbers), strict=True):
-                sums = zip(*(column.tolist() for column in computed.columns), strict=True)
+                sums = _sums_of(computed, [batch[row] for row in rows])
                 self._entries[references[number]].update(zip((keys[row] for row in rows), sums, strict=True))
-        return [self._lookup(reference, keys) for reference in references]
+        return [self._lookup(reference, batch, up_to_shorter) for reference in references]
 
     def known_as_not_finite(self, reference: str, batch: Batch) -> list[int]:
         """The rows of a batch whose sums are known, and are not all finite."""
@@ -76,9 +77,15 @@ class ReferenceCache:
         found = (entries.get(key, ()) for key in batch.keys())  # noqa: SIM118 - not a mapping
         return [row for row, sums in enumerate(found) if not all(map(math.isfinite, sums))]
 
-    def _lookup(self, reference: str, keys: Sequence[bytes]) -> PairLogprobs:
-        sums = torch.tensor([self._entries[reference][key] for key in keys], dtype=torch.float64)
-        return PairLogprobs.of(sums.unbind(dim=1))
+    def _lookup(self, reference: str, batch: Batch, up_to_shorter: bool) -> CompletionSums:
+        width = max(len(sample.completions) for sample in batch)
+        whole, shorter = [], []
+        for sample in batch:
+            entry, count = self._entries[reference][sample.key], max(len(sample.completions), _FEWEST_SUMS)
+            whole.append(_filled(entry[:count], width)[:width])
+            shorter.append(_filled(entry[count:], width)[:width])
+        sums = [torch.tensor(part, dtype=torch.float64).unbind(dim=1) for part in (whole, shorter)]
+        return CompletionSums(sums[0], sums[1] if up_to_shorter else None)
 
     def forget(self, reference: str) -> None:
         """Drop the log-probs of a reference that is no more."""
@@ -91,13 +98,20 @@ class ReferenceCache:
         self.told_of.clear()
 
     def save(self, path: Path) -> None:
-        """Write all entries into one safetensors file: for each reference the pairs' digests and sums."""
-        tensors = {}
-        for number, entries in enumerate(self._entries.values()):
-            digests = np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(-1, _KEY_BYTES)
-            tensors[f"pairs-{number}"] = torch.from_numpy(digests.copy())  # (n, 16)
-            tensors[f"sums-{number}"] = torch.tensor(list(entries.values()), dtype=torch.float64)  # (n, 2 or 4)
-        path.write_bytes(save(tensors, metadata={"references": json.dumps(list(self._entries))}))
+        """Write all entries into one safetensors file: for each reference the samples' digests and sums.
+
+        A reference of samples with different numbers of sums is there once for each number.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        references: list[str] = []
+        for reference, entries in self._entries.items():
+            for width in dict.fromkeys(map(len, entries.values())) or [0]:
+                number, part = len(references), {key: sums for key, sums in entries.items() if len(sums) == width}
+                digests = np.frombuffer(b"".join(part), dtype=np.uint8).reshape(-1, _KEY_BYTES)
+                tensors[f"pairs-{number}"] = torch.from_numpy(digests.copy())  # (n, 16)
+                tensors[f"sums-{number}"] = torch.tensor(list(part.values()), dtype=torch.float64)  # (n, width)
+                references.append(reference)
+        path.write_bytes(save(tensors, metadata={"references": json.dumps(references)}))
 
     def update(self, other: ReferenceCache) -> None:
         """Add another cache's entries."""
@@ -124,3 +138,19 @@ class ReferenceCache:
 
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._entries.values())
+
+
+def _sums_of(computed: CompletionSums, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
+    """For each sample the sums of its completions, then those up to the shortest one's length, if any."""
+    parts = [computed.columns, *([computed.up_to_shorter] if computed.up_to_shorter else [])]
+    rows = [list(zip(*(column.tolist() for column in part), strict=True)) for part in parts]
+    counts = [len(sample.completions) for sample in samples]
+    return [
+        tuple(value for part in own for value in _filled(part[:count], _FEWEST_SUMS))
+        for count, *own in zip(counts, *rows, strict=True)
+    ]
+
+
+def _filled(sums: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """The sums, with zeros behind them where there are fewer than `count`."""
+    return sums + (0.0,) * (count - len(sums))

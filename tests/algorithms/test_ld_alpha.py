@@ -21,9 +21,9 @@ from evollm.algorithms.losses import LossSettings
 from evollm.algorithms.step import Linearised
 from evollm.data.samples import Batch, Sample
 from evollm.models import ReferenceCache
-from evollm.models.engine import Engine, PassOptions
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.fast_paths import FastPaths
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import CompletionSums, MemberLogprobs, TokenLogprobs, pieces_of
 
 SHAPES = [(9, 5, 3), (3, 1, 12), (14, 7, 7)]
 
@@ -97,21 +97,24 @@ def test_loss_and_gradient_of_ld_dpo_are_those_of_weighed_tokens(family: str, ld
     torch.testing.assert_close(gradients, list(expected), rtol=1e-8, atol=1e-10)
 
 
-def two_pairs() -> tuple[PairLogprobs, PairLogprobs]:
-    """Lengths (4, 2) and (1, 3); up to the shorter side a chosen and a rejected sum stay as they are."""
+PAIRS = Batch([Sample.of(*(np.zeros(size, np.int64) for size in shape)) for shape in ((2, 4, 2), (2, 1, 3))])
 
-    def tensors(*values: Sequence[float]) -> list[Tensor]:
-        return [torch.tensor(value, dtype=torch.float64) for value in values]
 
-    policy = PairLogprobs.of(tensors([-8.0, -1.0], [-3.0, -9.0], [-2.0, -1.0], [-3.0, -4.0]))
-    return policy, PairLogprobs.of(tensors([-9.0, -2.0], [-3.5, -6.0], [-4.0, -2.0], [-3.5, -3.0]))
+def two_pairs() -> tuple[MemberLogprobs, CompletionSums]:
+    """Lengths (4, 2) and (1, 3): the policy's sums are -8, -1 and -3, -9; up to the shorter side -2, -1 and -3, -4."""
+
+    def tensors(*values: Sequence[float]) -> tuple[Tensor, ...]:
+        return tuple(torch.tensor(value, dtype=torch.float64) for value in values)
+
+    # Both chosen sides, then both rejected ones.
+    (tokens,) = tensors([-1.0, -1.0, -2.0, -4.0, -1.0, -1.0, -2.0, -4.0, -2.0, -3.0])
+    policy = TokenLogprobs(tokens[None], pieces_of(PAIRS)).of(0)
+    return policy, CompletionSums(tensors([-9.0, -2.0], [-3.5, -6.0]), tensors([-4.0, -2.0], [-3.5, -3.0]))
 
 
 def objective(ld_alpha: float | None, terms: Sequence[str] = ("sigmoid",), nll_alpha: float = 0.0) -> DPOObjective:
-    pairs = [Sample.of(*(np.zeros(size, np.int64) for size in shape)) for shape in ((2, 4, 2), (2, 1, 3))]
     weights = tuple((name, 1.0) for name in terms)
-    batch = Batch(pairs)
-    return DPOObjective(batch, two_pairs()[1], weights, LossSettings(beta=0.1), nll_alpha, ld_alpha)
+    return DPOObjective(PAIRS, two_pairs()[1], weights, LossSettings(beta=0.1), nll_alpha, ld_alpha)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +138,16 @@ def test_likelihoods_are_over_all_tokens_whatever_ld_alpha() -> None:
 
 def test_a_loss_of_the_whole_batch_falls_into_rows_with_ld_alpha_too() -> None:
     policy, _ = two_pairs()
-    columns = [column.requires_grad_() for column in policy.columns]
+    policy.found.values.requires_grad_()
     whole = objective(0.3, ["aot"], nll_alpha=0.5)
-    expected = torch.autograd.grad(whole.loss(range(2), PairLogprobs.of(columns)), columns)
-    linear = Linearised.of(whole, policy)
-    parts = sum(linear.loss([row], PairLogprobs.of([column[row : row + 1] for column in columns])) for row in range(2))
-    torch.testing.assert_close(torch.autograd.grad(parts, columns), expected)
+    expected = torch.autograd.grad(whole.loss(range(2), policy), policy.found.values, retain_graph=True)
+    linear, parts = Linearised.of(whole, policy), []
+    for row in range(2):
+        own = [piece for piece in policy.pieces if piece.row == row]
+        values = policy.found.values[:, policy.found.index_of(own)]
+        alone = TokenLogprobs(values, tuple(piece._replace(row=0) for piece in own))
+        parts.append(linear.loss([row], alone.of(0)))
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), policy.found.values), expected)
 
 
 def test_ld_alpha_of_1_learns_what_none_learns(make_model: Callable[..., Any]) -> None:
@@ -190,10 +197,11 @@ def test_no_budget_changes_the_sums_up_to_the_shorter_side() -> None:
     agent = make_agent(make_family("llama"))
     engine, batch = Engine.of(agent.base), make_batch()
     names = [agent.actor_adapter, None]
-    expected = engine.logprobs(batch, names, PassOptions(up_to_shorter=True))
-    for options in (PassOptions(token_budget=1, up_to_shorter=True), PassOptions(max_pairs=2, up_to_shorter=True)):
-        for found, wanted in zip(engine.logprobs(batch, names, options), expected, strict=True):
-            torch.testing.assert_close(found.columns, wanted.columns, rtol=0, atol=1e-10)
+    expected = engine.logprobs(Item.on(batch, names), PassOptions())
+    for options in (PassOptions(token_budget=1), PassOptions(max_pairs=2)):
+        for found, wanted in zip(engine.logprobs(Item.on(batch, names), options), expected, strict=True):
+            sums, other = (one.sums(up_to_shorter=True).up_to_shorter for one in (found, wanted))
+            torch.testing.assert_close(sums, other, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("ld_alpha", [-0.1, 1.5, float("nan"), "half", True])

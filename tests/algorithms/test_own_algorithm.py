@@ -45,7 +45,8 @@ from evollm.data.rows import RowFormat
 from evollm.data.samples import Batch, Sample
 from evollm.hpo import Evaluation
 from evollm.llm_envs import DatasetGym
-from evollm.models.logprobs import PairLogprobs
+from evollm.llm_envs.observations import batch_of
+from evollm.models.logprobs import MemberLogprobs
 from evollm.report import read_run
 from evollm.runs.words import Score, Words
 from evollm.training import finetune
@@ -115,11 +116,11 @@ class PointwiseObjective:
     def weight(self) -> int:
         return len(self.signs)
 
-    def loss(self, rows: Sequence[int], policy: PairLogprobs) -> Tensor:
+    def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
         ratios = policy.chosen - self.reference[list(rows)].to(policy.chosen)
         return -logsigmoid(self.beta * self.signs[list(rows)].to(ratios) * ratios).sum() / self.weight
 
-    def metrics(self, policy: PairLogprobs) -> dict[str, float]:
+    def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
         return {"loss": self.loss(range(self.weight), policy).item()}
 
 
@@ -292,6 +293,22 @@ def test_labels_stay_with_their_rows_in_batches_and_beside_kept_tokens(tokenizer
             wanted = [1.0 if rows[number]["label"] else -1.0 for number in batch.rows]
             assert batch.labels.tolist() == wanted == [batch[row].label for row in range(len(batch))]
             assert batch.select([len(batch) - 1]).labels.tolist() == wanted[-1:]
+
+
+def test_an_observation_holds_labels_and_teaches_what_its_batch_does(make_model, tokenizer, lora) -> None:
+    rows, losses = answers(3, 6), []
+    for observed in (False, True):
+        env = LabelGym(rows, None, tokenizer, data_batch_size_per_gpu=4)
+        agent = Pointwise(actor_network=make_model(), lora_config=lora)
+        observation, twin = env.reset()[0], LabelGym(rows, None, tokenizer, data_batch_size_per_gpu=4)
+        assert env.observation_space.contains(observation)
+        batch = twin.next_batch()
+        assert observation["labels"].tolist() == batch.labels.tolist()
+        assert batch_of(observation).keys() == batch.keys()
+        given = batch_of(observation) if observed else batch
+        losses.append([learn([agent], given)[0]["loss"] for _ in range(2)])
+        assert env.observation_space.contains(env.step(np.zeros(4, np.float32))[0])
+    assert losses[0] == losses[1]
 
 
 def test_other_loops_refuse_its_agents_and_its_name_is_its_own(make_model, tokenizer, lora, tmp_path) -> None:

@@ -17,7 +17,7 @@ from evollm import DPO, SFT, ConfigurationError, DivergedError, HyperparameterCo
 from evollm.algorithms.sft_step import learn_together
 from evollm.data.samples import Batch, Sample
 from evollm.llm_envs.observations import batch_of
-from evollm.models.engine import Engine
+from evollm.models.engine import Engine, Item
 from evollm.models.fast_paths import FastPaths
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -228,7 +228,7 @@ def test_a_dpo_agent_starts_from_an_sft_checkpoint_as_its_actor_and_reference(tu
     batch = gym.next_batch()
     agent.learn(batch)
     agent.load_checkpoint(str(tmp_path / "sft"))
-    expected = Engine.of(tuned.base).logprobs(batch, [tuned.actor_adapter], tuned.pass_options)[0]
+    expected = Engine.of(tuned.base).logprobs(Item.on(batch, [tuned.actor_adapter]), tuned.pass_options)[0]
     found = agent.reference_logprobs(batch)
     assert found.chosen.tolist() == expected.chosen.tolist()
     assert found.rejected.tolist() == expected.rejected.tolist()

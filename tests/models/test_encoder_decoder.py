@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,10 @@ from evollm import (
     save_merged_model,
 )
 from evollm.data.samples import Batch, Sample
-from evollm.models.encoder_decoder import EncodedPairs, encoder_decoder_logprobs
-from evollm.models.engine import Engine, PassOptions
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.generation import greedy_answers
+from evollm.models.layouts.encoder_decoder import EncoderDecoderLayout, LaidOutEncoderDecoder
+from evollm.models.logprobs import TokenLogprobs
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v", "wo"])
@@ -68,9 +70,10 @@ def by_hand(network: nn.Module, prompt: np.ndarray, side: np.ndarray) -> float:
 @pytest.mark.parametrize("family", ["t5", "mt5", "bart"])
 def test_log_probs_of_an_encoder_decoder_are_those_of_the_models_own_labels(family: str, shared_prompt: bool) -> None:
     network, batch = make_family(family), random_batch()
-    pairs = EncodedPairs.of(batch, CPU, network.config.decoder_start_token_id, shared_prompt=shared_prompt)
+    layout = EncoderDecoderLayout(CPU, network.config.decoder_start_token_id, False, shared_prompt)
+    laid = layout.lay_out(batch, [])
     with torch.no_grad():
-        (found,) = encoder_decoder_logprobs(network, pairs)
+        found = TokenLogprobs(laid.logprobs(network, 1), laid.pieces).of(0)
     for row in range(len(batch)):
         pair = batch[row]
         assert found.chosen[row].item() == pytest.approx(by_hand(network, pair.prompt_ids, pair.chosen_ids), abs=1e-10)
@@ -87,7 +90,7 @@ def test_the_encoder_reads_each_prompt_once_for_both_sides_and_all_members_share
         getattr(agents[0].base.network, part).register_forward_hook(
             lambda _, args, kwargs, output, seen=seen: seen.append(len(kwargs["input_ids"])), with_kwargs=True
         )
-    engine.logprobs(batch, names, PassOptions(token_budget=10_000))
+    engine.logprobs(Item.on(batch, names), PassOptions(token_budget=10_000))
     assert rows == {"encoder": [3 * 3], "decoder": [3 * 5]}
 
 
@@ -95,16 +98,16 @@ def test_the_encoder_reads_each_prompt_once_for_both_sides_and_all_members_share
 def test_no_pass_of_an_encoder_decoder_has_more_tokens_than_the_budget(monkeypatch, budget: int) -> None:
     agent = DPO(actor_network=make_family("t5"), lora_config=LORA)
     engine, batch, sizes = Engine.of(agent.base), random_batch(), []
-    expected = engine.logprobs(batch, [agent.actor_adapter], PassOptions(token_budget=10_000))
-    original = EncodedPairs.of.__func__
+    expected = engine.logprobs(Item.on(batch, [agent.actor_adapter]), PassOptions(token_budget=10_000))
+    original = EncoderDecoderLayout.lay_out
 
-    def record(cls: type, batch: Batch, *args: Any, **kwargs: Any) -> EncodedPairs:
-        pairs = original(cls, batch, *args, **kwargs)
-        sizes.append((len(batch), pairs.num_tokens))
-        return pairs
+    def record(layout: EncoderDecoderLayout, batch: Batch, members: Sequence[str | None]) -> LaidOutEncoderDecoder:
+        laid = original(layout, batch, members)
+        sizes.append((len(batch), laid.num_tokens))
+        return laid
 
-    monkeypatch.setattr(EncodedPairs, "of", classmethod(record))
-    found = engine.logprobs(batch, [agent.actor_adapter], PassOptions(token_budget=budget))
+    monkeypatch.setattr(EncoderDecoderLayout, "lay_out", record)
+    found = engine.logprobs(Item.on(batch, [agent.actor_adapter]), PassOptions(token_budget=budget))
     assert all(count == 1 or tokens <= budget for count, tokens in sizes)
     assert sum(count for count, _ in sizes) == len(batch)
     torch.testing.assert_close(found[0].chosen, expected[0].chosen, rtol=0, atol=1e-10)
@@ -157,7 +160,7 @@ def test_a_population_of_encoder_decoders_evolves_is_saved_and_goes_on_as_a_mode
     tuned = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert tuned.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
     pair = batch[0]
-    logprob = Engine.of(best.base).logprobs(batch, [best.actor_adapter], PassOptions())[0].chosen[0].item()
+    logprob = Engine.of(best.base).logprobs(Item.on(batch, [best.actor_adapter]), PassOptions())[0].chosen[0].item()
     for model in (merged, tuned):
         assert by_hand(model, pair.prompt_ids, pair.chosen_ids) == pytest.approx(logprob, abs=1e-3)
     (answer,) = greedy_answers(best.base, best.actor_adapter, [pair.prompt_ids], tokenizer, max_new_tokens=5)

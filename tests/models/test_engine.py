@@ -17,10 +17,12 @@ from torch import Tensor
 from evollm import DPO
 from evollm.algorithms.dpo_step import learn_together, logratios_together
 from evollm.data.samples import Batch, Sample
-from evollm.models import attention, packing
-from evollm.models.engine import Engine, PassOptions, _FewPairs
+from evollm.models import attention
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.fast_paths import FastPaths
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.layouts import layout_for
+from evollm.models.layouts import packed as packing
+from evollm.models.logprobs import TokenLogprobs
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 # What a member of a mixed population has of its own.
@@ -101,12 +103,14 @@ def test_stacked_gradients_are_the_members_own() -> None:
 def backward(agents: Sequence[DPO], batch: Batch, options: PassOptions | None = None) -> list[Tensor]:
     """The gradient of a loss in which every log-prob has another weight."""
 
-    def loss(members: Sequence[int], rows: Sequence[int], policies: list[PairLogprobs]) -> Tensor:
+    def loss(members: Sequence[int], rows: Sequence[int], found: TokenLogprobs) -> Tensor:
         weights = torch.tensor(rows) + 1.0
-        parts = [p.chosen - 0.3 * p.rejected for p in policies]
+        parts = [p.chosen - 0.3 * p.rejected for p in found.members]
         return torch.stack([((m + 1) * weights * part).sum() for m, part in zip(members, parts, strict=True)]).sum()
 
-    Engine.of(agents[0].base).backward(batch, [agent.actor_adapter for agent in agents], options or PassOptions(), loss)
+    Engine.of(agents[0].base).backward(
+        Item.on(batch, [agent.actor_adapter for agent in agents]), options or PassOptions(), loss
+    )
     return [p.grad.clone() for agent in agents for p in agent.actor_parameters()]
 
 
@@ -148,6 +152,11 @@ def test_any_token_budget_gives_the_same_result(token_budget: int, max_pairs: in
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def starts_at_first_adapter(base: Any, paths: FastPaths, batch: Batch, names: Sequence[str]) -> bool:
+    laid = layout_for(base, paths).lay_out(batch, names)
+    return isinstance(laid, packing.LaidOutPacked) and laid.can_stack
+
+
 def test_no_pass_has_more_tokens_than_the_budget(monkeypatch) -> None:
     sizes = []
     original = packing.PackedSamples.of.__func__
@@ -160,7 +169,7 @@ def test_no_pass_has_more_tokens_than_the_budget(monkeypatch) -> None:
     engine, names, batch = Engine.of(agents[0].base), [a.actor_adapter for a in agents], make_batch()
     engine.prepare(names, batch.longest_sequence)
     monkeypatch.setattr(packing.PackedSamples, "of", classmethod(record))
-    engine.logprobs(batch, names, PassOptions(token_budget=30))
+    engine.logprobs(Item.on(batch, names), PassOptions(token_budget=30))
     assert sum(sizes) == batch.num_tokens.sum()
     assert max(sizes) <= 30
 
@@ -192,9 +201,9 @@ def test_every_family_gives_the_log_probs_and_gradients_of_two_plain_sequences(f
                 prompt_once=paths.shared_prompt,
                 tiled_head=paths.tiled_head,
                 members_together=paths.stacking,
-                lower_layers_once=_FewPairs(agents[0].base, batch, names, paths).starts_at_first_adapter,
+                lower_layers_once=starts_at_first_adapter(agents[0].base, paths, batch, names),
             ), paths.reasons
-        logprobs = engine.logprobs(batch, [*names, None], PassOptions())
+        logprobs = engine.logprobs(Item.on(batch, [*names, None]), PassOptions())
         results.append(([(found.chosen, found.rejected) for found in logprobs], backward(agents, batch)))
     exact = EXACT if agents[0].base.network.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(results[0], results[1], **exact)
@@ -232,8 +241,8 @@ def test_a_path_that_is_wrong_is_not_taken(monkeypatch, breakage: str, lost: str
 
 
 def break_path(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
-    from evollm.models import logprobs  # noqa: PLC0415
-    from evollm.models.adapters.adapter import routing  # noqa: PLC0415
+    from evollm.models.adapters import routing  # noqa: PLC0415
+    from evollm.models.layouts import plain  # noqa: PLC0415
 
     if breakage == "positions":
         original: Callable[..., Any] = packing.PackedSamples.of.__func__
@@ -258,7 +267,8 @@ def break_path(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
             routing, "_stacked_weights", lambda *args: tuple(weights.flip(0) for weights in stacked(*args))
         )
     else:
-        monkeypatch.setattr(logprobs, "token_logprobs", lambda *args: -args[0].pow(2).sum(dim=1))
+        for layout in (packing, plain):
+            monkeypatch.setattr(layout, "token_logprobs", lambda *args: -args[0].pow(2).sum(dim=1))
 
 
 def test_a_probe_vouches_for_no_longer_pair_than_it_tried() -> None:
@@ -344,7 +354,7 @@ def test_layers_below_the_first_adapter_run_once_for_all_members() -> None:
         ]
         # Two members in a pass, so two passes.
         options = PassOptions(token_budget=2 * int(batch.num_tokens.sum()))
-        engine.logprobs(batch, names, options)
+        engine.logprobs(Item.on(batch, names), options)
         if not plain:
             assert calls == [1, 2]
         for hook in hooks:

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from evollm import DPO
 from evollm.data.samples import Batch, Sample
 from evollm.models import attention, flash, shared_base
-from evollm.models.engine import Engine, PassOptions, _FewPairs
+from evollm.models.engine import Engine, Item, PassOptions, _FewSamples
+from evollm.models.layouts.packed import PackedLayout
 from evollm.models.probe import FastPaths
 
 pytestmark = [
@@ -65,20 +66,20 @@ def test_a_pass_on_a_gpu_goes_through_the_flash_kernel_in_half_precision(
         agents = [DPO(actor_network=model, lora_config=lora, index=seed, seed=seed, device="cuda") for seed in range(2)]
         names = [agent.actor_adapter for agent in agents]
         engine = Engine.of(agents[0].base)
-        few = _FewPairs(agents[0].base, batch, names, FastPaths(longest=64))
+        few = _FewSamples(agents[0].base, PackedLayout(agents[0].base, tiled_head=True), batch, names, stacking=True)
         half = dtype == torch.bfloat16
         with few.forward([0, 1], PassOptions(gradient_checkpointing=gradient_checkpointing)) as found:
-            assert len(found) == 2
-            for column in (column for member in found for column in member.columns):
+            assert len(found.members) == 2
+            for column in (column for member in found.members for column in member.sums().columns):
                 assert (column.shape, column.device, column.requires_grad) == ((3,), CUDA, True)
         assert few.attention == (attention.FLASH if half else attention.ONE_BY_ONE)
 
         engine.prepare = lambda members, length: FastPaths(longest=64)  # type: ignore
         slow = pytest.warns(UserWarning, match="load it with dtype='bfloat16'")
         with contextlib.nullcontext() if half else slow:
-            parts = engine.logprobs(batch, [*names, None], PassOptions(token_budget=64))
+            parts = engine.logprobs(Item.on(batch, [*names, None]), PassOptions(token_budget=64))
         for part in parts:
-            assert part.chosen.device == part.rejected.device == CUDA
+            assert part.chosen.device == part.rejected.device == torch.device("cpu")
         assert engine.attention == few.attention
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from evollm import DPO
 from evollm.data.samples import Batch, Sample
 from evollm.models import attention, flash
-from evollm.models.engine import Engine, PassOptions
+from evollm.models.engine import Engine, Item, PassOptions
+from evollm.models.logprobs import TokenLogprobs
 
 CPU = torch.device("cpu")
 # Some sides are longer than the small models' windows, some prompts shorter, two pairs have no rejected side.
@@ -40,10 +42,12 @@ def make_agents(model: Any, targets: list[str], **settings: Any) -> list[DPO]:
 def logprobs_and_gradients(agents: list[DPO]) -> tuple[list[Tensor], list[Tensor]]:
     names = [agent.actor_adapter for agent in agents]
     options = PassOptions(gradient_checkpointing=agents[0].settings.gradient_checkpointing)
-    found = Engine.of(agents[0].base).backward(
-        make_batch(), names, options, lambda *of: sum((pairs.chosen * 1.3 - pairs.rejected).sum() for pairs in of[2])
-    )
-    sums = [torch.stack(pairs.columns) for pairs in found]
+
+    def loss(members: Sequence[int], rows: Sequence[int], found: TokenLogprobs) -> Tensor:
+        return sum((member.chosen * 1.3 - member.rejected).sum() for member in found.members)
+
+    found = Engine.of(agents[0].base).backward(Item.on(make_batch(), names), options, loss)
+    sums = [torch.stack(member.sums().columns) for member in found]
     return sums, [parameter.grad for agent in agents for parameter in agent.actor_parameters()]
 
 
@@ -190,7 +194,7 @@ def test_the_kernel_may_be_tried_inside_a_checkpointed_layer() -> None:
         with on_the_cpu(Kernel(), float64=1e-9):
             engine = Engine.of(agents[0].base)
             engine.prepare([agent.actor_adapter for agent in agents], make_batch().longest_sequence)
-            engine._budgets[True, True, True] = 1024
+            engine.budgets.budgets[True, True, True] = 1024
             if not tried_before:
                 flash.why_not_flash.cache_clear()
             results.append(logprobs_and_gradients(agents))

@@ -20,8 +20,9 @@ from evollm.data.samples import Batch, Sample
 from evollm.models import engine as engines
 from evollm.models.engine import Engine, _from_everywhere
 from evollm.models.fast_paths import FastPaths
+from evollm.models.layouts.plain import PaddedSequences
 from evollm.models.load_balancing import LoadBalancing
-from evollm.models.logprobs import PairLogprobs, two_sequences
+from evollm.models.logprobs import TokenLogprobs, pieces_of
 from evollm.processes import Processes
 from evollm.tuning.arguments_file import read_tune_arguments
 
@@ -73,7 +74,7 @@ def make_agent(model: Any, targets: list[str] | None = ATTENTION, agent: type = 
 
 def own_outputs(agent: Any, batch: Batch) -> tuple[Any, Any]:
     """The model's own forward pass of the padded batch, with its mask, and its layout."""
-    layout = two_sequences(batch)
+    layout = PaddedSequences.of(batch)
     ids, mask = torch.from_numpy(layout.input_ids), torch.from_numpy(layout.attention_mask)
     with agent.base.active(agent.actor_adapter) as network:
         return network(input_ids=ids, attention_mask=mask, output_router_logits=True), layout
@@ -269,15 +270,19 @@ def test_what_cannot_be_computed_is_refused_before_training(make: Callable[[], A
 
 def test_processes_add_up_the_loads_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    whole = PairLogprobs(torch.rand(3).double(), torch.rand(3).double(), loads=torch.rand(3, 2, 4).double())
+    batch, experts = make_batch(), 4
+    pieces = pieces_of(batch)
+    shape = 2, sum(piece.length for piece in pieces)
+    whole = TokenLogprobs(torch.rand(shape), pieces, torch.rand(2, len(batch), 2, experts).double())
     received: list[list[Tensor]] = []
     monkeypatch.setattr(Processes, "add_up", lambda _, tensor: received[-1].append(tensor))
-    for rank, rows in enumerate(([0, 2], [1], [])):
+    for rows in ([0, 2], [1, *range(3, len(batch))], []):
         received.append([])
-        part = whole.like([tensor[rows] for tensor in whole.tensors]) if rows else None
-        _from_everywhere(part, rows, (2, 3), torch.device("cpu"), Processes(rank, 3), experts=4)
-    sums, loads = (torch.stack(parts).sum(dim=0) for parts in zip(*received, strict=True))
-    assert torch.equal(torch.stack(whole.columns), sums)
+        own = tuple(piece for piece in pieces if piece.row in rows)
+        part = TokenLogprobs(whole.values[:, whole.index_of(own)], own, whole.loads[:, rows]) if rows else None
+        _from_everywhere(part, rows, batch, torch.zeros(shape), LoadBalancing(1.0, experts, 1))
+    values, loads = (torch.stack(parts).sum(dim=0) for parts in zip(*received, strict=True))
+    assert torch.equal(whole.values, values)
     assert torch.equal(whole.loads, loads)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from evollm import CheckpointError
 from evollm.data.samples import Batch, Sample
 from evollm.models import ReferenceCache, completion_logprobs
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import CompletionSums
 
 CPU = torch.device("cpu")
 
@@ -105,10 +105,10 @@ def test_sums_of_a_bfloat16_model_are_finer_than_bfloat16(make_model, gym) -> No
 def test_a_reference_is_computed_once_for_each_pair(gym) -> None:
     cache, asked = ReferenceCache(), []
 
-    def compute(batch: Batch, numbers: Sequence[int]) -> list[PairLogprobs]:
+    def compute(batch: Batch, numbers: Sequence[int]) -> list[CompletionSums]:
         asked.append((len(batch), list(numbers)))
         lengths = -torch.tensor(batch.chosen_lengths).float(), -torch.tensor(batch.rejected_lengths).float()
-        return [PairLogprobs(*lengths)] * len(numbers)
+        return [CompletionSums(lengths)] * len(numbers)
 
     first, second = gym.next_batch(), gym.next_batch()
     mixed = Batch([first[1], second[0]])
@@ -126,11 +126,11 @@ def test_a_reference_is_computed_once_for_each_pair(gym) -> None:
 def test_reference_log_probs_kept_in_a_file_are_not_computed_again(gym, tmp_path) -> None:
     batch = gym.next_batch()
 
-    def compute(missing: Batch, numbers: Sequence[int]) -> list[PairLogprobs]:
+    def compute(missing: Batch, numbers: Sequence[int]) -> list[CompletionSums]:
         assert len(missing) == len(batch)
-        return [PairLogprobs(torch.rand(len(missing)) + number, torch.rand(len(missing))) for number in numbers]
+        return [CompletionSums((torch.rand(len(missing)) + n, torch.rand(len(missing)))) for n in numbers]
 
-    def refuse(missing: Batch, numbers: Sequence[int]) -> list[PairLogprobs]:
+    def refuse(missing: Batch, numbers: Sequence[int]) -> list[CompletionSums]:
         raise AssertionError("known pairs were computed again")
 
     cache, again = ReferenceCache(), ReferenceCache()

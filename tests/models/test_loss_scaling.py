@@ -16,9 +16,9 @@ from evollm import DPO, SFT
 from evollm.algorithms.dpo_step import learn_together
 from evollm.data.samples import Batch, Sample
 from evollm.models import loss_scaling
-from evollm.models.engine import Engine, PassOptions
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.fast_paths import FastPaths
-from evollm.models.logprobs import PairLogprobs
+from evollm.models.logprobs import TokenLogprobs
 from evollm.models.loss_scaling import ScaledBackward, scale_exponent
 
 # float16 has eleven digits; some hundred operations lie behind a gradient.
@@ -52,15 +52,15 @@ def half_agents(dtype: torch.dtype = torch.float16, family: str = "llama", membe
 def gradients(agents: Sequence[DPO], weights: Sequence[float], batch: Batch | None = None, **options) -> list[Tensor]:
     """Each member's gradient, as one vector in float64, of a loss that is a sum over pairs under a weight."""
 
-    def loss(members: Sequence[int], rows: Sequence[int], policies: list[PairLogprobs]) -> Tensor:
+    def loss(members: Sequence[int], rows: Sequence[int], found: TokenLogprobs) -> Tensor:
         factors = 1.0 + torch.tensor(rows)
-        parts = [(factors * (one.chosen - 0.3 * one.rejected)).sum() for one in policies]
+        parts = [(factors * (one.chosen - 0.3 * one.rejected)).sum() for one in found.members]
         return torch.stack([weights[member] * part for member, part in zip(members, parts, strict=True)]).sum()
 
     for agent in agents:
         agent.optimizer.zero_grad(set_to_none=True)
     names = [agent.actor_adapter for agent in agents]
-    Engine.of(agents[0].base).backward(batch or make_batch(), names, PassOptions(**options), loss)
+    Engine.of(agents[0].base).backward(Item.on(batch or make_batch(), names), PassOptions(**options), loss)
     return [torch.cat([p.grad.flatten() for p in agent.actor_parameters()]).double() for agent in agents]
 
 
@@ -106,12 +106,12 @@ def test_passes_add_up_under_scales_of_their_own() -> None:
     agents, batch = half_agents(members=1), make_batch()
 
     def of_rows(weights: Sequence[float]) -> Tensor:
-        def loss(members: Sequence[int], rows: Sequence[int], policies: list[PairLogprobs]) -> Tensor:
-            return (torch.tensor([weights[row] for row in rows]) * policies[0].chosen).sum()
+        def loss(members: Sequence[int], rows: Sequence[int], found: TokenLogprobs) -> Tensor:
+            return (torch.tensor([weights[row] for row in rows]) * found.of(0).chosen).sum()
 
         agents[0].optimizer.zero_grad(set_to_none=True)
         options = PassOptions(max_pairs=1, token_budget=64)
-        Engine.of(agents[0].base).backward(batch, [agents[0].actor_adapter], options, loss)
+        Engine.of(agents[0].base).backward(Item.on(batch, [agents[0].actor_adapter]), options, loss)
         return torch.cat([p.grad.flatten() for p in agents[0].actor_parameters()]).double()
 
     small = [1e-9 * (row > 0) for row in range(len(batch))]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from evollm import DPO, ConfigurationError, MissingExtraError
 from evollm.models import load_base_model
-from evollm.models.engine import Engine, PassOptions
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.loading.model_config import reloadable
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -35,7 +35,7 @@ def folder(make_model: Callable[..., LlamaForCausalLM], tmp_path: Path) -> str:
 def logprobs(agent: DPO, gym: Any) -> torch.Tensor:
     """Of the first batch of an epoch, by the agent's actor."""
     gym.reset(seed=0)
-    return Engine.of(agent.base).logprobs(gym.next_batch(), [agent.actor_adapter], PassOptions())[0].chosen
+    return Engine.of(agent.base).logprobs(Item.on(gym.next_batch(), [agent.actor_adapter]), PassOptions())[0].chosen
 
 
 def takes_documented_paths(agent: DPO, kind: str) -> bool:

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MBartConfig, Roberta
 from evollm import DPO
 from evollm.data.samples import Batch
 from evollm.demo import demo_model
-from evollm.models.engine import Engine, PassOptions
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.fast_paths import FastPaths
-from evollm.models.logprobs import lone_logprobs
+from evollm.models.layouts import lone_layout
+from evollm.models.logprobs import CompletionSums, TokenLogprobs
 from evollm.models.rounding import rounded_otherwise
 
 ROBERTA = RobertaConfig(
@@ -114,11 +115,17 @@ def test_dynamic_ntk_scaling_follows_each_sequence_and_not_those_before_it() -> 
     assert not paths_of(agent, 60).shared_prompt
     batch = make_batch(shapes=[(12, 4, 4), (50, 5, 3), (15, 5, 1), (3, 4, 2)])
     check_own_log_probs(agent, batch)
-    with agent.base.active(agent.actor_adapter) as network, torch.no_grad():
-        forwards = lone_logprobs(network, batch, agent.device)
-        backwards = lone_logprobs(network, batch.select([3, 2, 1, 0]), agent.device)
+    with agent.base.active(agent.actor_adapter), torch.no_grad():
+        forwards = lone_logprobs(agent.base, batch)
+        backwards = lone_logprobs(agent.base, batch.select([3, 2, 1, 0]))
     torch.testing.assert_close(forwards.chosen, backwards.chosen.flip(0), rtol=0, atol=0)
     torch.testing.assert_close(forwards.rejected, backwards.rejected.flip(0), rtol=0, atol=0)
+
+
+def lone_logprobs(base: Any, batch: Batch) -> CompletionSums:
+    """By the network, each sequence by itself."""
+    laid = lone_layout(base).lay_out(batch, [])
+    return TokenLogprobs(laid.logprobs(base.network, 1), laid.pieces).of(0).sums(up_to_shorter=True)
 
 
 def check_own_log_probs(agent: DPO, batch: Batch) -> None:
@@ -126,17 +133,19 @@ def check_own_log_probs(agent: DPO, batch: Batch) -> None:
     engine, name = Engine.of(agent.base), agent.actor_adapter
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = PassOptions(explicit_positions=agent.settings.calc_position_embeddings, up_to_shorter=True)
-        (found,) = engine.logprobs(batch, [name], options)
+        options = PassOptions(explicit_positions=agent.settings.calc_position_embeddings)
+        (found,) = engine.logprobs(Item.on(batch, [name]), options)
         (trained,) = engine.backward(
-            batch, [name], options, lambda members, rows, parts: (parts[0].chosen - parts[0].rejected).sum()
+            Item.on(batch, [name]), options, lambda _, __, parts: (parts.of(0).chosen - parts.of(0).rejected).sum()
         )
     gradients = [p.grad.clone() for p in agent.actor_parameters() if p.grad is not None]
-    with agent.base.active(name) as network:
-        own = lone_logprobs(network, batch, agent.device, up_to_shorter=True)
+    with agent.base.active(name):
+        own = lone_logprobs(agent.base, batch)
         expected = torch.autograd.grad((own.chosen - own.rejected).sum(), agent.actor_parameters())
     for one in (found, trained):
-        torch.testing.assert_close(one.columns, [column.detach() for column in own.columns], rtol=1e-4, atol=1e-4)
+        sums = one.sums(up_to_shorter=True)
+        for columns, wanted in ((sums.columns, own.columns), (sums.up_to_shorter, own.up_to_shorter)):
+            torch.testing.assert_close(columns, tuple(column.detach() for column in wanted), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradients, list(expected), rtol=1e-3, atol=1e-4)
 
 
@@ -171,14 +180,14 @@ def test_rounding_otherwise_changes_log_probs_a_little_and_leaves_nothing_behind
     with torch.no_grad():
         found = []
         for seed in (None, 0, 0, 1):
-            with base.active(name) as network:
+            with base.active(name):
                 if seed is None:
-                    found.append(lone_logprobs(network, batch, base.device).chosen)
+                    found.append(lone_logprobs(base, batch).chosen)
                     continue
                 with rounded_otherwise(base, [name], seed):
-                    found.append(lone_logprobs(network, batch, base.device).chosen)
-        with base.active(name) as network:
-            found.append(lone_logprobs(network, batch, base.device).chosen)
+                    found.append(lone_logprobs(base, batch).chosen)
+        with base.active(name):
+            found.append(lone_logprobs(base, batch).chosen)
     plain, moved, again, other, after = found
     assert torch.equal(moved, again)
     assert not torch.equal(moved, other)

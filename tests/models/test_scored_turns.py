@@ -19,7 +19,7 @@ from evollm import DPO, SFT, PreferenceGym, SFTGym
 from evollm.algorithms.dpo_step import learn_together
 from evollm.data.samples import Batch, Sample
 from evollm.models import ReferenceCache
-from evollm.models.engine import Engine, PassOptions
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.fast_paths import FastPaths
 
 # Prompt, chosen and rejected side, and how many of their tokens are scored; the last has no rejected side.
@@ -81,8 +81,8 @@ def expected_of(agent: DPO, pairs: Sequence[Sample], adapter: str | None = None)
                 token_logprobs(network, pair.prompt_ids, ids, apart)[torch.from_numpy(mask)]
                 for ids, mask in ((side.ids, side.scored) for side in pair.completions)
             ]
-            sides += [torch.zeros(0, dtype=torch.float64)] * (2 - len(sides))
             shorter = min(map(len, sides))
+            sides += [torch.zeros(0, dtype=torch.float64)] * (2 - len(sides))
             found.append([side[:end].sum().item() for end in (None, shorter) for side in sides])
     return found
 
@@ -100,10 +100,12 @@ def test_log_probs_are_sums_over_scored_tokens_by_every_path(family: str, path: 
     monkeypatch.setattr(engine, "prepare", lambda members, length: PATHS[path])
     names = [agent.actor_adapter for agent in agents]
     for up_to_shorter in (False, True):
-        options = PassOptions(up_to_shorter=up_to_shorter)
-        for agent, found in zip(agents, engine.logprobs(Batch(pairs), names, options), strict=True):
-            expected = torch.tensor(expected_of(agent, pairs), dtype=torch.float64)[:, : len(found.columns)]
-            torch.testing.assert_close(torch.stack(found.columns, dim=1).double(), expected, rtol=0, atol=1e-10)
+        options = PassOptions()
+        for agent, found in zip(agents, engine.logprobs(Item.on(Batch(pairs), names), options), strict=True):
+            sums = found.sums(up_to_shorter=up_to_shorter)
+            columns = [*sums.columns, *(sums.up_to_shorter or ())]
+            expected = torch.tensor(expected_of(agent, pairs), dtype=torch.float64)[:, : len(columns)]
+            torch.testing.assert_close(torch.stack(columns, dim=1).double(), expected, rtol=0, atol=1e-10)
 
 
 def test_a_pair_beside_one_that_is_scored_in_part_has_the_bits_that_it_has_beside_one_that_is_not() -> None:
@@ -111,7 +113,9 @@ def test_a_pair_beside_one_that_is_scored_in_part_has_the_bits_that_it_has_besid
     everywhere = Sample.of(partial.prompt_ids, partial.chosen_ids, partial.rejected_ids)
     agents = population("llama")
     engine, names = Engine.of(agents[0].base), [agents[0].actor_adapter]
-    found = [engine.logprobs(Batch([whole, other]), names, PassOptions())[0] for other in (partial, everywhere)]
+    found = [
+        engine.logprobs(Item.on(Batch([whole, other]), names), PassOptions())[0] for other in (partial, everywhere)
+    ]
     assert found[0].chosen[0].item() == found[1].chosen[0].item()
     assert found[0].rejected[0].item() == found[1].rejected[0].item()
     assert found[0].chosen[1].item() != found[1].chosen[1].item()
@@ -195,7 +199,7 @@ def test_a_user_turn_moved_into_the_prompt_leaves_the_log_prob_of_the_answers_be
     ]
     agent = DPO(actor_network=small_llama(tokenizer), lora_config=LORA)
     env = PreferenceGym([whole, first, *behind], None, tokenizer, 4)
-    scores = Engine.of(agent.base).logprobs(Batch(env.train_pairs), [agent.actor_adapter], PassOptions())[0]
+    scores = Engine.of(agent.base).logprobs(Item.on(Batch(env.train_pairs), [agent.actor_adapter]), PassOptions())[0]
     chosen, rejected = scores.chosen.tolist(), scores.rejected.tolist()
     assert chosen[0] == pytest.approx(chosen[1] + chosen[2], abs=1e-10)
     assert rejected[0] == pytest.approx(rejected[1] + chosen[3], abs=1e-10)

@@ -28,7 +28,7 @@ from evollm import (
 from evollm.checkpoints.agent import read_agent_folder
 from evollm.cli import main
 from evollm.execution import worker as worker_module
-from evollm.models import engine as engine_module
+from evollm.models.layouts.packed import LaidOutPacked
 from evollm.runs import read_run
 from evollm.tuning.replay import Script
 
@@ -102,14 +102,14 @@ def test_a_replay_that_was_interrupted_goes_on(run, made, monkeypatch) -> None:
 @pytest.fixture
 def sizes(monkeypatch) -> list[int]:
     """How many members went through the base together, for each pass that had gradients."""
-    found, plain = [], engine_module.packed_logprobs
+    found, plain = [], LaidOutPacked.logprobs
 
-    def watched(network, packed, count, **kwargs):
+    def watched(laid, network, count):
         if torch.is_grad_enabled():
             found.append(count)
-        return plain(network, packed, count, **kwargs)
+        return plain(laid, network, count)
 
-    monkeypatch.setattr(engine_module, "packed_logprobs", watched)
+    monkeypatch.setattr(LaidOutPacked, "logprobs", watched)
     return found
 
 

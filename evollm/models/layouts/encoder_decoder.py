@@ -1,0 +1,161 @@
+"""Encoder-decoder models (T5, BART): the encoder reads the prompt, the decoder writes each completion.
+
+A prompt and a completion are two sequences here. The decoder's first input is the model's own start token, and from
+then on it is given the completion's tokens: input t predicts token t. So a sample needs no special attention to share
+its prompt: the encoder runs once for each prompt, and all completions attend to what it gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from evollm.data.samples import Batch, IntArray
+from evollm.models.grouping import padded_groups
+from evollm.models.head import token_logprobs
+from evollm.models.load_balancing import Span
+from evollm.models.logprobs import Pieces, linear_head, padded, pieces_of, token_logprobs_of
+
+
+@dataclass(frozen=True)
+class EncoderDecoderLayout:
+    """A padded sequence of the decoder for each completion; of the encoder for each prompt, or for each completion.
+
+    Attributes:
+        device: Where the network is.
+        start: The decoder's first input.
+        tiled_head: Apply the head to tiles of the decoder's hidden states; see `evollm.models.head`.
+        shared_prompt: Whether the completions of a sample share one encoded prompt; else each is a plain sequence of
+            its own, by the model's own pass.
+    """
+
+    own_attention: ClassVar[bool] = True
+    device: torch.device
+    start: int
+    tiled_head: bool
+    shared_prompt: bool
+
+    def groups(self, batch: Batch, budget: int, most: int | None) -> list[list[int]]:
+        """Rows of like length."""
+        counts = np.array([len(sample.completions) for sample in batch])
+        longest = np.array([max(map(len, sample.completions)) for sample in batch])
+        prompts = batch.prompt_lengths * (1 if self.shared_prompt else counts)
+        return padded_groups(np.stack([prompts, counts * longest], axis=1), budget, most)
+
+    def lay_out(self, batch: Batch, members: Sequence[str | None]) -> LaidOutEncoderDecoder:
+        """Lay samples out."""
+        del members
+        return LaidOutEncoderDecoder(self, batch)
+
+
+class LaidOutEncoderDecoder:
+    """B samples as E sequences of the encoder and S of the decoder; see `evollm.models.layouts.layout.LaidOut`.
+
+    Attributes:
+        prompt_ids: (E, P) the prompts, padded on the right; E is B where completions share them, else S.
+        prompt_mask: (E, P) 1 where there is a token.
+        decoder_ids: (S, T) the start token and each completion without its last token, padded on the right.
+        decoder_mask: (S, T) 1 where there is a token.
+        predicting: (S, T) True where a token predicts a scored token of the completion.
+        targets: (C,) the scored tokens of all completions.
+        rows: (S,) the samples that the completions belong to.
+    """
+
+    can_stack = True
+    attention = ""
+
+    def __init__(self, layout: EncoderDecoderLayout, batch: Batch) -> None:
+        self._layout = layout
+        self.pieces: Pieces = pieces_of(batch, by_place=True)
+        sides = [batch[piece.row].completions[piece.place] for piece in self.pieces]
+        rows = range(len(batch)) if layout.shared_prompt else [piece.row for piece in self.pieces]
+        first = np.array([layout.start])
+
+        def tensor(array: np.ndarray[Any, Any]) -> Tensor:
+            return torch.from_numpy(array).to(layout.device)
+
+        self.prompt_ids, self.prompt_mask = map(tensor, padded([batch[row].prompt_ids for row in rows]))
+        shifted = [np.concatenate([first, side.ids[:-1]]) for side in sides]
+        self.decoder_ids, self.decoder_mask = map(tensor, padded(shifted))
+        self.predicting = tensor(padded([side.scored for side in sides])[0]).bool()
+        self.targets = tensor(np.concatenate([side.ids[side.scored] for side in sides]))
+        self.rows = tensor(np.array([piece.row for piece in self.pieces]))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a pass of one member, padding included."""
+        return self.prompt_ids.numel() + self.decoder_ids.numel()
+
+    def passing(self, num_members: int, *, adapted: bool = True, whole: bool = False) -> AbstractContextManager[None]:
+        """The network as it is."""
+        del num_members, adapted, whole
+        return nullcontext()
+
+    def logprobs(self, network: Any, num_members: int) -> Tensor:
+        """(M, C) log-probs; several members need a shared prompt."""
+        inputs = {
+            "decoder_input_ids": self.decoder_ids.repeat(num_members, 1),
+            "decoder_attention_mask": self.decoder_mask.repeat(num_members, 1),
+            "use_cache": False,
+            **self._encoder_inputs(network, num_members),
+        }
+        predicting = self.predicting.repeat(num_members, 1)  # (M S, T)
+        targets = self.targets.repeat(num_members)
+        if not self._layout.tiled_head:
+            return token_logprobs_of(network(**inputs).logits[predicting], targets).view(num_members, -1)
+        head = linear_head(network)
+        with _identity(head):
+            hidden = network(**inputs).logits[predicting]  # (M C, D)
+        return token_logprobs(hidden, head.weight, head.bias, targets).view(num_members, -1)
+
+    def _encoder_inputs(self, network: Any, num_members: int) -> dict[str, Any]:
+        """What the decoder attends to: the prompts of its rows, or what the encoder made of them once."""
+        mask = self.prompt_mask.repeat(num_members, 1)
+        inputs = {"input_ids": self.prompt_ids.repeat(num_members, 1), "attention_mask": mask}
+        if not self._layout.shared_prompt:
+            return inputs
+        encoded = network.get_encoder()(**inputs).last_hidden_state  # (M B, P, D)
+
+        def for_completions(rows: Tensor) -> Tensor:
+            """From (M B, ...) to (M S, ...)."""
+            blocks = rows.view(num_members, -1, *rows.shape[1:])
+            num_prompts = blocks.shape[1]
+            # The first completions have all prompts in their order: index_select is for the others alone.
+            return torch.cat([blocks, blocks.index_select(1, self.rows[num_prompts:])], dim=1).flatten(0, 1)
+
+        outputs = BaseModelOutput(last_hidden_state=for_completions(encoded))
+        return {"encoder_outputs": outputs, "attention_mask": for_completions(mask)}
+
+    def spans(self) -> list[Span]:
+        """The loss of routers is refused for such models; see `evollm.models.load_balancing`."""
+        raise NotImplementedError
+
+
+def lone_encoder_decoder_logprobs(network: Any, prompt: IntArray, completion: IntArray, device: torch.device) -> Tensor:
+    """(C,) log-probs of a completion's tokens, by a pass in which the network gets nothing but the token ids.
+
+    The network itself makes the decoder's inputs of the completion.
+    """
+    ids, labels = (torch.from_numpy(part)[None].to(device) for part in (prompt, completion))
+    return token_logprobs_of(network(input_ids=ids, labels=labels, use_cache=False).logits, labels)[0]
+
+
+@contextmanager
+def _identity(head: nn.Module) -> Iterator[None]:
+    """The head gives back what it gets, so that the model's logits are its input, scaled as the model scales it."""
+    # An instance has a forward pass of its own where a library has wrapped it.
+    own = head.__dict__.get("forward")
+    head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own

@@ -1,0 +1,71 @@
+"""What a layout is: a way to lay samples out as the rows of a pass through a base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from evollm.data.samples import Batch
+from evollm.models.load_balancing import Span
+from evollm.models.logprobs import Pieces
+
+
+class LaidOut(Protocol):
+    """Samples laid out once on a device, for any number of passes of members."""
+
+    @property
+    def pieces(self) -> Pieces:
+        """Which tokens `logprobs` gives, in their order."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a pass of one member, padding included."""
+
+    @property
+    def can_stack(self) -> bool:
+        """Whether several members may share a pass."""
+
+    @property
+    def attention(self) -> str:
+        """What attention has been computed by so far, in words; "" for the model's own."""
+
+    def passing(self, num_members: int, *, adapted: bool = True, whole: bool = False) -> AbstractContextManager[object]:
+        """The network computes by this layout inside the block, in passes of M members.
+
+        Args:
+            num_members: M.
+            adapted: Whether they have adapters; else it is the base by itself.
+            whole: Whether each layer has to run for each member, even where all have the same inputs.
+        """
+
+    def logprobs(self, network: Any, num_members: int) -> Tensor:
+        """(M, C) log-probs of the scored tokens; differentiable where gradients are enabled."""
+
+    def spans(self) -> Sequence[Span]:
+        """The tokens that routers see in a pass of one member, in their order."""
+
+
+class Layout(Protocol):
+    """A way to lay samples out."""
+
+    @property
+    def own_attention(self) -> bool:
+        """Whether attention is computed as the model itself does."""
+
+    def groups(self, batch: Batch, budget: int, most: int | None) -> list[list[int]]:
+        """Divide a batch into passes.
+
+        Args:
+            batch: B samples.
+            budget: Most tokens of a pass of one member; a longer sample has a pass of its own.
+            most: Most samples in a pass; None: no bound.
+
+        Returns:
+            The rows of each pass.
+        """
+
+    def lay_out(self, batch: Batch, members: Sequence[str | None]) -> LaidOut:
+        """Lay samples out for passes of these members, adapters' names or None for the base by itself."""
