@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,11 +16,12 @@ from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models.budget import count_saved_bytes
 from evollm.models.fast_paths import FastPaths
-from evollm.models.layouts import LaidOut, Layout, layout_for, longest_sequence
-from evollm.models.load_balancing import LoadBalancing, recorded, row_loads
+from evollm.models.layouts import Layout, layout_for, longest_sequence
+from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, joined, of_all_members, pieces_of
 from evollm.models.loss_scaling import ScaledBackward
 from evollm.models.pass_budgets import PassBudgets
+from evollm.models.passes import FewSamples
 from evollm.models.probe import probe, probed_length
 from evollm.models.shared_base import SharedBase
 from evollm.models.slow_settings import slow_dtype
@@ -186,9 +186,9 @@ class Engine:
             """Bytes that a pass of one member saves for each token."""
             # The longest: what a pass saves once, the members' stacked weights, should weigh little.
             longest = batch.select([int(np.argmax(batch.num_tokens))])
-            few = _FewSamples(self.base, layout, longest, members, stacking=paths.stacking)
-            kind = replace(options, gradient_checkpointing=recompute)
-            with count_saved_bytes(keep=False) as bytes_saved, few.forward([0], kind):
+            few = FewSamples(self.base, layout, longest, members, stacking=paths.stacking)
+            forward = few.forward([0], recompute=recompute, balancing=options.balancing)
+            with count_saved_bytes(keep=False) as bytes_saved, forward:
                 pass
             return bytes_saved.total / int(longest.num_tokens.sum())
 
@@ -237,7 +237,7 @@ class Engine:
             fillers = Processes.present().largest(len(groups)) - len(groups)
         parts: list[list[TokenLogprobs]] = []
         for rows, weight in [*((rows, 1) for rows in groups), *[([0], 0)] * fillers]:
-            few = _FewSamples(self.base, layout, batch.select(rows), slotted, stacking=stacking)
+            few = FewSamples(self.base, layout, batch.select(rows), slotted, stacking=stacking)
             taken: list[TokenLogprobs] = []
             for numbers in few.passes(budget):
                 # By itself a member takes part in the one pass that its slot is in.
@@ -256,7 +256,7 @@ class Engine:
 
     def _pass(
         self,
-        few: _FewSamples,
+        few: FewSamples,
         numbers: Sequence[int],
         options: PassOptions,
         place: int | None,
@@ -270,7 +270,8 @@ class Engine:
             scaled = ScaledBackward([list(self.base.adapters.parameters(name).values()) for name in names])
         again = True
         while again:
-            with few.forward(numbers, options) as found:
+            recompute = bool(options.gradient_checkpointing)
+            with few.forward(numbers, recompute=recompute, balancing=options.balancing) as found:
                 taken = found if place is None else found.like([one[place : place + 1] for one in found.tensors])
                 # Inside the block, since it recomputes checkpointed layers.
                 again = scaled is not None and loss is not None and scaled.attempt(loss, taken)
@@ -386,51 +387,3 @@ def _from_everywhere(
         Processes.present().add_up(loads)
         loads = loads.cpu()
     return TokenLogprobs(values.cpu(), whole.pieces, loads)
-
-
-class _FewSamples:
-    """The samples of one pass, laid out once, and the members that go through the base with them."""
-
-    def __init__(
-        self, base: SharedBase, layout: Layout, batch: Batch, members: Sequence[str | None], *, stacking: bool
-    ) -> None:
-        self._base = base
-        self._num_rows = len(batch)
-        self._members = members
-        self._stacking = stacking
-        self.laid: LaidOut = layout.lay_out(batch, members)
-
-    @property
-    def attention(self) -> str:
-        """What attention has been computed by, in words."""
-        return self.laid.attention or f"the model's own ({self._base.network.config._attn_implementation})"
-
-    def passes(self, budget: int) -> list[Sequence[int]]:
-        """Positions of the members of each pass: as many as the budget holds, evenly."""
-        together = 1
-        if self._stacking and self.laid.can_stack and None not in self._members:
-            together = max(1, budget // self.laid.num_tokens)
-        if self._base.is_sharded:
-            together = Processes.present().smallest(together)
-        count = -(-len(self._members) // together)
-        return [part.tolist() for part in np.array_split(np.arange(len(self._members)), count)]
-
-    @contextmanager
-    def forward(self, numbers: Sequence[int], options: PassOptions) -> Iterator[TokenLogprobs]:
-        """The log-probs of these members, inside a block in which their gradients can be computed."""
-        base, laid, balancing = self._base, self.laid, options.balancing
-        names = [self._members[number] for number in numbers]
-        routes = tuple(name for name in names if name is not None) if self._stacking else ()
-        recompute = bool(options.gradient_checkpointing)
-        with (
-            base.active(names[0], gradient_checkpointing=recompute) as network,
-            base.router.route(routes or None),
-            laid.passing(len(names), adapted=names[0] is not None, whole=balancing is not None),
-        ):
-            if balancing is None:
-                yield TokenLogprobs(laid.logprobs(network, len(names)), laid.pieces)
-                return
-            with recorded(network) as calls:
-                values = laid.logprobs(network, len(names))
-            loads = row_loads(calls, laid.spans(), self._num_rows, len(names), balancing.per_token)
-            yield TokenLogprobs(values, laid.pieces, loads)

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from evollm import DPO
 from evollm.data.samples import Batch, Sample
 from evollm.models import attention, flash, shared_base
-from evollm.models.engine import Engine, Item, PassOptions, _FewSamples
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.layouts.packed import PackedLayout
+from evollm.models.passes import FewSamples
 from evollm.models.probe import FastPaths
 
 pytestmark = [
@@ -55,7 +56,7 @@ def test_a_pass_on_a_gpu_goes_through_the_flash_kernel_in_half_precision(
     monkeypatch, dtype: torch.dtype, gradient_checkpointing: bool
 ) -> None:
     pretend(monkeypatch)
-    pairs = [Sample.of(*map(np.arange, shape)) for shape in ((5, 3, 4), (2, 6, 1), (3, 4, 0))]
+    pairs = [Sample.of(*map(np.arange, shape)) for shape in ((5, 3, 4), (2, 6, 1), (3, 4))]
     batch = Batch(pairs)
     shape = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -66,9 +67,9 @@ def test_a_pass_on_a_gpu_goes_through_the_flash_kernel_in_half_precision(
         agents = [DPO(actor_network=model, lora_config=lora, index=seed, seed=seed, device="cuda") for seed in range(2)]
         names = [agent.actor_adapter for agent in agents]
         engine = Engine.of(agents[0].base)
-        few = _FewSamples(agents[0].base, PackedLayout(agents[0].base, tiled_head=True), batch, names, stacking=True)
+        few = FewSamples(agents[0].base, PackedLayout(agents[0].base, tiled_head=True), batch, names, stacking=True)
         half = dtype == torch.bfloat16
-        with few.forward([0, 1], PassOptions(gradient_checkpointing=gradient_checkpointing)) as found:
+        with few.forward([0, 1], recompute=gradient_checkpointing) as found:
             assert len(found.members) == 2
             for column in (column for member in found.members for column in member.sums().columns):
                 assert (column.shape, column.device, column.requires_grad) == ((3,), CUDA, True)

@@ -12,6 +12,7 @@ import torch
 from documented import as_documented
 from families import FAMILIES, ROTARY, VOCABULARY, make_family
 from models.test_engine import TARGETS, break_path, make_agents, make_batch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MBartConfig, RobertaConfig
 
 from evollm import DPO
@@ -128,6 +129,11 @@ def lone_logprobs(base: Any, batch: Batch) -> CompletionSums:
     return TokenLogprobs(laid.logprobs(base.network, 1), laid.pieces).of(0).sums(up_to_shorter=True)
 
 
+def difference(found: TokenLogprobs) -> Tensor:
+    """All chosen sides minus the rejected ones that there are."""
+    return sum((column.sum() for column in found.sums[1:]), torch.zeros(())).neg() + found.sums[0].sum()
+
+
 def check_own_log_probs(agent: DPO, batch: Batch) -> None:
     """By the engine, forward and backward, as by the model's own pass over each sequence."""
     engine, name = Engine.of(agent.base), agent.actor_adapter
@@ -135,9 +141,7 @@ def check_own_log_probs(agent: DPO, batch: Batch) -> None:
         warnings.simplefilter("ignore")
         options = PassOptions(explicit_positions=agent.settings.calc_position_embeddings)
         (found,) = engine.logprobs(Item.on(batch, [name]), options)
-        (trained,) = engine.backward(
-            Item.on(batch, [name]), options, lambda _, __, parts: (parts.of(0).chosen - parts.of(0).rejected).sum()
-        )
+        (trained,) = engine.backward(Item.on(batch, [name]), options, lambda _, __, parts: difference(parts))
     gradients = [p.grad.clone() for p in agent.actor_parameters() if p.grad is not None]
     with agent.base.active(name):
         own = lone_logprobs(agent.base, batch)
