@@ -102,45 +102,41 @@ def test_members_on_two_workers_end_as_on_one_and_go_on_when_killed(run, tmp_pat
 
 def test_a_worker_takes_members_in_hands_them_over_and_begins_again_from_none(make_population, gym) -> None:
     agents = make_population(3, hp_config=HP_CONFIG)
-    values = agents[0].hyperparameter_values()
+    base, values = agents[0].base, agents[0].hyperparameter_values()
     one, other = Worker(agents[:2], copy.copy(gym)), Worker(agents[2:], copy.copy(gym))
     first = one.export(0)
-    for worker, births in (
-        (one, [Birth(0, 0, (), False, values), Birth(1, 1, (), False, {**values, "lr": 2e-3})]),
-        (other, [Birth(2, 2, (), False, values)]),
-    ):
-        worker.begin(births, moving_references=False, first=first)
-    assert [agent.lr for agent in one.agents] == [1e-3, 2e-3]
+    begun = first.adapter("actor").tensors
+    base.adapters.load(agents[2].actor_adapter, {name: tensor + 1 for name, tensor in begun.items()})
+    births = [Birth(0, 0, (), False, {**values, "lr": 2e-3}), Birth(1, 1, (), False, values)]
+    one.begin(births, moving_references=False, first=first)
+    other.begin([Birth(2, 2, (), False, values)], moving_references=False, first=first)
+    assert [agent.lr for agent in one.agents] == [2e-3, 1e-3]
     for worker in (one, other):
         assert [done.step for done in worker.learn(0, 2)] == [1, 2]
-    # Agent 1 moves as it is, agent 3 is a child of it, and the other worker is left without members.
-    (moved,) = weights([one.agent(1)])
-    arriving = {1: one.export(1), 3: one.export(1)}
-    other.apply(
-        [Birth(1, 1, (), False, one.members()[1].hyperparameters), Birth(3, 1, (), False, {**values, "lr": 3e-3})],
-        arriving,
-    )
+    # Agent 0 moves as it is, agent 3 is a child of it, and its worker is left without members.
+    (moved,) = weights([one.agent(0)])
+    kept = Birth(0, 0, (), False, one.members()[0].hyperparameters)
+    other.apply([kept, Birth(3, 0, (), False, {**values, "lr": 3e-3})], {0: one.export(0), 3: one.export(0)})
     one.apply([])
-    assert [member.index for member in other.members()] == [1, 3]
+    assert [(member.index, member.steps) for member in other.members()] == [(0, 2), (3, 2)]
     assert all(torch.equal(weight, moved) for weight in weights(other.agents))
-    assert [member.steps for member in other.members()] == [2, 2]
     assert other.agent(3).lr == 3e-3
     assert one.members() == []
     assert [done.metrics for done in one.learn(2, 3)] == [{}]
     assert one.evaluate("test") == {}
-    # A fresh agent begins as the first one did, and one that had left comes back.
-    back = {1: other.export(1)}
-    one.apply([Birth(1, 1, (), False, other.members()[0].hyperparameters), Birth.fresh(4, values)], back)
+    # It comes back, and fresh agents begin as the run's first one did, whoever makes them.
+    one.apply([kept, Birth.fresh(4, values)], {0: other.export(0)})
+    other.apply([Birth.fresh(5, values)])
+    assert torch.equal(weights([one.agent(0)])[0], moved)
+    for agent in (one.agent(4), other.agent(5)):
+        fresh = base.adapters.export(agent.actor_adapter).tensors
+        assert all(torch.equal(begun[name], fresh[name]) for name in begun)
+        assert agent.steps == 0
     other.apply([])
-    assert torch.equal(weights([one.agent(1)])[0], moved)
-    untouched = first.adapter("actor").tensors
-    mine = one.base.adapters.export(one.agent(4).actor_adapter).tensors
-    assert all(torch.equal(untouched[name], mine[name]) for name in untouched)
-    assert one.agent(4).steps == 0
     for worker in (one, other):
         worker.close()
     # Two actors, and the reference that all share.
-    assert len(one.base.adapters.names) == 3
+    assert len(base.adapters.names) == 3
 
 
 def test_values_that_no_agent_can_have_change_nobody(make_population, gym) -> None:
