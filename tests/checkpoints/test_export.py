@@ -27,7 +27,8 @@ from evollm import (
     save_merged_model,
 )
 
-# Everything that somebody needs who has never heard of evollm; it prints the log-probs of some tokens.
+# Everything that somebody needs who has never heard of evollm; it prints the log-probs of some tokens, for each base
+# and the adapter on it, or none.
 ELSEWHERE = """
 import importlib.metadata, importlib.util, json, sys
 sys.path.append(sys.argv.pop(1))
@@ -35,20 +36,23 @@ assert importlib.util.find_spec("evollm") is None, "evollm can be imported"
 assert not list(importlib.metadata.distributions(name="evollm")), "evollm is installed"
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-if len(sys.argv) > 2:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, sys.argv[2])
-with torch.no_grad():
-    logits = model.eval()(torch.arange(5, 25).view(1, -1)).logits
+found = []
+for base, *adapter in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if adapter:
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(model, *adapter)
+    with torch.no_grad():
+        logits = model.eval()(torch.arange(5, 25).view(1, -1)).logits
+    found.append(logits.double().log_softmax(-1)[0, :, ::7].tolist())
 assert not [name for name in sys.modules if name.partition(".")[0] == "evollm"], "evollm was imported"
-print(json.dumps(logits.double().log_softmax(-1)[0, :, ::7].tolist()))
+print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="session")
-def elsewhere(tmp_path_factory) -> Callable[..., torch.Tensor]:
-    """Log-probs that a process computes in an environment with everything that is installed here but evollm."""
+def elsewhere(tmp_path_factory) -> Callable[..., list[torch.Tensor]]:
+    """Log-probs of several models, computed by a process that finds all that is installed here but evollm."""
     site = tmp_path_factory.mktemp("site-packages")
     for installed in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
         for entry in installed.iterdir():
@@ -56,12 +60,13 @@ def elsewhere(tmp_path_factory) -> Callable[..., torch.Tensor]:
             if "evollm" not in entry.name and entry.suffix != ".pth":
                 (site / entry.name).symlink_to(entry)
 
-    def logps(*folders: Path) -> torch.Tensor:
+    def logps(*models: tuple[Path, ...]) -> list[torch.Tensor]:
         # Isolated, and without this environment's own site-packages: nothing is found but the standard library.
-        command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", ELSEWHERE, str(site), *map(str, folders)]
+        command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", ELSEWHERE, str(site)]
+        command.append(json.dumps([[str(folder) for folder in folders] for folders in models]))
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return torch.tensor(json.loads(done.stdout))
+        return [torch.tensor(found) for found in json.loads(done.stdout)]
 
     return logps
 
@@ -90,13 +95,17 @@ def test_an_exported_adapter_and_a_merged_model_load_without_evollm_and_give_the
     save_merged_model(trained, tmp_path / "merged", tokenizer)
     assert base_bits(trained.base) == before
     expected = here(trained)
-    untuned = elsewhere(tmp_path / "base")
-    assert (untuned - expected).abs().max() > 1e-3
-    assert (elsewhere(tmp_path / "base", tmp_path / "adapter") - expected).abs().max() < 1e-6
     trained.save_checkpoint(str(tmp_path / "agent"))
-    assert (elsewhere(tmp_path / "base", tmp_path / "agent" / "actor") - expected).abs().max() < 1e-6
-    assert torch.equal(elsewhere(tmp_path / "base", tmp_path / "agent" / "reference"), untuned)
-    assert (elsewhere(tmp_path / "merged") - expected).abs().max() < 1e-4
+    base, saved = tmp_path / "base", tmp_path / "agent"
+    adapters = tmp_path / "adapter", saved / "actor", saved / "reference"
+    untuned, merged, *found, reference = elsewhere(
+        (base,), (tmp_path / "merged",), *((base, path) for path in adapters)
+    )
+    assert (untuned - expected).abs().max() > 1e-3
+    for adapted in found:
+        assert (adapted - expected).abs().max() < 1e-6
+    assert (merged - expected).abs().max() < 1e-4
+    assert torch.equal(reference, untuned)
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
@@ -108,7 +117,8 @@ def test_a_model_of_conv1d_layers_is_merged_too(gym, tokenizer, elsewhere, tmp_p
     agent = DPO(actor_network=GPT2LMHeadModel(config), lora_config=lora, lr=1e-2)
     agent.learn(gym.next_batch())
     save_merged_model(agent, tmp_path / "merged")
-    assert (elsewhere(tmp_path / "merged") - here(agent)).abs().max() < 1e-4
+    (merged,) = elsewhere((tmp_path / "merged",))
+    assert (merged - here(agent)).abs().max() < 1e-4
 
 
 def test_the_model_card_states_data_schedule_and_scores(make_population, tokenizer, tmp_path) -> None:
