@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Tests run in so many processes, each with one thread.
+# Tests run in so many processes, each with one thread. A file's tests stay together until a process has none left,
+# for the fixtures that they share.
 JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -36,7 +37,7 @@ imports: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.model
-	$(BIN)/python -m pytest --numprocesses $(JOBS) -m "not deepspeed"
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not deepspeed"
 
 # Apart from `make test`: some five minutes, and it needs g++, with which DeepSpeed compiles an extension once (2 min).
 test-deepspeed: $(VENV)/.model

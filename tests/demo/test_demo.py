@@ -95,7 +95,7 @@ def test_the_demo_runs_end_to_end_on_a_small_model(make_model, tokenizer, tmp_pa
 def test_the_real_model_ties_before_and_knows_the_capital_of_france(tmp_path) -> None:
     folder = demo_model()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    env = PreferenceGym(demo_pairs("train")[:2], demo_pairs("final")[:2], tokenizer, data_batch_size_per_gpu=2)
+    env = PreferenceGym(demo_pairs("train")[:1], demo_pairs("final")[:1], tokenizer, data_batch_size_per_gpu=1)
     agent = DPO(actor_network=model, lr=1e-3, nll_alpha=0.0, max_grad_norm=1.0)
     assert agent.evaluate(env).accuracy == 0.5
     batch = env.next_batch()

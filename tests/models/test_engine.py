@@ -141,11 +141,16 @@ def test_a_member_that_was_never_there_changes_nothing() -> None:
     torch.testing.assert_close(states[0], states[1], **EXACT)
 
 
+@pytest.fixture(scope="module")
+def agents_and_gradients() -> tuple[list[DPO], list[Tensor]]:
+    agents = make_agents(make_family("llama"))
+    return agents, backward(agents, make_batch())
+
+
 @pytest.mark.parametrize("token_budget", [1, 20, 40, 100, 10_000])
 @pytest.mark.parametrize("max_pairs", [None, 1, 2])
-def test_any_token_budget_gives_the_same_result(token_budget: int, max_pairs: int | None) -> None:
-    agents = make_agents(make_family("llama"))
-    expected = backward(agents, make_batch())
+def test_any_token_budget_gives_the_same_result(agents_and_gradients, token_budget: int, max_pairs: int | None) -> None:
+    agents, expected = agents_and_gradients
     for parameter in (p for agent in agents for p in agent.actor_parameters()):
         parameter.grad = None
     found = backward(agents, make_batch(), PassOptions(token_budget=token_budget, max_pairs=max_pairs))
