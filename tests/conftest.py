@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,27 @@ import torch
 from peft import LoraConfig
 from tokenizers_for_tests import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from warm_python import install
 
 from evollm import DPO, SFT, PreferenceGym, SFTGym
 
 torch.set_num_threads(1)
+WARM_PYTHON = pytest.StashKey[str]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # Before a test has changed anything, and before libraries have started threads.
+    session.config.stash[WARM_PYTHON] = install(Path(tempfile.mkdtemp(prefix="evollm-")))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    shutil.rmtree(Path(session.config.stash[WARM_PYTHON]).parent)
+
+
+@pytest.fixture(scope="session")
+def warm_python(request: pytest.FixtureRequest) -> str:
+    """A Python for programs that a test starts; it has imported the libraries already."""
+    return request.config.stash[WARM_PYTHON]
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,26 +19,38 @@ SCRIPT = Path(__file__).with_name("parallel_run.py")
 TUNE = SCRIPT.with_name("parallel_tune.py")
 
 
-def launch(processes: int, folder: Path, max_steps: int = 6, script: Path = SCRIPT) -> list[dict[str, list]]:
-    """Run a script; returns what each process held at the end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    python_path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, str(script), str(folder), str(max_steps)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"held-{rank}.json").read_text()) for rank in range(processes)]
+@pytest.fixture(scope="session")
+def launch(warm_python) -> Callable[..., list[dict[str, list]]]:
+    def launch(processes: int, folder: Path, max_steps: int = 6, script: Path = SCRIPT) -> list[dict[str, list]]:
+        """Run a script; returns what each process held at the end."""
+        command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        python_path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [*command, str(script), str(folder), str(max_steps)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads((folder / f"held-{rank}.json").read_text()) for rank in range(processes)]
+
+    return launch
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, list[dict[str, list]], list[dict[str, list]]]:
+def runs(launch, tmp_path_factory) -> tuple[Path, list[dict[str, list]], list[dict[str, list]]]:
     folder = tmp_path_factory.mktemp("runs")
     return folder, launch(1, folder / "one"), launch(2, folder / "two")
+
+
+@pytest.fixture(scope="module")
+def cut(launch, tmp_path_factory) -> Path:
+    """The folder of a run that two processes began and left at half its steps."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    launch(2, folder, max_steps=3)
+    return folder
 
 
 def test_two_processes_end_with_the_adapters_of_one_and_the_same_lineage(runs) -> None:
@@ -56,21 +69,21 @@ def _without_margins(path: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "fitnesses"} for line in lines]
 
 
-def test_two_processes_resume_with_the_same_bits(runs, tmp_path) -> None:
+def test_two_processes_resume_with_the_same_bits(launch, runs, cut, tmp_path) -> None:
     _, _, whole = runs
-    launch(2, tmp_path / "cut", max_steps=3)
+    shutil.copytree(cut, tmp_path / "cut")
     assert launch(2, tmp_path / "cut") == whole
 
 
-def test_one_process_resumes_what_two_began(runs, tmp_path) -> None:
+def test_one_process_resumes_what_two_began(launch, runs, cut, tmp_path) -> None:
     _, (one,), _ = runs
-    launch(2, tmp_path / "cut", max_steps=3)
+    shutil.copytree(cut, tmp_path / "cut")
     (resumed,) = launch(1, tmp_path / "cut")
     for mine, theirs in zip(one["actors"], resumed["actors"], strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
 
 
-def test_tune_gives_every_process_the_winner_and_its_schedule(tmp_path) -> None:
+def test_tune_gives_every_process_the_winner_and_its_schedule(launch, tmp_path) -> None:
     first, second = launch(2, tmp_path / "run", max_steps=2, script=TUNE)
     assert first.pop("report")
     assert second.pop("report") is None

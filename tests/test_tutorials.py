@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.fixture
+def tutorial(warm_python, small, tmp_path) -> Callable[..., str]:
+    """What a tutorial prints with the small model and pairs."""
+
+    def tutorial(name: str, *arguments: str) -> str:
+        files = [f"--{option}={path}" for option, path in small.items()]
+        return run([warm_python, str(ROOT / f"tutorials/{name}.py"), *files, *arguments], tmp_path / "here")
+
+    return tutorial
+
+
 @pytest.mark.parametrize(
     "start",
     [
@@ -56,7 +68,7 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
         ),
     ],
 )
-def test_several_processes_train_as_the_docs_launch_them(small, tmp_path, start) -> None:
+def test_several_processes_train_as_the_docs_launch_them(warm_python, small, tmp_path, start) -> None:
     (line,) = [line for line in (ROOT / "docs/processes.md").read_text().splitlines() if line.startswith(start)]
     *variables, line = line.split(" ", maxsplit=1) if "=" in start else [line]
     launcher, *words = line.split()
@@ -64,17 +76,18 @@ def test_several_processes_train_as_the_docs_launch_them(small, tmp_path, start)
     assert torchrun
     words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
     sizes = [f"--{name}={path}" for name, path in small.items()] + ["--pairs-per-process=1"]
-    output = run([torchrun, *words, *sizes], tmp_path / "here", **dict(variable.split("=") for variable in variables))
+    given = {"PYTHON_EXEC": warm_python, **dict(variable.split("=") for variable in variables)}
+    output = run([torchrun, *words, *sizes], tmp_path / "here", **given)
     assert output.count("Held-out accuracy") == 1
     assert len(json.loads((tmp_path / "here/several-processes/metrics.jsonl").read_text().splitlines()[0])) > 1
 
 
-def test_sft_then_dpo_runs_three_stages_each_from_the_one_before(small, tmp_path) -> None:
+def test_sft_then_dpo_runs_three_stages_each_from_the_one_before(warm_python, small, tmp_path) -> None:
     files = {"sft": make_examples(16), "preferences": make_rows(16)}
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = [f"--model={small['model']}", "--steps=2", *(f"--{name}={tmp_path / name}.jsonl" for name in files)]
-    output = run([sys.executable, str(ROOT / "tutorials/sft_then_dpo.py"), *sizes], tmp_path / "here")
+    output = run([warm_python, str(ROOT / "tutorials/sft_then_dpo.py"), *sizes], tmp_path / "here")
     assert output.count("Held-out loss on 8 selection examples") == 1
     assert output.count("Held-out accuracy on 8 selection pairs: 0.500 ->") == 2
     stages = tmp_path / "here/stages"
@@ -86,20 +99,14 @@ def test_sft_then_dpo_runs_three_stages_each_from_the_one_before(small, tmp_path
         assert all(torch.equal(tensor, actor[name]) for name, tensor in reference.items())
 
 
-def tutorial(name: str, small: dict[str, Path], folder: Path, *arguments: str) -> str:
-    """What a tutorial prints with the small model and pairs."""
-    files = [f"--{option}={path}" for option, path in small.items()]
-    return run([sys.executable, str(ROOT / f"tutorials/{name}.py"), *files, *arguments], folder)
-
-
-def test_first_run_shows_losses_and_files(small, tmp_path) -> None:
-    output = tutorial("first_run", small, tmp_path / "here", "--steps=2")
+def test_first_run_shows_losses_and_files(tutorial, small, tmp_path) -> None:
+    output = tutorial("first_run", "--steps=2")
     assert "Held-out accuracy on 4 selection pairs: 0.500 ->" in output
     assert "Loss of the first and last batch:" in output
     assert "Files: checkpoints, config.json, elite, " in output
 
 
-def test_own_data_says_what_became_of_each_row(small, tmp_path) -> None:
+def test_own_data_says_what_became_of_each_row(tutorial, small, tmp_path) -> None:
     def messages(row: dict[str, str]) -> dict[str, object]:
         sides = {side: [{"role": "assistant", "content": row[side].strip()}] for side in ("chosen", "rejected")}
         return {"prompt": [{"role": "user", "content": row["prompt"]}], **sides}
@@ -107,16 +114,16 @@ def test_own_data_says_what_became_of_each_row(small, tmp_path) -> None:
     rows = [messages(row) for row in make_rows(8)]
     rows[3]["rejected"] = rows[3]["chosen"]
     small["train"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output = tutorial("own_data", small, tmp_path / "here", "--steps=1")
+    output = tutorial("own_data", "--steps=1")
     assert "7 rows kept, 1 dropped\n  1 x chosen == rejected: rows (3,)" in output
     assert "### user\nQuestion 0 by Ann:\n### assistant\nyes, Ann</s>" in output
     assert (tmp_path / "here/own-data/elite").is_dir()
 
 
-def test_search_of_eight_compares_at_equal_member_steps(small, tmp_path) -> None:
+def test_search_of_eight_compares_at_equal_member_steps(tutorial, small, tmp_path) -> None:
     sizes = ("--population=3", "--generations=2", "--evo-steps=1", f"--final={tmp_path / 'final.jsonl'}")
     (tmp_path / "final.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(5, 20)))
-    output = tutorial("search_of_eight", small, tmp_path / "here", *sizes)
+    output = tutorial("search_of_eight", *sizes)
     lines = {
         kind: [
             json.loads(line) for line in (tmp_path / "here/search" / kind / "metrics.jsonl").read_text().splitlines()
@@ -128,7 +135,7 @@ def test_search_of_eight_compares_at_equal_member_steps(small, tmp_path) -> None
     assert len(re.findall(r"^  agent \d+: lr \S+, beta \S+$", output, re.MULTILINE)) == 2
 
 
-def test_a_search_of_ones_own_is_killed_resumed_replayed_and_drawn(small, tmp_path, monkeypatch) -> None:
+def test_a_search_of_ones_own_is_killed_resumed_replayed_and_drawn(tutorial, small, tmp_path, monkeypatch) -> None:
     script = ROOT / "tutorials/own_search.py"
     files = [f"--{option}={path}" for option, path in small.items()]
     sizes = ["--steps=4", "--evo-steps=1", "--population=3"]
@@ -142,7 +149,7 @@ def test_a_search_of_ones_own_is_killed_resumed_replayed_and_drawn(small, tmp_pa
     process.kill()
     process.wait()
     assert not (tmp_path / "here/own-search/elite").exists()
-    output = tutorial("own_search", small, tmp_path / "here", *sizes, "--resume")
+    output = tutorial("own_search", *sizes, "--resume")
     assert "resumed after step" in output
     assert "again by itself: the same bits" in output
     assert "family-tree" in (tmp_path / "here/own-search/report.html").read_text()
@@ -174,25 +181,25 @@ def test_a_search_of_ones_own_is_killed_resumed_replayed_and_drawn(small, tmp_pa
     assert [birth["index"] for birth in births[1] if birth["parent"] is None] == [4]
 
 
-def test_qlora_evolves_four_agents_on_a_base_in_4_bits(small, tmp_path, make_model) -> None:
+def test_qlora_evolves_four_agents_on_a_base_in_4_bits(tutorial, small, tmp_path, make_model) -> None:
     pytest.importorskip("bitsandbytes")
     # Large enough that quantised weights fill whole blocks.
     make_model(hidden_size=64, intermediate_size=128).save_pretrained(small["model"])
-    output = tutorial("qlora", small, tmp_path / "here", "--steps=3")
+    output = tutorial("qlora", "--steps=3")
     assert "MiB in 4 bits" in output
     lineage = (tmp_path / "here/qlora/lineage.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in lineage] == ["founders", "evolution", "evolution"]
 
 
-def test_coming_from_trl_writes_what_the_trainer_would(small, tmp_path) -> None:
-    tutorial("coming_from_trl", small, tmp_path / "here", "--steps=2")
+def test_coming_from_trl_writes_what_the_trainer_would(tutorial, small, tmp_path) -> None:
+    tutorial("coming_from_trl", "--steps=2")
     folder = tmp_path / "here/from-trl"
     assert (folder / "final/actor/adapter_model.safetensors").is_file()
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
 
 
-def test_coming_from_agilerl_evolves_under_agilerls_names(small, tmp_path) -> None:
-    output = tutorial("coming_from_agilerl", small, tmp_path / "here", "--steps=2")
+def test_coming_from_agilerl_evolves_under_agilerls_names(tutorial, small, tmp_path) -> None:
+    output = tutorial("coming_from_agilerl", "--steps=2")
     assert "best accuracy" in output
     assert (tmp_path / "here/from-agilerl/adapter/adapter_config.json").is_file()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,18 @@ from conftest import make_rows
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarking"
 
 
-def run(script: str, *arguments: object) -> str:
-    command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def run(warm_python) -> Callable[..., str]:
+    def run(script: str, *arguments: object) -> str:
+        command = [warm_python, str(FOLDER / script), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return run
 
 
-def test_throughput_reports_rates_phases_and_the_share_of_the_floor(model_folder, tmp_path) -> None:
+def test_throughput_reports_rates_phases_and_the_share_of_the_floor(run, model_folder, tmp_path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
     sizes = ["--num-pairs", 8, "--rounds", 1, "--batch-size", 4, "--population", 3, "--out", tmp_path]
@@ -32,21 +36,21 @@ def test_throughput_reports_rates_phases_and_the_share_of_the_floor(model_folder
     assert all(0 < result["share_of_floor"] < 1 for result in results)
 
 
-def test_scaling_measures_members_together_and_in_a_loop(model_folder, tmp_path) -> None:
+def test_scaling_measures_members_together_and_in_a_loop(run, model_folder, tmp_path) -> None:
     run("scaling.py", "--model", model_folder, "--populations", 2, "--populations-only", "--out", tmp_path)
     results = json.loads((tmp_path / "scaling.json").read_text())["results"]
     assert [(result["members"], result["together"]) for result in results] == [(2, True), (2, False)]
     assert all(result["rate"] > 0 for result in results)
 
 
-def test_growth_measures_the_work_around_the_passes() -> None:
+def test_growth_measures_the_work_around_the_passes(run) -> None:
     lines = run("growth.py", "--agents", 2, 3, "--layers", 1).splitlines()
     assert lines[1].split() == ["agents", "building", "checkpoint", "evolution", "references"]
     assert [int(line.split()[0]) for line in lines[2:]] == [2, 3]
     assert all(float(seconds) >= 0 for line in lines[2:] for seconds in line.split()[1:])
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu_at_toy_size(tmp_path) -> None:
+def test_the_gpu_benchmark_runs_on_a_cpu_at_toy_size(run, tmp_path) -> None:
     output = run("gpu.py", "--toy", "--steps", 1, "--members", 2, "--batch-sizes", 2, "--out", tmp_path)
     assert "CPU, toy size" in output
     results = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
@@ -60,7 +64,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_at_toy_size(tmp_path) -> None:
         assert (result["busy"], result["kernels"]) == (None, None), "unknown on a CPU"
 
 
-def test_gradients_through_4_bit_bases_are_those_of_their_dequantised_weights() -> None:
+def test_gradients_through_4_bit_bases_are_those_of_their_dequantised_weights(run) -> None:
     pytest.importorskip("bitsandbytes")
     lines = run("quantised_gradients.py").splitlines()
     found = {(line[:20].strip(), line[20:28].strip()): float(line.split()[-1]) for line in lines[2:]}
@@ -69,7 +73,7 @@ def test_gradients_through_4_bit_bases_are_those_of_their_dequantised_weights() 
     assert max(found["int8", path] for path in ("fast", "plain")) < 0.1
 
 
-def test_ddp_parity_compares_two_processes_with_one(model_folder, tmp_path) -> None:
+def test_ddp_parity_compares_two_processes_with_one(run, model_folder, tmp_path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(32)))
     sizes = ["--lrs", 1e-3, "--steps", 4, "--population", 2]
@@ -80,7 +84,7 @@ def test_ddp_parity_compares_two_processes_with_one(model_folder, tmp_path) -> N
     assert float(of_learnt) < 1e-3
 
 
-def test_rounding_shows_the_floor_and_what_swapped_adapters_would_do(model_folder) -> None:
+def test_rounding_shows_the_floor_and_what_swapped_adapters_would_do(run, model_folder) -> None:
     line = run("rounding.py", "--model", model_folder, "--dtypes", "bfloat16", "--lengths", 60).splitlines()[-1].split()
     floor, bound, swapped = (float(value) for value in line[2:5])
     assert 0 < floor < bound < swapped
