@@ -15,6 +15,7 @@ from documented import blocks
 from safetensors.torch import load_file
 from tokenizers_for_tests import make_tokenizer, t5_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
+from two_workers import TwoWorkers
 
 import evollm
 from evollm.cli import main
@@ -77,7 +78,14 @@ def make_t5(namespace: Namespace) -> None:
     namespace["tokenizer"] = tokenizer
 
 
+def take_two_workers(namespace: Namespace) -> None:
+    """The executor that the page shows."""
+    namespace["TwoWorkers"] = TwoWorkers
+
+
 PAGES: dict[str, Callable[[Namespace], None]] = {
+    "add_a_strategy.md": lambda _: None,
+    "add_an_executor.md": take_two_workers,
     "checkpoints.md": run_before,
     "data.md": lambda _: None,
     "losses.md": lambda _: None,

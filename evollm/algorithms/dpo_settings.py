@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from evollm.algorithms.losses import LOSSES, LossSettings
+from evollm.algorithms.losses import LOSSES, LossConstants, LossSettings
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
 from evollm.checks import finite_number, nearest_name, positive_number
 from evollm.errors import ConfigurationError
@@ -47,27 +47,18 @@ class DPOHyperparameters(Hyperparameters):
 
 
 @dataclass(frozen=True)
-class DPOSettings(AgentSettings):
+class DPOSettings(LossConstants, AgentSettings):
     """Settings that no mutation changes, equal for all DPO agents of a population; `DPO` documents each field."""
 
-    loss_weights: Sequence[float] | None = None
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
     ld_alpha: float | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        AgentSettings.__post_init__(self)
+        LossConstants.__post_init__(self)
         if self.ld_alpha is not None:
             object.__setattr__(self, "ld_alpha", float(finite_number("ld_alpha", self.ld_alpha)))
             if not 0 <= self.ld_alpha <= 1:
                 raise ConfigurationError("ld_alpha", self.ld_alpha, "must be from 0 to 1, or None for plain sums")
-        object.__setattr__(self, "discopop_tau", float(positive_number("discopop_tau", self.discopop_tau)))
-        object.__setattr__(self, "simpo_gamma", float(finite_number("simpo_gamma", self.simpo_gamma)))
-        if self.loss_weights is not None:
-            if isinstance(self.loss_weights, str) or not isinstance(self.loss_weights, Sequence):
-                raise ConfigurationError("loss_weights", self.loss_weights, "must be a list of numbers, or None")
-            weights = [float(finite_number("loss_weights", weight)) for weight in self.loss_weights]
-            object.__setattr__(self, "loss_weights", weights)
 
     def check(self, hyperparameters: Hyperparameters) -> None:
         """Check that there is a weight for each loss, and that not all weights are 0."""
@@ -111,9 +102,5 @@ def loss_terms(hyperparameters: DPOHyperparameters, settings: DPOSettings) -> tu
 
 def loss_settings(hyperparameters: DPOHyperparameters, settings: DPOSettings) -> LossSettings:
     """The numbers that the loss functions take."""
-    return LossSettings(
-        beta=hyperparameters.beta,
-        label_smoothing=hyperparameters.label_smoothing,
-        discopop_tau=settings.discopop_tau,
-        simpo_gamma=settings.simpo_gamma,
-    )
+    constants = {field.name: getattr(settings, field.name) for field in fields(LossConstants)}
+    return LossSettings(beta=hyperparameters.beta, label_smoothing=hyperparameters.label_smoothing, **constants)

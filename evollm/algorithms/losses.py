@@ -6,12 +6,15 @@ is the loss of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
+
+from evollm.checks import finite_number, positive_number
+from evollm.errors import ConfigurationError
 
 NEGLIGIBLE = 1e-12
 
@@ -103,20 +106,40 @@ class PairScores:
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    """Parameters of the losses.
+class LossConstants:
+    """Parameters of the losses that no mutation changes. A field is a setting of `DPO`, and so an argument of it.
+
+    Attributes:
+        loss_weights: With several losses the weight of each; None: 1.
+        discopop_tau: Temperature of the blend in `discopop`, above 0.
+        simpo_gamma: Target margin of `simpo`, in units of beta times a mean log-prob.
+    """
+
+    loss_weights: Sequence[float] | None = None
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.loss_weights is not None:
+            if isinstance(self.loss_weights, str) or not isinstance(self.loss_weights, Sequence):
+                raise ConfigurationError("loss_weights", self.loss_weights, "must be a list of numbers, or None")
+            weights = [float(finite_number("loss_weights", weight)) for weight in self.loss_weights]
+            object.__setattr__(self, "loss_weights", weights)
+        object.__setattr__(self, "discopop_tau", float(positive_number("discopop_tau", self.discopop_tau)))
+        object.__setattr__(self, "simpo_gamma", float(finite_number("simpo_gamma", self.simpo_gamma)))
+
+
+@dataclass(frozen=True)
+class LossSettings(LossConstants):
+    """All parameters of the losses.
 
     Attributes:
         beta: Strength of the pull towards the reference; its exact role is in each loss's formula.
         label_smoothing: Assumed probability that a label is wrong, in [0, 0.5).
-        discopop_tau: Temperature of the blend in `discopop`.
-        simpo_gamma: Target margin of `simpo`, in units of beta times a mean log-prob.
     """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
 
 
 PairLoss = Callable[[PairScores, LossSettings], Tensor]

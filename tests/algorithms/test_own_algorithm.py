@@ -51,7 +51,7 @@ from evollm.report import read_run
 from evollm.runs.words import Score, Words
 from evollm.training import finetune
 
-# ----------------------------------------------------------------------------------------------------- the algorithm
+# --8<-- [start:algorithm]
 
 
 def labelled(number: int, row: Any) -> Any:
@@ -162,7 +162,7 @@ POINTWISE = Algorithm(
     defaults={"beta": 0.5},
 )
 
-# --------------------------------------------------------------------------------------------------------- the tests
+# --8<-- [end:algorithm]
 
 
 @pytest.fixture(autouse=True)
