@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from warm_python import install
 from evollm import DPO, SFT, PreferenceGym, SFTGym
 
 torch.set_num_threads(1)
+# So have the programs that tests start, beside the other workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 WARM_PYTHON = pytest.StashKey[str]()
 
 
