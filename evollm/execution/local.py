@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,77 +10,38 @@ from typing import Any
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import read_population, write_population
 from evollm.checkpoints.export import main_writes
-from evollm.execution.executor import Agreement, Arrays, Description, Member
+from evollm.execution.executor import Agreement, Arrays
 from evollm.execution.worker import Worker
-from evollm.hpo import AnyEvaluation, Birth
 from evollm.llm_envs import DatasetGym
 from evollm.processes import Processes
-from evollm.runs.events import SampleAnswer, StepDone
 
 
-class LocalExecutor:
-    """One worker in this process; of several processes each has one with all agents, and shares the rows of a batch."""
+class LocalExecutor(Worker):
+    """The executor that is one worker; of several processes each has all agents, and shares the rows of a batch."""
 
     def __init__(self, agents: Sequence[SavableAgent], env: DatasetGym) -> None:
+        super().__init__(agents, env)
         self.processes: Agreement = Processes.present()
-        self._worker = Worker(agents, env)
-
-    def describe(self) -> Description:
-        """Say what the population and its data are."""
-        return self._worker.describe()
 
     def changed_text(self, noted: Mapping[str, Any]) -> str:
-        """Say which text is the first other one."""
-        return self._worker.env.changed_text(noted)
-
-    def members(self) -> list[Member]:
-        """Return the members as they are now."""
-        return self._worker.members()
-
-    def begin(self, births: Sequence[Birth] | None, *, moving_references: bool) -> None:
-        """Begin a run with these members."""
-        self._worker.begin(births, moving_references=moving_references)
-
-    def learn(self, done: int, until: int) -> Iterator[StepDone]:
-        """Let the members learn step by step."""
-        return self._worker.learn(done, until)
-
-    def evaluate(self, split: str, indices: Sequence[int] | None = None) -> dict[int, AnyEvaluation]:
-        """Score members on a split."""
-        return self._worker.evaluate(split, indices)
-
-    def note_scores(self, scores: Mapping[int, float]) -> None:
-        """Note the members' scores."""
-        self._worker.note_scores(scores)
-
-    def apply(self, births: Sequence[Birth]) -> None:
-        """Make the members those of a plan."""
-        self._worker.check(births)
-        self._worker.apply(births)
+        """Say which text differs; see `Executor.changed_text`."""
+        return self.env.changed_text(noted)
 
     def save(self, folder: Path, state: Mapping[str, Any], arrays: Arrays) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; see `Executor.save`."""
         # In all processes: each may hold a part.
-        saved = self._worker.saved()
+        saved = self.saved()
         saved = replace(saved, state={**state, **saved.state}, arrays=arrays)
-        main_writes(lambda: write_population(folder, saved, self._worker.base.name))
+        main_writes(lambda: write_population(folder, saved, self.base.name))
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
-        self._worker.load(read_population(folder))
+        """Go on from a checkpoint; see `Executor.load`."""
+        self.restore(read_population(folder))
 
     def save_agent(self, index: int, folder: Path) -> None:
-        """Write one member."""
-        self._worker.agent(index).save_checkpoint(str(folder))
-
-    def answers(self, index: int, split: str, count: int) -> list[SampleAnswer]:
-        """Answer some prompts before and after."""
-        return self._worker.answers(index, split, count)
+        """Write one agent; see `Executor.save_agent`."""
+        self.agent(index).save_checkpoint(str(folder))
 
     def population(self) -> list[SavableAgent]:
-        """Return the agents themselves."""
-        return self._worker.agents
-
-    def close(self) -> None:
-        """Give the fixed reference back."""
-        self._worker.close()
+        """Return the agents."""
+        return self.agents

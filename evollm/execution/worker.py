@@ -131,7 +131,6 @@ class Worker:
             )
             self._shares["fixed_reference"] = self._fixed_reference
         if births is not None:
-            self.check(births)
             self._beginning = first or self.export(self.agents[0].index)
             self._began_as = _fingerprint(self._beginning)
             self.apply(births, arriving)
@@ -186,6 +185,7 @@ class Worker:
             folder = arriving[birth.index] if birth.index in arriving else copy.deepcopy(self._first())
             agent.load_folder(folder, overwrite_reference_adapter=False)
 
+        self.check(births)
         here = [replace(birth, parent=None) if birth.index in arriving else birth for birth in births]
         if births:
             self.agents, self._spare = carry_out(here, self.agents or self._spare, make), []
@@ -227,7 +227,7 @@ class Worker:
             reference_logprobs=self.base.reference_cache,
         )
 
-    def load(self, saved: Population) -> None:
+    def restore(self, saved: Population) -> None:
         """Go on where `saved` was called.
 
         Raises:

@@ -74,7 +74,7 @@ class TwoWorkers:
         saved = read_population(folder)
         self.order = [agent.attributes["index"] for agent in saved.agents]
         for place, worker in enumerate(self.workers):
-            worker.load(replace(saved, agents=saved.agents[place::2]))
+            worker.restore(replace(saved, agents=saved.agents[place::2]))
 
     def save_agent(self, index, folder):
         self.where(index).agent(index).save_checkpoint(str(folder))
