@@ -17,7 +17,7 @@ from torch import Tensor
 from evollm import DPO, SFT, ConfigurationError, tune
 from evollm.algorithms.dpo_step import learn_together
 from evollm.data.samples import Batch, Sample
-from evollm.models import engine as engines
+from evollm.models import passes
 from evollm.models.engine import Engine, _from_everywhere
 from evollm.models.fast_paths import FastPaths
 from evollm.models.layouts.plain import PaddedSequences
@@ -288,6 +288,6 @@ def test_processes_add_up_the_loads_of_their_rows(monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_is_recorded_where_no_loss_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     agent, batch = make_agent(make_base(output_router_logits=False)), make_batch()
-    monkeypatch.setattr(engines, "recorded", lambda _: pytest.fail("recorded"))
+    monkeypatch.setattr(passes, "recorded", lambda _: pytest.fail("recorded"))
     agent.learn(batch)
     agent.learn(batch, training=False)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import evollm
 from evollm import DPO, SFT, ConfigurationError
-from evollm.models.loading.base_source import base_source, precision
+from evollm.models.loading import base_source, precision
 from evollm.models.loading.precision import speedup, with_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
