@@ -1,1 +1,1 @@
-"""Where a population runs: the verbs of a run (`executor`), agents on one base (`worker`), this process (`local`)."""
+"""Executors: their interface (`executor`), live agents on one base (`worker`), and the default executor (`local`)."""

@@ -1,4 +1,4 @@
-"""A plan of a search, carried out on live agents."""
+"""Carry out the plan of a search on live agents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AgentT = TypeVar("AgentT", bound="EvolvableAgent")
 
 
 class EvolvableAgent(Protocol):
-    """All that evolution knows of an agent.
+    """The attribute and the methods of an agent that evolution uses.
 
     Attributes:
         index: The agent's index, unique over a run.
@@ -28,35 +28,35 @@ class EvolvableAgent(Protocol):
         """Return a copy with the same weights, optimizer state, hyperparameters and random state under a new index."""
 
     def set_hyperparameters(self, values: Mapping[str, Value]) -> None:
-        """Change hyperparameters, and nothing else of the agent."""
+        """Change hyperparameters; weights, optimizer and random state stay."""
 
     def mutation_hook(self) -> None:
-        """Tell whoever asked for it that the agent has mutated."""
+        """Call the hooks registered for a mutation of the agent."""
 
     def release(self) -> None:
-        """Free what the agent holds; it left the population."""
+        """Free the memory of an agent that has left the population."""
 
 
 def carry_out(
     births: Sequence[Birth], population: Sequence[AgentT], make: Callable[[AgentT, Birth], object] | None = None
 ) -> list[AgentT]:
-    """Turn a population into the next one.
+    """Turn a population into the next population.
 
-    Agents without a child are released before anything is cloned, unless a fresh birth takes over their object, and the
-    last child of a parent that does not survive takes over the parent's own, so there are never more agents than
-    before or after. A kept agent is not touched.
+    Two reuses keep memory at that of the larger population: agents without a child are released before any agent is
+    cloned, except objects that fresh births reuse, and the last child of a parent that does not survive reuses the
+    parent's object. A kept agent is not changed.
 
     Args:
-        births: The next population, planned from this one.
-        population: The agents; the objects are reused, so it is used up by the call.
-        make: Makes an agent what a birth without a parent begins as, such as the first agent of the run.
+        births: The next population, planned from `population`.
+        population: The agents; do not use this list afterwards, since its objects are released or reused.
+        make: Resets an agent for a birth without a parent, for example to the state of the run's first agent.
 
     Returns:
-        The agents of the births, in their order.
+        The agents of the births, in the order of the births.
 
     Raises:
-        ConfigurationError: If the births were planned for other agents, or one has no parent and there is no
-            `make`. Nothing has been changed then.
+        ConfigurationError: The births were planned for other agents, or a birth has no parent and `make` is None. No
+            agent has been changed.
     """
     by_index = {agent.index: agent for agent in population}
     parents = [birth.parent for birth in births]
@@ -74,7 +74,7 @@ def carry_out(
     for slot, birth in enumerate(births):
         if birth.parent is None:
             assert make is not None
-            # Whoever is cloned here, nothing of it stays.
+            # Any agent may be cloned or reused here, because `make` replaces its whole state.
             agent = spare.pop(0) if spare else (generation or list(population))[0].clone(birth.index)
             make(agent, birth)
             agent.index = birth.index

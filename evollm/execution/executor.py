@@ -1,8 +1,8 @@
-"""The seam between a run, which decides, and what holds the agents: plain data in both directions.
+"""The interface between a run, which decides, and an executor, which holds the agents.
 
-A run knows agents by their indices. What crosses is indices, births, hyperparameters, metrics, evaluations, paths and
-values of JSON, so an executor may hold its agents in this process, in others or on other machines.
-`evollm.execution.local` is the one that `finetune` and `tune` take unless they are given another.
+A run knows agents by their indices. Run and executor exchange only plain data: indices, births, hyperparameters,
+metrics, evaluations, paths and JSON values. An executor may therefore hold its agents in this process, in other
+processes or on other machines. `evollm.execution.local` is the default of `finetune` and `tune`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class Member:
-    """An agent, as far as a run knows it.
+    """An agent as plain data, for the run.
 
     Attributes:
-        index: Unique over a run.
-        hyperparameters: Its values by name.
-        steps: Batches that its weights have learnt from, those of its ancestors included.
-        num_tokens: Tokens of these.
-        diverged: Whether its loss or gradient has become NaN or infinite; it learns no more.
+        index: The agent's index, unique over a run.
+        hyperparameters: The agent's values by name.
+        steps: Batches that the agent's weights have learnt from, batches of its ancestors included.
+        num_tokens: Tokens that the agent's weights have learnt from, tokens of its ancestors included.
+        diverged: Whether the loss or gradient has become NaN or infinite; a diverged agent stops learning.
     """
 
     index: int
@@ -43,15 +43,15 @@ class Member:
 
 @dataclass(frozen=True)
 class Description:
-    """What a run is told of the population and its data before it begins.
+    """An executor's description of the population and the data, given before the run begins.
 
     Attributes:
-        config: What `config.json` notes and a resumed run must have in common, as JSON values.
-        rows: Rows of each split, `train`, `test` and `final`; 0: there is no such split.
+        config: Settings for `config.json`, which a resumed run must share, as JSON values.
+        rows: Number of rows of each split, `train`, `test` and `final`; 0: there is no such split.
         epoch: Batches of an epoch.
-        hp_config: Which hyperparameters may change, and within which bounds; None if none may.
-        trust_remote_code: Whether the base runs code of its own, which a command that goes on must allow again.
-        unlearnable: What to say of rows when no member can learn from any.
+        hp_config: The hyperparameters that may change, with their bounds; None if none may.
+        trust_remote_code: Whether the base runs remote code, which a resuming command must allow again.
+        unlearnable: Error text for a run in which no member can learn from any row.
     """
 
     config: Mapping[str, Any]
@@ -63,158 +63,161 @@ class Description:
 
 
 class Agreement(Protocol):
-    """How several processes that make the same run stay together; `evollm.processes.Processes` is one.
+    """How the processes of one run agree on values; `evollm.processes.Processes` implements this protocol.
 
-    All processes ask in the same order. A run in one process is its own main process.
+    All processes call these methods in the same order. If the run has one process, that is the main process.
     """
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of processes."""
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes."""
 
     def from_main(self, value: Any) -> Any:
-        """The main process's value, JSON values only."""
+        """Return the main process's value in every process; JSON values only."""
 
     def largest(self, value: int) -> int:
-        """The largest of the processes' values."""
+        """Return the largest value of all processes."""
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Block until every process has made this call."""
 
 
 class Executor(Protocol):
     """Holds the agents of a run and does what the run decides. A class needs these methods, and no base class.
 
-    A run calls `describe` and `members` first, then `begin`, for a resumed run `load`, and `close` however it ends.
-    The members have an order, that of the births of the last `begin` or `apply`.
+    A run calls `describe` and `members`, then `begin`, then `load` if the run resumes, and `close` at the end, also
+    after an error. The members have the order of the births of the last `begin` or `apply`.
 
     Attributes:
-        processes: How the processes of the run agree; `evollm.processes.Processes.present()` unless it has its own.
+        processes: How the processes of the run agree, by default `evollm.processes.Processes.present()`.
     """
 
     processes: Agreement
 
     def describe(self) -> Description:
-        """Say what the population and its data are."""
+        """Describe the population and the data."""
 
     def changed_text(self, noted: Mapping[str, Any]) -> str:
-        """Say in words which text is the first that differs from those that a run noted as `config["data"]`."""
+        """Say in words which training or held-out text first differs from `noted`, the saved `config["data"]`."""
 
     def members(self) -> Sequence[Member]:
-        """Return the members as they are now, in their order."""
+        """Return the present members, in order."""
 
     def begin(self, births: Sequence[Birth] | None, *, moving_references: bool) -> None:
-        """Begin a run with these members; nothing that ran before on the same base plays a part any more.
+        """Begin a run with the members of `births`, and clear all state of earlier runs on the same base.
 
         Args:
-            births: Who begins, as for `apply`; None: all agents, and there will be no others.
-            moving_references: After every epoch each actor becomes its agent's reference. Scores stay relative to the
-                reference that the first agent has now.
+            births: The first members, as for `apply`; None: all agents, for the whole run.
+            moving_references: Whether each actor becomes its agent's reference after every epoch. Scores stay relative
+                to the present reference of the first agent.
 
         Raises:
-            ConfigurationError: No agent can have such values; nothing has been changed.
+            ConfigurationError: A birth has hyperparameters that no agent can have; no agent has been changed.
         """
 
     def learn(self, done: int, until: int) -> Iterator[StepDone]:
-        """Let every member that has not diverged learn from one batch after another.
+        """Train every member that has not diverged, one batch per step.
 
-        The run may change its mind, or members, after each step: the next one begins when it is asked for.
+        The iterator is lazy, so that the run may stop or change members after each step: the next step begins when the
+        run asks for the next item.
 
         Args:
             done: Steps that the run has done.
             until: The last step to do.
 
         Returns:
-            An iterator that gives each step when it is done.
+            An iterator over the finished steps.
         """
 
     def evaluate(self, split: str, indices: Sequence[int] | None = None) -> dict[int, AnyEvaluation]:
-        """Score members on a held-out split.
+        """Evaluate members on a held-out split.
 
         Args:
             split: `test` or `final`.
-            indices: Whom to score; None: all that have not diverged.
+            indices: Members to evaluate; None: all members that have not diverged.
 
         Returns:
-            What each makes of each row, by index.
+            The evaluation of each member by index, with values for each row.
         """
 
     def note_scores(self, scores: Mapping[int, float]) -> None:
-        """Note the first component of each member's fitness in its history, which children inherit."""
+        """Add the first component of each member's fitness to the member's history, which children inherit."""
 
     def apply(self, births: Sequence[Birth]) -> None:
-        """Make the members those of a plan: kept, children, or fresh as the run's first agent was at its beginning.
+        """Replace the members with those of a plan: kept members, children, and fresh copies of the run's first agent.
 
-        One that is kept under its own index takes the values of its birth.
+        A fresh member copies the first agent as it was when the run began. A kept member takes the hyperparameters of
+        its birth.
 
         Raises:
-            ConfigurationError: No agent can have such values, or a parent is no member; nothing has been changed.
+            ConfigurationError: A birth has hyperparameters that no agent can have, or a parent is no member; no agent
+                has been changed.
         """
 
     def save(self, folder: Path, state: Mapping[str, Any], arrays: Arrays) -> None:
-        """Write a checkpoint: all members, all that later steps depend on, and what the run adds.
+        """Write a checkpoint: all members, all other state that later steps depend on, and the run's own state.
 
-        `evollm.checkpoints.write_population` writes one, whole or not at all. Of several processes the main one writes.
+        `evollm.checkpoints.write_population` writes a checkpoint atomically. Only the main process writes.
 
         Args:
-            folder: Where to.
+            folder: Folder of the checkpoint.
             state: The run's own state as JSON values, for `population.json`.
-            arrays: What JSON is too narrow for.
+            arrays: The run's own arrays, which are not saved as JSON.
 
         Raises:
-            OSError, EvoLLMError: It could not be written.
+            OSError, EvoLLMError: The checkpoint could not be written.
         """
 
     def load(self, folder: Path) -> None:
-        """Go on as `save` found everything, the members included.
+        """Restore the members and all other state that `save` wrote.
 
         Raises:
             CheckpointError: The folder is damaged.
         """
 
     def save_agent(self, index: int, folder: Path) -> None:
-        """Write one member as `save_checkpoint` does.
+        """Write one member as an agent's `save_checkpoint` does.
 
         Raises:
-            OSError, EvoLLMError: It could not be written.
+            OSError, EvoLLMError: The member could not be written.
         """
 
     def answers(self, index: int, split: str, count: int) -> list[SampleAnswer]:
-        """Answer some prompts of a split as before tuning and as the member does now.
+        """Generate answers to some prompts of a split, before tuning and with the member's present weights.
 
         Args:
-            index: The member.
+            index: Index of the member.
             split: `test` or `final`.
-            count: How many prompts at most.
+            count: Most prompts to answer.
 
         Returns:
-            The answers; none in processes beside the main one, unless they had to go along.
+            The answers. Processes other than the main one may return none; with a sharded base all must generate.
         """
 
     def population(self) -> list[Any]:
-        """Return the members as live agents, for whoever began the run; the run itself does nothing with them."""
+        """Return the members as live agents for the caller of the run; the run itself does not use live agents."""
 
     def close(self) -> None:
-        """Give back what the run alone needed; the agents stay."""
+        """Free the memory that only the run needed; the agents stay usable."""
 
 
-# Makes an executor of agents and gym, which are checked.
+# Makes an executor from checked agents and a checked gym.
 ExecutorFactory: TypeAlias = Callable[[Sequence[Any], Any], Executor]
 
 
 def check_executor(executor: object) -> None:
-    """Refuse what is no executor.
+    """Refuse an object that lacks the attribute or a method of `Executor`.
 
     Raises:
-        ConfigurationError: A method is missing.
+        ConfigurationError: `processes` or a method is missing.
     """
     missing = ["processes"] if not hasattr(executor, "processes") else []
     for name, declared in vars(Executor).items():
-        # Inherited from the protocol it would do nothing.
+        # A method inherited from the protocol has no body.
         inherited = getattr(type(executor), name, None) is declared
         if not name.startswith("_") and (inherited or not callable(getattr(executor, name, None))):
             missing.append(name)
@@ -224,7 +227,7 @@ def check_executor(executor: object) -> None:
 
 
 def check_going(members: Sequence[Member]) -> None:
-    """Refuse to go on when nobody learns any more.
+    """Refuse to continue a run in which no member can learn.
 
     Raises:
         DivergedError: Every member has diverged.

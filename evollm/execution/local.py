@@ -1,4 +1,4 @@
-"""All agents of a run in this process."""
+"""The executor that holds all agents of a run in this process."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from evollm.processes import Processes
 
 
 class LocalExecutor(Worker):
-    """The executor that is one worker; of several processes each has all agents, and shares the rows of a batch."""
+    """An executor with one worker. Each of several processes holds all agents and computes a share of each batch."""
 
     def __init__(self, agents: Sequence[SavableAgent], env: DatasetGym) -> None:
         super().__init__(agents, env)
         self.processes: Agreement = Processes.present()
 
     def changed_text(self, noted: Mapping[str, Any]) -> str:
-        """Say which text differs; see `Executor.changed_text`."""
+        """Say which text has changed; see `Executor.changed_text`."""
         return self.env.changed_text(noted)
 
     def save(self, folder: Path, state: Mapping[str, Any], arrays: Arrays) -> None:
         """Write a checkpoint; see `Executor.save`."""
-        # In all processes: each may hold a part.
+        # Every process must call `saved`, because each may hold a shard of the state.
         saved = self.saved()
         saved = replace(saved, state={**state, **saved.state}, arrays=arrays)
         main_writes(lambda: write_population(folder, saved, self.base.name))
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint; see `Executor.load`."""
+        """Restore a checkpoint; see `Executor.load`."""
         self.restore(read_population(folder))
 
     def save_agent(self, index: int, folder: Path) -> None:

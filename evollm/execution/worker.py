@@ -1,4 +1,4 @@
-"""One base, one gym and live agents: all of a run that touches torch."""
+"""The worker: live agents, their base and their gym. Everything of a run that needs torch is here."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _NOBODY: Mapping[int, AgentFolder] = MappingProxyType({})
 
 
 class Worker:
-    """Some agents of a run on one base, and the batches that they learn from.
+    """Some agents of a run on one base, and the gym that serves their batches.
 
-    An executor may have several. Members of one worker share passes through the base, those of different workers do
-    not, so the shapes of passes and with them roundings depend on who is with whom.
+    An executor may have several workers. Only members of the same worker share passes through the base, so the shapes
+    of passes, and with the shapes the rounding, depend on how members are divided among workers.
 
     Args:
-        agents: At least one. The worker clones from it while it has no members.
-        env: Serves the batches. Each worker needs its own position in it: a shallow copy is enough.
+        agents: At least one agent. A worker that has no members keeps one agent to clone new members from.
+        env: Serves the batches. Each worker needs its own position in the gym, for which a shallow copy is enough.
     """
 
     def __init__(self, agents: Sequence[SavableAgent], env: DatasetGym) -> None:
@@ -54,17 +54,17 @@ class Worker:
         self._algorithm = algorithm_of(agents[0])
         self._engine = Engine.of(self.base)
         self._shares = AdapterShares(self.base.adapters)
-        # What scores are measured against. Where references move, all agents and epochs need one that stays.
+        # The reference of all scores. If references move, scores of all agents and epochs need one fixed reference.
         self._fixed_reference: str | None = OWN
         self._moving_references = False
-        # What fresh agents begin as, and the fingerprint of its adapter when the run began.
+        # The run's first agent, which fresh agents copy, and the fingerprint of its adapter when the run began.
         self._beginning: AgentFolder | None = None
         self._began_as: str | None = None
-        # Without members it keeps one agent, to make others of.
+        # A worker without members keeps one agent here, to clone new members from.
         self._spare: list[SavableAgent] = []
 
     def describe(self) -> Description:
-        """Say what the agents and their data are; see `Executor.describe`."""
+        """Describe the agents and their data; see `Executor.describe`."""
         first, env, base = self.agents[0], self.env, self.base
         config = {
             "algorithm": first.algorithm,
@@ -86,7 +86,7 @@ class Worker:
                 "written_at": env.written_at.isoformat(),
                 "position": env.state_dict(),
             },
-            # Its own from the code that runs, which need not be installed.
+            # evollm's version comes from the imported code, which may run without being installed.
             "versions": {"evollm": __version__}
             | {name: version(name) for name in ("torch", "transformers", "peft", "datasets")}
             | {"python": platform.python_version()},
@@ -103,7 +103,7 @@ class Worker:
         ]
 
     def agent(self, index: int) -> SavableAgent:
-        """The agent of an index."""
+        """The agent with an index."""
         return next(agent for agent in self.agents if agent.index == index)
 
     def begin(
@@ -117,9 +117,9 @@ class Worker:
         """Begin a run; see `Executor.begin`.
 
         Args:
-            births: Those of the members that this worker holds.
+            births: Births of the members that this worker holds.
             moving_references: Whether references move.
-            first: The export of the run's first agent, where it may be another worker's.
+            first: The export of the run's first agent, needed if another worker may hold that agent.
             arriving: As for `apply`.
         """
         self._moving_references = moving_references
@@ -134,8 +134,8 @@ class Worker:
             self._beginning = first or self.export(self.agents[0].index)
             self._began_as = _fingerprint(self._beginning)
             self.apply(births, arriving)
-        # Entries carry the rounding of the batches that they were computed in: a run starts from none, so that its bits
-        # do not depend on what ran before it on the same base.
+        # Cached log-probs carry the rounding of the batches that they were computed in. An empty cache makes a run's
+        # bits independent of earlier runs on the same base.
         self.base.reference_cache.clear()
         self._engine.begin((self.agents or self._spare)[0].actor_adapter)
 
@@ -149,7 +149,7 @@ class Worker:
             yield StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
 
     def evaluate(self, split: str, indices: Sequence[int] | None = None) -> dict[int, AnyEvaluation]:
-        """Score agents on a split, of `indices` those that the worker holds; see `Executor.evaluate`."""
+        """Evaluate this worker's agents on a split, ignoring `indices` of other workers; see `Executor.evaluate`."""
         going = [agent.index for agent in self.agents if not agent.diverged]
         wanted = going if indices is None else indices
         agents = [agent for index in wanted for agent in self.agents if agent.index == index]
@@ -159,29 +159,29 @@ class Worker:
         return {agent.index: evaluation for agent, evaluation in zip(agents, found, strict=True)}
 
     def note_scores(self, scores: Mapping[int, float]) -> None:
-        """Note the score of each agent."""
+        """Add each agent's score to its history; see `Executor.note_scores`."""
         for agent in self.agents:
             agent.fitness.append(scores[agent.index])
 
     def check(self, births: Sequence[Birth]) -> None:
-        """Refuse values that no agent can have.
+        """Refuse hyperparameters that no agent can have.
 
         Raises:
-            ConfigurationError: There are some.
+            ConfigurationError: A birth has such hyperparameters.
         """
         for birth in births:
             (self.agents or self._spare)[0].check_hyperparameters(birth.hyperparameters)
 
     def apply(self, births: Sequence[Birth], arriving: Mapping[int, AgentFolder] = _NOBODY) -> None:
-        """Make the agents those of a plan; see `Executor.apply`.
+        """Replace the agents with those of a plan; see `Executor.apply`.
 
         Args:
-            births: Those of the members that this worker holds from now on.
-            arriving: By the index of the birth, the parent's export where another worker has the parent.
+            births: Births of the members that this worker holds from now on.
+            arriving: Exports of the parents that other workers hold, by the index of the birth.
         """
 
         def make(agent: SavableAgent, birth: Birth) -> None:
-            """Make an agent what a folder holds: weights, reference, moments, counters."""
+            """Load a folder into an agent: weights, reference, optimizer moments, counters."""
             folder = arriving[birth.index] if birth.index in arriving else copy.deepcopy(self._first())
             agent.load_folder(folder, overwrite_reference_adapter=False)
 
@@ -193,18 +193,18 @@ class Worker:
             for agent in self.agents[1:]:
                 agent.release()
             self.agents, self._spare = [], self.agents[:1]
-            # No member's, which may come back from another worker.
+            # The spare agent must not keep a member's index: that member may come back from another worker.
             self._spare[0].index = -1
         for agent, birth in zip(self.agents, here, strict=True):
-            # Of one that is kept, too: who begins may have other values than it was given with.
+            # Kept agents need this too: the first plan may change the hyperparameters of a given agent.
             agent.set_hyperparameters(birth.hyperparameters)
 
     def export(self, index: int) -> AgentFolder:
-        """An agent as plain data of its own, for another worker or for later."""
+        """A deep copy of an agent as plain data, for another worker or for later."""
         return copy.deepcopy(self.agent(index).to_folder())
 
     def _first(self) -> AgentFolder:
-        """What the first agent was when the run began."""
+        """The export of the run's first agent when the run began."""
         assert self._beginning is not None
         if _fingerprint(self._beginning) != self._began_as:
             fix = "begin with other weights than those that the run began with, and the search wants a fresh agent: "
@@ -212,7 +212,7 @@ class Worker:
         return self._beginning
 
     def saved(self) -> Population:
-        """Return the agents, and all else that later steps depend on."""
+        """Return the agents, and all other state that later steps depend on."""
         state = {
             "env": self.env.state_dict(),
             "began_as": self._began_as,
@@ -228,10 +228,10 @@ class Worker:
         )
 
     def restore(self, saved: Population) -> None:
-        """Go on where `saved` was called.
+        """Restore the result of `saved`.
 
         Raises:
-            CheckpointError: Its state is incomplete or damaged.
+            CheckpointError: The state is incomplete or damaged.
         """
         missing = {"env", "began_as", "generators"} - saved.state.keys()
         if missing:
@@ -255,8 +255,8 @@ class Worker:
         set_global_generators(saved.state["generators"])
 
     def answers(self, index: int, split: str, count: int) -> list[SampleAnswer]:
-        """Answer prompts before and after; see `Executor.answers`."""
-        # Of a sharded base all have to go along.
+        """Answer prompts before and after tuning; see `Executor.answers`."""
+        # A forward pass through a sharded base needs all processes.
         if not (Processes.present().is_main or self.base.is_sharded):
             return []
         examples = self.env.reports[split].previews
@@ -277,7 +277,7 @@ class Worker:
         ]
 
     def close(self) -> None:
-        """Give back what was there for the run alone; the agents stay."""
+        """Free the fixed reference and the spare agent; the agents stay usable."""
         self._shares.release()
         for agent in self._spare:
             agent.release()
@@ -293,7 +293,7 @@ def learn_all(agents: Sequence[SavableAgent], batch: Any) -> dict[int, dict[str,
     """Let every agent that has not diverged learn from the same batch.
 
     Returns:
-        The metrics of `learn` by agent.
+        The metrics of `learn` by the index of the agent.
     """
     going = [agent for agent in agents if not agent.diverged]
     learnt = algorithm_of(going[0]).learn(going, batch) if going else []
@@ -301,7 +301,7 @@ def learn_all(agents: Sequence[SavableAgent], batch: Any) -> dict[int, dict[str,
 
 
 def global_generators() -> dict[str, Any]:
-    """States of the generators that a user's own functions may draw from, ready for JSON."""
+    """States of the global random generators, which a user's own functions may draw from, as JSON values."""
     kind, words, *position = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -312,10 +312,10 @@ def global_generators() -> dict[str, Any]:
 
 
 def set_global_generators(state: Mapping[str, Any]) -> None:
-    """Go on where `global_generators` was called.
+    """Restore the result of `global_generators`.
 
     Raises:
-        CheckpointError: This is no such state.
+        CheckpointError: The state is incomplete or damaged.
     """
     try:
         version, words, gauss = state["python"]

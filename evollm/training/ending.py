@@ -1,4 +1,4 @@
-"""The end of a run: who is best, its folder, the final scores and answers."""
+"""The end of a run: choose the best agent, save it, and compute the final scores and answers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from evollm.training.state import Progress
 
 
 def final_split(rows: Mapping[str, int]) -> str:
-    """The split of the scores before and after; "" when there are no rows to score on."""
+    """The split for the scores before and after training: "final", else "test"; "" if both are empty."""
     return next((split for split in ("final", "test") if rows[split]), "")
 
 
 def best_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness]) -> int:
-    """Index of the fittest member; when nothing could be evaluated, of the first that has not diverged.
+    """Index of the fittest member; without any evaluation, of the first member that has not diverged.
 
     Raises:
         DivergedError: No member has a finite fitness.
@@ -38,7 +38,7 @@ def best_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness]) -> int:
 
 
 def second_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness], best: int) -> int | None:
-    """Index of the fittest of the others, None when none has a finite fitness."""
+    """Index of the fittest member except `best`; None if no other member has a finite fitness."""
     others = [member.index for member in members if member.index != best and member.index in fitnesses]
     second = [others[position] for position in rank([fitnesses[index] for index in others])[:1]]
     return next((index for index in second if is_finite(fitnesses[index])), None)
@@ -47,7 +47,7 @@ def second_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness], best:
 def end(
     executor: Executor, progress: Progress, options: RunOptions, paths: RunPaths, rows: Mapping[str, int]
 ) -> RunEnded:
-    """Save the best agent, score it and the one that came second, and let it answer."""
+    """Save the best agent, score the best and the second-best agent, and generate the best agent's answers."""
     members = executor.members()
     best = best_of(members, progress.fitnesses)
     best_path = _save_elite(executor, best, paths) if options.save_elite else None
@@ -69,11 +69,11 @@ def end(
 
 
 def _save_elite(executor: Executor, best: int, paths: RunPaths) -> Path | None:
-    """Save the best agent, elsewhere if there is no room where it belongs; None where there is no room at all."""
+    """Save the best agent, in the temporary folder if `paths.elite` cannot be written; None if neither can."""
     error = _try_to_save(executor, best, paths.elite)
     if not error:
         return paths.elite
-    # Of several processes the main one writes; its name is the one that counts.
+    # Each process draws its own name, but only the main process writes, so the main process's name counts.
     elsewhere = Path(tempfile.gettempdir()) / f"evollm-elite-{secrets.token_hex(4)}"
     again = ""
     if newest_population(paths.checkpoints) is not None:
@@ -89,7 +89,7 @@ def _save_elite(executor: Executor, best: int, paths: RunPaths) -> Path | None:
 
 
 def _try_to_save(executor: Executor, index: int, path: Path) -> str:
-    """Save an agent; returns why it could not be saved, which all processes learn, or an empty text."""
+    """Save an agent; return the main process's error message to all processes, "" if the agent was saved."""
     reason = ""
     try:
         executor.save_agent(index, path)

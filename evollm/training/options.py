@@ -1,4 +1,4 @@
-"""What a run was asked for, and when things happen in it."""
+"""The options of a run, and the schedule that follows from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evollm.hpo.search import describe_search
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What `finetune_llm_preference` or `finetune_llm_sft` was asked for; they document each field."""
+    """Arguments of `finetune_llm_preference` or `finetune_llm_sft`; these two functions document each field."""
 
     num_epochs: int | None
     max_steps: int | None
@@ -57,17 +57,17 @@ class RunOptions:
 
     @property
     def evolves(self) -> bool:
-        """Whether a search decides who goes on."""
+        """Whether the run has a search, which changes the population."""
         return self.tournament is not None or self.search is not None
 
     def strategy(self) -> Search | None:
-        """The search, None where there is none."""
+        """The search of the run; None if there is none."""
         if self.tournament is not None and self.mutation is not None:
             return TournamentSearch(self.tournament, self.mutation)
         return None if self.search is None else search_of(self.search)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values; a search only where there is one."""
+        """Return the fields as JSON values, without `search` if it is None."""
         asked = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "search"}
         asked |= {name: asdict(asked[name]) for name in ("tournament", "mutation") if asked[name] is not None}
         return asked if self.search is None else {**asked, "search": describe_search(self.search)}
@@ -75,12 +75,12 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen, in steps; a step is one batch for every agent.
+    """When a run evolves, evaluates and saves, in steps; a step is one batch for every agent.
 
     Attributes:
         total: Steps of the run.
         epoch: Steps of an epoch.
-        evolve_every: Steps between two decisions of the search, as the user asked for them; None: there is no search.
+        evolve_every: Steps between two decisions of the search: `evo_steps`, by default an epoch; None: no search.
         evaluate_every: Steps between two evaluations, None: never.
         checkpoint_every: Steps between two checkpoints, 0: never.
     """
@@ -93,10 +93,10 @@ class Schedule:
 
     @classmethod
     def of(cls, options: RunOptions, epoch: int, *, held_out: bool) -> Schedule:
-        """Fill in the defaults: one epoch; evolution, evaluation and a checkpoint after each epoch.
+        """Fill in the defaults: a run of one epoch; evolution, evaluation and a checkpoint after each epoch.
 
         Args:
-            options: What the run was asked for.
+            options: Options of the run.
             epoch: Batches of an epoch.
             held_out: Whether there are rows to evaluate on.
         """
@@ -114,13 +114,13 @@ class Schedule:
         )
 
     def evaluates_at(self, step: int, *, decides: bool) -> bool:
-        """Whether the population is scored at this step; always before a decision (`decides`) and at the end."""
+        """Whether to evaluate the population at this step; always before a decision (`decides`) and at the end."""
         if self.evaluate_every is None:
             return False
         return _due(self.evaluate_every, step) or decides or step == self.total
 
     def checkpoints_at(self, step: int) -> bool:
-        """Whether the population is saved at this step; at the end in any case, unless there are no checkpoints."""
+        """Whether to save a checkpoint at this step; always at the end, unless `checkpoint_every` is 0."""
         return bool(self.checkpoint_every) and (_due(self.checkpoint_every, step) or step == self.total)
 
 

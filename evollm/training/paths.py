@@ -1,4 +1,4 @@
-"""Where a run writes."""
+"""The paths that a run writes to."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from evollm.runs.reader import read_config
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where a run writes.
+    """The paths that a run writes to.
 
     Attributes:
         run_dir: The run folder.
         checkpoints: Folder for checkpoints of the population.
         elite: Folder for the fittest agent.
-        resumes: Whether the folder holds a run to go on with.
+        resumes: Whether `run_dir` holds a run to resume.
     """
 
     run_dir: Path
@@ -37,11 +37,11 @@ class RunPaths:
 
     @classmethod
     def of(cls, run_dir: object, checkpoints: object, elite: object, resume: object = None) -> RunPaths:
-        """Fill in the defaults and refuse folders that hold something else.
+        """Fill in the defaults and refuse folders that hold other files.
 
         Raises:
-            ConfigurationError: No path, a folder with another run, a folder to resume that holds none, or one in which
-                nothing but an agent may lie.
+            ConfigurationError: An argument is no path, a new run's folder holds another run, the folder to resume holds
+                no run, or the elite folder holds something else than an agent.
             CheckpointError: The settings of the run to resume are damaged.
         """
         if resume is not None:
@@ -51,7 +51,7 @@ class RunPaths:
             if not (folder / CONFIG).is_file():
                 fix = f"{no_run(folder)}. A run that ended before it had one is begun anew, as run_dir"
                 raise ConfigurationError("resume_from_checkpoint", str(folder), fix)
-            # Files of something else would be written over: a model has a config.json, too.
+            # Model folders have a config.json too; resuming in one would overwrite the model's files.
             read_config(folder, "resume_from_checkpoint")
         else:
             folder = new_run_dir() if run_dir is None else usable_path("run_dir", run_dir)
@@ -72,10 +72,10 @@ class RunPaths:
         return paths
 
     def resume(self, *settings: str) -> str:
-        """The command that goes on with the run, if a command began it; places outside its folder are named anew.
+        """The shell command that resumes a run started by a command, with every path outside the run folder.
 
         Args:
-            *settings: What it must be told besides.
+            *settings: Further settings for the command.
         """
         own = self.run_dir.resolve()
         apart = {"checkpoint_path": self.checkpoints.absolute(), "elite_path": self.elite.absolute()}
@@ -84,11 +84,11 @@ class RunPaths:
 
     @contextmanager
     def only_writer(self) -> Iterator[None]:
-        """Have the run folder, and a folder of checkpoints apart from it, for this run alone.
+        """Lock the run folder, and a checkpoint folder outside the run folder, against other processes.
 
         Raises:
-            CheckpointError: Another process writes to one of them.
-            ConfigurationError: One cannot be written.
+            CheckpointError: Another process writes to one of the two folders.
+            ConfigurationError: One of the two folders cannot be written.
         """
         with ExitStack() as stack:
             apart = self.run_dir not in self.checkpoints.parents
@@ -101,11 +101,11 @@ class RunPaths:
             yield
 
     def check_apart(self) -> None:
-        """Refuse places of which one would be replaced with the other.
+        """Refuse paths with which saving the best agent or a checkpoint would replace other files of the run.
 
         Raises:
-            ConfigurationError: The best agent's folder holds the run or its checkpoints, or lies among these, or the
-                checkpoints have no folder of their own.
+            ConfigurationError: The elite folder contains the run folder or the checkpoints, or lies in the checkpoint
+                folder, or the checkpoint folder is the run folder.
         """
         elite, run_dir, checkpoints = (path.resolve() for path in (self.elite, self.run_dir, self.checkpoints))
         if checkpoints == run_dir:
@@ -114,12 +114,12 @@ class RunPaths:
             raise ConfigurationError("elite_path", str(self.elite), "must be a folder of its own")
 
     def check_new(self) -> None:
-        """Refuse to begin a run where there is one, or among files of somebody else's.
+        """Refuse to begin a run in a folder that holds another run or files that evollm did not write.
 
-        A run that did not get to its first step leaves nothing to lose: its folder may be used again.
+        The folder of a run that stopped before its first step may be used again, since no training is lost.
 
         Raises:
-            ConfigurationError: Something lies there that would be lost.
+            ConfigurationError: Files in one of the folders would be lost.
         """
         found = [name for name in RUN_FILES if os.path.lexists(self.run_dir / name)]
         if found and not is_locked_folder(self.run_dir):
@@ -136,5 +136,5 @@ class RunPaths:
 
 
 def new_run_dir() -> Path:
-    """A folder name in `evollm-runs` that says when the run began."""
+    """A path in `evollm-runs`, named after the present time."""
     return Path("evollm-runs") / datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")

@@ -1,4 +1,4 @@
-"""From what a user passes to a checked run: everything is checked here, once."""
+"""Check a user's arguments, all of them here and once, and make the run."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from evollm.training.paths import RunPaths, new_run_dir
 from evollm.training.run import Run
 
 A = TypeVar("A", bound=SavableAgent)
-# From the evaluation of its algorithm to a number or a tuple of numbers.
+# Maps an evaluation, whose type depends on the algorithm, to a number or a tuple of numbers.
 FitnessFunction = Callable[[Any], object]
 
 
 @dataclass(frozen=True)
 class RunArguments:
-    """The arguments of a run, checked as far as they can be without agents.
+    """The arguments of a run, after all checks that need no agents.
 
     Attributes:
-        algorithm: How its agents learn.
-        options: What it was asked for.
-        paths: Where it writes.
-        fitness: Scores an evaluation.
-        callbacks: Told of every event, in this order.
-        executor: Makes what holds the agents.
+        algorithm: The algorithm of the agents.
+        options: Options of the run.
+        paths: Paths that the run writes to.
+        fitness: Maps an evaluation to a fitness.
+        callbacks: Called with every event, in this order.
+        executor: Makes the executor of the agents and the gym.
     """
 
     algorithm: Algorithm
@@ -54,14 +54,14 @@ class RunArguments:
 def check_paths(
     processes: Processes, run_dir: object, checkpoint_path: object, elite_path: object, resume_from_checkpoint: object
 ) -> RunPaths:
-    """Where a run writes, the same in all processes.
+    """The paths that a run writes to, the same in all processes.
 
     Raises:
-        ConfigurationError: It cannot write there, or something lies there that would be lost.
+        ConfigurationError: A path cannot be written, or holds files that would be lost.
         CheckpointError: The settings of the run to resume are damaged.
     """
     if run_dir is None and resume_from_checkpoint is None:
-        # Its name is the time, which differs a little between processes.
+        # A new folder is named after the time, which differs a little between processes.
         run_dir = processes.from_main(str(new_run_dir()))
     return RunPaths.of(run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
 
@@ -80,10 +80,10 @@ def check_arguments(
     verbose: bool,
     **options: Any,
 ) -> RunArguments:
-    """Check what a run is asked for; `options` are the fields of `RunOptions`.
+    """Check the arguments of a run; `options` are the fields of `RunOptions`.
 
     Raises:
-        ConfigurationError: Something cannot work.
+        ConfigurationError: An argument is invalid.
         MissingExtraError: A tracker is not installed.
     """
     asked = RunOptions(**{"update_reference_each_epoch": False, **options})
@@ -96,7 +96,7 @@ def check_arguments(
     boolean("verbose", verbose)
     trackers = tracker_names(report_to, wb=wb, tensorboard=tensorboard)
     if processes.is_main:
-        # Trackers first: one that cannot start leaves no run folder behind, which would be in the way next time.
+        # Trackers start before the run folder is written: a failed start leaves no folder that blocks the next run.
         writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
         listeners = [*writers, *listeners, *([Console()] if verbose else [])]
     return RunArguments(algorithm, asked, paths, fitness, listeners, executor)
@@ -106,7 +106,7 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
     """Make a run of agents and gym, ready for `train`.
 
     Raises:
-        ConfigurationError: They and the arguments do not fit together.
+        ConfigurationError: Agents, gym and arguments do not fit together.
     """
     check_run(pop, env, arguments.options, arguments.algorithm)
     executor = arguments.executor(pop, env)
@@ -115,10 +115,10 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
 
 
 def check_fitness(fitness: object, algorithm: Algorithm) -> None:
-    """Try a fitness function on the evaluation of an untuned agent, before any training.
+    """Call a fitness function with the evaluation of an untuned agent, before any training.
 
     Raises:
-        ConfigurationError: It cannot be called, or returns something else than numbers.
+        ConfigurationError: The fitness is not callable, or returns something else than numbers.
     """
     if not callable(fitness):
         raise ConfigurationError(
@@ -128,10 +128,10 @@ def check_fitness(fitness: object, algorithm: Algorithm) -> None:
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
-    """Refuse what is no callback.
+    """Refuse anything but a list of callbacks.
 
     Raises:
-        ConfigurationError: Something in the list, or the list itself, is something else.
+        ConfigurationError: `callbacks` is no list, or an item is no `Callback`.
     """
     if not isinstance(callbacks, Sequence) or not all(isinstance(item, Callback) for item in callbacks):
         raise ConfigurationError("callbacks", callbacks, "must be a list of instances of children of evollm.Callback")
@@ -139,7 +139,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
 
 
 def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunOptions, algorithm: Algorithm) -> None:
-    """Find what cannot work before any training time is spent.
+    """Refuse a population, an environment or options that cannot work, before any training.
 
     Raises:
         ConfigurationError: The population, the environment and the options do not fit together.

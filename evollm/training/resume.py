@@ -1,4 +1,4 @@
-"""Where an interrupted run goes on, and how somebody is told that it can."""
+"""The checkpoint from which an interrupted run resumes, and the text that tells users how to resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ChangedText = Callable[[Mapping[str, Any]], str]
 
 
 def find_checkpoint(paths: RunPaths, processes: Agreement) -> Path | None:
-    """The newest whole checkpoint of a run, None if there is none; the main process is told of damaged ones.
+    """The newest undamaged checkpoint of a run, None if there is none; the main process warns of damaged ones.
 
     Raises:
         CheckpointError: Every checkpoint is damaged.
@@ -36,15 +36,15 @@ def find_checkpoint(paths: RunPaths, processes: Agreement) -> Path | None:
 def read_checkpoint(
     path: Path, config: Mapping[str, Any], changed_text: ChangedText
 ) -> tuple[Mapping[str, Any], Progress]:
-    """The run's part of a checkpoint: its state, and how far it had come.
+    """Read the run's own part of a checkpoint: its state and its progress.
 
     Args:
         path: The checkpoint.
-        config: What the run is made of now.
-        changed_text: Says which of its texts have changed.
+        config: `Run.config` of the resuming run.
+        changed_text: From `config["data"]` of the checkpoint to the first changed text, in words.
 
     Raises:
-        CheckpointError: It lacks what a run goes on with.
+        CheckpointError: The checkpoint lacks state that a run needs to resume.
         ConfigurationError: The run began with other settings.
     """
     state = read_state(path)
@@ -62,11 +62,11 @@ def read_checkpoint(
 
 
 def check_nothing_to_lose(paths: RunPaths, config: Mapping[str, Any], changed_text: ChangedText) -> None:
-    """Refuse to begin a run anew that has ended, or that began with other settings.
+    """Refuse to restart a run without checkpoints that has ended or that began with other settings.
 
     Raises:
-        CheckpointError: Its records cannot be read.
-        ConfigurationError: It has ended, and its checkpoints are gone, or its settings were others.
+        CheckpointError: The run's records cannot be read.
+        ConfigurationError: The run has ended and its checkpoints are gone, or the run began with other settings.
     """
     if has_ended(paths.run_dir):
         fix = "the run has ended, and its checkpoints are gone: there is nothing to go on from; begin a new run"
@@ -75,7 +75,7 @@ def check_nothing_to_lose(paths: RunPaths, config: Mapping[str, Any], changed_te
 
 
 def how_to_go_on(paths: RunPaths, *, trust_remote_code: bool) -> str:
-    """How somebody who interrupts the run goes on with it; "" where there is no run folder yet."""
+    """The text that tells users how to resume an interrupted run; "" if there is no run folder yet."""
     folder = paths.run_dir
     if not is_run(folder):
         return ""

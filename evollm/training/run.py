@@ -1,4 +1,4 @@
-"""A run decides: when members learn, are scored, give way to others and are saved. An executor does all of that."""
+"""The training loop: a run decides when members learn, are evaluated, replaced and saved; an executor does the work."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from evollm.training.resume import check_nothing_to_lose, find_checkpoint, how_t
 from evollm.training.state import Progress
 from evollm.training.stopping import StopSignals
 
-# Steps of a first epoch after which it is no chance that no row could be learnt from.
+# A run that has learnt no token after this many steps, or after a shorter first epoch, stops with a DataError.
 PATIENCE = 100
-# Neither a number nor comparable: the worst fitness there is.
+# The fitness of a diverged member: `rank` puts NaN after every finite fitness.
 DIVERGED_FITNESS: Fitness = (float("nan"),)
 
 
 class Run:
-    """A run that is checked; `evollm.training.prepare` makes it.
+    """A run with checked arguments; `evollm.training.prepare` makes it.
 
     Args:
         executor: Holds the agents.
-        options: What was asked for.
-        paths: Where it writes.
-        fitness: Scores an evaluation.
-        callbacks: Told of every event, in this order.
+        options: Options of the run.
+        paths: Paths that the run writes to.
+        fitness: Maps an evaluation to a fitness.
+        callbacks: Called with every event, in this order.
 
     Attributes:
-        executor: The same.
-        schedule: When things happen.
-        paths: The same.
-        callbacks: A list, to which more can be added before the run begins.
+        executor: The executor.
+        schedule: When the run evolves, evaluates and saves.
+        paths: The paths.
+        callbacks: The callbacks as a list, to which more can be added before the run begins.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Run:
         return self.progress.step
 
     def train(self) -> tuple[list[Any], list[float]]:
-        """Run to the end; see `finetune_llm_preference`.
+        """Train to the end; see `finetune_llm_preference`.
 
         Returns:
-            The agents, and for each the first component of its last fitness.
+            The agents, and for each agent the first component of its last fitness.
         """
         self.begin()
-        # Before the main process writes into the folder that others still check.
+        # The main process must not write into the run folder while other processes still check that folder.
         self.processes.wait()
         with self.paths.only_writer() if self.processes.is_main else nullcontext():
             if self.paths.resumes:
@@ -96,7 +96,7 @@ class Run:
                         self._advance(stop)
                     self._tell("on_end", end(self.executor, self.progress, self.options, self.paths, self.rows))
             except KeyboardInterrupt:
-                # Whoever catches it, such as the command line, says it.
+                # The message says how to resume; the command line prints the message.
                 raise KeyboardInterrupt(*filter(None, [self._how_to_go_on()])) from None
             finally:
                 self._close_callbacks()
@@ -106,10 +106,10 @@ class Run:
         return self.executor.population(), scores
 
     def begin(self) -> None:
-        """Have the members that the search begins with, or all agents.
+        """Make the executor hold the first members of the search; all agents if there is no search.
 
         Raises:
-            ConfigurationError: The search cannot begin so; nobody has changed.
+            ConfigurationError: The first plan of the search is invalid; no agent has been changed.
         """
         births = None
         if self.search is not None:
@@ -119,13 +119,13 @@ class Run:
             plan = self._of_main(self.search.start(start))
             check_start(plan, start)
             given = {birth.index for birth in founders}
-            # Whoever begins under its own index is kept, whatever its values.
+            # A birth with the index of a given agent keeps that agent, even with other hyperparameters.
             births = [replace(birth, parent=birth.index if birth.index in given else None) for birth in plan.births]
             self.progress.founders, self.progress.due = list(plan.births), plan.steps
         self.executor.begin(births, moving_references=self.options.update_reference_each_epoch)
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint of the run folder; without any the run starts from its beginning.
+        """Load the newest undamaged checkpoint of the run; without any checkpoint the run starts at step 0.
 
         Raises:
             CheckpointError: Every checkpoint is damaged.
@@ -148,7 +148,7 @@ class Run:
             self.search.load_state_dict(state["search"])
 
     def _start(self) -> None:
-        """Tell of the start, and score the first agent; a folder that cannot be written is found before training."""
+        """Announce the start, which fails if the run folder cannot be written, and score the first agent."""
         before = tuple(Evolved(step, plan) for step, plan in self.progress.evolutions)
         rows = {split: self.rows[split] for split in ("test", "final")}
         founders, total = self.progress.founders, self.schedule.total
@@ -165,8 +165,8 @@ class Run:
             self._tell("on_baseline", BaselineScored(split, self.progress.before))
 
     def _advance(self, stop: StopSignals) -> None:
-        """Learn until something else is due, and do that."""
-        # After the checkpoint of the step before, so that nothing that fails here costs what was learnt.
+        """Decide if a decision is due, learn up to the next step with other work, then evaluate and save."""
+        # The checkpoint of this step is already written, so an error in the decision loses no training.
         if self.step > 0 and self._decides(self.step):
             self._decide()
         self._learn(stop)
@@ -179,7 +179,7 @@ class Run:
             stop.stop(number, self._how_to_go_on() if self.processes.is_main else "")
 
     def _learn(self, stop: StopSignals) -> None:
-        """Learn up to the next step after which something else is due, or until a signal has come."""
+        """Learn up to the next step with a decision, an evaluation or a checkpoint, or until a signal."""
         until = next(step for step in range(self.step + 1, self.schedule.total + 1) if self._pauses_at(step))
         for done in self.executor.learn(self.step, until):
             self._note(done)
@@ -187,11 +187,11 @@ class Run:
                 return
 
     def _note(self, done: StepDone) -> None:
-        """Tell of a step.
+        """Record a step and announce it.
 
         Raises:
-            DivergedError: Nobody is left who could learn.
-            DataError: Nobody has learnt anything yet from so many rows.
+            DivergedError: Every member has diverged.
+            DataError: No member has learnt a token after `PATIENCE` steps, or after a shorter first epoch.
         """
         members = self.executor.members()
         check_going(members)
@@ -203,18 +203,18 @@ class Run:
             raise DataError("train_dataset", f"{seen} rows", f"on every one {self._unlearnable}")
 
     def _pauses_at(self, step: int) -> bool:
-        """Whether something else than learning is due after this step."""
+        """Whether a decision, an evaluation, a checkpoint or the end of the run follows this step."""
         decides = self._decides(step)
         schedule = self.schedule
         evaluates = schedule.evaluates_at(step, decides=decides)
         return decides or evaluates or schedule.checkpoints_at(step) or step == schedule.total
 
     def _decides(self, step: int) -> bool:
-        """Whether the search decides after this step. Nobody would learn from a decision after the last one."""
+        """Whether the search decides after this step; never after the last step, since no learning would follow."""
         return step == self.progress.due and step < self.schedule.total
 
     def _signal(self, stop: StopSignals) -> int:
-        """Number of the signal if any of the processes got one, else 0; all ask at the same moment."""
+        """Number of a signal that any process received, else 0; all processes make this call at the same step."""
         return self.processes.largest(stop.received or 0)
 
     def _evaluate(self) -> None:
@@ -226,7 +226,7 @@ class Run:
             else DIVERGED_FITNESS
             for member in members
         }
-        # The main process decides: a user's own function need not give the same everywhere.
+        # The main process's values count: a user's fitness function may give other values in other processes.
         decided = self.processes.from_main(fitnesses)
         self.progress.fitnesses = {int(index): tuple(fitness) for index, fitness in decided.items()}
         self.executor.note_scores({index: fitness[0] for index, fitness in self.progress.fitnesses.items()})
@@ -241,7 +241,7 @@ class Run:
         self._tell("on_evaluation", event)
 
     def _decide(self) -> None:
-        """Tell the search the results, and have its plan carried out."""
+        """Give the search the results, and let the executor carry out the plan."""
         assert self.search is not None
         progress = self.progress
         members = self.executor.members()
@@ -261,13 +261,13 @@ class Run:
         self._tell("on_evolution", Evolved(self.step, evolution))
 
     def _of_main(self, plan: SearchPlan) -> SearchPlan:
-        """The plan of the main process: a user's own search need not plan the same everywhere."""
+        """The plan of the main process: a user's own search may give other plans in other processes."""
         if self.processes.size == 1 or not isinstance(plan, SearchPlan):
             return plan
         return SearchPlan.from_dict(self.processes.from_main(plan.to_dict()))
 
     def _checkpoint(self) -> None:
-        """Save everything; of several processes the main one tells of it."""
+        """Save a checkpoint; only the main process announces it."""
         folder = self.paths.checkpoints / f"step-{self.step:06d}"
         search = self.search.state_dict() if self.search else None
         state = {**self.progress.to_dict(), "config": self.config, "search": search}
@@ -289,7 +289,7 @@ class Run:
         return how_to_go_on(self.paths, trust_remote_code=self._trusts)
 
     def _close_callbacks(self) -> None:
-        """Close each of them; one that fails costs neither the others, nor the run's result or its own error."""
+        """Close all callbacks; a failing callback only warns, to keep the run's result or the run's own error."""
         for callback in self.callbacks:
             try:
                 callback.close()

@@ -1,4 +1,4 @@
-"""How far a run has come, as plain data, and what a resumed run must have in common with it."""
+"""The progress of a run as plain data, and the comparison of a resumed run's settings with the saved ones."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
 from evollm.runs.evaluations import VECTORS
 
-# Settings that a resumed run may change: how long it goes on, what it writes, and what it refuses.
+# Settings that a resumed run may change: its length, what it saves, and whether it drops non-finite rows.
 _MAY_CHANGE = {
     "settings": {"drop_nonfinite_rows"},
     "options": {"num_epochs", "max_steps", "checkpoint_steps", "keep_last", "save_elite", "num_sample_answers"},
     "schedule": {"total", "checkpoint_every"},
-    # Restored, wherever the gym stands now. The fingerprint says whether texts differ, digests say which.
+    # The checkpoint restores the position. `fingerprint` is compared instead of `digests`, which locate a changed text.
     "data": {"position", "digests", "written_at", "form"},
 }
-# The base is known by its digest, wherever it lies.
+# `base` is a name or path, which may change; `base_fingerprint` is compared instead.
 _NOT_COMPARED = {"versions", "base", "words"}
 
 
 @dataclass
 class Progress:
-    """What has happened in a run.
+    """The progress of a run.
 
     Attributes:
         founders: The first generation.
-        before: Score of the first agent before training, None when there is nothing to score it on.
+        before: Evaluation of the first agent before training; None if there are no held-out rows.
         step: Steps done; a step is one batch for every agent.
-        evolutions: Those done, each with the step at which it was carried out.
+        evolutions: Evolutions done, each with the step after which it was carried out.
         fitnesses: The last fitness of every agent.
         due: The step after which the search decides next, None: never.
     """
@@ -49,12 +49,12 @@ class Progress:
 
     @property
     def generation(self) -> int:
-        """Evolutions done."""
+        """Number of evolutions done."""
         return len(self.evolutions)
 
     @property
     def births(self) -> Sequence[Birth]:
-        """The present population, in its order."""
+        """The births of the present population, in the order of the members."""
         return self.evolutions[-1][1].births if self.evolutions else self.founders
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,17 +71,17 @@ class Progress:
         }
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The vectors of `before`, which JSON is too narrow for."""
+        """The vectors of `before`, one number per row, to be saved as arrays instead of JSON."""
         if self.before is None:
             return {}
         return {f"before_{name}": getattr(self.before, name) for name in VECTORS[type(self.before)]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], arrays: Mapping[str, NDArray[np.generic]]) -> Progress:
-        """Read what `to_dict` and `arrays` gave.
+        """Read the results of `to_dict` and `arrays`.
 
         Raises:
-            CheckpointError: Something is missing or of another kind.
+            CheckpointError: A value is missing or of the wrong type.
         """
         try:
             return cls(
@@ -108,15 +108,15 @@ def _read_before(arrays: Mapping[str, NDArray[np.generic]]) -> AnyEvaluation | N
 def check_same_run(
     saved: Mapping[str, Any], current: Mapping[str, Any], changed_text: Callable[[Mapping[str, Any]], str] | None = None
 ) -> None:
-    """Refuse to go on with other settings, data, agents or another base than the run began with.
+    """Refuse to resume a run with settings, data, agents or a base other than at its beginning.
 
     Args:
-        saved: What `describe_run` gave when the run began.
-        current: What it gives now.
-        changed_text: From what the run noted of its data to what has become of the texts, in words.
+        saved: `Run.config` when the run began.
+        current: `Run.config` of the resuming run.
+        changed_text: From `saved["data"]` to the first changed text, in words.
 
     Raises:
-        ConfigurationError: They differ in more than the length of the run; the message lists each difference.
+        ConfigurationError: `saved` and `current` differ in settings that may not change; the message lists each.
     """
     differing = [
         f"{name}: {before!r} then, {now!r} now"
@@ -146,7 +146,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, name: str) -> list[tuple[str, Any, Any]]:
-    """Where two nested values of JSON differ: the dotted name under `name`, and both values."""
+    """The differences of two nested JSON values: for each a dotted key that starts with `name`, and both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
         return [

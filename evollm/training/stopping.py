@@ -1,4 +1,4 @@
-"""Stopping a run from outside: SIGTERM and Ctrl-C wait until a step is done and saved."""
+"""Stopping a run with SIGTERM or Ctrl-C, after the current step is done and saved."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing_extensions import Self
 
 
 class StopSignals:
-    """Remembers a SIGTERM or Ctrl-C that comes inside the block; a second one stops at once.
+    """Context manager that records a SIGTERM or Ctrl-C inside its block; a second signal stops at once.
 
-    Python delivers signals to the main thread only: in another one nothing is remembered.
+    Python handles signals in the main thread only, so in any other thread no signal is recorded.
 
     Attributes:
-        received: Number of the signal, None while there was none.
+        received: Number of the signal, None if there was none.
     """
 
     def __init__(self) -> None:
@@ -43,15 +43,15 @@ class StopSignals:
         print("evollm: saving after this step, then stopping; once more stops at once", file=sys.stderr, flush=True)
 
     def stop(self, number: int, going_on: str = "") -> None:
-        """End the program as the signal would have.
+        """End the program as the signal would have ended it.
 
         Args:
-            number: Of the signal.
-            going_on: How to go on with the run, printed unless it is empty: SIGTERM cannot tell whoever sent it.
+            number: Number of the signal.
+            going_on: How to resume the run, printed to stderr for SIGTERM, since `SystemExit` shows no message.
 
         Raises:
-            KeyboardInterrupt: It was Ctrl-C.
-            SystemExit: It was SIGTERM; with the exit status that shells give to it.
+            KeyboardInterrupt: The signal was Ctrl-C.
+            SystemExit: The signal was SIGTERM; the exit status is 143, as in shells.
         """
         if number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What users call to train."""
+"""The public functions for training: `finetune_llm_preference`, `finetune_llm_sft` and `finetune`."""
 
 from __future__ import annotations
 
@@ -58,56 +58,57 @@ def finetune_llm_preference(
     tensorboard: bool = False,
     verbose: bool = True,
 ) -> tuple[list[DPO], list[float]]:
-    """Tune a population on preference pairs, and let it evolve.
+    """Tune a population on preference pairs, and evolve the population.
 
-    Every unit is a step: one batch for every agent. All agents see the same batches in the same order, and are scored
-    on the same held-out pairs.
+    All intervals are in steps; a step is one batch for every agent. All agents see the same batches in the same order,
+    and are evaluated on the same held-out pairs.
 
     Args:
-        pop: The agents, on one base. A list of one is an ordinary DPO run. Evolution uses a population up: agents that
-            leave are released and others get new numbers, so go on with the population that is returned.
-        env: Serves the batches; the run begins at its present position.
-        num_epochs: Passes over the training pairs; 1 when `max_steps` is not given either.
-        max_steps: Steps at most, whatever `num_epochs` says.
-        evo_steps: Steps between two evolutions, by default an epoch. The run does not end with an evolution. Other
-            searches take it as the steps to their first decision.
-        evaluation_interval: Steps between two evaluations, by default those between two evolutions, else an epoch.
-            Before each evolution and at the end there is one in any case, if the gym has a test_dataset.
-        tournament: Selects the parents; evolution needs this and `mutation`.
+        pop: The agents, on one base. A list of one is an ordinary DPO run. Evolution releases agents and gives others
+            new indices, so use the returned population afterwards, not `pop`.
+        env: Serves the batches; the run begins at the gym's present position.
+        num_epochs: Passes over the training pairs; 1 if `max_steps` is not given either.
+        max_steps: Most steps of the run, even if `num_epochs` would give more.
+        evo_steps: Steps between two evolutions, by default an epoch. No evolution follows the last step. Other
+            searches take this as the number of steps before their first decision.
+        evaluation_interval: Steps between two evaluations, by default `evo_steps` with evolution, else an epoch.
+            If the gym has a test_dataset, the run also evaluates before each evolution and at the end.
+        tournament: Selects the parents; evolution needs `tournament` and `mutation`.
         mutation: Mutates the children.
-        search: Another search instead of these two: an object with the methods of `evollm.hpo.Search`, or the name of
-            one, "tournament" or "successive_halving". The population may then grow and shrink.
-        fitness: From an `Evaluation` to a number or a tuple of numbers, larger is better. The default is the
+        search: A search instead of `tournament` and `mutation`: an object with the methods of `evollm.hpo.Search`, or
+            the name "tournament" or "successive_halving". The population may then grow and shrink.
+        fitness: Maps an `Evaluation` to a number or a tuple of numbers; larger is better. The default is the
             preference accuracy, then the mean margin; neither contains beta.
         update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay
             relative to the first agent's reference at the start.
-        run_dir: Run folder, by default a new one in `evollm-runs`.
-        checkpoint_steps: Steps between two checkpoints of the whole population; there is one at the end, too. By
-            default those between two evolutions, else an epoch; 0: none.
-        keep_last: Checkpoints to keep, the newest; None: all.
-        checkpoint_path: Where they go, by default `checkpoints` in the run folder.
+        run_dir: Run folder, by default a new folder in `evollm-runs`.
+        checkpoint_steps: Steps between two checkpoints of the whole population; the run also saves one at the end. By
+            default `evo_steps` with evolution, else an epoch; 0: no checkpoints.
+        keep_last: How many of the newest checkpoints to keep; None: all.
+        checkpoint_path: Folder of the checkpoints, by default `checkpoints` in the run folder.
         save_elite: Save the fittest agent at the end.
-        elite_path: Where it goes, by default `elite` in the run folder.
-        resume_from_checkpoint: Folder of a run that was interrupted, to go on from its newest whole checkpoint with the
-            same bits. Agents, gym and arguments must be made as they were for that run: their state is replaced. A
-            larger `num_epochs` or `max_steps` goes on with a run that had ended.
-        num_sample_answers: Held-out prompts to answer before and after, for the eye.
+        elite_path: Folder of the fittest agent, by default `elite` in the run folder.
+        resume_from_checkpoint: Folder of an interrupted run, which resumes bit-exactly from its newest undamaged
+            checkpoint. Pass agents, gym and arguments made as for that run; the checkpoint replaces their state. A
+            larger `num_epochs` or `max_steps` extends a run that has ended.
+        num_sample_answers: Held-out prompts that are answered before and after tuning, for users to read.
         callbacks: Further callbacks.
-        accelerator: As given to the agents and the gym. Of several processes each computes a share of every batch, all
-            do the same with the results, and the main one writes; your own callbacks are called in all of them.
-        executor: Where the agents are: a class or function that makes an `evollm.execution.executor.Executor` of them.
+        accelerator: The accelerator given to the agents and the gym. Each of several processes computes a share of
+            every batch, all processes make the same updates, and only the main process writes; your own callbacks are
+            called in every process.
+        executor: A class or function from agents and gym to an `evollm.execution.executor.Executor`.
         report_to: Trackers to write to as well: "tensorboard", "wandb", "trackio" or a list of these, each an extra of
-            that name; "none" or None: none. A resumed run goes on with the run that its tracker knows.
+            that name; "none" or None: none. A resumed run continues its run in the tracker.
         wb: The same as `report_to="wandb"`.
         tensorboard: The same as `report_to="tensorboard"`.
         verbose: Show progress, tables and the result in the terminal.
 
     Returns:
         The population after the run, and for each agent the first component of its last fitness: with the default
-        fitness its preference accuracy. NaN for a diverged agent, and for all when there is nothing to evaluate on.
+        fitness its preference accuracy. NaN for a diverged agent, and for all agents without held-out rows.
 
     Raises:
-        ConfigurationError: Something cannot work; found before any training.
+        ConfigurationError: An argument is invalid; raised before any training.
         CheckpointError: Every checkpoint of the run to resume is damaged, or another process writes to the folder.
         DivergedError: Every agent's loss or gradient has become NaN or infinite.
     """
@@ -115,7 +116,7 @@ def finetune_llm_preference(
 
 
 class _Checked(Protocol[A, GymT_contra, P]):
-    """A loop as type checkers see it: with its own agents and gym, and the keyword arguments P of another loop."""
+    """Type of a decorated loop: its own types of agents and gym, and the keyword arguments P of another loop."""
 
     def __call__(
         self, pop: Sequence[A], env: GymT_contra, *args: P.args, **arguments: P.kwargs
@@ -125,7 +126,7 @@ class _Checked(Protocol[A, GymT_contra, P]):
 def _with_arguments_of(
     listed: Callable[Concatenate[Sequence[DPO], PreferenceGym, P], object], *without: str
 ) -> Callable[[Loop[A, GymT_contra]], _Checked[A, GymT_contra, P]]:
-    """Give a loop the keyword arguments of another one but a few, so that they are listed once."""
+    """Give a loop the keyword arguments of `listed` except those in `without`, so that one signature lists them."""
 
     def decorate(loop: Loop[A, GymT_contra]) -> _Checked[A, GymT_contra, P]:
         own = inspect.signature(loop)
@@ -147,20 +148,20 @@ def _with_arguments_of(
 
 @_with_arguments_of(finetune_llm_preference, "update_reference_each_epoch")
 def finetune_llm_sft(pop: Sequence[SFT], env: SFTGym, **arguments: Any) -> tuple[list[SFT], list[float]]:
-    """Tune a population on completions, and let it evolve: the stage before preferences.
+    """Tune a population on completions, the stage before preference tuning, and evolve the population.
 
     Args:
-        pop: SFT agents, on one base. A list of one is an ordinary SFT run. Go on with the population that is returned.
-        env: Serves the batches; the run begins at its present position.
-        **arguments: Those of `finetune_llm_preference` but `update_reference_each_epoch`. A `fitness` is given a
-            `LikelihoodEvaluation`; by default it is minus the mean negative log-likelihood of a held-out completion
-            token. A DPO agent's `load_checkpoint` takes the folder at `elite_path` for its next stage. Sample answers
-            before are those of the base.
+        pop: SFT agents, on one base. A list of one is an ordinary SFT run. Use the returned population afterwards.
+        env: Serves the batches; the run begins at the gym's present position.
+        **arguments: Those of `finetune_llm_preference` except `update_reference_each_epoch`. A `fitness` function takes
+            a `LikelihoodEvaluation`; the default fitness is minus the mean negative log-likelihood of a held-out
+            completion token. For preference tuning, pass the folder at `elite_path` to a DPO agent's
+            `load_checkpoint`. The base gives the sample answers before tuning.
 
     Returns:
         The population after the run, and for each agent the first component of its last fitness: with the default
-        fitness minus its held-out loss, in nats per token. NaN for a diverged agent, and for all when there is nothing
-        to evaluate on.
+        fitness minus its held-out loss, in nats per token. NaN for a diverged agent, and for all agents without
+        held-out rows.
 
     Raises:
         ConfigurationError, CheckpointError, DivergedError: As `finetune_llm_preference` does.
@@ -170,11 +171,11 @@ def finetune_llm_sft(pop: Sequence[SFT], env: SFTGym, **arguments: Any) -> tuple
 
 @_with_arguments_of(finetune_llm_preference)
 def finetune(pop: Sequence[A], env: DatasetGym, **arguments: Any) -> tuple[list[A], list[float]]:
-    """Tune a population of any algorithm, such as one of your own, and let it evolve.
+    """Tune a population of any algorithm, such as one of your own, and evolve the population.
 
     Args:
         pop: Agents of one algorithm, on one base.
-        env: A gym of the algorithm's kind.
+        env: A gym of the class that the algorithm needs.
         **arguments: Those of `finetune_llm_preference`; the default of `fitness` is the algorithm's own.
 
     Returns:
@@ -198,7 +199,7 @@ def _finetune(
     accelerator: Accelerator | None,
     **arguments: Any,
 ) -> tuple[list[A], list[float]]:
-    """Check everything, then run."""
+    """Check all arguments, then train."""
     processes = check_processes(accelerator)
     paths = check_paths(processes, run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
     return prepare(pop, env, check_arguments(algorithm, processes, paths, **arguments)).train()
