@@ -22,7 +22,7 @@ RANK = 16
 # A weight, its gradient and Adam's two moments, in float32.
 BYTES_PER_TRAINED = 16
 BYTES_PER_FROZEN = 4
-# Tokens of the measured batch: enough for the speed of a full pass, and measured in seconds.
+# Tokens of the timed batch: enough to reach the speed of a full pass, few enough to take only seconds.
 TIMED_TOKENS = 256
 # The forward pass of the reference takes about a third of the time of a forward and backward pass.
 REFERENCE_SHARE = 1 / 3
@@ -38,9 +38,9 @@ class Forecast:
         base_bytes: Memory of the base's weights.
         adapter_parameters: Parameters of one adapter.
         activation_bytes: Memory of the activations saved for one backward pass: measured, or by a rough formula.
-        memory_bytes: The sum: base, 16 bytes for each trained parameter, one frozen reference, activations.
+        memory_bytes: The sum of base, 16 bytes for each trained parameter, one frozen reference, and activations.
         free_bytes: Free memory at present.
-        seconds: Time of the run without evaluations; None if it was not measured.
+        seconds: Time of the run without evaluations; None if no step was timed.
     """
 
     population: int
@@ -63,16 +63,16 @@ def forecast(
     epochs: int,
     measured: bool,
 ) -> Forecast | None:
-    """Estimate a run on these rows; None if the model has no configuration, or is not a language model.
+    """Estimate a run's memory and time; None if the model has no configuration, or is not a language model.
 
     Args:
         model: Name or folder of the base.
         config: The base's configuration; None if there is none.
-        pairs: The tokenized rows.
+        pairs: The tokenised rows.
         algorithm: The algorithm of the agents.
         population: Number of agents.
         epochs: Number of epochs.
-        measured: Whether to load the weights and time a step of one agent.
+        measured: Whether to load the weights and time a step of one agent; otherwise `Forecast.seconds` is None.
 
     Raises:
         ConfigurationError: `measured` is True, and the model cannot be loaded.
@@ -87,7 +87,7 @@ def forecast(
         try:
             with torch.device("meta"):
                 network = auto_class(config).from_config(config)
-        except Exception:  # transformers raises many types for configurations of other kinds of models
+        except Exception:  # transformers raises errors of many types for models that are not language models
             return None
     base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     adapter = adapter_parameters(network)
@@ -98,7 +98,7 @@ def forecast(
         per_token, saved_per_token = _measure(network, pairs, algorithm)
         passes = population * epochs + (REFERENCE_SHARE if algorithm.has_reference else 0)
         seconds = per_token * sum(pair.num_tokens for pair in pairs) * passes
-    # The default token budget of a CPU; a longer row is a pass by itself.
+    # The default token budget of a CPU; a row above the budget gets a pass of its own.
     budget = tokens_in_flight(tokens_that_fit(free_bytes, saved_per_token), "cpu", training=True)
     activations = int(saved_per_token * max(budget, longest))
     references = BYTES_PER_FROZEN * adapter if algorithm.has_reference else 0
@@ -122,7 +122,7 @@ def adapter_parameters(model: Any) -> int:
 
 
 def _rough_activations(config: Any, longest: int, free_bytes: int) -> float:
-    """Bytes of activations per token: of all layers or, with checkpointing, all layers' inputs and one layer."""
+    """Bytes of activations per token: all layers or, with checkpointing, the inputs of all layers and one layer."""
     config = config.get_text_config()
     hidden, layers = int(getattr(config, "hidden_size", 1024)), int(getattr(config, "num_hidden_layers", 32))
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
@@ -133,7 +133,7 @@ def _rough_activations(config: Any, longest: int, free_bytes: int) -> float:
 
 
 def usual_pairs(pairs: Sequence[Sample], tokens: int) -> list[Sample]:
-    """Return rows of at most so many tokens in all, but at least one: the row of median length and longer ones."""
+    """Return the row of median length and the next longer rows, up to `tokens` tokens in all but at least one row."""
     ordered = sorted(pairs, key=lambda pair: pair.num_tokens)
     chosen = [ordered[len(ordered) // 2]]
     for pair in ordered[len(ordered) // 2 + 1 :]:
@@ -144,7 +144,7 @@ def usual_pairs(pairs: Sequence[Sample], tokens: int) -> list[Sample]:
 
 
 def _measure(model: Any, pairs: Sequence[Sample], algorithm: Algorithm) -> tuple[float, float]:
-    """Measure one agent's seconds and bytes of activations per training token, on rows of usual length."""
+    """Measure one agent's seconds and activation bytes per training token, on rows of about median length."""
     usual = usual_pairs(pairs, TIMED_TOKENS)
     batch = Batch(usual)
     agent: Any = algorithm.agent(actor_network=model, batch_size=len(usual))

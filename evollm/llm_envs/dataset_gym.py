@@ -1,4 +1,4 @@
-"""What every gym does: rows of up to three datasets, served in batches whose order seed, epoch and index determine."""
+"""The base class of the gyms: serves rows of up to three datasets in batches, ordered by seed, epoch and index."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ FloatArray: TypeAlias = NDArray[np.float32]
 
 SPLITS = ("train", "test", "final")
 NO_PAIRS = Batch(())
-# Parts of a split that are told apart, and tokens of a text that are shown.
+# Most digests of a split, and most tokens of a changed text to show.
 _SHARES, _SHOWN_TOKENS = 256, 40
 STATE_KEYS = frozenset({"seed", "epoch", "index", "awaiting_action", "num_pairs", "batch_size"})
 
 
 @dataclass(frozen=True)
 class _Position:
-    """Where an iteration stands.
+    """A position in the batches of a split.
 
     Attributes:
         epoch: The current epoch, from 0.
-        index: Batches of it that were served.
-        awaiting_action: Whether the last of them still waits for `step`.
+        index: Batches of the current epoch that were served.
+        awaiting_action: Whether the last served batch still waits for `step`.
     """
 
     epoch: int = 0
@@ -61,15 +61,15 @@ class _Position:
 
 
 class DatasetGym(gymnasium.Env[Observation, FloatArray]):
-    """Serves the rows of datasets as batches of pairs; a subclass says what a row is, and what an action earns.
+    """Serves the rows of datasets as batches of pairs; a subclass defines the row format and the reward.
 
-    Its arguments, attributes and errors are those of its subclasses.
-    The order of epoch e is `np.random.default_rng([seed, e]).permutation(n)`, so that seed, epoch and index say
-    everything about the position.
+    The subclasses document arguments, further attributes and errors.
+    The order of epoch e is `np.random.default_rng([seed, e]).permutation(n)`, so seed, epoch and index determine the
+    position.
 
     Attributes:
-        row_format: What the rows of the datasets look like.
-        largest_action: Upper bound of an action's numbers.
+        row_format: Format of the rows of the datasets.
+        largest_action: Upper bound of the numbers in an action.
         largest_id: The largest token id in any split.
     """
 
@@ -101,7 +101,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
             raise ConfigurationError("tokenizer", tokenizer, "must be the model's tokenizer, loaded by AutoTokenizer")
         self.tokenizer = tokenizer
         self.data_batch_size_per_gpu = whole_number("data_batch_size_per_gpu", data_batch_size_per_gpu, 1)
-        # Every process is served the whole batch; the agents divide it among themselves.
+        # Every process serves the whole batch; the agents divide the batch among processes.
         self.batch_size = self.data_batch_size_per_gpu * processes.size
         self.seed = whole_number("seed", seed, 0)
         self.row_format = type(self).row_format.with_columns(columns)
@@ -146,7 +146,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     @property
     def test_pairs(self) -> list[Sample]:
-        """The tokenised selection pairs; empty without a `test_dataset`."""
+        """The tokenised pairs that agents are selected by; empty without a `test_dataset`."""
         return self._pairs["test"]
 
     @property
@@ -161,13 +161,13 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     @property
     def form(self) -> str:
-        """What the rows of all splits are learnt as: `chat`, `text` or `mixed`; see `DataReport.form`."""
+        """The form in which all splits are learnt: `chat`, `text` or `mixed`; see `DataReport.form`."""
         forms = {report.form for report in self.reports.values()} - {""}
         return forms.pop() if len(forms) == 1 else "mixed"
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the token ids of all pairs in their order, and of what is not scored."""
+        """Digest of the keys of all pairs in their order: token ids, masks of scored tokens, extras."""
         digest = hashlib.blake2b(digest_size=16)
         for split, pairs in self._pairs.items():
             digest.update(f"{split} {len(pairs)}".encode())
@@ -177,14 +177,14 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     @property
     def digests(self) -> dict[str, list[str]]:
-        """Digests of the pairs of each split, of equal shares of them in their order; see `changed_text`."""
+        """For each split, digests of up to 256 equal parts of the pairs in their order; see `changed_text`."""
         return {split: [_digest_of(share) for share in _shares(pairs)] for split, pairs in self._pairs.items() if pairs}
 
     def changed_text(self, before: Mapping[str, Any]) -> str:
-        """The first text in which the pairs differ from those that a run began with, in words.
+        """Say in words which text is the first that has changed since a run began.
 
         Args:
-            before: What the run noted of its data: `digests`, and `written_at` as text.
+            before: The run's saved `config["data"]`: `digests`, and `written_at` as text.
         """
         changed = self._first_change(before["digests"])
         then = before.get("written_at")
@@ -206,27 +206,27 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     @property
     def num_epochs(self) -> int:
-        """Training epochs that lie behind, the current one once its last batch was served (and scored by `step`)."""
+        """Completed training epochs; the current epoch counts after its last batch (and after that batch's `step`)."""
         position = self._training
         whole = position.index == self._num_batches("train") and not position.awaiting_action
         return position.epoch + int(whole)
 
     def __len__(self) -> int:
-        """Batches in an epoch; of the selection pairs in `eval_mode`."""
+        """Batches in an epoch of the training pairs; in `eval_mode`, of the `test_dataset` pairs."""
         return self._num_batches(self._split)
 
     # ----------------------------------------------------------------------------------------------- gymnasium's API
 
     @explains(RESET, RESET_ORDER)
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
-        """Start an epoch: the next one if the current one was begun, epoch 0 of that seed if a seed is given.
+        """Start an epoch: the next epoch if the current epoch has begun, or epoch 0 of `seed` if a seed is given.
 
         Args:
-            seed: New seed of the order; in `eval_mode`, where the order is fixed, it changes nothing.
+            seed: New seed of the order. In `eval_mode` the order is fixed, so the gym's seed stays.
             options: Not used.
 
         Returns:
-            The first observation, and `{"epoch", "index"}` of its batch.
+            The first observation, and `{"epoch", "index"}` of the observed batch.
         """
         seed = optional_whole_number("seed", seed, 0)
         super().reset(seed=seed)
@@ -239,10 +239,10 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         return self._observe_next()
 
     def step(self, action: FloatArray) -> tuple[Observation, float, bool, bool, Info]:
-        """Score the current batch and go on to the next.
+        """Compute the reward of the current batch and serve the next batch.
 
         Args:
-            action: (B,) numbers; those of rows without a pair are ignored.
+            action: (B,) numbers; numbers of rows without a pair are ignored.
 
         Returns:
             The next observation (without any pair at the epoch's end), the reward of the current pairs, whether the
@@ -268,18 +268,18 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
     # ------------------------------------------------------------------------------------------------------- batches
 
     def next_batch(self) -> Batch:
-        """Serve the next batch, of a new epoch if need be; an epoch's last batch may be smaller.
+        """Serve the next batch, starting a new epoch after the last batch; an epoch's last batch may be smaller.
 
-        In `eval_mode` it goes through the selection pairs.
+        In `eval_mode` the batches come from the `test_dataset` pairs.
         """
         return self._serve(awaiting_action=False)
 
     @contextmanager
     def eval_mode(self) -> Iterator[Self]:
-        """Serve the selection pairs in their own order meanwhile; afterwards the training position is as it was before.
+        """Serve the `test_dataset` pairs, in dataset order, inside the block; the training position does not change.
 
         Raises:
-            ConfigurationError: There are no selection pairs.
+            ConfigurationError: There are no `test_dataset` pairs.
         """
         self.evaluation_pairs("test")
         before = self._evaluation
@@ -290,17 +290,17 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
             self._evaluation = before
 
     def eval_batches(self, split: str = "test", batch_size: int | None = None) -> Iterator[tuple[IntArray, Batch]]:
-        """Go once through all pairs of a split, those of like length together; the order is always the same.
+        """Iterate once over all pairs of a split, sorted by length; the order is always the same.
 
         Args:
-            split: "test" (the selection pairs) or "final".
-            batch_size: Most pairs in a batch; None: that of training.
+            split: "test" or "final".
+            batch_size: Most pairs in a batch; None: the batch size of training.
 
         Returns:
             An iterator over (positions of the batch's pairs in the split, the batch).
 
         Raises:
-            ConfigurationError: There is no such split, it is empty, or the size is below 1.
+            ConfigurationError: There is no such split, the split is empty, or the size is below 1.
         """
         pairs = self.evaluation_pairs(split)
         size = optional_whole_number("batch_size", batch_size, 1) or self.batch_size
@@ -311,7 +311,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
     # ------------------------------------------------------------------------------------------------------ position
 
     def state_dict(self) -> dict[str, Any]:
-        """The training position and what it refers to, ready for JSON."""
+        """The training position, with the seed, the number of pairs and the batch size, as JSON values."""
         position = self._training
         return {
             "seed": self.seed,
@@ -323,7 +323,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Return to a position: the next batch is the one that would have come then.
+        """Restore a position: the next batch is the batch that followed when `state_dict` was called.
 
         Raises:
             ConfigurationError: The state lacks or adds a key, holds a value out of range, or belongs to another number
@@ -354,7 +354,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         return -(-len(self._pairs[split]) // self.batch_size)
 
     def _rows(self, epoch: int, index: int) -> IntArray:
-        """Positions, in the split that is served, of the pairs of an epoch's batch `index`."""
+        """Positions, in the served split, of the pairs in batch `index` of an epoch."""
         count, size = len(self._pairs[self._split]), self.batch_size
         order = _epoch_order(self.seed, epoch, count) if self._evaluation is None else np.arange(count)
         return order[index * size : (index + 1) * size]
@@ -373,10 +373,10 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         return self._shape.observation(batch), info
 
     def evaluation_pairs(self, split: str) -> list[Sample]:
-        """The tokenised pairs of a split that agents are scored on, in their order.
+        """The tokenised pairs of a held-out split, in dataset order.
 
         Raises:
-            ConfigurationError: There is no such split, or it is empty.
+            ConfigurationError: There is no such split, or the split is empty.
         """
         if not isinstance(split, str) or split not in SPLITS[1:]:
             raise ConfigurationError("split", split, f"evaluate on one of {SPLITS[1:]}")
@@ -388,7 +388,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     @abstractmethod
     def _reward(self, numbers: NDArray[Any], pairs: Sequence[Sample]) -> float:
-        """What an action earns: a number for each of these pairs."""
+        """The reward of an action that gives `numbers`, one for each of `pairs`."""
 
     def _numbers(self, action: object) -> NDArray[Any]:
         fix = f"pass {self.batch_size} numbers, one for each {self.row_format.noun}"
@@ -463,7 +463,7 @@ def _warn_of_overlap(pairs: Mapping[str, Sequence[Sample]], noun: str) -> None:
 
 
 def _shares(pairs: list[Sample]) -> list[list[Sample]]:
-    """Up to `_SHARES` equal parts, in their order."""
+    """Up to `_SHARES` consecutive parts of equal size; the last part may be smaller."""
     size = -(-len(pairs) // _SHARES) or 1
     return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 

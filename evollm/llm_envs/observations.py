@@ -1,4 +1,4 @@
-"""Batches as observations of a gymnasium environment, padded to fixed shapes, and back."""
+"""Conversion of batches to padded observations of a gymnasium environment, and back."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ IDS, MASK, LABELS = "input_ids", "scored_mask", "labels"
 
 @dataclass(frozen=True)
 class ObservationShape:
-    """What the observations of an environment have in common.
+    """The shapes and optional keys of an environment's observations.
 
     Attributes:
-        num_rows: Rows of an observation, those without a sample included.
+        num_rows: Rows of an observation, rows without a sample included.
         row_length: Tokens of a row, padding included.
-        with_mask: Whether there is a `scored_mask`.
-        with_labels: Whether there are `labels`.
+        with_mask: Whether observations have a `scored_mask`.
+        with_labels: Whether observations have `labels`.
     """
 
     num_rows: int
@@ -37,7 +37,7 @@ class ObservationShape:
 
     @classmethod
     def of(cls, samples: Batch, num_rows: int) -> ObservationShape:
-        """The shape that has room for any of these samples."""
+        """The shape of observations that can hold any of these samples."""
         row_length = int(samples.num_tokens.max())
         return cls(num_rows, row_length, any(sample.has_mask for sample in samples), samples.labels is not None)
 
@@ -50,16 +50,17 @@ class ObservationShape:
             found[MASK] = spaces.MultiBinary(table)
         if self.with_labels:
             found[LABELS] = spaces.Box(-np.inf, np.inf, (self.num_rows,), np.float64)
-        # gymnasium types the samples of a Dict as a dictionary of spaces.
+        # gymnasium's annotation of Dict says that its samples are dictionaries of spaces.
         return cast("spaces.Space[Observation]", spaces.Dict(found))
 
     def observation(self, batch: Batch) -> Observation:
-        """A batch of samples with one or two completions, padded with zeros.
+        """Pad a batch of samples with one or two completions with zeros.
 
         Returns:
             `input_ids` (num_rows, row_length) with `prompt | chosen | rejected` in each row, and three lengths
-            (num_rows,), which are 0 for a row without a sample, and without a second completion. Also `scored_mask`
-            (num_rows, row_length) in int8 and `labels` (num_rows,), where samples have them.
+            (num_rows,), which are 0 for a row without a sample; `rejected_lengths` is also 0 without a second
+            completion. If samples have masks or labels, also `scored_mask` (num_rows, row_length) in int8 or
+            `labels` (num_rows,).
         """
         table = self.num_rows, self.row_length
         found: Observation = {IDS: np.zeros(table, np.int64)}
@@ -79,11 +80,11 @@ class ObservationShape:
 
 
 def batch_of(experiences: Batch | Mapping[str, Any]) -> Batch:
-    """The batch that was handed in, or that of an observation, without the rows that hold no sample.
+    """Convert an observation to a batch, leaving out rows without a sample; a batch is returned unchanged.
 
     Raises:
-        DataError: A key is missing, an array has not the shape or the type of an observation's, or no row holds a
-            sample.
+        DataError: A key is missing, an array does not have an observation's shape or type, no row holds a sample, or a
+            completion has no scored token.
     """
     if isinstance(experiences, Batch):
         return experiences
@@ -117,7 +118,7 @@ def batch_of(experiences: Batch | Mapping[str, Any]) -> Batch:
 
 
 def as_action(numbers: NDArray[Any], experiences: Batch | Mapping[str, Any]) -> NDArray[np.float32]:
-    """One number for each sample -> one for each row of an observation, (num_rows,), 0 for rows without a sample."""
+    """Expand numbers per sample to (num_rows,) numbers per row of an observation; 0 for rows without a sample."""
     numbers = numbers.astype(np.float32)
     if isinstance(experiences, Batch):
         return numbers
@@ -128,7 +129,7 @@ def as_action(numbers: NDArray[Any], experiences: Batch | Mapping[str, Any]) -> 
 
 
 def _as_array(name: str, values: Any, kinds: str = "ui") -> NDArray[Any]:
-    """The values in main memory, wherever a tensor of them lies."""
+    """Convert values to a NumPy array; a tensor on any device is copied to main memory if needed."""
     what = "must be numbers" if "f" in kinds else "must be whole numbers"
     try:
         array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
@@ -140,7 +141,7 @@ def _as_array(name: str, values: Any, kinds: str = "ui") -> NDArray[Any]:
 
 
 def _optional(experiences: Mapping[str, Any], name: str, kinds: str, shape: tuple[int, ...]) -> NDArray[Any] | None:
-    """An array that not every observation has."""
+    """An array under an optional key of an observation; None if the key is missing."""
     if name not in experiences:
         return None
     array = _as_array(name, experiences[name], kinds)
@@ -150,7 +151,7 @@ def _optional(experiences: Mapping[str, Any], name: str, kinds: str, shape: tupl
 
 
 def _check_shapes(ids: IntArray, lengths: list[IntArray]) -> None:
-    """Raise unless the arrays are a batch's: a row of ids for each of the lengths, and room for what they say."""
+    """Raise unless `ids` has a row for each length, and columns for the sum of each row's lengths."""
     count = len(lengths[0]) if lengths[0].shape else 0
     fits = ids.ndim == 2 and len(ids) == count and all(array.shape == (count,) for array in lengths)  # noqa: PLR2004
     if not fits:

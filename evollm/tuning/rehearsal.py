@@ -1,4 +1,4 @@
-"""What comes of a run before its first step: whether it goes on where it should, and about how long it takes."""
+"""Checks before a run: that its checkpoint loads, if it resumes, and about how long the run takes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from evollm.inspection.forecast import REFERENCE_SHARE, TIMED_TOKENS, usual_pair
 from evollm.inspection.printing import rough_duration
 from evollm.tuning.setup import Setup
 
-# A step of the run itself is timed where it takes no more than so many seconds.
+# A step on a full batch is timed only if its estimate is at most this many seconds.
 QUICK = 5.0
 
 
 def rehearse(setup: Setup) -> str:
-    """Take up the run where it should go on, and time a few steps.
+    """Load the checkpoint of a run to resume, and time a few steps.
 
     Args:
-        setup: The run; its agents are not to be used afterwards.
+        setup: The run; do not use its agents afterwards, since the timed steps train them.
 
     Returns:
-        A line about the run's time.
+        A line of text about the run's time.
 
     Raises:
         CheckpointError: No checkpoint of the run to resume can be read.
@@ -54,21 +54,21 @@ def rehearse(setup: Setup) -> str:
 def _seconds_per_token(
     population: Sequence[SavableAgent], pairs: Sequence[Sample], batch_size: int
 ) -> tuple[float, str]:
-    """Seconds in which all agents learn from a token, and how that was measured."""
+    """Seconds in which all agents learn from one token, and a text on the measurement."""
     rows = usual_pairs(pairs, TIMED_TOKENS)
     seconds = _timed(population, rows)
     tokens = sum(pair.num_tokens for pair in rows)
     batch = usual_pairs(pairs, batch_size * max(pair.num_tokens for pair in pairs))[:batch_size]
     batch_tokens = sum(pair.num_tokens for pair in batch)
     if len(batch) > len(rows) and seconds * batch_tokens / tokens <= QUICK:
-        # Many tokens take less time each than few.
+        # A token takes less time in a large batch than in a small batch.
         rows, tokens, seconds = batch, batch_tokens, _timed(population, batch)
     agents = f"{len(population)} agent{'' if len(population) == 1 else 's'}"
     return seconds / tokens, f"{agents} learnt from {tokens} tokens in {seconds:.2g} s"
 
 
 def _timed(population: Sequence[SavableAgent], rows: Sequence[Sample]) -> float:
-    """Seconds of a step, after one in which everything is made that is made once."""
+    """Seconds of a step, timed after a warm-up step."""
     batch = Batch(list(rows))
     learn_all(population, batch)
     start = time.perf_counter()
@@ -77,14 +77,14 @@ def _timed(population: Sequence[SavableAgent], rows: Sequence[Sample]) -> float:
 
 
 def _passes(setup: Setup, steps: int) -> float:
-    """Tokens that all agents learn from, with those that are only scored at the price of a forward pass."""
+    """Tokens that each agent learns from, plus forward-only tokens weighted by the relative cost of a forward pass."""
     env, schedule, agents = setup.env, setup.schedule, len(setup.agents)
     train, test, final = (_tokens(pairs) for pairs in (env.train_pairs, env.test_pairs, env.final_pairs))
     learnt = train * steps / schedule.epoch
     every = schedule.evolve_every or schedule.total
     last_steps = range(schedule.total - steps + 1, schedule.total + 1)
     evaluations = sum(schedule.evaluates_at(step, decides=step % every == 0) for step in last_steps)
-    # The start, the best agent and the one that comes second.
+    # Three agents are scored once: the first before training, the best and the second-best after training.
     scored_once = 3 * (final or test)
     references = train + test + final if setup.algorithm.has_reference else 0
     forward = evaluations * test + (scored_once + references) / agents

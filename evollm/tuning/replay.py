@@ -1,4 +1,4 @@
-"""One agent trained on the schedule of hyperparameters that a run has found."""
+"""`replay`: train one agent on the hyperparameter schedule of a run's best agent."""
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ from evollm.tuning.arguments_file import known_of, place_of, read_tune_arguments
 from evollm.tuning.parameters import loop_of, parameters_of, taken_by
 from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
-# What decides in which steps, and so beside whom, an agent goes through a batch.
+# Only agents with the same values of these hyperparameters share passes through the base.
 _STRIDE = ("batch_size", "update_epochs")
 _HELD_OUT = frozenset({"test_data", "final_data"})
 
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What a replay has made.
+    """The result of `replay`.
 
     Attributes:
-        agent: The agent.
+        agent: The trained agent.
         run_dir: The run folder of the replay.
-        schedule: The hyperparameters that it learnt with: (step of the replay, values) wherever they changed.
-        exact: Whether its adapter is that of the run's best agent, bit for bit. None: there is nothing to compare with.
-        reason: Why there is nothing: other data, another number of steps, or no best agent was kept; else empty.
+        schedule: The agent's hyperparameters, as (step of the replay, values) at each change.
+        exact: Whether the agent's adapter is bit-identical to that of the run's best agent; None: not compared.
+        reason: Why the adapters were not compared: other data, another number of steps, or no saved best agent; "" if
+            they were compared.
     """
 
     agent: SavableAgent
@@ -61,14 +62,15 @@ class ReplayResult:
 
 @dataclass(frozen=True)
 class Script:
-    """What happens to an agent that is trained anew.
+    """The hyperparameters and batch slots of a replayed agent, step by step.
 
     Attributes:
-        total: Steps that it learns.
+        total: Steps of the replay.
         values: Hyperparameters by the step after which they hold; 0: from the start.
-        slots: By step, counted from 1, its place among those that learnt in the same passes; none on other data.
-        skipped: Steps of the run before the line began: those before the birth of a fresh agent. All others count from
-            there.
+        slots: By step, counted from 1, the agent's place among the agents that shared its passes; empty if the schedule
+            is stretched.
+        skipped: Steps of the run before the best agent's line began with a fresh agent, else 0. The steps of the
+            replay are counted from there.
     """
 
     total: int
@@ -78,7 +80,7 @@ class Script:
 
     @classmethod
     def of(cls, record: RunRecord) -> Script:
-        """That of a run's best agent, on the data of the run."""
+        """The script of a run's best agent, for a replay on the data of the run."""
         strides = {index: _stride(life.birth.hyperparameters) for index, life in record.lives.items()}
         skipped = record.line[0].steps[0]
         learners: dict[int, list[int]] = {}
@@ -95,12 +97,12 @@ class Script:
         return cls(record.config["schedule"]["total"] - skipped, values, slots, skipped)
 
     def stretched(self, total: int) -> Script:
-        """The same over another number of steps: each change comes at the same share of the run."""
+        """The script over another number of steps: each change comes at the same fraction of the run."""
         return Script(total, {round(step * total / self.total): values for step, values in self.values.items()}, {})
 
     @property
     def schedule(self) -> HyperparameterSchedule:
-        """The hyperparameters by step."""
+        """The hyperparameters as (step, values)."""
         return [(step, dict(values)) for step, values in self.values.items()]
 
 
@@ -109,13 +111,13 @@ def _stride(values: Mapping[str, Value]) -> tuple[Value | None, ...]:
 
 
 class _Prompter(Callback):
-    """Gives an agent the values and the slot that its script has for the next step.
+    """Sets an agent's hyperparameters and batch slot for each next step.
 
     Args:
         agent: The agent.
-        script: Its script.
-        engine: What the run's engine had found, to divide batches as the run did and take its paths; None: nothing.
-        references: Reference log-probs that the run had found.
+        script: Hyperparameters and batch slots of the agent.
+        engine: State of the run's engine, so that batches are divided and computed as in the run; None: no state.
+        references: Reference log-probs that the run computed; None: no log-probs.
     """
 
     def __init__(
@@ -128,22 +130,22 @@ class _Prompter(Callback):
         self._references = references
 
     def on_start(self, event: RunStarted) -> None:
-        """The first step is next."""
+        """Restore the state of the run's engine and cache, and set the slot of the first step."""
         self.run_dir = event.run_dir
         if self._engine is not None:
-            # Only now: a run begins with nothing.
+            # Loaded only now, because the beginning of a run clears this state.
             Engine.of(self._agent.base).load_state_dict(self._engine)
         if self._references is not None:
             self._agent.base.reference_cache.update(self._references)
         self._agent.slot = self._script.slots.get(event.step + 1)
 
     def on_step(self, event: StepDone) -> None:
-        """The step after this one is next."""
+        """Set the hyperparameters and the slot of the next step."""
         self._agent.set_hyperparameters(self._script.values.get(event.step, {}))
         self._agent.slot = self._script.slots.get(event.step + 1)
 
     def on_end(self, event: RunEnded) -> None:
-        """Whatever the agent learns from now on, it learns by itself."""
+        """Remove the slot, so that later passes of the agent compute no other slots."""
         self._agent.slot = None
 
 
@@ -163,37 +165,39 @@ def replay(
     trust_remote_code: bool = False,
     **handed_in: Any,
 ) -> ReplayResult:
-    """Train one agent on the schedule of hyperparameters of a run's best agent; nothing is selected or mutated.
+    """Train one agent on the hyperparameter schedule of a run's best agent, without selection or mutation.
 
-    On the data of the run and with one process its adapter becomes the best agent's, bit for bit. The passes through
-    the base have the shapes that they had, as if the others were still beside it, since roundings depend on shapes;
-    nothing is learnt or kept for the others. This does not hold where references moved (`update_reference_each_epoch`)
-    or losses over whole batches evolved together with others; the result says whether it did.
+    On the data of the run and with one process, the agent's adapter becomes bit-identical to the best agent's adapter.
+    Rounding depends on the shapes of passes, so each pass keeps the shape that it had with the other agents; their
+    slots are computed but not learnt from. The result says whether the adapters are identical. They may differ if
+    references moved (`update_reference_each_epoch`), or if losses over whole batches evolved with other losses.
 
-    A line that began with a fresh agent is trained from its birth on: the batches before are left out.
+    If the best agent descends from a fresh agent, training starts at the birth of the fresh agent, without the batches
+    before this birth.
 
     On other data, or with another number of epochs or steps, the schedule is stretched: each change comes at the same
-    share of the run.
+    fraction of the run.
 
     Args:
         run: Folder of a run that has ended.
-        agents: Agents made as for the run, of which one is trained. None: as `tune` made them.
-        env: A gym made as for the run, or with other data. None: as `tune` made it.
-        data: Rows to learn from, for a run of `tune`: others, or the same again where the run was given Python objects,
-            which its folder does not hold.
-        num_epochs: Passes over the data; None: as many as the run made.
-        max_steps: Steps at most.
-        run_dir: Run folder of the replay, by default a new one in `evollm-runs`.
-        resume_from_checkpoint: Folder of a replay with the same arguments that was interrupted, to go on with it.
-        checkpoint_path: The run's checkpoints, of a run that keeps them outside its folder.
-        elite_path: The run's best agent, likewise.
+        agents: Agents made as for the run, of which one is trained. None: agents as `tune` made them.
+        env: A gym made as for the run, or with other data. None: a gym as `tune` made it.
+        data: Rows to learn from, for a run of `tune`: other rows, or the run's rows if they were Python objects, which
+            the run folder does not hold.
+        num_epochs: Passes over the data; None: as many as in the run.
+        max_steps: Most steps.
+        run_dir: Run folder of the replay, by default a new folder in `evollm-runs`.
+        resume_from_checkpoint: Folder of an interrupted replay with the same arguments, to resume.
+        checkpoint_path: Folder of the run's checkpoints, if outside the run folder.
+        elite_path: Folder of the run's best agent, if outside the run folder.
         verbose: Show progress and the result in the terminal.
-        trust_remote_code: Run code that comes with the base of a run of `tune`. A run folder cannot ask for it.
-        **handed_in: Further arguments of `tune` that its folder does not hold: `model`, `tokenizer`, `test_data`, ...
+        trust_remote_code: Run code that comes with the base of a run of `tune`; only this argument can allow that, not
+            the run folder.
+        **handed_in: Further arguments of `tune` that the run folder does not hold: `model`, `tokenizer`, `test_data`...
 
     Raises:
-        ConfigurationError: This is no run folder, the run was begun by a script and agents or env are missing, or they
-            are others than the run's.
+        ConfigurationError: `run` is no run folder, the run was begun by a script and `agents` or `env` is missing, or
+            agents or gym differ from those of the run.
         CheckpointError: The run has not ended, or its files are damaged.
     """
     record = read_run(run, rows=False)
@@ -205,7 +209,7 @@ def replay(
     if (agents is None) != (env is None) or (agents is not None and handed_in):
         raise ConfigurationError("agents", None, "pass agents and env together, and then no data, or neither")
     if agents is None or env is None:
-        # A template that writes the date writes that of the run.
+        # A chat template that writes the date must write the date of the run.
         with clock.at(clock.read_moment(record.config["data"].get("written_at"))):
             agents, env = _as_tuned(run, handed_in, trust_remote_code)
     agent = _founder(agents, record)
@@ -220,7 +224,7 @@ def replay(
         env.load_state_dict(config["data"]["position"])
         engine = _engine_of(checkpoints)
         if script.skipped:
-            # Others had found them in the batches of earlier steps, whose rounding they carry.
+            # In the run, other agents cached these log-probs in skipped batches, whose rounding the log-probs carry.
             references = _references_of(checkpoints)
         for _ in range(script.skipped):
             env.next_batch()
@@ -242,7 +246,7 @@ def replay(
 
 
 def _place(run: str | os.PathLike[str], name: str, given: str | os.PathLike[str] | None) -> Path:
-    """Where a run has its checkpoints, or its best agent."""
+    """The folder of a run's checkpoints (`checkpoint_path`) or best agent (`elite_path`)."""
     if given is not None:
         return usable_path(name, given)
     known = known_of(run)
@@ -252,7 +256,7 @@ def _place(run: str | os.PathLike[str], name: str, given: str | os.PathLike[str]
 
 
 def _why_stretched(same_data: bool, num_epochs: int | None, max_steps: int | None) -> str:
-    """Why the schedule does not hold step by step; empty where it does."""
+    """Why the schedule is stretched; "" if each change keeps its step."""
     if not same_data:
         return "the schedule was stretched over other data, or held-out rows are others than the run's"
     asked = num_epochs is not None or max_steps is not None
@@ -260,7 +264,7 @@ def _why_stretched(same_data: bool, num_epochs: int | None, max_steps: int | Non
 
 
 def _why_no_elite(elite: Path, config: Mapping[str, Any]) -> str:
-    """Why the best agent of a run cannot be compared with; empty where it can."""
+    """Why the replayed agent cannot be compared with the run's best agent; "" if it can."""
     if not config["options"]["save_elite"]:
         return "the run was not to save its best agent (save_elite=False)"
     return "" if elite.is_dir() else f"the run's best agent is not at {elite}"
@@ -269,11 +273,11 @@ def _why_no_elite(elite: Path, config: Mapping[str, Any]) -> str:
 def _as_tuned(
     run: str | os.PathLike[str], handed_in: Mapping[str, Any], trust_remote_code: bool
 ) -> tuple[list[SavableAgent], DatasetGym]:
-    """One agent and the gym as `tune` made them for a run, with what is handed in instead of what the folder holds."""
+    """One agent and the gym as `tune` made them for a run; `handed_in` overrides arguments saved in the run folder."""
     asked = read_tune_arguments(run)
     algorithm = algorithm_named(asked.settings.get("algorithm", "dpo"))
     parameters = parameters_of(algorithm)
-    # Neither callbacks, nor a fitness, nor bounds have a part in what one agent learns from a schedule.
+    # Callbacks, fitness and bounds have no effect on what one agent learns from a schedule.
     shaping = {
         *TUNE_PARAMETERS,
         *taken_by(algorithm.gym, parameters),
@@ -283,7 +287,7 @@ def _as_tuned(
     missing = shaping - handed_in.keys()
     found = {name: value for name, value in asked.settings.items() if name in shaping} | dict(handed_in)
     if "data" in handed_in:
-        # Nothing is selected by them.
+        # A replay selects no agent, so held-out rows that the folder does not hold are left out.
         found |= dict.fromkeys(asked.objects & _HELD_OUT & missing, False)
         missing -= _HELD_OUT
     asked.require(missing, run, "hand the same in again: evollm.replay(run, data=..., ...), or rows in a file: --data")
@@ -297,13 +301,13 @@ def _as_tuned(
 
 
 def _founder(agents: Sequence[SavableAgent], record: RunRecord) -> SavableAgent:
-    """The agent that the line begins with; all agents of a population begin with the same weights."""
+    """The first agent of the best agent's line, or any agent, since all begin with the same weights."""
     index = record.line[0].birth.index
     return next((agent for agent in agents if agent.index == index), agents[0])
 
 
 def _check_same(agent: SavableAgent, env: DatasetGym, config: Mapping[str, Any]) -> None:
-    """Refuse another base, other adapters or other settings than the run's: the result would be another."""
+    """Refuse a base, adapters or settings that differ from the run's, since the trained adapter would differ too."""
     now = {
         "algorithm": agent.algorithm,
         "base_fingerprint": agent.base.weights_fingerprint,
@@ -319,13 +323,13 @@ def _check_same(agent: SavableAgent, env: DatasetGym, config: Mapping[str, Any])
 
 
 def _engine_of(checkpoints: Path) -> object:
-    """What a run's engine had found when it ended: it lies in the checkpoints. None without any."""
+    """The state of a run's engine, from the newest checkpoint; None without a checkpoint."""
     newest = newest_population(checkpoints)
     return None if newest is None else json.loads(read_bytes(inside(newest, STATE))).get("engine")
 
 
 def _references_of(checkpoints: Path) -> ReferenceCache | None:
-    """The reference log-probs that a run had found when it ended; None without a checkpoint."""
+    """The reference log-probs that a run cached, from the newest checkpoint; None without a checkpoint."""
     newest = newest_population(checkpoints)
     return None if newest is None else read_population(newest).reference_logprobs
 

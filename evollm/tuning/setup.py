@@ -1,4 +1,4 @@
-"""Everything that `tune` is given, checked and turned into agents, gym and arguments of the loop."""
+"""Check the arguments of `tune` and turn them into agents, gym and arguments of the training loop."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ from evollm.tuning.parameters import (
 )
 from evollm.tuning.splits import hold_out
 
-# Where `tune` starts from another value than the agent does, whatever the algorithm; see `Algorithm.defaults`.
+# Defaults of `tune` that differ from the agents' defaults, for every algorithm; see `Algorithm.defaults` for others.
 DEFAULTS: Settings = {"lr": 5e-5, "max_grad_norm": 1.0}
-# Evolution moves a hyperparameter within this factor of its start value, unless there is an hp_config.
+# Without an hp_config, evolution keeps a hyperparameter within this factor of its start value.
 SPREAD = 5.0
 GENERATIONS = 8
-# Far above what a search makes use of; more would only fill the memory.
+# An upper bound far above useful population sizes, since every agent takes memory.
 MOST_AGENTS = 4096
 NUM_EPOCHS = 2
 SEED = 42
@@ -74,10 +74,10 @@ _AS_GIVEN = {
 
 @dataclass(frozen=True)
 class Request:
-    """What `tune` was asked for; it documents each field.
+    """The arguments of `tune`, which documents each field.
 
     Attributes:
-        settings: The keyword arguments for the pieces.
+        settings: Further keyword arguments, for the gym, the agents, the search and the loop.
     """
 
     model: Any
@@ -120,12 +120,12 @@ class Request:
 
     @property
     def kind(self) -> Algorithm:
-        """The algorithm of that name."""
+        """The `Algorithm` that `algorithm` names."""
         return algorithm_named(self.algorithm)
 
 
 def _check_rows(name: str, value: object, fix: str) -> None:
-    """Refuse what can be no rows and no file."""
+    """Refuse a value that can be neither rows nor a file."""
     is_word = name != "data" and isinstance(value, str) and value.lower() in ("no", "none", "off", "yes", "on")
     if is_word or isinstance(value, bool | int | float):
         raise ConfigurationError(name, value, fix)
@@ -133,7 +133,7 @@ def _check_rows(name: str, value: object, fix: str) -> None:
         raise ConfigurationError(name, value, "must be the path of a file; the others are test_data and final_data")
 
 
-# Settings that only a population makes use of.
+# Settings that have an effect only with more than one agent.
 EVOLUTION = frozenset(
     {"generations", "evo_steps", "hp_config", "sample_hyperparameters", "tournament_size", "elitism", "no_mutation"}
     | {"rl_hp", "search"}
@@ -143,7 +143,7 @@ TUNE_PARAMETERS = tuple(name for name in Request.__dataclass_fields__ if name !=
 
 
 def request_of(model: Any, data: Any, **arguments: Any) -> Request:
-    """The arguments of `tune` as one checked thing, with its defaults."""
+    """The arguments of `tune` as a checked `Request`, with the defaults of `tune`."""
     own = {name: arguments.pop(name) for name in TUNE_PARAMETERS if name in arguments}
     return Request(model=model, data=data, **own, settings=arguments)
 
@@ -153,11 +153,11 @@ class Setup:
     """A run that is ready to begin.
 
     Attributes:
-        algorithm: How the agents learn.
+        algorithm: The algorithm of the agents.
         agents: The population.
         env: Serves the batches.
-        loop: Keyword arguments for the loop.
-        run: The checked run of all that.
+        loop: Keyword arguments for the training loop.
+        run: The checked run, made of the other attributes.
     """
 
     algorithm: Algorithm
@@ -168,16 +168,16 @@ class Setup:
 
     @property
     def schedule(self) -> Schedule:
-        """When things happen, in steps."""
+        """When the run evolves, evaluates and saves, in steps."""
         return self.run.schedule
 
 
 def set_up(request: Request) -> Setup:
-    """Load, tokenise and check everything that a run needs, and train nothing.
+    """Load, tokenise and check everything that a run needs, without training.
 
     Raises:
-        ConfigurationError: Something cannot work.
-        DataError: A dataset cannot be read, or holds too little.
+        ConfigurationError: An argument is invalid.
+        DataError: A dataset cannot be read, or has too few rows.
         CheckpointError: `start_from` cannot be read.
     """
     settings = prepare_settings(request)
@@ -187,13 +187,13 @@ def set_up(request: Request) -> Setup:
     paths = check_paths(processes, *(settings.get(name) for name in names))
     for folder in (paths.run_dir, paths.checkpoints):
         check_unlocked(folder)
-    # The folder has been checked with the other places.
+    # `check_paths` has checked the folder to resume.
     began = None if resume is None else read_config(resume, "resume_from_checkpoint")
     with clock.at(None if began is None else clock.read_moment(began["data"].get("written_at"))):
         env = make_env(request, settings)
     if resume is None:
         check_batch_sizes(settings, env.batch_size)
-    # Before the model is loaded, which takes a while.
+    # These checks come before the slow loading of the model.
     loop = _loop(request, settings, env, began)
     checked = {*names, "pop", "env", "accelerator"}
     parameters = inspect.signature(loop_of(request.kind)).parameters.values()
@@ -204,14 +204,14 @@ def set_up(request: Request) -> Setup:
 
 
 def check_batch_sizes(settings: Settings, served: int) -> None:
-    """Refuse optimizer steps of more rows than a batch of the gym has: they would be smaller without a word.
+    """Refuse a `batch_size` above the rows of a gym's batch, since optimizer steps would silently be smaller.
 
     Args:
-        settings: What was asked for; an agent's own default of `batch_size` is no wish.
-        served: Rows of a batch.
+        settings: The settings given to `tune`, without the agents' defaults: a default `batch_size` is not refused.
+        served: Rows of a gym's batch.
 
     Raises:
-        ConfigurationError: `batch_size`, or what it may evolve to, is larger.
+        ConfigurationError: `batch_size`, or its upper bound in `hp_config`, is larger than `served`.
     """
     config = settings.get("hp_config") or {}
     asked = {"batch_size": settings.get("batch_size")}
@@ -227,7 +227,7 @@ def check_batch_sizes(settings: Settings, served: int) -> None:
 
 
 def prepare_settings(request: Request) -> Settings:
-    """The keyword arguments for the pieces, with the defaults of `tune`, as the pieces take them."""
+    """The settings with the defaults of `tune`, converted to the objects that gym, agents and loop take."""
     settings = {**DEFAULTS, **request.kind.defaults, **request.settings}
     settings.setdefault("seed", SEED)
     settings.setdefault("rand_seed", settings["seed"])
@@ -235,7 +235,7 @@ def prepare_settings(request: Request) -> Settings:
 
 
 def _tokenizer(request: Request, model_config: Mapping[str, Any] | None) -> Any:
-    """The tokenizer that is given or named, by default the model's own."""
+    """The given tokenizer, loaded if it is given by name; by default the model's own."""
     if request.tokenizer is not None and not isinstance(request.tokenizer, str):
         return request.tokenizer
     model = request.model
@@ -247,12 +247,12 @@ def _tokenizer(request: Request, model_config: Mapping[str, Any] | None) -> Any:
 
 
 def make_env(request: Request, settings: Settings) -> DatasetGym:
-    """The gym, with held-out splits of the data where none are given."""
+    """The gym; held-out splits that are not given are split off the data."""
     model_config = settings.get("model_config")
     tokenizer = _tokenizer(request, model_config)
     algorithm, data = request.kind, request.data
     given = {"test_dataset": request.test_data, "final_dataset": request.final_data}
-    # The score of one agent is on pairs that nothing was selected by in any case.
+    # One agent needs no final split by default: without selection, the test score is already unbiased.
     wanted = [name for name in given if given[name] is None and (name == "test_dataset" or request.population > 1)]
     splits = {name: rows for name, rows in given.items() if rows is not None and rows is not False}
     if wanted:
@@ -270,7 +270,7 @@ def make_env(request: Request, settings: Settings) -> DatasetGym:
 
 @contextmanager
 def _as_given(names: Mapping[str, str] = MappingProxyType(_AS_GIVEN)) -> Iterator[None]:
-    """Name an argument at fault as `tune` does, and not as the piece that found it."""
+    """In a ConfigurationError, replace the argument name of the called function with the argument name of `tune`."""
     try:
         yield
     except ConfigurationError as error:
@@ -278,7 +278,7 @@ def _as_given(names: Mapping[str, str] = MappingProxyType(_AS_GIVEN)) -> Iterato
 
 
 def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[SavableAgent]:
-    """The population, on the model or with the weights of `start_from`."""
+    """The population on the model, with the adapter weights of `start_from` if given."""
     algorithm, model = request.kind, request.model
     if not isinstance(model, str | PreTrainedModel):
         model = str(model)
@@ -301,7 +301,7 @@ def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[S
 
 
 def default_hp_config(algorithm: Algorithm, settings: Settings) -> HyperparameterConfig:
-    """Each hyperparameter that evolves by default, within a factor of `SPREAD` of its start value; one of 0 is out."""
+    """Bounds of the hyperparameters that evolve by default: a factor of `SPREAD` around each start value above 0."""
     start = {name: settings.get(name, default_of(algorithm.agent, name)) for name in algorithm.evolves}
     return HyperparameterConfig(
         **{
@@ -313,12 +313,12 @@ def default_hp_config(algorithm: Algorithm, settings: Settings) -> Hyperparamete
 
 
 def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[str, Any] | None) -> Settings:
-    """Keyword arguments for the loop; `began` are the settings of a run to resume, None: it is a new one."""
+    """Keyword arguments for the training loop; `began` is the `config.json` of a run to resume, None for a new run."""
     loop = taken_by(loop_of(request.kind), settings)
     total_given = loop.get("max_steps") is not None or loop.get("num_epochs") is not None
     evo_steps, generations = loop.get("evo_steps"), request.generations
     if evo_steps is None and generations is None and began is not None and request.population > 1:
-        # A run that goes on longer has more generations, not longer ones.
+        # A resumed run with a larger num_epochs gets more generations of the same length.
         evo_steps = loop["evo_steps"] = began["schedule"].get("evolve_every")
     if generations is not None and evo_steps is not None:
         if total_given:
@@ -346,7 +346,7 @@ def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[
 
 
 def _search(search: object, settings: Settings) -> Search:
-    """A search that is given, or one by its name with those of the settings that its class takes."""
+    """The given search; if it is given by name, an instance made with the settings that its class takes."""
     if not isinstance(search, str):
         return search_of(search)
     strategy = strategy_of(search)
@@ -355,10 +355,10 @@ def _search(search: object, settings: Settings) -> Search:
 
 
 def _check_search_settings(search: object, given: Settings) -> None:
-    """Refuse settings of another search than the one that is asked for: they would have no effect.
+    """Refuse settings of searches other than `search`, since those settings would have no effect.
 
     Raises:
-        ConfigurationError: There is one, or no such search.
+        ConfigurationError: A setting belongs to another search, or no search has the name.
     """
     name = "tournament" if search is None else search
     wanted = strategy_parameters(strategy_of(name)) if isinstance(name, str) else {}
@@ -369,10 +369,10 @@ def _check_search_settings(search: object, given: Settings) -> None:
 
 
 def _options_so_far(algorithm: Algorithm, loop: Settings) -> RunOptions:
-    """The loop's arguments, checked by the loop's own checks, before the search is among them."""
+    """The options of the run, checked as the loop checks them, before a search is added."""
     defaults = {name: default_of(loop_of(algorithm), name) for name in RunOptions.__dataclass_fields__}
     found = {name: loop.get(name, default) for name, default in defaults.items()}
     if found["tournament"] is None and found["search"] is None:
         found["evo_steps"] = None
-    # Supervised runs have no reference to update.
+    # The SFT loop has no `update_reference_each_epoch`, so the default is None here.
     return RunOptions(**{**found, "update_reference_each_epoch": bool(found["update_reference_each_epoch"])})

@@ -1,4 +1,4 @@
-"""Held-out rows, set apart by prompt: no prompt is in two splits."""
+"""Held-out splits of a dataset, divided by prompt: no prompt is in two splits."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from evollm.errors import DataError
 
 SHARE = 0.1
 FEWEST = 2
-# More tell agents apart hardly better, and each costs a forward pass for every agent and generation.
+# More rows rank agents hardly better, and each row costs a forward pass per agent and generation.
 MOST = 300
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows of one dataset, divided; each keeps its position there.
+    """The rows of one dataset, divided; each row keeps its position in the dataset.
 
     Attributes:
-        train: To learn from.
-        parts: The held-out splits, in the order in which they were asked for.
+        train: The rows to learn from.
+        parts: The held-out splits.
     """
 
     train: Rows
@@ -30,17 +30,17 @@ class Splits:
 
 
 def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> Splits:
-    """Set rows apart, by prompt.
+    """Hold out rows by prompt.
 
-    Prompts are taken in the order of a digest of their text and the seed, so that a split does not depend on the order
-    of the rows, until a split has a tenth of the rows, but at least 2 and at most 300; the last prompt comes with all
-    its rows. Rows that cannot be used stay in the training split, whose report counts them.
+    Prompts are sorted by a digest of seed and text, so that a split does not depend on the order of the rows. A split
+    takes prompts, each with all its rows, until it has a tenth of the usable rows, but at least 2 and at most 300.
+    Unusable rows stay in the training split, whose report counts them.
 
     Args:
-        dataset: What a gym takes as `train_dataset`.
-        row_format: What its rows look like.
+        dataset: Rows in any form that a gym takes as `train_dataset`.
+        row_format: Format of the rows.
         parts: How many splits to hold out.
-        seed: Another one gives other splits.
+        seed: Seed of the order of the prompts.
 
     Raises:
         DataError: The dataset cannot be read, or has too few prompts to divide.
@@ -71,8 +71,8 @@ def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> S
 
 
 def _prompt(pair: TextPair | ChatPair) -> str:
-    """What two rows with one prompt have in common."""
+    """The key of a row's prompt; rows with the same prompt have the same key."""
     if isinstance(pair, TextPair):
-        # Texts to learn from their first token on have no prompt: each is one by itself.
+        # A plain text for language modelling has no prompt, so the whole text stands for the prompt.
         return pair.prompt.strip() or pair.chosen
     return json.dumps(pair.prompt, sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""Tuning in one call."""
+"""`tune`, which makes and runs a whole tuning run in one call, and `validate`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from evollm.tuning.setup import Request, Setup, request_of, set_up
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a run has found.
+    """The result of `tune`.
 
     Attributes:
         best: The fittest agent.
         population: All agents of the last generation.
-        fitnesses: For each of them the first component of its last fitness.
+        fitnesses: For each agent of `population` the first component of its last fitness.
         run_dir: The run folder.
-        schedule: What made the best agent: (step, hyperparameters) of its line wherever they changed, from step 0, or
-            from the birth of a fresh agent on.
-        report: The page `report.html` in the run folder; None without the extra `report`.
+        schedule: The hyperparameters of the best agent and its ancestors, as (step, hyperparameters) at each change,
+            from step 0, or from the birth of the fresh agent that the best agent descends from.
+        report: Path of `report.html` in the run folder; None without the extra `report`.
     """
 
     best: SavableAgent
@@ -58,36 +58,37 @@ def tune(
     start_from: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> TuneResult:
-    """Tune a model on preference pairs and find the hyperparameters for it, in one call.
+    """Tune a model on preference pairs and find good hyperparameters for this model, in one call.
 
-    This puts the public pieces together: `PreferenceGym`, `DPO.population`, `TournamentSelection`, `Mutations`,
-    `finetune_llm_preference`, or those for SFT. Every further keyword argument goes to the pieces that have a parameter
-    of that name, so `lr=1e-4, tournament_size=3, num_epochs=3, run_dir="my-run"` reach the agents, the tournament and
-    the loop. `hp_config`, `lora_config` and `model_config` may be mappings of plain values, as in a YAML file:
+    `tune` calls `PreferenceGym`, `DPO.population`, `TournamentSelection`, `Mutations` and `finetune_llm_preference`, or
+    their SFT counterparts. Every further keyword argument goes to each of these that has a parameter of that name, so
+    `lr=1e-4, tournament_size=3, num_epochs=3, run_dir="my-run"` reach the agents, the tournament and the loop.
+    `hp_config`, `lora_config` and `model_config` may be mappings of plain values, as in a YAML file:
     `hp_config={"lr": [1e-6, 1e-4]}`, `lora_config={"r": 8}`, `model_config={"dtype": "bfloat16"}`.
 
-    Defaults that differ from the pieces': lr 5e-5, nll_alpha 0.2, max_grad_norm 1, 2 epochs. Without an `hp_config`,
-    lr, beta and nll_alpha (for SFT: lr) evolve within a factor of 5 of their start values.
+    Defaults that differ from those of the called functions: lr 5e-5, nll_alpha 0.2, max_grad_norm 1, 2 epochs. Without
+    an `hp_config`, lr, beta and nll_alpha (for SFT: lr) evolve within a factor of 5 of their start values.
 
     Args:
         model: Hub name or folder, or a loaded model.
-        data: Rows to learn from: whatever `PreferenceGym` takes as `train_dataset`.
-        tokenizer: By default the model's own.
-        test_data: Rows that agents are selected by. None: a tenth of the rows, at least 2 and at most 300, is set apart
-            by prompt, so that no prompt is in two splits, and always the same for the same `seed`. False: none.
-        final_data: Rows for the final score, which nothing is selected by. None: another tenth, set apart likewise. One
-            agent by itself gets none unless you give them, since its `test_data` selects nothing. False: none.
-        algorithm: `dpo`, or `sft` for rows with a completion instead of two sides.
+        data: Rows to learn from, in any form that `PreferenceGym` takes as `train_dataset`.
+        tokenizer: The tokenizer, by default the model's own.
+        test_data: Rows that agents are selected by. None: a tenth of the rows, at least 2 and at most 300, is held out
+            by prompt, so that no prompt is in two splits; the same `seed` gives the same split. False: none.
+        final_data: Rows for the final score, which select no agent. None: another tenth, held out likewise; with one
+            agent, no rows, since `test_data` then selects no agent. False: none.
+        algorithm: `dpo`, or `sft` for rows with one completion instead of two.
         population: Number of agents; 1 is an ordinary run without evolution.
-        generations: How many there are at most, all of the same length but the last, with an evolution between each
-            two: 8. With `evo_steps`, the steps of each, it says how long the run is.
-        start_from: Folder of an agent, or of a run whose best agent is taken, such as one with the algorithm `sft`. All
-            agents begin with its adapter, whose weights become their reference.
-        **settings: Parameters of the pieces, by name; unknown ones are refused. Those of a `search` given by its name,
-            such as `reduction_factor`, are among them.
+        generations: Most generations, by default 8, with an evolution between each two; all have the same length but
+            the last. With `evo_steps`, the run has `generations` x `evo_steps` steps.
+        start_from: Folder of an agent, or of a run whose best agent is used, for example of an `sft` run. All agents
+            begin with the weights of this adapter, and these weights are also their reference.
+        **settings: Parameters of the called functions, by name, and of a `search` given by name, such as
+            `reduction_factor`; unknown names are refused.
 
     Raises:
-        ConfigurationError: Something cannot work, found before any training; an unknown name with the nearest known.
+        ConfigurationError: An argument is invalid; raised before any training. For an unknown name the message suggests
+            the nearest known name.
         DataError: A dataset cannot be read, or is too small to be divided.
         CheckpointError: `start_from`, or the run to resume, cannot be read.
         DivergedError: Every agent's loss or gradient has become NaN or infinite.
@@ -104,7 +105,7 @@ def tune(
         start_from=start_from,
         **settings,
     )
-    # Rows may take a while, too.
+    # Loading rows may be slow too, so progress is shown from here.
     with progress_told(request.settings.get("verbose", True)):
         setup = set_up(request)
     return _run(request, setup)
@@ -113,11 +114,11 @@ def tune(
 def validate(model: Any, data: Any, **settings: Any) -> str:
     """Load and check everything that `tune` would, with the same arguments and errors, and write nothing.
 
-    A run to go on with is taken up as far as its checkpoint. Then all agents learn from a few rows, to see how long
-    that takes; a `model` that was handed in keeps its weights.
+    The checkpoint of a run to resume is loaded. Then all agents learn from a few rows, to measure the time of a step;
+    the weights of a loaded `model` do not change.
 
     Returns:
-        What `tune` would do: pairs, agents, steps, generations, bounds; and about how long it would take.
+        A description of the run: pairs, agents, steps, generations, bounds, and an estimate of the time.
     """
     setup = set_up(request_of(model, data, **settings))
     return "\n".join([describe(setup), rehearse(setup)])
@@ -139,7 +140,7 @@ def _run(request: Request, setup: Setup) -> TuneResult:
 
 
 def _write_report(run_dir: Path, verbose: bool) -> Path | None:
-    """Write the page that shows a run, or say why there is none: what has been trained must reach the caller."""
+    """Write the report of a run; a failure is only printed or warned of, so that the caller gets the trained agents."""
     try:
         return write_report(run_dir)
     except MissingExtraError as error:
@@ -151,9 +152,9 @@ def _write_report(run_dir: Path, verbose: bool) -> Path | None:
 
 
 def _resolved(request: Request, setup: Setup) -> dict[str, Any]:
-    """The keyword arguments that give this run again, with the intervals that were worked out."""
+    """The keyword arguments of `tune` that repeat this run, with the computed intervals."""
     fields = {name: getattr(request, name) for name in request.__dataclass_fields__ if name != "settings"}
-    # Of the settings None is kept: some have another default.
+    # Only the fields of `Request` drop None, their default; a setting may have another default than None.
     given = {name: value for name, value in fields.items() if value is not None}
     lengths: dict[str, Any] = {
         name: setup.loop[name] for name in ("num_epochs", "max_steps", "evo_steps") if name in setup.loop
@@ -161,14 +162,14 @@ def _resolved(request: Request, setup: Setup) -> dict[str, Any]:
     asked: dict[str, Any] = {**given, **request.settings, **lengths}
     loaded = setup.agents[0].base.model_config.get("dtype")
     if loaded is not None and not names_dtype(request.settings.get("model_config")):
-        # What was measured here may be otherwise elsewhere.
+        # The measurements behind dtype="auto" may differ on another machine, so the chosen dtype is recorded.
         asked["dtype"] = loaded
     not_kept = ("run_dir", "resume_from_checkpoint", "generations")
     return {name: value for name, value in asked.items() if name not in not_kept}
 
 
 class _Notes(Callback):
-    """Keeps what was asked for in the run folder, and what came of it for the caller, in every process."""
+    """Writes the arguments of `tune` to the run folder, and keeps events for `TuneResult` in every process."""
 
     started: RunStarted
     ended: RunEnded
@@ -179,19 +180,19 @@ class _Notes(Callback):
 
     @property
     def schedule(self) -> HyperparameterSchedule:
-        """What made the best agent; from memory, since the main process alone writes files."""
+        """The schedule of the best agent, from events in memory, since only the main process writes files."""
         return Lineage(self.started.founders, self._evolutions).schedule(self.ended.best)
 
     def on_start(self, event: RunStarted) -> None:
-        """Note the run folder and what happened before."""
+        """Note the run folder and the evolutions before a resumed run."""
         self.started = event
         self._evolutions = list(event.evolutions)
-        # Of a resumed run too: it may have become longer, and it is that one which is resumed next.
+        # A resumed run writes its arguments too: they may differ, and the next resume must use the latest.
         if Processes.present().is_main:
             write_tune_arguments(event.run_dir, self._asked)
 
     def on_evolution(self, event: Evolved) -> None:
-        """Note who came from whom."""
+        """Note the parents of the new generation."""
         self._evolutions.append(event)
 
     def on_end(self, event: RunEnded) -> None:
