@@ -42,9 +42,9 @@ def carry_out(
 ) -> list[AgentT]:
     """Turn a population into the next population.
 
-    Two reuses keep memory at that of the larger population: agents without a child are released before any agent is
-    cloned, except objects that fresh births reuse, and the last child of a parent that does not survive reuses the
-    parent's object. A kept agent is not changed.
+    There are never more agents than in the larger of the two populations: agents without a child are released before
+    any agent is cloned, unless a fresh birth reuses the object, and the last child of a parent that does not survive
+    reuses the parent's object. A kept agent is not changed.
 
     Args:
         births: The next population, planned from `population`.

@@ -65,7 +65,7 @@ class Description:
 class Agreement(Protocol):
     """How the processes of one run agree on values; `evollm.processes.Processes` implements this protocol.
 
-    All processes call these methods in the same order. If the run has one process, that is the main process.
+    All processes call these methods in the same order. A run's only process is its main process.
     """
 
     @property
@@ -195,7 +195,7 @@ class Executor(Protocol):
             count: Most prompts to answer.
 
         Returns:
-            The answers. Processes other than the main one may return none; with a sharded base all must generate.
+            The answers; an empty list outside the main process, unless a sharded base makes all processes generate.
         """
 
     def population(self) -> list[Any]:

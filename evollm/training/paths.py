@@ -72,7 +72,7 @@ class RunPaths:
         return paths
 
     def resume(self, *settings: str) -> str:
-        """The shell command that resumes a run started by a command, with every path outside the run folder.
+        """The shell command that resumes the run, if a command began the run; includes paths outside the run folder.
 
         Args:
             *settings: Further settings for the command.

@@ -165,8 +165,8 @@ class Run:
             self._tell("on_baseline", BaselineScored(split, self.progress.before))
 
     def _advance(self, stop: StopSignals) -> None:
-        """Decide if a decision is due, learn up to the next step with other work, then evaluate and save."""
-        # The checkpoint of this step is already written, so an error in the decision loses no training.
+        """Make a due decision, learn up to the next step with other work, then evaluate and save if due."""
+        # A due checkpoint of this step is already written, so an error in the decision loses no training.
         if self.step > 0 and self._decides(self.step):
             self._decide()
         self._learn(stop)

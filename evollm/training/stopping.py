@@ -47,7 +47,7 @@ class StopSignals:
 
         Args:
             number: Number of the signal.
-            going_on: How to resume the run, printed to stderr for SIGTERM, since `SystemExit` shows no message.
+            going_on: How to resume the run; for SIGTERM printed to stderr unless empty, as an exit status has no text.
 
         Raises:
             KeyboardInterrupt: The signal was Ctrl-C.

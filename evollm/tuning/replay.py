@@ -49,8 +49,8 @@ class ReplayResult:
         run_dir: The run folder of the replay.
         schedule: The agent's hyperparameters, as (step of the replay, values) at each change.
         exact: Whether the agent's adapter is bit-identical to that of the run's best agent; None: not compared.
-        reason: Why the adapters were not compared: other data, another number of steps, or no saved best agent; "" if
-            they were compared.
+        reason: Why the adapters were not compared: other data, another number of steps, or no saved best agent; else
+            "".
     """
 
     agent: SavableAgent
@@ -169,8 +169,9 @@ def replay(
 
     On the data of the run and with one process, the agent's adapter becomes bit-identical to the best agent's adapter.
     Rounding depends on the shapes of passes, so each pass keeps the shape that it had with the other agents; their
-    slots are computed but not learnt from. The result says whether the adapters are identical. They may differ if
-    references moved (`update_reference_each_epoch`), or if losses over whole batches evolved with other losses.
+    slots are computed, but nothing is learnt from these slots. The adapters may differ if references moved
+    (`update_reference_each_epoch`), or if losses over whole batches evolved with other losses; `ReplayResult.exact`
+    says whether the adapters are identical.
 
     If the best agent descends from a fresh agent, training starts at the birth of the fresh agent, without the batches
     before this birth.

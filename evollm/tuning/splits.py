@@ -22,7 +22,7 @@ class Splits:
 
     Attributes:
         train: The rows to learn from.
-        parts: The held-out splits.
+        parts: The held-out splits, as many as `hold_out` was called for.
     """
 
     train: Rows

@@ -61,7 +61,7 @@ def tune(
     """Tune a model on preference pairs and find good hyperparameters for this model, in one call.
 
     `tune` calls `PreferenceGym`, `DPO.population`, `TournamentSelection`, `Mutations` and `finetune_llm_preference`, or
-    their SFT counterparts. Every further keyword argument goes to each of these that has a parameter of that name, so
+    their SFT counterparts. Every further keyword argument goes to each function with a parameter of that name, so
     `lr=1e-4, tournament_size=3, num_epochs=3, run_dir="my-run"` reach the agents, the tournament and the loop.
     `hp_config`, `lora_config` and `model_config` may be mappings of plain values, as in a YAML file:
     `hp_config={"lr": [1e-6, 1e-4]}`, `lora_config={"r": 8}`, `model_config={"dtype": "bfloat16"}`.
@@ -118,7 +118,7 @@ def validate(model: Any, data: Any, **settings: Any) -> str:
     the weights of a loaded `model` do not change.
 
     Returns:
-        A description of the run: pairs, agents, steps, generations, bounds, and an estimate of the time.
+        A text with the pairs, agents, steps, generations and bounds of the run, and an estimate of the time.
     """
     setup = set_up(request_of(model, data, **settings))
     return "\n".join([describe(setup), rehearse(setup)])
@@ -154,7 +154,7 @@ def _write_report(run_dir: Path, verbose: bool) -> Path | None:
 def _resolved(request: Request, setup: Setup) -> dict[str, Any]:
     """The keyword arguments of `tune` that repeat this run, with the computed intervals."""
     fields = {name: getattr(request, name) for name in request.__dataclass_fields__ if name != "settings"}
-    # Only the fields of `Request` drop None, their default; a setting may have another default than None.
+    # None is dropped only from the fields of `Request`, since the default of a setting may differ from None.
     given = {name: value for name, value in fields.items() if value is not None}
     lengths: dict[str, Any] = {
         name: setup.loop[name] for name in ("num_epochs", "max_steps", "evo_steps") if name in setup.loop
@@ -187,7 +187,7 @@ class _Notes(Callback):
         """Note the run folder and the evolutions before a resumed run."""
         self.started = event
         self._evolutions = list(event.evolutions)
-        # A resumed run writes its arguments too: they may differ, and the next resume must use the latest.
+        # A resumed run writes its arguments too: the run may be longer now, and a later resume must use the new length.
         if Processes.present().is_main:
             write_tune_arguments(event.run_dir, self._asked)
 
