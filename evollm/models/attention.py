@@ -1,8 +1,8 @@
-"""Attention within packed samples: each completion sees its prompt and itself, nothing else; no square mask is built.
+"""Attention within packed samples: each completion attends to its prompt and itself only, without a square mask.
 
 A sample's prompt and first completion are one causal sequence; its other completions continue the same prompt.
-Registered with transformers as an attention implementation of its own, so that it serves every model whose layers ask
-for theirs by name. That it does is not taken for granted: see `evollm.models.probe`.
+Registered with transformers as an attention implementation, so that every model whose layers look theirs up by name
+can use it. `evollm.models.probe` checks each model's log-probs.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from evollm.data.samples import Sample
 from evollm.models.flash import SequenceBounds, causal_mask, flash_attention, kernel_head_size, takes, why_not_flash
 
 PAIR_ATTENTION = "evollm_pairs"
-# Arguments that change the scores unless they are None. The probe finds what this list does not know.
+# Arguments that change the scores unless they are None. The probe detects arguments missing from this list.
 _CHANGES_SCORES = ("s_aux", "position_bias", "head_mask")
 SLOW_WITHOUT_FLASH = ("cuda",)
-# In words, for the user.
+# Names of the implementations, for messages.
 FLASH = "torch's flash kernel, all sequences in one call"
 ONE_BY_ONE = "scaled_dot_product_attention, one sequence after the other"
 SOFT_CAPPED = "products with a soft cap, one sequence after the other"
 
 
 class SampleLengths(NamedTuple):
-    """Tokens of a sample's prompt and of each of its completions."""
+    """Number of tokens of a sample's prompt and of each completion."""
 
     prompt: int
     completions: tuple[int, ...]
@@ -45,16 +45,16 @@ class SampleLengths(NamedTuple):
 
 
 class UnsupportedAttentionError(RuntimeError):
-    """A model asks for something that attention within packed samples does not do."""
+    """A model requests an option that attention within packed samples does not support."""
 
 
 class PackedSequences:
-    """Where the samples of a packed row begin and end, and the masks that follow, made once for all layers.
+    """The boundaries of the samples in a packed row, and the masks derived from them, built once for all layers.
 
     Attributes:
         lengths: Tokens of the samples' parts.
-        base_dtype: Of the base, where the engine has remarked on it; None: nobody has.
-        kinds: What the layers' attention has been computed by so far, in words.
+        base_dtype: The base's dtype if the engine warns of slow dtypes, so that attention does not warn too; else None.
+        kinds: The attention implementations that layers have used so far, in words.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class PackedSequences:
         self._varlen: _VarlenIndices | None = None
 
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
-        """(queries, keys) True where the last `queries` of `keys` positions see another; None: plain causal."""
+        """(queries, keys) True where the last `queries` of `keys` positions attend to a key; None: plain causal."""
         known = (queries, keys, window)
         if known not in self._masks:
             if queries == keys and (window is None or window >= keys):
@@ -79,26 +79,26 @@ class PackedSequences:
 
     @property
     def varlen(self) -> _VarlenIndices:
-        """The same for kernels that take sequences of any length."""
+        """The boundaries as indices for variable-length kernels."""
         if self._varlen is None:
             self._varlen = _VarlenIndices(self.lengths, self._device)
         return self._varlen
 
 
-# Set for the time of a forward and backward pass. Not a context variable: autograd's own threads must see it too.
+# Set during a forward and backward pass. Not a context variable, since autograd's threads read this layout too.
 _current: PackedSequences | None = None
 
 
 @contextmanager
 def packed_attention(config: Any, layout: PackedSequences | None) -> Iterator[None]:
-    """Let the attention of the model with this configuration follow a layout inside the block; None changes nothing."""
+    """Make the model with this configuration use `pair_attention` with a layout inside the block; None: no change."""
     global _current
     if layout is None:
         yield
         return
     before, implementations = _current, {"": config._attn_implementation}
     for name in config.sub_configs:
-        # The setter reaches into sub-configurations, which may each have had another.
+        # Setting config._attn_implementation also sets every sub-configuration's, so each value is saved.
         implementations[name] = getattr(getattr(config, name, None), "_attn_implementation", None)
     _current, config._attn_implementation = layout, PAIR_ATTENTION
     try:
@@ -108,7 +108,7 @@ def packed_attention(config: Any, layout: PackedSequences | None) -> Iterator[No
 
 
 def current_layout() -> PackedSequences | None:
-    """The layout that attention follows at present."""
+    """The layout that `pair_attention` uses at present."""
     return _current
 
 
@@ -124,7 +124,7 @@ def pair_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of M rows of N packed tokens, by the interface of transformers.
+    """Attention of M rows of N packed tokens, with the signature of transformers' `AttentionInterface`.
 
     Args:
         module: The attention layer.
@@ -133,9 +133,9 @@ def pair_attention(
         value: (M, K, N, D).
         attention_mask: None.
         scaling: Factor of the scores, by default 1 / sqrt(D).
-        sliding_window: Positions that a token sees, itself included; None: all before it.
+        sliding_window: Positions that a token attends to, itself included; None: all positions up to its own.
         softcap: Scores become softcap * tanh(score / softcap).
-        **others: Those known to change the scores are refused.
+        **others: Ignored, except that an argument known to change the scores raises `UnsupportedAttentionError`.
 
     Returns:
         (M, N, H, D) and None.
@@ -149,23 +149,23 @@ def pair_attention(
         if not refusal:
             layout.kinds.add(FLASH)
             return layout.varlen.attend(query, key, value, scaling, sliding_window), None
-        # A base that is too wide for the kernel is remarked on by the engine, whichever way attention goes.
+        # For a base whose dtype the kernel does not support the engine already warns of the dtype.
         too_wide = query.dtype == layout.base_dtype and not takes(query.dtype)
         if query.device.type in SLOW_WITHOUT_FLASH and not too_wide:
             _warn_of_slow_attention(refusal)
     layout.kinds.add(ONE_BY_ONE if softcap is None else SOFT_CAPPED)
 
     groups = query.shape[1] // key.shape[1]
-    # Kernels for the CPU share key heads among query heads by themselves; CUDA's for float32 do not.
+    # CPU kernels support grouped query heads; CUDA's float32 kernels do not.
     if groups > 1 and (query.device.type != "cpu" or softcap is not None):
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    # split() rather than slices: its backward pass is one cat() where each slice's would fill a whole tensor.
+    # split() rather than slices: its backward pass is one cat(), whereas each slice's allocates a whole tensor.
     sizes = [size for prompt, (first, *rest) in layout.lengths for size in (prompt + first, *rest)]
     sequences = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
     parts: list[Tensor] = []
     for prompt, completions in layout.lengths:
         first, *later = islice(sequences, len(completions))
-        # Without other completions nothing is cut out of the first one's keys and values.
+        # Only later completions need the prompt's keys and values on their own.
         shared = [tensor[:, :, :prompt] for tensor in first[1:]] if later else []
         continuing = [(other[0], *map(_after, shared, other[1:])) for other in later]
         for asking, seen_keys, seen_values in [first, *continuing]:
@@ -175,14 +175,14 @@ def pair_attention(
 
 
 def _after(shared: Tensor, own: Tensor) -> Tensor:
-    """The keys or values of a prompt, followed by those of a completion."""
+    """Concatenate the keys (or values) of a prompt and of a completion."""
     return torch.cat([shared, own], dim=2)
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    """One sequence; mask None is plain causal."""
+    """Attention of one sequence; mask None is plain causal."""
     if softcap is None:
         shared = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
@@ -198,16 +198,16 @@ def _attend(
 
 @lru_cache
 def _warn_of_slow_attention(reason: str) -> None:
-    """Say once for each reason why a GPU is kept waiting."""
+    """Warn once for each reason that the flash kernel cannot be used on a GPU."""
     what = "attention within samples goes one sequence at a time, which is slow on a GPU"
     warnings.warn(f"{what}: torch's flash kernel is not taken ({reason})", UserWarning, stacklevel=2)
 
 
 class _VarlenIndices:
-    """Each completion as a sequence of a variable-length kernel, which masks from the lower right corner.
+    """Each completion is a sequence of a variable-length kernel with the causal mask aligned to the lower right corner.
 
-    Queries stay where they are: prompt and first completion are one sequence of queries, each other completion one of
-    its own. Only keys and values are gathered, as `prompt | completion | prompt | completion`.
+    Queries are not copied: prompt and first completion are one sequence of queries, each further completion another.
+    Keys and values are gathered as `prompt | completion | prompt | completion`.
     """
 
     def __init__(self, lengths: tuple[SampleLengths, ...], device: torch.device) -> None:
@@ -229,7 +229,7 @@ class _VarlenIndices:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
     ) -> Tensor:
-        """(M, H, N, D) queries -> (M, N, H, D), by the flash kernel."""
+        """Attention by the flash kernel, (M, H, N, D) queries -> (M, N, H, D)."""
         members, _, num_tokens, _ = query.shape
         gathered = (tensor.transpose(1, 2).index_select(1, self._columns) for tensor in (key, value))
         keys, values = (tensor.flatten(0, 1) for tensor in gathered)

@@ -1,4 +1,4 @@
-"""What is particular to encoder-decoder models such as T5 and BART; see `evollm.models.layouts.encoder_decoder`."""
+"""Configuration of encoder-decoder models such as T5 and BART; see `evollm.models.layouts.encoder_decoder`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def start_token(network: Any) -> int:
     """The id of the decoder's first input.
 
     Raises:
-        ConfigurationError: The model names none.
+        ConfigurationError: Neither the model's configuration nor its generation configuration has one.
     """
     for config in (network.config, getattr(network, "generation_config", None)):
         found = getattr(config, "decoder_start_token_id", None)

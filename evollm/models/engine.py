@@ -1,4 +1,4 @@
-"""Log-probs of many members in few passes through the base, by the fastest layout that has proved itself."""
+"""Log-probs of many members in few forward passes of the base, by the fastest layout that the probe has confirmed."""
 
 from __future__ import annotations
 
@@ -27,31 +27,34 @@ from evollm.models.shared_base import SharedBase
 from evollm.models.slow_settings import slow_dtype
 from evollm.processes import Processes
 
-# (items, rows of their batch, log-probs under the items' members for these rows) -> the sum of the items' losses there.
+# (positions of items, rows of their batch, log-probs of these rows under the items' adapters) -> the sum of the
+# items' losses on these rows.
 ItemLoss = Callable[[Sequence[int], Sequence[int], TokenLogprobs], torch.Tensor]
 
 _ATTRIBUTE = "_evollm_engine"
 
 
 class Item(NamedTuple):
-    """One member's work: an adapter, None for the base without adapter, and the samples that it goes through."""
+    """A member's adapter, None for the base without adapter, and a batch of samples to compute log-probs of."""
 
     adapter: str | None
     batch: Batch
 
     @classmethod
     def on(cls, batch: Batch, adapters: Iterable[str | None]) -> list[Item]:
-        """An item for each adapter, all on one batch."""
+        """One item for each adapter, all with the same batch."""
         return [cls(adapter, batch) for adapter in adapters]
 
 
 @dataclass(frozen=True)
 class BatchSlot:
-    """The place that a member had among others, for passes of the same shapes without them: the bits depend on those.
+    """The position of a member among the members of a step, to replay the member alone in passes of the same shapes.
+
+    The bits of a result depend on the shapes of the pass.
 
     Attributes:
-        place: Its position, from 0.
-        of: How many members there were.
+        place: The member's position, from 0.
+        of: Number of members in the step.
     """
 
     place: int
@@ -60,17 +63,17 @@ class BatchSlot:
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How the members of a population go through the base; the same for all of them.
+    """Options of the passes through the base, the same for all members of a call.
 
     Attributes:
-        token_budget: Most tokens in a pass, over all its members; a sample that is longer has a pass of its own. None:
-            what suits the device and its free memory.
+        token_budget: Most tokens in a pass, over all its members; a longer sample has a pass of its own. None: chosen
+            from the device and its free memory.
         max_pairs: Most samples of one member in a pass; None: no bound.
-        explicit_positions: Whether position ids are passed; without them samples cannot share their prompt.
-        gradient_checkpointing: Recompute activations in the backward pass. None: where memory is too short for them.
-        slot: Of a member by itself: it goes through the base in this place, and in the places beside it, too, from
-            which nothing is taken. None: the members that are given.
-        balancing: The loss of routers for which each sample's loads of experts are given too; None: they are not.
+        explicit_positions: Whether position ids are passed; without them completions cannot share their prompt.
+        gradient_checkpointing: Recompute activations in the backward pass. None: only if memory is too short for them.
+        slot: For a single member: passes hold `slot.of` copies of the member, and the result is that of the copy at
+            `slot.place`. None: each member once.
+        balancing: The auxiliary loss of routers, for which each sample's expert loads are returned too; None: no loads.
     """
 
     token_budget: int | None = None
@@ -82,13 +85,13 @@ class PassOptions:
 
 
 class Engine:
-    """Takes members through the base that they share; `Engine.of(base)` gives the base's one engine.
+    """Computes log-probs and gradients of members on their shared base; `Engine.of(base)` gives the base's one engine.
 
     Attributes:
         base: The base.
-        paths: Which fast paths members take, by the settings of their LoRA configuration and the length that was tried.
-        budgets: How many tokens a pass takes.
-        attention: What the latest pass computed attention by, in words; "" before the first one.
+        paths: The fast paths that the probe confirmed, by settings of the LoRA configuration and probed length.
+        budgets: Token budgets of the passes.
+        attention: The attention implementation of the latest pass, in words; "" before the first pass.
     """
 
     def __init__(self, base: SharedBase) -> None:
@@ -112,12 +115,12 @@ class Engine:
     def logprobs(self, items: Sequence[Item], options: PassOptions) -> list[MemberLogprobs]:
         """The log-probs of each item's scored tokens under its adapter.
 
-        Items whose batch is the same object share its layout, passes, and the layers below the first adapter. Those of
-        different batches are run one batch after the other.
+        Items whose batch is the same object share the batch's layout and passes, and the layers below the first
+        adapter. Different batches are computed one after the other.
 
         Args:
             items: Adapters and their samples.
-            options: How they go through the base.
+            options: Options of the passes.
 
         Returns:
             For each item the log-probs of its batch, on the CPU: all first completions, then all second ones.
@@ -125,33 +128,33 @@ class Engine:
         return self._run(items, replace(options, gradient_checkpointing=False), loss=None)
 
     def backward(self, items: Sequence[Item], options: PassOptions, loss: ItemLoss) -> list[MemberLogprobs]:
-        """The same, and add the gradient of the items' losses to their adapters' parameters.
+        """Compute `logprobs` and add the gradients of the items' losses to the `grad` of their adapters' parameters.
 
         Args:
             items: Trainable adapters and their samples.
-            options: How they go through the base.
-            loss: From positions of items, of samples in their batch, and the log-probs, to the sum of these items'
-                losses on these samples. Called once for each pass.
+            options: Options of the passes.
+            loss: From positions of items, rows of their batch, and the log-probs, to the sum of these items' losses on
+                these rows. Called once for each pass.
         """
         for item in items:
-            # Whoever has the network may have called PEFT's own switch, which freezes all adapters but one.
+            # PEFT's own set_adapter(), if user code has called it, freezes all adapters but one.
             assert item.adapter is not None
             self.base.adapters.restore_trainability(item.adapter)
         return self._run(items, options, loss)
 
     def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:
-        """The fast paths that these members may take with sequences of up to `length` tokens; others are probed."""
+        """The fast paths of these members for sequences of up to `length` tokens; a new configuration is probed."""
         configs = {
             self.base.adapters.settings(name): self.base.adapters.config(name) for name in members if name is not None
         }
         if None in members:
-            # The base by itself is probed together with an adapter; there is always one.
+            # The probe of the base without adapter needs some adapter too; a base always has one.
             settings, config = self._without_adapter or self._settings_of(self.base.adapters.names[0])
             configs.setdefault(settings, config)
         longest = probed_length(self.base, length)
         found = FastPaths(longest=longest)
         for settings, config in configs.items():
-            # By the length, and not by the longest one so far: bits must not depend on what came before.
+            # Keyed by this length, not the longest length so far: bits must not depend on earlier calls.
             known = self.paths.get((settings, longest))
             if known is None:
                 self.paths[settings, longest] = known = probe(self.base, config, longest)
@@ -160,7 +163,7 @@ class Engine:
         return found
 
     def _run(self, items: Sequence[Item], options: PassOptions, loss: ItemLoss | None) -> list[MemberLogprobs]:
-        """All items, those with the same batch together."""
+        """The log-probs of all items; items with the same batch share passes."""
         found: dict[int, MemberLogprobs] = {}
         sharing: dict[int, list[int]] = {}
         for number, item in enumerate(items):
@@ -174,7 +177,7 @@ class Engine:
     def _run_batch(
         self, batch: Batch, members: Sequence[str | None], options: PassOptions, loss: ItemLoss | None
     ) -> TokenLogprobs:
-        """All samples of a batch, each in one of the processes; every process gets all results."""
+        """The log-probs of a batch whose samples are split over the processes; every process gets all results."""
         self.base.adapters.release_lost()
         self.say([slow_dtype(self.base.device.type, self.base.network.dtype)])
         paths = self.prepare(members, longest_sequence(self.base, batch))
@@ -183,8 +186,8 @@ class Engine:
             self._check_own_attention()
 
         def saved(recompute: bool) -> float:
-            """Bytes that a pass of one member saves for each token."""
-            # The longest: what a pass saves once, the members' stacked weights, should weigh little.
+            """Bytes that a pass of one member saves for the backward pass, for each token."""
+            # Measured on the longest sample, so that bytes saved once a pass (stacked weights) count little per token.
             longest = batch.select([int(np.argmax(batch.num_tokens))])
             few = FewSamples(self.base, layout, longest, members, stacking=paths.stacking)
             forward = few.forward([0], recompute=recompute, balancing=options.balancing)
@@ -224,7 +227,7 @@ class Engine:
         loss: ItemLoss | None,
         own: Sequence[int],
     ) -> TokenLogprobs | None:
-        """The samples of these rows; None without rows."""
+        """The log-probs of these rows of the batch; None without rows."""
         groups: list[list[int]] = []
         if own:
             divided = layout.groups(batch.select(own), budget, options.max_pairs)
@@ -233,14 +236,14 @@ class Engine:
         slotted = [*members] * slot.of
         fillers = 0
         if self.base.is_sharded:
-            # Weights come from all processes: one with fewer passes than another adds passes that count for nothing.
+            # A pass gathers weight shards from all processes, so a process with fewer passes runs passes of weight 0.
             fillers = Processes.present().largest(len(groups)) - len(groups)
         parts: list[list[TokenLogprobs]] = []
         for rows, weight in [*((rows, 1) for rows in groups), *[([0], 0)] * fillers]:
             few = FewSamples(self.base, layout, batch.select(rows), slotted, stacking=stacking)
             taken: list[TokenLogprobs] = []
             for numbers in few.passes(budget):
-                # By itself a member takes part in the one pass that its slot is in.
+                # With a slot only the pass that contains the slot's place is computed.
                 taking = numbers if options.slot is None else [0] if slot.place in numbers else []
                 if not taking:
                     continue
@@ -251,7 +254,7 @@ class Engine:
                 self.attention = few.attention
             if weight:
                 parts.append(taken)
-        # Copied when all passes are on their way: a copy waits for the device.
+        # Copied to the CPU after all passes are queued, because a copy waits for the device.
         return joined([of_all_members(taken) for taken in parts], groups) if groups else None
 
     def _pass(
@@ -263,7 +266,7 @@ class Engine:
         members: Sequence[str | None],
         loss: Callable[[TokenLogprobs], torch.Tensor] | None,
     ) -> TokenLogprobs:
-        """The log-probs of the members that take part in one pass, and their gradients added to the parameters'."""
+        """The log-probs of one pass's members; a loss also adds gradients to the `grad` of their parameters."""
         scaled = None
         if loss is not None and self.base.network.dtype == torch.float16:
             names = [name for name in members if name is not None]
@@ -273,39 +276,39 @@ class Engine:
             recompute = bool(options.gradient_checkpointing)
             with few.forward(numbers, recompute=recompute, balancing=options.balancing) as found:
                 taken = found if place is None else found.like([one[place : place + 1] for one in found.tensors])
-                # Inside the block, since it recomputes checkpointed layers.
+                # Inside the block, since the backward pass recomputes checkpointed layers.
                 again = scaled is not None and loss is not None and scaled.attempt(loss, taken)
                 if scaled is None and loss is not None:
                     loss(taken).backward()
             if self.base.is_sharded and scaled is not None:
                 again = bool(Processes.present().largest(again))
             results = taken.like([tensor.detach() for tensor in taken.tensors])
-            # Their graph: the next one must not come to lie beside it.
+            # Free the autograd graph before the next forward pass builds another.
             del found, taken
         if scaled is not None:
             scaled.accumulate()
         return results
 
     def begin(self, adapter: str) -> None:
-        """Forget what was found for earlier runs on this base, on which the bits of a run must not depend.
+        """Forget fast paths and budgets of earlier runs on this base, on which the bits of a run must not depend.
 
         Args:
-            adapter: One of the run's; the base without adapter is probed with its configuration.
+            adapter: One of the run's adapters; the base without adapter is probed with this adapter's configuration.
         """
         self.paths.clear()
         self.budgets.clear()
         self._without_adapter = self._settings_of(adapter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Fast paths, default budgets and room for activations found so far, as JSON: a run's bits depend on them."""
+        """Fast paths, default budgets and affordable tokens found so far, as JSON: a run's bits depend on all three."""
         paths = [{"settings": settings, **paths.to_dict()} for (settings, _), paths in self.paths.items()]
         return {"paths": paths, **self.budgets.state_dict()}
 
     def load_state_dict(self, state: object) -> None:
-        """Take what `state_dict` gave, whatever a probe would find here and whatever memory is free.
+        """Restore the output of `state_dict`, without a new probe or measurement of memory.
 
         Raises:
-            CheckpointError: `state` is not what `state_dict` gave; nothing is changed.
+            CheckpointError: `state` is not an output of `state_dict`; the engine is unchanged.
         """
         try:
             paths, budgets = _read_paths(state), PassBudgets.from_state(self.base, state)
@@ -316,7 +319,7 @@ class Engine:
             self.say(known.reasons)
 
     def _check_own_attention(self) -> None:
-        """Refuse to train by an attention of the model's own that cannot be differentiated."""
+        """Raise `ConfigurationError` if the model's own attention has no backward pass on this device."""
         attention = self.base.network.config._attn_implementation
         if attention == "flex_attention" and self.base.device.type == "cpu":
             fix = "has no backward pass on a CPU: load the base with attn_implementation='sdpa'"
@@ -326,9 +329,9 @@ class Engine:
         return self.base.adapters.settings(adapter), self.base.adapters.config(adapter)
 
     def say(self, reasons: Sequence[str]) -> None:
-        """Warn of each of these that has not been said of the base yet; "" is nothing to say."""
+        """Warn of each reason that this engine has not given yet; "" is skipped."""
         for reason in filter(None, reasons):
-            # The figures in brackets differ from one LoRA configuration to the next; what follows from them does not.
+            # Compared without the figures in brackets, which differ between LoRA configurations.
             what = reason.split(" (", maxsplit=1)[0]
             if what not in self._said:
                 self._said.add(what)
@@ -338,7 +341,7 @@ class Engine:
 def _of_items(
     loss: ItemLoss, items: Sequence[int], members: Sequence[int], rows: Sequence[int], found: TokenLogprobs
 ) -> torch.Tensor:
-    """The loss of the members of one batch, which are some of the items."""
+    """`loss` with members' positions in one batch turned into positions of items."""
     return loss([items[member] for member in members], rows, found)
 
 
@@ -349,7 +352,7 @@ def _weighted(
 
 
 def _read_paths(state: Any) -> dict[tuple[str, int], FastPaths]:
-    """Fast paths from what `Engine.state_dict` gave."""
+    """The fast paths in an output of `Engine.state_dict`."""
     paths = {}
     for entry in state["paths"]:
         settings, known = entry["settings"], FastPaths.from_dict({k: v for k, v in entry.items() if k != "settings"})
@@ -366,14 +369,14 @@ def _from_everywhere(
     values: torch.Tensor,
     balancing: LoadBalancing | None,
 ) -> TokenLogprobs:
-    """The log-probs of all samples, of which each process has its own.
+    """Exchange log-probs so that each process has those of all samples.
 
     Args:
-        result: Those of this process; None where it has none.
-        own: Their rows, in their order.
+        result: The log-probs of this process's samples; None without samples.
+        own: Rows of this process's samples, in the order of `result`.
         batch: All samples.
-        values: (M, C) zeros, to be exchanged.
-        balancing: The loss for which there are loads; None: there are none.
+        values: (M, C) zeros, the buffer of the all-reduce.
+        balancing: The auxiliary loss whose expert loads are exchanged too; None: no loads.
     """
     whole, loads = TokenLogprobs(values, pieces_of(batch)), None
     if result is not None:

@@ -1,4 +1,4 @@
-"""How many pairs and how many members go through the base at once."""
+"""Division of samples into passes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 
 def balanced_groups(sizes: Sequence[int], capacity: int, most: int | None = None) -> list[list[int]]:
-    """Divide items into as few groups as hold them, of about the same total size.
+    """Divide items into as few groups as the capacity allows, of about the same total size.
 
     The largest items are placed first, each into the lightest group (Graham 1969, "longest processing time"), so that
     no group is a small remainder.
 
     Args:
         sizes: (n,) size of each item, for example a pair's tokens.
-        capacity: Largest total of a group; an item that is larger has a group of its own.
+        capacity: Largest total size of a group; a larger item has a group of its own.
         most: Most items in a group; None: no bound.
 
     Returns:
@@ -40,12 +40,12 @@ def balanced_groups(sizes: Sequence[int], capacity: int, most: int | None = None
 def padded_groups(
     lengths: Sequence[int] | NDArray[np.int64], capacity: int, most: int | None = None
 ) -> list[list[int]]:
-    """Divide items that are padded to the longest of their group, those of like length together.
+    """Divide items that are padded to the longest item of their group; items of similar length share a group.
 
     Args:
-        lengths: (n,) length of each item, or (n, k) lengths of its k parts, which are padded apart from each other.
-        capacity: Largest product of a group's items and its longest length, the sum of it over the parts; a longer item
-            has a group of its own.
+        lengths: (n,) length of each item, or (n, k) lengths of its k parts, each of which is padded separately.
+        capacity: Largest padded size of a group: its number of items times the longest length, summed over parts; a
+            longer item has a group of its own.
         most: Most items in a group; None: no bound.
 
     Returns:

@@ -1,9 +1,9 @@
-"""The loss that keeps a mixture of experts balanced, where the base's configuration asks for it.
+"""The auxiliary load-balancing loss of a mixture of experts, used if the base's configuration enables it.
 
-It is transformers' own (`load_balancing_loss_func`; Switch Transformer, arXiv 2101.03961, equations 4 to 6): E times
-the sum over experts of f P, with f the share of tokens that an expert is chosen for, and P the mean probability that
-routers give it, both over all layers and tokens. It is no mean over rows, but f and P are: what each row adds to them
-is computed in whatever pass the row is in, and the loss is that of the whole batch.
+The loss is transformers' `load_balancing_loss_func` (Switch Transformer, arXiv 2101.03961, equations 4 to 6): E times
+the sum over experts of f P, with f the share of tokens for which an expert is chosen, and P the expert's mean router
+probability, both over all layers and tokens. The loss is not a mean over rows, but f and P are: each pass computes its
+rows' contributions to f and P, and the loss is computed from the contributions of the whole batch.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from evollm.models.encoder_decoder import is_encoder_decoder
 
 _SWITCH = "output_router_logits"
 _COEFFICIENT = "router_aux_loss_coef"
-# Tokens of the sequences on which the loss is compared with the model's own.
+# Lengths of the sequences on which the computed loss is compared with the model's own.
 _TRIED = (9, 6)
 _TOLERANCE = 1e-3
 
 
 class Span(NamedTuple):
-    """Tokens of a pass that stand beside each other.
+    """Contiguous tokens of a pass.
 
     Attributes:
-        row: The sample in its batch.
-        weight: How often each token counts; 0 for padding.
-        length: Tokens.
+        row: Index of their sample in its batch.
+        weight: Weight of each token in the expert loads; 0 for padding.
+        length: Number of tokens.
     """
 
     row: int
@@ -44,22 +44,22 @@ class Span(NamedTuple):
 
 
 def padded_spans(row: int, length: int, longest: int) -> list[Span]:
-    """A sequence's tokens and its padding."""
+    """The span of a sequence's tokens and the span of its padding up to `longest`."""
     return [Span(row, 1, length), Span(row, 0, longest - length)]
 
 
-# Of each layer the logits of its router, (tokens, E).
+# For each layer the logits of its router, (tokens, E).
 RouterLogits = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class LoadBalancing:
-    """The loss of a base.
+    """The load-balancing loss of a base.
 
     Attributes:
-        coefficient: Its weight beside the loss of the batch.
-        experts: E, how many there are in a layer.
-        per_token: How many of them each token goes to.
+        coefficient: Weight of this loss when added to an objective's loss.
+        experts: E, number of experts in a layer.
+        per_token: Number of experts to which each token is routed.
     """
 
     coefficient: float
@@ -70,8 +70,8 @@ class LoadBalancing:
         """The loss of B rows, without its coefficient.
 
         Args:
-            loads: (B, 2, E) for each row how often its tokens choose each expert, and their probabilities of it,
-                summed over tokens and layers.
+            loads: (B, 2, E) for each row and expert the number of tokens that are routed to the expert, and the sum of
+                the expert's router probabilities, both over tokens and layers.
         """
         chosen, probabilities = loads.sum(dim=0)
         tokens = chosen.sum() / self.per_token
@@ -80,17 +80,17 @@ class LoadBalancing:
 
 
 def asked_for(network: PreTrainedModel) -> dict[str, Any]:
-    """What a base's configuration says of the loss, by its own names; {} where it does not ask for it."""
+    """The configuration entries that enable the loss, by their own names; {} if the loss is disabled."""
     config = text_config(network.config)
     coefficient = getattr(config, _COEFFICIENT, None)
     return {_SWITCH: True, _COEFFICIENT: coefficient} if getattr(config, _SWITCH, False) and coefficient else {}
 
 
 def load_balancing(network: PreTrainedModel) -> LoadBalancing | None:
-    """The loss of a base; None where its configuration does not ask for one.
+    """The load-balancing loss of a base; None if the configuration does not enable it.
 
     Raises:
-        ConfigurationError: It asks for one that cannot be computed here, or comes out otherwise than the model's own.
+        ConfigurationError: The enabled loss cannot be computed, or differs from the model's own.
     """
     asked = asked_for(network)
     if not asked:
@@ -101,7 +101,7 @@ def load_balancing(network: PreTrainedModel) -> LoadBalancing | None:
         raise ConfigurationError(field, True, fix)
     try:
         found, ours, own = _tried(network, float(asked[_COEFFICIENT]))
-    except Exception as error:  # Whatever a model does that gives its routers' logits in another way.
+    except Exception as error:  # A model that returns router logits in another format may raise anything.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         fix = f"the loss of routers cannot be computed for {type(network).__name__} ({reason}): {otherwise}"
         raise ConfigurationError(field, True, fix) from error
@@ -113,7 +113,7 @@ def load_balancing(network: PreTrainedModel) -> LoadBalancing | None:
 
 @torch.no_grad()
 def _tried(network: Any, coefficient: float) -> tuple[LoadBalancing, float, float]:
-    """The loss of a base, and its value on a padded batch beside the model's own."""
+    """The loss of a base, its value on a padded batch, and the value of the model's own loss there."""
     device = network.get_input_embeddings().weight.device
     mask = torch.arange(max(_TRIED)).lt(torch.tensor(_TRIED)[:, None]).long().to(device)
     ids = torch.arange(mask.numel(), device=device).view_as(mask) % network.get_input_embeddings().weight.shape[0]
@@ -129,7 +129,7 @@ def _tried(network: Any, coefficient: float) -> tuple[LoadBalancing, float, floa
 
 @contextmanager
 def recorded(network: Any) -> Iterator[list[RouterLogits]]:
-    """The logits of the routers in each forward pass inside the block, of a base that is asked for them."""
+    """Collect the router logits of each forward pass inside the block; the base must be set to return router logits."""
     calls: list[RouterLogits] = []
     hook = network.get_decoder().register_forward_hook(lambda _, __, output: calls.append(tuple(output.router_logits)))
     try:
@@ -141,14 +141,14 @@ def recorded(network: Any) -> Iterator[list[RouterLogits]]:
 def row_loads(
     calls: Sequence[RouterLogits], spans: Sequence[Span], num_rows: int, num_members: int, per_token: int
 ) -> Tensor:
-    """What each of B rows adds to the loads of M members' experts.
+    """The contribution of each of B rows to the expert loads of M members.
 
     Args:
-        calls: The logits of the routers, (M n, E) a layer in each of the forward passes; all n together are N.
-        spans: The N tokens, in their order.
+        calls: For each forward pass the router logits of each layer, (M n, E); the n of all passes add up to N.
+        spans: The spans of the N tokens, in order.
         num_rows: B.
         num_members: M.
-        per_token: How many experts each token goes to.
+        per_token: Number of experts to which each token is routed.
 
     Returns:
         (M, B, 2, E), differentiable in the probabilities; see `LoadBalancing.loss`.
@@ -165,5 +165,5 @@ def row_loads(
     rows, weights, lengths = (np.array(column) for column in zip(*spans, strict=True))
     counts = np.zeros((num_rows, lengths.sum()))
     counts[np.repeat(rows, lengths), np.arange(lengths.sum())] = np.repeat(weights, lengths)
-    # A product rather than an index_add, which adds in any order on a GPU.
+    # A matrix product, because index_add is nondeterministic on a GPU.
     return torch.einsum("bn,mnke->mbke", torch.from_numpy(counts).to(total), total)

@@ -1,4 +1,4 @@
-"""Log-probs of scored tokens, what they are sums of, and how they are read off a network."""
+"""Log-probs of scored tokens, their sums over completions, and their computation from a network's outputs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from evollm.data.samples import Batch, IntArray
 
 
 class Piece(NamedTuple):
-    """Tokens that stand beside each other: the scored ones of one completion.
+    """A contiguous range of log-probs: the scored tokens of one completion.
 
     Attributes:
-        row: The sample in its batch.
-        place: The completion in its sample.
-        length: Tokens.
+        row: Index of the sample in its batch.
+        place: Index of the completion in its sample.
+        length: Number of scored tokens.
     """
 
     row: int
@@ -33,7 +33,7 @@ Pieces = tuple[Piece, ...]
 
 
 def pieces_of(batch: Batch, *, by_place: bool = True) -> Pieces:
-    """The pieces of a batch: all first completions, then all second ones, or else sample by sample."""
+    """The pieces of a batch: all first completions, then all second ones; sample by sample if `by_place` is False."""
     found = [Piece(row, place, n) for row, sample in enumerate(batch) for place, n in enumerate(sample.num_scored)]
     return tuple(sorted(found, key=lambda piece: (piece.place, piece.row)) if by_place else found)
 
@@ -44,9 +44,9 @@ class CompletionSums:
 
     Attributes:
         columns: For each place (B,) log pi(completion | prompt), summed over scored tokens; 0 where a sample has no
-            completion in this place.
-        up_to_shorter: The same over the first tokens alone, as many as the sample's shortest completion has; None
-            unless they were asked for.
+            completion at this place.
+        up_to_shorter: Like `columns`, but over the first tokens only, as many as the sample's shortest completion has;
+            None if not requested.
     """
 
     columns: tuple[Tensor, ...]
@@ -54,25 +54,25 @@ class CompletionSums:
 
     @property
     def chosen(self) -> Tensor:
-        """(B,) of the first completions."""
+        """(B,) sums of the first completions."""
         return self.columns[0]
 
     @property
     def rejected(self) -> Tensor:
-        """(B,) of the second completions; `IndexError` if no sample has any."""
+        """(B,) sums of the second completions; `IndexError` if no sample has any."""
         return self.columns[1]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> CompletionSums:
-        """The same with each (B,) tensor changed."""
+        """A copy with `change` applied to each (B,) tensor."""
         shorter = None if self.up_to_shorter is None else tuple(map(change, self.up_to_shorter))
         return CompletionSums(tuple(map(change, self.columns)), shorter)
 
     def with_rows(self, rows: Sequence[int], other: CompletionSums) -> CompletionSums:
-        """The same with the samples of another one, in its order, at these rows."""
+        """A copy in which the samples of `other`, in their order, replace these rows."""
         places = torch.tensor(rows)
 
         def of(columns: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            # A place that none of the others has holds zeros already.
+            # A place that no sample of `other` has is already zero at these rows.
             changed = [column.index_copy(0, places, part) for column, part in zip(columns, others, strict=False)]
             return (*changed, *columns[len(others) :])
 
@@ -82,7 +82,7 @@ class CompletionSums:
         return CompletionSums(of(self.columns, other.columns), shorter)
 
     def weighted(self, tail_weight: float | None) -> CompletionSums:
-        """Sums in which tokens beyond the shortest completion's length count that much; None: as the others do."""
+        """Sums in which tokens beyond the shortest completion's length are weighted by `tail_weight`; None: by 1."""
         if tail_weight is None:
             return self
         assert self.up_to_shorter is not None
@@ -92,12 +92,12 @@ class CompletionSums:
 
 @dataclass(frozen=True, eq=False)
 class TokenLogprobs:
-    """Log-probs of the scored tokens of B samples under each of M members, who share a batch.
+    """Log-probs of the scored tokens of B samples under each of M members that share the batch.
 
     Attributes:
         values: (M, C) in nats, in float32 or wider.
-        pieces: Which tokens these are, in their order.
-        loads: (M, B, 2, E) what each sample adds to the loads of experts, None unless it was asked for; see
+        pieces: The completions whose tokens `values` holds, in that order.
+        loads: (M, B, 2, E) contribution of each sample to the expert loads, None if not requested; see
             `evollm.models.load_balancing`.
     """
 
@@ -107,11 +107,11 @@ class TokenLogprobs:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The values, and the loads where there are any."""
+        """`values`, and `loads` unless None."""
         return [self.values, *([] if self.loads is None else [self.loads])]
 
     def like(self, tensors: Sequence[Tensor]) -> TokenLogprobs:
-        """The same with other `tensors`."""
+        """A copy with other `tensors`."""
         return TokenLogprobs(tensors[0], self.pieces, *tensors[1:])
 
     @property
@@ -130,13 +130,13 @@ class TokenLogprobs:
 
     @cached_property
     def sums(self) -> tuple[Tensor, ...]:
-        """For each place (M, B) sums of completions; see `CompletionSums.columns`."""
-        # For all members at once; sums of slices, not an index_add: that adds in any order on a GPU.
+        """For each place (M, B) sums over completions; see `CompletionSums.columns`."""
+        # Sums of slices for all members at once: index_add is nondeterministic on a GPU.
         return self._by_place([part.sum(dim=1) for part in self._parts])
 
     @cached_property
     def sums_up_to_shorter(self) -> tuple[Tensor, ...]:
-        """The same up to the length of each sample's shortest completion."""
+        """Like `sums`, but only up to the length of each sample's shortest completion."""
         shortest: dict[int, int] = {}
         for piece in self.pieces:
             shortest[piece.row] = min(piece.length, shortest.get(piece.row, piece.length))
@@ -149,7 +149,7 @@ class TokenLogprobs:
         return parts
 
     def _by_place(self, sums: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """From (M,) sums of the pieces to (M, B) of each place."""
+        """(M,) sums of the pieces -> (M, B) sums for each place."""
         stacked = torch.stack(list(sums), dim=1)
         columns = []
         for place in range(1 + max(piece.place for piece in self.pieces)):
@@ -166,7 +166,7 @@ class TokenLogprobs:
         return tuple(columns)
 
     def index_of(self, pieces: Iterable[Piece]) -> Tensor:
-        """(C',) where the tokens of these pieces are among the values."""
+        """(C',) columns of `values` that hold the tokens of these pieces."""
         ends = np.cumsum([piece.length for piece in self.pieces])
         start = {piece[:2]: end - piece.length for piece, end in zip(self.pieces, ends.tolist(), strict=True)}
         index = np.concatenate([np.arange(piece.length) + start[piece[:2]] for piece in pieces])
@@ -175,11 +175,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, eq=False)
 class MemberLogprobs:
-    """Log-probs of the scored tokens of B samples under one of the members who share a batch.
+    """Log-probs of the scored tokens of B samples under one of the members that share the batch.
 
     Attributes:
-        found: Those under all members, which are summed at once.
-        member: Position of this one.
+        found: The log-probs under all members, which are summed in one operation.
+        member: Position of this member.
     """
 
     found: TokenLogprobs
@@ -192,12 +192,12 @@ class MemberLogprobs:
 
     @property
     def pieces(self) -> Pieces:
-        """Which tokens these are, in their order."""
+        """The completions whose tokens `values` holds, in that order."""
         return self.found.pieces
 
     @property
     def loads(self) -> Tensor | None:
-        """(B, 2, E) loads of experts where they were asked for."""
+        """(B, 2, E) expert loads; None if not requested."""
         return None if self.found.loads is None else self.found.loads[self.member]
 
     @property
@@ -211,7 +211,7 @@ class MemberLogprobs:
         return self.found.sums[1][self.member]
 
     def sums(self, *, up_to_shorter: bool = False) -> CompletionSums:
-        """The sums over each completion, and over its first tokens if they are asked for."""
+        """The sums over each completion; with `up_to_shorter` also those up to the shortest completion's length."""
         columns = [column[self.member] for column in self.found.sums]
         if not up_to_shorter:
             return CompletionSums(tuple(columns))
@@ -219,17 +219,17 @@ class MemberLogprobs:
 
 
 def of_all_members(parts: Sequence[TokenLogprobs]) -> TokenLogprobs:
-    """Put members' log-probs on the same samples one after the other, on the CPU."""
+    """Concatenate different members' log-probs of the same samples, on the CPU."""
     tensors = zip(*(part.tensors for part in parts), strict=True)
     return parts[0].like([torch.cat([tensor.cpu() for tensor in column]) for column in tensors])
 
 
 def joined(parts: Sequence[TokenLogprobs], rows: Sequence[Sequence[int]]) -> TokenLogprobs:
-    """Put the samples of several parts into the order of a batch, by place.
+    """Concatenate the same members' log-probs of different samples, in the batch's order, by place.
 
     Args:
         parts: Log-probs under the same members.
-        rows: For each part the rows of its samples in the batch, which may have others, too.
+        rows: For each part the rows of its samples in the batch; the parts need not cover all rows.
     """
     held = zip(parts, rows, strict=True)
     pieces = tuple(piece._replace(row=numbers[piece.row]) for part, numbers in held for piece in part.pieces)
@@ -242,7 +242,7 @@ def joined(parts: Sequence[TokenLogprobs], rows: Sequence[Sequence[int]]) -> Tok
     return TokenLogprobs(whole.values.index_select(1, whole.index_of(wanted)), wanted, loads)
 
 
-# ------------------------------------------------------------------------------------------------- off a network
+# ------------------------------------------------------------------------------------------------- from a network
 
 
 def token_logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -252,17 +252,17 @@ def token_logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def hidden_states(network: Any, inputs: dict[str, Any]) -> Tensor:
-    """(rows, T, D) the last hidden states, as the head gets them."""
+    """(rows, T, D) last hidden states, the input of the head."""
     hidden = network.base_model(**inputs).last_hidden_state
     assert isinstance(hidden, Tensor)
     return hidden
 
 
 def linear_head(network: Any) -> nn.Linear:
-    """The head as a plain linear layer; an adapter on it, for one, is none.
+    """The network's head, which must be a plain `nn.Linear`, for example without an adapter.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: The head is another module.
     """
     head = network.get_output_embeddings()
     if type(head) is not nn.Linear:
@@ -271,7 +271,7 @@ def linear_head(network: Any) -> nn.Linear:
 
 
 def logits_at(network: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Tensor:
-    """(rows, columns, V) the network's own logits at these columns."""
+    """(rows, columns, V) logits at these columns, by the network's own forward pass."""
     if "logits_to_keep" not in inspect.signature(network.forward).parameters:
         logits = network(**inputs).logits[:, columns]
     else:
@@ -281,7 +281,7 @@ def logits_at(network: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Te
 
 
 def padded(sequences: Sequence[np.ndarray[Any, Any]]) -> tuple[IntArray, IntArray]:
-    """(n, L) n sequences, padded on the right with zeros, and 1 where there is a token."""
+    """(n, L) n sequences, padded on the right with zeros, and their (n, L) mask, 1 for tokens."""
     lengths = np.array([len(sequence) for sequence in sequences])
     ids = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
     for row, sequence in zip(ids, sequences, strict=True):

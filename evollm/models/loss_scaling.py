@@ -2,8 +2,8 @@
 
 float16 has no number between 0 and 6e-8. The gradients of a loss that is a mean over many pairs, or has a small weight,
 underflow in the activations (Micikevicius et al., Mixed Precision Training, arXiv 1710.03740). The gradient with
-respect to the log-probs is known before the backward pass through the base, so the scale is computed from it, not
-adapted from step to step: it brings the largest of these gradients to between 1/2 and 1.
+respect to the log-probs is known before the backward pass through the base, so the scale is computed from this
+gradient, not adapted from step to step: scaling brings the largest of its entries to between 1/2 and 1.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from evollm.models.logprobs import TokenLogprobs
 
 # Limit of the scale's exponent, so that float32 gradients neither overflow nor become denormal.
 _LARGEST_EXPONENT = 100
-# If gradients overflow float16 nevertheless, the scale is lowered by 2^4, at most four times. With 2^8 at once, some
-# gradients were rounded to a fifth.
+# If gradients overflow float16 nevertheless, the scale is lowered by 2^4, at most four times. Lowering by 2^8 in one
+# step rounded some gradients to a fifth.
 _STEP, _STEPS = 4, 4
 
 
@@ -31,11 +31,11 @@ def scale_exponent(largest: float) -> int:
 
 
 class ScaledBackward:
-    """The backward pass of members that share a forward pass, each with a scale of its own.
+    """The backward pass of members that share a forward pass, with one scale for each member.
 
-    Scales are powers of two, which change no digits, and are divided out in float32. A gradient that overflows float16
-    is computed again with a smaller scale; if it still does, it stays infinite, and the caller treats the member as
-    diverged.
+    Scales are powers of two, which leave the mantissa unchanged, and are divided out in float32. A gradient that
+    overflows float16 is recomputed with a smaller scale; a gradient that overflows at every scale stays infinite, and
+    the caller treats the member as diverged.
 
     Args:
         parameters: The trained parameters of each member, float32 or wider.
@@ -48,11 +48,11 @@ class ScaledBackward:
         self._missing = set(range(len(parameters)))
 
     def attempt(self, loss: Callable[[TokenLogprobs], Tensor], policies: TokenLogprobs) -> bool:
-        """Compute the gradients that are missing.
+        """Compute the gradients of members that have none yet.
 
         Args:
             loss: From the members' log-probs to the sum of their losses.
-            policies: These log-probs, from a forward pass that has just been made.
+            policies: The members' log-probs, from a new forward pass.
 
         Returns:
             Whether a member's gradient exceeds float16, so that another forward pass and attempt are needed.
@@ -79,7 +79,7 @@ class ScaledBackward:
         return bool(self._missing)
 
     def accumulate(self) -> None:
-        """Add the gradients that were found to `grad` of the parameters."""
+        """Add the computed gradients to `grad` of the parameters."""
         for parameters, gradients in zip(self._parameters, self._found, strict=True):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:

@@ -1,4 +1,4 @@
-"""How many tokens a pass takes, and whether it recomputes activations: found at the first pass of a kind and kept."""
+"""Token budgets of passes and the default of gradient checkpointing, measured at the first pass of a kind and kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evollm.models.shared_base import SharedBase
 from evollm.models.slow_settings import is_card, needless_checkpointing
 from evollm.processes import Processes
 
-# From whether activations are recomputed to the bytes that a pass of one member saves for each token.
+# Whether activations are recomputed -> bytes that a pass of one member saves for the backward pass, for each token.
 SavedPerToken = Callable[[bool], float]
 
 
@@ -21,8 +21,8 @@ class PassBudgets:
 
     Attributes:
         base: The base.
-        budgets: Most tokens in a pass, by whether it is for training, recomputes activations, and has a tiled head.
-        affordable: With and without a tiled head: tokens of which the activations fit into memory.
+        budgets: Most tokens in a pass, keyed by whether the pass trains, recomputes activations, has a tiled head.
+        affordable: Number of tokens whose activations fit into memory, keyed by whether the head is tiled.
     """
 
     base: SharedBase
@@ -30,12 +30,12 @@ class PassBudgets:
     affordable: dict[bool, int] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget what was found."""
+        """Forget all measurements."""
         self.budgets.clear()
         self.affordable.clear()
 
     def budget(self, saved: SavedPerToken, *, training: bool, recompute: bool, tiled: bool) -> int:
-        """The budget for a kind of pass where the user gives none."""
+        """The token budget of a kind of pass for which the user gives none."""
         kind = training, recompute, tiled
         if kind not in self.budgets:
             found = default_budget(self.base, saved(recompute), training=training, tiled=tiled)
@@ -45,19 +45,19 @@ class PassBudgets:
     def recomputes(
         self, asked: bool | None, saved: SavedPerToken, *, tiled: bool, token_budget: int | None, longest: int
     ) -> tuple[bool, str]:
-        """Whether activations are computed again in the backward pass: as the user says, or as memory needs it.
+        """Whether activations are recomputed in the backward pass: as the user says, else if memory is too short.
 
-        What is kept is for how many tokens memory has room, and not what follows from it: a longer sample may come.
+        The number of affordable tokens is kept, not the decision, since a later batch may have a longer sample.
 
         Args:
-            asked: What the user says; None: as memory needs it.
-            saved: Bytes for each token.
+            asked: The user's `gradient_checkpointing`; None: decided from memory.
+            saved: Gives the bytes saved for each token.
             tiled: Whether the head is tiled.
-            token_budget: Most tokens in a pass, as the user says.
+            token_budget: The user's limit of tokens in a pass; None: no limit given.
             longest: Tokens of the longest sample.
 
         Returns:
-            It, and what the user should know of it.
+            The decision, and a remark for the user, "" for none.
         """
         base, device = self.base, self.base.device.type
         if asked is False or not base.can_checkpoint or base.is_sharded or (asked and not is_card(device)):
@@ -72,7 +72,7 @@ class PassBudgets:
         return should_recompute(room, device, token_budget, longest), ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found so far, as JSON."""
+        """All measurements so far, as JSON."""
         return {
             "budgets": [[*kind, budget] for kind, budget in self.budgets.items()],
             "affordable": [[tiled, tokens] for tiled, tokens in self.affordable.items()],
@@ -80,10 +80,10 @@ class PassBudgets:
 
     @classmethod
     def from_state(cls, base: SharedBase, state: Any) -> PassBudgets:
-        """Those that `state_dict` gave.
+        """The budgets in an output of `state_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: `state` is something else.
+            KeyError, TypeError, ValueError: `state` is not an output of `state_dict`.
         """
         found = cls(base)
         for *kind, budget in state["budgets"]:
@@ -91,7 +91,7 @@ class PassBudgets:
             if not all(isinstance(value, bool) for value in kind) or type(budget) is not int or budget < 1:
                 raise ValueError(f"{[*kind, budget]!r} is not a budget")
             found.budgets[one, two, three] = budget
-        # Absent from earlier checkpoints, whose agents all say whether they recompute.
+        # Absent from older checkpoints, whose agents all have gradient_checkpointing set to True or False.
         for tiled, tokens in state.get("affordable", []):
             if not isinstance(tiled, bool) or type(tokens) is not int or tokens < 0:
                 raise ValueError(f"{[tiled, tokens]!r} is no room for activations")

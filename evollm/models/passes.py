@@ -1,4 +1,4 @@
-"""The passes of members over a few samples that are laid out once."""
+"""The passes of a population's members over samples that are laid out once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evollm.processes import Processes
 
 
 class FewSamples:
-    """The samples of one pass, laid out once, and the members that go through the base with them."""
+    """Samples that fit into one pass, laid out once, and the members whose log-probs of these samples are computed."""
 
     def __init__(
         self, base: SharedBase, layout: Layout, batch: Batch, members: Sequence[str | None], *, stacking: bool
@@ -29,11 +29,11 @@ class FewSamples:
 
     @property
     def attention(self) -> str:
-        """What attention has been computed by, in words."""
+        """The attention implementation that was used, in words."""
         return self.laid.attention or f"the model's own ({self._base.network.config._attn_implementation})"
 
     def passes(self, budget: int) -> list[Sequence[int]]:
-        """Positions of the members of each pass: as many as the budget holds, evenly."""
+        """Positions of the members of each pass: members are split evenly into as few passes as the budget allows."""
         together = 1
         if self._stacking and self.laid.can_stack and None not in self._members:
             together = max(1, budget // self.laid.num_tokens)
@@ -46,12 +46,12 @@ class FewSamples:
     def forward(
         self, numbers: Sequence[int], *, recompute: bool = False, balancing: LoadBalancing | None = None
     ) -> Iterator[TokenLogprobs]:
-        """The log-probs of these members, inside a block in which their gradients can be computed.
+        """Run a forward pass of these members; the backward pass must run inside the block.
 
         Args:
             numbers: Positions of the members.
-            recompute: Compute activations again in the backward pass.
-            balancing: The loss of routers for which loads of experts are given too; None: they are not.
+            recompute: Recompute activations in the backward pass.
+            balancing: The auxiliary loss of routers, for which expert loads are returned too; None: no loads.
         """
         base, laid = self._base, self.laid
         names = [self._members[number] for number in numbers]

@@ -1,4 +1,4 @@
-"""Does a layout give the model's own log-probs? Tried on random tokens and adapters, not looked up by name."""
+"""Checks that a layout reproduces the model's own log-probs, on random tokens and adapters, for any architecture."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from evollm.models.logprobs import TokenLogprobs
 from evollm.models.rounding import rounded_otherwise
 from evollm.models.shared_base import SharedBase
 
-# Tokens of the prompt and of each side.
+# Tokens of the prompt and of each side of a pair.
 _SHORT_PAIRS = ((4, 8, 8), (9, 5, 7), (2, 6, 4))
 _COMPLETION = 8
 _SHORTEST = 64
-# Added to the adapters' weights until they change the log-probs.
+# Scale of the first noise that is added to the adapters' weights; doubled until log-probs change enough.
 _NOISE = 0.02
 _ATTEMPTS = 8
-# Roundings that are tried for the floor.
+# Random roundings from which the rounding floor is estimated.
 _ROUNDINGS = 2
-# A path may be off by so many times the rounding floor; wrong adapters are off by so many times that.
+# A path may differ by at most BOUND times the rounding floor; wrong adapters must differ by over _APART times that.
 BOUND = 3
 _APART = 3
 _EMBEDDINGS_AT_ONCE = 4096
 
 
 def probed_length(base: SharedBase, length: int) -> int:
-    """Tokens of the pair that stands for pairs of up to `length` tokens: a power of two, or all that the base takes."""
+    """Tokens of the pair that is probed for pairs of up to `length` tokens: a power of two, at most `max_positions`."""
     longest = max(_SHORTEST, 1 << (length - 1).bit_length())
     if base.max_positions is not None and length <= base.max_positions:
         return min(longest, base.max_positions)
@@ -46,17 +46,17 @@ def probed_length(base: SharedBase, length: int) -> int:
 
 @torch.no_grad()
 def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
-    """Compare each layout with the model's own forward pass, on a pair of `longest` tokens and some short ones.
+    """Compare each layout with the model's own forward pass, on a pair of `longest` tokens and on short pairs.
 
-    That pass gets a sequence's token ids and nothing else. The long pair reaches past any attention window that pairs
-    of this length reach past, the short ones give away a rejected side that sees its chosen side or another pair. Two
-    adapters with random weights, freed afterwards, give away rows that go through the wrong one. What differs by no
-    more than rounding may explain is right: see `evollm.models.rounding`.
+    The model's own pass gets the token ids of one sequence and nothing else. The long pair exceeds every attention
+    window that pairs of this length can exceed; the short pairs reveal a rejected side that attends to the chosen side
+    or to another pair. Two adapters with random weights, freed afterwards, reveal rows that are routed to the wrong
+    adapter. A layout is right if differences are within rounding: see `evollm.models.rounding`.
 
     Args:
         base: The base.
         config: Configuration of the members' adapters.
-        longest: Tokens of the longest sequence to vouch for; see `probed_length`.
+        longest: Tokens of the longest sequence for which the result holds; see `probed_length`.
     """
     pairs = random_pairs(base, longest)
     every, uneven, short = (Batch(part) for part in (pairs, pairs[:2], pairs[1:]))
@@ -84,7 +84,7 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
             bounds,
         )
         if not shared:
-            # Now padded batches will be used, whose rows may have very different lengths.
+            # Training will use padded batches, whose rows may have very different lengths.
             explicit, implicit, reasons = _padded_batches(base, members[0], uneven, own[:2], bounds[:2])
             trial.reasons += reasons
         stacking = False
@@ -93,7 +93,7 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
         elif apart <= _APART * BOUND * floor:
             trial.reasons.append("members go one by one (adapters with random weights hardly change its log-probs)")
         elif shared:
-            # The second pass enters where the members part, with what the first one left there.
+            # Two passes: the second one finds the state that the first one left where members fan out.
             stacking = trial.agrees(
                 "members go one by one",
                 lambda: torch.cat(packed_sums(base, members, short, tiled_head=tiled, routed=True, passes=2)),
@@ -106,7 +106,7 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
 def _padded_batches(
     base: SharedBase, member: str, batch: Batch, expected: Tensor, bounds: Tensor
 ) -> tuple[bool, bool, list[str]]:
-    """Whether padded batches are right with position ids and without, and what that means where they are not."""
+    """Whether padded batches are right with position ids, whether without, and the reasons for a slower path."""
     with_ids, without = _Trial(), _Trial()
     explicit = with_ids.agrees(
         "position ids are not passed to it",
@@ -126,10 +126,10 @@ def _padded_batches(
 
 
 def _refuse_memory(base: SharedBase, before: Tensor, after: Tensor, bounds: Tensor) -> None:
-    """Compare a short pair's log-probs before a long one went through the base and after it.
+    """Check that a short pair's log-probs are the same before and after a forward pass of a long pair.
 
     Raises:
-        ConfigurationError: They differ by more than rounding.
+        ConfigurationError: The log-probs differ by more than rounding.
     """
     gaps = differences(after - before).cpu()
     if not (gaps <= bounds).all():
@@ -142,21 +142,21 @@ def _refuse_memory(base: SharedBase, before: Tensor, after: Tensor, bounds: Tens
 
 @dataclass
 class _Trial:
-    """Compares log-probs, and notes why a path is not taken.
+    """Compares log-probs, and collects the reasons why paths are not used.
 
     Attributes:
-        reasons: One for each path that failed.
+        reasons: One reason for each path that failed.
     """
 
     reasons: list[str] = field(default_factory=list)
 
     def agrees(self, otherwise: str, compute: Callable[[], Tensor], expected: Tensor, bounds: Tensor) -> bool:
-        """Whether the (B, 2) log-probs are the expected ones, within B bounds; `otherwise` says what happens if not."""
+        """Whether (B, 2) log-probs equal the expected ones within (B,) bounds; `otherwise` names the fallback."""
         try:
             gaps = differences(compute() - expected).cpu()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a model does with inputs that it was not written for
+        except Exception as error:  # a model may raise anything on inputs that it does not support
             self.reasons.append(f"{otherwise} ({type(error).__name__}: {error})")
             return False
         if (gaps <= bounds).all():
@@ -173,10 +173,10 @@ def differences(found: Tensor) -> Tensor:
 
 
 def make_differ(base: SharedBase, members: Sequence[str], batch: Batch) -> tuple[float, float]:
-    """Add noise to the members' weights until their log-probs differ by more than rounding could.
+    """Add noise to the members' weights until their log-probs differ by clearly more than rounding.
 
     Returns:
-        The rounding floor, in nats, and how far the members are apart.
+        The rounding floor, in nats, and the largest difference between the members' log-probs.
     """
     found = []
     for attempt in range(_ATTEMPTS):
@@ -186,34 +186,34 @@ def make_differ(base: SharedBase, members: Sequence[str], batch: Batch) -> tuple
         for seed in range(_ROUNDINGS):
             with rounded_otherwise(base, members, seed):
                 moved += [_padded(base, member, batch) - before for member, before in zip(members, plain, strict=True)]
-        # A log-prob that does not move at all is still rounded once.
+        # At least one rounding of a log-prob, even if no log-prob changed.
         least = torch.finfo(torch.float32).eps * float(torch.cat(plain).abs().max())
         floor = max(least, float(differences(torch.cat(moved, dim=1)).max()))
         apart = float(differences(plain[0] - plain[1]).max())
         found.append((floor, apart))
         if apart > _APART * BOUND * floor:
             return floor, apart
-    # More noise did not help, and makes rounding count for more.
+    # All noise is taken back, since more noise did not help and enlarges rounding errors.
     _add_noise(base, members, -_NOISE * (2**_ATTEMPTS - 2))
     return found[0]
 
 
 def _floor_of_long(base: SharedBase, member: str, pair: Sample, expected: Tensor) -> float:
-    """The rounding floor of a long sequence, prompt and chosen side, whose log-prob is expected to be that."""
+    """The rounding floor of a long sequence, prompt and chosen side, whose log-prob is `expected`."""
     alone = Batch([replace(pair, completions=pair.completions[:1])])
     with rounded_otherwise(base, [member], seed=0):
         return float((_own(base, member, alone)[0, 0] - expected).abs())
 
 
 def _own(base: SharedBase, adapter: str, batch: Batch) -> Tensor:
-    """(B, 2) by the model's own forward pass, one sequence at a time, with its token ids and nothing else."""
+    """(B, 2) sums by the model's own forward pass, one sequence at a time, from token ids only."""
     return _sums(base, lone_layout(base), (adapter,), batch)[0]
 
 
 def _padded(
     base: SharedBase, adapter: str, batch: Batch, *, explicit_positions: bool = True, tiled_head: bool = False
 ) -> Tensor:
-    """(B, 2) by the plain layout and PEFT's own forward pass."""
+    """(B, 2) sums by the plain layout and PEFT's own forward pass."""
     paths = FastPaths(shared_prompt=False, tiled_head=tiled_head)
     return _sums(base, layout_for(base, paths, explicit_positions=explicit_positions), (adapter,), batch)[0]
 
@@ -227,7 +227,7 @@ def packed_sums(
     routed: bool = False,
     passes: int = 1,
 ) -> list[Tensor]:
-    """(B, 2) for each member with prompts computed once, of the last of some equal passes."""
+    """(B, 2) sums for each member with prompts computed once; the last result of `passes` equal passes."""
     return _sums(base, layout_for(base, FastPaths(tiled_head=tiled_head)), members, batch, routed=routed, passes=passes)
 
 
@@ -240,7 +240,7 @@ def _sums(
     routed: bool = False,
     passes: int = 1,
 ) -> list[Tensor]:
-    """For each member (B, k) sums of completions, 0 where there is none, of the last of some equal passes."""
+    """(B, k) sums for each member, 0 for a missing completion; the last result of `passes` equal passes."""
     laid = layout.lay_out(batch, members)
     with (
         base.active(members[0]) as network,
@@ -254,12 +254,12 @@ def _sums(
 
 
 def _usual_ids(base: SharedBase) -> IntArray:
-    """The token ids whose embeddings are finite, all ids if there is none: from NaN no path could be told right.
+    """The token ids with finite embeddings, since a NaN would make every path look wrong; all ids if none is finite.
 
-    Padding is left out, whose embedding a model may take for no token.
+    The padding id is left out, because some models treat its embedding specially.
     """
     weight = cast(Any, base.network).get_input_embeddings().weight
-    # In blocks, since a type that can be summed may be wider.
+    # In blocks, since the float32 copy may need more memory than the weights.
     finite = torch.cat([torch.isfinite(block.float().sum(dim=1)).cpu() for block in weight.split(_EMBEDDINGS_AT_ONCE)])
     usual: IntArray = (finite if finite.any() else ~finite).nonzero().flatten().numpy()
     padding = getattr(base.network.config, "pad_token_id", None)
@@ -267,7 +267,7 @@ def _usual_ids(base: SharedBase) -> IntArray:
 
 
 def random_pairs(base: SharedBase, longest: int) -> list[Sample]:
-    """A pair whose sequences are `longest` tokens long, and some with few tokens; sides end as a completion does."""
+    """A pair whose sequences have `longest` tokens, then short pairs; each side ends with EOS, like a completion."""
     rng, ids = np.random.default_rng(0), _usual_ids(base)
     end = getattr(base.network.config, "eos_token_id", None)
     last = np.array([end] if end in ids else ids[:1])
@@ -284,7 +284,7 @@ def random_pairs(base: SharedBase, longest: int) -> list[Sample]:
 
 @contextmanager
 def random_adapters(base: SharedBase, config: LoraConfig) -> Iterator[tuple[str, str]]:
-    """Two frozen adapters, for as long as the block lasts."""
+    """Two frozen adapters that exist inside the block only."""
     names: list[str] = []
     with base.active(base.adapters.active):
         try:
@@ -297,7 +297,7 @@ def random_adapters(base: SharedBase, config: LoraConfig) -> Iterator[tuple[str,
 
 
 def _add_noise(base: SharedBase, adapters: Sequence[str], scale: float) -> None:
-    """Move each adapter's weights by noise of its own, the same at every call but for the scale."""
+    """Add noise to the adapters' weights, different for each adapter; calls differ in the scale only."""
     generator = torch.Generator().manual_seed(0)
     for name in adapters:
         for parameter in base.adapters.parameters(name).values():

@@ -1,4 +1,4 @@
-"""Reference log-probabilities, computed once for each distinct reference and pair."""
+"""Reference log-probabilities, computed once for each distinct reference and sample."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from evollm.data.samples import Batch, Sample
 from evollm.errors import CheckpointError
 from evollm.models.logprobs import CompletionSums
 
-# From samples and positions of references to each one's log-probs of these samples.
+# (samples, positions of references) -> each reference's log-probs of these samples.
 Compute = Callable[[Batch, Sequence[int]], list[CompletionSums]]
 
 _KEY_BYTES = 16
-# Sums of a sample with fewer completions are followed by zeros: of an example there are as many as of a pair.
+# Sums of a sample with fewer completions are padded with zeros, so that an SFT example has as many as a pair.
 _FEWEST_SUMS = 2
 
-# Entries that hold the sums up to the shortest completion too are apart from those that do not.
+# Suffix of the keys under which entries that also hold the sums up to the shortest completion are kept.
 _WITH_SHORTER = " up to the shorter side"
 
 
 class ReferenceCache:
-    """A sum of log-probs for each completion of each (reference, sample), or two; both are known by their content.
+    """One or two sums of log-probs for each completion of each (reference, sample), keyed by digests of both contents.
 
-    Agents whose references hold the same weights share the entries, whoever asks first.
+    Agents whose references hold the same weights share entries.
 
     Attributes:
-        told_of: Split and digest of the samples with sums that are not finite, which the user has been told of.
+        told_of: Split and digest of samples with non-finite sums of which the user has been warned.
     """
 
     def __init__(self) -> None:
@@ -43,16 +43,16 @@ class ReferenceCache:
     def get(
         self, references: Sequence[str], batch: Batch, compute: Compute, *, up_to_shorter: bool = False
     ) -> list[CompletionSums]:
-        """Log-probs of every sample of the batch under each reference, computing those that are not known.
+        """Log-probs of every sample of the batch under each reference; only those not in the cache are computed.
 
         Args:
             references: Fingerprints of the references' weights, all different.
             batch: B samples.
-            compute: Gives the log-probs of the samples that are missing; called once for references that miss the same.
-            up_to_shorter: Whether these have the sums up to the shortest completion's length too.
+            compute: Gives the log-probs of missing samples; called once for all references that lack the same samples.
+            up_to_shorter: Whether to include the sums up to the shortest completion's length.
 
         Returns:
-            For each (B,) float64 tensors on the CPU: float64 holds any sum exactly, whatever it was computed in.
+            For each reference (B,) float64 tensors on the CPU; float64 represents float32 and float64 sums exactly.
         """
         keys = batch.keys()
         if up_to_shorter:
@@ -70,7 +70,7 @@ class ReferenceCache:
         return [self._lookup(reference, batch, up_to_shorter) for reference in references]
 
     def known_as_not_finite(self, reference: str, batch: Batch) -> list[int]:
-        """The rows of a batch whose sums are known, and are not all finite."""
+        """The rows of a batch with cached sums that are not all finite."""
         entries = self._entries.get(reference)
         if not entries:
             return []
@@ -88,19 +88,19 @@ class ReferenceCache:
         return CompletionSums(sums[0], sums[1] if up_to_shorter else None)
 
     def forget(self, reference: str) -> None:
-        """Drop the log-probs of a reference that is no more."""
+        """Drop the log-probs of a reference whose adapter is gone."""
         self._entries.pop(reference, None)
         self._entries.pop(reference + _WITH_SHORTER, None)
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop all entries, and `told_of`."""
         self._entries.clear()
         self.told_of.clear()
 
     def save(self, path: Path) -> None:
         """Write all entries into one safetensors file: for each reference the samples' digests and sums.
 
-        A reference of samples with different numbers of sums is there once for each number.
+        A reference whose samples have different numbers of sums is written once for each number.
         """
         tensors: dict[str, torch.Tensor] = {}
         references: list[str] = []
@@ -141,7 +141,7 @@ class ReferenceCache:
 
 
 def _sums_of(computed: CompletionSums, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
-    """For each sample the sums of its completions, then those up to the shortest one's length, if any."""
+    """For each sample the sums of its completions, then the sums up to the shortest completion's length, if any."""
     parts = [computed.columns, *([computed.up_to_shorter] if computed.up_to_shorter else [])]
     rows = [list(zip(*(column.tolist() for column in part), strict=True)) for part in parts]
     counts = [len(sample.completions) for sample in samples]
@@ -152,5 +152,5 @@ def _sums_of(computed: CompletionSums, samples: Sequence[Sample]) -> list[tuple[
 
 
 def _filled(sums: tuple[float, ...], count: int) -> tuple[float, ...]:
-    """The sums, with zeros behind them where there are fewer than `count`."""
+    """The sums, padded with zeros to `count`."""
     return sums + (0.0,) * (count - len(sums))

@@ -1,8 +1,8 @@
-"""How far rounding alone moves a model's log-probs: tried, since it depends on the model far more than on its type.
+"""Measures how far rounding alone changes a model's log-probs, which depends more on the model than on its dtype.
 
-The inputs of the model are moved by one unit in their last place, and the adapters rounded to its type. From there on
-every intermediate result is rounded anew, so that the difference is that of two computations which are both right (in
-the manner of CESTAC: Vignes, Mathematics and Computers in Simulation 35, 1993).
+The model's input embeddings are changed by one unit in the last place, and the adapters rounded to the base's dtype.
+All later intermediate results then round differently, so that the difference is that of two equally right computations
+(like CESTAC: Vignes, Mathematics and Computers in Simulation 35, 1993).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def outputs_rounded_otherwise(modules: Iterable[nn.Module], seed: int, least: float = 0.0) -> Iterator[None]:
-    """Inside the block the outputs of these modules are moved by a unit in their last place, or by `least`, relative.
+    """Inside the block these modules' outputs change at random by a relative machine epsilon, or `least` if larger.
 
-    The draws go on from one output to the next, so the modules' order of computing decides them, and the seed.
+    One random generator serves all outputs, so the draws depend on the seed and on the order of execution.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -44,8 +44,8 @@ def outputs_rounded_otherwise(modules: Iterable[nn.Module], seed: int, least: fl
 
 @contextmanager
 def rounded_otherwise(base: SharedBase, adapters: Sequence[str], seed: int) -> Iterator[None]:
-    """Inside the block the base's embeddings and these adapters are rounded in another way, for each seed its own."""
-    # Parts of many models compute in float32 whatever their own type: less would be lost there.
+    """Inside the block the base's embeddings are perturbed by a seed, and these adapters rounded to its dtype."""
+    # Many models compute parts in float32 whatever their dtype; a smaller change would be lost there.
     least = torch.finfo(torch.float32).eps
     if any(layer.weight.dtype == torch.int8 for _, layer in quantised_layers(base.network)):
         # LLM.int8() computes in float16.
@@ -53,7 +53,7 @@ def rounded_otherwise(base: SharedBase, adapters: Sequence[str], seed: int) -> I
 
     network = cast(Any, base.network)
     embeddings = [network.get_input_embeddings()]
-    # An encoder and a decoder may each have a module for the weights that they share.
+    # An encoder and a decoder may each have an embedding module with the same weights.
     embeddings += [module for module in network.modules() if isinstance(module, nn.Embedding)]
     weights = [parameter for name in adapters for parameter in base.adapters.parameters(name).values()]
     before = [weight.detach().clone() for weight in weights]

@@ -1,4 +1,4 @@
-"""How samples are laid out as the rows of a pass: packed, plain, for encoder-decoder models, or one by one."""
+"""Layouts of samples as the rows of a pass: packed, plain, encoder-decoder, or one sequence at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["LaidOut", "Layout", "completion_logprobs", "layout_for", "lone_layou
 
 
 def layout_for(base: SharedBase, paths: FastPaths, *, explicit_positions: bool = True) -> Layout:
-    """The fastest layout that a base has been seen to compute rightly.
+    """The fastest layout that the probe has confirmed for a base.
 
     Args:
         base: The base.
-        paths: What it has been seen to compute rightly.
-        explicit_positions: Whether position ids may be passed; without them samples of a causal model cannot share
+        paths: The fast paths that the probe has confirmed.
+        explicit_positions: Whether position ids may be passed; without them a causal model's completions cannot share
             their prompt.
     """
     device, tiled = base.device, paths.tiled_head
@@ -38,12 +38,12 @@ def layout_for(base: SharedBase, paths: FastPaths, *, explicit_positions: bool =
 
 
 def lone_layout(base: SharedBase) -> Layout:
-    """Each sequence of a base by itself."""
+    """The layout with one sequence in a pass."""
     return _lone(base, layout_for(base, FastPaths(shared_prompt=False)))
 
 
 def longest_sequence(base: SharedBase, batch: Batch) -> int:
-    """Tokens of the longest sequence that a base gets of a batch."""
+    """Tokens of the longest sequence of a batch as the base's layouts build them."""
     if base.is_encoder_decoder:
         return max(max(len(sample.prompt_ids), *map(len, sample.completions)) for sample in batch)
     return batch.longest_sequence

@@ -1,8 +1,8 @@
 """Encoder-decoder models (T5, BART): the encoder reads the prompt, the decoder writes each completion.
 
-A prompt and a completion are two sequences here. The decoder's first input is the model's own start token, and from
-then on it is given the completion's tokens: input t predicts token t. So a sample needs no special attention to share
-its prompt: the encoder runs once for each prompt, and all completions attend to what it gave.
+A prompt and a completion are two sequences here. The decoder's inputs are the model's start token and then the
+completion's tokens: input t predicts token t. Completions share their prompt without special attention: the encoder
+runs once for each prompt, and all completions attend to the encoder's output.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from evollm.models.logprobs import Pieces, linear_head, padded, pieces_of, token
 
 @dataclass(frozen=True)
 class EncoderDecoderLayout:
-    """A padded sequence of the decoder for each completion; of the encoder for each prompt, or for each completion.
+    """One padded decoder sequence for each completion; one padded encoder sequence for each prompt or each completion.
 
     Attributes:
         device: Where the network is.
         start: The decoder's first input.
         tiled_head: Apply the head to tiles of the decoder's hidden states; see `evollm.models.head`.
-        shared_prompt: Whether the completions of a sample share one encoded prompt; else each is a plain sequence of
-            its own, by the model's own pass.
+        shared_prompt: Whether the completions of a sample share one encoded prompt; else the model encodes the prompt
+            again for each completion.
     """
 
     own_attention: ClassVar[bool] = True
@@ -43,29 +43,29 @@ class EncoderDecoderLayout:
     shared_prompt: bool
 
     def groups(self, batch: Batch, budget: int, most: int | None) -> list[list[int]]:
-        """Rows of like length."""
+        """Passes of samples with similar lengths."""
         counts = np.array([len(sample.completions) for sample in batch])
         longest = np.array([max(map(len, sample.completions)) for sample in batch])
         prompts = batch.prompt_lengths * (1 if self.shared_prompt else counts)
         return padded_groups(np.stack([prompts, counts * longest], axis=1), budget, most)
 
     def lay_out(self, batch: Batch, members: Sequence[str | None]) -> LaidOutEncoderDecoder:
-        """Lay samples out."""
+        """Lay out a batch for passes of these members."""
         del members
         return LaidOutEncoderDecoder(self, batch)
 
 
 class LaidOutEncoderDecoder:
-    """B samples as E sequences of the encoder and S of the decoder; see `evollm.models.layouts.layout.LaidOut`.
+    """B samples as E encoder sequences and S decoder sequences; see `evollm.models.layouts.layout.LaidOut`.
 
     Attributes:
-        prompt_ids: (E, P) the prompts, padded on the right; E is B where completions share them, else S.
-        prompt_mask: (E, P) 1 where there is a token.
+        prompt_ids: (E, P) the prompts, padded on the right; E is B if completions share prompts, else S.
+        prompt_mask: (E, P) 1 for tokens, 0 for padding.
         decoder_ids: (S, T) the start token and each completion without its last token, padded on the right.
-        decoder_mask: (S, T) 1 where there is a token.
-        predicting: (S, T) True where a token predicts a scored token of the completion.
+        decoder_mask: (S, T) 1 for tokens, 0 for padding.
+        predicting: (S, T) True where the input predicts a scored token of the completion.
         targets: (C,) the scored tokens of all completions.
-        rows: (S,) the samples that the completions belong to.
+        rows: (S,) rows of the completions' samples.
     """
 
     can_stack = True
@@ -94,7 +94,7 @@ class LaidOutEncoderDecoder:
         return self.prompt_ids.numel() + self.decoder_ids.numel()
 
     def passing(self, num_members: int, *, adapted: bool = True, whole: bool = False) -> AbstractContextManager[None]:
-        """The network as it is."""
+        """An empty context: this layout does not change the network."""
         del num_members, adapted, whole
         return nullcontext()
 
@@ -116,7 +116,7 @@ class LaidOutEncoderDecoder:
         return token_logprobs(hidden, head.weight, head.bias, targets).view(num_members, -1)
 
     def _encoder_inputs(self, network: Any, num_members: int) -> dict[str, Any]:
-        """What the decoder attends to: the prompts of its rows, or what the encoder made of them once."""
+        """The encoder's inputs for each decoder sequence, or the shared output of one encoder pass."""
         mask = self.prompt_mask.repeat(num_members, 1)
         inputs = {"input_ids": self.prompt_ids.repeat(num_members, 1), "attention_mask": mask}
         if not self._layout.shared_prompt:
@@ -124,24 +124,24 @@ class LaidOutEncoderDecoder:
         encoded = network.get_encoder()(**inputs).last_hidden_state  # (M B, P, D)
 
         def for_completions(rows: Tensor) -> Tensor:
-            """From (M B, ...) to (M S, ...)."""
+            """(M B, ...) -> (M S, ...), the prompt of each completion."""
             blocks = rows.view(num_members, -1, *rows.shape[1:])
             num_prompts = blocks.shape[1]
-            # The first completions have all prompts in their order: index_select is for the others alone.
+            # The first completions use all prompts in order; only further completions need index_select.
             return torch.cat([blocks, blocks.index_select(1, self.rows[num_prompts:])], dim=1).flatten(0, 1)
 
         outputs = BaseModelOutput(last_hidden_state=for_completions(encoded))
         return {"encoder_outputs": outputs, "attention_mask": for_completions(mask)}
 
     def spans(self) -> list[Span]:
-        """The loss of routers is refused for such models; see `evollm.models.load_balancing`."""
+        """Not needed: `evollm.models.load_balancing` refuses encoder-decoder models."""
         raise NotImplementedError
 
 
 def lone_encoder_decoder_logprobs(network: Any, prompt: IntArray, completion: IntArray, device: torch.device) -> Tensor:
-    """(C,) log-probs of a completion's tokens, by a pass in which the network gets nothing but the token ids.
+    """(C,) log-probs of a completion's tokens, by a pass in which the network gets only token ids.
 
-    The network itself makes the decoder's inputs of the completion.
+    The network derives the decoder's inputs from the completion.
     """
     ids, labels = (torch.from_numpy(part)[None].to(device) for part in (prompt, completion))
     return token_logprobs_of(network(input_ids=ids, labels=labels, use_cache=False).logits, labels)[0]
@@ -149,8 +149,8 @@ def lone_encoder_decoder_logprobs(network: Any, prompt: IntArray, completion: In
 
 @contextmanager
 def _identity(head: nn.Module) -> Iterator[None]:
-    """The head gives back what it gets, so that the model's logits are its input, scaled as the model scales it."""
-    # An instance has a forward pass of its own where a library has wrapped it.
+    """Make the head the identity inside the block, so that `logits` are the head's inputs, with the model's scaling."""
+    # Libraries such as accelerate wrap a module by setting `forward` on the instance.
     own = head.__dict__.get("forward")
     head.forward = lambda hidden: hidden
     try:

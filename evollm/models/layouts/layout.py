@@ -1,4 +1,4 @@
-"""What a layout is: a way to lay samples out as the rows of a pass through a base."""
+"""The interface of layouts, which lay samples out as the rows of a pass through a base."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from evollm.models.logprobs import Pieces
 
 
 class LaidOut(Protocol):
-    """Samples laid out once on a device, for any number of passes of members."""
+    """Samples laid out once on a device, for any number of passes."""
 
     @property
     def pieces(self) -> Pieces:
-        """Which tokens `logprobs` gives, in their order."""
+        """The completions whose tokens `logprobs` returns, in that order."""
 
     @property
     def num_tokens(self) -> int:
@@ -30,22 +30,22 @@ class LaidOut(Protocol):
 
     @property
     def attention(self) -> str:
-        """What attention has been computed by so far, in words; "" for the model's own."""
+        """The attention implementation used so far, in words; "" for the model's own."""
 
     def passing(self, num_members: int, *, adapted: bool = True, whole: bool = False) -> AbstractContextManager[object]:
-        """The network computes by this layout inside the block, in passes of M members.
+        """Configure the network for this layout inside the block, for passes of M members.
 
         Args:
             num_members: M.
-            adapted: Whether they have adapters; else it is the base by itself.
-            whole: Whether each layer has to run for each member, even where all have the same inputs.
+            adapted: Whether the members have adapters; False: the base without adapter.
+            whole: Whether every layer must run for each member, even layers below the first adapter.
         """
 
     def logprobs(self, network: Any, num_members: int) -> Tensor:
         """(M, C) log-probs of the scored tokens; differentiable where gradients are enabled."""
 
     def spans(self) -> Sequence[Span]:
-        """The tokens that routers see in a pass of one member, in their order."""
+        """The spans of the tokens in the routers' input in a pass of one member, in order."""
 
 
 class Layout(Protocol):
@@ -53,14 +53,14 @@ class Layout(Protocol):
 
     @property
     def own_attention(self) -> bool:
-        """Whether attention is computed as the model itself does."""
+        """Whether passes use the model's own attention implementation."""
 
     def groups(self, batch: Batch, budget: int, most: int | None) -> list[list[int]]:
         """Divide a batch into passes.
 
         Args:
             batch: B samples.
-            budget: Most tokens of a pass of one member; a longer sample has a pass of its own.
+            budget: Most tokens in a pass of one member; a longer sample has a pass of its own.
             most: Most samples in a pass; None: no bound.
 
         Returns:
@@ -68,4 +68,4 @@ class Layout(Protocol):
         """
 
     def lay_out(self, batch: Batch, members: Sequence[str | None]) -> LaidOut:
-        """Lay samples out for passes of these members, adapters' names or None for the base by itself."""
+        """Lay samples out for passes of these members: names of adapters, None for the base without adapter."""

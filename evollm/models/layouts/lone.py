@@ -1,6 +1,6 @@
-"""Each sequence in a pass of its own, in which the network gets nothing but token ids.
+"""One sequence in a pass, in which the network gets only token ids.
 
-It is what the network makes of a sequence when nobody tells it more: every other layout has to reproduce it.
+The probe takes the log-probs of this layout as the model's own, which every other layout has to reproduce.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from evollm.models.logprobs import Pieces, pieces_of
 
 @dataclass(frozen=True)
 class LoneLayout:
-    """Sequences one by one.
+    """One sequence in a pass.
 
     Attributes:
         device: Where the network is.
-        logprobs: From a network, the ids of a prompt and of a completion, and a device to (C,) log-probs of the
-            completion's tokens.
-        padded: The layout in whose order samples are taken.
+        logprobs: (network, prompt ids, completion ids, device) -> (C,) log-probs of the completion's tokens.
+        padded: The padded layout whose order of samples is used.
     """
 
     own_attention: ClassVar[bool] = True
@@ -36,18 +35,18 @@ class LoneLayout:
     padded: Layout
 
     def groups(self, batch: Batch, budget: int, most: int | None) -> list[list[int]]:
-        """One sample each: processes that share the base's layers need passes of equally many sequences."""
+        """One sample in a group: processes of a sharded base must run passes of equally many sequences."""
         del most
         return self.padded.groups(batch, budget, 1)
 
     def lay_out(self, batch: Batch, members: Sequence[str | None]) -> LaidOutAlone:
-        """Nothing is laid out beforehand."""
+        """Keep the batch; sequences are built in `logprobs`."""
         del members
         return LaidOutAlone(self, batch)
 
 
 class LaidOutAlone:
-    """Samples whose sequences go one by one; see `evollm.models.layouts.layout.LaidOut`."""
+    """Samples computed one sequence at a time; see `evollm.models.layouts.layout.LaidOut`."""
 
     can_stack = False
     attention = ""
@@ -59,7 +58,7 @@ class LaidOutAlone:
         self.pieces: Pieces = pieces_of(batch, by_place=False)
 
     def passing(self, num_members: int, *, adapted: bool = True, whole: bool = False) -> AbstractContextManager[None]:
-        """The network as it is."""
+        """An empty context: this layout does not change the network."""
         del num_members, adapted, whole
         return nullcontext()
 
@@ -76,7 +75,7 @@ class LaidOutAlone:
         return torch.cat(found).unsqueeze(0)
 
     def spans(self) -> list[Span]:
-        """Sample by sample, without padding."""
+        """One span for each sequence, sample by sample, without padding."""
         return [
             Span(row, 1, len(sample.prompt_ids) + len(completion))
             for row, sample in enumerate(self._batch)

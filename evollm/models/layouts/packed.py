@@ -1,4 +1,4 @@
-"""Samples in one row without padding, the prompt once: the layout of the fast path."""
+"""Samples in one row without padding, each prompt once: the layout of the fast path."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from evollm.models.shared_base import SharedBase
 class PackedSamples:
     """B samples, one after another in one row of N tokens: `prompt | completion | completion | prompt | ...`.
 
-    The positions of each completion begin where the prompt ends, and the prompt's last token predicts the first token
-    of each. Which tokens see which is up to the attention; see `evollm.models.attention`.
+    The position ids of each completion continue the prompt's, and the prompt's last token predicts the first token of
+    each completion. `evollm.models.attention` restricts each completion to its prompt and itself.
 
     Attributes:
         lengths: (B,) the lengths of each sample's parts.
         input_ids: (1, N) token ids.
-        position_ids: (1, N) position of each token in its own sequence.
+        position_ids: (1, N) position of each token in its sequence prompt + completion.
         predicting: (C,) columns whose logits predict a scored token, completion by completion.
-        targets: (C,) the tokens that they predict.
+        targets: (C,) the scored tokens, which these columns predict.
     """
 
     lengths: tuple[SampleLengths, ...]
@@ -85,7 +85,7 @@ class PackedSamples:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Samples in one row, the prompt of each once for all of its completions.
+    """Samples in one row, with each prompt once for all completions of its sample.
 
     Attributes:
         base: The base.
@@ -97,11 +97,11 @@ class PackedLayout:
     tiled_head: bool
 
     def groups(self, batch: Batch, budget: int, most: int | None) -> list[list[int]]:
-        """Rows of about equally many tokens."""
+        """Passes of about equally many tokens."""
         return balanced_groups(batch.num_tokens.tolist(), budget, most)
 
     def lay_out(self, batch: Batch, members: Sequence[str | None]) -> LaidOutPacked:
-        """Lay samples out."""
+        """Lay out a batch for passes of these members."""
         return LaidOutPacked(self, batch, members)
 
 
@@ -124,18 +124,18 @@ class LaidOutPacked:
 
     @property
     def can_stack(self) -> bool:
-        """Whether the layers below the first adapter run once for all members."""
+        """Whether members may share a pass, in which the layers below the first adapter run once."""
         return self._fan_out is not None
 
     @property
     def attention(self) -> str:
-        """What attention has been computed by so far, in words."""
+        """The attention implementations used so far, in words."""
         return " and ".join(sorted(self._sequences.kinds))
 
     @contextmanager
     def passing(self, num_members: int, *, adapted: bool = True, whole: bool = False) -> Iterator[None]:
-        """Attention follows the sequences inside the block, and members part at the first adapter."""
-        # Without an adapter there are no members to part.
+        """Make attention follow the packed sequences, and members fan out at the first adapter, inside the block."""
+        # Without an adapter all layers are shared.
         fan_out = self._fan_out if adapted else None
         if fan_out is not None:
             fan_out.members = num_members
@@ -157,7 +157,7 @@ class LaidOutPacked:
         return token_logprobs(hidden.flatten(0, 1), head.weight, head.bias, targets).view(num_members, -1)
 
     def spans(self) -> list[Span]:
-        """A prompt counts for each of the completions that follow it, as if it had been repeated."""
+        """A prompt has its number of completions as weight, as if the prompt were repeated for each."""
         spans = []
         for row, (prompt, completions) in enumerate(self._packed.lengths):
             spans.append(Span(row, len(completions), prompt))

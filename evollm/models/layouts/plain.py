@@ -1,4 +1,4 @@
-"""Each completion as a padded sequence behind its prompt: the plain layout, which serves every causal model."""
+"""One padded sequence prompt + completion for each completion: the plain layout, for every causal model."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from evollm.models.logprobs import (
 
 @dataclass(frozen=True)
 class PaddedSequences:
-    """The completions of B samples as S sequences, all first ones, then all second ones.
+    """The completions of B samples as S sequences: all first completions, then all second ones.
 
     Attributes:
         input_ids: (S, T) token ids, padded on the right.
-        attention_mask: (S, T) 1 where there is a token.
-        completion_mask: (S, T - 1) True where position t predicts a completion's token t + 1 that is scored.
-        pieces: S pieces of scored tokens.
+        attention_mask: (S, T) 1 for tokens, 0 for padding.
+        completion_mask: (S, T - 1) True where position t predicts a scored token t + 1.
+        pieces: The S completions of scored tokens, in the order of the sequences.
     """
 
     input_ids: IntArray
@@ -65,8 +65,8 @@ def completion_logprobs(
 ) -> CompletionSums:
     """Sum the log-probabilities of each completion's scored tokens given all tokens before them.
 
-    log pi(y | x) = sum_t log pi(y_t | x, y_<t), the quantity of DPO (arXiv 2305.18290, equation 7). All completions go
-    through one forward pass.
+    log pi(y | x) = sum_t log pi(y_t | x, y_<t), the quantity of DPO (arXiv 2305.18290, equation 7). All
+    completions share one forward pass.
 
     Args:
         network: A causal language model of transformers; its active adapters decide whose log-probs these are.
@@ -84,7 +84,7 @@ def completion_logprobs(
 
 @dataclass(frozen=True)
 class PlainLayout:
-    """A padded sequence for each completion; one member in a pass.
+    """One padded sequence for each completion; one member in a pass.
 
     Attributes:
         device: Where the network is.
@@ -98,12 +98,12 @@ class PlainLayout:
     explicit_positions: bool
 
     def groups(self, batch: Batch, budget: int, most: int | None) -> list[list[int]]:
-        """Rows of like length."""
+        """Passes of samples with similar lengths."""
         sequences = [len(sample.completions) * sample.longest_sequence for sample in batch]
         return padded_groups(sequences, budget, most)
 
     def lay_out(self, batch: Batch, members: Sequence[str | None]) -> LaidOutPlain:
-        """Lay samples out."""
+        """Lay out a batch; the members do not matter."""
         del members
         return LaidOutPlain(self, batch)
 
@@ -121,11 +121,11 @@ class LaidOutPlain:
 
     @property
     def pieces(self) -> Pieces:
-        """Completion by completion, all first ones before all second ones."""
+        """All first completions, then all second ones."""
         return self._sequences.pieces
 
     def passing(self, num_members: int, *, adapted: bool = True, whole: bool = False) -> AbstractContextManager[None]:
-        """The network as it is."""
+        """An empty context: this layout does not change the network."""
         del num_members, adapted, whole
         return nullcontext()
 
@@ -151,14 +151,14 @@ class LaidOutPlain:
         return found[mask[:, columns]].unsqueeze(0)
 
     def spans(self) -> list[Span]:
-        """The sequences with their padding."""
+        """For each sequence a span of its tokens and a span of its padding."""
         lengths = self._sequences.attention_mask.sum(axis=1).tolist()
         parts = zip(self.pieces, lengths, strict=True)
         return [span for piece, length in parts for span in padded_spans(piece.row, length, max(lengths))]
 
 
 def lone_logprobs(network: Any, prompt: IntArray, completion: IntArray, device: torch.device) -> Tensor:
-    """(C,) log-probs of a completion's tokens, by a pass in which the network gets nothing but the sequence's ids."""
+    """(C,) log-probs of a completion's tokens, by a pass in which the network gets only the sequence's token ids."""
     ids = torch.from_numpy(np.concatenate([prompt, completion]))[None].to(device)
     columns = torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1, device=device)
     logits = logits_at(network, {"input_ids": ids, "use_cache": False}, columns)
