@@ -1,4 +1,4 @@
-"""The arguments that the constructors of all agents take, listed once."""
+"""The arguments of the constructors of all agents, listed once."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from evollm.hpo.hyperparameters import HyperparameterConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# The line of a class's docstring that `help` shows the documentation of the shared arguments for.
+# The line of a class's docstring that `show_arguments` replaces by the documentation of the shared arguments.
 _SHARED = "    **shared: Those of [`AgentArguments`][evollm.algorithms.AgentArguments]."
 
 
 class AgentArguments(TypedDict, total=False):
-    """What every agent takes by name, whatever its algorithm. A row is a pair or an example.
+    """Keyword arguments of every agent, whatever its algorithm. A row is a pair or an example.
 
     Attributes:
         pad_token_id: Kept for compatibility; padding is recognised by lengths.
-        pad_token: Likewise.
+        pad_token: Kept for compatibility, like `pad_token_id`.
         model_name: Hub name or folder of the base, instead of `actor_network`; see `load_base_model`.
         actor_network: The base as a loaded language model, causal or encoder-decoder, without adapters. LoRA layers are
             put into it.
-        model_config: Keyword arguments for `from_pretrained`, with `model_name`.
-        archive: A `policy.pt` of the original DPO repository: its weights become the base's, for actor and reference
-            alike. An `actor_network` is overwritten; see `load_policy_archive`.
-        hp_config: Which hyperparameters mutate, and within which bounds; None: none.
+        model_config: Keyword arguments for `from_pretrained`, used with `model_name`.
+        archive: A `policy.pt` of the original DPO repository, whose weights replace the base's, also those of an
+            `actor_network`, for actor and reference alike; see `load_policy_archive`.
+        hp_config: The hyperparameters that mutate, with their bounds; None: no hyperparameter mutates.
         index: Number of the agent in its population.
-        batch_size: At most so many rows for one optimizer step; a larger batch, of all processes, makes several steps.
-        update_epochs: Passes over each batch that `learn` is given.
+        batch_size: Most rows in one optimizer step, over all processes; a larger batch makes several steps.
+        update_epochs: Passes over each batch given to `learn`.
         calc_position_embeddings: Pass explicit position ids rather than leave them to the model.
-        micro_batch_size_per_gpu: At most so many rows in one forward pass; gradients accumulate to the same update.
-        device: `cpu`, `cuda`, ...; an accelerator's device comes first. None: a card if there is one, and where it is
-            for an `actor_network`.
-        dtype: Type that a base is loaded in by its name: `float32`, `bfloat16`, ...; `auto`: bfloat16 on a card that is
-            fast at it and on a CPU that multiplies it at least 1.5 times as fast as float32 (measured), else float32;
-            None: what it is stored in. Adapters and sums of log-probs are float32 at least.
+        micro_batch_size_per_gpu: Most rows in one forward pass; gradients accumulate to the same update.
+        device: `cpu`, `cuda`, ...; the device of an `accelerator` takes precedence. None: the device of an
+            `actor_network`, else a GPU if there is one.
+        dtype: The dtype in which `model_name` is loaded: `float32`, `bfloat16`, ...; `auto`: bfloat16 on a GPU that is
+            fast at it and on a CPU whose bfloat16 products are measured to be at least 1.5 times as fast as float32's,
+            else float32; None: the dtype of the stored weights. Adapters and sums of log-probs are at least float32.
         lora_config: `peft.LoraConfig`; by default rank 16, alpha 32, on all linear layers.
-        accelerator: Of one process, or of several that each compute a share of every batch; DeepSpeed's spreads state
-            over them.
+        accelerator: An `Accelerator` of one or more processes, each of which computes a share of every batch; with
+            DeepSpeed, state is sharded over the processes.
         wrap: Accepted for compatibility; nothing is wrapped in a single process.
         clone: Accepted for compatibility; use the method `clone`.
         seed: Seeds the adapter's initialisation and the agent's own generator.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time. None:
-            where the free memory does not hold enough of them for full speed, found at the first training pass.
+            only if free memory cannot hold the activations for full speed, measured at the first training pass.
         torch_compiler: A mode of `torch.compile` for the base's layers, such as `default`.
-        token_budget: Most tokens in one forward pass, of all members that share it. None: what the device and its free
-            memory suggest. The update is the same up to rounding; give it for the same bits on another machine.
-        drop_nonfinite_rows: Leave out rows on which the frozen reference (of SFT the base) gives log-probs that are not
-            finite, with a warning that names them. False: raise `DataError` when the first is found.
+        token_budget: Most tokens in one forward pass, over all members in the pass. None: chosen from the device and
+            its free memory. Updates are the same up to rounding; set a number for the same bits on another machine.
+        drop_nonfinite_rows: Leave out rows on which the frozen reference (for SFT the base) gives non-finite log-probs,
+            with a warning that names the rows. False: raise `DataError` at the first such row.
     """
 
     pad_token_id: int | None
@@ -86,10 +86,10 @@ class AgentArguments(TypedDict, total=False):
 
 
 def show_arguments(kind: Any) -> None:
-    """Put the shared arguments into the signature and the docstring of a class of agents, as `help` shows them.
+    """Add the shared arguments to the signature and the docstring of a class of agents, for `help`.
 
-    The parameters are those of its own constructor, then those of its parents' as far as keyword arguments are passed
-    on to them, and last the fields of `settings_class` and `hyperparameters_class`.
+    The signature has the parameters of the class's constructor, then those of its parents' constructors as long as
+    keyword arguments are passed on, and last the fields of `settings_class` and `hyperparameters_class`.
     """
     if kind.__doc__:  # None under python -OO.
         documented = inspect.cleandoc(AgentArguments.__doc__ or "").partition("Attributes:\n")[2]
@@ -108,6 +108,6 @@ def show_arguments(kind: Any) -> None:
             shown = inspect.Parameter(
                 field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
             )
-            if field.name != "use_separate_reference_adapter":  # Agents with a reference list it themselves.
+            if field.name != "use_separate_reference_adapter":  # Agents with a reference have this argument themselves.
                 found.setdefault(field.name, shown)
     kind.__signature__ = inspect.Signature(sorted(found.values(), key=lambda one: one.kind))

@@ -1,4 +1,4 @@
-"""The loss of a batch and that of the base's routers, added up."""
+"""The sum of an objective's loss and the load-balancing loss of the base's routers."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Balanced:
-    """An objective with the loss of routers that the base's configuration asks for.
+    """An objective plus the load-balancing loss that the base's configuration enables.
 
     Attributes:
-        objective: What the agent minimises otherwise.
-        balancing: The loss of routers.
+        objective: The agent's objective without that loss.
+        balancing: The load-balancing loss.
     """
 
     objective: Objective
     balancing: LoadBalancing
-    # How much a row counts depends on the experts that the tokens of all rows choose.
+    # The gradient of a row depends on the experts to which the tokens of all rows are routed.
     whole_batch: ClassVar[bool] = True
 
     @property
     def weight(self) -> int:
-        """Items of the batch that the loss is the mean over."""
+        """Number of items, rows or tokens, over which the objective's loss is a mean."""
         return self.objective.weight
 
     def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
-        """The loss of the batch, whose rows these are."""
+        """The loss of the whole batch; `rows` must be all its rows."""
         loss = self.objective.loss(rows, policy)
         return loss + (self.balancing.coefficient * self._routers(policy)).to(loss)
 
     def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
-        """Those of the objective, with `aux_loss`, that of the routers without its coefficient."""
+        """The objective's metrics, with `aux_loss`: the load-balancing loss before its coefficient."""
         metrics, routers = self.objective.metrics(policy), self._routers(policy).item()
         added = {name: metrics[name] + self.balancing.coefficient * routers for name in ("loss", "mean_loss")}
         return {**metrics, **added, "aux_loss": routers}

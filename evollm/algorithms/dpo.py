@@ -57,34 +57,34 @@ WORDS = Words(
 
 
 class DPO(EvolvableAlgorithm):
-    """A DPO agent: an `actor` and a `reference` adapter on a base that it shares with others.
+    """A DPO agent: an `actor` and a `reference` adapter on a base that several agents may share.
 
-    Agents built on the same model object share it; `DPO.population` builds several at once. The model is put into
-    evaluation mode and stays there, so that dropout never separates the policy from its reference.
+    Agents built on the same model object share the model; `DPO.population` builds several at once. The model is set to
+    evaluation mode for good, because dropout would make policy and reference differ.
 
     Args:
-        observation_space: That of the environment; kept as an attribute.
-        action_space: That of the environment; kept as an attribute.
+        observation_space: Observation space of the environment; kept as an attribute.
+        action_space: Action space of the environment; kept as an attribute.
         lr: Learning rate of AdamW (weight decay 0).
-        beta: DPO's beta, the strength of the pull towards the reference.
+        beta: DPO's beta, the strength of the regularisation towards the reference.
         nll_alpha: Weight of the negative log-likelihood on chosen completions; 0 leaves it out.
         loss_type: Name of the loss (`evollm.algorithms.losses.LOSSES`), or a list of names whose losses are
-            added up; `simpo` and `orpo` make no use of the reference.
-        loss_weights: With a list of losses the weight of each; None: 1.
-        label_smoothing: Share of the labels that are taken to be wrong, from 0 to below 0.5: `sigmoid`, `robust`,
-            `exo_pair` (above 0), `aot`, `aot_unpaired`.
+            added up; `simpo` and `orpo` do not use the reference.
+        loss_weights: The weight of each loss in a list; None: 1 for each.
+        label_smoothing: Assumed share of wrong labels, from 0 to below 0.5, for the losses `sigmoid`, `robust`,
+            `exo_pair` (must be above 0), `aot`, `aot_unpaired`.
         discopop_tau: Temperature of the loss `discopop`.
         simpo_gamma: Margin of the loss `simpo`, in the units of beta times a mean log-prob.
-        ld_alpha: Weight, from 0 to 1, of the tokens of a completion beyond the length of the pair's shorter one
-            (LD-DPO, arXiv 2409.06411), in the sums of policy and reference that losses compare and metrics report.
-            Likelihoods (`nll_alpha`, the loss `sft`), lengths and the fitness are over all tokens. None: plain sums.
-        max_grad_norm: 2-norm to which a longer gradient is scaled down.
-        use_liger_loss: Not used in this version: warns and goes on with the standard loss.
-        use_separate_reference_adapter: False takes the base without adapter as the reference.
+        ld_alpha: Weight, from 0 to 1, of the tokens beyond the length of the pair's shorter completion (LD-DPO, arXiv
+            2409.06411), in the sums of policy and reference that losses compare and metrics report. Likelihoods
+            (`nll_alpha`, the loss `sft`), lengths and the fitness count all tokens alike. None: plain sums.
+        max_grad_norm: Largest 2-norm of the gradient; a larger gradient is scaled down to this norm.
+        use_liger_loss: Not supported in this version: True warns and uses the standard loss.
+        use_separate_reference_adapter: False uses the base without adapter as the reference.
         **shared: Those of [`AgentArguments`][evollm.algorithms.AgentArguments].
 
     Raises:
-        ConfigurationError: An argument cannot work; the message names it, its value and the fix.
+        ConfigurationError: An argument is invalid; the message names the argument, its value and the fix.
     """
 
     algorithm: ClassVar[str] = WORDS.name
@@ -145,12 +145,12 @@ class DPO(EvolvableAlgorithm):
 
     @property
     def loss_terms(self) -> tuple[tuple[str, float], ...]:
-        """The losses that are added up, and the weight of each."""
+        """Name and weight of each loss in the sum."""
         return loss_terms(self.hyperparameters, self.settings)
 
     @property
     def loss_settings(self) -> LossSettings:
-        """What the losses depend on."""
+        """The parameters of the losses."""
         return loss_settings(self.hyperparameters, self.settings)
 
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
@@ -162,15 +162,15 @@ class DPO(EvolvableAlgorithm):
         """Update the actor on a batch of pairs, `update_epochs` times.
 
         The loss is the mean over pairs of -log sigmoid(beta * margin), plus `nll_alpha` times the mean negative
-        log-likelihood of the chosen tokens. Whatever the micro-batch, both means are over the whole optimizer batch.
+        log-likelihood of the chosen tokens. Both means are over the whole optimizer batch, whatever the micro-batch.
 
         Args:
             experiences: A batch, or an observation of `PreferenceGym`.
             training: False computes the metrics and changes nothing.
 
         Returns:
-            Means over the optimizer steps, of the policy before each: `mean_loss`, `mean_chosen_reward`,
-            `mean_rejected_reward`, and by the names of TRL `loss`, `grad_norm`, `learning_rate`, `nll_loss`,
+            Means over the optimizer steps, of the policy before each step: `mean_loss`, `mean_chosen_reward`,
+            `mean_rejected_reward`, and under TRL's names `loss`, `grad_norm`, `learning_rate`, `nll_loss`,
             `logps/chosen`, `logps/rejected`, `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
             `rewards/margins`, `num_tokens`. Log-probs are sums over tokens in nats; a reward is beta times a log-ratio.
         """
@@ -185,11 +185,11 @@ class DPO(EvolvableAlgorithm):
         return batch
 
     def reference_logprobs(self, batch: Batch, reference: str | None = OWN) -> CompletionSums:
-        """Log-probs of the batch's pairs under a reference, cached by reference and pair.
+        """Log-probs of the batch's pairs under a reference, cached for each reference and pair.
 
         Args:
             batch: B pairs.
-            reference: Name of a frozen adapter, None for the base without adapter; by default the agent's own.
+            reference: Name of a frozen adapter; None: the base without adapter; by default the agent's reference.
 
         Returns:
             (B,) float64 tensors on the CPU.
@@ -197,13 +197,13 @@ class DPO(EvolvableAlgorithm):
         return references_of([self], self._pairs(batch), reference)[0]
 
     def logratios(self, batch: Batch, reference: str | None = OWN) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Log-ratios of the chosen and of the rejected completions, (B,) and (B,), free of beta."""
+        """Log-ratios of the chosen and of the rejected completions without beta, (B,) and (B,)."""
         chosen, rejected = logratios_together([self], self._pairs(batch), reference)[0]
         return chosen.numpy(), rejected.numpy()
 
     @explains(ACTION)
     def get_action(self, obs: Batch | Mapping[str, Any]) -> NDArray[np.float32]:
-        """The margin that the agent gives to each pair of an observation, (num_rows,), 0 for absent rows."""
+        """The margin, a difference of log-ratios, of each pair of an observation, (num_rows,); 0 for absent rows."""
         chosen, rejected = self.logratios(batch_of(obs))
         return as_action(chosen - rejected, obs)
 
@@ -213,13 +213,13 @@ class DPO(EvolvableAlgorithm):
         Args:
             env: The environment.
             split: `test` (the selection pairs) or `final`.
-            reference: Name of the frozen adapter that log-ratios are relative to, by default the agent's reference.
+            reference: Name of the frozen adapter in the log-ratios, by default the agent's reference.
 
         Returns:
-            The log-ratios of each pair in the order of the split, without pairs on which the reference is not finite.
+            The log-ratios of each pair in the order of the split, without pairs with a non-finite reference log-prob.
 
         Raises:
-            DataError: The reference is finite on no pair, or, with `drop_nonfinite_rows=False`, not on every one.
+            DataError: No pair has finite reference log-probs, or, with `drop_nonfinite_rows=False`, not every pair.
         """
         check_gym(env, PreferenceGym, "DPO.evaluate")
         check_base(self.base, env)

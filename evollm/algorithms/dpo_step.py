@@ -1,4 +1,4 @@
-"""What DPO agents do, for any number of agents on one base at once: compare with references, learn, be scored."""
+"""Training and evaluation of several DPO agents on one base at once, with cached reference log-probs."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class DPOObjective:
     Attributes:
         batch: B pairs.
         reference: (B,) sums of the reference, float64 on the CPU.
-        terms: Names of losses and the weight of each.
-        settings: What they depend on.
+        terms: Name and weight of each loss.
+        settings: The parameters of the losses.
         nll_alpha: Weight of the negative log-likelihood.
-        ld_alpha: Weight of the tokens beyond the shorter side's length; None: that of the others.
+        ld_alpha: Weight of the tokens beyond the shorter side's length; None: 1, as for all other tokens.
     """
 
     batch: Batch
@@ -55,16 +55,16 @@ class DPOObjective:
 
     @property
     def weight(self) -> int:
-        """Pairs of the batch."""
+        """Number of pairs in the batch."""
         return len(self.reference.chosen)
 
     @property
     def whole_batch(self) -> bool:
-        """Whether a loss compares pairs with each other, so that a part of the batch has none."""
+        """Whether one of the losses compares pairs with each other, so that it needs the whole batch."""
         return any(name in WHOLE_BATCH for name, _ in self.terms)
 
     def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
-        """What these rows contribute to the batch's loss."""
+        """The contribution of these rows to the batch's loss."""
         return self._parts(rows, policy)[0]
 
     def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
@@ -85,7 +85,7 @@ class DPOObjective:
         return policy.sums(up_to_shorter=self.ld_alpha is not None)
 
     def _parts(self, rows: Sequence[int], policy: MemberLogprobs) -> tuple[Tensor, Tensor]:
-        """Loss and negative log-likelihood: what these rows contribute to the batch's means."""
+        """The contributions of these rows to the batch's mean loss and mean negative log-likelihood."""
         quiet = self._sums(policy).map(flush_small_gradients)
         compared, reference = quiet.weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
         chosen, rejected = compared.chosen, compared.rejected
@@ -121,14 +121,14 @@ def learn_together(agents: Sequence[DPO], batch: Batch, *, training: bool = True
         The metrics of `DPO.learn` for each agent.
 
     Raises:
-        DivergedError: An agent has diverged before and cannot learn any more.
-        DataError: A reference is not finite on a row, and an agent has `drop_nonfinite_rows=False`.
+        DivergedError: An agent diverged in an earlier step.
+        DataError: A reference gives a non-finite log-prob on a row, and an agent has `drop_nonfinite_rows=False`.
     """
     return learn_by(Method(_objectives, _usable_rows), agents, batch, training=training)
 
 
 def references_of(agents: Sequence[DPO], batch: Batch, reference: str | None = OWN) -> list[CompletionSums]:
-    """Log-probs under each agent's reference, as its loss needs them; see `reference_logprobs`."""
+    """Log-probs under each agent's reference, with the sums that `ld_alpha` needs; see `reference_logprobs`."""
     found: dict[int, CompletionSums] = {}
     for weighs in (False, True):
         some = [agent for agent in agents if (agent.settings.ld_alpha is not None) == weighs]
@@ -140,7 +140,7 @@ def references_of(agents: Sequence[DPO], batch: Batch, reference: str | None = O
 def _usable_rows(
     agents: Sequence[DPO], batch: Batch, suspects: Sequence[int], reference: str | None = OWN
 ) -> list[Rows]:
-    """The rows on which each agent's reference gives log-probs that are finite."""
+    """The rows on which each agent's reference gives finite log-probs."""
     del suspects
     return [tuple(finite_rows([found])) for found in references_of(agents, batch, reference)]
 
@@ -153,7 +153,7 @@ def _objectives(agents: Sequence[DPO], batch: Batch) -> list[DPOObjective]:
 
 
 def logratios_together(agents: Sequence[DPO], batch: Batch, reference: str | None = OWN) -> list[tuple[Tensor, Tensor]]:
-    """Log-ratios of each agent's chosen and rejected completions, (B,) and (B,) in float64 on the CPU, free of beta."""
+    """Each agent's log-ratios of chosen and rejected completions without beta, (B,) and (B,) in float64 on the CPU."""
     references = references_of(agents, batch, reference)
     return [
         (policy.chosen.double().cpu() - frozen.chosen, policy.rejected.double().cpu() - frozen.rejected)

@@ -1,4 +1,4 @@
-"""What training reports, by the names that TRL gave it."""
+"""Training metrics by their names in TRL."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from evollm.models.logprobs import CompletionSums
 
 
 def pair_metrics(policy: CompletionSums, reference: CompletionSums, beta: float) -> dict[str, float]:
-    """Means over a batch's pairs.
+    """Metrics of a batch of pairs, as means over pairs.
 
     Args:
         policy: (B,) sums of the policy.
@@ -15,7 +15,7 @@ def pair_metrics(policy: CompletionSums, reference: CompletionSums, beta: float)
 
     Returns:
         `logps/chosen` and `logps/rejected` in nats; `rewards/chosen`, `rewards/rejected`, `rewards/margins`, which are
-        beta times log-ratios; `rewards/accuracies`, the share with a margin above 0.
+        beta times log-ratios; `rewards/accuracies`, the share of pairs with a margin above 0.
     """
     chosen, rejected = policy.chosen.double().cpu(), policy.rejected.double().cpu()
     chosen_rewards, rejected_rewards = beta * (chosen - reference.chosen), beta * (rejected - reference.rejected)

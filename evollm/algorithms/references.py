@@ -1,4 +1,4 @@
-"""What agents are compared with: log-probs of frozen weights, and the rows on which these are not finite."""
+"""Log-probs under frozen references, and the treatment of rows on which reference log-probs are not finite."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from evollm.processes import Processes
 A = TypeVar("A", bound=LLMAgent)
 
 Rows: TypeAlias = tuple[int, ...]
-# From agents, their batch, and rows on which an agent's own log-prob is not finite, to the rows that each can learn
-# from and be scored on.
+# (agents, their batch, rows on which an actor's log-prob is not finite) -> the rows on which each agent can be trained
+# and scored.
 Judge: TypeAlias = Callable[[Sequence[A], Batch, Sequence[int]], Sequence[Rows]]
 
-# Of rows that are named, the first ones.
+# Most rows that a message lists.
 MOST_NAMED = 20
 REASON = "the frozen base, or the reference on it, gives log-probs that are not finite"
 BROKEN = "the base is broken, or numbers get too large for its type: load it anew, in bfloat16 or float32"
@@ -33,13 +33,13 @@ def reference_logprobs(
 ) -> list[CompletionSums]:
     """Log-probs of the batch's samples under each agent's reference, computed once for each reference and sample.
 
-    Those of the other rows are what they would be without the rows on which they are not finite, bit for bit.
+    Log-probs of finite rows are bit-identical to those of a batch without the non-finite rows.
 
     Args:
         agents: Agents of one base.
         batch: B samples.
-        reference: Name of a frozen adapter, None for the base without adapter; by default each agent's own.
-        up_to_shorter: Whether sums up to the shortest completion's length are given too.
+        reference: Name of a frozen adapter; None: the base without adapter; by default each agent's reference.
+        up_to_shorter: Whether to include the sums up to the shortest completion's length.
 
     Returns:
         (B,) float64 tensors on the CPU for each agent.
@@ -47,7 +47,7 @@ def reference_logprobs(
     base, options = agents[0].base, agents[0].pass_options
     names = [agent.adapter(REFERENCE) if reference == OWN else reference for agent in agents]
     fingerprints = [base.adapters.fingerprint(name) for name in names]
-    # By content: references of different names may hold the same weights.
+    # Keyed by content, since references of different names may hold the same weights.
     distinct = dict(zip(fingerprints, names, strict=True))
     adapters = list(distinct.values())
 
@@ -60,7 +60,7 @@ def reference_logprobs(
         finite = finite_rows(found)
         if len(finite) in (0, len(missing)):
             return found
-        # Once more, for roundings depend on what shares a pass.
+        # Recomputed without the non-finite rows, since rounding depends on which rows share a pass.
         again = sums_of(missing.select(finite), numbers)
         return [first.with_rows(finite, second) for first, second in zip(found, again, strict=True)]
 
@@ -70,25 +70,25 @@ def reference_logprobs(
 
 
 def finite_rows(found: Sequence[CompletionSums]) -> list[int]:
-    """The rows on which all log-probs are finite, whoever gives them."""
+    """The rows on which the log-probs of all items of `found` are finite."""
     columns = torch.stack([column for one in found for column in one.columns])
     return [row for row, finite in enumerate(torch.isfinite(columns).all(dim=0).tolist()) if finite]
 
 
 def other_rows(rows: Sequence[int], count: int) -> list[int]:
-    """The rows of a batch of `count` that are not among these."""
+    """The rows of a batch of size `count` that are not in `rows`."""
     return sorted({*range(count)} - {*rows})
 
 
 def leave_out(agents: Sequence[LLMAgent], batch: Batch) -> None:
-    """Say of rows that they are left out, once of each; or refuse them, if the agents were made to.
+    """Warn once for each row that it is left out, or raise if an agent has `drop_nonfinite_rows=False`.
 
     Args:
-        agents: Agents whose base or reference gives log-probs that are not finite on each pair of the batch.
-        batch: At least one pair, with `rows`.
+        agents: Agents whose base or reference gives non-finite log-probs on each row of the batch.
+        batch: At least one sample, with `rows`.
 
     Raises:
-        DataError: `drop_nonfinite_rows` is False.
+        DataError: An agent has `drop_nonfinite_rows=False`.
     """
     if not all(agent.settings.drop_nonfinite_rows for agent in agents):
         fix = f"on {_named(batch)} {REASON}: correct or remove what stands there, or leave it out with True"
@@ -102,7 +102,7 @@ def leave_out(agents: Sequence[LLMAgent], batch: Batch) -> None:
 
 
 def _named(batch: Batch) -> str:
-    """The rows of a batch by their split and their positions in the user's dataset."""
+    """The rows of a batch in words: the split and positions in the user's dataset."""
     assert batch.rows is not None
     numbers = sorted(batch.rows)
     listed = ", ".join(map(str, numbers[:MOST_NAMED]))

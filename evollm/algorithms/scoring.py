@@ -1,4 +1,4 @@
-"""Scoring, for any number of agents of one algorithm on one base at once: all of them on the same rows."""
+"""Evaluation of several agents of one algorithm on one base at once, all on the same rows."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ A = TypeVar("A", bound=LLMAgent)
 def scored_batches(
     usable_rows: Judge[A], agents: Sequence[A], env: DatasetGym, split: str
 ) -> Iterator[tuple[IntArray, Batch, list[MemberLogprobs]]]:
-    """Go once through the rows of a split on which all agents can be scored.
+    """Iterate once over the rows of a split that are usable for all agents.
 
     Args:
-        usable_rows: On which each of them can be.
+        usable_rows: Gives the rows of a batch on which each agent can be scored.
         agents: Agents of one base.
         env: The environment.
         split: `test` or `final`.
 
     Yields:
-        Positions of some pairs in the split, these pairs as a batch, and their log-probs under each agent's actor.
+        Positions of rows in the split, the batch of these rows, and its log-probs under each agent's actor.
 
     Raises:
-        DataError: There is no such row, or rows are left out by agents with `drop_nonfinite_rows=False`.
+        DataError: No row is usable, or some are not and an agent has `drop_nonfinite_rows=False`.
     """
     pairs = env.evaluation_pairs(split)
     unusable: list[Sample] = []
@@ -49,7 +49,7 @@ def scored_batches(
 
 
 def _score(usable_rows: Judge[A], agents: Sequence[A], batch: Batch) -> tuple[list[int], list[MemberLogprobs]]:
-    """The rows of a batch on which all agents can be scored, and each actor's log-probs there."""
+    """The rows of a batch that are usable for all agents, and their log-probs under each agent's actor."""
     rows = sorted(set.intersection(*(set(usable) for usable in usable_rows(agents, batch, ()))))
     if not rows:
         return rows, []

@@ -50,21 +50,21 @@ WORDS = Words(
 
 
 class SFT(EvolvableAlgorithm):
-    """An agent that learns completions: an `actor` adapter on a base that it shares with others, and no reference.
+    """An SFT agent: an `actor` adapter on a base that several agents may share, and no reference.
 
-    Agents built on the same model object share it, whatever their algorithm; `SFT.population` builds several at once.
-    The model is put into evaluation mode and stays there. A DPO agent takes an SFT agent's checkpoint as its next
-    stage: see `load_checkpoint`.
+    Agents built on the same model object share the model, whatever their algorithm; `SFT.population` builds several at
+    once. The model is set to evaluation mode for good. A DPO agent can start from an SFT agent's checkpoint: see
+    `load_checkpoint`.
 
     Args:
-        observation_space: That of the environment; kept as an attribute.
-        action_space: That of the environment; kept as an attribute.
+        observation_space: Observation space of the environment; kept as an attribute.
+        action_space: Action space of the environment; kept as an attribute.
         lr: Learning rate of AdamW (weight decay 0).
-        max_grad_norm: 2-norm to which a longer gradient is scaled down.
+        max_grad_norm: Largest 2-norm of the gradient; a larger gradient is scaled down to this norm.
         **shared: Those of [`AgentArguments`][evollm.algorithms.AgentArguments].
 
     Raises:
-        ConfigurationError: An argument cannot work; the message names it, its value and the fix.
+        ConfigurationError: An argument is invalid; the message names the argument, its value and the fix.
     """
 
     algorithm: ClassVar[str] = WORDS.name
@@ -91,24 +91,24 @@ class SFT(EvolvableAlgorithm):
     def learn(self, experiences: Batch | Mapping[str, Any], training: bool = True) -> dict[str, float]:
         """Update the actor on a batch of examples, `update_epochs` times.
 
-        The loss is the mean negative log-likelihood of the completions' tokens, with what ends them, given all tokens
-        before them. The mean is over all completion tokens of the optimizer batch, whatever the micro-batch and the
-        number of processes, so that all tokens have the same weight.
+        The loss is the mean negative log-likelihood of the completions' tokens, end tokens included, given all tokens
+        before. The mean is over all completion tokens of the optimizer batch, whatever the micro-batch and the number
+        of processes, so that all tokens have the same weight.
 
         Args:
             experiences: A batch, or an observation of `SFTGym`. Rejected sides are not used.
             training: False computes the metrics and changes nothing.
 
         Returns:
-            `mean_loss`, and by TRL's names `loss`, `grad_norm`, `learning_rate`: means over the optimizer steps,
+            `mean_loss`, and under TRL's names `loss`, `grad_norm`, `learning_rate`: means over the optimizer steps,
             weighted by completion tokens, of the policy before each step; losses in nats per token. `num_tokens`: the
-            tokens, prompts included, that the agent has learnt from so far.
+            number of tokens, prompts included, on which the agent has been trained so far.
         """
         return learn_together([self], batch_for(self.base, experiences), training=boolean("training", training))[0]
 
     @explains(ACTION)
     def get_action(self, obs: Batch | Mapping[str, Any]) -> NDArray[np.float32]:
-        """The log-probability of each completion of an observation, (num_rows,) in nats, 0 for absent rows."""
+        """The log-probability of each completion of an observation, (num_rows,) in nats; 0 for absent rows."""
         (policy,) = policy_logprobs([self], batch_for(self.base, obs))
         return as_action(policy.chosen.float().cpu().numpy(), obs)
 
@@ -120,11 +120,12 @@ class SFT(EvolvableAlgorithm):
             split: `test` (the selection examples) or `final`.
 
         Returns:
-            The log-probability of each completion in the order of the split, without those on which the base without
-            adapter is not finite.
+            The log-probability of each completion in the order of the split, without completions whose log-probability
+            under the base without adapter is not finite.
 
         Raises:
-            DataError: The base is finite on no example, or, with `drop_nonfinite_rows=False`, not on every one.
+            DataError: No example has a finite log-prob under the base, or, with `drop_nonfinite_rows=False`, not every
+                example.
         """
         check_gym(env, SFTGym, "SFT.evaluate")
         check_base(self.base, env)

@@ -1,4 +1,4 @@
-"""What SFT agents do, for any number of agents on one base at once: learn and be scored."""
+"""Training and evaluation of several SFT agents on one base at once."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class SFTObjective:
     """The loss of `SFT.learn` for one optimizer batch.
 
     Attributes:
-        weight: Scored completion tokens of the whole batch.
+        weight: Number of scored completion tokens in the whole batch.
     """
 
     weight: int
     whole_batch: ClassVar[bool] = False
 
     def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
-        """What these rows contribute to the batch's loss."""
+        """The contribution of these rows to the batch's loss."""
         del rows
         return token_mean_nll(policy.chosen, self.weight)
 
@@ -56,8 +56,8 @@ def learn_together(agents: Sequence[SFT], batch: Batch, *, training: bool = True
         The metrics of `SFT.learn` for each agent.
 
     Raises:
-        DivergedError: An agent has diverged before and cannot learn any more.
-        DataError: The base is not finite on a row, and an agent has `drop_nonfinite_rows=False`.
+        DivergedError: An agent diverged in an earlier step.
+        DataError: The base gives a non-finite log-prob on a row, and an agent has `drop_nonfinite_rows=False`.
     """
     return learn_by(Method(_objectives, _usable_rows), agents, batch, training=training)
 
@@ -67,7 +67,7 @@ def _objectives(agents: Sequence[SFT], batch: Batch) -> list[SFTObjective]:
 
 
 def _usable_rows(agents: Sequence[SFT], batch: Batch, suspects: Sequence[int]) -> list[Rows]:
-    """All rows but those on which the base by itself is not finite, as far as that is known: suspects are tried."""
+    """All rows except those with a known non-finite log-prob under the base without adapter; computed for suspects."""
     base = agents[0].base
     if suspects:
         reference_logprobs(agents, batch.select(suspects), None)

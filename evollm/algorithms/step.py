@@ -1,6 +1,6 @@
-"""Learning, for any number of agents of one algorithm on one base at once.
+"""Optimizer steps for several agents of one algorithm on one base at once.
 
-Agents that share a batch share the passes through the base; loss, clipping, optimizer and step are each agent's own.
+Agents that share a batch share forward and backward passes; loss, clipping and optimizer are separate for each agent.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ A = TypeVar("A", bound=LLMAgent)
 
 
 class Objective(Protocol):
-    """What one agent makes of the log-probs of one optimizer batch."""
+    """The loss of one agent on one optimizer batch, as a function of log-probs."""
 
     @property
     def weight(self) -> int:
-        """Items of the batch that the loss is the mean over."""
+        """Number of items, rows or tokens, over which the batch's loss is a mean."""
 
     @property
     def whole_batch(self) -> bool:
-        """Whether the loss cannot be computed from parts of the batch."""
+        """Whether the loss needs all rows at once, so that it is not a sum over parts of the batch."""
 
     def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
-        """What these rows contribute to the batch's loss, a scalar."""
+        """The contribution of these rows to the batch's loss, a scalar."""
 
     def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
-        """What to report of the whole batch; `loss` is among it."""
+        """The metrics of the whole batch; `loss` is one of them."""
 
 
 @dataclass(frozen=True)
 class Linearised:
-    """The first-order part of an objective around log-probs that are known: a loss that falls into rows.
+    """The linearisation of an objective at known log-probs, a loss that is a sum over rows.
 
-    Its gradient is the objective's own, and it can be computed from parts of the batch.
+    The linearised loss has the objective's gradient, and can be computed from parts of the batch.
 
     Attributes:
-        gradient: Derivative of the objective's loss by each token's log-prob, and by the loads of experts.
+        gradient: Derivatives of the objective's loss with respect to each token's log-prob and to the expert loads.
     """
 
     gradient: TokenLogprobs
 
     @classmethod
     def of(cls, objective: Objective, policy: MemberLogprobs) -> Linearised:
-        """Around the log-probs of the whole batch."""
+        """Linearise an objective at the log-probs of the whole batch."""
         one = TokenLogprobs(policy.values[None], policy.pieces, None if policy.loads is None else policy.loads[None])
         known = one.like([tensor.detach().requires_grad_() for tensor in one.tensors])
         with torch.enable_grad():
@@ -66,7 +66,7 @@ class Linearised:
         return cls(known.like(torch.autograd.grad(loss, known.tensors, materialize_grads=True)))
 
     def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
-        """What these rows contribute."""
+        """The contribution of these rows to the linearised loss."""
         index = self.gradient.index_of(piece._replace(row=rows[piece.row]) for piece in policy.pieces)
         found = (self.gradient.values[0, index].to(policy.values) * policy.values).sum()
         if self.gradient.loads is None or policy.loads is None:
@@ -76,11 +76,11 @@ class Linearised:
 
 @dataclass(frozen=True)
 class Method(Generic[A]):
-    """What learning is to the agents of one algorithm.
+    """The training method of an algorithm.
 
     Attributes:
-        objectives: From agents that step together and their batch to the objective of each.
-        usable_rows: Which rows of a batch each of them can learn from.
+        objectives: (agents that step together, their batch) -> the objective of each agent.
+        usable_rows: Gives the rows of a batch on which each agent can be trained.
     """
 
     objectives: Callable[[Sequence[A], Batch], Sequence[Objective]]
@@ -88,7 +88,7 @@ class Method(Generic[A]):
 
 
 class _Step(NamedTuple):
-    """What became of one optimizer batch for one agent: metrics and the weight of these, and tokens learnt from."""
+    """The result of one optimizer batch for one agent: the metrics, their weight, and the number of trained tokens."""
 
     weight: int
     metrics: dict[str, float]
@@ -98,23 +98,23 @@ class _Step(NamedTuple):
 def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: bool) -> list[dict[str, float]]:
     """Update each agent's actor on the same batch.
 
-    Rows that an agent cannot learn from are left out of the optimizer batch that they are in, as if they had not been
-    there. A batch without any other row is no step.
+    Rows on which an agent cannot be trained are removed from their optimizer batch. An optimizer batch without any
+    other row makes no step.
 
     Args:
-        method: What the agents minimise, and on which rows they can.
+        method: The agents' objectives and usable rows.
         agents: Agents of one base.
         batch: B pairs.
         training: False computes the metrics and changes nothing.
 
     Returns:
-        For each agent the means of its objective's metrics over the optimizer steps, by the objective's weight, with
-        `learning_rate`, `grad_norm` (before clipping) and `num_tokens`, the tokens that the agent has learnt from so
-        far, a prompt that two sides share counted once. Without a step the objective's metrics are NaN.
+        For each agent the means of the objective's metrics over optimizer steps, weighted by the objective's weight,
+        with `learning_rate`, `grad_norm` (before clipping) and `num_tokens`, the tokens on which the agent has been
+        trained so far, with a prompt that two sides share counted once. Without a step the objective's metrics are NaN.
 
     Raises:
-        DivergedError: An agent has diverged before and cannot learn any more.
-        DataError: A row is left out by agents with `drop_nonfinite_rows=False`.
+        DivergedError: An agent diverged in an earlier step.
+        DataError: A row is not usable, and an agent has `drop_nonfinite_rows=False`.
     """
     diverged = [agent.index for agent in agents if agent.diverged]
     if training and diverged:
@@ -140,7 +140,7 @@ def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: 
 
 
 def alike(agents: Sequence[A]) -> Iterator[list[A]]:
-    """Agents that step through a batch in the same way, in their order."""
+    """Groups of agents with equal batch size, update epochs and pass options, in the agents' order."""
     kinds: dict[object, list[A]] = {}
     for agent in agents:
         kinds.setdefault((agent.batch_size, agent.update_epochs, agent.pass_options), []).append(agent)
@@ -150,7 +150,7 @@ def alike(agents: Sequence[A]) -> Iterator[list[A]]:
 def policy_logprobs(
     agents: Sequence[LLMAgent], batch: Batch, balancing: LoadBalancing | None = None
 ) -> list[MemberLogprobs]:
-    """Log-probs of the batch's samples under each agent's actor, and the loads of experts for a loss of routers."""
+    """Log-probs of the batch's samples under each agent's actor, with expert loads if `balancing` is given."""
     found: dict[int, MemberLogprobs] = {}
     for together in alike(agents):
         items = Item.on(batch, [agent.actor_adapter for agent in together])
@@ -166,7 +166,7 @@ def hyperparameters_to_lower(agents: Sequence[LLMAgent]) -> str:
 
 
 def _learn_from(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) -> list[tuple[A, _Step]]:
-    """One optimizer step of each agent on the rows that it can learn from."""
+    """One optimizer step of each agent on the rows that are usable for the agent."""
     sharing: dict[Rows, list[A]] = {}
     for agent, usable in zip(agents, method.usable_rows(agents, batch, ()), strict=True):
         sharing.setdefault(usable, []).append(agent)
@@ -179,7 +179,7 @@ def _learn_from(method: Method[A], agents: Sequence[A], batch: Batch, training: 
 
 
 def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) -> list[tuple[A, _Step]]:
-    """One optimizer step of each agent, unless rows turn out not to be usable: then without these."""
+    """One optimizer step of each agent; restarted without the rows whose log-probs show that they are not usable."""
     balancing = agents[0].base.load_balancing
     objectives = _objectives(method, agents, batch, balancing)
     if training:
@@ -202,13 +202,13 @@ def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) 
 def _objectives(
     method: Method[A], agents: Sequence[A], batch: Batch, balancing: LoadBalancing | None
 ) -> Sequence[Objective]:
-    """The objective of each agent, with the loss of routers where the base asks for it."""
+    """The objective of each agent, with the auxiliary loss of routers if the base's configuration enables it."""
     objectives = method.objectives(agents, batch)
     return objectives if balancing is None else [Balanced(objective, balancing) for objective in objectives]
 
 
 def _no_step(method: Method[A], agents: Sequence[A], batch: Batch) -> list[tuple[A, _Step]]:
-    """The metrics of agents that cannot learn from any row of a batch, by their names."""
+    """The results of agents for which no row of a batch is usable: metrics are NaN, the weight is 0."""
     results, balancing = [], agents[0].base.load_balancing
     for agent, objective in zip(agents, _objectives(method, agents, batch, balancing), strict=True):
         pieces = pieces_of(batch)
@@ -226,8 +226,9 @@ def _backward(
     batch: Batch,
     balancing: LoadBalancing | None,
 ) -> list[MemberLogprobs]:
-    """The log-probs of each agent's actor, and the gradients of the objectives in its parameters."""
-    # Replaying, an agent by itself learns in the passes that it learnt in; all else is computed without others.
+    """The log-probs of each agent's actor; gradients of the objectives go to `grad` of the actors' parameters."""
+    # A replayed agent has a slot, so that its training passes have the same shapes as in the original run. Evaluation
+    # and reference passes do not use the slot.
     engine = Engine.of(agents[0].base)
     options = replace(agents[0].pass_options, slot=agents[0].slot, balancing=balancing)
     items = Item.on(batch, [agent.actor_adapter for agent in agents])
@@ -235,7 +236,7 @@ def _backward(
     by_rows: dict[int, Objective | Linearised] = dict(enumerate(objectives))
     whole = [number for number, objective in by_rows.items() if objectives[number].whole_batch]
     if whole:
-        # A forward pass more: how each row counts depends on the log-probs of all.
+        # One more forward pass, because the gradient of each row depends on the log-probs of all rows.
         known = engine.logprobs([items[number] for number in whole], options)
         for number, policy in zip(whole, known, strict=True):
             by_rows[number] = Linearised.of(objectives[number], policy)
@@ -252,10 +253,10 @@ def _backward(
 
 
 def _allocate_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Put the parameters' gradients, all zero, into one block of memory for each device; returns the blocks.
+    """Allocate the parameters' gradients, all zero, as views of one tensor for each device; returns these tensors.
 
-    Allocated one by one in the backward pass they come to lie between activations, and the memory that those leave
-    behind is in pieces: with four members the peak was half as high again.
+    Gradients that the backward pass allocates one by one lie between activations, so that freed activations leave
+    fragmented memory: with four members peak memory was 1.5 times as high.
     """
     blocks = []
     for device in sorted({parameter.device for parameter in parameters}, key=str):
@@ -269,7 +270,7 @@ def _allocate_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def _apply_gradient(agent: LLMAgent, loss: float) -> float:
-    """Clip, step and clear; returns the norm before clipping. An update that is not finite is left out."""
+    """Clip, step and clear; returns the norm before clipping. A non-finite loss or norm skips the step: diverged."""
     grad_norm = float(torch.nn.utils.clip_grad_norm_(agent.actor_parameters(), agent.max_grad_norm))
     if np.isfinite(loss) and np.isfinite(grad_norm):
         agent.optimizer.step()
@@ -280,7 +281,7 @@ def _apply_gradient(agent: LLMAgent, loss: float) -> float:
 
 
 def _mean_metrics(steps: Sequence[_Step]) -> dict[str, float]:
-    """Weighted means over optimizer steps; without any, what stands for them."""
+    """Weighted means over optimizer steps; without a step the metrics of the first entry."""
     made = [step for step in steps if step.weight]
     if not made:
         return dict(steps[0].metrics)
