@@ -1,4 +1,4 @@
-"""Anything a user hands in -> rows -> texts or chat messages, whatever the rows are for."""
+"""Datasets of any supported container -> rows -> texts or chat messages, for every kind of row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evollm.data.shapes import FIRST, GOOD, INSTRUCTION, SECOND, TIE, Kind
 from evollm.errors import DataError, EvoLLMError
 
 DroppedRows: TypeAlias = dict[str, list[int]]
-# Characters between which the assistant speaks, one turn behind the other.
+# (start, end) of each of the assistant's turns, in characters of a completion, in order.
 Spans: TypeAlias = tuple[tuple[int, int], ...]
 
 NESTED_TOO_DEEPLY = "nested too deeply"
@@ -24,7 +24,7 @@ MIXED_KINDS = "text and messages mixed"
 NO_SIDE_IS_BETTER = "neither side is better"
 REPEATED_PROMPT = "the prompt repeated in front of their sides, from which it was taken off"
 PROMPT_TWICE = "the prompt repeated in front of their sides, as other rows have not, so that it is there twice"
-# Keys of rows beside the roles of their columns.
+# Keys that a row may have in addition to the roles of its columns.
 SPOKEN, REMARK, LABELLED = "spoken", "remark", "labelled"
 
 
@@ -34,13 +34,13 @@ class TextPair:
 
     Attributes:
         row: Position of the pair's row in the user's dataset.
-        prompt: What both completions continue; may be empty.
+        prompt: The common prompt of both completions; may be empty.
         chosen: The preferred completion.
         rejected: The other completion; None: an example for SFT, which has one completion.
-        remarks: What is strange about the row.
-        label: What a row with one completion says of it, for an algorithm that learns from that; None: nothing.
-        scored: For each completion the characters between which the assistant speaks, if others do so too, else None;
-            empty: nobody else does.
+        remarks: Irregularities of the row, for the report.
+        label: The label of a single completion, for algorithms that learn from labels; None: no label.
+        scored: For each completion the spans of the assistant's turns if the completion has other turns too, else None;
+            empty: no completion has other turns.
     """
 
     row: int
@@ -53,12 +53,12 @@ class TextPair:
 
     @property
     def question(self) -> str:
-        """The prompt as a person would read it."""
+        """The prompt without surrounding whitespace."""
         return self.prompt.strip()
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
-        """None: nobody says who speaks."""
+        """Empty, since a plain text has no roles."""
         return ()
 
     @property
@@ -76,11 +76,11 @@ class ChatPair:
         prompt: The messages before the completion, at least one.
         chosen: The messages of the preferred completion, at least one.
         rejected: The messages of the other completion, at least one; None: an example for SFT.
-        tools: Functions or JSON schemas of the tools that the chat template is told of; None: none.
+        tools: Functions or JSON schemas of tools, passed to the chat template; None: no tools.
         template_kwargs: Further arguments of the chat template, such as `enable_thinking`.
-        remarks: What is strange about the row.
-        label: As of a `TextPair`.
-        plain: The same as text, of rows that are strings, for a tokenizer without a chat template; None: there is none.
+        remarks: Irregularities of the row, for the report.
+        label: Like `TextPair.label`.
+        plain: For a row of strings the pair as text, used for a tokenizer without a chat template; else None.
     """
 
     row: int
@@ -95,12 +95,12 @@ class ChatPair:
 
     @property
     def question(self) -> str:
-        """The prompt's last message, as a person would read it."""
+        """The text of the prompt's last message, without surrounding whitespace."""
         return str(self.prompt[-1].get("content", "")).strip()
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
-        """Role and text of each message of the prompt; of a call of a tool the call."""
+        """Role and text of each message in the prompt; the text of a tool call is the call as JSON."""
         return tuple((str(message["role"]), _said(message)) for message in self.prompt)
 
     @property
@@ -116,7 +116,7 @@ def _said(message: Message) -> str:
 
 
 def in_form(pair: TextPair | ChatPair, has_template: bool) -> TextPair | ChatPair:
-    """The pair as a tokenizer takes it: of one without a chat template as text, if the row was text."""
+    """The pair itself, or the pair as text if the row was text and the tokenizer has no chat template."""
     if isinstance(pair, ChatPair) and pair.plain is not None and not has_template:
         return pair.plain
     return pair
@@ -124,14 +124,14 @@ def in_form(pair: TextPair | ChatPair, has_template: bool) -> TextPair | ChatPai
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What the rows of a dataset may look like, and what a row becomes.
+    """The format of a dataset's rows, and the parser of a row.
 
     Attributes:
-        noun: What a row becomes, for messages.
+        noun: Noun for a parsed row in messages: pair or example.
         kind: The shapes that rows may have.
-        read: From a row's position and the row, by the roles of its dataset's columns, to its texts or messages. It
-            raises `UnusableRowError`, and `UnusedColumnError` for a row that says more than is used.
-        mapping: What the user says of the columns.
+        read: (position of the row, row keyed by column roles) -> the row's texts or messages. Raises
+            `UnusableRowError`, or `UnusedColumnError` for a row with content in a column that would be ignored.
+        mapping: The user's mapping of columns.
     """
 
     noun: str
@@ -140,7 +140,7 @@ class RowFormat:
     mapping: ColumnMapping = field(default_factory=ColumnMapping)
 
     def with_columns(self, columns: object) -> RowFormat:
-        """The format of rows whose columns are what a mapping says; see `evollm.data.columns.mapping_of`.
+        """A copy with the user's mapping of columns; see `evollm.data.columns.mapping_of`.
 
         Raises:
             ConfigurationError: The mapping has an impossible entry.
@@ -153,16 +153,16 @@ class RowFormat:
         return sorted({*self.kind.names, *self.mapping.roles.values()})
 
     def layout(self, columns: Iterable[str], where: str) -> Layout:
-        """What a dataset's columns are; `DataError` if that cannot be known."""
+        """The roles of a dataset's columns; `DataError` if the roles cannot be determined."""
         return layout_of(list(columns), self.kind, self.mapping, where)
 
 
 class UnusedColumnError(Exception):
-    """A row says something in a column that would not be used.
+    """A row has content in a column that would be ignored.
 
     Args:
         role: The column's role.
-        fix: What is wrong with it.
+        fix: The problem with the column, for the message.
     """
 
     def __init__(self, role: str, fix: str) -> None:
@@ -170,16 +170,16 @@ class UnusedColumnError(Exception):
         self.role = role
 
 
-# What a row holds, the reason why it cannot be used, or what it says in a column that would not be used.
+# A parsed row, the reason why the row is unusable, or the error of a column that would be ignored.
 Parsed: TypeAlias = "TextPair | ChatPair | str | UnusedColumnError"
 
 
 class Rows(list[Row]):
-    """Rows by the roles of their columns.
+    """Rows keyed by the roles of their columns.
 
     Attributes:
-        layouts: What the columns were, of each file.
-        positions: For each row its position in the user's dataset.
+        layouts: The layout of the columns of each file.
+        positions: Position of each row in the user's dataset.
     """
 
     def __init__(self, rows: Iterable[Row], layouts: Sequence[Layout], positions: Sequence[int] | None = None) -> None:
@@ -189,14 +189,14 @@ class Rows(list[Row]):
         self._parsed: tuple[RowFormat, list[Parsed]] | None = None
 
     def parsed(self, row_format: RowFormat) -> list[Parsed]:
-        """What each row holds; parsed at the first call with this format."""
+        """The parsed rows; the result for the latest format is kept."""
         if self._parsed is None or self._parsed[0] != row_format:
             numbered = zip(self.positions, self, strict=True)
             self._parsed = row_format, [_parsed(row_format, number, row) for number, row in numbered]
         return self._parsed[1]
 
     def part(self, places: Sequence[int]) -> Rows:
-        """Some of the rows, which keep their positions and are not parsed again."""
+        """The rows at these places, with their positions; rows that are parsed already are not parsed again."""
         found = Rows([self[place] for place in places], self.layouts, [self.positions[place] for place in places])
         if self._parsed is not None:
             row_format, parsed = self._parsed
@@ -216,21 +216,20 @@ def _parsed(row_format: RowFormat, number: int, row: Row) -> Parsed:
 
 
 def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[list[TextPair | ChatPair], DroppedRows]:
-    """Read a dataset and set apart the rows that are not usable.
+    """Read a dataset and separate unusable rows.
 
     Args:
         dataset: A `datasets.Dataset` or `IterableDataset`, any iterable of mappings, a mapping of columns, a pandas
             `DataFrame`, a pyarrow `Table`, the path of a JSON or JSON-lines (`.gz` too), Parquet or CSV file, or the
-            name of a dataset on the hub: see `open_dataset`; or a list of paths and names, which are read one after the
-            other.
-        field: What the user calls the dataset, for messages.
-        row_format: What its rows look like.
+            name of a dataset on the hub: see `open_dataset`; or a list of paths and names, which are read in order.
+        field: Name of the user's argument, for messages.
+        row_format: Format of the rows.
 
     Returns:
-        What the rows hold, in the dataset's order, and for each reason the positions of the rows that were dropped.
+        The parsed rows in the dataset's order, and the positions of dropped rows by reason.
 
     Raises:
-        DataError: The dataset cannot be read, lacks a column, has one that would not be used, or has no row.
+        DataError: The dataset cannot be read, lacks a column, has a column that would be ignored, or has no row.
     """
     rows = read_rows(dataset, field, row_format)
     found: list[TextPair | ChatPair] = []
@@ -244,10 +243,11 @@ def read_dataset(dataset: object, field: str, row_format: RowFormat) -> tuple[li
 
 
 def read_each(rows: Rows, field: str, row_format: RowFormat) -> list[tuple[int, TextPair | ChatPair | str]]:
-    """Each row's position with what it holds, or with the reason why it cannot be used.
+    """Each row's position, and the parsed row or the reason why the row is unusable.
 
     Raises:
-        DataError: More rows say something in a column that would not be used than can be used; fewer are odd ones.
+        DataError: There are more rows with content in a column that would be ignored than usable rows. If there are
+            fewer such rows, they are returned as unusable.
     """
     found: list[tuple[int, TextPair | ChatPair | str]] = []
     odd: list[tuple[int, str, UnusedColumnError]] = []
@@ -268,9 +268,9 @@ def read_each(rows: Rows, field: str, row_format: RowFormat) -> list[tuple[int, 
 
 
 def read_rows(dataset: object, field: str, row_format: RowFormat) -> Rows:
-    """The dataset's rows by the roles of their columns; those of several files follow each other.
+    """The dataset's rows keyed by the roles of their columns; the rows of several files are concatenated.
 
-    String sides that repeat their prompt in all rows are given without it.
+    If the sides of all rows are strings that repeat their prompt, the prompt is removed from the sides.
     """
     if isinstance(dataset, Rows):
         return dataset
@@ -311,12 +311,12 @@ def _opened(path: str | os.PathLike[str], field: str) -> Any:
         return open_dataset(path, field)
     except EvoLLMError:
         raise
-    except Exception as error:  # Of a name that no file can have, too.
+    except Exception as error:  # Also for a string that is no valid file name.
         raise DataError(field, str(path), f"cannot be opened ({type(error).__name__}: {error})") from error
 
 
 def _read_files(paths: Sequence[str], field: str, row_format: RowFormat) -> list[Rows]:
-    """The rows of each of several files, which an error names."""
+    """The rows of each file; an error names the file."""
     parts = []
     for path in paths:
         try:
@@ -328,9 +328,9 @@ def _read_files(paths: Sequence[str], field: str, row_format: RowFormat) -> list
 
 
 def _by_role(row: Row, layout: Layout, spoken: bool, number: int, field: str) -> Row:
-    """A row with roles for the names of its columns, and of two answers with the better one as the chosen side.
+    """Rename a row's columns to their roles; of two answers the better one becomes the chosen side.
 
-    It has all roles of its dataset: what a row leaves out is missing.
+    The result has all roles of the dataset, with None for columns that the row lacks.
     """
     found = {role: row.get(column) for role, column in layout.roles.items()}
     if spoken or layout.roles.get("prompt") == INSTRUCTION or {"system", "history"} & layout.roles.keys():
@@ -345,7 +345,7 @@ def _by_role(row: Row, layout: Layout, spoken: bool, number: int, field: str) ->
 
 
 def _choose(row: Row, layout: Layout, number: int, field: str) -> None:
-    """Give the two answers of a row as its sides."""
+    """Replace a row's two answers by its chosen and rejected sides."""
     answers = {FIRST: row.pop(FIRST, None), SECOND: row.pop(SECOND, None)}
     label, other = row.pop("label", None), row.pop("other_label", None)
     better = layout.meaning(label)
@@ -364,7 +364,7 @@ def _choose(row: Row, layout: Layout, number: int, field: str) -> None:
 
 
 def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
-    """Give string sides without the prompt, where all rows have it in front of them too; else remark on those rows."""
+    """Remove the prompt from string sides if all rows repeat their prompt; if only some do, remark on these rows."""
     repeats, loose, others = [], [], False
     for row in rows:
         prompt, texts = row.get("prompt"), [row.get(side) for side in sides]
@@ -389,13 +389,13 @@ def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
 
 
 def _repeat_loosely(prompt: Any, texts: Sequence[Any]) -> bool:
-    """Whether texts begin with a prompt of several words, but for the space around it."""
+    """Whether texts begin with a prompt of several words, up to surrounding whitespace."""
     words = prompt.strip() if isinstance(prompt, str) else ""
     return len(words.split()) > 1 and all(isinstance(text, str) and text.lstrip().startswith(words) for text in texts)
 
 
 def _guarded(dataset: object, names: Sequence[str], field: str, noun: str) -> Iterator[object]:
-    """The dataset's rows; whatever its library raises on the way is a `DataError`."""
+    """The dataset's rows; any exception of the dataset's library becomes a `DataError`."""
     number = 0
     try:
         for number, row in enumerate(_iterate_rows(dataset, names, field, noun), start=1):  # noqa: B007
@@ -411,9 +411,9 @@ def _guarded(dataset: object, names: Sequence[str], field: str, noun: str) -> It
 
 
 def _columns_of(dataset: Any, field: str) -> list[str] | None:
-    """The names of a container's columns, if it knows them.
+    """The names of a container's columns; None if the container does not list them.
 
-    Containers are told apart by their methods, so that pandas and pyarrow need not be imported.
+    Containers are recognised by their methods, so that pandas and pyarrow need not be imported.
     """
     if isinstance(dataset, Mapping):
         if any(hasattr(value, "column_names") for value in dataset.values()):
@@ -431,7 +431,7 @@ def _is_data_frame(dataset: object) -> bool:
 
 
 def _iterate_rows(dataset: Any, names: Sequence[str], field: str, noun: str) -> Iterable[object]:
-    """The rows, of a container that knows its columns with these alone."""
+    """The rows; a container that lists its columns gives only the columns in `names`."""
     if isinstance(dataset, Mapping):
         return _rows_of_columns(dataset, names, field, noun)
     if _is_data_frame(dataset):
@@ -448,12 +448,12 @@ def _iterate_rows(dataset: Any, names: Sequence[str], field: str, noun: str) -> 
             _describe(dataset),
             "is not a dataset; pass a datasets.Dataset, rows, columns, a DataFrame, the path of a file or a hub name",
         ) from None
-    # A stream of unknown columns comes from Arrow too.
+    # A stream whose column names are unknown also comes from Arrow.
     return map(_without_nones, rows) if hasattr(dataset, "column_names") else rows
 
 
 def _without_nones(row: Row) -> Row:
-    """The row with all its columns, and without what Arrow put into their values."""
+    """The row with all columns, without the None entries that Arrow adds to nested values."""
     return {name: without_nones(value) for name, value in row.items()}
 
 
@@ -470,5 +470,5 @@ def _rows_of_columns(table: Mapping[str, Any], names: Sequence[str], field: str,
 
 
 def _describe(dataset: object) -> str:
-    """A dataset in a few words: its repr could be the whole data."""
+    """A short name of a dataset, whose repr could print all data."""
     return str(dataset) if isinstance(dataset, str | os.PathLike) else type(dataset).__name__

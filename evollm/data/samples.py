@@ -1,4 +1,4 @@
-"""Samples as token ids: a prompt and the completions that continue it; and batches, which are lists of samples."""
+"""Samples of token ids, each a prompt and its completions, and batches of samples."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Completion:
     """Token ids that continue a prompt.
 
     Attributes:
-        ids: (C,) token ids with what ends them: one EOS after a string, and after messages whatever the chat template
-            writes.
-        mask: (C,) True where a token is scored: what the assistant says, of a completion in which others speak too.
-            None: all of them.
+        ids: (C,) token ids including the end tokens: one EOS after a string, and after messages the end that the chat
+            template writes.
+        mask: (C,) True where a token is scored; for a completion with several roles, the assistant's turns. None: all
+            tokens are scored.
     """
 
     ids: IntArray
@@ -43,19 +43,19 @@ class Completion:
 
     @cached_property
     def num_scored(self) -> int:
-        """Tokens that are scored."""
+        """Number of scored tokens."""
         return len(self.ids) if self.mask is None else int(self.mask.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A prompt and k completions of it: one in an example for SFT, in a preference pair the chosen one and the other.
+    """A prompt and k completions: one in an SFT example; the chosen, then the rejected one in a preference pair.
 
     Attributes:
         prompt_ids: (P,) token ids, at least one.
         completions: The k completions, at least one.
-        row: Position of its row in the user's dataset, where there is one.
-        extras: What else an objective needs, by name, such as a `label` of the one completion.
+        row: Position of the sample's row in the user's dataset; None if the sample is from no dataset.
+        extras: Further data for an objective, by name, such as a `label` of a single completion.
 
     Raises:
         DataError: The prompt or a completion has no token, or there is no completion.
@@ -73,27 +73,27 @@ class Sample:
 
     @classmethod
     def of(cls, prompt_ids: IntArray, *completion_ids: IntArray, row: int | None = None) -> Sample:
-        """A sample all of whose completions' tokens are scored."""
+        """A sample in which all completion tokens are scored."""
         return cls(prompt_ids, tuple(Completion(ids) for ids in completion_ids), row)
 
     @property
     def chosen_ids(self) -> IntArray:
-        """(C,) ids of the first completion, a pair's chosen one."""
+        """(C,) ids of the first completion, the chosen one of a pair."""
         return self.completions[0].ids
 
     @property
     def rejected_ids(self) -> IntArray:
-        """(R,) ids of a pair's other completion; `IndexError` without one."""
+        """(R,) ids of the second completion, the rejected one of a pair; `IndexError` if there is none."""
         return self.completions[1].ids
 
     @property
     def label(self) -> float | None:
-        """What the row says of its one completion; None: nothing."""
+        """The label of a single completion; None: the row has no label."""
         return self.extras.get(LABEL)
 
     @property
     def token_ids(self) -> IntArray:
-        """(P + C + ...,) all ids: the prompt's, then each completion's."""
+        """(P + C + ...,) ids of the prompt, then of each completion."""
         return np.concatenate([self.prompt_ids, *(completion.ids for completion in self.completions)])
 
     @cached_property
@@ -104,17 +104,17 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the sample with the prompt counted once."""
+        """Number of tokens in the sample, with the prompt counted once."""
         return len(self.prompt_ids) + sum(map(len, self.completions))
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest sequence prompt + completion."""
+        """Number of tokens in the longest sequence prompt + completion."""
         return len(self.prompt_ids) + max(map(len, self.completions))
 
     @property
     def num_scored(self) -> tuple[int, ...]:
-        """Tokens of each completion that are scored."""
+        """Number of scored tokens in each completion."""
         return tuple(completion.num_scored for completion in self.completions)
 
     @property
@@ -124,11 +124,11 @@ class Sample:
 
     @property
     def has_mask(self) -> bool:
-        """Whether a token of a completion is not scored."""
+        """Whether some token of a completion is not scored."""
         return any(completion.mask is not None for completion in self.completions)
 
     def with_mask(self, mask: BoolArray) -> Sample:
-        """The sample with what is scored of its completions, which follow each other in the mask."""
+        """A copy whose scored tokens are given by the concatenated masks of all completions."""
         ends = np.cumsum([len(completion) for completion in self.completions])[:-1]
         parts = zip(self.completions, np.split(mask, ends), strict=True)
         masked = (Completion(completion.ids, None if part.all() else part) for completion, part in parts)
@@ -136,10 +136,10 @@ class Sample:
 
     @cached_property
     def key(self) -> bytes:
-        """Digest of the token ids, the lengths, what is not scored and the extras: equal samples have equal keys."""
+        """Digest of the token ids, lengths, masks and extras: equal samples have equal keys."""
         digest = hashlib.blake2b(digest_size=16)
         parts = [self.prompt_ids, *(completion.ids for completion in self.completions)]
-        if len(parts) == 2:  # noqa: PLR2004 - as ever: an example has the key of a pair whose rejected side is empty
+        if len(parts) == 2:  # noqa: PLR2004 - unchanged keys: an example has that of a pair with an empty rejected side
             parts.append(self.prompt_ids[:0])
         for ids in parts:
             digest.update(len(ids).to_bytes(8, "little") + np.ascontiguousarray(ids).tobytes())
@@ -156,7 +156,7 @@ class Batch:
 
     Attributes:
         samples: The samples.
-        split_name: The split of the user's dataset that they are from, such as "train"; "" where it is not known.
+        split_name: Name of the samples' split, such as "train"; "" if unknown.
     """
 
     samples: Sequence[Sample]
@@ -173,59 +173,59 @@ class Batch:
 
     @property
     def rows(self) -> list[int] | None:
-        """B positions of the samples' rows in the user's dataset; None where one is not known."""
+        """B positions of the samples' rows in the user's dataset; None if any position is unknown."""
         found = [sample.row for sample in self.samples if sample.row is not None]
         return found if len(found) == len(self) else None
 
     @property
     def labels(self) -> NDArray[np.float64] | None:
-        """(B,) what each row says of its one completion; None where one says nothing."""
+        """(B,) labels of the samples; None if any sample has no label."""
         found = [sample.label for sample in self.samples if sample.label is not None]
         return np.array(found, np.float64) if len(found) == len(self) else None
 
     @property
     def num_tokens(self) -> IntArray:
-        """(B,) tokens of each sample, the prompt counted once."""
+        """(B,) number of tokens in each sample, with the prompt counted once."""
         return _integers(sample.num_tokens for sample in self.samples)
 
     @property
     def prompt_lengths(self) -> IntArray:
-        """(B,) tokens of each prompt."""
+        """(B,) number of tokens in each prompt."""
         return _integers(len(sample.prompt_ids) for sample in self.samples)
 
     @property
     def chosen_lengths(self) -> IntArray:
-        """(B,) tokens of each sample's first completion."""
+        """(B,) number of tokens in each sample's first completion."""
         return _integers(len(sample.completions[0]) for sample in self.samples)
 
     @property
     def rejected_lengths(self) -> IntArray:
-        """(B,) tokens of each sample's second completion; 0 where there is none."""
+        """(B,) number of tokens in each sample's second completion; 0 if there is none."""
         return _integers(sum(map(len, sample.completions[1:2])) for sample in self.samples)
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest sequence prompt + completion."""
+        """Number of tokens in the longest sequence prompt + completion."""
         return max(sample.longest_sequence for sample in self.samples)
 
     @property
     def chosen_scored(self) -> IntArray:
-        """(B,) tokens of each sample's first completion that are scored."""
+        """(B,) number of scored tokens in each sample's first completion."""
         return _integers(sample.num_scored[0] for sample in self.samples)
 
     @property
     def rejected_scored(self) -> IntArray:
-        """(B,) tokens of each sample's second completion that are scored; 0 where there is none."""
+        """(B,) number of scored tokens in each sample's second completion; 0 if there is none."""
         return _integers(sum(sample.num_scored[1:2]) for sample in self.samples)
 
     def split(self, size: int | None) -> Iterator[Batch]:
-        """Cut into consecutive batches of at most `size` samples (None: one batch)."""
+        """Split into consecutive batches of at most `size` samples (None: one batch)."""
         size = size or len(self)
         for start in range(0, len(self), size):
             yield replace(self, samples=self.samples[start : start + size])
 
     def select(self, rows: Sequence[int]) -> Batch:
-        """The batch of these samples."""
+        """The batch of the samples at these rows of the batch."""
         return replace(self, samples=[self.samples[row] for row in rows])
 
     def keys(self) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Pairs and examples of text or messages -> token ids, once and for all."""
+"""Pairs and examples of text or messages -> token ids."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 Ids: TypeAlias = list[int]
 Text: TypeAlias = TextPair | RenderedChat
-# A pair, the ids of its prompt and of its completions, what is scored of these, whether the prompt has lost its end.
+# A pair, the ids of its prompt and completions, the mask of each completion, whether the prompt ids were shortened.
 _Encoded: TypeAlias = tuple[Text, tuple[Ids, ...], list[BoolArray | None], bool]
 
 PAIRS_PER_CALL = 512
 NUM_PREVIEWS = 12
-# Tokenizers that know no limit state one of about 1e30.
+# transformers sets model_max_length to about 1e30 for tokenizers without a limit.
 LARGEST_REAL_LIMIT = 10**9
-# Of a chat template's own message, in characters.
+# Most characters that are quoted of a chat template's error message.
 MOST_WORDS = 120
 
 NO_PROMPT = "no prompt token"
@@ -63,16 +63,16 @@ def load_pairs(
     Args:
         dataset: See [`evollm.data.preference_rows.read_pairs`][] and [`evollm.data.completion_rows.read_examples`][].
         tokenizer: The model's tokenizer; it needs an EOS token, and a chat template when the dataset holds messages.
-        name: The split, such as "train"; messages speak of `train_dataset`.
+        name: Name of the split, such as "train"; messages name the argument `train_dataset`.
         max_context_length: Most tokens of prompt + longer completion. Longer prompts are cut from the left; pairs whose
-            completion does not fit are dropped. None: what the tokenizer states, if it states a limit.
-        min_completion_length: Pairs with a completion of fewer tokens, with what ends it, are dropped.
-        row_format: What the rows look like: `PAIRS`, or `EXAMPLES`, which become samples with one completion.
-        encoder_decoder: Whether they are for an encoder-decoder model; see `tokenize_pairs`.
-        cache_dir: Folder that keeps token ids between runs; None: none.
+            completion does not fit are dropped. None: the tokenizer's `model_max_length`, if there is a limit.
+        min_completion_length: Pairs with a completion of fewer tokens, end tokens included, are dropped.
+        row_format: Format of the rows: `PAIRS`, or `EXAMPLES`, which become samples with one completion.
+        encoder_decoder: Whether to tokenise for an encoder-decoder model; see `tokenize_pairs`.
+        cache_dir: Folder that keeps token ids between runs; None: no cache.
 
     Returns:
-        The pairs in the dataset's order, and a report of what was dropped or cut.
+        The samples in the dataset's order, and a report of dropped rows and cut prompts.
 
     Raises:
         ConfigurationError: A length is out of range or the tokenizer has no EOS token.
@@ -112,7 +112,7 @@ def load_pairs(
         template_hint(form, kept, given, tokenizer) if name == "train" else "",
     )
     if split.pairs:
-        # Not a part of what is tokenised, and so of what a cache keeps.
+        # Labels are added here because the token cache does not hold them.
         labels = {pair.row: pair.label for pair in kept if pair.label is not None}
         return [
             replace(pair, extras={LABEL: labels[pair.row]}) if pair.row in labels else pair for pair in split.pairs
@@ -141,24 +141,24 @@ def tokenize_pairs(
 ) -> TokenizedSplit:
     """Tokenise pairs in batches.
 
-    All sides of a pair get the same prompt ids: the longest token prefix that prompt, prompt + chosen and, if there is
-    one, prompt + rejected share. A token that spans the boundary thereby belongs to the completions, and the ids of
+    All sides of a pair get the same prompt ids: the longest common token prefix of prompt, prompt + chosen and, for a
+    pair, prompt + rejected. A token that spans the boundary thereby belongs to the completions, and the ids of
     prompt + completion are those of the whole text.
 
-    Of a completion in which not only the assistant speaks, its turns alone are scored, each with what the template
-    writes to end it. A token that spans the beginning of a turn belongs to it, and one that spans its end does not.
+    In a completion with several roles only the assistant's turns are scored, each with the end that the template
+    writes. A token that spans the beginning of a turn belongs to the turn; a token that spans the end does not.
 
-    The ids of messages are exactly those that `apply_chat_template` gives for the conversation, and their prompt is
-    that of the messages before the completion with `add_generation_prompt=True`. A sequence of strings starts with one
-    BOS if the tokenizer puts one in front of plain text, and each of its completions ends with one EOS.
+    The ids of messages are exactly those that `apply_chat_template` gives for the conversation, and the prompt is
+    rendered from the messages before the completion with `add_generation_prompt=True`. The ids of strings start with
+    one BOS if the tokenizer adds BOS to plain text, and each completion ends with one EOS.
 
     Args:
         pairs: Pairs of strings, or of messages for the tokenizer's chat template.
         tokenizer: The model's tokenizer.
         max_context_length: Most tokens of prompt + longer completion; None: no limit.
-        min_completion_length: Fewest tokens of a completion, with what ends it.
-        encoder_decoder: Tokenise prompt and completions apart, each as the tokenizer does by itself, since they are
-            two sequences to such a model: T5's prompts then end with EOS. So it is with messages, too.
+        min_completion_length: Fewest tokens of a completion, end tokens included.
+        encoder_decoder: Tokenise prompt and completions, of strings and messages alike, as separate sequences with the
+            tokenizer's own special tokens, for an encoder-decoder model: T5's prompts then end with EOS.
         cache_dir: Folder that keeps token ids between runs; see `cached`.
 
     Raises:
@@ -183,7 +183,7 @@ def tokenize_pairs(
         for remark, rows in _merged(refused.noted, split.noted).items()
         if (used := [row for row in rows if row not in unused])
     }
-    if QUESTION_SCORED in noted:  # which says it already
+    if QUESTION_SCORED in noted:  # these rows need no second remark
         unlike = [row for row in noted.pop(UNLIKE_INFERENCE, []) if row not in noted[QUESTION_SCORED]]
         noted |= {UNLIKE_INFERENCE: unlike} if unlike else {}
     return replace(split, dropped=dropped, noted=noted)
@@ -206,7 +206,7 @@ def _tokenize(
     encode = _encode_apart if encoder_decoder else _encode_pairs
     encoded = counted(encode(iter(texts), tokenizer), len(texts), "rows tokenised")
     for text, parts, masks, is_shortened in encoded:
-        is_chat = isinstance(text, RenderedChat)  # A template writes its marks itself.
+        is_chat = isinstance(text, RenderedChat)  # A chat template writes BOS and EOS itself.
         prompt, *sides = parts if is_chat else marks.put_around(*parts, with_bos=not encoder_decoder)
         scored = [_as_long_as(side, mask) for side, mask in zip(sides, masks, strict=True)]
         reason = _fault(prompt, sides, scored, min_completion_length, nothing=0 if is_chat else 1)
@@ -222,7 +222,7 @@ def _tokenize(
 
 
 def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False) -> IntArray:
-    """The ids of a prompt that is a string, as those of a row of strings are made.
+    """Tokenise a prompt string as `tokenize_pairs` does.
 
     Args:
         text: The prompt.
@@ -240,7 +240,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder
 
 
 def context_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The most tokens that the tokenizer states, if it states a limit."""
+    """The tokenizer's `model_max_length`; None if the tokenizer has no limit."""
     stated = tokenizer.model_max_length
     return int(stated) if stated is not None and stated < LARGEST_REAL_LIMIT else None
 
@@ -273,19 +273,19 @@ def _as_text(
 
 
 def _as_written(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedChat:
-    """The row as the template writes it; `UnusableRowError` if it does not."""
+    """The row as rendered by the chat template; `UnusableRowError` if rendering fails."""
     try:
         chat = render_chat(pair, tokenizer)
     except (EvoLLMError, UnusableRowError):
         raise
-    except Exception as error:  # A template is code of somebody else's, and raises whatever it likes.
+    except Exception as error:  # The code of a template may raise anything.
         raise UnusableRowError(f"{TEMPLATE_REFUSES} ({shorten(str(error), MOST_WORDS)})") from error
-    require_unicode("".join(_whole_texts(chat)))  # of tools, too
+    require_unicode("".join(_whole_texts(chat)))  # including the text of tools
     return chat
 
 
 def _encode_pairs(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoded]:
-    """Each pair with its ids and what is scored."""
+    """Each pair with its ids and masks."""
     while chunk := list(islice(texts, PAIRS_PER_CALL)):
         encoded = iter(_encode([text for pair in chunk for text in _whole_texts(pair)], tokenizer))
         for pair in chunk:
@@ -298,7 +298,7 @@ def _encode_pairs(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _encode_apart(texts: Iterator[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoded]:
-    """The same for an encoder-decoder model, with the special tokens of inputs and of targets."""
+    """Like `_encode_pairs` for an encoder-decoder model, with the special tokens of inputs and of targets."""
 
     def encode(texts: list[str]) -> list[Ids]:
         return [list(ids) for ids in tokenizer(text_target=texts, verbose=False)["input_ids"]]
@@ -317,7 +317,7 @@ def _masks(
     starts: Sequence[int],
     encode: Callable[[list[str]], list[Ids]],
 ) -> list[BoolArray | None]:
-    """What is scored of each side, None for all of it: from its turns, its whole text, its ids and its start."""
+    """The mask of each side, None if all tokens are scored, from the side's turns, whole text, ids and first index."""
     sides = zip(scored or [None] * len(ids), wholes, ids, starts, strict=True)
     return [
         None if not of_side else _mask(of_side, text, whole, start, encode) for of_side, text, whole, start in sides
@@ -335,7 +335,7 @@ def _mask(scored: Spans, text: str, ids: Ids, start: int, encode: Callable[[list
 
 
 def _as_long_as(ids: Ids, mask: BoolArray | None) -> BoolArray:
-    """A side's mask, after an EOS has been put to its end, or what follows one has been taken off."""
+    """A side's mask at the length of `ids`, which may have gained an EOS or lost the tokens after an EOS."""
     if mask is None:
         return np.ones(len(ids), np.bool_)
     return np.concatenate([mask, mask[-1:]])[: len(ids)]
@@ -352,12 +352,12 @@ def _at_shared_prompt(pair: Text, whole: list[Ids], tokenizer: PreTrainedTokeniz
     end = shared_length(*whole)
     if end or isinstance(pair, RenderedChat):
         return prompt[:end], *(ids[end:] for ids in sides)
-    # The prompt's only token merges with a completion: better another tokenisation than a pair without a prompt.
+    # A completion merges with the prompt's only token. Tokenise both separately, rather than leave an empty prompt.
     return prompt, *_encode(list(pair.completions), tokenizer)
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
-    # verbose=False: the warning about the model's length is not for texts that are cut afterwards.
+    # verbose=False: no warning about model_max_length, since long prompts are cut afterwards.
     encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoding["input_ids"]]
 
@@ -367,13 +367,13 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
 
 @dataclass(frozen=True)
 class _Marks:
-    """The tokens that open a text and close a completion.
+    """The BOS and EOS tokens of a tokenizer.
 
     Attributes:
-        bos_id: The BOS id, if there is one.
-        adds_bos: Whether the tokenizer puts a BOS in front of plain text by itself.
-        eos_id: The EOS id; it may be the id of BOS or padding too.
-        is_whitespace: Tells whether a token stands for whitespace only.
+        bos_id: The BOS id; None if there is no BOS.
+        adds_bos: Whether the tokenizer adds BOS to plain text.
+        eos_id: The EOS id, which may equal the id of BOS or padding.
+        is_whitespace: Whether a token id decodes to whitespace only.
     """
 
     bos_id: int | None
@@ -398,22 +398,22 @@ class _Marks:
         )
 
     def put_around(self, prompt: Ids, *completions: Ids, with_bos: bool) -> tuple[Ids, ...]:
-        """The ids of strings with the tokens that open and close them."""
+        """Add BOS to a prompt, if `with_bos`, and EOS to each completion."""
         prompt = self.one_bos(prompt) if with_bos else prompt
         first, *others = map(self.one_eos, completions)
-        if not prompt and not others:  # what a language model does with a text: the first token is given
+        if not prompt and not others:  # a text without prompt: its first token is the prompt
             return first[:1], first[1:]
         return prompt, first, *others
 
     def one_bos(self, ids: Ids) -> Ids:
-        """A text's ids behind a single BOS, if the tokenizer adds one; the text may have brought its own."""
+        """The ids with exactly one BOS in front, if the tokenizer adds BOS; the text may already begin with BOS."""
         if not self.adds_bos:
             return ids
         brought = next((place for place, token in enumerate(ids) if token != self.bos_id), len(ids))
         return [cast("int", self.bos_id), *ids[brought:]]
 
     def one_eos(self, ids: Ids) -> Ids:
-        """A completion's ids up to its final EOS, without what follows that; a missing one is appended."""
+        """A completion's ids up to the first EOS of its tail of EOS and whitespace; a missing EOS is appended."""
         tail = len(ids)
         while tail and (ids[tail - 1] == self.eos_id or self.is_whitespace(ids[tail - 1])):
             tail -= 1
@@ -424,7 +424,7 @@ class _Marks:
 def _fault(
     prompt: Ids, completions: list[Ids], scored: list[BoolArray], min_completion_length: int, nothing: int
 ) -> str | None:
-    """Why these ids make no pair, if they do not; a completion of `nothing` scored tokens is empty."""
+    """The reason why these ids are unusable, or None; a completion of `nothing` scored tokens is empty."""
     shortest = min(int(mask.sum()) for mask in scored)
     if completions[0] in completions[1:]:
         return SAME_COMPLETIONS
@@ -436,7 +436,7 @@ def _fault(
 
 
 def _fit_into(split: TokenizedSplit, pair: Sample, limit: int | None, bos_id: int | None) -> str | None:
-    """Add a pair to the split, its prompt cut if need be; the reason when it cannot be made to fit."""
+    """Add a pair to the split, with the prompt cut if necessary; returns the reason if the pair cannot fit."""
     if limit is not None and pair.longest_sequence > limit:
         needed = shortest_context(pair, bos_id)
         if needed > limit:
@@ -449,13 +449,13 @@ def _fit_into(split: TokenizedSplit, pair: Sample, limit: int | None, bos_id: in
 
 
 def shortest_context(pair: Sample, bos_id: int | None) -> int:
-    """Tokens of the longer completion, one prompt token and the BOS, if the prompt has one."""
+    """Number of tokens of the longer completion, one prompt token and the prompt's BOS, if any."""
     kept_of_prompt = min(len(pair.prompt_ids), 1 + _opens_with(pair.prompt_ids, bos_id))
     return pair.longest_sequence - len(pair.prompt_ids) + kept_of_prompt
 
 
 def cut_prompt(pair: Sample, excess: int, bos_id: int | None) -> Sample:
-    """Take `excess` tokens out of the prompt's left end, behind its BOS."""
+    """Remove `excess` tokens from the start of the prompt, after its BOS."""
     start = _opens_with(pair.prompt_ids, bos_id)
     return replace(pair, prompt_ids=np.delete(pair.prompt_ids, slice(start, start + excess)))
 
