@@ -18,6 +18,7 @@ from evollm.algorithms.balanced import Balanced
 from evollm.algorithms.references import Judge, Rows, finite_rows, leave_out, other_rows
 from evollm.data.samples import Batch
 from evollm.errors import DivergedError
+from evollm.hpo.hyperparameters import to_lower
 from evollm.models.engine import Engine, Item
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, pieces_of
@@ -118,9 +119,9 @@ def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: 
     """
     diverged = [agent.index for agent in agents if agent.diverged]
     if training and diverged:
-        levers = hyperparameters_to_lower(agents)
+        lower = to_lower(agents[0].hyperparameter_values())
         raise DivergedError(
-            f"agents {diverged} have diverged: they learn no more; go on from a checkpoint, with a lower {levers}"
+            f"agents {diverged} have diverged: they learn no more; go on from a checkpoint, with a lower {lower}"
         )
     if batch.rows is None:
         batch = Batch([replace(sample, row=row) for row, sample in enumerate(batch)], "batch")
@@ -158,11 +159,6 @@ def policy_logprobs(
         policies = Engine.of(together[0].base).logprobs(items, options)
         found |= {id(agent): policy for agent, policy in zip(together, policies, strict=True)}
     return [found[id(agent)] for agent in agents]
-
-
-def hyperparameters_to_lower(agents: Sequence[LLMAgent]) -> str:
-    """The hyperparameters to lower after a divergence."""
-    return " or ".join(name for name in ("lr", "beta") if name in agents[0].hyperparameter_values())
 
 
 def _learn_from(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) -> list[tuple[A, _Step]]:

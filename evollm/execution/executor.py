@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import AnyEvaluation, Birth, HyperparameterConfig
+from evollm.hpo.hyperparameters import to_lower
 from evollm.runs.events import SampleAnswer, StepDone
 
 Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
@@ -234,6 +235,6 @@ def check_going(members: Sequence[Member]) -> None:
     """
     if not all(member.diverged for member in members):
         return
-    lower = " or ".join(name for name in ("lr", "beta") if name in members[0].hyperparameters)
+    lower = to_lower(members[0].hyperparameters)
     values = ", ".join(f"agent {member.index}: {dict(member.hyperparameters)}" for member in members)
     raise DivergedError(f"every agent's loss or gradient is not finite; lower {lower} ({values})")

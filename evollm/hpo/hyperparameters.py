@@ -20,6 +20,11 @@ Value: TypeAlias = float | str
 ALIASES = {"learning_rate": "lr", "rpo_alpha": "nll_alpha", "train_batch_size": "batch_size"}
 
 
+def to_lower(names: Collection[str]) -> str:
+    """Those of the named hyperparameters to lower after a divergence, such as "lr or beta"."""
+    return " or ".join(name for name in ("lr", "beta") if name in names)
+
+
 def rounded_factor(before: Value, after: Value) -> float | None:
     """Return after / before to 3 significant digits; None if one is no number, or `before` is 0."""
     if isinstance(before, int | float) and isinstance(after, int | float) and before:
