@@ -16,11 +16,14 @@ what each call must bring along. Then, where the card is, three calls of at most
    batches of 8: together, in a loop, one, TRL; a profile of one step
 2. SmolLM2-135M in bfloat16: the probe's verdict, eight members on real text, parity with TRL, a short demo
 3. 7B with batches of 8: together, one, TRL
+4. searches on real pairs (search.py), where `prepare --pairs FILE ...` brought some: 5 seeds of each file, as many at a
+   time as fit; it takes what time the call is given (`--seconds`), after call 2 on the same machine
 
-Call 1 puts its half of the demo's model into `--keep`, where call 2 joins both, if the machine is still the same. Each
-part has a process and a time limit of its own; each result is written when it is known, to `call-N.jsonl` in `--out`;
-all that parts print is in `call-N.log`. So a crash, a hang or the end of the machine loses one part at most. A call
-that is made again writes to files of another name. `--toy` runs a call at a tiny size on the CPU. Afterwards
+`--parts` chooses among the parts of a call. Call 1 puts its half of the demo's model into `--keep`, where call 2 joins
+both, if the machine is still the same. Each part has a process and a time limit of its own; each result is written when
+it is known, to `call-N.jsonl` in `--out`; all that parts print is in `call-N.log`. So a crash, a hang or the end of the
+machine loses one part at most. A call that is made again writes to files of another name. `--toy` runs a call at a tiny
+size on the CPU. Afterwards
 
     python benchmarking/gpu_quarter_hour.py table results
 
@@ -85,6 +88,7 @@ CALLS: dict[int, list[Part]] = {
         _speed("7B", "one", 28, 60),
         _speed("7B", "TRL", 40, 75),
     ],
+    4: [Part("searches", f"{PARTS}:searches", 400, 600)],
 }
 
 
@@ -100,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def prepare(options: argparse.Namespace) -> None:
     """Fill the folder, and say what each call must bring along."""
     folder: Path = options.folder
-    carrying.prepare(folder, options.python)
+    carrying.prepare(folder, options.python, options.pairs)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size / 2**20:>8.2f} MiB  {path}")
@@ -117,9 +121,11 @@ def call(options: argparse.Namespace) -> None:
     place = Place("call", _new_run(options), options.out.resolve(), options.keep.resolve(), options.toy)
     # A toy run is about the script, on a processor that may be busy.
     patience = PATIENCE if options.toy else 1
-    parts = [replace(p, limit=options.limits.get(p.name, p.limit * patience)) for p in CALLS[options.number]]
-    if unknown := options.limits.keys() - {part.name for part in parts}:
-        raise SystemExit(f"--limit: call {options.number} has no part {sorted(unknown)}")
+    known = [part.name for part in CALLS[options.number]]
+    if unknown := {*options.limits, *(options.parts or ())} - {*known}:
+        raise SystemExit(f"call {options.number} has no part {sorted(unknown)}")
+    chosen = [part for part in CALLS[options.number] if part.name in (options.parts or known)]
+    parts = [replace(part, limit=options.limits.get(part.name, part.limit * patience)) for part in chosen]
     seconds = options.seconds * patience
     print(plan(parts, seconds), flush=True)
     target = Path(tempfile.mkdtemp(prefix="evollm-site-"))
@@ -167,6 +173,7 @@ def _bring(options: argparse.Namespace, place: Place, target: Path) -> None:
     wheels = sorted((folder / WHEELS).glob("*.whl"))
     if not wheels:
         raise CarryingError(f"{folder / WHEELS} holds no wheels: gpu_quarter_hour.py prepare {folder} makes them")
+    os.environ["EVOLLM_PAIRS"] = str((folder / WHEELS / carrying.PAIRS).resolve())
     noted = folder / WHEELS / "commit.txt"
     if noted.exists():
         os.environ["EVOLLM_COMMIT"] = noted.read_text(encoding="utf-8").strip()
@@ -192,6 +199,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     one = commands.add_parser("prepare", help="download and build what must be carried")
     one.add_argument("folder", type=Path)
     one.add_argument("--python", default="3.12", help="version of the interpreter there (default: %(default)s)")
+    one.add_argument(
+        "--pairs", type=Path, nargs="+", default=(), metavar="FILE", help="data for the searches of call 4"
+    )
     one.set_defaults(run=prepare)
     one = commands.add_parser("call", help="run a third of the quarter of an hour")
     one.add_argument("number", type=int, choices=CALLS)
@@ -208,6 +218,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument(
         "--limit", action="append", type=_limit, default=[], metavar="PART=SECONDS", help="another limit for a part"
     )
+    one.add_argument("--parts", nargs="+", metavar="PART", help="these parts only")
     one.set_defaults(run=call)
     one = commands.add_parser("table", help="print Markdown tables of results")
     one.add_argument("folders", type=Path, nargs="+", metavar="folder")

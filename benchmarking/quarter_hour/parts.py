@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import search
 import torch
 from attention_used import packed_attention
 from floor import Costs, synchronise
@@ -182,6 +183,28 @@ def demo(place: Place) -> None:
         seconds=seconds,
         fitness=result.fitnesses,
     )
+
+
+def searches(place: Place) -> None:
+    """Recorded sweeps, and the strategies that inherit, on the pairs that were brought; see search.py."""
+    folder = Path(os.environ.get("EVOLLM_PAIRS", ""))
+    files = sorted(folder.glob("*.jsonl*"))
+    if not files:
+        raise UnavailableError("no pairs were brought: gpu_quarter_hour.py prepare FOLDER --pairs FILE ...")
+    _demo_folder()
+    data = [
+        "--data",
+        *map(str, files),
+        "--out",
+        str(place.keep / "searches"),
+        "--device",
+        setting_of(place).device.type,
+    ]
+    jobs = [*data, "--seeds", *map(str, range(5)), "--jobs", "5", "--recompute", "--token-budget", "32768"]
+    small = ["--train", "16", "--selection", "8", "--final", "8", "--batch-size", "4", "--founders", "8"]
+    started = time.perf_counter()
+    search.main(["record", "tournament", "--answers", *([*data, *small] if place.toy else jobs)])
+    place.write("searches", seconds=time.perf_counter() - started)
 
 
 def _agents(folder: Path, members: int, setting: Setting, dtype: torch.dtype) -> list[Any]:

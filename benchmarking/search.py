@@ -1,0 +1,187 @@
+"""Does searching pay? The quality of a search's result against its compute, for strategies at equal compute.
+
+    python benchmarking/search.py record --data helpful.jsonl.gz harmless.jsonl.gz --seeds 0 1 2 --out records
+
+trains the default settings and 16 random configurations to the end for each seed and data set, and records what each
+scores on every pair at every rung: a sweep that has been recorded already is left out, so hours can be spread.
+
+Data are files of the form of hh-rlhf (`chosen` and `rejected` texts of turns that begin with Human: and Assistant:).
+The data set `tiny` is rule-made, with a model of two layers: hundreds of searches in minutes.
+Files are split by dialogue; configurations are compared on the selection pairs, and the final pairs select nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gpu import quiet
+from peft import LoraConfig
+from searching import tiny
+from searching.inheriting import run
+from searching.problem import BOUNDS, Sizes, founders, read_dialogues, short_enough, split_by_dialogue
+from searching.sweep import Sweep, record
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evollm.demo import demo_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """One search of one seed on one data set."""
+
+    what: str
+    data: Path
+    seed: int
+    out: Path
+    sizes: Sizes
+    model: str | None
+    device: str
+    dtype: str
+    token_budget: int | None
+    recompute: bool
+    answers: bool
+    founders: int
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the data are rule-made and the model is tiny."""
+        return str(self.data) == "tiny"
+
+    @property
+    def name(self) -> str:
+        """For people, and for the file."""
+        return f"{self.data.name.split('.')[0]}-{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        """Where its result goes."""
+        return self.out / f"{self.what}-{self.name}.npz"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line says."""
+    options = _parse(arguments)
+    sizes = Sizes(
+        train=options.train,
+        selection=options.selection,
+        final=options.final,
+        batch_size=options.batch_size,
+        longest=options.longest,
+    )
+    jobs = [
+        Job(
+            what=what,
+            data=data,
+            seed=seed,
+            out=options.out,
+            sizes=sizes,
+            model=options.model,
+            device=options.device,
+            dtype=options.dtype,
+            token_budget=options.token_budget,
+            recompute=options.recompute,
+            answers=options.answers,
+            founders=options.founders,
+        )
+        for what in options.what
+        for seed in options.seeds
+        for data in options.data
+    ]
+    waiting = [job for job in jobs if not job.path.exists()]
+    started = time.monotonic()
+    print(f"{len(jobs)} searches, {len(jobs) - len(waiting)} of them there already", flush=True)
+    if options.jobs == 1:
+        for job in waiting:
+            print(run_job(job), flush=True)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for done in as_completed([pool.submit(run_job, job) for job in waiting]):
+            print(f"{time.monotonic() - started:.0f} s: {done.result()}", flush=True)
+
+
+def run_job(job: Job) -> str:
+    """Carry one out; a failure is told and does not stop the others."""
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{job.what} {job.name}: {text}", flush=True)
+
+    try:
+        _carry_out(job, say)
+    except (Exception, SystemExit):  # The others go on.
+        return f"{job.what} {job.name} failed:\n{traceback.format_exc()}"
+    return f"{job.what} {job.name}: {time.monotonic() - started:.0f} s, {job.path}"
+
+
+def _carry_out(job: Job, say: Callable[[str], None]) -> None:
+    quiet()
+    sweep = _tiny(job) if job.is_tiny else _real(job)
+    configurations = founders(job.seed, sweep.bounds, job.founders, grid=job.is_tiny)
+    if job.what == "record":
+        record(sweep, configurations, job.path, answers=job.answers, say=say)
+    else:
+        run(sweep, configurations, job.path, job.what, say)
+
+
+def _real(job: Job) -> Sweep:
+    folder = job.model or str(demo_model())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = short_enough(read_dialogues(job.data), tokenizer, job.sizes.longest)
+    train, selection, final = split_by_dialogue(rows, job.sizes.splits, job.seed)
+    return Sweep(
+        job.data.name.split(".")[0],
+        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, job.dtype)).to(job.device),
+        tokenizer,
+        (train, selection, final),
+        job.sizes,
+        job.seed,
+        BOUNDS,
+        LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        job.token_budget,
+        job.recompute or None,
+    )
+
+
+def _tiny(job: Job) -> Sweep:
+    drawn = iter(tiny.rows(sum(job.sizes.splits), job.seed))
+    train, selection, final = ([next(drawn) for _ in range(size)] for size in job.sizes.splits)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    return Sweep(
+        "tiny", tiny.network(), tiny.tokenizer(), (train, selection, final), job.sizes, job.seed, tiny.BOUNDS, lora
+    )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=("record", "tournament"))
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
+    parser.add_argument("--model", help="model folder (default: the demo's)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--jobs", type=int, default=1, help="searches at a time, each in a process of its own")
+    parser.add_argument("--token-budget", type=int)
+    parser.add_argument("--recompute", action="store_true", help="recompute activations, so that more searches fit")
+    parser.add_argument("--answers", action="store_true", help="sample answers, for their lengths")
+    sizes = Sizes()
+    for name in ("train", "selection", "final", "batch_size", "longest"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(sizes, name))
+    parser.add_argument("--founders", type=int, default=16)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

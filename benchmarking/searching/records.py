@@ -1,0 +1,68 @@
+"""A recorded sweep: what every configuration scored on every pair at every rung, as one checked file for a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One seed's sweep.
+
+    Log-ratios are log pi - log ref of a completion in nats, chosen first, (…, 2, pairs).
+
+    Attributes:
+        about: Data, seed, model, sizes, machine, versions; `founders` and `candidates` in the order of the arrays.
+        selection: (founders, rungs, 2, selection pairs) log-ratios.
+        final: (founders, 2, final pairs) log-ratios at the end of the run.
+        kl: (founders, measured pairs) KL(pi || ref) over the vocabulary, summed over the chosen completion's tokens.
+        candidates_selection: (candidates, 2, selection pairs): merges, scaled adapters, earlier weights.
+        candidates_final: (candidates, 2, final pairs).
+        candidates_kl: (candidates, measured pairs).
+        losses: (founders, steps) the training loss.
+        train_tokens: (steps, 2) tokens of each step's pairs, with the prompt once, and those of the completions alone.
+        selection_tokens: (selection pairs, 2) the same for each pair.
+        final_tokens: (final pairs, 2).
+    """
+
+    about: Mapping[str, Any]
+    selection: Array
+    final: Array
+    kl: Array
+    candidates_selection: Array
+    candidates_final: Array
+    candidates_kl: Array
+    losses: Array
+    train_tokens: Array
+    selection_tokens: Array
+    final_tokens: Array
+
+    def save(self, path: Path) -> None:
+        """Write the file, and its SHA-256 beside it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {name: value for name, value in vars(self).items() if name != "about"}
+        part = path.with_suffix(".part.npz")
+        np.savez_compressed(part, about=np.array(json.dumps(self.about)), **arrays)
+        digest = hashlib.sha256(part.read_bytes()).hexdigest()
+        part.replace(path)
+        path.with_suffix(".sha256").write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read a file, whose checksum must be right."""
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != path.with_suffix(".sha256").read_text(encoding="utf-8").split()[0]:
+            raise SystemExit(f"{path} is damaged: its SHA-256 is {found}")
+        with np.load(path) as arrays:
+            values = {name: arrays[name] for name in arrays.files}
+        return cls(json.loads(str(values.pop("about"))), **values)
