@@ -2,7 +2,7 @@
 
 - `shared_base`: one base for a whole population, and what its forward passes have in common
 - `adapters/`: LoRA adapters: configurations, target layers, the registry of owners, routing several through one forward
-  pass, merging
+  pass, merging into the base, combining and scaling
 - `loading/`: a base by name, from an adapter's folder or a policy archive; its type and device
 - `engine`: log-probs of a batch for any number of adapters, with or without gradients
 - `layouts/`: how samples are laid out in a forward pass: packed, plain, for an encoder-decoder, or each by itself;

@@ -132,8 +132,8 @@ class AdapterRegistry:
             torch.manual_seed(seed)
             # PEFT uses names that transformers deprecates: nothing that a user of evollm can change.
             warnings.simplefilter("ignore", FutureWarning)
-            if not (given.rank_pattern or given.alpha_pattern):
-                # `all-linear` sets patterns for stacked experts, and PEFT looks for modules of these names only.
+            if config.target_parameters or not (given.rank_pattern or given.alpha_pattern):
+                # Patterns may be those of stacked experts, and PEFT looks for modules of these names only.
                 warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             with self._peft_layers.only(name):
                 self._create(name, config, given)
