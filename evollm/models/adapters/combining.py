@@ -136,7 +136,7 @@ def combined(
         raise ConfigurationError("weights", numbers, f"must be one for each of the adapters {adapters}, at least one")
     if combination not in COMBINATIONS:
         nearest = nearest_name(str(combination), COMBINATIONS)
-        fix = f"did you mean {nearest!r}?" if nearest else f"must be one of {', '.join(COMBINATIONS)}"
+        fix = f"must be one of {', '.join(COMBINATIONS)}: did you mean {nearest!r}?"
         raise ConfigurationError("combination", combination, fix)
     if combination in _BY_FACTOR and min(numbers) < 0:
         raise ConfigurationError("weights", numbers, f"must not be negative for {combination!r}: use 'cat' or 'svd'")
