@@ -73,11 +73,18 @@ class Costs:
 
     def training(self, batch: Batch) -> float:
         """Operations for one member to learn from the batch, the reference known."""
-        tokens = int(batch.num_tokens.sum())
         completions = int(batch.chosen_lengths.sum() + batch.rejected_lengths.sum())
-        return tokens * (4 * self.block_parameters + 6 * self.adapter_parameters) + (
-            4 * self.head_parameters * completions
-        )
+        return self.training_of(int(batch.num_tokens.sum()), completions)
+
+    def training_of(self, tokens: Any, completions: Any) -> Any:
+        """Operations to learn from so many tokens, of which `completions` are of completions; also for arrays."""
+        per_token = 4 * self.block_parameters + 6 * self.adapter_parameters
+        return tokens * per_token + 4 * self.head_parameters * completions
+
+    def forward_of(self, tokens: Any, completions: Any) -> Any:
+        """Operations of a forward pass for log-probs."""
+        per_token = 2 * self.block_parameters + 2 * self.adapter_parameters
+        return tokens * per_token + 2 * self.head_parameters * completions
 
 
 def gemm_rate(costs: Costs, tokens: int, device: torch.device, dtype: torch.dtype, repeats: int = 20) -> float:

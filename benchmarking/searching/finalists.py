@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from evollm.models import AdapterState
+from evollm.models.adapters.combining import combined, scaled
+from evollm.models.shared_base import SharedBase
 from searching.records import Array
 from searching.scores import SCORES
 
 FACTORS = (0.5, 0.75, 1.25, 1.5, 2.0)
-SOUPS = (2, 3, 4)
+# How, how many of the best, and times how much.
+COMBINATIONS = (
+    *(("cat", count, 1.0) for count in (2, 3, 4)),
+    *((combination, 3, 1.0) for combination in ("linear", "svd", "ties", "dare_linear")),
+    ("cat", 3, 1.5),
+)
 EARLIER = 3
+# Members of the one whose answers are sampled.
+ANSWERED = 4
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Candidate:
     """Weights made without training.
 
     Attributes:
-        kind: `earlier`, `scaled`, `average` (of the products B A, exactly), `linear` (of A and of B by themselves).
+        kind: `earlier`, `scaled`, or a combination of `evollm.models.adapters.combining.combined`.
         members: The founders that it is made of.
         options: The factor, or the rung.
         state: The adapter.
@@ -42,55 +50,37 @@ class Candidate:
     @property
     def is_answered(self) -> bool:
         """Whether its answers are sampled."""
-        return self.kind == "average" and len(self.members) == max(SOUPS)
+        return self.kind == "cat" and len(self.members) == ANSWERED
 
     def described(self) -> dict[str, Any]:
         """Without weights."""
         return {"kind": self.kind, "members": list(self.members), **self.options}
 
 
-def candidates_of(selection: Array, kept: Sequence[Sequence[AdapterState]]) -> list[Candidate]:
+def candidates_of(
+    selection: Array, base: SharedBase, actors: Sequence[str], kept: Sequence[Sequence[AdapterState]]
+) -> list[Candidate]:
     """The candidates of a sweep.
 
     Args:
         selection: (founders, rungs, 2, pairs) log-ratios.
-        kept: For each rung the adapters of all founders.
+        base: The base.
+        actors: The founders' adapters on it.
+        kept: For each rung before the last the adapters of all founders.
     """
     margins = selection[:, :, 0] - selection[:, :, 1]
     score = SCORES["log_loss"]
-    last = [score(margins[founder, -1]) for founder in range(len(margins))]
-    ranked = [int(number) for number in np.argsort(last)[::-1]]
-    best, states = ranked[0], kept[-1]
-    found = [Candidate("scaled", [best], {"factor": factor}, scaled(states[best], factor)) for factor in FACTORS]
-    for size in SOUPS:
-        members = ranked[:size]
-        few = [states[member] for member in members]
-        found += [Candidate("average", members, {}, average(few)), Candidate("linear", members, {}, linear(few))]
-    top = [states[member] for member in ranked[: SOUPS[1]]]
-    found.append(Candidate("average", ranked[: SOUPS[1]], {"factor": 1.5}, scaled(average(top), 1.5)))
+    ranked = [int(number) for number in np.argsort([score(few) for few in margins[:, -1]])[::-1]]
+    best = ranked[0]
+    found = [
+        Candidate("scaled", [best], {"factor": factor}, scaled(base, actors[best], factor)) for factor in FACTORS
+    ]
+    for combination, count, factor in COMBINATIONS:
+        members = ranked[:count]
+        weights = [factor / count] * count
+        state = combined(base, [actors[member] for member in members], weights, combination)
+        found.append(Candidate(combination, members, {} if factor == 1 else {"factor": factor}, state))
     earlier = [(score(margins[f, rung]), rung, f) for f in range(len(margins)) for rung in range(margins.shape[1] - 1)]
     for _, rung, founder in sorted(earlier, reverse=True)[:EARLIER]:
         found.append(Candidate("earlier", [founder], {"rung": rung}, kept[rung][founder]))
     return found
-
-
-def scaled(state: AdapterState, factor: float) -> AdapterState:
-    """The adapter with `factor` times its change of the base's weights."""
-    return replace(state, tensors={k: v * factor if "lora_B" in k else v for k, v in state.tensors.items()})
-
-
-def average(states: Sequence[AdapterState]) -> AdapterState:
-    """The mean of the adapters' changes of the base's weights, exactly, with the sum of their ranks."""
-    joined = {}
-    for key in states[0].tensors:
-        parts = [state.tensors[key] for state in states]
-        joined[key] = torch.cat(parts, dim=0) if "lora_A" in key else torch.cat(parts, dim=1)
-    config = replace(states[0].config, r=states[0].config.r * len(states))
-    # The scaling alpha / r has become smaller by the number of members, as a mean wants it.
-    return AdapterState(config, joined)
-
-
-def linear(states: Sequence[AdapterState]) -> AdapterState:
-    """The means of A and of B."""
-    means = {key: torch.stack([state.tensors[key] for state in states]).mean(dim=0) for key in states[0].tensors}
-    return replace(states[0], tensors=means)

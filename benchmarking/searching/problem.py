@@ -40,7 +40,7 @@ class Sizes:
     selection: int = 256
     final: int = 800
     batch_size: int = 8
-    rungs: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2, 1.0)
+    rungs: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     longest: int = 320
     measured_kl: int = 64
 

@@ -190,7 +190,8 @@ def record(sweep: Sweep, founders: Sequence[Founder], path: Path, *, answers: bo
             raise SystemExit(f"{path}: agents have diverged: {[a.index for a in agents if a.diverged]}")
         if step in sizes.rung_steps:
             selection.append(judge.logratios(actors, "selection"))
-            kept.append([agent.base.adapters.export(agent.actor_adapter) for agent in agents])
+            if step < sizes.steps:
+                kept.append([agent.base.adapters.export(actor) for agent, actor in zip(agents, actors, strict=True)])
             say(f"step {step} of {sizes.steps}, {time.perf_counter() - started:.0f} s")
     about = {
         **described(sweep, agents[0]),
@@ -227,7 +228,8 @@ def _with_candidates(
     """The record with the scores of merges, scaled adapters and earlier weights."""
     started = time.perf_counter()
     adapters = agents[0].base.adapters
-    candidates = candidates_of(found.selection, kept)
+    actors = [agent.actor_adapter for agent in agents]
+    candidates = candidates_of(found.selection, agents[0].base, actors, kept)
     selection, final, kl = [], [], []
     lengths = {}
     for candidate in candidates:
@@ -241,7 +243,7 @@ def _with_candidates(
     if answers:
         lengths["reference"] = judge.answer_lengths(None)
         best = candidates[0].members[0]
-        lengths[f"founder {best}"] = judge.answer_lengths(agents[best].actor_adapter)
+        lengths[f"founder {best}"] = judge.answer_lengths(actors[best])
     about = dict(found.about)
     about["candidates"] = [candidate.described() for candidate in candidates]
     about["answer_lengths"] = lengths

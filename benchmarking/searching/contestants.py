@@ -1,0 +1,202 @@
+"""Strategies without inheritance, computed from a recorded sweep: what they choose, and what it costs.
+
+Compute is counted in floating-point operations by the formula of floor.py and given in runs. A run is what one agent by
+itself needs: all steps, the reference's log-probs of all training and selection pairs, one evaluation at the end. The
+members of a search share the reference's log-probs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from floor import Costs
+
+from searching.records import Array, Record
+from searching.scores import SCORES, Score
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a strategy chose.
+
+    Attributes:
+        founder: Index of the configuration, trained to the end.
+        runs: What it cost.
+    """
+
+    founder: int
+    runs: float
+
+
+# (record, the founders in the order in which they are drawn) -> the choice.
+Strategy = Callable[[Record, Sequence[int]], Choice]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Operations of a seed's work.
+
+    Attributes:
+        steps: (steps,) of training one member in each step.
+        selection: (selection pairs,) of a forward pass.
+        training_references: Of the reference's log-probs of all training pairs.
+    """
+
+    steps: Array
+    selection: Array
+    training_references: float
+
+    @classmethod
+    def of(cls, record: Record) -> Prices:
+        """From the tokens of a record."""
+        costs = Costs(**record.about["costs"])
+        return cls(
+            steps=costs.training_of(*record.train_tokens.T),
+            selection=costs.forward_of(*record.selection_tokens.T),
+            training_references=float(costs.forward_of(*record.train_tokens.T).sum()),
+        )
+
+    @property
+    def run(self) -> float:
+        """Of one agent by itself."""
+        return float(self.steps.sum() + self.training_references + 2 * self.selection.sum())
+
+    def runs(self, member_steps: Sequence[int], evaluated: Sequence[int], references: int = 0) -> float:
+        """Of a search, in runs.
+
+        Args:
+            member_steps: Steps of each member.
+            evaluated: For each evaluation of a member the number of selection pairs.
+            references: Selection pairs with a reference, at least as many as were evaluated.
+        """
+        total = np.concatenate([[0.0], np.cumsum(self.steps)])
+        pairs = np.concatenate([[0.0], np.cumsum(self.selection)])
+        known = max([references, *evaluated])
+        part = max(member_steps) / len(self.steps)
+        work = total[list(member_steps)].sum() + pairs[list(evaluated)].sum()
+        return float(work + pairs[known] + part * self.training_references) / self.run
+
+
+def margins_of(record: Record) -> Array:
+    """(founders, rungs, selection pairs)."""
+    return record.selection[:, :, 0] - record.selection[:, :, 1]
+
+
+def guarded(score: Score, record: Record, founder: int, rung: int, least: float, pairs: int | None = None) -> float:
+    """The score; below all others for a member whose mean chosen log-ratio has fallen below `least` nats."""
+    margins = margins_of(record)[founder, rung, :pairs]
+    broken = record.selection[founder, rung, 0, :pairs].mean() < least
+    return score(margins) - (1e6 if broken else 0.0)
+
+
+def of_kind(record: Record, kind: str) -> list[int]:
+    """Indices of the founders of a kind."""
+    return [number for number, founder in enumerate(record.about["founders"]) if founder["kind"] == kind]
+
+
+def single(record: Record, order: Sequence[int], kind: str = "default") -> Choice:
+    """One run of the first founder of a kind."""
+    del order
+    return Choice(of_kind(record, kind)[0], 1.0)
+
+
+def random_search(
+    record: Record, order: Sequence[int], count: int, score: str = "accuracy, then margin", shared: bool = False
+) -> Choice:
+    """The best of `count` founders trained to the end.
+
+    Args:
+        record: The sweep.
+        order: The founders.
+        count: How many.
+        score: By which the best is chosen.
+        shared: Whether the runs are a population that shares the reference's log-probs; else each is a run by itself.
+    """
+    members = order[:count]
+    best = _best(record, members, -1, score)
+    steps, pairs = record.train_tokens.shape[0], record.selection.shape[-1]
+    return Choice(best, Prices.of(record).runs([steps] * count, [pairs] * count) if shared else float(count))
+
+
+def grid_search(record: Record, order: Sequence[int], score: str = "accuracy, then margin") -> Choice:
+    """The best of the grid."""
+    del order
+    members = of_kind(record, "grid")
+    return Choice(_best(record, members, -1, score), float(len(members)))
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A decision of successive halving.
+
+    Attributes:
+        part: Of a run, after which it is made.
+        kept: How many members go on.
+        pairs: Selection pairs that members are compared on; None: all.
+    """
+
+    part: float
+    kept: int
+    pairs: int | None = None
+
+
+def halving(
+    record: Record,
+    order: Sequence[int],
+    count: int,
+    rungs: Sequence[Rung],
+    score: str = "log_loss",
+    least: float = -np.inf,
+) -> Choice:
+    """Successive halving: at each rung the best go on; the best of the last ones, trained to the end, is chosen."""
+    members, done = list(order[:count]), dict.fromkeys(order[:count], 0)
+    total, all_pairs = record.train_tokens.shape[0], record.selection.shape[-1]
+    evaluated: list[int] = []
+    for rung in [*rungs, Rung(1.0, 1)]:
+        number = record.about["sizes"]["rungs"].index(rung.part)
+        pairs = all_pairs if rung.pairs is None else min(rung.pairs, all_pairs)
+        done |= dict.fromkeys(members, round(rung.part * total))
+        evaluated += [pairs] * len(members)
+        members = _ranked(record, members, number, score, least, pairs)[: rung.kept]
+    return Choice(members[0], Prices.of(record).runs(list(done.values()), evaluated))
+
+
+def _best(record: Record, members: Sequence[int], rung: int, score: str) -> int:
+    return _ranked(record, members, rung, score)[0]
+
+
+def _ranked(
+    record: Record,
+    members: Sequence[int],
+    rung: int,
+    score: str,
+    least: float = -np.inf,
+    pairs: int | None = None,
+) -> list[int]:
+    margins = margins_of(record)
+
+    def key(founder: int) -> tuple[float, ...]:
+        few = margins[founder, rung, :pairs]
+        holds = float(record.selection[founder, rung, 0, :pairs].mean() >= least)
+        if score == "accuracy, then margin":
+            return holds, SCORES["accuracy"](few), SCORES["mean margin"](few)
+        return holds, SCORES[score](few)
+
+    return sorted(members, key=key, reverse=True)
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    "default settings": single,
+    **{f"random, {count}": partial(random_search, count=count) for count in (1, 2, 4, 8)},
+    **{f"random, {count}, log-loss": partial(random_search, count=count, score="log_loss") for count in (2, 4, 8)},
+    "halving 8": partial(halving, count=8, rungs=[Rung(1 / 8, 4), Rung(1 / 4, 2), Rung(1 / 2, 1)]),
+    "halving 8, 64 pairs": partial(halving, count=8, rungs=[Rung(1 / 8, 4, 64), Rung(1 / 4, 2, 128), Rung(1 / 2, 1)]),
+    "halving 8 by 4": partial(halving, count=8, rungs=[Rung(1 / 8, 2, 64), Rung(1 / 2, 1)]),
+    "halving 16": partial(
+        halving, count=16, rungs=[Rung(1 / 16, 8, 64), Rung(1 / 8, 4, 64), Rung(1 / 4, 2, 128), Rung(1 / 2, 1)]
+    ),
+    "halving 16 by 4": partial(halving, count=16, rungs=[Rung(1 / 16, 4, 64), Rung(1 / 4, 1, 128)]),
+}

@@ -1,0 +1,147 @@
+"""Tables of what strategies chose and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from searching.contestants import STRATEGIES, Strategy, margins_of, of_kind
+from searching.records import Array, Record
+from searching.scores import SCORES, best_temperature
+from searching.statistics import hierarchical, rank_correlation
+
+# Orders of the random founders for each seed: which of them are the first eight is luck.
+ORDERS = 32
+REFERENCE = "random, 8"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a strategy reached on the final pairs of one seed, for each order of the founders.
+
+    Attributes:
+        runs: (orders,) what it cost.
+        right: (orders, pairs) 1 where the chosen completion is preferred, 0.5 for a tie.
+        losses: (orders, pairs) log(1 + exp(-t margin)) at the best temperature t of the choice.
+        chosen: (orders,) mean chosen log-ratio, in nats.
+        kl: (orders,) mean KL(pi || ref) of a completion, in nats.
+    """
+
+    runs: Array
+    right: Array
+    losses: Array
+    chosen: Array
+    kl: Array
+
+
+def outcome(strategy: Strategy, record: Record, orders: int = ORDERS) -> Outcome:
+    """Replay a strategy on a seed."""
+    founders = of_kind(record, "random")
+    rng = np.random.default_rng([int(record.about["seed"]), 4])
+    choices = [strategy(record, rng.permutation(founders).tolist()) for _ in range(orders)]
+    picked = [choice.founder for choice in choices]
+    margins = (record.final[:, 0] - record.final[:, 1])[picked].astype(float)
+    temperatures = np.array([best_temperature(one) for one in margins])
+    return Outcome(
+        runs=np.array([choice.runs for choice in choices]),
+        right=np.heaviside(margins, 0.5),
+        losses=np.logaddexp(0.0, -temperatures[:, None] * margins),
+        chosen=record.final[picked, 0].mean(axis=-1),
+        kl=record.kl[picked].mean(axis=-1),
+    )
+
+
+def strategies_table(records: Sequence[Record], strategies: Mapping[str, Strategy] = STRATEGIES) -> str:
+    """One line for each strategy: what it costs, what it reaches, and how it compares with the best of eight runs."""
+    found = {name: [outcome(strategy, record) for record in records] for name, strategy in strategies.items()}
+    lines = [
+        "| strategy | runs | final accuracy | minus best of 8 | log-loss | minus best of 8 | chosen | KL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, outcomes in found.items():
+        pairs = list(zip(outcomes, found[REFERENCE], strict=True))
+        cells = [
+            f"{np.mean([one.runs.mean() for one in outcomes]):.2f}",
+            _interval([one.right for one in outcomes], ".3f"),
+            _interval([one.right - other.right for one, other in pairs], "+.3f"),
+            _interval([one.losses for one in outcomes], ".4f"),
+            _interval([one.losses - other.losses for one, other in pairs], "+.4f"),
+            f"{np.mean([one.chosen.mean() for one in outcomes]):+.2f}",
+            f"{np.mean([one.kl.mean() for one in outcomes]):.2f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scores_table(records: Sequence[Record]) -> str:
+    """Rank correlation of each score on the selection pairs, at each rung, with the final accuracy and log-loss."""
+    rungs = records[0].about["sizes"]["rungs"]
+    lines = [
+        f"| score | {' | '.join(f'{rung:.3g}' for rung in rungs)} | its pick, accuracy | its pick, log-loss |",
+        "|---" * (len(rungs) + 3) + "|",
+    ]
+    for name, score in SCORES.items():
+        cells, accuracies, losses = [], [], []
+        for record in records:
+            founders = of_kind(record, "random")
+            margins, final = margins_of(record)[founders], (record.final[:, 0] - record.final[:, 1])[founders]
+            reached = [SCORES["log_loss"](one) for one in final]
+            on_selection = [[score(one) for one in margins[:, rung]] for rung in range(len(rungs))]
+            cells.append([rank_correlation(values, reached) for values in on_selection])
+            pick = int(np.argmax(on_selection[-1]))
+            accuracies.append(SCORES["accuracy"](final[pick]))
+            losses.append(-reached[pick])
+        means = [f"{value:.2f}" for value in np.mean(cells, axis=0)]
+        lines.append(f"| {name} | {' | '.join(means)} | {np.mean(accuracies):.3f} | {np.mean(losses):.4f} |")
+    best = [max(SCORES["accuracy"](one) for one in _final(record)) for record in records]
+    lines.append(f"| the best there is |{' |' * len(rungs)} {np.mean(best):.3f} | |")
+    return "\n".join(lines)
+
+
+def finalists_table(records: Sequence[Record]) -> str:
+    """What candidates made without training score, against the best configuration by the log-loss of the selection."""
+    lines = [
+        "| candidate | selection accuracy | final accuracy | minus best single | log-loss minus best single | KL |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    kinds = [_kind(candidate) for candidate in records[0].about["candidates"]]
+    for number, kind in enumerate(kinds):
+        right, losses, selected, kl = [], [], [], []
+        for record in records:
+            single = record.about["candidates"][0]["members"][0]
+            ours = record.candidates_final[number, 0] - record.candidates_final[number, 1]
+            theirs = record.final[single, 0] - record.final[single, 1]
+            right.append(np.stack([np.heaviside(ours, 0.5), np.heaviside(theirs, 0.5)]))
+            losses.append((_losses(ours) - _losses(theirs))[None])
+            few = record.candidates_selection[number, 0] - record.candidates_selection[number, 1]
+            selected.append(SCORES["accuracy"](few))
+            kl.append(record.candidates_kl[number].mean())
+        cells = [
+            f"{np.mean(selected):.3f}",
+            _interval([both[:1] for both in right], ".3f"),
+            _interval([both[:1] - both[1:] for both in right], "+.3f"),
+            _interval(losses, "+.4f"),
+            f"{np.mean(kl):.2f}",
+        ]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _kind(candidate: Mapping[str, object]) -> str:
+    factor = f" x {candidate['factor']:g}" if "factor" in candidate else ""
+    return f"{candidate['kind']} of {len(candidate['members'])}{factor}"  # type: ignore[arg-type]
+
+
+def _final(record: Record) -> Array:
+    return (record.final[:, 0] - record.final[:, 1])[of_kind(record, "random")]
+
+
+def _losses(margins: Array) -> Array:
+    return np.logaddexp(0.0, -best_temperature(margins) * margins.astype(float))
+
+
+def _interval(per_seed: Sequence[Array], form: str) -> str:
+    mean, low, high = hierarchical(per_seed, lambda values: values.mean(axis=1))
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
