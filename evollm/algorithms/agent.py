@@ -22,7 +22,7 @@ from typing_extensions import Self
 from evollm.algorithms.arguments import show_arguments
 from evollm.algorithms.optimizers import adamw
 from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, Setting, check_evolution
-from evollm.checks import boolean, located, whole_number
+from evollm.checks import boolean, located, optional_whole_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterShares, AdapterState
@@ -67,6 +67,7 @@ class LLMAgent:
         num_tokens: Number of tokens that it has learnt from; a prompt that two sides share counts once.
         diverged: Whether a loss or gradient was not finite; that update was skipped, and the agent learns no more.
         slot: In a replay of this agent alone, its place in the shared forward passes of the original run; else None.
+        schedule_start: Value of `steps` at which the schedule of the learning rate began.
         rng: The agent's own generator, cloned and saved with it, for subclasses and hooks that draw numbers.
     """
 
@@ -89,6 +90,13 @@ class LLMAgent:
     torch_compiler = Setting["str | None"]()
     token_budget = Setting["int | None"]()
     drop_nonfinite_rows = Setting[bool]()
+    lr_scheduler_type = Setting[str]()
+    lr_scheduler_kwargs = Setting["Mapping[str, Any] | None"]()
+    warmup_ratio = Setting[float]()
+    warmup_steps = Setting[float]()
+    weight_decay = Setting[float]()
+    _num_training_steps: int | None = None
+    schedule_start = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -182,7 +190,7 @@ class LLMAgent:
         return {}
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        return adamw(self.actor_parameters(), self.lr, self.accelerator)
+        return adamw(self.actor_parameters(), self.learning_rate, self.weight_decay, self.accelerator)
 
     @property
     def actor_network(self) -> PreTrainedModel | None:
@@ -278,6 +286,53 @@ class LLMAgent:
             close()
         self.optimizer.state.clear()
 
+    # The learning rate
+
+    @property
+    def num_training_steps(self) -> int | None:
+        """Number of batches that the schedule of the learning rate is over; None: not known.
+
+        A run sets it. Setting it begins the schedule, at step 0 of `num_training_steps`.
+        """
+        return self._num_training_steps
+
+    @num_training_steps.setter
+    def num_training_steps(self, value: int | None) -> None:
+        self._num_training_steps = optional_whole_number("num_training_steps", value, 1)
+        self.schedule_start = self.steps
+        self._set_rate()
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next batch: `lr` times the factor of the schedule."""
+        if self.settings.depends_on_total and self.num_training_steps is None:
+            return self.lr
+        return self.settings.learning_rate(self.lr, self.steps - self.schedule_start, self.num_training_steps)
+
+    def _set_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    def check_schedule(self) -> None:
+        """Check that the schedule of the learning rate has a next step.
+
+        Raises:
+            ConfigurationError: The schedule has ended, or `num_training_steps` is not known and needed.
+        """
+        total = self.num_training_steps
+        if self.settings.depends_on_total and (total is None or self.steps - self.schedule_start >= total):
+            ended = "" if total is None else ", whose schedule has ended"
+            fix = f"of agent {self.index}{ended}: lr_scheduler_type={self.lr_scheduler_type!r} depends on the number "
+            fix += "of steps, which a run sets; for learn without a run set agent.num_training_steps to that of batches"
+            raise ConfigurationError("num_training_steps", total, fix)
+
+    def count_step(self) -> None:
+        """Count a batch, and set the learning rate of the next one."""
+        self.steps += 1
+        # A constant rate is left to a scheduler that a script may have put on the optimizer.
+        if not self.settings.is_constant:
+            self._set_rate()
+
     # Evolution
 
     @classmethod
@@ -334,8 +389,7 @@ class LLMAgent:
         if hyperparameters is self.hyperparameters:
             return
         self.hyperparameters = hyperparameters
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        self._set_rate()
 
     def check_hyperparameters(self, values: Mapping[str, Any]) -> Hyperparameters:
         """The agent's hyperparameters with these values, checked; the agent is not changed.

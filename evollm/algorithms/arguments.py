@@ -58,6 +58,15 @@ class AgentArguments(TypedDict, total=False):
             its free memory. Updates are the same up to rounding; set a number for the same bits on another machine.
         drop_nonfinite_rows: Leave out rows on which the frozen reference (for SFT the base) gives non-finite log-probs,
             with a warning that names the rows. False: raise `DataError` at the first such row.
+        lr_scheduler_type: A schedule of transformers' `get_scheduler`, whose factor multiplies the agent's `lr`:
+            `constant`, `linear`, `cosine`, `cosine_with_min_lr`, `inverse_sqrt`, `constant_with_warmup`, ... A step of
+            the schedule is a batch, whatever `batch_size` and `update_epochs`; a run counts from its first step, a
+            child goes on at its parent's step, and a fresh agent of a search has the steps that the run has left. For
+            `learn` without a run set `num_training_steps`.
+        lr_scheduler_kwargs: Further arguments of the schedule, such as `{"min_lr_rate": 0.1}`.
+        warmup_ratio: Share of the steps in which the rate rises linearly from 0; no effect beside `warmup_steps`.
+        warmup_steps: Number of these steps; below 1 a share of them, as in transformers 5.
+        weight_decay: AdamW's decoupled weight decay (arXiv 1711.05101) of the adapter.
     """
 
     pad_token_id: int | None
@@ -83,6 +92,11 @@ class AgentArguments(TypedDict, total=False):
     torch_compiler: str | None
     token_budget: int | None
     drop_nonfinite_rows: bool
+    lr_scheduler_type: str
+    lr_scheduler_kwargs: Mapping[str, Any] | None
+    warmup_ratio: float
+    warmup_steps: float
+    weight_decay: float
 
 
 def show_arguments(kind: Any) -> None:

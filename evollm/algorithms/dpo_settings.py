@@ -61,7 +61,8 @@ class DPOSettings(LossConstants, AgentSettings):
                 raise ConfigurationError("ld_alpha", self.ld_alpha, "must be from 0 to 1, or None for plain sums")
 
     def check(self, hyperparameters: Hyperparameters) -> None:
-        """Check that there is a weight for each loss, and that not all weights are 0."""
+        """Check also that there is a weight for each loss, and that not all weights are 0."""
+        super().check(hyperparameters)
         assert isinstance(hyperparameters, DPOHyperparameters)
         weights = [weight for _, weight in loss_terms(hyperparameters, self)]
         if not any(weights) and hyperparameters.nll_alpha == 0:

@@ -22,20 +22,23 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ADAMW = frozenset({"betas", "eps", "weight_decay"})
 
 
-def adamw(parameters: Sequence[nn.Parameter], lr: float, accelerator: Any = None) -> torch.optim.AdamW:
-    """AdamW without weight decay.
+def adamw(
+    parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, accelerator: Any = None
+) -> torch.optim.AdamW:
+    """AdamW.
 
     Args:
         parameters: The parameters that it updates.
         lr: Learning rate.
+        weight_decay: Decoupled weight decay.
         accelerator: An `accelerate.Accelerator` or None; with DeepSpeed the moments are sharded over the processes.
     """
     if not uses_deepspeed(accelerator):
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     from evollm.distributed.sharded_adamw import ShardedAdamW  # noqa: PLC0415
     from evollm.distributed.zero_config import zero_stage  # noqa: PLC0415
 
-    return ShardedAdamW(parameters, lr, zero_stage(accelerator))
+    return ShardedAdamW(parameters, lr, weight_decay, zero_stage(accelerator))
 
 
 def check_moments(state: object, parameters: Sequence[nn.Parameter], source: object) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
-from evollm.checks import boolean, whole_number
+from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 
@@ -35,6 +35,8 @@ class SavedAttributes:
     fitness: list[float]
     steps: int
     num_tokens: int
+    num_training_steps: int | None
+    schedule_start: int
     diverged: bool
     reference_update_tracker: int
     rng: dict[str, Any]
@@ -67,6 +69,9 @@ def read_attributes(
             fitness=[_number("fitness", score) for score in attributes["fitness"]],
             steps=whole_number("steps", attributes["steps"], 0),
             num_tokens=whole_number("num_tokens", attributes["num_tokens"], 0),
+            # Older checkpoints lack these two.
+            num_training_steps=optional_whole_number("num_training_steps", attributes.get("num_training_steps"), 1),
+            schedule_start=whole_number("schedule_start", attributes.get("schedule_start", 0), 0),
             diverged=boolean("diverged", attributes["diverged"]),
             reference_update_tracker=whole_number(
                 "reference_update_tracker", attributes["reference_update_tracker"], 0
@@ -91,11 +96,16 @@ def _fields(kind: Callable[..., Any], values: object, what: str) -> Any:
         raise ConfigurationError(what, strange, f"is not known; an agent of this kind has {sorted(known)}")
     for name, value in values.items():
         if not _is_plain(value):
-            raise ConfigurationError(f"{what}.{name}", value, "must be a number, a text, a list of these, or None")
+            fix = "must be a number, a text, a list or mapping of these, or None"
+            raise ConfigurationError(f"{what}.{name}", value, fix)
     return kind(**values)
 
 
 def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(
+            isinstance(name, str) and not isinstance(item, dict) and _is_plain(item) for name, item in value.items()
+        )
     if isinstance(value, list | tuple):
         return all(item is not None and not isinstance(item, list | tuple) and _is_plain(item) for item in value)
     return value is None or isinstance(value, str | int | float | bool)

@@ -300,16 +300,21 @@ class SavableAgent(LLMAgent):
             "fitness": list(self.fitness),
             "steps": self.steps,
             "num_tokens": self.num_tokens,
+            "num_training_steps": self.num_training_steps,
+            "schedule_start": self.schedule_start,
             "diverged": self.diverged,
             "reference_update_tracker": self.reference_update_tracker,
             "rng": self.rng.bit_generator.state,
         }
 
     def _restore_attributes(self, saved: SavedAttributes) -> None:
-        for name in ("index", "fitness", "steps", "num_tokens", "diverged", "reference_update_tracker"):
+        restored = ("index", "fitness", "steps", "num_tokens", "schedule_start", "diverged", "reference_update_tracker")
+        for name in restored:
             setattr(self, name, getattr(saved, name))
+        self._num_training_steps = saved.num_training_steps
         self.rng.bit_generator.state = saved.rng
         self.set_hyperparameters(asdict(saved.hyperparameters))
+        self._set_rate()
 
     def _load_moments(self, state: Mapping[str, Any]) -> None:
         groups = self.optimizer.param_groups

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Generic, TypeVar, overload
 
 from typing_extensions import Self
 
-from evollm.checks import boolean, optional_boolean, optional_whole_number, positive_number, whole_number
+from evollm.algorithms.schedules import LearningRateSchedule
+from evollm.checks import (
+    boolean,
+    finite_number,
+    optional_boolean,
+    optional_whole_number,
+    positive_number,
+    whole_number,
+)
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 
 # The largest seed of torch's generators.
 _LARGEST_SEED = 2**63 - 1
+# For a check that does not depend on the number of steps.
+_SOME_STEPS = 1000
+# Settings that the config.json of older runs does not have.
+_ADDED = {*(field.name for field in fields(LearningRateSchedule)), "weight_decay"}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
-class AgentSettings:
+class AgentSettings(LearningRateSchedule):
     """Settings that no mutation changes, equal for all agents of a population; `DPO` documents each field."""
 
     seed: int = 42
@@ -31,8 +43,10 @@ class AgentSettings:
     torch_compiler: str | None = None
     token_budget: int | None = None
     drop_nonfinite_rows: bool = True
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        LearningRateSchedule.__post_init__(self)
         for name in ("micro_batch_size_per_gpu", "token_budget"):
             object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
         object.__setattr__(self, "pad_token_id", optional_whole_number("pad_token_id", self.pad_token_id, 0))
@@ -41,6 +55,9 @@ class AgentSettings:
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
         if self.seed > _LARGEST_SEED:
             raise ConfigurationError("seed", self.seed, f"must be at most {_LARGEST_SEED}")
+        object.__setattr__(self, "weight_decay", float(finite_number("weight_decay", self.weight_decay)))
+        if self.weight_decay < 0:
+            raise ConfigurationError("weight_decay", self.weight_decay, "must not be negative")
         for name in ("calc_position_embeddings", "use_separate_reference_adapter", "drop_nonfinite_rows"):
             boolean(name, getattr(self, name))
         optional_boolean("gradient_checkpointing", self.gradient_checkpointing)
@@ -48,12 +65,21 @@ class AgentSettings:
             raise ConfigurationError("torch_compiler", self.torch_compiler, f"must be None or one of {COMPILE_MODES}")
 
     def check(self, hyperparameters: Hyperparameters) -> None:
-        """Check hyperparameters against these settings; the base class has nothing to check.
+        """Check hyperparameters against these settings: here the learning rate, against its schedule.
 
         Raises:
             ConfigurationError: They contradict each other.
         """
-        del hyperparameters
+        self.learning_rate(hyperparameters.lr, 0, num_training_steps=_SOME_STEPS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name; those of schedule and optimizer only if given, so that older runs can be resumed."""
+        asked = asdict(self)
+        return {
+            field.name: asked[field.name]
+            for field in fields(self)
+            if field.name not in _ADDED or asked[field.name] != field.default
+        }
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: 
 
     Raises:
         DivergedError: An agent diverged in an earlier step.
+        ConfigurationError: The schedule of an agent's learning rate has ended, or needs `num_training_steps`.
         DataError: A row is not usable, and an agent has `drop_nonfinite_rows=False`.
     """
     diverged = [agent.index for agent in agents if agent.diverged]
@@ -125,6 +126,8 @@ def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: 
         )
     if batch.rows is None:
         batch = Batch([replace(sample, row=row) for row, sample in enumerate(batch)], "batch")
+    for agent in agents if training else ():
+        agent.check_schedule()
     steps: dict[int, list[_Step]] = {id(agent): [] for agent in agents}
     for together in alike(agents):
         first = together[0]
@@ -136,7 +139,7 @@ def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: 
                 steps[id(agent)].append(step)
                 agent.num_tokens += step.num_tokens if training else 0
     for agent in agents if training else ():
-        agent.steps += 1
+        agent.count_step()
     return [{**_mean_metrics(steps[id(agent)]), "num_tokens": float(agent.num_tokens)} for agent in agents]
 
 
@@ -189,7 +192,7 @@ def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) 
         return _learn_from(method, agents, batch, training)
     num_tokens, results = int(batch.num_tokens.sum()), []
     for agent, objective, policy in zip(agents, objectives, policies, strict=True):
-        metrics = {**objective.metrics(policy), "learning_rate": agent.lr}
+        metrics = {**objective.metrics(policy), "learning_rate": _rate_of(agent)}
         metrics["grad_norm"] = _apply_gradient(agent, metrics["loss"]) if training else 0.0
         results.append((agent, _Step(objective.weight, metrics, num_tokens)))
     return results
@@ -211,7 +214,11 @@ def _no_step(method: Method[A], agents: Sequence[A], batch: Batch) -> list[tuple
         values = torch.full((1, sum(piece.length for piece in pieces)), torch.nan)
         loads = None if balancing is None else torch.full((1, len(batch), 2, balancing.experts), torch.nan)
         unknown = TokenLogprobs(values, pieces, loads).of(0)
-        metrics = {**dict.fromkeys(objective.metrics(unknown), np.nan), "learning_rate": agent.lr, "grad_norm": 0.0}
+        metrics = {
+            **dict.fromkeys(objective.metrics(unknown), np.nan),
+            "learning_rate": _rate_of(agent),
+            "grad_norm": 0.0,
+        }
         results.append((agent, _Step(0, metrics, 0)))
     return results
 
@@ -274,6 +281,11 @@ def _apply_gradient(agent: LLMAgent, loss: float) -> float:
         agent.diverged = True
     agent.optimizer.zero_grad(set_to_none=True)
     return grad_norm
+
+
+def _rate_of(agent: LLMAgent) -> float:
+    """The learning rate of the next optimizer step."""
+    return float(agent.optimizer.param_groups[0]["lr"])
 
 
 def _mean_metrics(steps: Sequence[_Step]) -> dict[str, float]:

@@ -18,7 +18,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedAdamW(torch.optim.AdamW):
-    """AdamW without weight decay; each process holds the moments of its shard of the parameters.
+    """AdamW; each process holds the moments of its shard of the parameters.
 
     All processes use it in the same way as `torch.optim.AdamW`. Gradients must be those of the whole batch, already
     summed over the processes and clipped. `state_dict` has AdamW's own layout, for any number of processes.
@@ -30,6 +30,7 @@ class ShardedAdamW(torch.optim.AdamW):
     Args:
         parameters: The parameters to update, in float32; they are moved into one block of memory.
         lr: Learning rate.
+        weight_decay: Decoupled weight decay.
         stage: 1 shards the moments, 2 also the gradients that DeepSpeed holds.
 
     Raises:
@@ -37,15 +38,15 @@ class ShardedAdamW(torch.optim.AdamW):
         MissingExtraError: DeepSpeed is not installed.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, stage: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, stage: int) -> None:
         other = next((parameter.dtype for parameter in parameters if parameter.dtype != torch.float32), None)
         if other is not None:
             fix = "DeepSpeed keeps its shards in float32: use a base of at most float32, or plain data parallelism"
             raise ConfigurationError("adapter dtype", other, fix)
-        super().__init__(parameters, lr=lr, weight_decay=0.0)
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay)
         self._twins = [nn.Parameter(parameter.detach()) for parameter in parameters]
         # With parameter groups of its own, since DeepSpeed puts its shard in place of the parameters there.
-        inner = torch.optim.AdamW(self._twins, lr=lr, weight_decay=0.0)
+        inner = torch.optim.AdamW(self._twins, lr=lr, weight_decay=weight_decay)
         self._zero = _zero_optimizer(inner, self._twins, stage)
         for parameter, twin in zip(parameters, self._twins, strict=True):
             # DeepSpeed has moved the twins into one block of memory.

@@ -60,6 +60,8 @@ class Worker:
         # The run's first agent, which fresh agents copy, and the fingerprint of its adapter when the run began.
         self._beginning: AgentFolder | None = None
         self._began_as: str | None = None
+        # Steps of the run that are done.
+        self._done = 0
         # A worker without members keeps one agent here, to clone new members from.
         self._spare: list[SavableAgent] = []
 
@@ -74,7 +76,7 @@ class Worker:
             "base_fingerprint": base.weights_fingerprint,
             "device": str(first.device),
             "lora": computing_settings(base.adapters.config(first.actor_adapter)),
-            "settings": asdict(first.settings),
+            "settings": first.settings.to_dict(),
             "hp_config": first.hp_config.to_dict() if first.hp_config else None,
             "data": {
                 "batch_size": env.batch_size,
@@ -91,6 +93,9 @@ class Worker:
             | {name: version(name) for name in ("torch", "transformers", "peft", "datasets")}
             | {"python": platform.python_version()},
         }
+        if first.settings.depends_on_total:
+            # A resumed run must share it: another number of steps gives other learning rates.
+            config["lr_schedule"] = {"num_training_steps": first.num_training_steps}
         rows = {"train": len(env.train_pairs), "test": len(env.test_pairs), "final": len(env.final_pairs)}
         trusts = bool(base.model_config.get("trust_remote_code"))
         return Description(config, rows, len(env), first.hp_config, trusts, f"{REASON}: {BROKEN}")
@@ -146,6 +151,7 @@ class Worker:
                 for agent in self.agents:
                     agent.set_reference_policy(agent.reference_update_tracker + 1)
             metrics = learn_all(self.agents, self.env.next_batch())
+            self._done = step
             yield StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
 
     def evaluate(self, split: str, indices: Sequence[int] | None = None) -> dict[int, AnyEvaluation]:
@@ -184,6 +190,9 @@ class Worker:
             """Load a folder into an agent: weights, reference, optimizer moments, counters."""
             folder = arriving[birth.index] if birth.index in arriving else copy.deepcopy(self._first())
             agent.load_folder(folder, overwrite_reference_adapter=False)
+            if birth.index not in arriving and agent.num_training_steps is not None:
+                # The schedule of a fresh agent is over the steps that the run has left, as a replay's is.
+                agent.num_training_steps -= self._done
 
         self.check(births)
         here = [replace(birth, parent=None) if birth.index in arriving else birth for birth in births]
@@ -249,6 +258,7 @@ class Worker:
             self._fixed_reference = self.base.adapters.frozen(saved.fixed_reference, REFERENCE)
             self._shares["fixed_reference"] = self._fixed_reference
         self._began_as = saved.state["began_as"]
+        self._done = saved.state.get("step", 0)
         self.env.load_state_dict(saved.state["env"])
         self._engine.load_state_dict(saved.state.get("engine"))
         self.base.reference_cache.update(saved.reference_logprobs)

@@ -109,6 +109,9 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
         ConfigurationError: Agents, gym and arguments do not fit together.
     """
     check_run(pop, env, arguments.options, arguments.algorithm)
+    total = Schedule.of(arguments.options, len(env), held_out=bool(env.test_pairs)).total
+    for agent in pop:
+        agent.num_training_steps = total
     executor = arguments.executor(pop, env)
     check_executor(executor)
     return Run(executor, arguments.options, arguments.paths, arguments.fitness, arguments.callbacks)

@@ -17,6 +17,7 @@ from evollm.tuning.setup import Setup
 
 # A step on a full batch is timed only if its estimate is at most this many seconds.
 QUICK = 5.0
+_MOST_TIMED_STEPS = 4
 
 
 def rehearse(setup: Setup) -> str:
@@ -55,6 +56,9 @@ def _seconds_per_token(
     population: Sequence[SavableAgent], pairs: Sequence[Sample], batch_size: int
 ) -> tuple[float, str]:
     """Seconds in which all agents learn from one token, and a text on the measurement."""
+    for agent in population:
+        # A run may have fewer steps left than are timed.
+        agent.num_training_steps = _MOST_TIMED_STEPS
     rows = usual_pairs(pairs, TIMED_TOKENS)
     seconds = _timed(population, rows)
     tokens = sum(pair.num_tokens for pair in rows)

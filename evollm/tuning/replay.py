@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +313,7 @@ def _check_same(agent: SavableAgent, env: DatasetGym, config: Mapping[str, Any])
         "algorithm": agent.algorithm,
         "base_fingerprint": agent.base.weights_fingerprint,
         "lora": computing_settings(agent.base.adapters.config(agent.actor_adapter)),
-        "settings": asdict(agent.settings),
+        "settings": agent.settings.to_dict(),
         "batch_size": env.batch_size,
     }
     then = {**config, "batch_size": config["data"]["batch_size"]}
