@@ -44,6 +44,13 @@ class _PerRow:
         """Number of held-out rows."""
         return len(getattr(self, fields(self)[0].name))
 
+    def equals(self, other: _PerRow) -> bool:
+        """Say whether all numbers of two evaluations are equal; NaN equals NaN."""
+        return type(self) is type(other) and all(
+            np.array_equal(getattr(self, field.name), getattr(other, field.name), equal_nan=True)
+            for field in fields(self)
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(_PerRow):

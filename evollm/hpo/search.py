@@ -8,16 +8,22 @@ as `evollm.hpo.tournament`, `evollm.hpo.successive_halving` and, outside the pac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from evollm.checks import whole_number
-from evollm.errors import ConfigurationError
-from evollm.hpo.fitness import Fitness
+from evollm.errors import CheckpointError, ConfigurationError, DivergedError
+from evollm.hpo.fitness import AnyEvaluation, Fitness, is_finite, rank
 from evollm.hpo.hyperparameters import HyperparameterConfig, Value, rounded_factor
 from evollm.hpo.lineage import Birth
 from evollm.hpo.mutation import Mutation
+
+# Draws of the hyperparameters of one new agent until it differs from all others.
+MAX_DRAWS = 10
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,27 @@ class Result:
         fitness: The agent's fitness at the last evaluation; larger is better, not finite if the agent has diverged.
         hyperparameters: The agent's hyperparameters by name.
         steps: Batches that the agent's weights were trained on, those of its ancestors included.
+        evaluation: The evaluation behind the fitness, row by row; the rows are those of all other members, in the same
+            order. None for a diverged agent.
     """
 
     index: int
     fitness: Fitness
     hyperparameters: Mapping[str, Value]
     steps: int = 0
+    evaluation: AnyEvaluation | None = None
+
+    def equals(self, other: Result) -> bool:
+        """Say whether two members are the same agent under two indices.
+
+        Members with equal hyperparameters, steps and numbers on every held-out row have equal weights.
+        """
+        mine = (self.fitness, self.steps, dict(self.hyperparameters))
+        if mine != (other.fitness, other.steps, dict(other.hyperparameters)):
+            return False
+        if self.evaluation is None or other.evaluation is None:
+            return self.evaluation is other.evaluation
+        return self.evaluation.equals(other.evaluation)
 
     def kept(self, *, elite: bool = False) -> Birth:
         """Return the birth of the same agent, unchanged; `elite` says that it is kept because it is the best."""
@@ -141,6 +162,100 @@ class Search(Protocol):
         Raises:
             CheckpointError: `state` is not such a state.
         """
+
+
+def best_first(results: Sequence[Result]) -> list[Result]:
+    """Return the members with a finite fitness, the best first.
+
+    Raises:
+        DivergedError: There is none.
+    """
+    found = [results[place] for place in rank([result.fitness for result in results])]
+    finite = [result for result in found if is_finite(result.fitness)]
+    if not finite:
+        raise DivergedError(
+            f"none of the {len(results)} agents has a finite fitness, so none can go on or be a parent; "
+            "lower lr or its upper bound, or set max_grad_norm"
+        )
+    return finite
+
+
+def is_taken(parent: Result, values: Mapping[str, Value], births: Sequence[Birth], results: Sequence[Result]) -> bool:
+    """Say whether a child of `parent` with these hyperparameters would equal an agent that is born already.
+
+    All members learn from the same batches, so two agents with equal weights and hyperparameters stay equal.
+
+    Args:
+        parent: The parent, one of `results`.
+        values: All hyperparameters of the child.
+        births: The births so far.
+        results: The results of all members.
+    """
+    members = {result.index: result for result in results}
+    return any(
+        birth.parent is not None and values == birth.hyperparameters and members[birth.parent].equals(parent)
+        for birth in births
+    )
+
+
+def distinct_child(
+    parent: Result,
+    index: int,
+    births: Sequence[Birth],
+    results: Sequence[Result],
+    draw: Callable[[Mapping[str, Value]], Mapping[str, Value]],
+) -> Birth | None:
+    """Return a child that equals no agent that is born already; None if `MAX_DRAWS` draws find none.
+
+    Args:
+        parent: The parent, one of `results`.
+        index: The child's index.
+        births: The births so far.
+        results: The results of all members.
+        draw: From hyperparameters to changed ones: first from the parent's, then from those that were drawn last.
+    """
+    values = parent.hyperparameters
+    for _ in range(MAX_DRAWS):
+        values = {**values, **draw(values)}
+        if not is_taken(parent, values, births, results):
+            return parent.child(index, values)
+    return None
+
+
+def require_config(hp_config: HyperparameterConfig | None, why: str) -> HyperparameterConfig:
+    """Return the config of a search that changes hyperparameters.
+
+    Args:
+        hp_config: The hyperparameters that may change; None if none may.
+        why: What cannot be done without a config, such as "a mutation has nothing to change".
+
+    Raises:
+        ConfigurationError: No hyperparameter may change.
+    """
+    if not hp_config:
+        fix = f"{why}: build the agents with hp_config=HyperparameterConfig(lr=...)"
+        raise ConfigurationError("hp_config", hp_config, fix)
+    return hp_config
+
+
+@contextmanager
+def reading_state() -> Iterator[None]:
+    """Turn what reading a state of `Search.state_dict` raises into a `CheckpointError`."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the state of the search is incomplete or from elsewhere: {error!r}") from error
+
+
+def generator_of(state: Any) -> np.random.Generator:
+    """Return a generator with a saved state.
+
+    Raises:
+        TypeError, ValueError, KeyError: `state` is no state of a generator.
+    """
+    rng = np.random.default_rng(0)
+    rng.bit_generator.state = state
+    return rng
 
 
 def check_search(search: object) -> None:

@@ -229,6 +229,8 @@ class Run:
         # The main process's values count: a user's fitness function may give other values in other processes.
         decided = self.processes.from_main(fitnesses)
         self.progress.fitnesses = {int(index): tuple(fitness) for index, fitness in decided.items()}
+        if self.search is not None:
+            self.progress.evaluations = dict(evaluations)
         self.executor.note_scores({index: fitness[0] for index, fitness in self.progress.fitnesses.items()})
         event = Evaluated(
             self.step,
@@ -246,7 +248,13 @@ class Run:
         progress = self.progress
         members = self.executor.members()
         results = [
-            Result(member.index, progress.fitnesses[member.index], dict(member.hyperparameters), member.steps)
+            Result(
+                member.index,
+                progress.fitnesses[member.index],
+                dict(member.hyperparameters),
+                member.steps,
+                progress.evaluations.get(member.index),
+            )
             for member in members
         ]
         plan = self._of_main(self.search.tell(results))

@@ -37,6 +37,7 @@ class Progress:
         step: Steps done; a step is one batch for every agent.
         evolutions: Evolutions done, each with the step after which it was carried out.
         fitnesses: The last fitness of every agent.
+        evaluations: The evaluations behind these fitnesses, for the search; none of diverged agents.
         due: The step after which the search decides next, None: never.
     """
 
@@ -45,6 +46,7 @@ class Progress:
     step: int = 0
     evolutions: list[tuple[int, EvolutionPlan]] = field(default_factory=list)
     fitnesses: dict[int, Fitness] = field(default_factory=dict)
+    evaluations: dict[int, AnyEvaluation] = field(default_factory=dict)
     due: int | None = None
 
     @property
@@ -58,7 +60,7 @@ class Progress:
         return self.evolutions[-1][1].births if self.evolutions else self.founders
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but `before`, as strict JSON values."""
+        """Everything but the evaluations, as strict JSON values."""
         return {
             "step": self.step,
             "due": self.due,
@@ -71,10 +73,15 @@ class Progress:
         }
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The vectors of `before`, one number per row, to be saved as arrays instead of JSON."""
-        if self.before is None:
-            return {}
-        return {f"before_{name}": getattr(self.before, name) for name in VECTORS[type(self.before)]}
+        """The vectors of the evaluations, one number per row, to be saved as arrays instead of JSON."""
+        named = {f"agent_{index}": evaluation for index, evaluation in self.evaluations.items()}
+        if self.before is not None:
+            named["before"] = self.before
+        return {
+            f"{name}_{field}": getattr(evaluation, field)
+            for name, evaluation in named.items()
+            for field in VECTORS[type(evaluation)]
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], arrays: Mapping[str, NDArray[np.generic]]) -> Progress:
@@ -86,23 +93,29 @@ class Progress:
         try:
             return cls(
                 founders=[Birth.from_dict(birth) for birth in data["founders"]],
-                before=_read_before(arrays),
+                before=_read_evaluation(arrays, "before"),
                 step=int(data["step"]),
                 due=None if data["due"] is None else int(data["due"]),
                 evolutions=[(int(line["step"]), EvolutionPlan.from_dict(line)) for line in data["evolutions"]],
                 fitnesses={
                     int(index): tuple(float(part) for part in fitness) for index, fitness in data["fitnesses"].items()
                 },
+                evaluations={
+                    int(index): evaluation
+                    for index in data["fitnesses"]
+                    if (evaluation := _read_evaluation(arrays, f"agent_{index}")) is not None
+                },
             )
-        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the progress of the run is incomplete or from elsewhere: {error!r}") from error
 
 
-def _read_before(arrays: Mapping[str, NDArray[np.generic]]) -> AnyEvaluation | None:
-    if not arrays:
-        return None
-    names, kind = next((names, kind) for kind, names in VECTORS.items() if f"before_{names[0]}" in arrays)
-    return kind(*(arrays[f"before_{name}"].astype(np.float64) for name in names))
+def _read_evaluation(arrays: Mapping[str, NDArray[np.generic]], name: str) -> AnyEvaluation | None:
+    """The evaluation with this name among the results of `Progress.arrays`; None if there is none."""
+    for kind, fields in VECTORS.items():
+        if f"{name}_{fields[0]}" in arrays:
+            return kind(*(arrays[f"{name}_{field}"].astype(np.float64) for field in fields))
+    return None
 
 
 def check_same_run(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from evollm import (
 )
 from evollm.checkpoints import read_agent_folder, save_llm_checkpoint
 from evollm.execution import worker as worker_module
-from evollm.hpo import Birth, Result, SearchPlan, SearchStart, TournamentSearch
+from evollm.hpo import Birth, Evaluation, Result, SearchPlan, SearchStart, TournamentSearch
 from evollm.models.reference_cache import ReferenceCache
 from evollm.report import read_run
 from evollm.report.family_tree import family_tree
@@ -144,6 +145,18 @@ def test_members_come_and_go_as_the_search_plans_and_it_is_told_when_it_asked_to
     assert [agent.lr for agent in population] == [5e-3, 4e-3]
     # Nothing is left of those who went, nor more references than one.
     assert len(population[0].base.adapters.names) == 3
+
+
+def test_a_search_is_told_the_evaluations_also_after_a_resume(run) -> None:
+    first, second = Scripted(), Scripted()
+    with pytest.raises(RuntimeError):
+        run("run", search=first, callbacks=[Crash(3)])
+    run("run", search=second, resume=True)
+    for then, now in zip(first.told[0], second.told[0], strict=True):
+        assert then.fitness == now.fitness == (then.evaluation.accuracy, then.evaluation.mean_margin)
+        assert then.evaluation.equals(now.evaluation)
+        assert then.equals(replace(now, index=99))
+        assert not then.equals(replace(now, evaluation=Evaluation([0.0], [0.0])))
 
 
 def test_a_run_whose_population_grows_and_shrinks_resumes_bit_for_bit(run, tmp_path) -> None:
