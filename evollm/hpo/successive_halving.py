@@ -2,7 +2,8 @@
 
 Jamieson and Talwalkar 2016 (arXiv 1502.07943), with the rungs of Hyperband (arXiv 1603.06560). The first rung is after
 `evo_steps` steps. At each rung the number of members is divided by `reduction_factor`, and the total number of steps is
-multiplied by it, so that all rungs cost about the same. No member inherits weights, and nothing is random.
+multiplied by it, so that all rungs cost about the same; for a run of R steps, k rungs and a last member that is trained
+to the end, give R / `reduction_factor` ** k as `evo_steps`. No member inherits weights, and nothing is random.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from evollm.checks import whole_number
-from evollm.errors import CheckpointError, ConfigurationError, DivergedError
-from evollm.hpo.fitness import is_finite, rank
-from evollm.hpo.search import Result, SearchPlan, SearchStart
+from evollm.errors import ConfigurationError
+from evollm.hpo.search import Result, SearchPlan, SearchStart, best_first, reading_state
 
 
 @dataclass
@@ -50,11 +50,8 @@ class SuccessiveHalving:
         Raises:
             DivergedError: No member has a finite fitness.
         """
-        best_first = [n for n in rank([result.fitness for result in results]) if is_finite(results[n].fitness)]
-        if not best_first:
-            raise DivergedError(f"none of the {len(results)} agents has a finite fitness; lower lr, or its upper bound")
-        kept = best_first[: max(1, len(results) // self.reduction_factor)]
-        births = [results[position].kept(elite=position == best_first[0]) for position in sorted(kept)]
+        kept = best_first(results)[: max(1, len(results) // self.reduction_factor)]
+        births = [result.kept(elite=result is kept[0]) for result in results if result in kept]
         self._rung += 1
         steps = self._interval * (self.reduction_factor - 1) * self.reduction_factor ** (self._rung - 1)
         return SearchPlan(tuple(births), steps if len(births) > 1 else None)
@@ -69,7 +66,5 @@ class SuccessiveHalving:
         Raises:
             CheckpointError: `state` is not such a state; the search is unchanged then.
         """
-        try:
+        with reading_state():
             self._rung = whole_number("rung", state["rung"], 0)
-        except (KeyError, TypeError, ConfigurationError) as error:
-            raise CheckpointError(f"the state of the search is incomplete or from elsewhere: {error!r}") from error

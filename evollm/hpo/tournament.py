@@ -13,17 +13,25 @@ from typing import Any
 import numpy as np
 
 from evollm.checks import whole_number
-from evollm.errors import CheckpointError, ConfigurationError, DivergedError
+from evollm.errors import ConfigurationError, DivergedError
 from evollm.foreign import TOURNAMENT, TOURNAMENT_ORDER, explains_construction
 from evollm.hpo.fitness import Fitness, is_finite, rank
-from evollm.hpo.hyperparameters import HyperparameterConfig
+from evollm.hpo.hyperparameters import HyperparameterConfig, Value
 from evollm.hpo.lineage import Birth
 from evollm.hpo.mutation import Mutations, mutate
-from evollm.hpo.search import Result, SearchPlan, SearchStart
+from evollm.hpo.search import (
+    Result,
+    SearchPlan,
+    SearchStart,
+    best_first,
+    distinct_child,
+    generator_of,
+    is_taken,
+    reading_state,
+    require_config,
+)
 
-# All agents see the same batches, so two children of one parent with the same hyperparameters would stay identical. A
-# mutated child that equals an earlier child is drawn again, up to this number of draws.
-MAX_DRAWS = 10
+_ALWAYS = Mutations(no_mutation=0.0, rl_hp=1.0)
 
 
 @explains_construction(TOURNAMENT, TOURNAMENT_ORDER)
@@ -37,7 +45,7 @@ class TournamentSelection:
     Args:
         tournament_size: Agents in a tournament.
         elitism: Whether the best agent passes into the next generation unchanged.
-        population_size: Agents in every generation.
+        population_size: Agents in every generation; fewer where some would be copies of one agent (see `plan_births`).
         rand_seed: Seed of the random draws; a keyword argument.
 
     Raises:
@@ -76,7 +84,7 @@ def check_population(tournament: TournamentSelection, size: int) -> None:
 def select_parents(
     fitnesses: Sequence[Fitness], settings: TournamentSelection, rng: np.random.Generator
 ) -> tuple[int, list[int]]:
-    """Draw the parents of the next generation.
+    """Draw the parents of the next generation of `population_size` agents.
 
     Agents whose fitness is not finite are neither drawn nor elite. If fewer than `tournament_size` agents are left, a
     tournament has all of them.
@@ -88,22 +96,22 @@ def select_parents(
 
     Returns:
         The position of the best agent, and the position of the parent of each child. With elitism the best agent is
-        kept, so that there is one child less than there are agents.
+        kept, so that there is one child less.
 
     Raises:
         DivergedError: If no fitness is finite.
     """
-    best_first = [position for position in rank(fitnesses) if is_finite(fitnesses[position])]
-    if not best_first:
+    finite = [position for position in rank(fitnesses) if is_finite(fitnesses[position])]
+    if not finite:
         raise DivergedError(
             f"none of the {len(fitnesses)} agents has a finite fitness, so none can be a parent; "
             "lower lr or its upper bound, or set max_grad_norm"
         )
-    size = min(settings.tournament_size, len(best_first))
-    num_children = len(fitnesses) - int(settings.elitism)
+    size = min(settings.tournament_size, len(finite))
+    num_children = settings.population_size - int(settings.elitism)
     # Ranks are drawn, and the lowest rank wins; agents of equal fitness have different ranks.
-    winners = [int(rng.choice(len(best_first), size=size, replace=False).min()) for _ in range(num_children)]
-    return best_first[0], [best_first[winner] for winner in winners]
+    winners = [int(rng.choice(len(finite), size=size, replace=False).min()) for _ in range(num_children)]
+    return finite[0], [finite[winner] for winner in winners]
 
 
 def plan_births(
@@ -118,7 +126,9 @@ def plan_births(
 ) -> tuple[Birth, ...]:
     """Select the parents and draw the hyperparameters of the next generation; changes only the two generators.
 
-    The same arguments and generator states give the same births.
+    The same arguments and generator states give the same births. No two agents of the next generation are equal: a
+    child that would equal an agent that is born already, such as an unmutated copy of the elite, mutates until it does
+    not. Where it cannot differ, its place goes to the best member that would leave, or stays empty if there is none.
 
     Args:
         results: The results of all members, in the order of the population.
@@ -130,14 +140,15 @@ def plan_births(
         mutation_rng: Draws the mutations.
 
     Returns:
-        (population size,) the next generation in the order of the population, a kept elite first.
+        The next generation, at most `population_size` agents, a kept elite first.
 
     Raises:
-        ConfigurationError: If the tournament is for another population size, two members have the same index, or
+        ConfigurationError: If the tournament is for a smaller population, two members have the same index, or
             `next_index` is taken.
         DivergedError: If no member has a finite fitness. No generator has been consumed then.
     """
-    check_population(tournament, len(results))
+    if len(results) > tournament.population_size:
+        check_population(tournament, len(results))
     indices = [result.index for result in results]
     if len(set(indices)) != len(indices):
         raise ConfigurationError("index", indices, "two agents share an index; give each its own")
@@ -145,21 +156,27 @@ def plan_births(
         raise ConfigurationError("next_index", next_index, f"must be above the largest index in use, {max(indices)}")
     elite, parents = select_parents([result.fitness for result in results], tournament, tournament_rng)
     births = [results[elite].kept(elite=True)] if tournament.elitism else []
+
+    def redrawn(values: Mapping[str, Value]) -> dict[str, Value]:
+        return {one.name: one.after for one in mutate(values, hp_config, _ALWAYS, mutation_rng)}
+
     for index, position in enumerate(parents, start=next_index):
         parent = results[position]
-        siblings = [birth.hyperparameters for birth in births if birth.parent == parent.index]
-        for _ in range(MAX_DRAWS):
-            drawn = mutate(parent.hyperparameters, hp_config, mutations, mutation_rng)
-            child = parent.mutated(index, drawn)
-            if not drawn or child.hyperparameters not in siblings:
-                break
-        births.append(child)
+        drawn = parent.mutated(index, mutate(parent.hyperparameters, hp_config, mutations, mutation_rng))
+        child: Birth | None = drawn
+        if is_taken(parent, drawn.hyperparameters, births, results):
+            child = distinct_child(parent, index, births, results, redrawn) if hp_config and mutations.rl_hp else None
+        if child is None:
+            left = (one for one in best_first(results) if not is_taken(one, one.hyperparameters, births, results))
+            child = next((one.kept() for one in left), None)
+        if child is not None:
+            births.append(child)
     return tuple(births)
 
 
 @dataclass
 class TournamentSearch:
-    """Tournament selection and mutation as an `evollm.hpo.Search`: the same number of members in every generation.
+    """Tournament selection and mutation as an `evollm.hpo.Search`.
 
     Args:
         tournament: Settings of the selection; None: the defaults, for the population's size.
@@ -178,9 +195,8 @@ class TournamentSearch:
         size = len(start.founders)
         self._settings = self.tournament or TournamentSelection(min(2, size), population_size=size)
         check_population(self._settings, size)
-        if not start.hp_config and self.mutation.rl_hp > 0:
-            fix = "a mutation has nothing to change: build the agents with hp_config=HyperparameterConfig(lr=...)"
-            raise ConfigurationError("hp_config", start.hp_config, fix)
+        if self.mutation.rl_hp > 0:
+            require_config(start.hp_config, "a mutation has nothing to change")
         self._hp_config, self._interval, self._next_index = start.hp_config, start.interval, 0
         # The second number makes the two generators differ when both seeds are equal, as they are by default.
         self._tournament_rng = np.random.default_rng([self._settings.rand_seed, 0])
@@ -218,11 +234,7 @@ class TournamentSearch:
         Raises:
             CheckpointError: If `state` is not such a state; the search is unchanged then.
         """
-        tournament_rng, mutation_rng = np.random.default_rng(0), np.random.default_rng(0)
-        try:
+        with reading_state():
             next_index = int(state["next_index"])
-            tournament_rng.bit_generator.state = state["tournament_rng"]
-            mutation_rng.bit_generator.state = state["mutation_rng"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the state of the search is incomplete or from elsewhere: {error!r}") from error
+            tournament_rng, mutation_rng = (generator_of(state[name]) for name in ("tournament_rng", "mutation_rng"))
         self._next_index, self._tournament_rng, self._mutation_rng = next_index, tournament_rng, mutation_rng

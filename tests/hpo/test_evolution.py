@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from evollm.errors import CheckpointError, ConfigurationError, DivergedError
 from evollm.hpo import (
     Birth,
+    Evaluation,
     EvolutionPlan,
     HyperparameterConfig,
     Mutation,
@@ -77,13 +79,85 @@ def test_a_child_has_its_parents_values_but_for_its_mutations() -> None:
             assert birth.hyperparameters == expected
 
 
-def test_mutated_children_of_one_parent_differ() -> None:
+def twins(made: EvolutionPlan, population: list[Result]) -> int:
+    """Births beyond the first with the same parent, or an equal one, and the same values."""
+    parents = {member.index: member for member in population}
+    kinds: list[Birth] = []
+    for birth in made.births:
+        if not any(
+            parents[birth.parent].equals(parents[other.parent]) and birth.hyperparameters == other.hyperparameters
+            for other in kinds
+        ):
+            kinds.append(birth)
+    return len(made.births) - len(kinds)
+
+
+ONE_CHOICE = HyperparameterConfig(loss=RLParameter(choices=("sigmoid", "ipo")))
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (0.3, 0.7), (0.9, 0.1), (1.0, 0.0)])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("elitism", [True, False])
+def test_no_two_agents_of_a_generation_are_equal(weights, size, elitism) -> None:
+    tournament = TournamentSelection(size, elitism, 4)
     for seed in range(50):
-        births = plan(members(), seed, mutations=Mutations(0.0, 1.0)).births
-        children = [(birth.parent, tuple(sorted(birth.hyperparameters.items()))) for birth in births]
-        assert len(set(children)) == len(children)
-    twins = plan(members(), mutations=Mutations(1.0, 0.0), tournament=TournamentSelection(4, True, 4)).births
-    assert [birth.parent for birth in twins] == [1] * 4
+        made = plan(members(), seed, mutations=Mutations(*weights), tournament=tournament)
+        assert (len(made.births), twins(made, members())) == (4, 0)
+
+
+def test_a_copy_of_the_elite_mutates_and_one_of_an_agent_that_leaves_may_stay_a_copy() -> None:
+    seen = set()
+    for seed in range(50):
+        made = plan(members(), seed, mutations=Mutations(0.9, 0.1))
+        assert all(birth.mutations for birth in made.births[1:] if birth.parent == 1)
+        seen |= {bool(birth.mutations) for birth in made.births if birth.parent == 2}
+    assert seen == {True, False}
+
+
+def test_children_that_cannot_differ_leave_their_places_to_the_best_of_the_others() -> None:
+    """Of the elite and its choice of two losses there are two agents; the best others keep the other places."""
+    population = [Result(i, (fitness,), {"loss": "sigmoid"}, 4) for i, fitness in enumerate((0.5, 0.9, 0.7, 0.6))]
+    tournament = TournamentSelection(4, True, 4)
+    made = plan(population, mutations=Mutations(0.0, 1.0), hp_config=ONE_CHOICE, tournament=tournament).births
+    assert [(birth.parent, birth.hyperparameters["loss"]) for birth in made] == [
+        (1, "sigmoid"),
+        (1, "ipo"),
+        (2, "sigmoid"),
+        (3, "sigmoid"),
+    ]
+    assert [birth.index for birth in made] == [1, 4, 2, 3]
+    # A diverged agent is not kept: its place stays empty.
+    population[3] = Result(3, (math.nan,), {"loss": "sigmoid"}, 4)
+    population[0] = Result(0, (math.inf,), {"loss": "sigmoid"}, 4)
+    made = plan(population, mutations=Mutations(0.0, 1.0), hp_config=ONE_CHOICE, tournament=tournament).births
+    assert [birth.index for birth in made] == [1, 4, 2]
+
+
+def test_without_mutations_all_finite_agents_go_on_and_equal_ones_once() -> None:
+    only_selection = {
+        "mutations": Mutations(1.0, 0.0),
+        "hp_config": None,
+        "tournament": TournamentSelection(4, True, 4),
+    }
+    assert [birth.parent for birth in plan(members(), **only_selection).births] == [1, 2, 3, 0]
+    equal = [Result(i, (0.5,), {"lr": 1e-5, "beta": 0.1}, 4) for i in range(4)]
+    assert [birth.index for birth in plan(equal, **only_selection).births] == [0]
+    evaluated = [replace(one, evaluation=Evaluation([1.0, i // 2], [0.0, 0.0])) for i, one in enumerate(equal)]
+    assert [birth.index for birth in plan(evaluated, **only_selection).births] == [0, 2]
+
+
+def test_founders_that_are_equal_become_different() -> None:
+    """As those of `sample_hyperparameters=False`; with one hyperparameter a mutation may follow on another."""
+    equal = [Result(i, (0.5,), {"lr": 1e-5, "beta": 0.1}, 4) for i in range(4)]
+    for config in (CONFIG, HyperparameterConfig(lr=CONFIG["lr"])):
+        for seed in range(50):
+            made = plan(equal, seed, hp_config=config)
+            assert (len(made.births), twins(made, equal)) == (4, 0)
+
+
+def test_a_population_that_has_become_smaller_grows_again() -> None:
+    made = plan(members((0.5, 0.9)), next_index=7).births
+    assert [birth.index for birth in made] == [1, 7, 8, 9]
 
 
 def test_without_elitism_the_best_is_reported_but_nobody_is_kept() -> None:
@@ -96,6 +170,7 @@ def test_without_elitism_the_best_is_reported_but_nobody_is_kept() -> None:
 def test_without_a_config_nothing_mutates() -> None:
     made = plan(members(), hp_config=None, mutations=Mutations(0.0, 1.0))
     assert [birth.mutations for birth in made.births] == [()] * 4
+    assert twins(made, members()) == 0
 
 
 def test_a_diverged_agent_is_neither_elite_nor_parent() -> None:
@@ -124,14 +199,14 @@ def test_equal_inputs_give_equal_plans_whatever_the_global_state() -> None:
 
 def test_a_plan_does_not_follow_later_changes_of_its_agents() -> None:
     values = {"lr": 1e-5, "beta": 0.1}
-    made = plan([Result(i, (0.5,), values) for i in range(4)], mutations=Mutations(1.0, 0.0))
+    made = plan([Result(i, (0.1 * i,), values) for i in range(4)], mutations=Mutations(1.0, 0.0))
     values["lr"] = 7.0
     assert {birth.hyperparameters["lr"] for birth in made.births} == {1e-5}
 
 
 def test_a_population_of_another_size_names_both_sizes() -> None:
-    with pytest.raises(ConfigurationError, match=r"population_size=4.*3 agents"):
-        plan(members((0.1, 0.2, 0.3)))
+    with pytest.raises(ConfigurationError, match=r"population_size=4.*5 agents"):
+        plan(members((0.1, 0.2, 0.3, 0.4, 0.5)), next_index=5)
 
 
 def test_an_index_that_is_taken_is_refused() -> None:

@@ -373,8 +373,9 @@ def test_a_mutation_with_nothing_to_change_is_refused(make_population, tokenizer
     population, env, arguments = bad_run(make_population, tokenizer, population=make_population(4))
     with pytest.raises(ConfigurationError, match="hp_config=None"):
         finetune_llm_preference(population, env, **{**quiet, **arguments})
+    # Without mutations the four agents are one agent four times, which goes on once.
     only_selection = {**arguments, "mutation": Mutations(1.0, 0.0)}
-    assert len(finetune_llm_preference(population, env, **{**quiet, **only_selection})[0]) == 4
+    assert len(finetune_llm_preference(population, env, **{**quiet, **only_selection})[0]) == 1
 
 
 def test_a_whole_number_may_only_mutate_as_one(make_agent) -> None:
