@@ -345,6 +345,7 @@ class LLMAgent:
         wrapper_kwargs: Mapping[str, Any] | None = None,
         *,
         sample_hyperparameters: bool = True,
+        sampling: str = "random",
         **kwargs: Any,
     ) -> list[Self]:
         """Build `size` agents on one base, with equal initial adapters.
@@ -357,20 +358,26 @@ class LLMAgent:
             wrapper_kwargs: Keyword arguments for `wrapper_cls`.
             sample_hyperparameters: With an `hp_config`, agent 0 keeps the given values and the others start from
                 log-uniform draws inside the declared bounds. False: all start from the given values.
+            sampling: "random": the draws are independent; "latin_hypercube": they are spread evenly over the bounds of
+                each hyperparameter.
             **kwargs: As for one agent.
 
         Raises:
-            ConfigurationError: As for one agent, or `size` is below 1.
+            ConfigurationError: As for one agent, `size` is below 1, or `sampling` is neither of the two.
         """
         whole_number("size", size, 1)
         boolean("sample_hyperparameters", sample_hyperparameters)
+        if sampling not in ("random", "latin_hypercube"):
+            raise ConfigurationError("sampling", sampling, "must be random or latin_hypercube")
         arguments: dict[str, Any] = {"observation_space": observation_space, "action_space": action_space, **kwargs}
         first = cls(**arguments)
         agents = [first] + [first.clone(index=first.index + offset) for offset in range(1, size)]
         if first.hp_config is not None and sample_hyperparameters:
-            rng = np.random.default_rng(first.settings.seed)
-            for agent in agents[1:]:
-                agent.set_hyperparameters(first.hp_config.sample(rng))
+            rng, config, others = np.random.default_rng(first.settings.seed), first.hp_config, agents[1:]
+            spread = sampling == "latin_hypercube"
+            drawn = config.sample_spread(len(others), rng) if spread else [config.sample(rng) for _ in others]
+            for agent, values in zip(others, drawn, strict=True):
+                agent.set_hyperparameters(values)
         if wrapper_cls is None:
             return agents
         return [wrapper_cls(agent, **(wrapper_kwargs or {})) for agent in agents]

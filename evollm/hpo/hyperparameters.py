@@ -138,6 +138,17 @@ class RLParameter:
         lowest, highest = self.bounds
         return self.clip(math.exp(rng.uniform(math.log(lowest), math.log(highest))))
 
+    def at(self, fraction: float) -> Value:
+        """Return the value at a fraction of the way from the smallest to the largest, on a logarithmic scale.
+
+        Args:
+            fraction: From 0 to 1. Of n choices each has a part of the length 1 / n.
+        """
+        if self.choices is not None:
+            return self.choices[min(int(fraction * len(self.choices)), len(self.choices) - 1)]
+        lowest, highest = map(math.log, self.bounds)
+        return self.clip(math.exp(lowest + fraction * (highest - lowest)))
+
     def mutate(self, value: Value, rng: np.random.Generator) -> tuple[Value, float | None]:
         """Draw another choice, all equally likely, or multiply a number by the grow or the shrink factor.
 
@@ -295,6 +306,19 @@ class HyperparameterConfig(Mapping[str, RLParameter]):
         # Sorted, so that the order of declaration does not change the draws.
         drawn = {name: self[name].sample(rng) for name in sorted(self)}
         return {name: drawn[name] for name in self}
+
+    def sample_spread(self, count: int, rng: np.random.Generator) -> list[dict[str, Value]]:
+        """Draw hyperparameters that are spread over the bounds: a Latin hypercube (McKay et al. 1979).
+
+        The range of each hyperparameter is divided into `count` parts of equal length on a logarithmic scale, and each
+        part has one of the values.
+
+        Args:
+            count: How many to draw.
+            rng: Consumed by two draws for each hyperparameter.
+        """
+        columns = {name: (rng.permutation(count) + rng.random(count)) / count for name in sorted(self)}
+        return [{name: self[name].at(float(columns[name][row])) for name in self} for row in range(count)]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return the fields of every parameter as plain JSON values."""

@@ -285,6 +285,15 @@ def test_a_population_starts_inside_the_bounds_and_its_first_agent_as_given(make
     assert {agent.lr for agent in same} == {1e-3}
 
 
+def test_start_values_are_spread_evenly_where_asked(make_population) -> None:
+    population = make_population(7, hp_config=HyperparameterConfig(**HP), sampling="latin_hypercube")
+    assert population[0].lr == 1e-3
+    # Of the three decades between 1e-5 and 1e-2 each half has one.
+    assert sorted(int(2 * (math.log10(agent.lr) + 5)) for agent in population[1:]) == list(range(6))
+    with pytest.raises(ConfigurationError, match="sampling='sobol': must be random or latin_hypercube"):
+        make_population(2, hp_config=HyperparameterConfig(**HP), sampling="sobol")
+
+
 def test_a_wrapper_is_put_around_each_agent(make_population) -> None:
     class Wrapper:
         def __init__(self, agent: DPO, tag: str) -> None:
