@@ -1,5 +1,6 @@
 """Hyperparameter search on plain data: fitness, search strategies, lineage. It imports neither torch nor agents."""
 
+from evollm.hpo.asha import ASHA
 from evollm.hpo.fitness import (
     AnyEvaluation,
     Evaluation,
@@ -11,26 +12,33 @@ from evollm.hpo.fitness import (
     preference_fitness,
     rank,
 )
+from evollm.hpo.grid_search import GridSearch
 from evollm.hpo.hyperparameters import HyperparameterConfig, RLParameter
 from evollm.hpo.lineage import Birth, EvolutionPlan, ancestry
 from evollm.hpo.mutation import Mutation, Mutations, format_value, mutate
+from evollm.hpo.population_based_training import PopulationBasedTraining
+from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.search import Result, Search, SearchPlan, SearchStart
 from evollm.hpo.strategies import STRATEGIES, search_of
 from evollm.hpo.successive_halving import SuccessiveHalving
 from evollm.hpo.tournament import TournamentSearch, TournamentSelection, check_population, plan_births, select_parents
 
 __all__ = [
+    "ASHA",
     "STRATEGIES",
     "AnyEvaluation",
     "Birth",
     "Evaluation",
     "EvolutionPlan",
     "Fitness",
+    "GridSearch",
     "HyperparameterConfig",
     "LikelihoodEvaluation",
     "Mutation",
     "Mutations",
+    "PopulationBasedTraining",
     "RLParameter",
+    "RandomSearch",
     "Result",
     "Search",
     "SearchPlan",

@@ -7,12 +7,23 @@ from typing import Any
 
 from evollm.checks import nearest_name
 from evollm.errors import ConfigurationError
+from evollm.hpo.asha import ASHA
+from evollm.hpo.grid_search import GridSearch
+from evollm.hpo.population_based_training import PopulationBasedTraining
+from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.search import Search, check_search
 from evollm.hpo.successive_halving import SuccessiveHalving
 from evollm.hpo.tournament import TournamentSearch
 
 # By name, as in `search: successive_halving` of a YAML file. The arguments of each class are settings of `evollm.tune`.
-STRATEGIES: Mapping[str, type[Any]] = {"tournament": TournamentSearch, "successive_halving": SuccessiveHalving}
+STRATEGIES: Mapping[str, type[Any]] = {
+    "tournament": TournamentSearch,
+    "successive_halving": SuccessiveHalving,
+    "asha": ASHA,
+    "pbt": PopulationBasedTraining,
+    "random": RandomSearch,
+    "grid": GridSearch,
+}
 
 
 def strategy_of(name: object) -> type[Any]:

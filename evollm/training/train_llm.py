@@ -76,7 +76,7 @@ def finetune_llm_preference(
         tournament: Selects the parents; evolution needs `tournament` and `mutation`.
         mutation: Mutates the children.
         search: A search instead of `tournament` and `mutation`: an object with the methods of `evollm.hpo.Search`, or
-            the name "tournament" or "successive_halving". The population may then grow and shrink.
+            a name of `evollm.hpo.STRATEGIES`, such as "asha". The population may then grow and shrink.
         fitness: Maps an `Evaluation` to a number or a tuple of numbers; larger is better. The default is the
             preference accuracy, then the mean margin; neither contains beta.
         update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay

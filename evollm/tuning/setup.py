@@ -135,9 +135,22 @@ def _check_rows(name: str, value: object, fix: str) -> None:
 
 # Settings that have an effect only with more than one agent.
 EVOLUTION = frozenset(
-    {"generations", "evo_steps", "hp_config", "sample_hyperparameters", "tournament_size", "elitism", "no_mutation"}
+    {
+        "generations",
+        "evo_steps",
+        "hp_config",
+        "sample_hyperparameters",
+        "sampling",
+        "tournament_size",
+        "elitism",
+        "no_mutation",
+    }
     | {"rl_hp", "search"}
-    | {name for one in STRATEGIES.values() if one is not TournamentSearch for name in strategy_parameters(one)}
+    | {
+        name
+        for one in STRATEGIES.values()
+        for name in strategy_parameters(one).keys() - strategy_parameters(TournamentSearch).keys()
+    }
 )
 TUNE_PARAMETERS = tuple(name for name in Request.__dataclass_fields__ if name != "settings")
 
