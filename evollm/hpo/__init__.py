@@ -15,6 +15,7 @@ from evollm.hpo.fitness import (
 from evollm.hpo.grid_search import GridSearch
 from evollm.hpo.hyperparameters import HyperparameterConfig, RLParameter
 from evollm.hpo.lineage import Birth, EvolutionPlan, ancestry
+from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
 from evollm.hpo.mutation import Mutation, Mutations, format_value, mutate
 from evollm.hpo.population_based_training import PopulationBasedTraining
 from evollm.hpo.random_search import RandomSearch
@@ -34,6 +35,7 @@ __all__ = [
     "GridSearch",
     "HyperparameterConfig",
     "LikelihoodEvaluation",
+    "MultiFrequencyPBT",
     "Mutation",
     "Mutations",
     "PopulationBasedTraining",

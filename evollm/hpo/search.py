@@ -46,12 +46,12 @@ class Result:
     evaluation: AnyEvaluation | None = None
 
     def equals(self, other: Result) -> bool:
-        """Say whether two members are the same agent under two indices.
+        """Say whether two members are the same agent under two indices; no diverged agents are.
 
         Members with equal hyperparameters, steps and numbers on every held-out row have equal weights.
         """
         mine = (self.fitness, self.steps, dict(self.hyperparameters))
-        if mine != (other.fitness, other.steps, dict(other.hyperparameters)):
+        if not is_finite(self.fitness) or mine != (other.fitness, other.steps, dict(other.hyperparameters)):
             return False
         if self.evaluation is None or other.evaluation is None:
             return self.evaluation is other.evaluation
@@ -193,7 +193,9 @@ def is_taken(parent: Result, values: Mapping[str, Value], births: Sequence[Birth
     """
     members = {result.index: result for result in results}
     return any(
-        birth.parent is not None and values == birth.hyperparameters and members[birth.parent].equals(parent)
+        birth.parent is not None
+        and values == birth.hyperparameters
+        and (birth.parent == parent.index or members[birth.parent].equals(parent))
         for birth in births
     )
 
@@ -204,6 +206,7 @@ def distinct_child(
     births: Sequence[Birth],
     results: Sequence[Result],
     draw: Callable[[Mapping[str, Value]], Mapping[str, Value]],
+    values: Mapping[str, Value] | None = None,
 ) -> Birth | None:
     """Return a child that equals no agent that is born already; None if `MAX_DRAWS` draws find none.
 
@@ -212,9 +215,10 @@ def distinct_child(
         index: The child's index.
         births: The births so far.
         results: The results of all members.
-        draw: From hyperparameters to changed ones: first from the parent's, then from those that were drawn last.
+        draw: From hyperparameters to changed ones: first from `values`, then from those that were drawn last.
+        values: All hyperparameters to begin with; None: the parent's.
     """
-    values = parent.hyperparameters
+    values = parent.hyperparameters if values is None else values
     for _ in range(MAX_DRAWS):
         values = {**values, **draw(values)}
         if not is_taken(parent, values, births, results):

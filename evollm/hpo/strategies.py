@@ -9,6 +9,7 @@ from evollm.checks import nearest_name
 from evollm.errors import ConfigurationError
 from evollm.hpo.asha import ASHA
 from evollm.hpo.grid_search import GridSearch
+from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
 from evollm.hpo.population_based_training import PopulationBasedTraining
 from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.search import Search, check_search
@@ -21,6 +22,7 @@ STRATEGIES: Mapping[str, type[Any]] = {
     "successive_halving": SuccessiveHalving,
     "asha": ASHA,
     "pbt": PopulationBasedTraining,
+    "mf_pbt": MultiFrequencyPBT,
     "random": RandomSearch,
     "grid": GridSearch,
 }

@@ -39,7 +39,8 @@ def test_bounds_hold_and_no_agent_equals_another_whatever_is_told(name) -> None:
             parents = {result.index: result for result in results}
             for place, birth in enumerate(plan.births):
                 assert_within_bounds(birth.hyperparameters)
-                assert birth.parent is None or math.isfinite(parents[birth.parent].fitness[0]) or name == "mf_pbt"
+                is_parent = birth.parent not in (None, birth.index)
+                assert not is_parent or math.isfinite(parents[birth.parent].fitness[0])
                 if birth.parent is not None:
                     assert not is_taken(parents[birth.parent], birth.hyperparameters, plan.births[:place], results)
             fresh = [birth.hyperparameters for birth in plan.births if birth.parent is None]
