@@ -17,6 +17,7 @@ from evollm.hpo.hyperparameters import HyperparameterConfig, RLParameter
 from evollm.hpo.lineage import Birth, EvolutionPlan, ancestry
 from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
 from evollm.hpo.mutation import Mutation, Mutations, format_value, mutate
+from evollm.hpo.optuna_search import OptunaSearch
 from evollm.hpo.population_based_training import PopulationBasedTraining
 from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.search import Result, Search, SearchPlan, SearchStart
@@ -38,6 +39,7 @@ __all__ = [
     "MultiFrequencyPBT",
     "Mutation",
     "Mutations",
+    "OptunaSearch",
     "PopulationBasedTraining",
     "RLParameter",
     "RandomSearch",

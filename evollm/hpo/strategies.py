@@ -10,6 +10,7 @@ from evollm.errors import ConfigurationError
 from evollm.hpo.asha import ASHA
 from evollm.hpo.grid_search import GridSearch
 from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
+from evollm.hpo.optuna_search import OptunaSearch
 from evollm.hpo.population_based_training import PopulationBasedTraining
 from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.search import Search, check_search
@@ -23,6 +24,7 @@ STRATEGIES: Mapping[str, type[Any]] = {
     "asha": ASHA,
     "pbt": PopulationBasedTraining,
     "mf_pbt": MultiFrequencyPBT,
+    "optuna": OptunaSearch,
     "random": RandomSearch,
     "grid": GridSearch,
 }
