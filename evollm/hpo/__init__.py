@@ -18,6 +18,7 @@ from evollm.hpo.lineage import Birth, EvolutionPlan, ancestry
 from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
 from evollm.hpo.mutation import Mutation, Mutations, format_value, mutate
 from evollm.hpo.optuna_search import OptunaSearch
+from evollm.hpo.pb2 import PB2
 from evollm.hpo.population_based_training import PopulationBasedTraining
 from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.search import Result, Search, SearchPlan, SearchStart
@@ -27,6 +28,7 @@ from evollm.hpo.tournament import TournamentSearch, TournamentSelection, check_p
 
 __all__ = [
     "ASHA",
+    "PB2",
     "STRATEGIES",
     "AnyEvaluation",
     "Birth",

@@ -149,6 +149,11 @@ class RLParameter:
         lowest, highest = map(math.log, self.bounds)
         return self.clip(math.exp(lowest + fraction * (highest - lowest)))
 
+    def fraction_of(self, value: float) -> float:
+        """Return how far a number is on the way from the smallest to the largest: the inverse of `at`, from 0 to 1."""
+        lowest, highest = map(math.log, self.bounds)
+        return (math.log(self.clip(value)) - lowest) / (highest - lowest)
+
     def mutate(self, value: Value, rng: np.random.Generator) -> tuple[Value, float | None]:
         """Draw another choice, all equally likely, or multiply a number by the grow or the shrink factor.
 

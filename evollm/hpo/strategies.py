@@ -11,6 +11,7 @@ from evollm.hpo.asha import ASHA
 from evollm.hpo.grid_search import GridSearch
 from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
 from evollm.hpo.optuna_search import OptunaSearch
+from evollm.hpo.pb2 import PB2
 from evollm.hpo.population_based_training import PopulationBasedTraining
 from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.search import Search, check_search
@@ -23,6 +24,7 @@ STRATEGIES: Mapping[str, type[Any]] = {
     "successive_halving": SuccessiveHalving,
     "asha": ASHA,
     "pbt": PopulationBasedTraining,
+    "pb2": PB2,
     "mf_pbt": MultiFrequencyPBT,
     "optuna": OptunaSearch,
     "random": RandomSearch,
