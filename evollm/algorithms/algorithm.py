@@ -35,6 +35,7 @@ class Algorithm:
         evolves: The hyperparameters that evolve by default in `tune`.
         defaults: The default values in `tune` that differ from those of the agent's constructor.
         loop: Name of the function in `evollm.training` that runs the algorithm.
+        fitnesses: The fitness functions that can be given by name.
     """
 
     agent: type[SavableAgent]
@@ -47,6 +48,7 @@ class Algorithm:
     evolves: tuple[str, ...] = ("lr",)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     loop: str = "finetune"
+    fitnesses: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -23,7 +23,8 @@ from evollm.checks import boolean
 from evollm.data.samples import Batch
 from evollm.errors import DataError
 from evollm.foreign import ACTION, AGENT, explains
-from evollm.hpo.fitness import Evaluation, preference_fitness
+from evollm.hpo.fitness import Evaluation
+from evollm.hpo.scores import PREFERENCE_FITNESSES
 from evollm.llm_envs import PreferenceGym
 from evollm.llm_envs.observations import as_action, batch_of
 from evollm.models.logprobs import CompletionSums
@@ -232,7 +233,8 @@ register(
         gym=PreferenceGym,
         learn=learn_together,
         evaluate=evaluate_together,
-        fitness=preference_fitness,
+        fitness=PREFERENCE_FITNESSES["accuracy_mean_margin"],
+        fitnesses=PREFERENCE_FITNESSES,
         trial=Evaluation(np.zeros(2), np.zeros(2)),
         has_reference=True,
         evolves=("lr", "beta", "nll_alpha"),

@@ -18,7 +18,8 @@ from evollm.algorithms.step import policy_logprobs
 from evollm.checks import boolean
 from evollm.data.samples import Batch
 from evollm.foreign import ACTION, SFT_AGENT, explains
-from evollm.hpo.fitness import LikelihoodEvaluation, likelihood_fitness
+from evollm.hpo.fitness import LikelihoodEvaluation
+from evollm.hpo.scores import LIKELIHOOD_FITNESSES
 from evollm.llm_envs import SFTGym
 from evollm.llm_envs.observations import as_action
 from evollm.runs.words import Score, Words
@@ -138,7 +139,8 @@ register(
         gym=SFTGym,
         learn=learn_together,
         evaluate=lambda agents, env, split, reference: evaluate_together(agents, env, split),
-        fitness=likelihood_fitness,
+        fitness=LIKELIHOOD_FITNESSES["loss"],
+        fitnesses=LIKELIHOOD_FITNESSES,
         trial=LikelihoodEvaluation(-np.ones(2), np.ones(2)),
         has_reference=False,
         loop="finetune_llm_sft",

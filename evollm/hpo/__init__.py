@@ -8,8 +8,6 @@ from evollm.hpo.fitness import (
     LikelihoodEvaluation,
     as_fitness,
     is_finite,
-    likelihood_fitness,
-    preference_fitness,
     rank,
 )
 from evollm.hpo.grid_search import GridSearch
@@ -21,6 +19,19 @@ from evollm.hpo.optuna_search import OptunaSearch
 from evollm.hpo.pb2 import PB2
 from evollm.hpo.population_based_training import PopulationBasedTraining
 from evollm.hpo.random_search import RandomSearch
+from evollm.hpo.scores import (
+    LIKELIHOOD_FITNESSES,
+    PREFERENCE_FITNESSES,
+    NamedFitness,
+    best_temperature,
+    fitness_named,
+    likelihood_fitness,
+    log_loss_terms,
+    margin_over_std,
+    margin_over_std_terms,
+    preference_fitness,
+    scale_free_log_loss,
+)
 from evollm.hpo.search import Result, Search, SearchPlan, SearchStart
 from evollm.hpo.strategies import STRATEGIES, search_of
 from evollm.hpo.successive_halving import SuccessiveHalving
@@ -28,7 +39,9 @@ from evollm.hpo.tournament import TournamentSearch, TournamentSelection, check_p
 
 __all__ = [
     "ASHA",
+    "LIKELIHOOD_FITNESSES",
     "PB2",
+    "PREFERENCE_FITNESSES",
     "STRATEGIES",
     "AnyEvaluation",
     "Birth",
@@ -41,6 +54,7 @@ __all__ = [
     "MultiFrequencyPBT",
     "Mutation",
     "Mutations",
+    "NamedFitness",
     "OptunaSearch",
     "PopulationBasedTraining",
     "RLParameter",
@@ -54,14 +68,20 @@ __all__ = [
     "TournamentSelection",
     "ancestry",
     "as_fitness",
+    "best_temperature",
     "check_population",
+    "fitness_named",
     "format_value",
     "is_finite",
     "likelihood_fitness",
+    "log_loss_terms",
+    "margin_over_std",
+    "margin_over_std_terms",
     "mutate",
     "plan_births",
     "preference_fitness",
     "rank",
+    "scale_free_log_loss",
     "search_of",
     "select_parents",
 ]

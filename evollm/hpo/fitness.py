@@ -136,16 +136,6 @@ class LikelihoodEvaluation(_PerRow):
 AnyEvaluation: TypeAlias = Evaluation | LikelihoodEvaluation
 
 
-def likelihood_fitness(evaluation: LikelihoodEvaluation) -> Fitness:
-    """Return (minus the loss,): the default fitness of SFT. It depends on no hyperparameter that evolution changes."""
-    return (-evaluation.loss,)
-
-
-def preference_fitness(evaluation: Evaluation) -> Fitness:
-    """Return (accuracy, mean margin): the default fitness, in which the margin only breaks ties of the accuracy."""
-    return evaluation.accuracy, evaluation.mean_margin
-
-
 def as_fitness(value: object) -> Fitness:
     """Turn the value that a user's fitness callable returned into a `Fitness`.
 
