@@ -15,7 +15,7 @@ from evollm.algorithms.settings import check_evolution
 from evollm.checks import boolean
 from evollm.errors import ConfigurationError
 from evollm.execution.executor import ExecutorFactory, check_executor
-from evollm.hpo import as_fitness
+from evollm.hpo import as_fitness, fitness_named
 from evollm.llm_envs import DatasetGym
 from evollm.processes import Processes
 from evollm.runs.events import Callback
@@ -71,7 +71,7 @@ def check_arguments(
     processes: Processes,
     paths: RunPaths,
     *,
-    fitness: FitnessFunction | None,
+    fitness: FitnessFunction | str | None,
     callbacks: Sequence[Callback],
     executor: ExecutorFactory,
     report_to: str | Sequence[str] | None,
@@ -87,8 +87,7 @@ def check_arguments(
         MissingExtraError: A tracker is not installed.
     """
     asked = RunOptions(**{"update_reference_each_epoch": False, **options})
-    fitness = algorithm.fitness if fitness is None else fitness
-    check_fitness(fitness, algorithm)
+    function = check_fitness(fitness, algorithm)
     if not callable(executor):
         fix = "must be a class or a function from agents and gym to an evollm.execution.executor.Executor"
         raise ConfigurationError("executor", executor, fix)
@@ -99,7 +98,7 @@ def check_arguments(
         # Trackers start before the run folder is written: a failed start leaves no folder that blocks the next run.
         writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
         listeners = [*writers, *listeners, *([Console()] if verbose else [])]
-    return RunArguments(algorithm, asked, paths, fitness, listeners, executor)
+    return RunArguments(algorithm, asked, paths, function, listeners, executor)
 
 
 def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
@@ -117,17 +116,22 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
     return Run(executor, arguments.options, arguments.paths, arguments.fitness, arguments.callbacks)
 
 
-def check_fitness(fitness: object, algorithm: Algorithm) -> None:
-    """Call a fitness function with the evaluation of an untuned agent, before any training.
+def check_fitness(fitness: object, algorithm: Algorithm) -> FitnessFunction:
+    """Return a fitness function: that of a name, or the algorithm's for None.
+
+    It is called with the evaluation of an untuned agent, before any training.
 
     Raises:
-        ConfigurationError: The fitness is not callable, or returns something else than numbers.
+        ConfigurationError: The fitness is neither a function nor a known name, or returns something else than numbers.
     """
-    if not callable(fitness):
-        raise ConfigurationError(
-            "fitness", fitness, "must be a function from an Evaluation to a number or a tuple of them"
-        )
-    as_fitness(fitness(algorithm.trial))
+    if isinstance(fitness, str):
+        return fitness_named(fitness, algorithm.fitnesses)
+    function = algorithm.fitness if fitness is None else fitness
+    if not callable(function):
+        fix = "must be a function from an Evaluation to a number or a tuple of them, or the name of one"
+        raise ConfigurationError("fitness", fitness, fix)
+    as_fitness(function(algorithm.trial))
+    return function
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:

@@ -40,7 +40,7 @@ def finetune_llm_preference(
     tournament: TournamentSelection | None = None,
     mutation: Mutations | None = None,
     search: Search | str | None = None,
-    fitness: FitnessFunction | None = None,
+    fitness: FitnessFunction | str | None = None,
     update_reference_each_epoch: bool = False,
     run_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
@@ -77,8 +77,9 @@ def finetune_llm_preference(
         mutation: Mutates the children.
         search: A search instead of `tournament` and `mutation`: an object with the methods of `evollm.hpo.Search`, or
             a name of `evollm.hpo.STRATEGIES`, such as "asha". The population may then grow and shrink.
-        fitness: Maps an `Evaluation` to a number or a tuple of numbers; larger is better. The default is the
-            preference accuracy, then the mean margin; neither contains beta.
+        fitness: Maps an `Evaluation` to a number or a tuple of numbers; larger is better. Or a name of
+            `evollm.hpo.PREFERENCE_FITNESSES`: "accuracy", "log_loss", "margin_over_std", "mean_margin" or the default
+            "accuracy_mean_margin", the preference accuracy, then the mean margin. None of them contains beta.
         update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay
             relative to the first agent's reference at the start.
         run_dir: Run folder, by default a new folder in `evollm-runs`.
@@ -154,8 +155,8 @@ def finetune_llm_sft(pop: Sequence[SFT], env: SFTGym, **arguments: Any) -> tuple
         pop: SFT agents, on one base. A list of one is an ordinary SFT run. Use the returned population afterwards.
         env: Serves the batches; the run begins at the gym's present position.
         **arguments: Those of `finetune_llm_preference` except `update_reference_each_epoch`. A `fitness` function takes
-            a `LikelihoodEvaluation`; the default fitness is minus the mean negative log-likelihood of a held-out
-            completion token. For preference tuning, pass the folder at `elite_path` to a DPO agent's
+            a `LikelihoodEvaluation`; the default fitness, "loss", is minus the mean negative log-likelihood of a
+            held-out completion token. For preference tuning, pass the folder at `elite_path` to a DPO agent's
             `load_checkpoint`. The base gives the sample answers before tuning.
 
     Returns:

@@ -25,7 +25,7 @@ from evollm.data.preference_rows import PAIRS
 from evollm.data.rows import Rows
 from evollm.data.tokenization import load_pairs
 from evollm.errors import MissingExtraError
-from evollm.hpo import STRATEGIES, ancestry
+from evollm.hpo import PREFERENCE_FITNESSES, STRATEGIES, ancestry
 from evollm.runs import read_run
 from evollm.runs.folder import TUNE_ARGUMENTS
 from evollm.training import prepare
@@ -235,7 +235,8 @@ def test_what_cannot_work_is_named_before_any_training(tune, tmp_path, changes, 
     [
         ({"report_to": "wnadb"}, "report_to='wnadb': .*'wandb'"),
         ({"wb": None}, "wb=None: must be"),
-        ({"fitness": "accuracy"}, "fitness='accuracy': must be a function"),
+        ({"fitness": "log-los"}, "fitness='log-los': is no fitness .*nearest is 'log_loss'"),
+        ({"fitness": 1}, "fitness=1: must be a function"),
         ({"fitness": str}, "fitness"),
         ({"callbacks": [print]}, "callbacks=.*: must be a list of instances"),
         ({"callbacks": None}, "callbacks=None: must be a list of instances"),
@@ -249,6 +250,17 @@ def test_trackers_callbacks_and_fitness_are_checked_before_the_model_is_loaded(
     for call in (evollm.tune, evollm.tuning.validate):
         with pytest.raises(evollm.EvoLLMError, match=message):
             call("model", make_rows(40), **settings)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "log_loss", "margin_over_std", "mean_margin"])
+def test_a_fitness_is_chosen_by_its_name(tune, tmp_path, name) -> None:
+    result = tune(generations=2, fitness=name)
+    scored = read_run(tmp_path / "run").evaluations
+    assert scored
+    assert [one.fitness for one in scored] == [PREFERENCE_FITNESSES[name](one.pairs) for one in scored]
+    assert len(result.fitnesses) == 3
+    # A run that is resumed from its folder selects by the same name.
+    assert read_tune_arguments(tmp_path / "run").settings["fitness"] == name
 
 
 @pytest.mark.parametrize("model", [None, 3, make_rows(2), {"name": "x"}, torch.nn.Linear(2, 2)])
