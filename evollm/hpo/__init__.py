@@ -11,6 +11,7 @@ from evollm.hpo.fitness import (
     rank,
 )
 from evollm.hpo.grid_search import GridSearch
+from evollm.hpo.guards import Guards, guards_of
 from evollm.hpo.hyperparameters import HyperparameterConfig, RLParameter
 from evollm.hpo.lineage import Birth, EvolutionPlan, ancestry
 from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
@@ -49,6 +50,7 @@ __all__ = [
     "EvolutionPlan",
     "Fitness",
     "GridSearch",
+    "Guards",
     "HyperparameterConfig",
     "LikelihoodEvaluation",
     "MultiFrequencyPBT",
@@ -72,6 +74,7 @@ __all__ = [
     "check_population",
     "fitness_named",
     "format_value",
+    "guards_of",
     "is_finite",
     "likelihood_fitness",
     "log_loss_terms",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.errors import ConfigurationError
-from evollm.hpo import Mutations, Search, TournamentSearch, TournamentSelection, search_of
+from evollm.hpo import Guards, Mutations, Search, TournamentSearch, TournamentSelection, guards_of, search_of
 from evollm.hpo.search import describe_search
 
 
@@ -24,6 +25,7 @@ class RunOptions:
     tournament: TournamentSelection | None
     mutation: Mutations | None
     search: Search | str | None
+    guards: Guards | Mapping[str, float] | None
     update_reference_each_epoch: bool
     save_elite: bool
     num_sample_answers: int
@@ -52,6 +54,8 @@ class RunOptions:
                 fix = "is a search of its own, and so are tournament and mutation: leave one of the two out"
                 raise ConfigurationError("search", self.search, fix)
             object.__setattr__(self, "search", search_of(self.search))
+        if self.guards is not None:
+            object.__setattr__(self, "guards", guards_of(self.guards))
         if self.evo_steps is not None and not self.evolves:
             raise ConfigurationError("evo_steps", self.evo_steps, "needs a tournament and a mutation, or a search")
 
@@ -67,10 +71,14 @@ class RunOptions:
         return None if self.search is None else search_of(self.search)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, without `search` if it is None."""
-        asked = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "search"}
+        """Return the fields as JSON values, without `search` and `guards` if they are None."""
+        asked = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("search", "guards")}
         asked |= {name: asdict(asked[name]) for name in ("tournament", "mutation") if asked[name] is not None}
-        return asked if self.search is None else {**asked, "search": describe_search(self.search)}
+        if self.search is not None:
+            asked["search"] = describe_search(self.search)
+        if isinstance(self.guards, Guards):
+            asked["guards"] = self.guards.to_dict()
+        return asked
 
 
 @dataclass(frozen=True)

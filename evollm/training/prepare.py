@@ -15,7 +15,7 @@ from evollm.algorithms.settings import check_evolution
 from evollm.checks import boolean
 from evollm.errors import ConfigurationError
 from evollm.execution.executor import ExecutorFactory, check_executor
-from evollm.hpo import as_fitness, fitness_named
+from evollm.hpo import Evaluation, as_fitness, fitness_named
 from evollm.llm_envs import DatasetGym
 from evollm.processes import Processes
 from evollm.runs.events import Callback
@@ -86,7 +86,10 @@ def check_arguments(
         ConfigurationError: An argument is invalid.
         MissingExtraError: A tracker is not installed.
     """
-    asked = RunOptions(**{"update_reference_each_epoch": False, **options})
+    asked = RunOptions(**{"update_reference_each_epoch": False, "guards": None, **options})
+    if asked.guards is not None and not isinstance(algorithm.trial, Evaluation):
+        fix = f"need the log-ratios of pairs, which {algorithm.name} does not evaluate: leave them out"
+        raise ConfigurationError("guards", asked.guards, fix)
     function = check_fitness(fitness, algorithm)
     if not callable(executor):
         fix = "must be a class or a function from agents and gym to an evollm.execution.executor.Executor"
@@ -162,6 +165,8 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
         raise ConfigurationError(
             "update_reference_each_epoch", True, "the reference is the base itself: use_separate_reference_adapter=True"
         )
+    if options.guards is not None and not env.test_pairs:
+        raise ConfigurationError("test_dataset", None, "guards need held-out rows: pass a test_dataset to the gym")
     if options.evolves:
         if not env.test_pairs:
             raise ConfigurationError(

@@ -11,7 +11,8 @@ from typing import Any
 from evollm.checkpoints.steps import prune_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, EvoLLMError
 from evollm.execution.executor import Executor, check_going
-from evollm.hpo import Birth, EvolutionPlan, Fitness, Result, SearchPlan, SearchStart, as_fitness
+from evollm.hpo import Birth, EvolutionPlan, Fitness, Guards, Result, SearchPlan, SearchStart, as_fitness
+from evollm.hpo.guards import BROKEN
 from evollm.hpo.search import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
 from evollm.training.ending import best_of, end, final_split
@@ -221,7 +222,7 @@ class Run:
         evaluations = self.executor.evaluate("test")
         members = self.executor.members()
         fitnesses = {
-            str(member.index): as_fitness(self.fitness(evaluations[member.index]))
+            str(member.index): self._fitness_of(evaluations[member.index])
             if member.index in evaluations
             else DIVERGED_FITNESS
             for member in members
@@ -232,15 +233,23 @@ class Run:
         if self.search is not None:
             self.progress.evaluations = dict(evaluations)
         self.executor.note_scores({index: fitness[0] for index, fitness in self.progress.fitnesses.items()})
+        best = best_of(members, self.progress.fitnesses)
+        if self.step == self.schedule.total and self.progress.fitnesses[best][0] == BROKEN:
+            fix = "take a weaker bound, or lower lr; the agent that is nearest to its bounds is taken"
+            warnings.warn(f"every agent breaks a guard: {fix}", UserWarning, stacklevel=2)
         event = Evaluated(
             self.step,
             self.progress.generation,
             evaluations,
             self.progress.fitnesses,
-            best_of(members, self.progress.fitnesses),
+            best,
             {member.index: dict(member.hyperparameters) for member in members},
         )
         self._tell("on_evaluation", event)
+
+    def _fitness_of(self, evaluation: Any) -> Fitness:
+        fitness, guards = as_fitness(self.fitness(evaluation)), self.options.guards
+        return guards.guarded(fitness, evaluation) if isinstance(guards, Guards) else fitness
 
     def _decide(self) -> None:
         """Give the search the results, and let the executor carry out the plan."""

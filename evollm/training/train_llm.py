@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
@@ -13,7 +13,7 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.execution.executor import ExecutorFactory
 from evollm.execution.local import LocalExecutor
 from evollm.foreign import LOOP, LOOP_ORDER, explains
-from evollm.hpo import Mutations, Search, TournamentSelection
+from evollm.hpo import Guards, Mutations, Search, TournamentSelection
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import check_processes
 from evollm.runs.events import Callback
@@ -41,6 +41,7 @@ def finetune_llm_preference(
     mutation: Mutations | None = None,
     search: Search | str | None = None,
     fitness: FitnessFunction | str | None = None,
+    guards: Guards | Mapping[str, float] | None = None,
     update_reference_each_epoch: bool = False,
     run_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
@@ -80,6 +81,8 @@ def finetune_llm_preference(
         fitness: Maps an `Evaluation` to a number or a tuple of numbers; larger is better. Or a name of
             `evollm.hpo.PREFERENCE_FITNESSES`: "accuracy", "log_loss", "margin_over_std", "mean_margin" or the default
             "accuracy_mean_margin", the preference accuracy, then the mean margin. None of them contains beta.
+        guards: Bounds that come before the fitness, as `evollm.hpo.Guards` or a mapping of its fields, such as
+            `{"min_chosen_logratio": -3.0}`: an agent that breaks one is behind every agent that breaks none.
         update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay
             relative to the first agent's reference at the start.
         run_dir: Run folder, by default a new folder in `evollm-runs`.
@@ -147,17 +150,17 @@ def _with_arguments_of(
     return decorate
 
 
-@_with_arguments_of(finetune_llm_preference, "update_reference_each_epoch")
+@_with_arguments_of(finetune_llm_preference, "update_reference_each_epoch", "guards")
 def finetune_llm_sft(pop: Sequence[SFT], env: SFTGym, **arguments: Any) -> tuple[list[SFT], list[float]]:
     """Tune a population on completions, the stage before preference tuning, and evolve the population.
 
     Args:
         pop: SFT agents, on one base. A list of one is an ordinary SFT run. Use the returned population afterwards.
         env: Serves the batches; the run begins at the gym's present position.
-        **arguments: Those of `finetune_llm_preference` except `update_reference_each_epoch`. A `fitness` function takes
-            a `LikelihoodEvaluation`; the default fitness, "loss", is minus the mean negative log-likelihood of a
-            held-out completion token. For preference tuning, pass the folder at `elite_path` to a DPO agent's
-            `load_checkpoint`. The base gives the sample answers before tuning.
+        **arguments: Those of `finetune_llm_preference` except `update_reference_each_epoch` and `guards`. A `fitness`
+            function takes a `LikelihoodEvaluation`; the default fitness, "loss", is minus the mean negative
+            log-likelihood of a held-out completion token. For preference tuning, pass the folder at `elite_path` to a
+            DPO agent's `load_checkpoint`. The base gives the sample answers before tuning.
 
     Returns:
         The population after the run, and for each agent the first component of its last fitness: with the default

@@ -22,7 +22,7 @@ from evollm import (
     TournamentSelection,
     finetune_llm_preference,
 )
-from evollm.hpo import Evaluation
+from evollm.hpo import Evaluation, rank
 
 HP_CONFIG = HyperparameterConfig(
     lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5), nll_alpha=RLParameter(0.01, 1.0)
@@ -246,6 +246,33 @@ def test_a_fitness_of_the_users_decides(make_population, tokenizer, evolution, t
     assert first.best == smallest
 
 
+def test_an_agent_that_breaks_a_guard_is_behind_all_that_hold_it(
+    make_population, tokenizer, evolution, tmp_path
+) -> None:
+    free, held = Record(), Record()
+    run_population(make_population, tokenizer, evolution, tmp_path / "free", callbacks=[free])
+    first = next(event for kind, event in free.events if kind == "on_evaluation")
+    drifts = {index: one.chosen_logratios.mean() for index, one in first.evaluations.items()}
+    assert len(drifts) > 1
+    # All but one agent break this guard; the others are ranked by how far they are from it.
+    guards = {"min_chosen_logratio": float(max(drifts.values()))}
+    run_population(make_population, tokenizer, evolution, tmp_path / "held", callbacks=[held], guards=guards)
+    guarded = next(event for kind, event in held.events if kind == "on_evaluation")
+    positions = rank(list(guarded.fitnesses.values()))
+    assert [list(guarded.fitnesses)[place] for place in positions] == sorted(drifts, key=drifts.get, reverse=True)
+    assert guarded.best == max(drifts, key=drifts.get)
+    assert guarded.fitnesses[guarded.best] == first.fitnesses[guarded.best]
+    with pytest.raises(ConfigurationError, match=r"options\.guards\.min_chosen_logratio: .* then, -3\.0 now"):
+        run_population(
+            make_population,
+            tokenizer,
+            evolution,
+            None,
+            resume_from_checkpoint=tmp_path / "held",
+            guards={"min_chosen_logratio": -3.0},
+        )
+
+
 def test_the_reference_follows_the_actor_when_asked_to(make_agent, gym, quiet) -> None:
     fixed, following = make_agent(), make_agent()
     before = adapter_bits(fixed.base)[fixed.adapter("reference")]
@@ -300,6 +327,7 @@ def bad_run(make_population, tokenizer, **changes):
         ({"fitness": "acuracy"}, "fitness='acuracy': is no fitness of this algorithm; the nearest is 'accuracy'"),
         ({"fitness": "loss"}, "fitness='loss'"),
         ({"fitness": 5}, "fitness=5"),
+        ({"guards": {"max_chosen_logratio": 5}}, "guards.max_chosen_logratio=5: is no parameter; the nearest known"),
         ({"fitness": lambda evaluation: [1]}, "fitness=[1]"),
         ({"callbacks": [5]}, "callbacks=[5]"),
         ({"callbacks": 5}, "callbacks=5"),

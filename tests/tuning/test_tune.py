@@ -263,6 +263,22 @@ def test_a_fitness_is_chosen_by_its_name(tune, tmp_path, name) -> None:
     assert read_tune_arguments(tmp_path / "run").settings["fitness"] == name
 
 
+def test_guards_are_a_setting_of_tune_and_an_agent_that_has_to_break_one_is_told_of(tune, tmp_path) -> None:
+    guards = {"min_chosen_logratio": 50}
+    with pytest.warns(UserWarning, match="every agent breaks a guard: take a weaker bound"):
+        tune(generations=2, guards=guards)
+    assert read_tune_arguments(tmp_path / "run").settings["guards"] == guards
+    record = read_run(tmp_path / "run")
+    assert {one.fitness[0] for one in record.evaluations} == {-1e9}
+    nearest = max(record.latest_evaluation, key=lambda one: one.pairs.chosen_logratios.mean())
+    assert record.winner == nearest.agent
+
+
+def test_examples_have_no_guards(tune) -> None:
+    with pytest.raises(ConfigurationError, match=r"guards=.*is no parameter"):
+        tune(make_examples(40), algorithm="sft", guards={"min_chosen_logratio": -3})
+
+
 @pytest.mark.parametrize("model", [None, 3, make_rows(2), {"name": "x"}, torch.nn.Linear(2, 2)])
 def test_what_is_no_model_is_refused_before_data_are_read(model) -> None:
     with pytest.raises(ConfigurationError, match=r"model=.*: must be a hub name, a folder, or a loaded language model"):
