@@ -19,6 +19,7 @@ from evollm.hpo.mutation import Mutation, Mutations, format_value, mutate
 from evollm.hpo.optuna_search import OptunaSearch
 from evollm.hpo.pb2 import PB2
 from evollm.hpo.population_based_training import PopulationBasedTraining
+from evollm.hpo.racing import growing_subsets, survivors
 from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.scores import (
     LIKELIHOOD_FITNESSES,
@@ -74,6 +75,7 @@ __all__ = [
     "check_population",
     "fitness_named",
     "format_value",
+    "growing_subsets",
     "guards_of",
     "is_finite",
     "likelihood_fitness",
@@ -87,4 +89,5 @@ __all__ = [
     "scale_free_log_loss",
     "search_of",
     "select_parents",
+    "survivors",
 ]
