@@ -6,7 +6,7 @@ trains the default settings and 16 random configurations to the end for each see
 scores on every pair at every rung: a sweep that has been recorded already is left out, so hours can be spread.
 
 Data are files of the form of hh-rlhf (`chosen` and `rejected` texts of turns that begin with Human: and Assistant:).
-The data set `tiny` is rule-made, with a model of two layers: hundreds of searches in minutes.
+The data set `tiny` is rule-made, with a model of two layers and sizes of its own: dozens of searches in minutes.
 Files are split by dialogue; configurations are compared on the selection pairs, and the final pairs select nothing.
 """
 
@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,9 @@ from searching.sweep import Sweep, record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evollm.demo import demo_model
+
+# Of the data's own sizes, those that the command line may change.
+SIZES = ("train", "selection", "final", "batch_size", "longest")
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,14 @@ class Job:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     options = _parse(arguments)
-    sizes = Sizes(
-        train=options.train,
-        selection=options.selection,
-        final=options.final,
-        batch_size=options.batch_size,
-        longest=options.longest,
-    )
+    changed = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
     jobs = [
         Job(
             what=what,
             data=data,
             seed=seed,
             out=options.out,
-            sizes=sizes,
+            sizes=replace(tiny.SIZES if str(data) == "tiny" else Sizes(), **changed),
             model=options.model,
             device=options.device,
             dtype=options.dtype,
@@ -156,9 +153,18 @@ def _real(job: Job) -> Sweep:
 def _tiny(job: Job) -> Sweep:
     drawn = iter(tiny.rows(sum(job.sizes.splits), job.seed))
     train, selection, final = ([next(drawn) for _ in range(size)] for size in job.sizes.splits)
+    budget = job.token_budget or tiny.TOKEN_BUDGET
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     return Sweep(
-        "tiny", tiny.network(), tiny.tokenizer(), (train, selection, final), job.sizes, job.seed, tiny.BOUNDS, lora
+        "tiny",
+        tiny.network(),
+        tiny.tokenizer(),
+        (train, selection, final),
+        job.sizes,
+        job.seed,
+        tiny.BOUNDS,
+        lora,
+        budget,
     )
 
 
@@ -175,9 +181,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--token-budget", type=int)
     parser.add_argument("--recompute", action="store_true", help="recompute activations, so that more searches fit")
     parser.add_argument("--answers", action="store_true", help="sample answers, for their lengths")
-    sizes = Sizes()
-    for name in ("train", "selection", "final", "batch_size", "longest"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(sizes, name))
+    for name in SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--founders", type=int, default=16)
     return parser.parse_args(arguments)
 

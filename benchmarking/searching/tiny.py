@@ -1,12 +1,13 @@
-"""A problem that is searched in seconds: rule-made pairs with noisy labels, and a two-layer model that knows the words.
+"""A problem that is searched in seconds: rule-made pairs with noisy labels, and a two-layer model that knows topics.
 
-A completion is worth the mean of its words' values plus a bonus for words that it takes from the prompt; the better
-one is chosen with the probability of Bradley and Terry (1952), so that labels are wrong as often as people's are.
+Words belong to topics, and a text mostly stays with its topic; the model learns so much before. A completion is worth
+the sum of its words' values, which depend mostly on their topics, and a bonus for each word of the prompt's topic: a
+policy that drifts towards the valuable topics loses sight of the prompt. The better completion is chosen with the
+probability of Bradley and Terry (1952): whoever knows all values agrees with 4 of 5 labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,48 +17,70 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evollm import HyperparameterConfig, RLParameter
+from searching.problem import Sizes
+from searching.records import Array
 
-WORDS = 48
-PROMPT, COMPLETION = 6, (4, 8)
-# Of a word, by its number modulo their count.
-VALUES = np.array([1.0, -1.0, 0.5, -0.5])
-SHARPNESS = 5.0
-BONUS = 1.0
+TOPICS, WORDS = 8, 64
+PROMPT, COMPLETION = 6, (6, 10)
+STAYS, ANSWERS = 0.8, 0.5
+RELEVANCE, SHARPNESS = 0.8, 1.3
 PRETRAINING_STEPS = 400
 # Small models want larger rates.
-BOUNDS = HyperparameterConfig(lr=RLParameter(1e-4, 3e-2), beta=RLParameter(0.03, 0.5), nll_alpha=RLParameter(0.01, 1.0))
+BOUNDS = HyperparameterConfig(lr=RLParameter(5e-4, 1e-1), beta=RLParameter(0.03, 0.5), nll_alpha=RLParameter(0.01, 1.0))
+SIZES = Sizes(train=512, selection=128, final=800, batch_size=16)
+# Passes of many members, since one of few costs as much.
+TOKEN_BUDGET = 16384
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:
     """Pairs in random order."""
     rng = np.random.default_rng([seed, 3])
-    return [_row(rng) for _ in range(count)]
+    topics, prompts = _prompts(rng, count)
+    sides = [_completions(rng, topics) for _ in range(2)]
+    first, second = (_worth(side, topics) for side in sides)
+    is_first = rng.random(count) < 1 / (1 + np.exp(-SHARPNESS * (first - second)))
+    chosen, rejected = (np.where(better[:, None], *sides) for better in (is_first, ~is_first))
+    return [
+        {"prompt": _spell(prompt), "chosen": " " + _spell(good), "rejected": " " + _spell(bad)}
+        for prompt, good, bad in zip(prompts, chosen, rejected, strict=True)
+    ]
 
 
-def _row(rng: np.random.Generator) -> dict[str, str]:
-    prompt = rng.integers(WORDS, size=PROMPT)
-    sides = [rng.permutation(np.concatenate([_text(rng), rng.choice(prompt, rng.integers(3))])) for _ in range(2)]
-    first, second = (_worth(side, prompt) for side in sides)
-    if rng.random() > 1 / (1 + np.exp(-SHARPNESS * (first - second))):
-        sides.reverse()
-    chosen, rejected = (" " + _spell(side) for side in sides)
-    return {"prompt": _spell(prompt), "chosen": chosen, "rejected": rejected}
+def _prompts(rng: np.random.Generator, count: int) -> tuple[Array, Array]:
+    """(count,) topics and (count, PROMPT) words."""
+    topics = rng.integers(TOPICS, size=count)
+    return topics, _texts(rng, topics, PROMPT)
 
 
-def _worth(words: np.ndarray, prompt: np.ndarray) -> float:
-    return float(VALUES[words % len(VALUES)].mean() + BONUS * np.isin(words, prompt).mean())
+def _completions(rng: np.random.Generator, topics: Array) -> Array:
+    """(count, longest) words, WORDS after the end; half of them begin with any topic."""
+    begins = np.where(rng.random(len(topics)) < ANSWERS, topics, rng.integers(TOPICS, size=len(topics)))
+    shortest, longest = COMPLETION
+    lengths = rng.integers(shortest, longest + 1, size=len(topics))
+    return np.where(np.arange(longest) < lengths[:, None], _texts(rng, begins, longest), WORDS)
 
 
-def _text(rng: np.random.Generator) -> np.ndarray:
-    """Words in which each is likely to be followed by its neighbours."""
-    words = [int(rng.integers(WORDS))]
-    for _ in range(int(rng.integers(*COMPLETION)) - 1):
-        words.append(int(words[-1] + rng.integers(1, 6)) % WORDS if rng.random() < 0.7 else int(rng.integers(WORDS)))
-    return np.array(words)
+def _texts(rng: np.random.Generator, topics: Array, length: int) -> Array:
+    """(texts, length) words; the next is of the same topic with probability `STAYS`, and else of any."""
+    columns = []
+    for _ in range(length):
+        topics = np.where(rng.random(len(topics)) < STAYS, topics, rng.integers(TOPICS, size=len(topics)))
+        columns.append(topics * (WORDS // TOPICS) + rng.integers(WORDS // TOPICS, size=len(topics)))
+    return np.stack(columns, axis=1)
 
 
-def _spell(words: np.ndarray) -> str:
-    return " ".join(f"w{word}" for word in words)
+def _worth(completions: Array, topics: Array) -> Array:
+    """(count,) sums of values over the root of the length, so that labels of long completions are no surer."""
+    rng = np.random.default_rng(7)
+    of_topics = rng.permutation(np.linspace(-1, 1, TOPICS))
+    values = np.append(of_topics.repeat(WORDS // TOPICS) + 0.3 * rng.standard_normal(WORDS), 0.0)
+    relevant = completions // (WORDS // TOPICS) == topics[:, None]
+    lengths = (completions < WORDS).sum(axis=1)
+    return (values[completions] + RELEVANCE * relevant).sum(axis=1) / np.sqrt(lengths)
+
+
+def _spell(words: Array) -> str:
+    return " ".join(f"w{word}" for word in words if word < WORDS)
 
 
 @cache
@@ -83,27 +106,18 @@ def network() -> Any:
         eos_token_id=WORDS,
         pad_token_id=WORDS,
     )
+    rng = np.random.default_rng(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for batch in _texts(PRETRAINING_STEPS, 64):
-            model(input_ids=batch, labels=batch).loss.backward()
+        for _ in range(PRETRAINING_STEPS):
+            topics, prompts = _prompts(rng, 64)
+            end = np.full((64, 1), WORDS)
+            batch = torch.tensor(np.concatenate([prompts, _completions(rng, topics), end], axis=1))
+            is_padding = torch.zeros_like(batch, dtype=torch.bool)
+            is_padding[:, 1:] = (batch[:, 1:] == WORDS) & (batch[:, :-1] == WORDS)
+            model(input_ids=batch, labels=batch.masked_fill(is_padding, -100)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     return model.requires_grad_(False).eval()
-
-
-def _texts(count: int, size: int) -> Iterator[torch.Tensor]:
-    """Batches of prompts with a completion that takes words from the prompt or not."""
-    rng = np.random.default_rng(1)
-    for _ in range(count):
-        lines = []
-        for _ in range(size):
-            row = _row(rng)
-            line = [
-                int(word[1:])
-                for word in f"{row['prompt']}{row['rejected' if rng.random() < 0.5 else 'chosen']}".split()
-            ]
-            lines.append([*line, *[WORDS] * (PROMPT + COMPLETION[1] + 3 - len(line))])
-        yield torch.tensor(lines)
