@@ -1,0 +1,138 @@
+"""Recorded searches at a toy size: a seed gives one record, a damaged file is refused, splits share no dialogue."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import search
+from searching import tiny
+from searching.problem import read_dialogues, split_by_dialogue
+from searching.records import Record
+
+PAIRS = {"train": 32, "selection": 6, "final": 10}
+# Eight steps, so that the rungs are different steps.
+BATCH_SIZE = 4
+SMALL = [part for name, count in PAIRS.items() for part in (f"--{name}", str(count))]
+SMALL += ["--batch-size", str(BATCH_SIZE)]
+
+
+@pytest.fixture(autouse=True)
+def untrained(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few steps of pretraining."""
+    monkeypatch.setattr(tiny, "PRETRAINING_STEPS", 2)
+    tiny.network.cache_clear()
+    yield
+    tiny.network.cache_clear()
+
+
+def searched(what: str, out: Path, *more: str) -> Record:
+    search.main([what, "--data", "tiny", "--dtype", "float32", "--seeds", "3", "--out", str(out), *SMALL, *more])
+    return Record.load(out / f"{what}-tiny-3.npz")
+
+
+def bits(record: Record) -> dict[str, bytes]:
+    """All but when and how fast."""
+    arrays = {name: value.tobytes() for name, value in vars(record).items() if name != "about"}
+    about = {name: value for name, value in record.about.items() if name not in {"seconds", "date"}}
+    return {**arrays, "about": json.dumps(about).encode()}
+
+
+def test_a_record_holds_every_configuration_at_every_rung_and_the_same_seed_gives_it_again(tmp_path: Path) -> None:
+    first = searched("record", tmp_path / "first", "--founders", "2")
+    kinds = [founder["kind"] for founder in first.about["founders"]]
+    assert kinds == ["default", "random", "random", *["grid"] * 8]
+    founders, rungs, candidates = len(kinds), 4, len(first.about["candidates"])
+    assert first.selection.shape == (founders, rungs, 2, PAIRS["selection"])
+    assert first.final.shape == (founders, 2, PAIRS["final"])
+    assert first.candidates_final.shape == (candidates, 2, PAIRS["final"])
+    assert candidates > 0
+    assert first.losses.shape == (founders, PAIRS["train"] // BATCH_SIZE)
+    assert first.about["sizes"]["rung_steps"] == [1, 2, 4, 8]
+    assert not np.array_equal(first.final[1], first.final[2]), "configurations differ"
+    assert bits(first) == bits(searched("record", tmp_path / "second", "--founders", "2"))
+    other = tmp_path / "first" / "record-tiny-3.npz"
+    before = other.stat().st_mtime_ns
+    searched("record", tmp_path / "first")
+    assert other.stat().st_mtime_ns == before, "a record that is there is not made again"
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    none = np.zeros(0)
+    path = tmp_path / "record.npz"
+    Record({"seed": 1}, *[none] * 10).save(path)
+    assert Record.load(path).about == {"seed": 1}
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(SystemExit, match="damaged"):
+        Record.load(path)
+
+
+def test_a_tournament_scores_its_last_population(tmp_path: Path) -> None:
+    record = searched("tournament", tmp_path)
+    members = len(record.about["members"])
+    assert record.final.shape == (members, 2, PAIRS["final"])
+    assert record.selection.shape[-1] == PAIRS["selection"]
+    assert len(record.about["births"]) > 0
+    assert np.isfinite(record.final).all()
+
+
+def dialogue(question: str, *turns: str) -> str:
+    speakers = ["Human", "Assistant"] * len(turns)
+    return "".join(f"\n\n{who}: {text}" for who, text in zip(speakers, [question, *turns], strict=False))
+
+
+def test_splits_share_no_dialogue_and_pairs_that_differ_earlier_are_left_out(tmp_path: Path) -> None:
+    rows = []
+    for number in range(30):
+        question = f"question {number}?"
+        # Two pairs of one dialogue, the second a turn further on.
+        rows.append((dialogue(question, "good"), dialogue(question, "bad")))
+        rows.append((dialogue(question, "good", "and?", "fine"), dialogue(question, "good", "and?", "no")))
+    kept = len(rows)
+    rows.append((dialogue("where?", "here", "sure?", "yes"), dialogue("where?", "there", "sure?", "no")))
+    rows.append((dialogue("same?", "yes"), dialogue("same?", "yes")))
+    path = tmp_path / "pairs.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"chosen": good, "rejected": bad}) + "\n" for good, bad in rows)
+
+    found = read_dialogues(path)
+    assert len(found) == kept
+    assert found[1]["rejected"] == [
+        {"role": "user", "content": "question 0?"},
+        {"role": "assistant", "content": "good"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "no"},
+    ]
+    sizes = (20, 11, 9)
+    parts = split_by_dialogue(found, sizes, seed=1)
+    assert tuple(map(len, parts)) == sizes
+    questions = [{row["chosen"][0]["content"] for row in part} for part in parts]
+    assert all(not first & second for first, second in combinations(questions, 2))
+    assert parts == split_by_dialogue(found, sizes, seed=1)
+    assert parts != split_by_dialogue(found, sizes, seed=2)
+    with pytest.raises(SystemExit, match="do not suffice"):
+        split_by_dialogue(found, (50, 20), seed=1)
+
+
+def agreement(rows: Sequence[dict[str, str]]) -> float:
+    """The share of pairs whose label agrees with the sum of the words' values, without the bonus for the prompt."""
+    words = [[[int(word[1:]) for word in row[side].split()] for side in ("chosen", "rejected")] for row in rows]
+    width = tiny.COMPLETION[1]
+    sides = [np.array([[*pair[side], *[tiny.WORDS] * (width - len(pair[side]))] for pair in words]) for side in (0, 1)]
+    nowhere = np.full(len(rows), -1)
+    good, bad = (tiny._worth(side, nowhere) for side in sides)
+    return float((good > bad).mean())
+
+
+def test_rule_made_pairs_depend_on_the_seed_alone_and_their_labels_are_noisy() -> None:
+    rows = tiny.rows(2000, 0)
+    assert rows == tiny.rows(2000, 0)
+    assert rows[:50] != tiny.rows(50, 1)
+    assert 0.65 < agreement(rows) < 0.85
