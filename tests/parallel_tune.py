@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from conftest import make_rows
 from parallel_run import make_small_model
+from snapshots import actor_bits
 from tokenizers_for_tests import make_tokenizer
 
 from evollm import tune
@@ -38,11 +39,19 @@ def main() -> None:
         data_batch_size_per_gpu=2,
         num_sample_answers=0,
         verbose=False,
+        # So that the first evaluation is the best.
+        fitness=lambda evaluation: -evaluation.mean_margin,
         accelerator=accelerator,
         run_dir=folder,
     )
     report = result.report and result.report.name
-    given = {"best": result.best.index, "schedule": result.schedule, "report": report}
+    given = {
+        "best": result.best.index,
+        "steps": result.best.steps,
+        "bits": actor_bits(result.best),
+        "schedule": result.schedule,
+        "report": report,
+    }
     (folder / f"held-{accelerator.process_index}.json").write_text(json.dumps(given))
 
 

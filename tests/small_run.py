@@ -90,7 +90,7 @@ def digest(folder: Path, steps: int = STEPS) -> str:
         else:
             digest.update(repr(value).encode())
 
-    for agent in population.agents:
+    for agent in [*population.agents, population.best_so_far]:
         add({role: dict(state.tensors) for role, state in agent.adapters.items()})
         add(dict(agent.attributes))
         add(agent.optimizer)

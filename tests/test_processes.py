@@ -90,7 +90,7 @@ def test_tune_gives_every_process_the_winner_and_its_schedule(launch, tmp_path) 
     assert first == second
     record = read_run(tmp_path / "run")
     assert len(record.evolutions) == 1
-    assert first["best"] == record.winner
+    assert (first["best"], first["steps"]) == (record.winner, record.ended.best_step) == (record.winner, 1)
     assert first["schedule"] == [[step, values] for step, values in record.schedule]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from evollm.checkpoints.agent import ATTRIBUTES
 from evollm.checkpoints.agent import CONFIG as ADAPTER
 from evollm.checkpoints.atomic import existing_folder
-from evollm.checkpoints.steps import STATE, has_populations, newest_population, read_state
+from evollm.checkpoints.steps import BEST_SO_FAR, STATE, has_populations, newest_population, read_state
 from evollm.checks import expanded, usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import EvolutionPlan, Fitness, is_finite, rank
@@ -90,7 +90,7 @@ def best_of_run(run_dir: Path, elite: Path, checkpoints: Path) -> FoundAgent:
 
 
 def best_of_checkpoint(folder: Path, what: str) -> FoundAgent:
-    """The best agent of a checkpoint, by the last scores before it was written.
+    """The best agent of a checkpoint: the best of its members, or the copy of an agent that was better before.
 
     Args:
         folder: The checkpoint.
@@ -104,6 +104,8 @@ def best_of_checkpoint(folder: Path, what: str) -> FoundAgent:
     try:
         known = {int(index): tuple(map(float, found)) for index, found in state.get("fitnesses", {}).items()}
         plans = [EvolutionPlan.from_dict(plan) for plan in state.get("evolutions", [])]
+        kept = state.get("best") or {"index": 0, "step": 0, "fitness": ["nan"]}
+        index, step, fitness = int(kept["index"]), int(kept["step"]), tuple(map(float, kept["fitness"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: {STATE} is not a population's: {error!r}") from error
     if not names:
@@ -112,6 +114,9 @@ def best_of_checkpoint(folder: Path, what: str) -> FoundAgent:
     numbers = [int(name.removeprefix("agent-")) for name in names]
     fitnesses = [_fitness(number, known, parents) for number in numbers]
     best = rank(fitnesses)[0]
+    if is_finite(fitness) and rank([fitnesses[best], fitness])[0] == 1:
+        remark = f"{what}: agent {index} is taken as it was after step {step}, at the best evaluation so far"
+        return FoundAgent(inside(folder, BEST_SO_FAR), remark, index, step)
     how = "the best" if is_finite(fitnesses[best]) else "the first, since none has been scored,"
     remark = f"{what}: agent {numbers[best]} is taken, {how} of the checkpoint of step {state['step']}"
     return FoundAgent(inside(folder, names[best]), remark, numbers[best], state["step"])

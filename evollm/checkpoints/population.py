@@ -12,9 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from evollm.checkpoints.agent import AgentFolder, read_adapter, read_agent_folder, write_adapter, write_agent
+from evollm.checkpoints.agent import (
+    ATTRIBUTES,
+    AgentFolder,
+    read_adapter,
+    read_agent_folder,
+    write_adapter,
+    write_agent,
+)
 from evollm.checkpoints.atomic import existing_folder, replace_folder, seal, verify
-from evollm.checkpoints.steps import ARRAYS, STATE, read_arrays, read_state
+from evollm.checkpoints.steps import ARRAYS, BEST_SO_FAR, STATE, read_arrays, read_state
 from evollm.errors import CheckpointError
 from evollm.models import AdapterState
 from evollm.models.reference_cache import ReferenceCache
@@ -33,6 +40,7 @@ class Population:
         arrays: State that is not JSON.
         fixed_reference: The reference adapter of the scores, if it is not the reference of an agent.
         reference_logprobs: The cached reference log-probs.
+        best_so_far: The agent of the best evaluation so far, as it was then; None if there was no evaluation.
     """
 
     agents: Sequence[AgentFolder]
@@ -40,21 +48,25 @@ class Population:
     arrays: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     fixed_reference: AdapterState | None = None
     reference_logprobs: ReferenceCache = field(default_factory=ReferenceCache)
+    best_so_far: AgentFolder | None = None
 
 
 def write_population(path: Path, population: Population, base_name: str) -> None:
     """Write a population's folder; after a failure there is the old folder, or none.
 
-    Each agent has a subfolder `agent-<index>`, which is a complete checkpoint of the agent.
+    Each agent has a subfolder `agent-<index>`, which is a complete checkpoint of the agent; so is the subfolder `best`.
 
     Args:
         path: Folder to write or replace.
         population: The contents.
         base_name: Name or path of the base model, which PEFT reads from `adapter_config.json`.
     """
-    names = [f"agent-{agent.attributes['index']}" for agent in population.agents]
+    agents = {f"agent-{agent.attributes['index']}": agent for agent in population.agents}
+    names = list(agents)
+    if population.best_so_far is not None:
+        agents[BEST_SO_FAR] = population.best_so_far
     with replace_folder(path) as folder:
-        for name, agent in zip(names, population.agents, strict=True):
+        for name, agent in agents.items():
             (folder / name).mkdir()
             write_agent(folder / name, agent, base_name)
             seal(folder / name)
@@ -87,4 +99,5 @@ def read_population(path: Path) -> Population:
         read_arrays(path),
         read_adapter(path / FIXED_REFERENCE) if has_reference else None,
         cache,
+        read_agent_folder(path / BEST_SO_FAR) if f"{BEST_SO_FAR}/{ATTRIBUTES}" in files else None,
     )

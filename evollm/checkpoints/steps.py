@@ -19,6 +19,8 @@ from evollm.own_files import inside, read_bytes
 
 STATE = "population.json"
 ARRAYS = "population.safetensors"
+# The folder, in a checkpoint, of the agent of the best evaluation so far.
+BEST_SO_FAR = "best"
 REQUIRED = frozenset({"step", "agents"})
 # A pattern of the names that a run gives to its checkpoints.
 STEP_FOLDER = r"step-\d{6,}"

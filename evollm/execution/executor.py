@@ -21,6 +21,8 @@ from evollm.hpo.hyperparameters import to_lower
 from evollm.runs.events import SampleAnswer, StepDone
 
 Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
+# The index by which `evaluate`, `save_agent`, `answers` and `agent` name the copy that `keep_best` made.
+BEST_SO_FAR = -1
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,12 @@ class Executor(Protocol):
             The evaluation of each member by index, with values for each row.
         """
 
+    def keep_best(self, index: int) -> None:
+        """Copy a member as the best of the run so far, in place of the copy before; `save` and `load` include the copy.
+
+        The run reads the copy once, at its end, by the index `BEST_SO_FAR`.
+        """
+
     def note_scores(self, scores: Mapping[int, float]) -> None:
         """Add the first component of each member's fitness to the member's history, which children inherit."""
 
@@ -199,8 +207,11 @@ class Executor(Protocol):
             The answers; an empty list outside the main process, unless a sharded base makes all processes generate.
         """
 
+    def agent(self, index: int) -> Any:
+        """Return one live agent for the caller of the run; the run itself does not use live agents."""
+
     def population(self) -> list[Any]:
-        """Return the members as live agents for the caller of the run; the run itself does not use live agents."""
+        """Return the members as live agents for the caller of the run."""
 
     def close(self) -> None:
         """Free the memory that only the run needed; the agents stay usable."""

@@ -21,7 +21,7 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder, Population
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.execution.carry_out import carry_out
-from evollm.execution.executor import Description, Member
+from evollm.execution.executor import BEST_SO_FAR, Description, Member
 from evollm.hpo import AnyEvaluation, Birth
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
@@ -64,6 +64,9 @@ class Worker:
         self._done = 0
         # A worker without members keeps one agent here, to clone new members from.
         self._spare: list[SavableAgent] = []
+        # The best agent of the run so far, as plain data on the CPU, and as a live agent once that is asked for.
+        self.best_so_far: AgentFolder | None = None
+        self._live_best: SavableAgent | None = None
 
     def describe(self) -> Description:
         """Describe the agents and their data; see `Executor.describe`."""
@@ -108,7 +111,12 @@ class Worker:
         ]
 
     def agent(self, index: int) -> SavableAgent:
-        """The agent with an index."""
+        """The agent with an index; `BEST_SO_FAR`: the copy that `keep_best` made."""
+        if index == BEST_SO_FAR and self.best_so_far is not None:
+            if self._live_best is None:
+                self._live_best = (self.agents or self._spare)[0].clone()
+                self._live_best.load_folder(self.best_so_far, overwrite_reference_adapter=False)
+            return self._live_best
         return next(agent for agent in self.agents if agent.index == index)
 
     def begin(
@@ -158,11 +166,18 @@ class Worker:
         """Evaluate this worker's agents on a split, ignoring `indices` of other workers; see `Executor.evaluate`."""
         going = [agent.index for agent in self.agents if not agent.diverged]
         wanted = going if indices is None else indices
-        agents = [agent for index in wanted for agent in self.agents if agent.index == index]
-        if not agents:
+        present = {agent.index for agent in self.agents} | ({BEST_SO_FAR} if self.best_so_far is not None else set())
+        here = [index for index in wanted if index in present]
+        if not here:
             return {}
-        found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference)
-        return {agent.index: evaluation for agent, evaluation in zip(agents, found, strict=True)}
+        found = self._algorithm.evaluate([self.agent(index) for index in here], self.env, split, self._fixed_reference)
+        return dict(zip(here, found, strict=True))
+
+    def keep_best(self, index: int) -> None:
+        """Copy an agent as the best so far; forget the copy before, also if another worker has the agent."""
+        here = any(agent.index == index for agent in self.agents)
+        self.best_so_far = _on_cpu(self.agent(index).to_folder()) if here else None
+        self._live_best = None
 
     def note_scores(self, scores: Mapping[int, float]) -> None:
         """Add each agent's score to its history; see `Executor.note_scores`."""
@@ -234,6 +249,7 @@ class Worker:
             state,
             fixed_reference=self.base.adapters.export(str(self._fixed_reference)) if moves else None,
             reference_logprobs=self.base.reference_cache,
+            best_so_far=self.best_so_far,
         )
 
     def restore(self, saved: Population) -> None:
@@ -257,6 +273,7 @@ class Worker:
             self._shares.release()
             self._fixed_reference = self.base.adapters.frozen(saved.fixed_reference, REFERENCE)
             self._shares["fixed_reference"] = self._fixed_reference
+        self.best_so_far, self._live_best = saved.best_so_far, None
         self._began_as = saved.state["began_as"]
         self._done = saved.state.get("step", 0)
         self.env.load_state_dict(saved.state["env"])
@@ -287,8 +304,9 @@ class Worker:
         ]
 
     def close(self) -> None:
-        """Free the fixed reference and the spare agent; the agents stay usable."""
+        """Free the fixed reference, the spare agent and the copy of the best agent; live agents stay usable."""
         self._shares.release()
+        self.best_so_far = self._live_best = None
         for agent in self._spare:
             agent.release()
         self._spare = []
@@ -297,6 +315,19 @@ class Worker:
 def _fingerprint(folder: AgentFolder) -> str:
     actor = folder.adapter(ACTOR)
     return adapter_fingerprint(actor.config, actor.tensors)
+
+
+def _on_cpu(folder: AgentFolder) -> AgentFolder:
+    """A copy with the moments on the CPU; the adapters of a folder are copies on the CPU already."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.detach().to("cpu", copy=True)
+        if isinstance(value, Mapping):
+            return {key: copied(one) for key, one in value.items()}
+        return [copied(one) for one in value] if isinstance(value, list) else copy.deepcopy(value)
+
+    return replace(folder, attributes=copy.deepcopy(folder.attributes), optimizer=copied(folder.optimizer))
 
 
 def learn_all(agents: Sequence[SavableAgent], batch: Any) -> dict[int, dict[str, float]]:

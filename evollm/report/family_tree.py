@@ -41,7 +41,7 @@ class Node:
         on_line: Whether the agent is the winner or an ancestor of it.
         culled: Whether the next generation has neither the agent nor a child of it.
         diverged: Whether the agent has diverged in this generation.
-        score: The last evaluation of the agent in this generation, None if there was none.
+        score: The winner's evaluation, or the last one of the agent in this generation; None if there was none.
     """
 
     generation: int
@@ -77,9 +77,12 @@ def family_tree(record: RunRecord) -> list[Node]:
     nodes: list[Node] = []
     rows: dict[int, int] = {}
     scores = {(scored.generation, scored.agent): scored for scored in record.evaluations}
+    if record.winning_evaluation is not None:
+        scores[record.winner_generation, record.winning_evaluation.agent] = record.winning_evaluation
     for generation, births in enumerate(record.generations):
         # The youngest agent of the winner's line that is not born later than this generation.
-        on_line = next((one.birth.index for one in reversed(record.line) if one.generations[0] <= generation), None)
+        line = reversed(record.line) if generation <= record.winner_generation else ()
+        on_line = next((one.birth.index for one in line if one.generations[0] <= generation), None)
         ordered = sorted(
             births,
             key=lambda birth: (
@@ -133,7 +136,7 @@ def tree_picture(record: RunRecord) -> Picture:
             start = left(node.generation - 1) + (BOX[0] if boxed else width / 2)
             _connect(axes, (start, middle(node.parent_row)), (end, middle(node.row)), node.on_line)
     for node in nodes:
-        is_winner = node.generation == columns - 1 and node.birth.index == record.winner
+        is_winner = node.generation == record.winner_generation and node.birth.index == record.winner
         x, y = left(node.generation), middle(node.row)
         if boxed:
             _box(axes, node, _score(node, record.words), x, y, is_winner=is_winner)

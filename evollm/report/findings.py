@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evollm.hpo import AnyEvaluation, is_finite, rank
+from evollm.hpo import AnyEvaluation, rank
 from evollm.report.statistics import Interval, few_rows, paired_difference, score_interval
 from evollm.runs.record import RunRecord, Scored
 from evollm.runs.words import Score, Words
@@ -57,7 +57,8 @@ def compare(record: RunRecord) -> list[Comparison]:
     ended = record.ended
     if ended is None or "after" not in ended.pairs:
         return []
-    names = {"before": "the untuned model", "runner_up": f"the runner-up, agent {ended.runner_up}"}
+    second = "the best agent at the end" if ended.best_step < ended.step else "the runner-up"
+    names = {"before": "the untuned model", "runner_up": f"{second}, agent {ended.runner_up}"}
     after, noun = ended.pairs["after"], record.words.noun
     return [
         Comparison(noun, role, against, score, paired_difference(after, ended.pairs[role], score.name))
@@ -77,10 +78,10 @@ def headline(record: RunRecord, comparisons: list[Comparison]) -> list[str]:
             sentences.append(
                 f"The best agent so far is {record.winner}, judged on the {record.words.noun}s of the selection."
             )
-        return [*sentences, *_better_before(record), *_few_rows(record)]
+        return [*sentences, *_best_step(record), *_few_rows(record)]
     if not ended.split:
         nothing = f"No held-out {record.words.noun}s were given, so nothing shows whether the model has become better."
-        return [nothing, *_better_before(record)]
+        return [nothing, *_best_step(record)]
     sentences = [_result(record, record.words.shown[0], comparisons)]
     with_runner_up = [one for one in comparisons if one.role == "runner_up"]
     if with_runner_up:
@@ -90,7 +91,7 @@ def headline(record: RunRecord, comparisons: list[Comparison]) -> list[str]:
             f"These are the {record.words.noun}s that agents were selected by, so the score is optimistic. "
             "A final_dataset gives one that nothing was selected by."
         )
-    return [*sentences, *_better_before(record), *_few_rows(record)]
+    return [*sentences, *_best_step(record), *_few_rows(record)]
 
 
 def gain_of(words: Words, before: AnyEvaluation, after: AnyEvaluation) -> str:
@@ -162,33 +163,29 @@ def signed(value: float, score: Score) -> str:
     return number if float(number) != 0 else number[1:]
 
 
-def _better_before(record: RunRecord) -> list[str]:
-    """A sentence if the winner's line had a larger fitness at an earlier evaluation, and whether it may be chance."""
-    points = record.line_evaluations
-    if not points or not is_finite(points[-1].fitness):
+def _best_step(record: RunRecord) -> list[str]:
+    """A sentence if an earlier evaluation than the last was the best: its advantage, and whether it may be chance."""
+    best, latest = record.winning_evaluation, record.latest_evaluation
+    if best is None or best.step == latest[0].step:
         return []
-    last = points[-1]
-    best = points[rank([point.fitness for point in points])[0]]
-    if not best.fitness > last.fitness:
-        return []
-    when = "now" if record.ended is None else "at the end"
-    who = "The winner's line was better earlier" if len(record.lives) > 1 else "The agent was better earlier"
-    name = f", as agent {best.agent}" if len(record.line) > 1 else ""
+    last = latest[rank([scored.fitness for scored in latest])[0]]
+    several = len(record.lives) > 1
+    text = f"The best agent is that of step {best.step} of {last.step}"
+    text += f", agent {best.agent}" if several and record.ended is None else ""
+    when = f"{'of the best one ' if several else ''}{'now' if record.ended is None else 'at the end'}"
     found = _better_in(best, last, record.words)
     if found is None:
-        values = f"a fitness of {best.fitness[0]:.4g} against {last.fitness[0]:.4g}"
-        return [f"{who}{name}: {values} {when}, after step {best.step} of {last.step}."]
+        return [f"{text}: a fitness of {best.fitness[0]:.4g} against {last.fitness[0]:.4g} {when}."]
     score, difference = found
     then, now = (_value(point.scores[score.name], score) for point in (best, last))
-    values = f"{then} against {now}{_unit(score)} {when}"
-    text = f"{who}{name}: after step {best.step} of {last.step} its {score.label} on the {record.words.noun}s of the"
-    text += f" {'selection' if len(record.lives) > 1 else 'evaluations'} was {values}"
+    text += f": its {score.label} on the {record.words.noun}s of the {'selection' if several else 'evaluations'}"
+    text += f" was {then} against {now}{_unit(score)} {when}"
     if difference is None:
         return [f"{text}."]
     low, high = (signed(end, score) for end in (difference.low, difference.high))
     if difference.includes_zero:
         return [f"{text}, which may be chance (95 % interval of the difference {low} to {high})."]
-    return [f"{text} (95 % interval of the difference {low} to {high}): fewer steps may give a better model."]
+    return [f"{text} (95 % interval of the difference {low} to {high}): fewer steps may be enough."]
 
 
 def _better_in(best: Scored, last: Scored, words: Words) -> tuple[Score, Interval | None] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evollm.errors import CheckpointError
 from evollm.hpo import Birth, format_value
-from evollm.runs import Lineage, RunRecord, read_run
+from evollm.runs import RunRecord, read_run
 from evollm.runs.record import Ended
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -65,10 +65,10 @@ def model_card(run_dir: Path, model: ExportedModel) -> str:
             scores, best = _scores(record, record.ended), record.ended.best
         else:
             raise CheckpointError(f"{run_dir}: the run has not ended; resume it with resume_from_checkpoint")
-        evolutions = [one for one in record.evolutions if model.step is None or one.step < model.step]
-        births = [birth for _, birth in Lineage(record.founders, evolutions).ancestry(best)]
+        lineage = record.lineage.before(record.winner_step if model.step is None else model.step)
+        births = [birth for _, birth in lineage.ancestry(best)]
         # If the oldest ancestor is a fresh agent, its generation is not the first.
-        line = list(enumerate(births, start=len(evolutions) + 1 - len(births)))
+        line = list(enumerate(births, start=len(lineage.evolutions) + 1 - len(births)))
         return _card(record, line, scores, model)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{run_dir} is not the folder of a run: {error!r}") from error
@@ -165,7 +165,13 @@ def _scores(record: RunRecord, ended: Ended) -> list[str]:
         return [f"No held-out {rows} were given."]
     final = ended.split == "final"
     on = f"{rows} that nothing was selected by" if final else f"the {rows} that agents were selected by"
-    head = [f"On {on}:", "", "| | before | after |", "|---|---|---|"]
+    total = record.config["schedule"]["total"]
+    at = (
+        f"After step {ended.best_step} of {int(total)}, the best evaluation, on"
+        if ended.best_step < ended.step
+        else "On"
+    )
+    head = [f"{at} {on}:", "", "| | before | after |", "|---|---|---|"]
     named = _score_names(record)
     return [*head, *(f"| {named[name]} | {before[name]:.3f} | {value:.3f} |" for name, value in after.items())]
 

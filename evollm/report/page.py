@@ -90,8 +90,10 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
     if ended is None or not ended.pairs:
         return None
     unbiased = ended.split == "final"
-    winner = f"winner ({ended.best})" if len(record.lives) > 1 else "tuned"
-    names = {"before": "untuned", "runner_up": f"runner-up ({ended.runner_up})", "after": winner}
+    earlier = f"step {ended.best_step}" if ended.best_step < ended.step else ""
+    winner = ", ".join(filter(None, ["tuned" if len(record.lives) == 1 else f"winner ({ended.best})", earlier]))
+    runner_up = f"{'best at the end' if earlier else 'runner-up'} ({ended.runner_up})"
+    names = {"before": "untuned", "runner_up": runner_up, "after": winner}
     rows = []
     for one in compare(record):
         difference, interval = one.written()

@@ -52,7 +52,7 @@ def last_evaluation_pictures(record: RunRecord) -> list[Picture]:
     for score in _recorded(record.words, latest):
         rows = {f"agent {scored.agent}": _interval(scored, score) for scored in ordered}
         colors = [
-            line_style(record, record.lives[scored.agent], on_line=scored.agent == record.winner)["color"]
+            line_style(record, record.lives[scored.agent], on_line=scored is record.winning_evaluation)["color"]
             for scored in ordered
         ]
         title = f"last evaluation: {score.title}"

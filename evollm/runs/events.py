@@ -134,17 +134,20 @@ class RunEnded:
     Attributes:
         step: Steps done.
         best: Index of the fittest agent.
+        best_step: Steps done at the fittest agent's evaluation: fewer than `step` if an earlier evaluation was better.
         best_path: Folder of the fittest agent's checkpoint, None if it was not saved.
         split: The held-out split of the scores, `final` or `test`; "" if there is none.
         before: Evaluation of the first agent before training.
         after: Evaluation of the fittest agent.
         samples: Answers before and after tuning.
-        runner_up: Index of the second fittest agent, None if no other agent has a finite fitness.
+        runner_up: Index of the second fittest agent, None if no other agent has a finite fitness. If an earlier
+            evaluation was the best, it is the fittest agent at the end, whose index may be that of `best`.
         runner_up_score: Evaluation of the second fittest agent.
     """
 
     step: int
     best: int
+    best_step: int
     best_path: Path | None
     split: str
     before: AnyEvaluation | None

@@ -35,6 +35,10 @@ class Lineage:
     founders: Sequence[Birth]
     evolutions: Sequence[Evolved]
 
+    def before(self, step: int) -> Lineage:
+        """The lineage at the evaluation after so many steps: without an evolution at that step, which comes later."""
+        return Lineage(self.founders, [evolution for evolution in self.evolutions if evolution.step < step])
+
     def ancestry(self, index: int) -> list[tuple[int, Birth]]:
         """An agent's ancestors and the agent: one birth for each generation, with the step at which it began."""
         births = ancestry([evolution.plan for evolution in self.evolutions], index)

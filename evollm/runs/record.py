@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evollm.hpo import AnyEvaluation, Birth, Fitness, is_finite, rank
+from evollm.hpo import AnyEvaluation, Birth, Fitness, is_finite
 from evollm.runs.events import Evolved, SampleAnswer
 from evollm.runs.lineage import HyperparameterSchedule, Lineage
 from evollm.runs.words import Words
@@ -54,6 +54,7 @@ class Ended:
     Attributes:
         step: Steps done.
         best: Index of the winner.
+        best_step: Steps done at the winner's evaluation; fewer than `step` if an earlier evaluation was the best.
         runner_up: Index of the second fittest agent, None if there is none.
         split: The held-out split of the scores: `final`, `test` (by which agents were selected), or "" for none.
         scores: Scores by name for the roles `before`, `after` and `runner_up`, as far as they were recorded.
@@ -63,6 +64,7 @@ class Ended:
 
     step: int
     best: int
+    best_step: int
     runner_up: int | None
     split: str
     scores: Mapping[str, Mapping[str, float]]
@@ -157,12 +159,31 @@ class RunRecord:
 
     @cached_property
     def winner(self) -> int | None:
-        """Index of the best agent; while the run has not ended, the best of its last evaluation, if any is finite."""
+        """Index of the best agent; while the run has not ended, that of its best evaluation, if any is finite."""
         if self.ended is not None:
             return self.ended.best
-        latest = self.latest_evaluation
-        ranking = rank([scored.fitness for scored in latest])
-        return latest[ranking[0]].agent if latest and is_finite(latest[ranking[0]].fitness) else None
+        return None if self.winning_evaluation is None else self.winning_evaluation.agent
+
+    @cached_property
+    def winner_step(self) -> int:
+        """Steps done at the evaluation by which the winner is the best agent; without one, all steps."""
+        if self.ended is not None:
+            return self.ended.best_step
+        return self.last_step if self.winning_evaluation is None else self.winning_evaluation.step
+
+    @property
+    def winner_generation(self) -> int:
+        """The generation of the winner's evaluation."""
+        return len(self.lineage.before(self.winner_step).evolutions)
+
+    @cached_property
+    def winning_evaluation(self) -> Scored | None:
+        """The winner's evaluation; while the run has not ended, the best so far, and the later one of equals."""
+        if self.ended is not None:
+            place = (self.ended.best_step, self.ended.best)
+            return next((scored for scored in self.evaluations if (scored.step, scored.agent) == place), None)
+        finite = [scored for scored in self.evaluations if is_finite(scored.fitness)]
+        return max(finite, key=lambda scored: (scored.fitness, scored.step), default=None)
 
     @cached_property
     def latest_evaluation(self) -> tuple[Scored, ...]:
@@ -202,13 +223,13 @@ class RunRecord:
     @property
     def schedule(self) -> HyperparameterSchedule:
         """The hyperparameters over the winner's ancestry, one entry for each change; empty without a winner."""
-        return [] if self.winner is None else self.lineage.schedule(self.winner)
+        return [] if self.winner is None else self.lineage.before(self.winner_step).schedule(self.winner)
 
     @cached_property
     def line_ends(self) -> Mapping[int, int]:
-        """For each agent of `line`, by index, the step at which its child of the line was born, or the run ended."""
-        ends = [*(life.steps[0] for life in self.line[1:]), *(life.steps[1] for life in self.line[-1:])]
-        return {life.birth.index: end for life, end in zip(self.line, ends, strict=True)}
+        """For each agent of `line`, by index, the step at which its child of the line was born, or the winner won."""
+        ends = [*(life.steps[0] for life in self.line[1:]), self.winner_step]
+        return {life.birth.index: end for life, end in zip(self.line, ends, strict=False)}
 
     @cached_property
     def line_evaluations(self) -> tuple[Scored, ...]:

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evollm.errors import shown
-from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, ancestry, format_value, rank
+from evollm.hpo import AnyEvaluation, Birth, ancestry, format_value, rank
 from evollm.pace import Pace
 from evollm.report import few_rows, gain_of
 from evollm.runs.events import (
@@ -75,14 +75,14 @@ class Console(Callback):
         self._pace: Pace | None = None
         self._births: dict[int, Birth] = {}
         self._losses: dict[int, float] = {}
-        self._plans: list[EvolutionPlan] = []
+        self._evolutions: list[Evolved] = []
         self._printed_attention: set[str] = {""}
 
     def on_start(self, event: RunStarted) -> None:
         """Print data, agents, steps and folder of the run, and start the bar."""
         self._births = {birth.index: birth for birth in event.founders}
         for evolution in event.evolutions:
-            self._apply(evolution.plan)
+            self._apply(evolution)
         agents = f"{len(self._births)} agent{'s' if len(self._births) > 1 else ''}"
         data, words = event.config["data"], Words.from_dict(event.config["words"])
         self._words = words
@@ -141,7 +141,7 @@ class Console(Callback):
 
     def on_evolution(self, event: Evolved) -> None:
         """Print the parent and the mutations of each agent."""
-        self._apply(event.plan)
+        self._apply(event)
         for birth in event.plan.births:
             parent = "" if birth.parent is None else f" <- {birth.parent}"
             self._print(f"  agent {birth.index}{parent}  {escape(birth.origin)}", soft_wrap=True)
@@ -149,9 +149,9 @@ class Console(Callback):
         if left and len(event.plan.births) != len(event.plan.fitnesses):
             self._print(f"  without heirs: {', '.join(map(str, left))}", soft_wrap=True)
 
-    def _apply(self, plan: EvolutionPlan) -> None:
-        self._plans.append(plan)
-        self._births = {birth.index: birth for birth in plan.births}
+    def _apply(self, evolution: Evolved) -> None:
+        self._evolutions.append(evolution)
+        self._births = {birth.index: birth for birth in evolution.plan.births}
 
     def on_checkpoint(self, event: Checkpointed) -> None:
         """Print the folder of the checkpoint."""
@@ -164,8 +164,11 @@ class Console(Callback):
             words, scored = self._words, (event.before, event.after)
             self._print(score_lines(words, event.split, *scored, chosen_by_score=len(self._births) > 1), soft_wrap=True)
             self._print(f"The best agent against the start: {gain_of(words, *scored)}", soft_wrap=True)
-        if self._plans:
-            self._print("Its line: " + schedule_line(ancestry(self._plans, event.best)), soft_wrap=True)
+        if event.best_step < event.step:
+            self._print(f"It is agent {event.best} after step {event.best_step} of {event.step}, the best evaluation.")
+        plans = [evolution.plan for evolution in self._evolutions if evolution.step < event.best_step]
+        if plans:
+            self._print("Its line: " + schedule_line(ancestry(plans, event.best)), soft_wrap=True)
         for sample in event.samples:
             self._print(f"\n[bold]{escape(shown(sample.prompt))}[/bold]")
             for label, answer in (("[dim]before:[/dim]", sample.before), ("[green]after:[/green]", sample.after)):

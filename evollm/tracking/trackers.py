@@ -60,7 +60,7 @@ class Tracker(Callback):
 
     def on_end(self, event: RunEnded) -> None:
         """Write the scores of the first agent before training and of the best agent after it."""
-        scores: dict[str, float] = {"best_agent": event.best}
+        scores: dict[str, float] = {"best_agent": event.best, "best_step": event.best_step}
         for when, evaluation in (("before", event.before), ("after", event.after)):
             if evaluation is not None:
                 scores |= {f"{when}/{name}": value for name, value in _scores("", evaluation).items()}

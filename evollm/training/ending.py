@@ -10,12 +10,12 @@ from pathlib import Path
 
 from evollm.checkpoints.steps import newest_population
 from evollm.errors import DivergedError, EvoLLMError
-from evollm.execution.executor import Executor, Member
+from evollm.execution.executor import BEST_SO_FAR, Executor, Member
 from evollm.hpo import Fitness, is_finite, rank
 from evollm.runs.events import RunEnded
 from evollm.training.options import RunOptions
 from evollm.training.paths import RunPaths
-from evollm.training.state import Progress
+from evollm.training.state import Best, Progress
 
 
 def final_split(rows: Mapping[str, int]) -> str:
@@ -47,17 +47,25 @@ def second_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness], best:
 def end(
     executor: Executor, progress: Progress, options: RunOptions, paths: RunPaths, rows: Mapping[str, int]
 ) -> RunEnded:
-    """Save the best agent, score the best and the second-best agent, and generate the best agent's answers."""
+    """Save the best agent, score the best and the second-best agent, and generate the best agent's answers.
+
+    The best agent is that of the best evaluation of the run. Unless it is the last evaluation, the second-best agent is
+    the best one of the last population.
+    """
     members = executor.members()
     best = best_of(members, progress.fitnesses)
-    best_path = _save_elite(executor, best, paths) if options.save_elite else None
     second = second_of(members, progress.fitnesses, best)
+    winner = Best(best, progress.step, progress.fitnesses.get(best, ()))
+    if progress.best is not None and progress.best.fitness > winner.fitness:
+        winner, best, second = progress.best, BEST_SO_FAR, best
+    best_path = _save_elite(executor, best, paths) if options.save_elite else None
     split = final_split(rows)
     podium = [index for index in (best, second) if index is not None]
     scores = executor.evaluate(split, podium) if split else {}
     return RunEnded(
         step=progress.step,
-        best=best,
+        best=winner.index,
+        best_step=winner.step,
         best_path=best_path,
         split=split,
         before=progress.before,

@@ -10,7 +10,7 @@ from typing import Any
 
 from evollm.checkpoints.steps import prune_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, EvoLLMError
-from evollm.execution.executor import Executor, check_going
+from evollm.execution.executor import BEST_SO_FAR, Executor, check_going
 from evollm.hpo import Birth, EvolutionPlan, Fitness, Guards, Result, SearchPlan, SearchStart, as_fitness
 from evollm.hpo.guards import BROKEN
 from evollm.hpo.search import check_plan, check_start
@@ -19,7 +19,7 @@ from evollm.training.ending import best_of, end, final_split
 from evollm.training.options import RunOptions, Schedule
 from evollm.training.paths import RunPaths
 from evollm.training.resume import check_nothing_to_lose, find_checkpoint, how_to_go_on, read_checkpoint
-from evollm.training.state import Progress
+from evollm.training.state import Best, Progress
 from evollm.training.stopping import StopSignals
 
 # A run that has learnt no token after this many steps, or after a shorter first epoch, stops with a DataError.
@@ -43,7 +43,10 @@ class Run:
         schedule: When the run evolves, evaluates and saves.
         paths: The paths.
         callbacks: The callbacks as a list, to which more can be added before the run begins.
+        best: The live agent that won, once the run has ended.
     """
+
+    best: Any = None
 
     def __init__(
         self,
@@ -95,7 +98,9 @@ class Run:
                     self._start()
                     while self.step < self.schedule.total:
                         self._advance(stop)
-                    self._tell("on_end", end(self.executor, self.progress, self.options, self.paths, self.rows))
+                    ended = end(self.executor, self.progress, self.options, self.paths, self.rows)
+                    self._tell("on_end", ended)
+                    self.best = self.executor.agent(ended.best if ended.best_step == ended.step else BEST_SO_FAR)
             except KeyboardInterrupt:
                 # The message says how to resume; the command line prints the message.
                 raise KeyboardInterrupt(*filter(None, [self._how_to_go_on()])) from None
@@ -237,6 +242,10 @@ class Run:
         if self.step == self.schedule.total and self.progress.fitnesses[best][0] == BROKEN:
             fix = "take a weaker bound, or lower lr; the agent that is nearest to its bounds is taken"
             warnings.warn(f"every agent breaks a guard: {fix}", UserWarning, stacklevel=2)
+        found = Best(best, self.step, self.progress.fitnesses[best])
+        if self.progress.best is None or found.fitness >= self.progress.best.fitness:
+            self.progress.best = found
+            self.executor.keep_best(best)
         event = Evaluated(
             self.step,
             self.progress.generation,

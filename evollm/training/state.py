@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,15 @@ _MAY_CHANGE = {
 _NOT_COMPARED = {"versions", "base", "words"}
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: its agent, the steps done and the fitness; the executor has a copy of the agent."""
+
+    index: int
+    step: int
+    fitness: Fitness
+
+
 @dataclass
 class Progress:
     """The progress of a run.
@@ -39,6 +48,7 @@ class Progress:
         fitnesses: The last fitness of every agent.
         evaluations: The evaluations behind these fitnesses, for the search; none of diverged agents.
         due: The step after which the search decides next, None: never.
+        best: The best evaluation so far, the later one of equals; None: there was none.
     """
 
     founders: list[Birth]
@@ -48,6 +58,7 @@ class Progress:
     fitnesses: dict[int, Fitness] = field(default_factory=dict)
     evaluations: dict[int, AnyEvaluation] = field(default_factory=dict)
     due: int | None = None
+    best: Best | None = None
 
     @property
     def generation(self) -> int:
@@ -70,6 +81,7 @@ class Progress:
                 str(index): [part if math.isfinite(part) else str(part) for part in fitness]
                 for index, fitness in self.fitnesses.items()
             },
+            **({} if self.best is None else {"best": asdict(self.best)}),
         }
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
@@ -105,6 +117,7 @@ class Progress:
                     for index in data["fitnesses"]
                     if (evaluation := _read_evaluation(arrays, f"agent_{index}")) is not None
                 },
+                best=_read_best(data.get("best")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the progress of the run is incomplete or from elsewhere: {error!r}") from error
@@ -116,6 +129,12 @@ def _read_evaluation(arrays: Mapping[str, NDArray[np.generic]], name: str) -> An
         if f"{name}_{fields[0]}" in arrays:
             return kind(*(arrays[f"{name}_{field}"].astype(np.float64) for field in fields))
     return None
+
+
+def _read_best(best: Mapping[str, Any] | None) -> Best | None:
+    if best is None:
+        return None
+    return Best(int(best["index"]), int(best["step"]), tuple(float(part) for part in best["fitness"]))
 
 
 def check_same_run(

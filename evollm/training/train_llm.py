@@ -90,7 +90,7 @@ def finetune_llm_preference(
             default `evo_steps` with evolution, else an epoch; 0: no checkpoints.
         keep_last: How many of the newest checkpoints to keep; None: all.
         checkpoint_path: Folder of the checkpoints, by default `checkpoints` in the run folder.
-        save_elite: Save the fittest agent at the end.
+        save_elite: Save the fittest agent at the end, as it was at the best evaluation of the run.
         elite_path: Folder of the fittest agent, by default `elite` in the run folder.
         resume_from_checkpoint: Folder of an interrupted run, which resumes bit-exactly from its newest undamaged
             checkpoint. Pass agents, gym and arguments made as for that run; the checkpoint replaces their state. A
@@ -108,7 +108,8 @@ def finetune_llm_preference(
         verbose: Show progress, tables and the result in the terminal.
 
     Returns:
-        The population after the run, and for each agent the first component of its last fitness: with the default
+        The population after the run, not the fittest agent as saved, and for each agent the first component of its last
+        fitness: with the default
         fitness its preference accuracy. NaN for a diverged agent, and for all agents without held-out rows.
 
     Raises:
@@ -163,7 +164,8 @@ def finetune_llm_sft(pop: Sequence[SFT], env: SFTGym, **arguments: Any) -> tuple
             DPO agent's `load_checkpoint`. The base gives the sample answers before tuning.
 
     Returns:
-        The population after the run, and for each agent the first component of its last fitness: with the default
+        The population after the run, not the fittest agent as saved, and for each agent the first component of its last
+        fitness: with the default
         fitness minus its held-out loss, in nats per token. NaN for a diverged agent, and for all agents without
         held-out rows.
 

@@ -80,7 +80,7 @@ class Script:
 
     @classmethod
     def of(cls, record: RunRecord) -> Script:
-        """The script of a run's best agent, for a replay on the data of the run."""
+        """The script of a run's best agent up to its best evaluation, for a replay on the data of the run."""
         strides = {index: _stride(life.birth.hyperparameters) for index, life in record.lives.items()}
         skipped = record.line[0].steps[0]
         learners: dict[int, list[int]] = {}
@@ -88,13 +88,13 @@ class Script:
             learners.setdefault(entry.step, []).append(entry.agent)
         slots = {}
         for step, present in learners.items():
-            if step <= skipped:
+            if not skipped < step <= record.winner_step:
                 continue
             index = next(life.birth.index for life in reversed(record.line) if life.steps[0] < step)
             beside = [other for other in present if strides[other] == strides[index]]
             slots[step - skipped] = BatchSlot(beside.index(index), len(beside))
         values = {step - skipped: values for step, values in record.schedule}
-        return cls(record.config["schedule"]["total"] - skipped, values, slots, skipped)
+        return cls(record.winner_step - skipped, values, slots, skipped)
 
     def stretched(self, total: int) -> Script:
         """The script over another number of steps: each change comes at the same fraction of the run."""
@@ -167,6 +167,8 @@ def replay(
 ) -> ReplayResult:
     """Train one agent on the hyperparameter schedule of a run's best agent, without selection or mutation.
 
+    The replay ends at the step of the best agent's evaluation, which may be earlier than the end of the run.
+
     On the data of the run and with one process, the agent's adapter becomes bit-identical to the best agent's adapter.
     Rounding depends on the shapes of passes, so each pass keeps the shape that it had with the other agents; their
     slots are computed, but nothing is learnt from these slots. The adapters may differ if references moved
@@ -185,7 +187,7 @@ def replay(
         env: A gym made as for the run, or with other data. None: a gym as `tune` made it.
         data: Rows to learn from, for a run of `tune`: other rows, or the run's rows if they were Python objects, which
             the run folder does not hold.
-        num_epochs: Passes over the data; None: as many as in the run.
+        num_epochs: Passes over the data; None: as many as the best agent made.
         max_steps: Most steps.
         run_dir: Run folder of the replay, by default a new folder in `evollm-runs`.
         resume_from_checkpoint: Folder of an interrupted replay with the same arguments, to resume.

@@ -28,7 +28,8 @@ class TuneResult:
     """The result of `tune`.
 
     Attributes:
-        best: The fittest agent.
+        best: The fittest agent, as it was at the best evaluation of the run. Unless that was the last evaluation, it is
+            not one of `population`.
         population: All agents of the last generation.
         fitnesses: For each agent of `population` the first component of its last fitness.
         run_dir: The run folder.
@@ -130,7 +131,7 @@ def _run(request: Request, setup: Setup) -> TuneResult:
     population, fitnesses = setup.run.train()
     run_dir = setup.run.paths.run_dir
     return TuneResult(
-        best=next(agent for agent in population if agent.index == notes.ended.best),
+        best=setup.run.best,
         population=population,
         fitnesses=fitnesses,
         run_dir=run_dir,
@@ -181,7 +182,8 @@ class _Notes(Callback):
     @property
     def schedule(self) -> HyperparameterSchedule:
         """The schedule of the best agent, from events in memory, since only the main process writes files."""
-        return Lineage(self.started.founders, self._evolutions).schedule(self.ended.best)
+        lineage = Lineage(self.started.founders, self._evolutions)
+        return lineage.before(self.ended.best_step).schedule(self.ended.best)
 
     def on_start(self, event: RunStarted) -> None:
         """Note the run folder and the evolutions before a resumed run."""

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 
 from evollm.checkpoints import read_population, write_population
+from evollm.execution.executor import BEST_SO_FAR
 from evollm.execution.worker import Worker
 from evollm.processes import Processes
 
@@ -17,6 +18,8 @@ class TwoWorkers:
         self.workers = [Worker(agents[place::2], copy.copy(env)) for place in (0, 1)]
 
     def where(self, index):
+        if index == BEST_SO_FAR:
+            return next(worker for worker in self.workers if worker.best_so_far is not None)
         return next(worker for worker in self.workers if index in [agent.index for agent in worker.agents])
 
     def spread(self, births):
@@ -52,7 +55,11 @@ class TwoWorkers:
 
     def evaluate(self, split, indices=None):
         found = [worker.evaluate(split, indices) for worker in self.workers]
-        return {index: part[index] for index in self.order for part in found if index in part}
+        return {index: part[index] for index in indices or self.order for part in found if index in part}
+
+    def keep_best(self, index):
+        for worker in self.workers:
+            worker.keep_best(index)
 
     def note_scores(self, scores):
         for worker in self.workers:
@@ -67,20 +74,25 @@ class TwoWorkers:
         first, second = (worker.saved() for worker in self.workers)
         agents = sorted([*first.agents, *second.agents], key=lambda one: self.order.index(one.attributes["index"]))
         # On one base and in one process all but the agents is the same for both.
-        saved = replace(first, agents=agents, state={**state, **first.state}, arrays=arrays)
+        best = first.best_so_far or second.best_so_far
+        saved = replace(first, agents=agents, state={**state, **first.state}, arrays=arrays, best_so_far=best)
         write_population(folder, saved, self.workers[0].base.name)
 
     def load(self, folder):
         saved = read_population(folder)
         self.order = [agent.attributes["index"] for agent in saved.agents]
         for place, worker in enumerate(self.workers):
-            worker.restore(replace(saved, agents=saved.agents[place::2]))
+            best = None if place else saved.best_so_far
+            worker.restore(replace(saved, agents=saved.agents[place::2], best_so_far=best))
 
     def save_agent(self, index, folder):
         self.where(index).agent(index).save_checkpoint(str(folder))
 
     def answers(self, index, split, count):
         return self.where(index).answers(index, split, count)
+
+    def agent(self, index):
+        return self.where(index).agent(index)
 
     def population(self):
         return [self.where(index).agent(index) for index in self.order]

@@ -19,7 +19,7 @@ from evollm import DPO, SFT, ConfigurationError, MissingExtraError, PreferenceGy
 from evollm.cli import main
 from evollm.hpo import Evaluation, preference_fitness
 from evollm.report import RunRecord, Scored, read_run, write_report
-from evollm.report.family_tree import tree_picture
+from evollm.report.family_tree import DOT_CELL, tree_picture
 from evollm.report.findings import Comparison, compare, headline
 from evollm.report.hyperparameter_figures import _lanes, hyperparameter_pictures
 from evollm.report.score_figures import held_out_pictures
@@ -245,8 +245,7 @@ def test_the_winner_of_many_generations_has_a_star_and_its_number(long_run) -> N
     axes = tree.figure.axes[0]
     (star,) = [line for line in axes.get_lines() if line.get_marker() == "*"]
     assert str(record.winner) in [text.get_text() for text in axes.texts]
-    dots = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "o" and len(line.get_xdata())]
-    assert star.get_xdata()[0] == pytest.approx(max(dots))
+    assert star.get_xdata()[0] == pytest.approx(0.05 + (record.winner_generation + 0.5) * DOT_CELL[0])
 
 
 def test_agents_that_live_at_the_same_time_have_lanes_of_their_own(long_run) -> None:
@@ -266,36 +265,43 @@ def scored(margins: list[float], at: Scored) -> Scored:
     return replace(at, pairs=evaluation, scores=evaluation.scores, fitness=preference_fitness(evaluation))
 
 
-def with_line(record: RunRecord, first: list[float], last: list[float]) -> RunRecord:
-    """The run with other results of the winner's line at its first and its last evaluation; it was worse between."""
-    points = record.line_evaluations
-    results = {0: first, len(points) - 1: last}
-    new = {id(point): scored(results.get(n, [-9.0] * len(last)), point) for n, point in enumerate(points)}
-    return replace(record, evaluations=[new.get(id(one), one) for one in record.evaluations])
+def with_best(record: RunRecord, best: list[float], last: list[float]) -> RunRecord:
+    """The run as if its first agent had won by the first evaluation, with worse results between that and the last."""
+    first = record.evaluations[0]
+    new = [scored(last if one.step == record.last_step else [-9.0] * len(last), one) for one in record.evaluations]
+    ended = replace(record.ended, best=first.agent, best_step=first.step)
+    return replace(record, evaluations=[scored(best, first), *new[1:]], ended=ended)
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "words"),
+    ("best", "last", "words"),
     [
-        ([1.0] * 120, [1.0] * 60 + [-1.0] * 60, "its accuracy on the pairs of the selection was 100.0 against 50.0 %"),
-        ([1.0] * 120, [1.0] * 60 + [-1.0] * 60, "difference +40.8 to +59.2): fewer steps may give a better model"),
+        ([1.0] * 120, [1.0] * 60 + [-1.0] * 60, "on the pairs of the selection was 100.0 against 50.0 % of the best"),
+        ([1.0] * 120, [1.0] * 60 + [-1.0] * 60, "difference +40.8 to +59.2): fewer steps may be enough"),
         ([1.0] * 60 + [-1.0] * 60, [1.0] * 59 + [-1.0] * 61, "which may be chance (95 % interval of the difference"),
         ([2.0] * 120, [1.0] * 120, "its mean margin on the pairs of the selection was 2.00 against 1.00 nats"),
     ],
 )  # fmt: skip
-def test_a_line_that_was_better_earlier_is_said_to_have_been(evolved, first, last, words) -> None:
-    record = with_line(read_run(evolved), first, last)
-    (said,) = [sentence for sentence in headline(record, []) if "better earlier" in sentence]
-    assert said.startswith(
-        f"The winner's line was better earlier, as agent {record.line[0].birth.index}: after step 2 "
-    )
+def test_a_best_evaluation_before_the_last_is_named_with_its_advantage(evolved, best, last, words) -> None:
+    record = with_best(read_run(evolved), best, last)
+    (said,) = [
+        sentence for sentence in headline(record, []) if sentence.startswith("The best agent is that of step 2 of")
+    ]
     assert words in said
+    (said,) = [
+        sentence for sentence in headline(replace(record, ended=None), []) if "is that of step 2 of 8" in sentence
+    ]
+    assert said.startswith(f"The best agent is that of step 2 of 8, agent {record.winner}: its ")
 
 
-def test_a_line_that_is_best_at_its_end_is_not_said_to_have_been_better(evolved) -> None:
-    for first, last in (([1.0] * 9, [1.0] * 9), ([1.0] * 9, [2.0] * 9)):
-        record = with_line(read_run(evolved), first, last)
-        assert "better earlier" not in " ".join(headline(record, []))
+def test_of_a_run_that_was_best_at_its_end_no_step_is_named(evolved) -> None:
+    record = read_run(evolved)
+    assert record.ended.best_step == record.last_step
+    assert "The best agent is that of" not in " ".join(headline(record, []))
+    for best, last in (([1.0] * 9, [1.0] * 9), ([1.0] * 9, [2.0] * 9)):
+        running = replace(with_best(record, best, last), ended=None)
+        assert running.winner_step == running.last_step
+        assert "The best agent is that of" not in " ".join(headline(running, []))
 
 
 def test_few_held_out_pairs_are_said_to_be_few(evolved) -> None:
@@ -303,7 +309,7 @@ def test_few_held_out_pairs_are_said_to_be_few(evolved) -> None:
     text = " ".join(headline(record, compare(record)))
     assert "Few held-out pairs: 6 for the selection and 6 for the final score." in text
     assert "An accuracy on 6 pairs is known to within about 31 points." in text
-    enough = with_line(record, [1.0] * 100, [1.0] * 100)
+    enough = with_best(record, [1.0] * 100, [1.0] * 100)
     assert "Few" not in " ".join(headline(replace(enough, ended=None), []))
 
 
