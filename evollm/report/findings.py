@@ -91,6 +91,9 @@ def headline(record: RunRecord, comparisons: list[Comparison]) -> list[str]:
             f"These are the {record.words.noun}s that agents were selected by, so the score is optimistic. "
             "A final_dataset gives one that nothing was selected by."
         )
+    if ended.stopped:
+        total = record.config["schedule"]["total"]
+        sentences.append(f"The run stopped early, after step {ended.step} of {total}: {ended.stopped}.")
     return [*sentences, *_best_step(record), *_few_rows(record)]
 
 

@@ -143,6 +143,7 @@ class RunEnded:
         runner_up: Index of the second fittest agent, None if no other agent has a finite fitness. If an earlier
             evaluation was the best, it is the fittest agent at the end, whose index may be that of `best`.
         runner_up_score: Evaluation of the second fittest agent.
+        stopped: Why the run ended before its last step; "" if it did not.
     """
 
     step: int
@@ -155,6 +156,7 @@ class RunEnded:
     samples: Sequence[SampleAnswer]
     runner_up: int | None = None
     runner_up_score: AnyEvaluation | None = None
+    stopped: str = ""
 
 
 class Callback:

@@ -205,6 +205,7 @@ def _end(words: Words, line: Mapping[str, Any]) -> Ended:
         step=int(line["step"]),
         best=int(line["best"]),
         best_step=int(line.get("best_step", line["step"])),
+        stopped=str(line.get("stopped", "")),
         runner_up=None if line.get("runner_up") is None else int(line["runner_up"]),
         split=str(line["split"]),
         scores={role: found for role, found in scores.items() if found},

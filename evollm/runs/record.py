@@ -60,6 +60,7 @@ class Ended:
         scores: Scores by name for the roles `before`, `after` and `runner_up`, as far as they were recorded.
         pairs: The evaluations row by row, for the same roles.
         samples: Answers before and after tuning; a truncated answer ends in `CUT`.
+        stopped: Why the run ended before its last step; "" if it did not.
     """
 
     step: int
@@ -70,6 +71,7 @@ class Ended:
     scores: Mapping[str, Mapping[str, float]]
     pairs: Mapping[str, AnyEvaluation] = field(repr=False)
     samples: Sequence[SampleAnswer]
+    stopped: str = ""
 
 
 @dataclass(frozen=True)

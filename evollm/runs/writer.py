@@ -106,6 +106,7 @@ class RunFolder(Callback):
         """Write the final scores, the evaluations row by row, and the sample answers."""
         # Left out if it is the last step, as records of older versions have it.
         earlier = {"best_step": event.best_step} if event.best_step != event.step else {}
+        stopped = {"stopped": event.stopped} if event.stopped else {}
         found = {"before": event.before, "after": event.after, "runner_up": event.runner_up_score}
         scored = {name: score for name, score in found.items() if score is not None}
         scores = {f"{name}_{key}": value for name, score in scored.items() for key, value in score.scores.items()}
@@ -116,6 +117,7 @@ class RunFolder(Callback):
             step=event.step,
             best=event.best,
             **earlier,
+            **stopped,
             runner_up=event.runner_up,
             split=event.split,
             **scores,

@@ -160,6 +160,8 @@ class Console(Callback):
     def on_end(self, event: RunEnded) -> None:
         """Print the result."""
         self.close()
+        if event.stopped:
+            self._print(f"Stopped after step {event.step} of {self._total}: {escape(event.stopped)}", soft_wrap=True)
         if event.before is not None and event.after is not None:
             words, scored = self._words, (event.before, event.after)
             self._print(score_lines(words, event.split, *scored, chosen_by_score=len(self._births) > 1), soft_wrap=True)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evollm.checks import boolean, optional_whole_number, whole_number
+from evollm.checks import boolean, finite_number, optional_whole_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo import Guards, Mutations, Search, TournamentSearch, TournamentSelection, guards_of, search_of
 from evollm.hpo.search import describe_search
+
+_EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,24 @@ class RunOptions:
     update_reference_each_epoch: bool
     save_elite: bool
     num_sample_answers: int
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "max_steps", "evo_steps", "evaluation_interval", "keep_last"):
+        for name in (
+            "num_epochs",
+            "max_steps",
+            "evo_steps",
+            "evaluation_interval",
+            "keep_last",
+            "early_stopping_patience",
+        ):
             object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
         object.__setattr__(
             self, "checkpoint_steps", optional_whole_number("checkpoint_steps", self.checkpoint_steps, 0)
         )
         object.__setattr__(self, "num_sample_answers", whole_number("num_sample_answers", self.num_sample_answers, 0))
+        self._check_threshold()
         for name in ("update_reference_each_epoch", "save_elite"):
             boolean(name, getattr(self, name))
         for name, kind in (("tournament", TournamentSelection), ("mutation", Mutations)):
@@ -59,6 +71,14 @@ class RunOptions:
         if self.evo_steps is not None and not self.evolves:
             raise ConfigurationError("evo_steps", self.evo_steps, "needs a tournament and a mutation, or a search")
 
+    def _check_threshold(self) -> None:
+        threshold = finite_number("early_stopping_threshold", self.early_stopping_threshold)
+        object.__setattr__(self, "early_stopping_threshold", threshold)
+        if threshold < 0:
+            raise ConfigurationError("early_stopping_threshold", threshold, "must be at least 0")
+        if threshold > 0 and self.early_stopping_patience is None:
+            raise ConfigurationError("early_stopping_threshold", threshold, "needs an early_stopping_patience")
+
     @property
     def evolves(self) -> bool:
         """Whether the run has a search, which changes the population."""
@@ -71,8 +91,9 @@ class RunOptions:
         return None if self.search is None else search_of(self.search)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, without `search` and `guards` if they are None."""
-        asked = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("search", "guards")}
+        """Return the fields as JSON values, without those of a search, guards and early stopping if there is none."""
+        left_out = {"search", "guards", *(() if self.early_stopping_patience else _EARLY_STOPPING)}
+        asked = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         asked |= {name: asdict(asked[name]) for name in ("tournament", "mutation") if asked[name] is not None}
         if self.search is not None:
             asked["search"] = describe_search(self.search)

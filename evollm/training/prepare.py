@@ -167,6 +167,9 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
         )
     if options.guards is not None and not env.test_pairs:
         raise ConfigurationError("test_dataset", None, "guards need held-out rows: pass a test_dataset to the gym")
+    if options.early_stopping_patience is not None and not env.test_pairs:
+        fix = "early stopping needs held-out rows: pass a test_dataset to the gym"
+        raise ConfigurationError("early_stopping_patience", options.early_stopping_patience, fix)
     if options.evolves:
         if not env.test_pairs:
             raise ConfigurationError(

@@ -81,6 +81,14 @@ class Run:
         """Steps done."""
         return self.progress.step
 
+    @property
+    def _stopped(self) -> str:
+        """Why the run ends before its last step; "" if it does not."""
+        patience = self.options.early_stopping_patience
+        if patience is None or self.progress.stale < patience or self.step == self.schedule.total:
+            return ""
+        return f"no better fitness in {patience} evaluation{'s' if patience > 1 else ''} (early_stopping_patience)"
+
     def train(self) -> tuple[list[Any], list[float]]:
         """Train to the end; see `finetune_llm_preference`.
 
@@ -96,9 +104,10 @@ class Run:
             try:
                 with StopSignals() as stop:
                     self._start()
-                    while self.step < self.schedule.total:
+                    while self.step < self.schedule.total and not self._stopped:
                         self._advance(stop)
                     ended = end(self.executor, self.progress, self.options, self.paths, self.rows)
+                    ended = replace(ended, stopped=self._stopped)
                     self._tell("on_end", ended)
                     self.best = self.executor.agent(ended.best if ended.best_step == ended.step else BEST_SO_FAR)
             except KeyboardInterrupt:
@@ -179,7 +188,8 @@ class Run:
         if self.schedule.evaluates_at(self.step, decides=self._decides(self.step)):
             self._evaluate()
         number = self._signal(stop)
-        if self.schedule.checkpoints_at(self.step) or number:
+        stopped = bool(self._stopped) and self.schedule.checkpoint_every > 0
+        if self.schedule.checkpoints_at(self.step) or stopped or number:
             self._checkpoint()
         if number:
             stop.stop(number, self._how_to_go_on() if self.processes.is_main else "")
@@ -243,7 +253,10 @@ class Run:
             fix = "take a weaker bound, or lower lr; the agent that is nearest to its bounds is taken"
             warnings.warn(f"every agent breaks a guard: {fix}", UserWarning, stacklevel=2)
         found = Best(best, self.step, self.progress.fitnesses[best])
-        if self.progress.best is None or found.fitness >= self.progress.best.fitness:
+        before = self.progress.best
+        improved = before is None or found.fitness[0] > before.fitness[0] + self.options.early_stopping_threshold
+        self.progress.stale = 0 if improved else self.progress.stale + 1
+        if before is None or found.fitness >= before.fitness:
             self.progress.best = found
             self.executor.keep_best(best)
         event = Evaluated(

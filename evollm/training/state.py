@@ -18,7 +18,8 @@ from evollm.runs.evaluations import VECTORS
 # Settings that a resumed run may change: its length, what it saves, and whether it drops non-finite rows.
 _MAY_CHANGE = {
     "settings": {"drop_nonfinite_rows"},
-    "options": {"num_epochs", "max_steps", "checkpoint_steps", "keep_last", "save_elite", "num_sample_answers"},
+    "options": {"num_epochs", "max_steps", "checkpoint_steps", "keep_last", "save_elite", "num_sample_answers"}
+    | {"early_stopping_patience", "early_stopping_threshold"},
     "schedule": {"total", "checkpoint_every"},
     # The checkpoint restores the position. `fingerprint` is compared instead of `digests`, which locate a changed text.
     "data": {"position", "digests", "written_at", "form"},
@@ -49,6 +50,7 @@ class Progress:
         evaluations: The evaluations behind these fitnesses, for the search; none of diverged agents.
         due: The step after which the search decides next, None: never.
         best: The best evaluation so far, the later one of equals; None: there was none.
+        stale: Evaluations since the best fitness last improved, for early stopping.
     """
 
     founders: list[Birth]
@@ -59,6 +61,7 @@ class Progress:
     evaluations: dict[int, AnyEvaluation] = field(default_factory=dict)
     due: int | None = None
     best: Best | None = None
+    stale: int = 0
 
     @property
     def generation(self) -> int:
@@ -81,7 +84,7 @@ class Progress:
                 str(index): [part if math.isfinite(part) else str(part) for part in fitness]
                 for index, fitness in self.fitnesses.items()
             },
-            **({} if self.best is None else {"best": asdict(self.best)}),
+            **({} if self.best is None else {"best": asdict(self.best), "stale": self.stale}),
         }
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
@@ -118,6 +121,7 @@ class Progress:
                     if (evaluation := _read_evaluation(arrays, f"agent_{index}")) is not None
                 },
                 best=_read_best(data.get("best")),
+                stale=int(data.get("stale", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the progress of the run is incomplete or from elsewhere: {error!r}") from error

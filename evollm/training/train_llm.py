@@ -42,6 +42,8 @@ def finetune_llm_preference(
     search: Search | str | None = None,
     fitness: FitnessFunction | str | None = None,
     guards: Guards | Mapping[str, float] | None = None,
+    early_stopping_patience: int | None = None,
+    early_stopping_threshold: float = 0.0,
     update_reference_each_epoch: bool = False,
     run_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
@@ -83,6 +85,10 @@ def finetune_llm_preference(
             "accuracy_mean_margin", the preference accuracy, then the mean margin. None of them contains beta.
         guards: Bounds that come before the fitness, as `evollm.hpo.Guards` or a mapping of its fields, such as
             `{"min_chosen_logratio": -3.0}`: an agent that breaks one is behind every agent that breaks none.
+        early_stopping_patience: Stop after this many evaluations in a row in which no agent has improved the best
+            fitness of the run, by its first component; None: never. Names and meaning are those of transformers'
+            `EarlyStoppingCallback`.
+        early_stopping_threshold: The best fitness must grow by more than this to count as improved.
         update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay
             relative to the first agent's reference at the start.
         run_dir: Run folder, by default a new folder in `evollm-runs`.
@@ -108,9 +114,9 @@ def finetune_llm_preference(
         verbose: Show progress, tables and the result in the terminal.
 
     Returns:
-        The population after the run, not the fittest agent as saved, and for each agent the first component of its last
-        fitness: with the default
-        fitness its preference accuracy. NaN for a diverged agent, and for all agents without held-out rows.
+        The population at the end, which may lack the fittest agent of the run, and for each agent the first component
+        of its last fitness: with the default fitness its preference accuracy. NaN for a diverged agent, and for all
+        agents without held-out rows.
 
     Raises:
         ConfigurationError: An argument is invalid; raised before any training.
@@ -164,10 +170,9 @@ def finetune_llm_sft(pop: Sequence[SFT], env: SFTGym, **arguments: Any) -> tuple
             DPO agent's `load_checkpoint`. The base gives the sample answers before tuning.
 
     Returns:
-        The population after the run, not the fittest agent as saved, and for each agent the first component of its last
-        fitness: with the default
-        fitness minus its held-out loss, in nats per token. NaN for a diverged agent, and for all agents without
-        held-out rows.
+        The population at the end, which may lack the fittest agent of the run, and for each agent the first component
+        of its last fitness: with the default fitness minus its held-out loss, in nats per token. NaN for a diverged
+        agent, and for all agents without held-out rows.
 
     Raises:
         ConfigurationError, CheckpointError, DivergedError: As `finetune_llm_preference` does.

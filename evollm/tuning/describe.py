@@ -33,6 +33,8 @@ def describe(setup: Setup) -> str:
         lines += [] if evolving else ["  no hyperparameter evolves: there is no hp_config"]
     if schedule.evaluate_every is not None:
         lines.append(f"evaluations: every {schedule.evaluate_every} steps, on {len(env.test_pairs)} held-out rows")
+    patience = setup.loop.get("early_stopping_patience")
+    lines += [f"early stopping: after {patience} evaluations without a better fitness"] if patience else []
     few = few_rows(first.words, agents=len(setup.agents), test=len(env.test_pairs), final=len(env.final_pairs))
     lines += [f"warning: {few}"] if few else []
     saves = f"every {schedule.checkpoint_every} steps" if schedule.checkpoint_every else "none"
