@@ -12,6 +12,7 @@ from evollm.algorithms.agent import OWN, REFERENCE, LLMAgent
 from evollm.data.samples import Batch
 from evollm.errors import DataError
 from evollm.models.engine import Engine, Item
+from evollm.models.flops import REFERENCES
 from evollm.models.logprobs import CompletionSums
 from evollm.processes import Processes
 
@@ -53,7 +54,7 @@ def reference_logprobs(
 
     def sums_of(samples: Batch, numbers: Sequence[int]) -> list[CompletionSums]:
         items = Item.on(samples, [adapters[number] for number in numbers])
-        return [one.sums(up_to_shorter=up_to_shorter) for one in Engine.of(base).logprobs(items, options)]
+        return [one.sums(up_to_shorter=up_to_shorter) for one in Engine.of(base).logprobs(items, options, REFERENCES)]
 
     def compute(missing: Batch, numbers: Sequence[int]) -> list[CompletionSums]:
         found = sums_of(missing, numbers)

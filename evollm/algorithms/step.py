@@ -20,6 +20,7 @@ from evollm.data.samples import Batch
 from evollm.errors import DivergedError
 from evollm.hpo.hyperparameters import to_lower
 from evollm.models.engine import Engine, Item
+from evollm.models.flops import TRAINING
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, pieces_of
 from evollm.processes import Processes
@@ -240,7 +241,7 @@ def _backward(
     whole = [number for number, objective in by_rows.items() if objectives[number].whole_batch]
     if whole:
         # One more forward pass, because the gradient of each row depends on the log-probs of all rows.
-        known = engine.logprobs([items[number] for number in whole], options)
+        known = engine.logprobs([items[number] for number in whole], options, TRAINING)
         for number, policy in zip(whole, known, strict=True):
             by_rows[number] = Linearised.of(objectives[number], policy)
 

@@ -45,6 +45,21 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Floating-point operations that one agent needs, by the formula of `evollm.models.flops`.
+
+    Attributes:
+        training: Learning once from each training row, its reference known.
+        evaluation: The evaluation on each held-out split, `test` and `final`, the reference known.
+        references: The reference's log-probs of each split, `train`, `test` and `final`; 0 without a reference.
+    """
+
+    training: int
+    evaluation: Mapping[str, int]
+    references: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Description:
     """An executor's description of the population and the data, given before the run begins.
 
@@ -52,6 +67,7 @@ class Description:
         config: Settings for `config.json`, which a resumed run must share, as JSON values.
         rows: Number of rows of each split, `train`, `test` and `final`; 0: there is no such split.
         epoch: Batches of an epoch.
+        costs: What one agent needs for the rows of each split.
         hp_config: The hyperparameters that may change, with their bounds; None if none may.
         trust_remote_code: Whether the base runs remote code, which a resuming command must allow again.
         unlearnable: Error text for a run in which no member can learn from any row.
@@ -60,6 +76,7 @@ class Description:
     config: Mapping[str, Any]
     rows: Mapping[str, int]
     epoch: int
+    costs: Costs
     hp_config: HyperparameterConfig | None
     trust_remote_code: bool
     unlearnable: str
@@ -151,6 +168,13 @@ class Executor(Protocol):
         """Copy a member as the best of the run so far, in place of the copy before; `save` and `load` include the copy.
 
         The run reads the copy once, at its end, by the index `BEST_SO_FAR`.
+        """
+
+    def spent(self) -> dict[str, int]:
+        """Return the floating-point operations since the last call, or since `begin`, by what they were made for.
+
+        The kinds are `training`, `evaluation`, `references` and `probe`; see `evollm.models.flops`. With several
+        workers each operation is counted once: workers that share no base compute references each by itself.
         """
 
     def note_scores(self, scores: Mapping[int, float]) -> None:

@@ -19,9 +19,10 @@ from evollm.algorithms.agent import ACTOR, OWN, REFERENCE
 from evollm.algorithms.references import BROKEN, REASON
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder, Population
+from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.execution.carry_out import carry_out
-from evollm.execution.executor import BEST_SO_FAR, Description, Member
+from evollm.execution.executor import BEST_SO_FAR, Costs, Description, Member
 from evollm.hpo import AnyEvaluation, Birth
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
@@ -101,7 +102,20 @@ class Worker:
             config["lr_schedule"] = {"num_training_steps": first.num_training_steps}
         rows = {"train": len(env.train_pairs), "test": len(env.test_pairs), "final": len(env.final_pairs)}
         trusts = bool(base.model_config.get("trust_remote_code"))
-        return Description(config, rows, len(env), first.hp_config, trusts, f"{REASON}: {BROKEN}")
+        return Description(config, rows, len(env), self._costs(), first.hp_config, trusts, f"{REASON}: {BROKEN}")
+
+    def _costs(self) -> Costs:
+        """What the first agent needs for the rows of each split."""
+        first, flops = self.agents[0], self.base.flops
+        splits = {"train": self.env.train_pairs, "test": self.env.test_pairs, "final": self.env.final_pairs}
+        batches = {split: Batch(pairs) for split, pairs in splits.items()}
+        reference = first.adapter(REFERENCE) if self._algorithm.has_reference else None
+        has_reference = self._algorithm.has_reference
+        return Costs(
+            training=flops.of(batches["train"], first.actor_adapter, training=True),
+            evaluation={split: flops.of(batches[split], first.actor_adapter) for split in ("test", "final")},
+            references={split: flops.of(batch, reference) * has_reference for split, batch in batches.items()},
+        )
 
     def members(self) -> list[Member]:
         """Return the agents as plain data."""
@@ -178,6 +192,10 @@ class Worker:
         here = any(agent.index == index for agent in self.agents)
         self.best_so_far = _on_cpu(self.agent(index).to_folder()) if here else None
         self._live_best = None
+
+    def spent(self) -> dict[str, int]:
+        """The operations since the last call; see `Executor.spent`. Workers on one base count together."""
+        return self.base.flops.take()
 
     def note_scores(self, scores: Mapping[int, float]) -> None:
         """Add each agent's score to its history; see `Executor.note_scores`."""

@@ -16,6 +16,7 @@ from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models.budget import count_saved_bytes
 from evollm.models.fast_paths import FastPaths
+from evollm.models.flops import EVALUATION, TRAINING
 from evollm.models.layouts import Layout, layout_for, longest_sequence
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, joined, of_all_members, pieces_of
@@ -112,7 +113,7 @@ class Engine:
         return engine
 
     @torch.no_grad()
-    def logprobs(self, items: Sequence[Item], options: PassOptions) -> list[MemberLogprobs]:
+    def logprobs(self, items: Sequence[Item], options: PassOptions, kind: str = EVALUATION) -> list[MemberLogprobs]:
         """The log-probs of each item's scored tokens under its adapter.
 
         Items whose batch is the same object share the batch's layout and passes, and the layers below the first
@@ -121,11 +122,12 @@ class Engine:
         Args:
             items: Adapters and their samples.
             options: Options of the passes.
+            kind: What the passes are made for; see `evollm.models.flops`.
 
         Returns:
             For each item the log-probs of its batch, on the CPU: all first completions, then all second ones.
         """
-        return self._run(items, replace(options, gradient_checkpointing=False), loss=None)
+        return self._run(items, replace(options, gradient_checkpointing=False), kind, loss=None)
 
     def backward(self, items: Sequence[Item], options: PassOptions, loss: ItemLoss) -> list[MemberLogprobs]:
         """Compute `logprobs` and add the gradients of the items' losses to the `grad` of their adapters' parameters.
@@ -140,7 +142,7 @@ class Engine:
             # PEFT's own set_adapter(), if user code has called it, freezes all adapters but one.
             assert item.adapter is not None
             self.base.adapters.restore_trainability(item.adapter)
-        return self._run(items, options, loss)
+        return self._run(items, options, TRAINING, loss)
 
     def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:
         """The fast paths of these members for sequences of up to `length` tokens; a new configuration is probed."""
@@ -162,7 +164,9 @@ class Engine:
             found = found & known
         return found
 
-    def _run(self, items: Sequence[Item], options: PassOptions, loss: ItemLoss | None) -> list[MemberLogprobs]:
+    def _run(
+        self, items: Sequence[Item], options: PassOptions, kind: str, loss: ItemLoss | None
+    ) -> list[MemberLogprobs]:
         """The log-probs of all items; items with the same batch share passes."""
         found: dict[int, MemberLogprobs] = {}
         sharing: dict[int, list[int]] = {}
@@ -171,6 +175,7 @@ class Engine:
         for numbers in sharing.values():
             members, batch = [items[number].adapter for number in numbers], items[numbers[0]].batch
             own = None if loss is None else partial(_of_items, loss, numbers)
+            self.base.flops.add(kind, batch, members, training=loss is not None)
             found |= zip(numbers, self._run_batch(batch, members, options, own).members, strict=True)
         return [found[number] for number in range(len(items))]
 
@@ -290,13 +295,14 @@ class Engine:
         return results
 
     def begin(self, adapter: str) -> None:
-        """Forget fast paths and budgets of earlier runs on this base, on which the bits of a run must not depend.
+        """Forget fast paths, budgets and operations of earlier runs on this base, on which no run must depend.
 
         Args:
             adapter: One of the run's adapters; the base without adapter is probed with this adapter's configuration.
         """
         self.paths.clear()
         self.budgets.clear()
+        self.base.flops.take()
         self._without_adapter = self._settings_of(adapter)
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from evollm.data.samples import Batch, IntArray, Sample
 from evollm.errors import ConfigurationError
 from evollm.models.adapters.targets import bypassed_layers_refused
 from evollm.models.fast_paths import FastPaths
+from evollm.models.flops import PROBE
 from evollm.models.layouts import Layout, layout_for, lone_layout
 from evollm.models.logprobs import TokenLogprobs
 from evollm.models.rounding import rounded_otherwise
@@ -242,6 +243,7 @@ def _sums(
 ) -> list[Tensor]:
     """(B, k) sums for each member, 0 for a missing completion; the last result of `passes` equal passes."""
     laid = layout.lay_out(batch, members)
+    base.flops.add(PROBE, batch, members * passes)
     with (
         base.active(members[0]) as network,
         base.router.route(members if routed else None),

@@ -20,6 +20,7 @@ from evollm.models.adapters.targets import language_model, text_config
 from evollm.models.attention import PackedSequences, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
 from evollm.models.fingerprints import weights_fingerprint
+from evollm.models.flops import FlopCount
 from evollm.models.layers import FanOut, LayerStack
 from evollm.models.load_balancing import LoadBalancing, asked_for, load_balancing
 from evollm.models.loading.policy_archive import PolicyArchive, loaded_archive
@@ -77,6 +78,7 @@ class SharedBase:
         layers: Its repeated layers.
         router: Lets a forward pass use several adapters.
         reference_cache: Log-probs of frozen adapters.
+        flops: Counts the operations of the passes through it.
         model_config: Keyword arguments of `from_pretrained` with which a checkpoint loads the base again.
         weights_fingerprint: Digest of its weights.
     """
@@ -97,6 +99,7 @@ class SharedBase:
         self.router = AdapterRouter()
         self.layers = LayerStack(language_model(model), self._recompute_context)
         self.adapters = AdapterRegistry(model, self.layers.modules, self.router, self.reference_cache.forget)
+        self.flops = FlopCount(model, self.adapters)
         self._balancing: tuple[Mapping[str, Any], LoadBalancing | None] = {}, None
 
     @classmethod

@@ -174,6 +174,8 @@ def _resources(record: RunRecord) -> dict[str, Any] | None:
     resumed = sum(timing.kind == "start" for timing in record.timings) - 1
     if resumed > 0:
         text += f" The run was resumed {'once' if resumed == 1 else f'{resumed} times'}; lost steps are not counted."
+    if record.spent:
+        text += f" It spent {record.spent[-1][1]}."
     return {"text": text, "pictures": resource_pictures(record)}
 
 

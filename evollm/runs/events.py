@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
+from evollm.runs.spent import Spent
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Evaluated:
         fitnesses: The fitness of every agent, not finite for a diverged one.
         best: Index of the fittest agent.
         agents: Hyperparameters of every agent.
+        spent: What the run has spent so far, this evaluation included.
     """
 
     step: int
@@ -82,6 +84,7 @@ class Evaluated:
     fitnesses: Mapping[int, Fitness]
     best: int
     agents: Mapping[int, Mapping[str, float]]
+    spent: Spent | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class RunEnded:
             evaluation was the best, it is the fittest agent at the end, whose index may be that of `best`.
         runner_up_score: Evaluation of the second fittest agent.
         stopped: Why the run ended before its last step; "" if it did not.
+        spent: What the run has spent.
     """
 
     step: int
@@ -157,6 +161,7 @@ class RunEnded:
     runner_up: int | None = None
     runner_up_score: AnyEvaluation | None = None
     stopped: str = ""
+    spent: Spent | None = None
 
 
 class Callback:

@@ -11,6 +11,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 LINEAGE = "lineage.jsonl"
 TIMING = "timing.jsonl"
+SPENT = "spent.jsonl"
 EVALUATIONS = "evaluations"
 FINAL = "final.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -19,7 +20,7 @@ ELITE = "elite"
 TUNE_ARGUMENTS = "tune.json"
 
 # All files and folders that a run writes.
-RUN_FILES = (CONFIG, METRICS, LINEAGE, TIMING, EVALUATIONS, FINAL, CHECKPOINTS, ELITE, TUNE_ARGUMENTS)
+RUN_FILES = (CONFIG, METRICS, LINEAGE, TIMING, SPENT, EVALUATIONS, FINAL, CHECKPOINTS, ELITE, TUNE_ARGUMENTS)
 
 # The deepest folder of a run is this many levels below it: checkpoints/step-000003/agent-0/actor.
 _DEPTH = 4

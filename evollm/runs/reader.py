@@ -18,10 +18,11 @@ from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, read_bytes
 from evollm.runs.evaluations import read_evaluations
 from evollm.runs.events import SampleAnswer
-from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, TIMING, no_run
+from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, SPENT, TIMING, no_run
 from evollm.runs.lineage import read_lineage
 from evollm.runs.lines import read_lines
 from evollm.runs.record import Ended, RunRecord, Scored, StepLine, Timing
+from evollm.runs.spent import Spent
 from evollm.runs.words import Words
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord
     config = read_config(run_dir)
     folder = usable_path("run_dir", run_dir)
     metrics, words = read_lines(inside(folder, METRICS)), Words.from_dict(config["words"])
-    timing = inside(folder, TIMING)
+    timing, spent = inside(folder, TIMING), inside(folder, SPENT)
     try:
         evaluations = _read(metrics, "evaluation", partial(_evaluation, words))
         ended = _read(metrics, "end", partial(_end, words))[-1:]
@@ -120,6 +121,9 @@ def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord
             evaluations=evaluations,
             ended=ended[0] if ended else None,
             timings=_convert(read_lines(timing), _timing) if timing.exists() else [],
+            spent=_convert(read_lines(spent), lambda line: (int(line["step"]), Spent.from_dict(line)))
+            if spent.exists()
+            else [],
         )
         _check_agents(record)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

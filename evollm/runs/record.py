@@ -11,6 +11,7 @@ from typing import Any
 from evollm.hpo import AnyEvaluation, Birth, Fitness, is_finite
 from evollm.runs.events import Evolved, SampleAnswer
 from evollm.runs.lineage import HyperparameterSchedule, Lineage
+from evollm.runs.spent import Spent
 from evollm.runs.words import Words
 
 # The end of a truncated answer.
@@ -123,6 +124,7 @@ class RunRecord:
         evaluations: Scores of each agent and evaluation, ordered by step.
         ended: The end of the run, None if the run has not ended.
         timings: Time and memory of each event, in their order; empty if they were not recorded.
+        spent: The step and what the run had spent, at each evaluation and at the end; empty if it was not recorded.
     """
 
     path: Path
@@ -133,6 +135,7 @@ class RunRecord:
     evaluations: Sequence[Scored] = field(repr=False)
     ended: Ended | None
     timings: Sequence[Timing] = field(repr=False)
+    spent: Sequence[tuple[int, Spent]] = field(default=(), repr=False)
 
     @property
     def founders(self) -> Sequence[Birth]:

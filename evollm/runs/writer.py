@@ -24,7 +24,7 @@ from evollm.runs.events import (
     RunStarted,
     StepDone,
 )
-from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, TIMING
+from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, SPENT, TIMING
 from evollm.runs.lines import RecordFiles, read_lines, strict
 
 _EVALUATION_FILE = re.compile(r"step-(\d{6,})\.safetensors")
@@ -38,6 +38,7 @@ class RunFolder(Callback):
     a file `evaluations/step-000003.safetensors` with the numbers of every agent and held-out row, and
     `final.safetensors` has those of the final scores: `before`, `after` and `runner_up`. `timing.jsonl` has, for each
     event, the seconds since the event before and the memory; only this file differs between two equal runs.
+    `spent.jsonl` has, for each evaluation and for the end, what the run has spent so far; see `Spent`.
 
     Args:
         cuda_peak: Returns the peak of the allocated CUDA memory in bytes; called only in a run on CUDA.
@@ -59,7 +60,7 @@ class RunFolder(Callback):
         self._records = RecordFiles(folder)
         inside(folder, EVALUATIONS).mkdir(parents=True, exist_ok=True)
         _remove_evaluations_after(folder, event.step)
-        for name in (METRICS, TIMING):
+        for name in (METRICS, SPENT, TIMING):
             self._records.start(name, _lines_until(inside(folder, name), event.step))
         founders = {"kind": "founders", "births": [birth.to_dict() for birth in event.founders]}
         self._records.start(LINEAGE, [founders, *map(_evolution_line, event.evolutions)])
@@ -90,6 +91,7 @@ class RunFolder(Callback):
             self._files.append(METRICS, kind="evaluation", **line, fitness=list(fitness), **event.agents[index])
         scored = {f"agent-{index}": evaluation for index, evaluation in event.evaluations.items()}
         self._save(f"{EVALUATIONS}/step-{event.step:06d}.safetensors", scored)
+        self._spent("evaluation", event)
         self._time("evaluation", event.step)
 
     def on_evolution(self, event: Evolved) -> None:
@@ -123,6 +125,7 @@ class RunFolder(Callback):
             **scores,
             samples=[vars(sample) for sample in event.samples],
         )
+        self._spent("end", event)
         self._time("end", event.step)
         self._files.flush()
 
@@ -135,6 +138,10 @@ class RunFolder(Callback):
     def _files(self) -> RecordFiles:
         assert self._records is not None
         return self._records
+
+    def _spent(self, kind: str, event: Evaluated | RunEnded) -> None:
+        if event.spent is not None:
+            self._files.append(SPENT, kind=kind, step=event.step, **event.spent.to_dict())
 
     def _time(self, kind: str, step: int) -> None:
         """Write the seconds since the event before, and the present memory of the process."""

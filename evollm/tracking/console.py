@@ -171,6 +171,8 @@ class Console(Callback):
         plans = [evolution.plan for evolution in self._evolutions if evolution.step < event.best_step]
         if plans:
             self._print("Its line: " + schedule_line(ancestry(plans, event.best)), soft_wrap=True)
+        if event.spent is not None:
+            self._print(f"Spent {event.spent}", soft_wrap=True)
         for sample in event.samples:
             self._print(f"\n[bold]{escape(shown(sample.prompt))}[/bold]")
             for label, answer in (("[dim]before:[/dim]", sample.before), ("[green]after:[/green]", sample.after)):

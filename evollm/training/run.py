@@ -15,10 +15,12 @@ from evollm.hpo import Birth, EvolutionPlan, Fitness, Guards, Result, SearchPlan
 from evollm.hpo.guards import BROKEN
 from evollm.hpo.search import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
+from evollm.runs.spent import Spent
 from evollm.training.ending import best_of, end, final_split
 from evollm.training.options import RunOptions, Schedule
 from evollm.training.paths import RunPaths
 from evollm.training.resume import check_nothing_to_lose, find_checkpoint, how_to_go_on, read_checkpoint
+from evollm.training.spending import Prices, update_epochs
 from evollm.training.state import Best, Progress
 from evollm.training.stopping import StopSignals
 
@@ -75,6 +77,8 @@ class Run:
         }
         self.progress = Progress([Birth.fresh(member.index, member.hyperparameters) for member in members])
         self.search = options.strategy()
+        moving, split = options.update_reference_each_epoch, final_split(self.rows)
+        self._prices = Prices(described.costs, self.schedule, split, update_epochs(members[0]), moving)
 
     @property
     def step(self) -> int:
@@ -88,6 +92,11 @@ class Run:
         if patience is None or self.progress.stale < patience or self.step == self.schedule.total:
             return ""
         return f"no better fitness in {patience} evaluation{'s' if patience > 1 else ''} (early_stopping_patience)"
+
+    @property
+    def spent(self) -> Spent:
+        """What the run has spent."""
+        return self._prices.spent(self.progress.account, self.step)
 
     def train(self) -> tuple[list[Any], list[float]]:
         """Train to the end; see `finetune_llm_preference`.
@@ -107,7 +116,8 @@ class Run:
                     while self.step < self.schedule.total and not self._stopped:
                         self._advance(stop)
                     ended = end(self.executor, self.progress, self.options, self.paths, self.rows)
-                    ended = replace(ended, stopped=self._stopped)
+                    self.progress.account.add(self.executor.spent(), final=True)
+                    ended = replace(ended, stopped=self._stopped, spent=self.spent)
                     self._tell("on_end", ended)
                     self.best = self.executor.agent(ended.best if ended.best_step == ended.step else BEST_SO_FAR)
             except KeyboardInterrupt:
@@ -177,6 +187,7 @@ class Run:
         if self.step == 0 and split:
             first = self.progress.births[0].index
             self.progress.before = self.executor.evaluate(split, [first])[first]
+            self.progress.account.add(self.executor.spent(), final=True)
             self._tell("on_baseline", BaselineScored(split, self.progress.before))
 
     def _advance(self, stop: StopSignals) -> None:
@@ -212,6 +223,8 @@ class Run:
         members = self.executor.members()
         check_going(members)
         self.progress.step = done.step
+        learners = [member for member in members if member.index in done.metrics]
+        self.progress.account.add_step(self.executor.spent(), learners)
         self._tell("on_step", done)
         nothing_yet = all(member.num_tokens == 0 for member in members)
         if nothing_yet and self.step == min(self.schedule.epoch, self.schedule.total, PATIENCE):
@@ -235,6 +248,7 @@ class Run:
 
     def _evaluate(self) -> None:
         evaluations = self.executor.evaluate("test")
+        self.progress.account.add(self.executor.spent())
         members = self.executor.members()
         fitnesses = {
             str(member.index): self._fitness_of(evaluations[member.index])
@@ -266,6 +280,7 @@ class Run:
             self.progress.fitnesses,
             best,
             {member.index: dict(member.hyperparameters) for member in members},
+            self.spent,
         )
         self._tell("on_evaluation", event)
 

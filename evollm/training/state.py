@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
 from evollm.runs.evaluations import VECTORS
+from evollm.training.spending import Account
 
 # Settings that a resumed run may change: its length, what it saves, and whether it drops non-finite rows.
 _MAY_CHANGE = {
@@ -51,6 +52,7 @@ class Progress:
         due: The step after which the search decides next, None: never.
         best: The best evaluation so far, the later one of equals; None: there was none.
         stale: Evaluations since the best fitness last improved, for early stopping.
+        account: What has been spent.
     """
 
     founders: list[Birth]
@@ -62,6 +64,7 @@ class Progress:
     due: int | None = None
     best: Best | None = None
     stale: int = 0
+    account: Account = field(default_factory=Account)
 
     @property
     def generation(self) -> int:
@@ -78,6 +81,7 @@ class Progress:
         return {
             "step": self.step,
             "due": self.due,
+            "spent": self.account.to_dict(),
             "founders": [birth.to_dict() for birth in self.founders],
             "evolutions": [{"step": step, **plan.to_dict()} for step, plan in self.evolutions],
             "fitnesses": {
@@ -111,6 +115,7 @@ class Progress:
                 before=_read_evaluation(arrays, "before"),
                 step=int(data["step"]),
                 due=None if data["due"] is None else int(data["due"]),
+                account=Account.from_dict(data["spent"]),
                 evolutions=[(int(line["step"]), EvolutionPlan.from_dict(line)) for line in data["evolutions"]],
                 fitnesses={
                     int(index): tuple(float(part) for part in fitness) for index, fitness in data["fitnesses"].items()

@@ -17,6 +17,7 @@ from evollm.processes import Processes
 from evollm.report import write_report
 from evollm.runs import HyperparameterSchedule, Lineage
 from evollm.runs.events import Callback, Evolved, RunEnded, RunStarted
+from evollm.runs.spent import Spent
 from evollm.tuning.arguments_file import write_tune_arguments
 from evollm.tuning.describe import describe
 from evollm.tuning.rehearsal import rehearse
@@ -36,6 +37,7 @@ class TuneResult:
         schedule: The hyperparameters of the best agent and its ancestors, as (step, hyperparameters) at each change,
             from step 0, or from the birth of the fresh agent that the best agent descends from.
         report: Path of `report.html` in the run folder; None without the extra `report`.
+        spent: What the run has spent: floating-point operations by kind, and in runs of one agent.
     """
 
     best: SavableAgent
@@ -44,6 +46,7 @@ class TuneResult:
     run_dir: Path
     schedule: HyperparameterSchedule
     report: Path | None
+    spent: Spent | None = None
 
 
 def tune(
@@ -137,6 +140,7 @@ def _run(request: Request, setup: Setup) -> TuneResult:
         run_dir=run_dir,
         schedule=notes.schedule,
         report=_write_report(run_dir, setup.loop.get("verbose", True)) if Processes.present().is_main else None,
+        spent=notes.ended.spent,
     )
 
 

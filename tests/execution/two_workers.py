@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import replace
 
 from evollm.checkpoints import read_population, write_population
@@ -60,6 +61,9 @@ class TwoWorkers:
     def keep_best(self, index):
         for worker in self.workers:
             worker.keep_best(index)
+
+    def spent(self):
+        return sum((Counter(worker.spent()) for worker in self.workers), Counter())
 
     def note_scores(self, scores):
         for worker in self.workers:

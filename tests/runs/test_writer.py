@@ -49,6 +49,7 @@ def test_the_run_folder_holds_config_metrics_lineage_and_elite(make_population, 
         "final.safetensors",
         "lineage.jsonl",
         "metrics.jsonl",
+        "spent.jsonl",
         "timing.jsonl",
     ]
     config = json.loads((folder / "config.json").read_text())

@@ -1,0 +1,96 @@
+"""The account of a run's compute: what has been spent, and what steps that are not done yet will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from evollm.execution.executor import Costs, Member
+from evollm.runs.spent import Spent
+from evollm.training.options import Schedule
+
+
+@dataclass
+class Account:
+    """What a run has spent up to its last step; a part of its checkpoints.
+
+    Attributes:
+        operations: Floating-point operations by kind.
+        member_steps: Steps, added up over the members.
+        one_pass: Training operations of one agent that has learnt once from each batch so far.
+    """
+
+    operations: dict[str, int] = field(default_factory=dict)
+    member_steps: int = 0
+    one_pass: float = 0.0
+
+    def add(self, operations: Mapping[str, int], *, final: bool = False) -> None:
+        """Add what an executor counted; `final`: in the evaluations before and after training."""
+        for kind, count in operations.items():
+            name = "final" if final and kind == "evaluation" else kind
+            self.operations[name] = self.operations.get(name, 0) + count
+
+    def add_step(self, operations: Mapping[str, int], learners: Sequence[Member]) -> None:
+        """Add a step of these members."""
+        self.add(operations)
+        self.member_steps += len(learners)
+        if learners:
+            self.one_pass += operations.get("training", 0) / sum(map(update_epochs, learners))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Account:
+        """Read the result of `to_dict`."""
+        operations = {str(kind): int(count) for kind, count in data["operations"].items()}
+        return cls(operations, int(data["member_steps"]), float(data["one_pass"]))
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What the steps and evaluations of a run cost; steps that are not done yet cost the mean over an epoch.
+
+    Attributes:
+        costs: What one agent needs for the rows of each split.
+        schedule: When the run evaluates, and how long it is.
+        split: The split of the evaluations before and after training, "" without any.
+        update_epochs: Those of the first agent.
+        moving: Whether references move, so that after the first epoch each agent computes its own.
+    """
+
+    costs: Costs
+    schedule: Schedule
+    split: str
+    update_epochs: int
+    moving: bool
+
+    def one_run(self, account: Account, step: int) -> dict[str, float]:
+        """Operations of one agent by itself that makes all steps of the schedule, by kind.
+
+        The steps done so far count as what they were, and the probe as what it was, so that one agent by itself spends
+        exactly one run.
+        """
+        costs, schedule, references = self.costs, self.schedule, self.costs.references
+        evaluations = -(-schedule.total // schedule.evaluate_every) if schedule.evaluate_every else 0
+        passes = account.one_pass + (schedule.total - step) * costs.training / schedule.epoch
+        epochs = passes / costs.training
+        computed = (epochs if self.moving else min(1, epochs)) * references["train"] + references["test"]
+        return {
+            "training": self.update_epochs * passes,
+            "evaluation": evaluations * costs.evaluation["test"],
+            "references": computed + (references["final"] if self.split == "final" else 0),
+            "probe": account.operations.get("probe", 0),
+            "final": 2 * costs.evaluation[self.split] if self.split else 0,
+        }
+
+    def spent(self, account: Account, step: int) -> Spent:
+        """What a run has spent up to a step."""
+        return Spent(dict(account.operations), self.one_run(account, step), account.member_steps)
+
+
+def update_epochs(member: Member) -> int:
+    """How often a member learns from a batch."""
+    return int(member.hyperparameters.get("update_epochs", 1))
