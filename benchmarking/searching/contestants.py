@@ -1,8 +1,8 @@
 """Strategies without inheritance, computed from a recorded sweep: what they choose, and what it costs.
 
-Compute is counted in floating-point operations by the formula of floor.py and given in runs. A run is what one agent by
-itself needs: all steps, the reference's log-probs of all training and selection pairs, one evaluation at the end. The
-members of a search share the reference's log-probs.
+Compute is counted in floating-point operations by the formula of `evollm.models.flops` and given in runs. A run is what
+one agent by itself needs: all steps, the reference's log-probs of all training and selection pairs, one evaluation at
+the end. The members of a search share the reference's log-probs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from floor import Costs
 
 from searching.records import Array, Record
 from searching.scores import SCORES, Score
@@ -51,13 +50,9 @@ class Prices:
 
     @classmethod
     def of(cls, record: Record) -> Prices:
-        """From the tokens of a record."""
-        costs = Costs(**record.about["costs"])
-        return cls(
-            steps=costs.training_of(*record.train_tokens.T),
-            selection=costs.forward_of(*record.selection_tokens.T),
-            training_references=float(costs.forward_of(*record.train_tokens.T).sum()),
-        )
+        """From a record."""
+        training, references = record.step_operations.T
+        return cls(steps=training, selection=record.pair_operations, training_references=float(references.sum()))
 
     @property
     def run(self) -> float:
@@ -117,7 +112,7 @@ def random_search(
     """
     members = order[:count]
     best = _best(record, members, -1, score)
-    steps, pairs = record.train_tokens.shape[0], record.selection.shape[-1]
+    steps, pairs = len(record.step_operations), record.selection.shape[-1]
     return Choice(best, Prices.of(record).runs([steps] * count, [pairs] * count) if shared else float(count))
 
 
@@ -153,7 +148,7 @@ def halving(
 ) -> Choice:
     """Successive halving: at each rung the best go on; the best of the last ones, trained to the end, is chosen."""
     members, done = list(order[:count]), dict.fromkeys(order[:count], 0)
-    total, all_pairs = record.train_tokens.shape[0], record.selection.shape[-1]
+    total, all_pairs = len(record.step_operations), record.selection.shape[-1]
     evaluated: list[int] = []
     for rung in [*rungs, Rung(1.0, 1)]:
         number = record.about["sizes"]["rungs"].index(rung.part)

@@ -72,9 +72,7 @@ def candidates_of(
     score = SCORES["log_loss"]
     ranked = [int(number) for number in np.argsort([score(few) for few in margins[:, -1]])[::-1]]
     best = ranked[0]
-    found = [
-        Candidate("scaled", [best], {"factor": factor}, scaled(base, actors[best], factor)) for factor in FACTORS
-    ]
+    found = [Candidate("scaled", [best], {"factor": factor}, scaled(base, actors[best], factor)) for factor in FACTORS]
     for combination, count, factor in COMBINATIONS:
         members = ranked[:count]
         weights = [factor / count] * count

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from evollm import Callback, Mutations, TournamentSelection, finetune_llm_preference
-from evollm.data.samples import Batch
 from searching.problem import Founder
 from searching.records import Record
-from searching.sweep import Judge, Sweep, described, tokens_of
+from searching.sweep import Judge, Sweep, described
 
 MEMBERS = 8
 
@@ -85,7 +84,7 @@ def run(sweep: Sweep, founders: Sequence[Founder], path: Path, name: str, say: C
     none = np.zeros((0, 2, 0), np.float32)
     Record(
         {
-            **described(sweep, agents[0]),
+            **described(sweep),
             "strategy": name,
             "founders": [asdict(founder) for founder in first],
             "members": [agent.index for agent in agents],
@@ -100,8 +99,7 @@ def run(sweep: Sweep, founders: Sequence[Founder], path: Path, name: str, say: C
         candidates_final=none,
         candidates_kl=none[:, 0],
         losses=none[:, 0],
-        train_tokens=np.zeros((0, 2)),
-        selection_tokens=tokens_of(Batch(gym.test_pairs)),
-        final_tokens=tokens_of(Batch(gym.final_pairs)),
+        step_operations=np.zeros((0, 2)),
+        pair_operations=np.zeros(0),
     ).save(path)
     say(f"written, {time.perf_counter() - started:.0f} s")

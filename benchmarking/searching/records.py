@@ -30,9 +30,8 @@ class Record:
         candidates_final: (candidates, 2, final pairs).
         candidates_kl: (candidates, measured pairs).
         losses: (founders, steps) the training loss.
-        train_tokens: (steps, 2) tokens of each step's pairs, with the prompt once, and those of the completions alone.
-        selection_tokens: (selection pairs, 2) the same for each pair.
-        final_tokens: (final pairs, 2).
+        step_operations: (steps, 2) floating-point operations of a member's training step, and of the reference's pass.
+        pair_operations: (selection pairs,) those of a member's forward pass.
     """
 
     about: Mapping[str, Any]
@@ -43,9 +42,8 @@ class Record:
     candidates_final: Array
     candidates_kl: Array
     losses: Array
-    train_tokens: Array
-    selection_tokens: Array
-    final_tokens: Array
+    step_operations: Array
+    pair_operations: Array
 
     def save(self, path: Path) -> None:
         """Write the file, and its SHA-256 beside it."""

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from floor import Costs
 from peft import LoraConfig
 
 from evollm import DPO, HyperparameterConfig, PreferenceGym
@@ -96,7 +95,8 @@ class Sweep:
 
     def scheduled(self, hyperparameters: Mapping[str, Any], **settings: Any) -> DPO:
         """An agent with warm-up and cosine decay over a whole run."""
-        agent = self.agent(**hyperparameters, **settings)
+        agent = self.agent(lr_scheduler_type="cosine", warmup_ratio=0.1, **hyperparameters, **settings)
+        agent.num_training_steps = self.sizes.steps
         return agent
 
 
@@ -180,11 +180,12 @@ def record(sweep: Sweep, founders: Sequence[Founder], path: Path, *, answers: bo
         for number, founder in enumerate(founders)
     ]
     judge = Judge(agents[0], gym, sizes, sweep.tokenizer)
-    selection, kept, losses, tokens = [], [], [], []
+    selection, kept, losses, operations = [], [], [], []
     actors = [agent.actor_adapter for agent in agents]
+    flops = agents[0].base.flops
     for step in range(1, sizes.steps + 1):
         batch = gym.next_batch()
-        tokens.append(tokens_of(batch).sum(axis=0))
+        operations.append([flops.of(batch, actors[0], training=True), flops.of(batch, None)])
         losses.append([metrics["loss"] for metrics in learn_together([a for a in agents if not a.diverged], batch)])
         if any(agent.diverged for agent in agents):
             raise SystemExit(f"{path}: agents have diverged: {[a.index for a in agents if a.diverged]}")
@@ -194,13 +195,12 @@ def record(sweep: Sweep, founders: Sequence[Founder], path: Path, *, answers: bo
                 kept.append([agent.base.adapters.export(actor) for agent, actor in zip(agents, actors, strict=True)])
             say(f"step {step} of {sizes.steps}, {time.perf_counter() - started:.0f} s")
     about = {
-        **described(sweep, agents[0]),
+        **described(sweep),
         "founders": [asdict(founder) for founder in founders],
         "candidates": [],
         "answer_lengths": {},
         "seconds": {"training and selection": time.perf_counter() - started},
     }
-    pairs = [tokens_of(Batch(judge.pairs[split])) for split in ("selection", "final")]
     final = judge.logratios(actors, "final")
     none = np.zeros((0, 2, 0), np.float32)
     found = Record(
@@ -212,9 +212,8 @@ def record(sweep: Sweep, founders: Sequence[Founder], path: Path, *, answers: bo
         candidates_final=none,
         candidates_kl=none[:, 0],
         losses=np.array(losses, np.float32).T,
-        train_tokens=np.stack(tokens),
-        selection_tokens=pairs[0],
-        final_tokens=pairs[1],
+        step_operations=np.array(operations),
+        pair_operations=np.array([flops.of(Batch([pair]), actors[0]) for pair in judge.pairs["selection"]]),
     )
     about["seconds"]["final"] = time.perf_counter() - started
     found.save(path)
@@ -257,12 +256,7 @@ def _with_candidates(
     return Record(**{**vars(found), **changed})
 
 
-def tokens_of(batch: Batch) -> Array:
-    """(pairs, 2) tokens with the prompt once, and of the completions alone."""
-    return np.stack([batch.num_tokens, batch.chosen_lengths + batch.rejected_lengths], axis=1)
-
-
-def described(sweep: Sweep, agent: DPO) -> dict[str, Any]:
+def described(sweep: Sweep) -> dict[str, Any]:
     """What a record says of where it comes from."""
     device = sweep.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -273,7 +267,6 @@ def described(sweep: Sweep, agent: DPO) -> dict[str, Any]:
         "dtype": str(sweep.network.dtype).removeprefix("torch."),
         "lora": {"r": sweep.lora.r, "alpha": sweep.lora.lora_alpha},
         "sizes": {**asdict(sweep.sizes), "steps": sweep.sizes.steps, "rung_steps": sweep.sizes.rung_steps},
-        "costs": asdict(Costs.of(agent)),
         "machine": name,
         "date": str(date.today()),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
