@@ -134,3 +134,10 @@ def test_early_stopping_that_cannot_work_is_refused(run, changes, message) -> No
 def test_validate_names_the_patience(make_model, tokenizer) -> None:
     text = validate(make_model(), make_rows(40), tokenizer=tokenizer, population=1, early_stopping_patience=2)
     assert "early stopping: after 2 evaluations without a better fitness" in text
+
+
+def test_of_equal_evaluations_before_the_end_the_later_one_wins(run, monkeypatch) -> None:
+    monkeypatch.setitem(globals(), "SCORES", [1.0, 3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    script = Script()
+    run(script, verbose=False)
+    assert script.ended.best_step == 3
