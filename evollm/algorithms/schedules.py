@@ -18,7 +18,9 @@ from evollm.errors import ConfigurationError, brief
 # Schedules that follow a metric, and no step count.
 _BY_METRIC = frozenset({"reduce_lr_on_plateau", "greedy"})
 _FORMULAS: dict[str, Callable[..., object]] = {
-    kind.value: cast(Any, formula) for kind, formula in TYPE_TO_SCHEDULER_FUNCTION.items() if kind.value not in _BY_METRIC
+    kind.value: cast(Any, formula)
+    for kind, formula in TYPE_TO_SCHEDULER_FUNCTION.items()
+    if kind.value not in _BY_METRIC
 }
 # Parameters of the formulas that are no `lr_scheduler_kwargs`.
 _FILLED_IN = frozenset({"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"})
