@@ -4,6 +4,13 @@
 
 trains the default settings and 16 random configurations to the end for each seed and data set, and records what each
 scores on every pair at every rung: a sweep that has been recorded already is left out, so hours can be spread.
+`tournament` instead of `record` runs tournament selection and mutation from the first eight of these configurations.
+
+    python benchmarking/search.py report --out records
+
+computes all strategies without inheritance from the records in seconds, and prints the tables: what each strategy costs
+in runs and what it reaches, with 95 % intervals over seeds and pairs, which score on the selection pairs predicts the
+final one, and what merges and scaled adapters gain.
 
 Data are files of the form of hh-rlhf (`chosen` and `rejected` texts of turns that begin with Human: and Assistant:).
 The data set `tiny` is rule-made, with a model of two layers and sizes of its own: dozens of searches in minutes.
@@ -18,7 +25,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +36,7 @@ from peft import LoraConfig
 from searching import tiny
 from searching.inheriting import run
 from searching.problem import BOUNDS, Sizes, founders, read_dialogues, short_enough, split_by_dialogue
+from searching.reporting import report
 from searching.sweep import Sweep, record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,20 +99,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             founders=options.founders,
         )
         for what in options.what
+        if what != "report"
         for seed in options.seeds
         for data in options.data
     ]
     waiting = [job for job in jobs if not job.path.exists()]
     started = time.monotonic()
     print(f"{len(jobs)} searches, {len(jobs) - len(waiting)} of them there already", flush=True)
-    if options.jobs == 1:
-        for job in waiting:
-            print(run_job(job), flush=True)
+    for told in _run_all(waiting, options.jobs):
+        print(f"{time.monotonic() - started:.0f} s: {told}", flush=True)
+    if "report" in options.what:
+        print(report(options.out))
+
+
+def _run_all(jobs: Sequence[Job], at_a_time: int) -> Iterator[str]:
+    """Carry out jobs, several in processes of their own; what became of each, as soon as it is known."""
+    if at_a_time == 1:
+        yield from map(run_job, jobs)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for done in as_completed([pool.submit(run_job, job) for job in waiting]):
-            print(f"{time.monotonic() - started:.0f} s: {done.result()}", flush=True)
+    with ProcessPoolExecutor(at_a_time, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run_job, job) for job in jobs]):
+            yield done.result()
 
 
 def run_job(job: Job) -> str:
@@ -170,8 +185,8 @@ def _tiny(job: Job) -> Sweep:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("record", "tournament"))
-    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("what", nargs="+", choices=("record", "tournament", "report"))
+    parser.add_argument("--data", type=Path, nargs="+", default=())
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     parser.add_argument("--model", help="model folder (default: the demo's)")

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from searching.records import Array, Record
-from searching.scores import SCORES, Score
+from searching.scores import SCORES
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,6 @@ class Prices:
 def margins_of(record: Record) -> Array:
     """(founders, rungs, selection pairs)."""
     return record.selection[:, :, 0] - record.selection[:, :, 1]
-
-
-def guarded(score: Score, record: Record, founder: int, rung: int, least: float, pairs: int | None = None) -> float:
-    """The score; below all others for a member whose mean chosen log-ratio has fallen below `least` nats."""
-    margins = margins_of(record)[founder, rung, :pairs]
-    broken = record.selection[founder, rung, 0, :pairs].mean() < least
-    return score(margins) - (1e6 if broken else 0.0)
 
 
 def of_kind(record: Record, kind: str) -> list[int]:
@@ -155,15 +148,15 @@ def halving(
         pairs = all_pairs if rung.pairs is None else min(rung.pairs, all_pairs)
         done |= dict.fromkeys(members, round(rung.part * total))
         evaluated += [pairs] * len(members)
-        members = _ranked(record, members, number, score, least, pairs)[: rung.kept]
+        members = ranked(record, members, number, score, least, pairs)[: rung.kept]
     return Choice(members[0], Prices.of(record).runs(list(done.values()), evaluated))
 
 
 def _best(record: Record, members: Sequence[int], rung: int, score: str) -> int:
-    return _ranked(record, members, rung, score)[0]
+    return ranked(record, members, rung, score)[0]
 
 
-def _ranked(
+def ranked(
     record: Record,
     members: Sequence[int],
     rung: int,
@@ -171,6 +164,10 @@ def _ranked(
     least: float = -np.inf,
     pairs: int | None = None,
 ) -> list[int]:
+    """Members from the best to the worst by a score on the first `pairs` selection pairs of a rung.
+
+    Those whose mean chosen log-ratio is below `least` nats come last.
+    """
     margins = margins_of(record)
 
     def key(founder: int) -> tuple[float, ...]:
@@ -185,6 +182,7 @@ def _ranked(
 
 STRATEGIES: Mapping[str, Strategy] = {
     "default settings": single,
+    "grid, 8": grid_search,
     **{f"random, {count}": partial(random_search, count=count) for count in (1, 2, 4, 8)},
     **{f"random, {count}, log-loss": partial(random_search, count=count, score="log_loss") for count in (2, 4, 8)},
     "halving 8": partial(halving, count=8, rungs=[Rung(1 / 8, 4), Rung(1 / 4, 2), Rung(1 / 2, 1)]),

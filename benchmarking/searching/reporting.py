@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from searching.contestants import STRATEGIES, Strategy, margins_of, of_kind
+from searching.contestants import STRATEGIES, Prices, Strategy, margins_of, of_kind, ranked
 from searching.records import Array, Record
 from searching.scores import SCORES, best_temperature
 from searching.statistics import hierarchical, rank_correlation
@@ -15,6 +16,7 @@ from searching.statistics import hierarchical, rank_correlation
 # Orders of the random founders for each seed: which of them are the first eight is luck.
 ORDERS = 32
 REFERENCE = "random, 8"
+INHERITING = ("tournament",)
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,28 @@ def outcome(strategy: Strategy, record: Record, orders: int = ORDERS) -> Outcome
     founders = of_kind(record, "random")
     rng = np.random.default_rng([int(record.about["seed"]), 4])
     choices = [strategy(record, rng.permutation(founders).tolist()) for _ in range(orders)]
-    picked = [choice.founder for choice in choices]
+    return _outcome(record, [choice.founder for choice in choices], [choice.runs for choice in choices])
+
+
+def inherited_outcome(run: Record, sweep: Record, score: str) -> Outcome:
+    """What a run of a strategy with inheritance reached: the best of its last population.
+
+    Args:
+        run: The run.
+        sweep: The recorded sweep of the same seed, for what its steps cost.
+        score: By which the best is chosen.
+    """
+    members, evaluations = run.selection.shape[:2]
+    prices, pairs = Prices.of(sweep), run.selection.shape[-1]
+    spent = prices.runs([len(prices.steps)] * members, [pairs] * members * evaluations)
+    return _outcome(run, [ranked(run, range(members), -1, score)[0]], [spent])
+
+
+def _outcome(record: Record, picked: Sequence[int], runs: Sequence[float]) -> Outcome:
     margins = (record.final[:, 0] - record.final[:, 1])[picked].astype(float)
     temperatures = np.array([best_temperature(one) for one in margins])
     return Outcome(
-        runs=np.array([choice.runs for choice in choices]),
+        runs=np.array(runs),
         right=np.heaviside(margins, 0.5),
         losses=np.logaddexp(0.0, -temperatures[:, None] * margins),
         chosen=record.final[picked, 0].mean(axis=-1),
@@ -53,21 +72,31 @@ def outcome(strategy: Strategy, record: Record, orders: int = ORDERS) -> Outcome
     )
 
 
-def strategies_table(records: Sequence[Record], strategies: Mapping[str, Strategy] = STRATEGIES) -> str:
-    """One line for each strategy: what it costs, what it reaches, and how it compares with the best of eight runs."""
-    found = {name: [outcome(strategy, record) for record in records] for name, strategy in strategies.items()}
+def strategies_table(records: Sequence[Record], runs: Mapping[str, Sequence[Record]]) -> str:
+    """One line for each strategy: what it costs, what it reaches, and how it compares with the best of eight runs.
+
+    Args:
+        records: The recorded sweeps.
+        runs: For each strategy with inheritance its runs, of the same seeds in the same order.
+    """
+    names = [name for name in STRATEGIES if "grid" not in name or all(of_kind(record, "grid") for record in records)]
+    found = {name: [outcome(STRATEGIES[name], record) for record in records] for name in names}
+    for name, own in runs.items():
+        for score in ("accuracy, then margin", "log_loss"):
+            pairs = zip(own, records, strict=True)
+            found[f"{name}, {score}"] = [inherited_outcome(run, record, score) for run, record in pairs]
     lines = [
         "| strategy | runs | final accuracy | minus best of 8 | log-loss | minus best of 8 | chosen | KL |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, outcomes in found.items():
-        pairs = list(zip(outcomes, found[REFERENCE], strict=True))
+        both = list(zip(outcomes, found[REFERENCE], strict=True))
         cells = [
             f"{np.mean([one.runs.mean() for one in outcomes]):.2f}",
             _interval([one.right for one in outcomes], ".3f"),
-            _interval([one.right - other.right for one, other in pairs], "+.3f"),
+            _interval([one.right - other.right for one, other in both], "+.3f"),
             _interval([one.losses for one in outcomes], ".4f"),
-            _interval([one.losses - other.losses for one, other in pairs], "+.4f"),
+            _interval([one.losses - other.losses for one, other in both], "+.4f"),
             f"{np.mean([one.chosen.mean() for one in outcomes]):+.2f}",
             f"{np.mean([one.kl.mean() for one in outcomes]):.2f}",
         ]
@@ -143,5 +172,28 @@ def _losses(margins: Array) -> Array:
 
 
 def _interval(per_seed: Sequence[Array], form: str) -> str:
-    mean, low, high = hierarchical(per_seed, lambda values: values.mean(axis=1))
+    mean, low, high = hierarchical([values.mean(axis=0) for values in per_seed])
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def report(folder: Path) -> str:
+    """All tables of a folder's records, each data set by itself."""
+    records = [Record.load(path) for path in sorted(folder.glob("record-*.npz"))]
+    if not records:
+        raise SystemExit(f"{folder} holds no record-*.npz: search.py record makes them")
+    parts = []
+    for name in sorted({str(record.about["data"]) for record in records}):
+        own = [record for record in records if record.about["data"] == name]
+        seeds = [record.about["seed"] for record in own]
+        about = own[0].about
+        paths = {strategy: [folder / f"{strategy}-{name}-{seed}.npz" for seed in seeds] for strategy in INHERITING}
+        runs = {
+            strategy: [Record.load(path) for path in found]
+            for strategy, found in paths.items()
+            if all(path.exists() for path in found)
+        }
+        parts.append(f"### {name}, {about['model']}, {len(own)} seeds {seeds}, {about['machine']}, {about['date']}")
+        parts += [strategies_table(own, runs), scores_table(own)]
+        with_candidates = [record for record in own if record.about["candidates"]]
+        parts += [finalists_table(with_candidates)] if with_candidates else []
+    return "\n\n".join(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,12 +11,11 @@ from searching.records import Array
 RESAMPLES = 2000
 
 
-def hierarchical(per_seed: Sequence[Array], statistic: Callable[[Array], Array], seed: int = 0) -> tuple[float, ...]:
+def hierarchical(per_seed: Sequence[Array], seed: int = 0) -> tuple[float, float, float]:
     """Mean over seeds and its 95 % interval, by resampling seeds and, within each seed, pairs.
 
     Args:
-        per_seed: For each seed (choices, pairs): a number for each pair, for each equally likely choice of the seed.
-        statistic: Maps (choices, pairs) to (choices,); means of pairs for an accuracy.
+        per_seed: For each seed (pairs,) numbers; the mean over pairs and seeds is the statistic.
         seed: Of the resampling.
 
     Returns:
@@ -25,14 +24,10 @@ def hierarchical(per_seed: Sequence[Array], statistic: Callable[[Array], Array],
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(RESAMPLES):
-        drawn = rng.integers(len(per_seed), size=len(per_seed))
-        means = []
-        for number in drawn:
-            values = per_seed[number]
-            means.append(statistic(values[:, rng.integers(values.shape[1], size=values.shape[1])]).mean())
-        found.append(np.mean(means))
+        drawn = (per_seed[number] for number in rng.integers(len(per_seed), size=len(per_seed)))
+        found.append(np.mean([values[rng.integers(len(values), size=len(values))].mean() for values in drawn]))
     low, high = np.percentile(found, [2.5, 97.5])
-    return float(np.mean([statistic(values).mean() for values in per_seed])), float(low), float(high)
+    return float(np.mean([values.mean() for values in per_seed])), float(low), float(high)
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
