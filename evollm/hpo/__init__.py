@@ -34,7 +34,7 @@ from evollm.hpo.scores import (
     preference_fitness,
     scale_free_log_loss,
 )
-from evollm.hpo.search import Result, Search, SearchPlan, SearchStart
+from evollm.hpo.search import Result, Search, SearchBudget, SearchPlan, SearchStart
 from evollm.hpo.strategies import STRATEGIES, search_of
 from evollm.hpo.successive_halving import SuccessiveHalving
 from evollm.hpo.tournament import TournamentSearch, TournamentSelection, check_population, plan_births, select_parents
@@ -64,6 +64,7 @@ __all__ = [
     "RandomSearch",
     "Result",
     "Search",
+    "SearchBudget",
     "SearchPlan",
     "SearchStart",
     "SuccessiveHalving",

@@ -89,21 +89,38 @@ class Result:
 
 
 @dataclass(frozen=True)
+class SearchBudget:
+    """The compute of a run with a `budget`, in steps of the first agent.
+
+    Attributes:
+        member_steps: What is left for members to learn and to be evaluated, without references and final scores.
+        run_steps: Steps of one run.
+        evaluation: What the evaluation of one member costs.
+    """
+
+    member_steps: float
+    run_steps: int
+    evaluation: float
+
+
+@dataclass(frozen=True)
 class SearchStart:
     """The initial population and settings that a search is given.
 
     The length of the run is left out: a run that is extended later must have the bits of one that had the same length
-    from the beginning.
+    from the beginning. A run with a `budget` cannot be extended, so that the budget may say the length.
 
     Attributes:
         founders: The agents that the run was given, with their hyperparameters.
         hp_config: The hyperparameters that may change, with their bounds; None if none may.
         interval: Steps between two decisions, as the user set them (`evo_steps`), by default one epoch.
+        budget: The compute to plan for; None: the run has no `budget`.
     """
 
     founders: Sequence[Birth]
     hp_config: HyperparameterConfig | None
     interval: int
+    budget: SearchBudget | None = None
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evollm.checks import boolean, finite_number, optional_whole_number, whole_number
+from evollm.checks import boolean, finite_number, optional_whole_number, positive_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo import Guards, Mutations, Search, TournamentSearch, TournamentSelection, guards_of, search_of
 from evollm.hpo.search import describe_search
 
 _EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+_LIMITS = ("budget", "max_member_steps", "max_hours")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class RunOptions:
 
     num_epochs: int | None
     max_steps: int | None
+    budget: float | None
+    max_member_steps: int | None
+    max_hours: float | None
     evo_steps: int | None
     evaluation_interval: int | None
     checkpoint_steps: int | None
@@ -35,20 +39,7 @@ class RunOptions:
     early_stopping_threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_epochs",
-            "max_steps",
-            "evo_steps",
-            "evaluation_interval",
-            "keep_last",
-            "early_stopping_patience",
-        ):
-            object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
-        object.__setattr__(
-            self, "checkpoint_steps", optional_whole_number("checkpoint_steps", self.checkpoint_steps, 0)
-        )
-        object.__setattr__(self, "num_sample_answers", whole_number("num_sample_answers", self.num_sample_answers, 0))
-        self._check_threshold()
+        self._check_numbers()
         for name in ("update_reference_each_epoch", "save_elite"):
             boolean(name, getattr(self, name))
         for name, kind in (("tournament", TournamentSelection), ("mutation", Mutations)):
@@ -71,7 +62,17 @@ class RunOptions:
         if self.evo_steps is not None and not self.evolves:
             raise ConfigurationError("evo_steps", self.evo_steps, "needs a tournament and a mutation, or a search")
 
-    def _check_threshold(self) -> None:
+    def _check_numbers(self) -> None:
+        counts = ("num_epochs", "max_steps", "max_member_steps", "evo_steps", "evaluation_interval", "keep_last")
+        for name in (*counts, "early_stopping_patience"):
+            object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
+        object.__setattr__(
+            self, "checkpoint_steps", optional_whole_number("checkpoint_steps", self.checkpoint_steps, 0)
+        )
+        object.__setattr__(self, "num_sample_answers", whole_number("num_sample_answers", self.num_sample_answers, 0))
+        for name in ("budget", "max_hours"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, positive_number(name, getattr(self, name)))
         threshold = finite_number("early_stopping_threshold", self.early_stopping_threshold)
         object.__setattr__(self, "early_stopping_threshold", threshold)
         if threshold < 0:
@@ -91,8 +92,9 @@ class RunOptions:
         return None if self.search is None else search_of(self.search)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, without those of a search, guards and early stopping if there is none."""
+        """Return the fields as JSON values, without a search, guards, early stopping and limits if there is none."""
         left_out = {"search", "guards", *(() if self.early_stopping_patience else _EARLY_STOPPING)}
+        left_out |= {name for name in _LIMITS if getattr(self, name) is None}
         asked = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         asked |= {name: asdict(asked[name]) for name in ("tournament", "mutation") if asked[name] is not None}
         if self.search is not None:

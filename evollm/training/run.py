@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -110,6 +111,8 @@ class Run:
         with self.paths.only_writer() if self.processes.is_main else nullcontext():
             if self.paths.resumes:
                 self.resume()
+            self._began = time.monotonic() - self.progress.account.seconds
+            self._end_if_spent(evaluates=False)
             try:
                 with StopSignals() as stop:
                     self._start()
@@ -140,7 +143,8 @@ class Run:
         if self.search is not None:
             founders = self.progress.founders
             assert self.schedule.evolve_every is not None
-            start = SearchStart(founders, self._hp_config, self.schedule.evolve_every)
+            budget = self.options.budget and self._prices.search_budget(self.options.budget)
+            start = SearchStart(founders, self._hp_config, self.schedule.evolve_every, budget or None)
             plan = self._of_main(self.search.start(start))
             check_start(plan, start)
             given = {birth.index for birth in founders}
@@ -196,6 +200,7 @@ class Run:
         if self.step > 0 and self._decides(self.step):
             self._decide()
         self._learn(stop)
+        self._end_if_spent(evaluates=self.schedule.evaluates_at(self.step, decides=self._decides(self.step)))
         if self.schedule.evaluates_at(self.step, decides=self._decides(self.step)):
             self._evaluate()
         number = self._signal(stop)
@@ -210,8 +215,48 @@ class Run:
         until = next(step for step in range(self.step + 1, self.schedule.total + 1) if self._pauses_at(step))
         for done in self.executor.learn(self.step, until):
             self._note(done)
-            if self.step < until and self._signal(stop):
+            if self.step < until and (self._signal(stop) or not self._affords_a_step()):
                 return
+
+    def _affords_a_step(self, *, evaluates: bool = False) -> bool:
+        """Whether budget, member steps and hours leave another step; `evaluates`: after an evaluation of this step.
+
+        It depends on what the run has done alone, so that a resumed run ends where it would have ended anyway.
+        """
+        account, options = self.progress.account, self.options
+        going = [member for member in self.executor.members() if not member.diverged]
+        if options.max_member_steps is not None and account.member_steps + len(going) > options.max_member_steps:
+            return False
+        if options.budget is not None and not self._prices.fits_a_step(
+            account, self.step, going, options.budget, evaluates=evaluates
+        ):
+            return False
+        return not self._is_late()
+
+    def _is_late(self) -> bool:
+        """Whether `max_hours` are over; all processes make this call at the same step."""
+        if self.options.max_hours is None:
+            return False
+        account = self.progress.account
+        account.seconds = float(self.processes.from_main(time.monotonic() - self._began))
+        return account.seconds >= 3600 * self.options.max_hours
+
+    def _end_if_spent(self, *, evaluates: bool) -> None:
+        """Make this step the last one of the schedule if no further step fits; see `_affords_a_step`.
+
+        Raises:
+            ConfigurationError: Not even the first step fits.
+        """
+        if self.step >= self.schedule.total or self._affords_a_step(evaluates=evaluates):
+            return
+        if self.step == 0:
+            limits = ("budget", "max_member_steps", "max_hours")
+            name = next(name for name in limits if getattr(self.options, name) is not None)
+            fix = (
+                f"is too little for one step of {len(self.executor.members())} agents, its evaluation and final scores"
+            )
+            raise ConfigurationError(name, getattr(self.options, name), fix)
+        self.schedule = replace(self.schedule, total=self.step)
 
     def _note(self, done: StepDone) -> None:
         """Record a step and announce it.

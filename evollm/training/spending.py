@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from evollm.execution.executor import Costs, Member
+from evollm.hpo.search import SearchBudget
 from evollm.runs.spent import Spent
 from evollm.training.options import Schedule
 
@@ -19,11 +20,13 @@ class Account:
         operations: Floating-point operations by kind.
         member_steps: Steps, added up over the members.
         one_pass: Training operations of one agent that has learnt once from each batch so far.
+        seconds: Seconds so far, of a run with `max_hours` alone: equal runs have equal checkpoints otherwise.
     """
 
     operations: dict[str, int] = field(default_factory=dict)
     member_steps: int = 0
     one_pass: float = 0.0
+    seconds: float = 0.0
 
     def add(self, operations: Mapping[str, int], *, final: bool = False) -> None:
         """Add what an executor counted; `final`: in the evaluations before and after training."""
@@ -46,7 +49,7 @@ class Account:
     def from_dict(cls, data: Mapping[str, Any]) -> Account:
         """Read the result of `to_dict`."""
         operations = {str(kind): int(count) for kind, count in data["operations"].items()}
-        return cls(operations, int(data["member_steps"]), float(data["one_pass"]))
+        return cls(operations, int(data["member_steps"]), float(data["one_pass"]), float(data["seconds"]))
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,38 @@ class Prices:
             "probe": account.operations.get("probe", 0),
             "final": 2 * costs.evaluation[self.split] if self.split else 0,
         }
+
+    def fits_a_step(
+        self, account: Account, step: int, members: Sequence[Member], budget: float, *, evaluates: bool
+    ) -> bool:
+        """Whether at least half of another step fits, with the evaluation and final scores after it.
+
+        Args:
+            account: What has been spent.
+            step: Steps done.
+            members: The members that learn on.
+            budget: In runs of one agent.
+            evaluates: Whether the members are evaluated before that step, too.
+        """
+        costs, references = self.costs, self.costs.references
+        computing = 1 if step < self.schedule.epoch else len(members) * self.moving
+        a_step = (sum(map(update_epochs, members)) * costs.training + computing * references["train"]) / (
+            self.schedule.epoch
+        )
+        needed = a_step / 2 + (1 + evaluates) * len(members) * costs.evaluation["test"]
+        needed += 0 if account.operations.get("evaluation") else references["test"]
+        if self.split:
+            # The first agent is scored before the first step, the best two after the last.
+            needed += (min(2, len(members)) + (step == 0)) * costs.evaluation[self.split]
+            needed += references["final"] if step == 0 and self.split == "final" else 0
+        return needed <= budget * sum(self.one_run(account, step).values()) - sum(account.operations.values())
+
+    def search_budget(self, budget: float) -> SearchBudget:
+        """What a search may plan for, before anything is spent."""
+        one_run = self.one_run(Account(), 0)
+        step = one_run["training"] / self.schedule.total
+        left = budget * sum(one_run.values()) - one_run["references"] - 1.5 * one_run["final"]
+        return SearchBudget(left / step, self.schedule.total, self.costs.evaluation["test"] / step)
 
     def spent(self, account: Account, step: int) -> Spent:
         """What a run has spent up to a step."""

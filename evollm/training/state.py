@@ -19,8 +19,18 @@ from evollm.training.spending import Account
 # Settings that a resumed run may change: its length, what it saves, and whether it drops non-finite rows.
 _MAY_CHANGE = {
     "settings": {"drop_nonfinite_rows"},
-    "options": {"num_epochs", "max_steps", "checkpoint_steps", "keep_last", "save_elite", "num_sample_answers"}
-    | {"early_stopping_patience", "early_stopping_threshold"},
+    "options": {
+        "num_epochs",
+        "max_steps",
+        "max_member_steps",
+        "max_hours",
+        "checkpoint_steps",
+        "keep_last",
+        "save_elite",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "num_sample_answers",
+    },
     "schedule": {"total", "checkpoint_every"},
     # The checkpoint restores the position. `fingerprint` is compared instead of `digests`, which locate a changed text.
     "data": {"position", "digests", "written_at", "form"},
@@ -177,8 +187,10 @@ def check_same_run(
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps(config, default=str))
+    # A budget is in runs of this length, and a search may have planned by both.
+    fixed = {"total"} if "budget" in plain.get("options", {}) else set()
     return {
-        section: {key: value for key, value in content.items() if key not in _MAY_CHANGE[section]}
+        section: {key: value for key, value in content.items() if key not in _MAY_CHANGE[section] - fixed}
         if section in _MAY_CHANGE and isinstance(content, dict)
         else content
         for section, content in plain.items()

@@ -35,6 +35,9 @@ def finetune_llm_preference(
     *,
     num_epochs: int | None = None,
     max_steps: int | None = None,
+    budget: float | None = None,
+    max_member_steps: int | None = None,
+    max_hours: float | None = None,
     evo_steps: int | None = None,
     evaluation_interval: int | None = None,
     tournament: TournamentSelection | None = None,
@@ -72,6 +75,13 @@ def finetune_llm_preference(
         env: Serves the batches; the run begins at the gym's present position.
         num_epochs: Passes over the training pairs; 1 if `max_steps` is not given either.
         max_steps: Most steps of the run, even if `num_epochs` would give more.
+        budget: Most compute of the run, in runs: one run is what one agent by itself needs for all steps, evaluations,
+            references and final scores included. The run ends after the last whole step that fits, its evaluation and
+            the final scores included; it is not exceeded by more than half a step. A search may plan by it
+            (`SearchStart.budget`), so that a resumed run can change neither the budget nor the number of steps.
+        max_member_steps: Most steps, added up over the members; a resumed run may have more.
+        max_hours: Most hours, those before a resume included up to its checkpoint. The run ends after the step in which
+            they are over, so that it cannot be reproduced; a resumed run may have more.
         evo_steps: Steps between two evolutions, by default an epoch. No evolution follows the last step. Other
             searches take this as the number of steps before their first decision.
         evaluation_interval: Steps between two evaluations, by default `evo_steps` with evolution, else an epoch.

@@ -10,8 +10,9 @@ import rich.console
 from conftest import make_rows
 from two_workers import TwoWorkers
 
-from evollm import Callback, PreferenceGym, finetune_llm_preference, finetune_llm_sft, tune
+from evollm import Callback, ConfigurationError, PreferenceGym, finetune_llm_preference, finetune_llm_sft, tune
 from evollm.data.samples import Batch
+from evollm.hpo import SuccessiveHalving
 from evollm.runs import read_run
 from evollm.runs.spent import KINDS, Spent
 from evollm.tracking import Console
@@ -133,3 +134,80 @@ def test_what_was_spent_is_said_and_returned(make_model, tokenizer, tmp_path) ->
     assert 1 < result.spent.runs < 3
     assert f"It spent {result.spent}." in result.report.read_text()
     assert read_run(result.run_dir).spent[-1][1] == result.spent
+
+
+LONG = {"max_steps": 12, "evo_steps": 2, "search": "successive_halving", "checkpoint_steps": 1}
+
+
+@pytest.mark.parametrize("budget", [0.7, 1.0, 1.2])
+def test_a_budget_ends_the_run_after_the_last_step_that_fits(run, make_population, env, tmp_path, budget) -> None:
+    spent = run(make_population(4), budget=budget, keep_last=None, **LONG)
+    record = read_run(tmp_path / "run")
+    going = len([line for line in record.steps if line.step == record.last_step])
+    step = going * of(make_population(1)[0], env.train_pairs, training=True) / 3 / sum(spent.one_run.values())
+    # Within a step on both sides; a batch's tokens differ from the mean by some tenths.
+    assert budget - 1.5 * step < spent.runs < budget + step
+    assert record.last_step < 12
+    assert record.ended.step == record.last_step
+    assert record.latest_evaluation[0].step == record.last_step
+    assert (tmp_path / f"run/checkpoints/step-{record.last_step:06d}").is_dir()
+
+
+def test_a_budget_of_one_run_lets_one_agent_make_all_steps(run, make_agent, tmp_path) -> None:
+    assert run([make_agent()], budget=1.0, max_steps=5).member_steps == 5
+    assert run([make_agent()], "half", budget=0.5, max_steps=12).member_steps == 3, "references are whole"
+
+
+def test_a_killed_run_ends_where_its_budget_would_have_ended_it(run, make_population, tmp_path) -> None:
+    whole = run(make_population(4), "whole", budget=1.5, **LONG)
+    with pytest.raises(RuntimeError, match="fell over"):
+        run(make_population(4), "killed", budget=1.5, callbacks=[Crash(3)], **LONG)
+    assert run(make_population(4), "killed", resume=True, budget=1.5, **LONG) == whole
+    for name in ("metrics.jsonl", "lineage.jsonl", "spent.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for changed in ({"budget": 2.0}, {"max_steps": 14}):
+        with pytest.raises(ConfigurationError, match="the run began with others"):
+            run(make_population(4), "whole", resume=True, **{"budget": 1.5, **LONG, **changed})
+
+
+def test_more_member_steps_extend_a_run_to_the_bits_of_one_that_had_them(run, make_population, tmp_path) -> None:
+    run(make_population(4), "whole", max_member_steps=14, **LONG)
+    # Four members make two steps; none of the third fits.
+    assert run(make_population(4), "short", max_member_steps=11, **LONG).member_steps == 8
+    assert not read_run(tmp_path / "short").evolutions
+    assert run(make_population(4), "short", resume=True, max_member_steps=14, **LONG).member_steps == 14
+    for name in ("metrics.jsonl", "lineage.jsonl"):
+        assert (tmp_path / "short" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_hours_end_a_run_and_count_over_a_resume(run, make_agent, monkeypatch, tmp_path) -> None:
+    now = iter(range(0, 10**6, 600))
+    monkeypatch.setattr("evollm.training.run.time.monotonic", lambda: next(now))
+    spent = run([make_agent()], max_hours=1, max_steps=12, checkpoint_steps=1)
+    assert 1 < spent.member_steps < 6
+    more = run([make_agent()], resume=True, max_hours=2, max_steps=12, checkpoint_steps=1)
+    assert spent.member_steps < more.member_steps < 12
+
+
+@pytest.mark.parametrize(
+    "limit", [{"budget": 0.01}, {"max_member_steps": 3}, {"budget": 0}, {"max_hours": -1}, {"budget": math.nan}]
+)
+def test_limits_that_allow_no_step_are_refused(run, make_population, limit) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(limit))):
+        run(make_population(4), **LONG, **limit)
+
+
+def test_a_search_is_told_the_budget_alone(run, make_population) -> None:
+    told = []
+
+    class Note(SuccessiveHalving):
+        def start(self, start):
+            told.append(start.budget)
+            return super().start(start)
+
+    run(make_population(2), **{**LONG, "search": Note(), "max_steps": 3, "evo_steps": 2})
+    run(make_population(2), "budget", budget=2.0, **{**LONG, "search": Note(), "max_steps": 3, "evo_steps": 2})
+    assert told[0] is None
+    assert told[1].run_steps == 3
+    assert told[1].member_steps > 3
+    assert 0 < told[1].evaluation < 3
