@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 Learn: TypeAlias = "Callable[[Sequence[Any], Batch], list[dict[str, float]]]"
 # Of agents, environment, split, and the reference adapter of log-ratios (see `DPO.evaluate`).
-Evaluate: TypeAlias = "Callable[[Sequence[Any], DatasetGym, str, str | None], Sequence[AnyEvaluation]]"
+# One with a keyword argument `kl` can measure `Evaluation.kl`.
+Evaluate: TypeAlias = "Callable[..., Sequence[AnyEvaluation]]"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from evollm.algorithms.agent import OWN
+from evollm.algorithms.agent import OWN, REFERENCE
 from evollm.algorithms.losses import (
     LOSSES,
     WHOLE_BATCH,
@@ -23,9 +24,10 @@ from evollm.algorithms.losses import (
 from evollm.algorithms.metrics import pair_metrics
 from evollm.algorithms.references import Rows, finite_rows, reference_logprobs
 from evollm.algorithms.scoring import scored_batches
-from evollm.algorithms.step import Method, learn_by, policy_logprobs
+from evollm.algorithms.step import Method, alike, learn_by, policy_logprobs
 from evollm.data.samples import Batch
 from evollm.hpo.fitness import Evaluation
+from evollm.models.engine import Engine, Item
 from evollm.models.logprobs import CompletionSums, MemberLogprobs
 
 if TYPE_CHECKING:
@@ -162,17 +164,41 @@ def logratios_together(agents: Sequence[DPO], batch: Batch, reference: str | Non
 
 
 def evaluate_together(
-    agents: Sequence[DPO], env: DatasetGym, split: str = "test", reference: str | None = OWN
+    agents: Sequence[DPO], env: DatasetGym, split: str = "test", reference: str | None = OWN, *, kl: bool = False
 ) -> list[Evaluation]:
     """Score each agent on the pairs of a fixed split; see `DPO.evaluate`."""
     judge = partial(_usable_rows, reference=reference)
     num_pairs = len(env.evaluation_pairs(split))
     ratios = np.full((len(agents), 2, num_pairs), np.nan)
+    divergences = np.full((len(agents), num_pairs), np.nan)
     scored: list[int] = []
     for positions, batch, policies in scored_batches(judge, agents, env, split):
+        if kl:
+            divergences[:, positions] = _divergences(agents, batch, reference)
         references = references_of(agents, batch, reference)
         for row, (policy, frozen) in enumerate(zip(policies, references, strict=True)):
             for side, (ours, theirs) in enumerate(zip(policy.sums().columns, frozen.columns, strict=True)):
                 ratios[row, side, positions] = (ours.double().cpu() - theirs).numpy()
         scored += positions.tolist()
-    return [Evaluation(*both) for both in ratios[:, :, sorted(scored)]]
+    rows = sorted(scored)
+    return [
+        Evaluation(chosen, rejected, divergence if kl else None)
+        for (chosen, rejected), divergence in zip(ratios[:, :, rows], divergences[:, rows], strict=True)
+    ]
+
+
+def _divergences(agents: Sequence[DPO], batch: Batch, reference: str | None) -> NDArray[np.float64]:
+    """(M, B) `Evaluation.kl` of each agent's actor."""
+    sharing: dict[str | None, list[DPO]] = {}
+    for agent in agents:
+        sharing.setdefault(agent.adapter(REFERENCE) if reference == OWN else reference, []).append(agent)
+    found: dict[int, Tensor] = {}
+    for name, sharers in sharing.items():
+        for together in alike(sharers):
+            items = Item.on(batch, [agent.actor_adapter for agent in together])
+            tokens = Engine.of(together[0].base).divergences(items, together[0].pass_options, name)
+            found |= {
+                id(agent): torch.stack(one.sums().columns).double().mean(dim=0)
+                for agent, one in zip(together, tokens, strict=True)
+            }
+    return torch.stack([found[id(agent)] for agent in agents]).numpy()

@@ -153,12 +153,15 @@ class Executor(Protocol):
             An iterator over the finished steps.
         """
 
-    def evaluate(self, split: str, indices: Sequence[int] | None = None) -> dict[int, AnyEvaluation]:
+    def evaluate(
+        self, split: str, indices: Sequence[int] | None = None, *, kl: bool = False
+    ) -> dict[int, AnyEvaluation]:
         """Evaluate members on a held-out split.
 
         Args:
             split: `test` or `final`.
             indices: Members to evaluate; None: all members that have not diverged.
+            kl: Measure `Evaluation.kl` too; asked for only if a guard bounds it.
 
         Returns:
             The evaluation of each member by index, with values for each row.

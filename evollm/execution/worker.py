@@ -176,7 +176,9 @@ class Worker:
             self._done = step
             yield StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
 
-    def evaluate(self, split: str, indices: Sequence[int] | None = None) -> dict[int, AnyEvaluation]:
+    def evaluate(
+        self, split: str, indices: Sequence[int] | None = None, *, kl: bool = False
+    ) -> dict[int, AnyEvaluation]:
         """Evaluate this worker's agents on a split, ignoring `indices` of other workers; see `Executor.evaluate`."""
         going = [agent.index for agent in self.agents if not agent.diverged]
         wanted = going if indices is None else indices
@@ -184,7 +186,9 @@ class Worker:
         here = [index for index in wanted if index in present]
         if not here:
             return {}
-        found = self._algorithm.evaluate([self.agent(index) for index in here], self.env, split, self._fixed_reference)
+        measured = {"kl": True} if kl else {}
+        agents = [self.agent(index) for index in here]
+        found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference, **measured)
         return dict(zip(here, found, strict=True))
 
     def keep_best(self, index: int) -> None:

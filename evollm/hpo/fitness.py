@@ -28,17 +28,18 @@ class _PerRow:
 
     def __post_init__(self) -> None:
         """Copy the vectors and check their shapes."""
-        names = [field.name for field in fields(self)]
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
         for name in names:
             values = np.array(getattr(self, name), dtype=np.float64)
             values.flags.writeable = False
             object.__setattr__(self, name, values)
             if values.ndim != 1 or values.size == 0:
                 raise ConfigurationError(f"{name}.shape", values.shape, "must be (n,) with n >= 1 held-out rows")
-        first, second = (getattr(self, name).shape for name in names)
-        if first != second:
-            fix = f"must equal {names[1]}.shape={second}: one number for each row"
-            raise ConfigurationError(f"{names[0]}.shape", first, fix)
+        first, *others = (getattr(self, name).shape for name in names)
+        for name, shape in zip(names[1:], others, strict=True):
+            if first != shape:
+                fix = f"must equal {name}.shape={shape}: one number for each row"
+                raise ConfigurationError(f"{names[0]}.shape", first, fix)
 
     def __len__(self) -> int:
         """Number of held-out rows."""
@@ -59,13 +60,17 @@ class Evaluation(_PerRow):
     Attributes:
         chosen_logratios: (n,) log pi - log ref of each chosen completion, summed over its tokens, in nats.
         rejected_logratios: (n,) the same for the rejected completions.
+        kl: (n,) exact KL(pi || ref) of the next token given the tokens before, summed over the scored tokens of each
+            completion, and the mean over the pair's two completions, in nats per completion: the divergence at the
+            prefixes of the held-out completions, not of those that the policy would sample. None: not measured.
 
     Raises:
-        ConfigurationError: If there is no pair, or the two are not vectors of the same length.
+        ConfigurationError: If there is no pair, or they are not vectors of the same length.
     """
 
     chosen_logratios: FloatArray
     rejected_logratios: FloatArray
+    kl: FloatArray | None = None
 
     @property
     def margins(self) -> FloatArray:

@@ -75,6 +75,8 @@ class PassOptions:
         slot: For a single member: passes hold `slot.of` copies of the member, and the result is that of the copy at
             `slot.place`. None: each member once.
         balancing: The auxiliary loss of routers, for which each sample's expert loads are returned too; None: no loads.
+        reference: Empty, or one adapter, None for the base without adapter: instead of log-probs the passes then give
+            divergences from this reference.
     """
 
     token_budget: int | None = None
@@ -83,6 +85,7 @@ class PassOptions:
     gradient_checkpointing: bool | None = False
     slot: BatchSlot | None = None
     balancing: LoadBalancing | None = None
+    reference: tuple[str | None, ...] = ()
 
 
 class Engine:
@@ -128,6 +131,22 @@ class Engine:
             For each item the log-probs of its batch, on the CPU: all first completions, then all second ones.
         """
         return self._run(items, replace(options, gradient_checkpointing=False), kind, loss=None)
+
+    def divergences(self, items: Sequence[Item], options: PassOptions, reference: str | None) -> list[MemberLogprobs]:
+        """Exact KL(pi || ref) of the next token at every scored token, sum_v pi(v) log(pi(v) / ref(v)).
+
+        It is computed at the prefixes of the samples, not at those that the policy would sample. It costs a pass of the
+        reference for each pass of the members, and the head twice.
+
+        Args:
+            items: Adapters and their samples.
+            options: Options of the passes.
+            reference: The reference's adapter; None: the base without adapter.
+
+        Returns:
+            As of `logprobs`, with divergences in nats in place of log-probs.
+        """
+        return self.logprobs(items, replace(options, balancing=None, reference=(reference,)))
 
     def backward(self, items: Sequence[Item], options: PassOptions, loss: ItemLoss) -> list[MemberLogprobs]:
         """Compute `logprobs` and add the gradients of the items' losses to the `grad` of their adapters' parameters.
@@ -185,7 +204,7 @@ class Engine:
         """The log-probs of a batch whose samples are split over the processes; every process gets all results."""
         self.base.adapters.release_lost()
         self.say([slow_dtype(self.base.device.type, self.base.network.dtype)])
-        paths = self.prepare(members, longest_sequence(self.base, batch))
+        paths = self.prepare([*members, *options.reference], longest_sequence(self.base, batch))
         layout = layout_for(self.base, paths, explicit_positions=options.explicit_positions)
         if loss is not None and layout.own_attention:
             self._check_own_attention()
@@ -245,7 +264,9 @@ class Engine:
             fillers = Processes.present().largest(len(groups)) - len(groups)
         parts: list[list[TokenLogprobs]] = []
         for rows, weight in [*((rows, 1) for rows in groups), *[([0], 0)] * fillers]:
-            few = FewSamples(self.base, layout, batch.select(rows), slotted, stacking=stacking)
+            few = FewSamples(
+                self.base, layout, batch.select(rows), slotted, stacking=stacking, reference=options.reference
+            )
             taken: list[TokenLogprobs] = []
             for numbers in few.passes(budget):
                 # With a slot only the pass that contains the slot's place is computed.

@@ -33,6 +33,34 @@ def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
     return result
 
 
+def token_divergences(hidden: Tensor, reference: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Exact KL(pi || ref) of the next token, sum_v pi(v) (log pi(v) - log ref(v)), tile by tile and without gradients.
+
+    Args:
+        hidden: (n, D) hidden states of the policy.
+        reference: (n, D) hidden states of the reference.
+        weight: (V, D) of the head.
+        bias: (V,) or None.
+
+    Returns:
+        (n,) in nats, at least in float32.
+    """
+    tile = max(1, TILE_BYTES // (4 * len(weight)))
+    tiles = [slice(start, start + tile) for start in range(0, len(hidden), tile)]
+    parts = [
+        divergences_of(linear(hidden[rows], weight, bias), linear(reference[rows], weight, bias)) for rows in tiles
+    ]
+    return torch.cat(parts)
+
+
+def divergences_of(logits: Tensor, reference: Tensor) -> Tensor:
+    """Exact KL(pi || ref) from logits, (..., V) and (..., V) -> (...), at least in float32."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    policy, frozen = (values.to(wide).log_softmax(dim=-1) for values in (logits, reference))
+    # A token that the policy excludes, with a logit of -inf, contributes 0.
+    return torch.where(policy == -torch.inf, 0.0, policy.exp() * (policy - frozen)).sum(dim=-1)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -6,26 +6,39 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from evollm.data.samples import Batch
 from evollm.models.layouts import LaidOut, Layout
 from evollm.models.load_balancing import LoadBalancing, recorded, row_loads
 from evollm.models.logprobs import TokenLogprobs
+from evollm.models.readings import LOGPROBS, DivergenceReading, RecordedStates
 from evollm.models.shared_base import SharedBase
 from evollm.processes import Processes
 
 
 class FewSamples:
-    """Samples that fit into one pass, laid out once, and the members whose log-probs of these samples are computed."""
+    """Samples that fit into one pass, laid out once, and the members whose log-probs of these samples are computed.
+
+    With a `reference`, a sequence of one adapter or None, the passes give each token's KL(member || reference) instead.
+    """
 
     def __init__(
-        self, base: SharedBase, layout: Layout, batch: Batch, members: Sequence[str | None], *, stacking: bool
+        self,
+        base: SharedBase,
+        layout: Layout,
+        batch: Batch,
+        members: Sequence[str | None],
+        *,
+        stacking: bool,
+        reference: Sequence[str | None] = (),
     ) -> None:
         self._base = base
         self._num_rows = len(batch)
         self._members = members
         self._stacking = stacking
-        self.laid: LaidOut = layout.lay_out(batch, members)
+        self._reference = reference
+        self.laid: LaidOut = layout.lay_out(batch, [*members, *reference])
 
     @property
     def attention(self) -> str:
@@ -53,18 +66,34 @@ class FewSamples:
             recompute: Recompute activations in the backward pass.
             balancing: The auxiliary loss of routers, for which expert loads are returned too; None: no loads.
         """
-        base, laid = self._base, self.laid
-        names = [self._members[number] for number in numbers]
+        laid, names = self.laid, [self._members[number] for number in numbers]
+        reading = self._divergences() if self._reference else LOGPROBS
+        with self._network(names, recompute=recompute, whole=balancing is not None) as network:
+            if balancing is None:
+                yield TokenLogprobs(laid.read(network, len(names), reading), laid.pieces)
+                return
+            with recorded(network) as calls:
+                values = laid.read(network, len(names), reading)
+            loads = row_loads(calls, laid.spans(), self._num_rows, len(names), balancing.per_token)
+            yield TokenLogprobs(values, laid.pieces, loads)
+
+    def _divergences(self) -> DivergenceReading:
+        """Run the reference's pass over these samples."""
+        states = RecordedStates()
+        with self._network(self._reference) as network:
+            self.laid.read(network, 1, states)
+        return DivergenceReading(states)
+
+    @contextmanager
+    def _network(
+        self, names: Sequence[str | None], *, recompute: bool = False, whole: bool = False
+    ) -> Iterator[PreTrainedModel]:
+        """The network with these adapters, in the layout of the samples, inside the block."""
+        base = self._base
         routes = tuple(name for name in names if name is not None) if self._stacking else ()
         with (
             base.active(names[0], gradient_checkpointing=recompute) as network,
             base.router.route(routes or None),
-            laid.passing(len(names), adapted=names[0] is not None, whole=balancing is not None),
+            self.laid.passing(len(names), adapted=names[0] is not None, whole=whole),
         ):
-            if balancing is None:
-                yield TokenLogprobs(laid.logprobs(network, len(names)), laid.pieces)
-                return
-            with recorded(network) as calls:
-                values = laid.logprobs(network, len(names))
-            loads = row_loads(calls, laid.spans(), self._num_rows, len(names), balancing.per_token)
-            yield TokenLogprobs(values, laid.pieces, loads)
+            yield network

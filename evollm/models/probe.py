@@ -250,7 +250,7 @@ def _sums(
         laid.passing(len(members)),
     ):
         for _ in range(passes):
-            values = laid.logprobs(network, len(members))
+            values = laid.read(network, len(members))
         found = torch.stack(TokenLogprobs(values, laid.pieces).sums, dim=2)  # (M, B, k)
     return list(found)
 

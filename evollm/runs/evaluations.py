@@ -13,7 +13,7 @@ from evollm.errors import CheckpointError
 from evollm.hpo.fitness import AnyEvaluation, Evaluation, LikelihoodEvaluation
 from evollm.own_files import read_bytes
 
-# The names of the two vectors of each type of evaluation.
+# The names of the two vectors of each type of evaluation; further ones are optional.
 VECTORS: dict[type[AnyEvaluation], tuple[str, str]] = {
     kind: (fields(kind)[0].name, fields(kind)[1].name) for kind in (Evaluation, LikelihoodEvaluation)
 }
@@ -30,7 +30,8 @@ def evaluations_to_bytes(evaluations: Mapping[str, AnyEvaluation]) -> bytes:
         {
             f"{name}/{field}": getattr(evaluation, field)
             for name, evaluation in evaluations.items()
-            for field in VECTORS[type(evaluation)]
+            for field in (one.name for one in fields(evaluation))
+            if getattr(evaluation, field) is not None
         }
     )
 
@@ -49,7 +50,8 @@ def read_evaluations(path: Path) -> dict[str, AnyEvaluation]:
     for name in sorted({key.rpartition("/")[0] for key in tensors}):
         kind = next((kind for kind, (field, _) in VECTORS.items() if f"{name}/{field}" in tensors), Evaluation)
         try:
-            found[name] = kind(*(tensors[f"{name}/{field}"] for field in VECTORS[kind]))
+            optional = [one.name for one in fields(kind)[2:] if f"{name}/{one.name}" in tensors]
+            found[name] = kind(**{field: tensors[f"{name}/{field}"] for field in (*VECTORS[kind], *optional)})
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path} holds no evaluation of {name!r}: {error}") from error
     return found

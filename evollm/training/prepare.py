@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from evollm.algorithms.settings import check_evolution
 from evollm.checks import boolean
 from evollm.errors import ConfigurationError
 from evollm.execution.executor import ExecutorFactory, check_executor
-from evollm.hpo import Evaluation, as_fitness, fitness_named
+from evollm.hpo import Evaluation, Guards, as_fitness, fitness_named
 from evollm.llm_envs import DatasetGym
 from evollm.processes import Processes
 from evollm.runs.events import Callback
@@ -90,6 +91,7 @@ def check_arguments(
     if asked.guards is not None and not isinstance(algorithm.trial, Evaluation):
         fix = f"need the log-ratios of pairs, which {algorithm.name} does not evaluate: leave them out"
         raise ConfigurationError("guards", asked.guards, fix)
+    _check_measurable(asked.guards, algorithm.evaluate, algorithm.name)
     function = check_fitness(fitness, algorithm)
     if not callable(executor):
         fix = "must be a class or a function from agents and gym to an evollm.execution.executor.Executor"
@@ -116,6 +118,7 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
         agent.num_training_steps = total
     executor = arguments.executor(pop, env)
     check_executor(executor)
+    _check_measurable(arguments.options.guards, executor.evaluate, type(executor).__name__)
     return Run(executor, arguments.options, arguments.paths, arguments.fitness, arguments.callbacks)
 
 
@@ -135,6 +138,13 @@ def check_fitness(fitness: object, algorithm: Algorithm) -> FitnessFunction:
         raise ConfigurationError("fitness", fitness, fix)
     as_fitness(function(algorithm.trial))
     return function
+
+
+def _check_measurable(guards: object, evaluate: Callable[..., object], owner: str) -> None:
+    """Refuse a bound on the KL where `evaluate` cannot measure it."""
+    bound = guards.max_kl if isinstance(guards, Guards) else None
+    if bound is not None and "kl" not in inspect.signature(evaluate).parameters:
+        raise ConfigurationError("guards.max_kl", bound, f"needs an argument kl of evaluate, which {owner} lacks")
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:

@@ -292,7 +292,12 @@ class Run:
         return self.processes.largest(stop.received or 0)
 
     def _evaluate(self) -> None:
-        evaluations = self.executor.evaluate("test")
+        guards = self.options.guards
+        if isinstance(guards, Guards) and guards.max_kl is not None:
+            evaluations = self.executor.evaluate("test", kl=True)
+        else:
+            # Executors that cannot measure the divergence need not know of it.
+            evaluations = self.executor.evaluate("test")
         self.progress.account.add(self.executor.spent())
         members = self.executor.members()
         fitnesses = {

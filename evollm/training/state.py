@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -107,9 +107,10 @@ class Progress:
         if self.before is not None:
             named["before"] = self.before
         return {
-            f"{name}_{field}": getattr(evaluation, field)
+            f"{name}_{field.name}": getattr(evaluation, field.name)
             for name, evaluation in named.items()
-            for field in VECTORS[type(evaluation)]
+            for field in fields(evaluation)
+            if getattr(evaluation, field.name) is not None
         }
 
     @classmethod
@@ -144,10 +145,11 @@ class Progress:
 
 def _read_evaluation(arrays: Mapping[str, NDArray[np.generic]], name: str) -> AnyEvaluation | None:
     """The evaluation with this name among the results of `Progress.arrays`; None if there is none."""
-    for kind, fields in VECTORS.items():
-        if f"{name}_{fields[0]}" in arrays:
-            return kind(*(arrays[f"{name}_{field}"].astype(np.float64) for field in fields))
-    return None
+    kind = next((kind for kind, (first, _) in VECTORS.items() if f"{name}_{first}" in arrays), None)
+    if kind is None:
+        return None
+    known = [field.name for field in fields(kind) if f"{name}_{field.name}" in arrays]
+    return kind(**{field: arrays[f"{name}_{field}"].astype(np.float64) for field in known})
 
 
 def _read_best(best: Mapping[str, Any] | None) -> Best | None:

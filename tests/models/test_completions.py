@@ -46,7 +46,7 @@ def by_layout(agent: DPO, layout: Layout, batch: Batch) -> tuple[list[Tensor], l
     """The log-probs of tokens in the order of places, and the gradient of a loss in which each weighs differently."""
     laid = layout.lay_out(batch, [agent.actor_adapter])
     with agent.base.active(agent.actor_adapter) as network, laid.passing(1):
-        found = TokenLogprobs(laid.logprobs(network, 1), laid.pieces)
+        found = TokenLogprobs(laid.read(network, 1), laid.pieces)
         tokens = found.values[0, found.index_of(pieces_of(batch))]
         loss = (tokens * torch.arange(1, len(tokens) + 1)).sum()
         gradients = torch.autograd.grad(loss, agent.actor_parameters())

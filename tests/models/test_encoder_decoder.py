@@ -73,7 +73,7 @@ def test_log_probs_of_an_encoder_decoder_are_those_of_the_models_own_labels(fami
     layout = EncoderDecoderLayout(CPU, network.config.decoder_start_token_id, False, shared_prompt)
     laid = layout.lay_out(batch, [])
     with torch.no_grad():
-        found = TokenLogprobs(laid.logprobs(network, 1), laid.pieces).of(0)
+        found = TokenLogprobs(laid.read(network, 1), laid.pieces).of(0)
     for row in range(len(batch)):
         pair = batch[row]
         assert found.chosen[row].item() == pytest.approx(by_hand(network, pair.prompt_ids, pair.chosen_ids), abs=1e-10)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evollm.models import head
-from evollm.models.head import token_logprobs
+from evollm.models.head import divergences_of, token_divergences, token_logprobs
 
 VOCABULARY, WIDTH, COUNT = 50, 12, 23
 
@@ -64,3 +64,22 @@ def test_the_gradient_of_a_confident_bfloat16_head_is_not_noise() -> None:
     error = (gradient.float() - expected).norm(dim=1) / expected.norm(dim=1)
     # A few tokens are so sure that float32 itself cannot tell p from 1.
     assert float(error.median()) < 0.01
+
+
+@pytest.mark.parametrize("rows_in_a_tile", [1, 4, 100])
+def test_tiled_divergences_are_those_of_the_whole_distributions(monkeypatch, rows_in_a_tile: int) -> None:
+    monkeypatch.setattr(head, "TILE_BYTES", rows_in_a_tile * 4 * VOCABULARY)
+    hidden, weight, bias, _ = inputs()
+    hidden = hidden.detach()
+    reference = hidden + torch.linspace(0, 0.5, COUNT, dtype=torch.float64)[:, None]
+    found = token_divergences(hidden, reference, weight, bias)
+    policy, frozen = ((states @ weight.T + bias).softmax(dim=1) for states in (hidden, reference))
+    torch.testing.assert_close(found, (policy * (policy / frozen).log()).sum(dim=1), rtol=0, atol=1e-10)
+    assert found[0] == 0
+    assert (found[1:] > 0).all()
+
+
+def test_a_token_that_the_policy_excludes_adds_nothing_to_the_divergence() -> None:
+    """pi = (1/2, 1/2, 0), ref = (1/4, 1/4, 1/2): KL = log 2."""
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([[0.25, 0.25, 0.5]]).log()
+    assert divergences_of(*logits).item() == pytest.approx(0.693147, abs=1e-6)

@@ -126,7 +126,7 @@ def test_dynamic_ntk_scaling_follows_each_sequence_and_not_those_before_it() -> 
 def lone_logprobs(base: Any, batch: Batch) -> CompletionSums:
     """By the network, each sequence by itself."""
     laid = lone_layout(base).lay_out(batch, [])
-    return TokenLogprobs(laid.logprobs(base.network, 1), laid.pieces).of(0).sums(up_to_shorter=True)
+    return TokenLogprobs(laid.read(base.network, 1), laid.pieces).of(0).sums(up_to_shorter=True)
 
 
 def difference(found: TokenLogprobs) -> Tensor:

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from evollm.data.samples import Batch, IntArray
 from evollm.models.grouping import padded_groups
-from evollm.models.head import token_logprobs
 from evollm.models.load_balancing import Span
-from evollm.models.logprobs import Pieces, linear_head, padded, pieces_of, token_logprobs_of
+from evollm.models.logprobs import Pieces, linear_head, padded, pieces_of
+from evollm.models.readings import LOGPROBS, Reading
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class LaidOutEncoderDecoder:
         del num_members, adapted, whole
         return nullcontext()
 
-    def logprobs(self, network: Any, num_members: int) -> Tensor:
-        """(M, C) log-probs; several members need a shared prompt."""
+    def read(self, network: Any, num_members: int, reading: Reading = LOGPROBS) -> Tensor:
+        """(M, C) log-probs, or what else `reading` reads; several members need a shared prompt."""
         inputs = {
             "decoder_input_ids": self.decoder_ids.repeat(num_members, 1),
             "decoder_attention_mask": self.decoder_mask.repeat(num_members, 1),
@@ -109,11 +109,11 @@ class LaidOutEncoderDecoder:
         predicting = self.predicting.repeat(num_members, 1)  # (M S, T)
         targets = self.targets.repeat(num_members)
         if not self._layout.tiled_head:
-            return token_logprobs_of(network(**inputs).logits[predicting], targets).view(num_members, -1)
+            return reading.of_logits(network(**inputs).logits[predicting], targets).view(num_members, -1)
         head = linear_head(network)
         with _identity(head):
             hidden = network(**inputs).logits[predicting]  # (M C, D)
-        return token_logprobs(hidden, head.weight, head.bias, targets).view(num_members, -1)
+        return reading.of_hidden(hidden, head, targets).view(num_members, -1)
 
     def _encoder_inputs(self, network: Any, num_members: int) -> dict[str, Any]:
         """The encoder's inputs for each decoder sequence, or the shared output of one encoder pass."""
@@ -138,13 +138,15 @@ class LaidOutEncoderDecoder:
         raise NotImplementedError
 
 
-def lone_encoder_decoder_logprobs(network: Any, prompt: IntArray, completion: IntArray, device: torch.device) -> Tensor:
+def lone_encoder_decoder_logprobs(
+    network: Any, prompt: IntArray, completion: IntArray, device: torch.device, reading: Reading = LOGPROBS
+) -> Tensor:
     """(C,) log-probs of a completion's tokens, by a pass in which the network gets only token ids.
 
     The network derives the decoder's inputs from the completion.
     """
     ids, labels = (torch.from_numpy(part)[None].to(device) for part in (prompt, completion))
-    return token_logprobs_of(network(input_ids=ids, labels=labels, use_cache=False).logits, labels)[0]
+    return reading.of_logits(network(input_ids=ids, labels=labels, use_cache=False).logits, labels)[0]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from evollm.data.samples import Batch
 from evollm.models.load_balancing import Span
 from evollm.models.logprobs import Pieces
+from evollm.models.readings import LOGPROBS, Reading
 
 
 class LaidOut(Protocol):
@@ -18,7 +19,7 @@ class LaidOut(Protocol):
 
     @property
     def pieces(self) -> Pieces:
-        """The completions whose tokens `logprobs` returns, in that order."""
+        """The completions whose tokens `read` returns, in that order."""
 
     @property
     def num_tokens(self) -> int:
@@ -41,8 +42,8 @@ class LaidOut(Protocol):
             whole: Whether every layer must run for each member, even layers below the first adapter.
         """
 
-    def logprobs(self, network: Any, num_members: int) -> Tensor:
-        """(M, C) log-probs of the scored tokens; differentiable where gradients are enabled."""
+    def read(self, network: Any, num_members: int, reading: Reading = LOGPROBS) -> Tensor:
+        """(M, C) log-probs of the scored tokens, or what else `reading` reads; differentiable."""
 
     def spans(self) -> Sequence[Span]:
         """The spans of the tokens in the routers' input in a pass of one member, in order."""

@@ -17,6 +17,7 @@ from evollm.data.samples import Batch, IntArray
 from evollm.models.layouts.layout import Layout
 from evollm.models.load_balancing import Span
 from evollm.models.logprobs import Pieces, pieces_of
+from evollm.models.readings import LOGPROBS, Reading
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class LoneLayout:
 
     Attributes:
         device: Where the network is.
-        logprobs: (network, prompt ids, completion ids, device) -> (C,) log-probs of the completion's tokens.
+        logprobs: (network, prompt ids, completion ids, device, reading) -> (C,) log-probs of the completion's tokens.
         padded: The padded layout whose order of samples is used.
     """
 
     own_attention: ClassVar[bool] = True
     device: torch.device
-    logprobs: Callable[[Any, IntArray, IntArray, torch.device], Tensor]
+    logprobs: Callable[[Any, IntArray, IntArray, torch.device, Reading], Tensor]
     padded: Layout
 
     def groups(self, batch: Batch, budget: int, most: int | None) -> list[list[int]]:
@@ -40,7 +41,7 @@ class LoneLayout:
         return self.padded.groups(batch, budget, 1)
 
     def lay_out(self, batch: Batch, members: Sequence[str | None]) -> LaidOutAlone:
-        """Keep the batch; sequences are built in `logprobs`."""
+        """Keep the batch; sequences are built in `read`."""
         del members
         return LaidOutAlone(self, batch)
 
@@ -62,13 +63,13 @@ class LaidOutAlone:
         del num_members, adapted, whole
         return nullcontext()
 
-    def logprobs(self, network: Any, num_members: int) -> Tensor:
-        """(1, C) log-probs."""
+    def read(self, network: Any, num_members: int, reading: Reading = LOGPROBS) -> Tensor:
+        """(1, C) log-probs, or what else `reading` reads."""
         assert num_members == 1
         found, device = [], self._layout.device
         for sample in self._batch:
             for completion in sample.completions:
-                values = self._layout.logprobs(network, sample.prompt_ids, completion.ids, device)
+                values = self._layout.logprobs(network, sample.prompt_ids, completion.ids, device, reading)
                 if completion.mask is not None:
                     values = values[torch.from_numpy(completion.mask).to(device)]
                 found.append(values)

@@ -14,7 +14,6 @@ from torch import Tensor
 from evollm.data.samples import Batch, IntArray
 from evollm.models.attention import PackedSequences, SampleLengths
 from evollm.models.grouping import balanced_groups
-from evollm.models.head import token_logprobs
 from evollm.models.layers import FanOut
 from evollm.models.load_balancing import Span
 from evollm.models.logprobs import (
@@ -23,8 +22,8 @@ from evollm.models.logprobs import (
     linear_head,
     logits_at,
     pieces_of,
-    token_logprobs_of,
 )
+from evollm.models.readings import LOGPROBS, Reading
 from evollm.models.shared_base import SharedBase
 
 
@@ -144,17 +143,16 @@ class LaidOutPacked:
         with self._layout.base.packed(self._sequences, fan_out):
             yield
 
-    def logprobs(self, network: Any, num_members: int) -> Tensor:
-        """(M, C) log-probs."""
+    def read(self, network: Any, num_members: int, reading: Reading = LOGPROBS) -> Tensor:
+        """(M, C) log-probs, or what else `reading` reads."""
         packed = self._packed
         inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
         if not self._layout.tiled_head:
             logits = logits_at(network, inputs, packed.predicting)  # (M, C, V)
-            return token_logprobs_of(logits, packed.targets.expand(num_members, -1))
+            return reading.of_logits(logits, packed.targets.expand(num_members, -1))
         hidden = hidden_states(network, inputs).index_select(1, packed.predicting)  # (M, C, D)
-        head = linear_head(network)
         targets = packed.targets.repeat(num_members)
-        return token_logprobs(hidden.flatten(0, 1), head.weight, head.bias, targets).view(num_members, -1)
+        return reading.of_hidden(hidden.flatten(0, 1), linear_head(network), targets).view(num_members, -1)
 
     def spans(self) -> list[Span]:
         """A prompt has its number of completions as weight, as if the prompt were repeated for each."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from evollm.data.samples import Batch, BoolArray, IntArray
 from evollm.models.grouping import padded_groups
-from evollm.models.head import token_logprobs
 from evollm.models.load_balancing import Span, padded_spans
 from evollm.models.logprobs import (
     CompletionSums,
@@ -25,8 +24,8 @@ from evollm.models.logprobs import (
     logits_at,
     padded,
     pieces_of,
-    token_logprobs_of,
 )
+from evollm.models.readings import LOGPROBS, Reading
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def completion_logprobs(
         A sum for each completion; differentiable where gradients are enabled.
     """
     laid = LaidOutPlain(PlainLayout(device, tiled_head, explicit_positions), batch)
-    return TokenLogprobs(laid.logprobs(network, 1), laid.pieces).of(0).sums()
+    return TokenLogprobs(laid.read(network, 1), laid.pieces).of(0).sums()
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ class LaidOutPlain:
         del num_members, adapted, whole
         return nullcontext()
 
-    def logprobs(self, network: Any, num_members: int) -> Tensor:
-        """(1, C) log-probs."""
+    def read(self, network: Any, num_members: int, reading: Reading = LOGPROBS) -> Tensor:
+        """(1, C) log-probs, or what else `reading` reads."""
         assert num_members == 1
         sequences, device = self._sequences, self._layout.device
         input_ids = torch.from_numpy(sequences.input_ids).to(device)
@@ -144,10 +143,9 @@ class LaidOutPlain:
         mask = torch.from_numpy(sequences.completion_mask).to(device)
         if self._layout.tiled_head:
             hidden = hidden_states(network, inputs)[:, :-1][mask]  # (C, D)
-            head = linear_head(network)
-            return token_logprobs(hidden, head.weight, head.bias, input_ids[:, 1:][mask]).unsqueeze(0)
+            return reading.of_hidden(hidden, linear_head(network), input_ids[:, 1:][mask]).unsqueeze(0)
         columns = torch.from_numpy(np.flatnonzero(sequences.completion_mask.any(axis=0))).to(device)
-        found = token_logprobs_of(logits_at(network, inputs, columns), input_ids[:, columns + 1])
+        found = reading.of_logits(logits_at(network, inputs, columns), input_ids[:, columns + 1])
         return found[mask[:, columns]].unsqueeze(0)
 
     def spans(self) -> list[Span]:
@@ -157,9 +155,11 @@ class LaidOutPlain:
         return [span for piece, length in parts for span in padded_spans(piece.row, length, max(lengths))]
 
 
-def lone_logprobs(network: Any, prompt: IntArray, completion: IntArray, device: torch.device) -> Tensor:
+def lone_logprobs(
+    network: Any, prompt: IntArray, completion: IntArray, device: torch.device, reading: Reading = LOGPROBS
+) -> Tensor:
     """(C,) log-probs of a completion's tokens, by a pass in which the network gets only the sequence's token ids."""
     ids = torch.from_numpy(np.concatenate([prompt, completion]))[None].to(device)
     columns = torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1, device=device)
     logits = logits_at(network, {"input_ids": ids, "use_cache": False}, columns)
-    return token_logprobs_of(logits, torch.from_numpy(completion)[None].to(device))[0]
+    return reading.of_logits(logits, torch.from_numpy(completion)[None].to(device))[0]
