@@ -20,6 +20,10 @@ def describe(setup: Setup) -> str:
     lines.append(f"agents: {len(setup.agents)} of {first.algorithm}, the first with {values}")
     epochs = schedule.total / schedule.epoch
     lines.append(f"steps: {schedule.total} of {env.batch_size} {env.row_format.noun}s, {epochs:.3g} epochs")
+    limits = {"budget": "runs of one agent", "max_member_steps": "steps of all members", "max_hours": "hours"}
+    for name, unit in limits.items():
+        if setup.loop.get(name) is not None:
+            lines.append(f"{name}: at most {format_value(setup.loop[name])} {unit}, which may end the run earlier")
     if schedule.evolve_every is not None:
         generations = -(-schedule.total // schedule.evolve_every)
         if "search" in setup.loop:

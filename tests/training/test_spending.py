@@ -10,12 +10,16 @@ import rich.console
 from conftest import make_rows
 from two_workers import TwoWorkers
 
-from evollm import Callback, ConfigurationError, PreferenceGym, finetune_llm_preference, finetune_llm_sft, tune
+from evollm import Callback, ConfigurationError, PreferenceGym, finetune_llm_preference, finetune_llm_sft, replay, tune
 from evollm.data.samples import Batch
+from evollm.execution.executor import Costs, Member
 from evollm.hpo import SuccessiveHalving
 from evollm.runs import read_run
 from evollm.runs.spent import KINDS, Spent
 from evollm.tracking import Console
+from evollm.training.options import Schedule
+from evollm.training.spending import Account, Prices
+from evollm.tuning.tune import validate
 
 
 class Crash(Callback):
@@ -211,3 +215,32 @@ def test_a_search_is_told_the_budget_alone(run, make_population) -> None:
     assert told[1].run_steps == 3
     assert told[1].member_steps > 3
     assert 0 < told[1].evaluation < 3
+
+
+def test_a_run_that_its_budget_has_ended_is_replayed_bit_for_bit(run, make_population, env, tmp_path) -> None:
+    run(make_population(4), max_member_steps=14, save_elite=True, **LONG)
+    env.load_state_dict({**env.state_dict(), "epoch": 0, "index": 0})
+    again = replay(tmp_path / "run", make_population(4), env, run_dir=tmp_path / "again", verbose=False)
+    assert again.exact
+    assert read_run(tmp_path / "again").last_step == read_run(tmp_path / "run").last_step < 12
+
+
+def test_a_step_fits_by_half_with_the_evaluations_and_scores_after_it() -> None:
+    costs = Costs(400, {"test": 30, "final": 50}, {"train": 200, "test": 30, "final": 50})
+    prices = Prices(costs, Schedule(8, 4, None, 4, 0), "final", update_epochs=1, moving=False)
+    members = [Member(index, {"update_epochs": index + 1}, 4, 1, False) for index in range(2)]
+    # Two epochs, two evaluations, references of all rows, scores before and after.
+    assert sum(prices.one_run(Account(), 0).values()) == 800 + 60 + 280 + 100
+    # After the first epoch a step costs (1 + 2) x 100, and needs two evaluations and two final scores.
+    for evaluates, needed in ((False, 150 + 60 + 100), (True, 150 + 120 + 100)):
+        for missing in (0, 1):
+            account = Account({"evaluation": 1240 - needed + missing}, 4, 400)
+            assert prices.fits_a_step(account, 4, members, 1.0, evaluates=evaluates) is not bool(missing)
+
+
+def test_a_plan_and_a_search_by_tune_know_the_budget(make_model, tokenizer, tmp_path) -> None:
+    arguments = {"population": 3, "num_epochs": 2, "budget": 1.25, "verbose": False, "num_sample_answers": 0}
+    said = validate(make_model(), make_rows(30), tokenizer=tokenizer, **arguments)
+    assert "budget: at most 1.25 runs of one agent, which may end the run earlier" in said
+    result = tune(make_model(), make_rows(30), tokenizer=tokenizer, run_dir=tmp_path / "run", **arguments)
+    assert 1.1 < result.spent.runs < 1.35
