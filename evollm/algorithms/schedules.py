@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -17,10 +17,8 @@ from evollm.errors import ConfigurationError, brief
 
 # Schedules that follow a metric, and no step count.
 _BY_METRIC = frozenset({"reduce_lr_on_plateau", "greedy"})
-_FORMULAS: dict[str, Callable[..., object]] = {
-    kind.value: cast(Any, formula)
-    for kind, formula in TYPE_TO_SCHEDULER_FUNCTION.items()
-    if kind.value not in _BY_METRIC
+_FORMULAS: dict[str, Any] = {
+    kind.value: formula for kind, formula in TYPE_TO_SCHEDULER_FUNCTION.items() if kind.value not in _BY_METRIC
 }
 # Parameters of the formulas that are no `lr_scheduler_kwargs`.
 _FILLED_IN = frozenset({"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"})

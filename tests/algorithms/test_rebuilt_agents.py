@@ -51,9 +51,22 @@ VALUES: dict[str, Any] = {
     "use_separate_reference_adapter": False,
     "token_budget": 4096,
     "drop_nonfinite_rows": False,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "warmup_ratio": 0.1,
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
 }
 # These make no difference to the agent, or none that is in effect.
 WITHOUT_EFFECT = {"wrap", "clone", "use_liger_loss"}
+# Arguments that another one needs.
+WITH: dict[str, dict[str, Any]] = {
+    "loss_weights": {"loss_type": "ipo"},
+    "lr_scheduler_type": {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_min_lr"},
+    "warmup_ratio": {"lr_scheduler_type": "linear"},
+    "warmup_steps": {"lr_scheduler_type": "linear"},
+}
 # Of a base that is loaded by its name.
 BY_NAME = {"model_config", "dtype", "archive", "model_name"}
 
@@ -94,7 +107,7 @@ def test_an_agent_is_rebuilt_from_its_attributes_whatever_argument_was_given(kin
     small = {"lora_config": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")}
     for name, value in other_than_default.items():
         base = {"model_name": folder} if name in BY_NAME else {"actor_network": model}
-        with_it = {"loss_type": "ipo"} if name == "loss_weights" else {}
+        with_it = WITH.get(name, {})
         agent = kind(**{**small, **base, **with_it, name: value})
         said = kind.inspect_attributes(agent, input_args_only=True)
         assert (name in said) == (name not in {"wrap", "clone"}), name
