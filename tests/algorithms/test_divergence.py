@@ -8,6 +8,7 @@ import torch
 from two_workers import TwoWorkers
 
 from evollm import DPO, ConfigurationError, PreferenceGym, finetune_llm_preference
+from evollm.algorithms.dpo_step import evaluate_together
 from evollm.hpo import Evaluation
 from evollm.models.engine import Engine
 from evollm.runs.evaluations import evaluations_to_bytes, read_evaluations
@@ -16,7 +17,7 @@ from evollm.runs.evaluations import evaluations_to_bytes, read_evaluations
 @pytest.fixture
 def trained(make_population, gym):
     """Two agents that have learnt, each with its own learning rate."""
-    population = make_population(2)
+    population = make_population(2, token_budget=10_000)
     for agent, lr in zip(population, (1e-2, 3e-2), strict=True):
         agent.lr = lr
         for _ in range(3):
@@ -51,6 +52,13 @@ def test_the_kl_is_that_of_the_dense_distributions(trained, gym) -> None:
         plain = agent.evaluate(gym)
         assert plain.kl is None
         np.testing.assert_array_equal(plain.chosen_logratios, measured.chosen_logratios)
+
+
+def test_members_that_share_a_pass_have_their_own_kl(trained, gym) -> None:
+    """In one pass the states of the members lie one block after the other, and the reference's belong to each block."""
+    together = evaluate_together(trained, gym, kl=True)
+    for agent, measured in zip(trained, together, strict=True):
+        np.testing.assert_allclose(measured.kl, dense(agent, gym), rtol=1e-4, atol=1e-6)
 
 
 def test_without_the_tiled_head_and_with_one_sequence_at_a_time_it_is_the_same(trained, gym, monkeypatch) -> None:

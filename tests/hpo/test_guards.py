@@ -29,6 +29,12 @@ def test_an_agent_that_breaks_a_guard_loses_to_every_agent_that_holds_it() -> No
     assert all(map(is_finite, guarded))
 
 
+def test_no_score_makes_up_for_the_smallest_breach() -> None:
+    guards = Guards(min_chosen_logratio=-3.0)
+    breaks = evaluation([-3.001, -3.001], [-9.0, -9.0])
+    assert rank([guards.guarded((1e6,), breaks), guards.guarded((-1e6,), RIGHT)]) == [1, 0]
+
+
 def test_the_fitness_of_an_agent_within_its_bounds_is_left_alone() -> None:
     for bound in (-1.5, -100.0):
         assert Guards(min_chosen_logratio=bound).guarded((0.5, 1.0), RIGHT) == (0.5, 1.0)

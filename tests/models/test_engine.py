@@ -17,7 +17,7 @@ from torch import Tensor
 from evollm import DPO
 from evollm.algorithms.dpo_step import learn_together, logratios_together
 from evollm.data.samples import Batch, Sample
-from evollm.models import attention
+from evollm.models import attention, readings
 from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.fast_paths import FastPaths
 from evollm.models.layouts import layout_for
@@ -247,7 +247,6 @@ def test_a_path_that_is_wrong_is_not_taken(monkeypatch, breakage: str, lost: str
 
 def break_path(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
     from evollm.models.adapters import routing  # noqa: PLC0415
-    from evollm.models.layouts import plain  # noqa: PLC0415
 
     if breakage == "positions":
         original: Callable[..., Any] = packing.PackedSamples.of.__func__
@@ -272,8 +271,7 @@ def break_path(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
             routing, "_stacked_weights", lambda *args: tuple(weights.flip(0) for weights in stacked(*args))
         )
     else:
-        for layout in (packing, plain):
-            monkeypatch.setattr(layout, "token_logprobs", lambda *args: -args[0].pow(2).sum(dim=1))
+        monkeypatch.setattr(readings, "token_logprobs", lambda *args: -args[0].pow(2).sum(dim=1))
 
 
 def test_a_probe_vouches_for_no_longer_pair_than_it_tried() -> None:
