@@ -32,7 +32,7 @@ AGENT = {
     "chunk_rows": "token_budget bounds a pass: leave it out",
     "cast_logprobs_to_fp32": "log-probs are summed in float32 at least: leave it out",
     "reduce_memory_peak": "logits of all tokens are never kept: leave it out",
-    "cosine_lr_schedule_config": "the learning rate is constant, or evolves by hp_config: leave it out",
+    "cosine_lr_schedule_config": "the schedule is lr_scheduler_type='cosine' with warmup_ratio=...: leave it out",
     "resume_from_checkpoint": "build the agents, then call load_checkpoint(path) of each",
 }
 SFT_AGENT = AGENT | {

@@ -81,13 +81,13 @@ _INSIDE = {
     "revision": "model_config.revision",
     "model_init_kwargs": "model_config",
 }
-_CONSTANT = "the learning rate is constant between evolutions, which make its schedule"
-_ONE_OPTIMIZER = "the optimizer is AdamW without weight decay"
+_SCHEDULE = "the schedule of the learning rate is lr_scheduler_type, such as cosine, with warmup_ratio or warmup_steps"
+_ONE_OPTIMIZER = "the optimizer is AdamW, with weight_decay"
 _TYPE = "the base's type is dtype, such as dtype=bfloat16; adapters stay in float32"
 # Settings of other libraries that evollm lacks, with the reason.
 _NOT_SUPPORTED = {
-    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler", "warmup_ratio", "warmup_steps"), _CONSTANT),
-    **dict.fromkeys(("weight_decay", "optim", "optimizer"), _ONE_OPTIMIZER),
+    **dict.fromkeys(("lr_scheduler", "scheduler"), _SCHEDULE),
+    **dict.fromkeys(("optim", "optimizer"), _ONE_OPTIMIZER),
     **dict.fromkeys(("bf16", "fp16", "precision", "mixed_precision", "torch_dtype"), _TYPE),
     "gradient_accumulation_steps": "a step is data_batch_size_per_gpu pairs, and micro_batch_size_per_gpu or "
     "token_budget bounds its memory",

@@ -66,7 +66,7 @@ class DPO(EvolvableAlgorithm):
     Args:
         observation_space: Observation space of the environment; kept as an attribute.
         action_space: Action space of the environment; kept as an attribute.
-        lr: Learning rate of AdamW (weight decay 0).
+        lr: Learning rate of AdamW.
         beta: DPO's beta, the strength of the regularisation towards the reference.
         nll_alpha: Weight of the negative log-likelihood on chosen completions; 0 leaves it out.
         loss_type: Name of the loss (`evollm.algorithms.losses.LOSSES`), or a list of names whose losses are

@@ -185,7 +185,13 @@ class SavableAgent(LLMAgent):
         Raises:
             CheckpointError: `optimizer.pt` is missing or not AdamW's for this agent's adapter, or a file is damaged or
                 no plain data. The agent is unchanged then.
+            ConfigurationError: The agent's learning rate is not constant.
         """
+        if not self.settings.is_constant:
+            fix = (
+                "the files are for a constant learning rate: save_checkpoint and load_checkpoint keep a schedule's step"
+            )
+            raise ConfigurationError("lr_scheduler_type", self.lr_scheduler_type, fix)
         path = usable_path("folder", folder) / OPTIMIZER
         parameters = self.base.adapters.parameters(self.actor_adapter)
         step_idx, state, adapter = read_optimizer_archive(path, parameters, self.lr)

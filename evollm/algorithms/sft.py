@@ -60,7 +60,7 @@ class SFT(EvolvableAlgorithm):
     Args:
         observation_space: Observation space of the environment; kept as an attribute.
         action_space: Action space of the environment; kept as an attribute.
-        lr: Learning rate of AdamW (weight decay 0).
+        lr: Learning rate of AdamW.
         max_grad_norm: Largest 2-norm of the gradient; a larger gradient is scaled down to this norm.
         **shared: Those of [`AgentArguments`][evollm.algorithms.AgentArguments].
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +42,10 @@ class Trained(HasActor, Protocol):
     def lr(self) -> float:
         """The learning rate."""
 
+    @property
+    def lr_scheduler_type(self) -> str:
+        """The schedule of the learning rate."""
+
 
 def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, Any] | None = None) -> None:
     """Write the base with an agent's adapter merged into it as one file, a dict with `step_idx`, `state` and `metrics`.
@@ -54,7 +59,7 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
 
     If the file is called `policy.pt`, `optimizer.pt` and `scheduler.pt` are written beside it in the same format, as
     the original repository does: the state of AdamW for the adapter, and the state of a `LambdaLR` with a constant
-    rate. `agent.load_optimizer_archive` reads them.
+    rate. `agent.load_optimizer_archive` reads them. An agent with another schedule has no such files, with a warning.
 
     Args:
         agent: The agent.
@@ -69,7 +74,17 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
     """
     step_idx, scores = _step_and_metrics(agent, metrics)
     # In all processes, since ZeRO divides the optimizer's state among them.
-    beside = _training_state(agent) if usable_path("path", path).name == POLICY else {}
+    beside = {}
+    if usable_path("path", path).name == POLICY:
+        if agent.lr_scheduler_type == "constant":
+            beside = _training_state(agent)
+        else:
+            warnings.warn(
+                f"{OPTIMIZER} and {SCHEDULER} are not written, since they are for a constant learning rate and the "
+                f"agent has lr_scheduler_type={agent.lr_scheduler_type!r}: save_checkpoint writes its training state",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def write() -> None:
         _check_replaceable(path, read_policy_archive)

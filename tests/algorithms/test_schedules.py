@@ -10,7 +10,7 @@ import torch
 from conftest import make_rows
 from transformers import get_scheduler
 
-from evollm import Callback, ConfigurationError, PreferenceGym, finetune_llm_preference
+from evollm import Callback, ConfigurationError, PreferenceGym, finetune_llm_preference, replay, tune
 from evollm.checkpoints import newest_population, read_population
 from evollm.execution.local import LocalExecutor
 from evollm.hpo import Birth
@@ -204,3 +204,17 @@ def test_a_fresh_member_has_a_schedule_over_the_steps_that_are_left(make_populat
     expected = series("linear", None, 1)[3:]
     assert [step[0]["learning_rate"] for step in rates] == [step[3]["learning_rate"] for step in rates] == expected
     assert [step[2]["learning_rate"] for step in rates] == series("linear", None, 1, total=STEPS - 3)
+
+
+def test_a_search_with_a_schedule_is_replayed_bit_for_bit(make_model, lora, tokenizer, tmp_path) -> None:
+    made = {"lora_config": lora, "lr": LR, "lr_scheduler_type": "cosine", "warmup_ratio": 0.25, "verbose": False}
+    rows = {"data": make_rows(10), "test_data": make_rows(6, 10), "final_data": False, "tokenizer": tokenizer}
+    run = {"population": 3, "max_steps": STEPS, "evo_steps": 2, "data_batch_size_per_gpu": 4}
+    found = tune(make_model(), rows.pop("data"), **rows, **made, **run, run_dir=tmp_path / "run")
+    again = replay(
+        found.run_dir, data=make_rows(10), **rows, model=make_model(), run_dir=tmp_path / "again", verbose=False
+    )
+    assert again.exact
+    rates = learnt_at(tmp_path / "again", again.agent.index)
+    assert rates[0] == 0
+    assert rates[-1] < LR / 4

@@ -178,3 +178,12 @@ def test_an_agent_that_has_learnt_nothing_has_no_moments_to_save(make_agent, tmp
     assert torch.load(tmp_path / "scheduler.pt")["state"]["last_epoch"] == 0
     with pytest.warns(UserWarning, match="holds no moments"):
         make_agent().load_optimizer_archive(tmp_path)
+
+
+def test_an_agent_with_a_schedule_has_no_files_of_a_constant_rate(make_agent, latest, tmp_path) -> None:
+    agent = make_agent(lr_scheduler_type="cosine")
+    with pytest.raises(ConfigurationError, match="for a constant learning rate"):
+        agent.load_optimizer_archive(latest)
+    with pytest.warns(UserWarning, match="not written"):
+        save_policy_archive(agent, tmp_path / "other" / "policy.pt")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["policy.pt"]
