@@ -128,6 +128,9 @@ def test_a_saved_agent_goes_on_at_its_step_and_the_next_stage_begins_anew(make_a
     shared = {"lr": LR, "lr_scheduler_type": "linear", "lr_scheduler_kwargs": None, "warmup_steps": 1}
     agent = make_agent(**shared)
     agent.num_training_steps = STEPS
+    agent.learn(gym.next_batch())
+    # Set again, this begins at the agent's second step.
+    agent.num_training_steps = STEPS
     for _ in range(3):
         agent.learn(gym.next_batch())
     agent.save_checkpoint(str(tmp_path / "agent"))
