@@ -274,6 +274,24 @@ class LLMAgent:
         self.base.adapters.use(self.actor_adapter)
         self.base.adapters.release(before)
 
+    def replace_actor(self, state: AdapterState) -> None:
+        """Give the agent an actor with these weights, whose LoRA configuration may differ, and a new optimizer.
+
+        Raises:
+            ConfigurationError: The weights do not fit the base; the agent is unchanged.
+        """
+        name = self.base.adapters.add(ACTOR, state.config, trainable=True)
+        try:
+            self.base.adapters.load(name, state.tensors)
+        except ConfigurationError:
+            self.base.adapters.use(self.actor_adapter)
+            self.base.adapters.release(name)
+            raise
+        self.base.adapters.release(self.actor_adapter)
+        self._adapters[ACTOR] = name
+        self.lora_config = state.config
+        self.optimizer = self._new_optimizer()
+
     def release(self) -> None:
         """Free the agent's adapters and moments now; the agent cannot be used afterwards.
 

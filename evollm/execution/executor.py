@@ -16,13 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evollm.errors import ConfigurationError, DivergedError
-from evollm.hpo import AnyEvaluation, Birth, HyperparameterConfig
+from evollm.hpo import AnyEvaluation, Birth, HyperparameterConfig, Recipe
 from evollm.hpo.hyperparameters import to_lower
 from evollm.runs.events import SampleAnswer, StepDone
 
 Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
 # The index by which `evaluate`, `save_agent`, `answers` and `agent` name the copy that `keep_best` made.
 BEST_SO_FAR = -1
+# The indices of candidates that `Combines.combine` makes: this one and smaller ones.
+FIRST_CANDIDATE = -2
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,24 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Free the memory that only the run needed; the agents stay usable."""
+
+
+class Combines(Executor, Protocol):
+    """An executor that can also make candidates of its agents, which the option `merge` of a run needs."""
+
+    def combine(self, index: int, recipe: Recipe) -> None:
+        """Make a candidate, which `evaluate`, `save_agent`, `answers` and `agent` then know by this index.
+
+        Args:
+            index: `FIRST_CANDIDATE` or below.
+            recipe: How it is made; its first agent gives hyperparameters, reference and counters.
+
+        Raises:
+            ConfigurationError: The actors cannot be combined; nothing has been changed.
+        """
+
+    def discard(self, indices: Sequence[int]) -> None:
+        """Free candidates."""
 
 
 # Makes an executor from checked agents and a checked gym.

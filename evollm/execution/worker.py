@@ -23,9 +23,10 @@ from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.execution.carry_out import carry_out
 from evollm.execution.executor import BEST_SO_FAR, Costs, Description, Member
-from evollm.hpo import AnyEvaluation, Birth
+from evollm.hpo import AnyEvaluation, Birth, Recipe
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
+from evollm.models.adapters.combining import combined, scaled
 from evollm.models.engine import Engine
 from evollm.models.fingerprints import adapter_fingerprint, computing_settings
 from evollm.models.generation import greedy_answers
@@ -68,6 +69,8 @@ class Worker:
         # The best agent of the run so far, as plain data on the CPU, and as a live agent once that is asked for.
         self.best_so_far: AgentFolder | None = None
         self._live_best: SavableAgent | None = None
+        # Agents that were made of members after the last step, by index.
+        self._candidates: dict[int, SavableAgent] = {}
 
     def describe(self) -> Description:
         """Describe the agents and their data; see `Executor.describe`."""
@@ -125,7 +128,9 @@ class Worker:
         ]
 
     def agent(self, index: int) -> SavableAgent:
-        """The agent with an index; `BEST_SO_FAR`: the copy that `keep_best` made."""
+        """The agent with an index; `BEST_SO_FAR`: the copy that `keep_best` made; below: a candidate."""
+        if index in self._candidates:
+            return self._candidates[index]
         if index == BEST_SO_FAR and self.best_so_far is not None:
             if self._live_best is None:
                 self._live_best = (self.agents or self._spare)[0].clone()
@@ -182,7 +187,11 @@ class Worker:
         """Evaluate this worker's agents on a split, ignoring `indices` of other workers; see `Executor.evaluate`."""
         going = [agent.index for agent in self.agents if not agent.diverged]
         wanted = going if indices is None else indices
-        present = {agent.index for agent in self.agents} | ({BEST_SO_FAR} if self.best_so_far is not None else set())
+        present = (
+            {agent.index for agent in self.agents}
+            | self._candidates.keys()
+            | ({BEST_SO_FAR} if self.best_so_far is not None else set())
+        )
         here = [index for index in wanted if index in present]
         if not here:
             return {}
@@ -196,6 +205,26 @@ class Worker:
         here = any(agent.index == index for agent in self.agents)
         self.best_so_far = _on_cpu(self.agent(index).to_folder()) if here else None
         self._live_best = None
+
+    def combine(self, index: int, recipe: Recipe) -> None:
+        """Make a candidate of members; see `Combines.combine`."""
+        agents = [self.agent(number) for number in recipe.agents]
+        names = [agent.actor_adapter for agent in agents]
+        if recipe.combination:
+            state = combined(self.base, names, None, recipe.combination, density=recipe.density, seed=recipe.seed)
+        else:
+            reference = self._fixed_reference
+            if reference == OWN:
+                reference = agents[0].adapter(REFERENCE) if self._algorithm.has_reference else None
+            state = scaled(self.base, names[0], recipe.factor, reference)
+        candidate = agents[0].clone()
+        candidate.replace_actor(state)
+        self._candidates[index] = candidate
+
+    def discard(self, indices: Sequence[int]) -> None:
+        """Free candidates; see `Combines.discard`."""
+        for index in indices:
+            self._candidates.pop(index).release()
 
     def spent(self) -> dict[str, int]:
         """The operations since the last call; see `Executor.spent`. Workers on one base count together."""
@@ -329,6 +358,7 @@ class Worker:
         """Free the fixed reference, the spare agent and the copy of the best agent; live agents stay usable."""
         self._shares.release()
         self.best_so_far = self._live_best = None
+        self._candidates.clear()
         for agent in self._spare:
             agent.release()
         self._spare = []

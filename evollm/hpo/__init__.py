@@ -1,6 +1,7 @@
 """Hyperparameter search on plain data: fitness, search strategies, lineage. It imports neither torch nor agents."""
 
 from evollm.hpo.asha import ASHA
+from evollm.hpo.finalists import FinalCandidates, Recipe, final_candidates_of
 from evollm.hpo.fitness import (
     AnyEvaluation,
     Evaluation,
@@ -49,6 +50,7 @@ __all__ = [
     "Birth",
     "Evaluation",
     "EvolutionPlan",
+    "FinalCandidates",
     "Fitness",
     "GridSearch",
     "Guards",
@@ -62,6 +64,7 @@ __all__ = [
     "PopulationBasedTraining",
     "RLParameter",
     "RandomSearch",
+    "Recipe",
     "Result",
     "Search",
     "SearchBudget",
@@ -74,6 +77,7 @@ __all__ = [
     "as_fitness",
     "best_temperature",
     "check_population",
+    "final_candidates_of",
     "fitness_named",
     "format_value",
     "growing_subsets",

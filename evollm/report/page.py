@@ -18,6 +18,7 @@ from evollm.report.score_figures import final_pictures, held_out_pictures, last_
 from evollm.report.statistics import RESAMPLES
 from evollm.report.style import Picture, drawing
 from evollm.report.training_figures import resource_pictures, time_spent, training_pictures
+from evollm.runs.events import Candidate
 from evollm.runs.record import CUT, RunRecord
 
 # A longer line of agents is not written out.
@@ -112,7 +113,22 @@ def _final(record: RunRecord) -> dict[str, Any] | None:
         "text": text,
         "who": "winner" if len(record.lives) > 1 else "tuned model",
         "rows": rows,
+        "candidates": [_candidate(record, one) for one in ended.candidates],
         "pictures": final_pictures(record.words, ended.pairs, names, unbiased=unbiased),
+    }
+
+
+def _candidate(record: RunRecord, one: Candidate) -> dict[str, str]:
+    """A row of the table of candidates."""
+    scores = [
+        f"{score.label} {one.scores[score.name]:.4g}" for score in record.words.scores if score.name in one.scores
+    ]
+    return {
+        "name": str(one.recipe),
+        "scores": ", ".join(scores),
+        "difference": f"{one.difference:+.4f}",
+        "p_value": f"{one.p_value:.2g}",
+        "verdict": "the result" if one.won else "",
     }
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
+from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness, Recipe
 from evollm.runs.spent import Spent
 
 
@@ -131,6 +131,47 @@ class SampleAnswer:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """An adapter that was made of the best agents after the last step, evaluated on the selection rows.
+
+    Attributes:
+        recipe: How it was made.
+        scores: Its scores by name.
+        difference: Its score minus that of the best agent, by the score that candidates are compared with.
+        p_value: One-sided p-value of the paired comparison with the best agent; NaN if it cannot win.
+        won: Whether it is the run's result.
+    """
+
+    recipe: Recipe
+    scores: Mapping[str, float]
+    difference: float
+    p_value: float
+    won: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, but for numbers that are not finite."""
+        return {**asdict(self), "recipe": {**asdict(self.recipe), "agents": list(self.recipe.agents)}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
+        """Read the result of `to_dict`, in which numbers that are not finite may be strings."""
+        recipe = data["recipe"]
+        return cls(
+            recipe=Recipe(
+                tuple(map(int, recipe["agents"])),
+                str(recipe["combination"]),
+                float(recipe["factor"]),
+                float(recipe["density"]),
+                int(recipe["seed"]),
+            ),
+            scores={str(name): float(value) for name, value in data["scores"].items()},
+            difference=float(data["difference"]),
+            p_value=float(data["p_value"]),
+            won=bool(data["won"]),
+        )
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """The run is over.
 
@@ -148,6 +189,8 @@ class RunEnded:
         runner_up_score: Evaluation of the second fittest agent.
         stopped: Why the run ended before its last step; "" if it did not.
         spent: What the run has spent.
+        candidates: The adapters that were made of the best agents after the last step. If one of them has won, `after`,
+            `samples` and the checkpoint are its, and `best` is the agent that it was made of first.
     """
 
     step: int
@@ -162,6 +205,12 @@ class RunEnded:
     runner_up_score: AnyEvaluation | None = None
     stopped: str = ""
     spent: Spent | None = None
+    candidates: Sequence[Candidate] = ()
+
+    @property
+    def made_of(self) -> Recipe | None:
+        """How the result was made, if it is a candidate; None: it is an agent as it was trained."""
+        return next((one.recipe for one in self.candidates if one.won), None)
 
 
 class Callback:

@@ -17,7 +17,7 @@ from evollm.errors import CheckpointError, ConfigurationError, EvoLLMError
 from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, read_bytes
 from evollm.runs.evaluations import read_evaluations
-from evollm.runs.events import SampleAnswer
+from evollm.runs.events import Candidate, SampleAnswer
 from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, SPENT, TIMING, no_run
 from evollm.runs.lineage import read_lineage
 from evollm.runs.lines import read_lines
@@ -210,6 +210,7 @@ def _end(words: Words, line: Mapping[str, Any]) -> Ended:
         best=int(line["best"]),
         best_step=int(line.get("best_step", line["step"])),
         stopped=str(line.get("stopped", "")),
+        candidates=tuple(Candidate.from_dict(one) for one in line.get("candidates", ())),
         runner_up=None if line.get("runner_up") is None else int(line["runner_up"]),
         split=str(line["split"]),
         scores={role: found for role, found in scores.items() if found},

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evollm.hpo import AnyEvaluation, Birth, Fitness, is_finite
-from evollm.runs.events import Evolved, SampleAnswer
+from evollm.hpo import AnyEvaluation, Birth, Fitness, Recipe, is_finite
+from evollm.runs.events import Candidate, Evolved, SampleAnswer
 from evollm.runs.lineage import HyperparameterSchedule, Lineage
 from evollm.runs.spent import Spent
 from evollm.runs.words import Words
@@ -62,6 +62,7 @@ class Ended:
         pairs: The evaluations row by row, for the same roles.
         samples: Answers before and after tuning; a truncated answer ends in `CUT`.
         stopped: Why the run ended before its last step; "" if it did not.
+        candidates: The adapters that were made of the best agents after the last step.
     """
 
     step: int
@@ -73,6 +74,12 @@ class Ended:
     pairs: Mapping[str, AnyEvaluation] = field(repr=False)
     samples: Sequence[SampleAnswer]
     stopped: str = ""
+    candidates: Sequence[Candidate] = ()
+
+    @property
+    def made_of(self) -> Recipe | None:
+        """How the result was made, if it is a candidate; None: it is an agent as it was trained."""
+        return next((one.recipe for one in self.candidates if one.won), None)
 
 
 @dataclass(frozen=True)

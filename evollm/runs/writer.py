@@ -109,6 +109,7 @@ class RunFolder(Callback):
         # Left out if it is the last step, as records of older versions have it.
         earlier = {"best_step": event.best_step} if event.best_step != event.step else {}
         stopped = {"stopped": event.stopped} if event.stopped else {}
+        candidates = {"candidates": [one.to_dict() for one in event.candidates]} if event.candidates else {}
         found = {"before": event.before, "after": event.after, "runner_up": event.runner_up_score}
         scored = {name: score for name, score in found.items() if score is not None}
         scores = {f"{name}_{key}": value for name, score in scored.items() for key, value in score.scores.items()}
@@ -120,6 +121,7 @@ class RunFolder(Callback):
             best=event.best,
             **earlier,
             **stopped,
+            **candidates,
             runner_up=event.runner_up,
             split=event.split,
             **scores,

@@ -168,6 +168,9 @@ class Console(Callback):
             self._print(f"The best agent against the start: {gain_of(words, *scored)}", soft_wrap=True)
         if event.best_step < event.step:
             self._print(f"It is agent {event.best} after step {event.best_step} of {event.step}, the best evaluation.")
+        for one in event.candidates:
+            won = ", and is the result" if one.won else ""
+            self._print(f"{one.recipe}: {one.difference:+.4f} against the best agent (p = {one.p_value:.2g}){won}")
         plans = [evolution.plan for evolution in self._evolutions if evolution.step < event.best_step]
         if plans:
             self._print("Its line: " + schedule_line(ancestry(plans, event.best)), soft_wrap=True)

@@ -12,7 +12,9 @@ from evollm.checkpoints.steps import newest_population
 from evollm.errors import DivergedError, EvoLLMError
 from evollm.execution.executor import BEST_SO_FAR, Executor, Member
 from evollm.hpo import Fitness, is_finite, rank
-from evollm.runs.events import RunEnded
+from evollm.hpo.guards import BROKEN
+from evollm.runs.events import Candidate, RunEnded
+from evollm.training.finalists import Contest
 from evollm.training.options import RunOptions
 from evollm.training.paths import RunPaths
 from evollm.training.state import Best, Progress
@@ -44,13 +46,28 @@ def second_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness], best:
     return next((index for index in second if is_finite(fitnesses[index])), None)
 
 
+def finalists_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness], best: int) -> list[int]:
+    """The best agent, and the other members that may be combined with it, fittest first."""
+    sound = [index for index in (member.index for member in members) if index != best and index in fitnesses]
+    sound = [index for index in sound if is_finite(fitnesses[index]) and fitnesses[index][0] != BROKEN]
+    return [best, *(sound[place] for place in rank([fitnesses[index] for index in sound]))]
+
+
 def end(
-    executor: Executor, progress: Progress, options: RunOptions, paths: RunPaths, rows: Mapping[str, int]
-) -> RunEnded:
+    executor: Executor,
+    progress: Progress,
+    options: RunOptions,
+    paths: RunPaths,
+    rows: Mapping[str, int],
+    contest: Contest | None,
+) -> tuple[int, RunEnded]:
     """Save the best agent, score the best and the second-best agent, and generate the best agent's answers.
 
     The best agent is that of the best evaluation of the run. Unless it is the last evaluation, the second-best agent is
-    the best one of the last population.
+    the best one of the last population. If a candidate of the contest is better, it takes the best agent's place.
+
+    Returns:
+        Index by which the executor knows the result, and the event.
     """
     members = executor.members()
     best = best_of(members, progress.fitnesses)
@@ -58,11 +75,18 @@ def end(
     winner = Best(best, progress.step, progress.fitnesses.get(best, ()))
     if progress.best is not None and progress.best.fitness > winner.fitness:
         winner, best, second = progress.best, BEST_SO_FAR, best
+    candidates: Sequence[Candidate] = ()
+    if contest is not None:
+        single = best
+        best, candidates = contest.hold(finalists_of(members, progress.fitnesses, best))
+        progress.account.add(executor.spent())
+        if best != single != BEST_SO_FAR:
+            second = single
     best_path = _save_elite(executor, best, paths) if options.save_elite else None
     split = final_split(rows)
     podium = [index for index in (best, second) if index is not None]
     scores = executor.evaluate(split, podium) if split else {}
-    return RunEnded(
+    event = RunEnded(
         step=progress.step,
         best=winner.index,
         best_step=winner.step,
@@ -73,7 +97,9 @@ def end(
         samples=executor.answers(best, split, options.num_sample_answers) if split else [],
         runner_up=second,
         runner_up_score=None if second is None else scores.get(second),
+        candidates=candidates,
     )
+    return best, event
 
 
 def _save_elite(executor: Executor, best: int, paths: RunPaths) -> Path | None:

@@ -8,7 +8,17 @@ from typing import Any
 
 from evollm.checks import boolean, finite_number, optional_whole_number, positive_number, whole_number
 from evollm.errors import ConfigurationError
-from evollm.hpo import Guards, Mutations, Search, TournamentSearch, TournamentSelection, guards_of, search_of
+from evollm.hpo import (
+    FinalCandidates,
+    Guards,
+    Mutations,
+    Search,
+    TournamentSearch,
+    TournamentSelection,
+    final_candidates_of,
+    guards_of,
+    search_of,
+)
 from evollm.hpo.search import describe_search
 
 _EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
@@ -37,6 +47,7 @@ class RunOptions:
     num_sample_answers: int
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0
+    merge: FinalCandidates | Mapping[str, Any] | bool | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -59,6 +70,7 @@ class RunOptions:
             object.__setattr__(self, "search", search_of(self.search))
         if self.guards is not None:
             object.__setattr__(self, "guards", guards_of(self.guards))
+        object.__setattr__(self, "merge", final_candidates_of(self.merge))
         if self.evo_steps is not None and not self.evolves:
             raise ConfigurationError("evo_steps", self.evo_steps, "needs a tournament and a mutation, or a search")
 
@@ -92,8 +104,8 @@ class RunOptions:
         return None if self.search is None else search_of(self.search)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, without a search, guards, early stopping and limits if there is none."""
-        left_out = {"search", "guards", *(() if self.early_stopping_patience else _EARLY_STOPPING)}
+        """Return the fields as JSON values, without what is not asked for: search, guards, limits, merge."""
+        left_out = {"search", "guards", "merge", *(() if self.early_stopping_patience else _EARLY_STOPPING)}
         left_out |= {name for name in _LIMITS if getattr(self, name) is None}
         asked = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         asked |= {name: asdict(asked[name]) for name in ("tournament", "mutation") if asked[name] is not None}
@@ -101,6 +113,8 @@ class RunOptions:
             asked["search"] = describe_search(self.search)
         if isinstance(self.guards, Guards):
             asked["guards"] = self.guards.to_dict()
+        if isinstance(self.merge, FinalCandidates):
+            asked["merge"] = self.merge.to_dict()
         return asked
 
 

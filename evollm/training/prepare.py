@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -15,13 +15,15 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.settings import check_evolution
 from evollm.checks import boolean
 from evollm.errors import ConfigurationError
-from evollm.execution.executor import ExecutorFactory, check_executor
-from evollm.hpo import Evaluation, Guards, as_fitness, fitness_named
+from evollm.execution.executor import Combines, ExecutorFactory, check_executor
+from evollm.hpo import Evaluation, FinalCandidates, Guards, NamedFitness, as_fitness, fitness_named
 from evollm.llm_envs import DatasetGym
+from evollm.models.adapters.combining import check_combinable
 from evollm.processes import Processes
 from evollm.runs.events import Callback
 from evollm.runs.writer import RunFolder
 from evollm.tracking import TRACKERS, Console, tracker_names
+from evollm.training.finalists import Contest, Terms
 from evollm.training.options import RunOptions, Schedule
 from evollm.training.paths import RunPaths, new_run_dir
 from evollm.training.run import Run
@@ -42,6 +44,7 @@ class RunArguments:
         fitness: Maps an evaluation to a fitness.
         callbacks: Called with every event, in this order.
         executor: Makes the executor of the agents and the gym.
+        terms: The terms of the score by which candidates of `merge` are compared; None without `merge`.
     """
 
     algorithm: Algorithm
@@ -50,6 +53,7 @@ class RunArguments:
     fitness: FitnessFunction
     callbacks: Sequence[Callback]
     executor: ExecutorFactory
+    terms: Terms | None = None
 
 
 def check_paths(
@@ -103,7 +107,21 @@ def check_arguments(
         # Trackers start before the run folder is written: a failed start leaves no folder that blocks the next run.
         writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
         listeners = [*writers, *listeners, *([Console()] if verbose else [])]
-    return RunArguments(algorithm, asked, paths, function, listeners, executor)
+    terms = _terms(asked.merge, algorithm) if isinstance(asked.merge, FinalCandidates) else None
+    return RunArguments(algorithm, asked, paths, function, listeners, executor, terms)
+
+
+def _terms(merge: FinalCandidates, algorithm: Algorithm) -> Terms:
+    """The terms of the score by which candidates are compared.
+
+    Raises:
+        ConfigurationError: The algorithm has no such score, or it has no terms.
+    """
+    smooth = next((name for name in ("log_loss", "loss") if name in algorithm.fitnesses), "")
+    fitness = fitness_named(merge.score or smooth, algorithm.fitnesses)
+    if not isinstance(fitness, NamedFitness):
+        raise ConfigurationError("merge.score", merge.score, "must be an evollm.hpo.NamedFitness, which has terms")
+    return fitness.terms
 
 
 def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
@@ -119,7 +137,14 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
     executor = arguments.executor(pop, env)
     check_executor(executor)
     _check_measurable(arguments.options.guards, executor.evaluate, type(executor).__name__)
-    return Run(executor, arguments.options, arguments.paths, arguments.fitness, arguments.callbacks)
+    contest, options = None, arguments.options
+    if isinstance(options.merge, FinalCandidates) and arguments.terms is not None:
+        if not all(callable(getattr(executor, name, None)) for name in ("combine", "discard")):
+            fix = "cannot make candidates of agents (evollm.execution.executor.Combines): leave merge out"
+            raise ConfigurationError("executor", type(executor).__name__, fix)
+        guards = options.guards if isinstance(options.guards, Guards) else None
+        contest = Contest(cast(Combines, executor), options.merge, arguments.terms, guards)
+    return Run(executor, options, arguments.paths, arguments.fitness, arguments.callbacks, contest)
 
 
 def check_fitness(fitness: object, algorithm: Algorithm) -> FitnessFunction:
@@ -177,6 +202,11 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
         )
     if options.guards is not None and not env.test_pairs:
         raise ConfigurationError("test_dataset", None, "guards need held-out rows: pass a test_dataset to the gym")
+    if isinstance(options.merge, FinalCandidates):
+        if not env.test_pairs:
+            raise ConfigurationError("test_dataset", None, "merge needs held-out rows: pass a test_dataset to the gym")
+        actors = [agent.actor_adapter for agent in population]
+        check_combinable(population[0].base, actors, options.merge.combinations)
     if options.early_stopping_patience is not None and not env.test_pairs:
         fix = "early stopping needs held-out rows: pass a test_dataset to the gym"
         raise ConfigurationError("early_stopping_patience", options.early_stopping_patience, fix)

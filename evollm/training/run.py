@@ -11,13 +11,14 @@ from typing import Any
 
 from evollm.checkpoints.steps import prune_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, EvoLLMError
-from evollm.execution.executor import BEST_SO_FAR, Executor, check_going
+from evollm.execution.executor import Executor, check_going
 from evollm.hpo import Birth, EvolutionPlan, Fitness, Guards, Result, SearchPlan, SearchStart, as_fitness
 from evollm.hpo.guards import BROKEN
 from evollm.hpo.search import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
 from evollm.runs.spent import Spent
 from evollm.training.ending import best_of, end, final_split
+from evollm.training.finalists import Contest
 from evollm.training.options import RunOptions, Schedule
 from evollm.training.paths import RunPaths
 from evollm.training.resume import check_nothing_to_lose, find_checkpoint, how_to_go_on, read_checkpoint
@@ -40,6 +41,7 @@ class Run:
         paths: Paths that the run writes to.
         fitness: Maps an evaluation to a fitness.
         callbacks: Called with every event, in this order.
+        contest: Chooses between the best agent and candidates made of the best agents; None: the best agent wins.
 
     Attributes:
         executor: The executor.
@@ -58,12 +60,14 @@ class Run:
         paths: RunPaths,
         fitness: Callable[[Any], object],
         callbacks: Sequence[Callback],
+        contest: Contest | None = None,
     ) -> None:
         self.executor = executor
         self.processes = executor.processes
         self.options = options
         self.paths = paths
         self.fitness = fitness
+        self.contest = contest
         self.callbacks = list(callbacks)
         described = executor.describe()
         self.rows, self._hp_config = described.rows, described.hp_config
@@ -118,11 +122,11 @@ class Run:
                     self._start()
                     while self.step < self.schedule.total and not self._stopped:
                         self._advance(stop)
-                    ended = end(self.executor, self.progress, self.options, self.paths, self.rows)
+                    best, ended = end(self.executor, self.progress, self.options, self.paths, self.rows, self.contest)
                     self.progress.account.add(self.executor.spent(), final=True)
                     ended = replace(ended, stopped=self._stopped, spent=self.spent)
                     self._tell("on_end", ended)
-                    self.best = self.executor.agent(ended.best if ended.best_step == ended.step else BEST_SO_FAR)
+                    self.best = self.executor.agent(best)
             except KeyboardInterrupt:
                 # The message says how to resume; the command line prints the message.
                 raise KeyboardInterrupt(*filter(None, [self._how_to_go_on()])) from None

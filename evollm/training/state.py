@@ -27,6 +27,7 @@ _MAY_CHANGE = {
         "checkpoint_steps",
         "keep_last",
         "save_elite",
+        "merge",
         "early_stopping_patience",
         "early_stopping_threshold",
         "num_sample_answers",

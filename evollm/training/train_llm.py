@@ -13,7 +13,7 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.execution.executor import ExecutorFactory
 from evollm.execution.local import LocalExecutor
 from evollm.foreign import LOOP, LOOP_ORDER, explains
-from evollm.hpo import Guards, Mutations, Search, TournamentSelection
+from evollm.hpo import FinalCandidates, Guards, Mutations, Search, TournamentSelection
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
 from evollm.processes import check_processes
 from evollm.runs.events import Callback
@@ -47,6 +47,7 @@ def finetune_llm_preference(
     guards: Guards | Mapping[str, float] | None = None,
     early_stopping_patience: int | None = None,
     early_stopping_threshold: float = 0.0,
+    merge: FinalCandidates | Mapping[str, Any] | bool | None = None,
     update_reference_each_epoch: bool = False,
     run_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
@@ -99,6 +100,10 @@ def finetune_llm_preference(
             fitness of the run, by its first component; None: never. Names and meaning are those of transformers'
             `EarlyStoppingCallback`.
         early_stopping_threshold: The best fitness must grow by more than this to count as improved.
+        merge: After the last step, evaluate adapters that are made of the best agents without training, and let one win
+            that is better than the best agent by a paired test on the held-out rows: True, or
+            `evollm.hpo.FinalCandidates` or a mapping of its fields, such as {"finalists": 3, "factors": [1.5]}. None:
+            the best agent wins.
         update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay
             relative to the first agent's reference at the start.
         run_dir: Run folder, by default a new folder in `evollm-runs`.

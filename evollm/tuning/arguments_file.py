@@ -21,7 +21,7 @@ from evollm.checks import expanded, located, usable_path
 from evollm.command_line import command, place, setting
 from evollm.data.open_dataset import is_files
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.hpo import HyperparameterConfig
+from evollm.hpo import FinalCandidates, HyperparameterConfig
 from evollm.models.loading.model_config import reloadable
 from evollm.models.loading.precision import AUTO, DTYPES
 from evollm.own_files import inside, read_bytes, replace_bytes
@@ -243,7 +243,7 @@ def _lora_fields(config: LoraConfig) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """The value as JSON has it, or `_NOT_PLAIN`."""
-    if isinstance(value, HyperparameterConfig):
+    if isinstance(value, HyperparameterConfig | FinalCandidates):
         value = value.to_dict()
     elif isinstance(value, Enum):
         value = value.value

@@ -244,7 +244,7 @@ def replay(
     prompter = _Prompter(agent, script, engine, references)
     options |= {"run_dir": run_dir, "resume_from_checkpoint": resume_from_checkpoint, "verbose": verbose}
     loop_of(algorithm_named(config["algorithm"].lower()))([agent], env, callbacks=[prompter], **options)
-    reason = stretched or _why_no_elite(elite, config)
+    reason = stretched or _why_no_elite(elite, record)
     return ReplayResult(agent, prompter.run_dir, script.schedule, None if reason else _is_exact(agent, elite), reason)
 
 
@@ -266,9 +266,11 @@ def _why_stretched(same_data: bool, num_epochs: int | None, max_steps: int | Non
     return "the schedule was stretched over a number of epochs or steps of your own" if asked else ""
 
 
-def _why_no_elite(elite: Path, config: Mapping[str, Any]) -> str:
+def _why_no_elite(elite: Path, record: RunRecord) -> str:
     """Why the replayed agent cannot be compared with the run's best agent; "" if it can."""
-    if not config["options"]["save_elite"]:
+    if record.ended is not None and record.ended.made_of is not None:
+        return f"the run's result was made of trained agents ({record.ended.made_of}), of which this is the first"
+    if not record.config["options"]["save_elite"]:
         return "the run was not to save its best agent (save_elite=False)"
     return "" if elite.is_dir() else f"the run's best agent is not at {elite}"
 

@@ -170,6 +170,21 @@ def combined(
     return AdapterState(_with_ranks(states[0].config, ranks), tensors)
 
 
+def check_combinable(base: SharedBase, adapters: Sequence[str], combinations: Sequence[str] = ()) -> None:
+    """Refuse adapters that `scaled` or one of these combinations refuses, whatever their weights.
+
+    Raises:
+        ConfigurationError: See `combined`.
+    """
+    layers = _layers(base, adapters)
+    states = [base.adapters.export(name) for name in adapters]
+    for path, layer in layers.items():
+        parts = [_factors(path, layer, name, state) for name, state in zip(adapters, states, strict=True)]
+        for combination in combinations:
+            if combination in _BY_FACTOR:
+                _check_alike({path: parts}, combination)
+
+
 def _layers(base: SharedBase, adapters: Sequence[str]) -> dict[str, Any]:
     """The layers that the adapters are on, by path, if all are plain LoRA on the same layers."""
     found: dict[str, Any] = {}
