@@ -12,8 +12,8 @@ what each call must bring along. Then, where the card is, three calls of at most
     python benchmarking/gpu_quarter_hour.py call 2 --wheels carried --out results
     python benchmarking/gpu_quarter_hour.py call 3 --wheels carried --out results
 
-1. attention against float64, forward and backward; a small model packed against plain; the same steps twice; 0.5B with
-   batches of 8: together, in a loop, one, TRL; a profile of one step
+1. 0.5B with batches of 8: together, one, TRL, in a loop; a profile of one step; attention against float64, forward and
+   backward; a small model packed against plain; the same steps twice
 2. SmolLM2-135M in bfloat16: the probe's verdict, eight members on real text, parity with TRL, a short demo
 3. 7B with batches of 8: together, one, TRL
 4. searches on real pairs (search.py), where `prepare --pairs FILE ...` brought some: 5 seeds of each file, as many at a
@@ -51,7 +51,7 @@ from result_lines import read
 SECONDS = 225.0
 PATIENCE = 5
 CHECKS, PARTS = "quarter_hour.checks", "quarter_hour.parts"
-CARD = Part("card", f"{PARTS}:card", 15, 40)
+CARD = Part("card", f"{PARTS}:card", 20, 40)
 
 
 def _speed(shape: str, case: str, expected: float, limit: float, steps_for: float = 20) -> Part:
@@ -59,23 +59,24 @@ def _speed(shape: str, case: str, expected: float, limit: float, steps_for: floa
     return Part(f"{shape} {case}", f"{PARTS}:speed", expected, limit, arguments)
 
 
-# A process needs some 8 s to import everything; expected and limit contain it.
+# A process needs some 18 s until it has imported everything, as seen beside an H100; expected and limit contain it.
+# What has no figure yet comes first: the last parts of a call may not fit.
 CALLS: dict[int, list[Part]] = {
     1: [
         CARD,
-        Part("attention", f"{CHECKS}:attention", 14, 35),
-        Part("packed against plain", f"{CHECKS}:small_model", 14, 35),
-        Part("same step twice", f"{CHECKS}:same_step_twice", 14, 35),
-        _speed("0.5B", "together", 24, 50),
-        _speed("0.5B", "in a loop", 36, 55),
-        _speed("0.5B", "one", 16, 35),
-        _speed("0.5B", "TRL", 20, 45),
-        Part("profile", f"{PARTS}:profile", 25, 50, {"shape": "0.5B"}),
+        _speed("0.5B", "together", 39, 55),
+        _speed("0.5B", "one", 35, 50),
+        _speed("0.5B", "TRL", 35, 55),
+        _speed("0.5B", "in a loop", 60, 80),
+        Part("profile", f"{PARTS}:profile", 52, 65, {"shape": "0.5B"}),
+        Part("attention", f"{CHECKS}:attention", 16, 35),
+        Part("packed against plain", f"{CHECKS}:small_model", 25, 40),
+        Part("same step twice", f"{CHECKS}:same_step_twice", 28, 40),
     ],
     2: [
         CARD,
-        Part("model", f"{PARTS}:convert", 30, 70),
-        Part("probe", f"{PARTS}:verdict", 14, 35),
+        Part("model", f"{PARTS}:convert", 47, 80),
+        Part("probe", f"{PARTS}:verdict", 30, 45),
         Part("eight members", f"{PARTS}:real_text", 20, 45, {"case": "together"}),
         Part("one member", f"{PARTS}:real_text", 14, 35, {"case": "one"}),
         Part("parity, float32", f"{PARTS}:parity", 18, 40, {"dtype": "float32"}),

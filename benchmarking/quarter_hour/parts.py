@@ -200,7 +200,7 @@ def searches(place: Place) -> None:
         "--device",
         setting_of(place).device.type,
     ]
-    jobs = [*data, "--seeds", *map(str, range(5)), "--jobs", "7", "--recompute", "--token-budget", "32768"]
+    jobs = [*data, "--seeds", *map(str, range(5)), "--jobs", "4", "--recompute", "--token-budget", "32768"]
     small = ["--train", "16", "--selection", "8", "--final", "8", "--batch-size", "4", "--founders", "8"]
     started = time.perf_counter()
     search.main(["record", "tournament", "--answers", *([*data, *small] if place.toy else jobs)])

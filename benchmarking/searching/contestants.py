@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
+from evollm.hpo import PREFERENCE_FITNESSES, Evaluation, Fitness
 from searching.records import Array, Record
-from searching.scores import SCORES
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,6 @@ class Prices:
         return float(work + pairs[known] + part * self.training_references) / self.run
 
 
-def margins_of(record: Record) -> Array:
-    """(founders, rungs, selection pairs)."""
-    return record.selection[:, :, 0] - record.selection[:, :, 1]
-
-
 def of_kind(record: Record, kind: str) -> list[int]:
     """Indices of the founders of a kind."""
     return [number for number, founder in enumerate(record.about["founders"]) if founder["kind"] == kind]
@@ -92,7 +87,7 @@ def single(record: Record, order: Sequence[int], kind: str = "default") -> Choic
 
 
 def random_search(
-    record: Record, order: Sequence[int], count: int, score: str = "accuracy, then margin", shared: bool = False
+    record: Record, order: Sequence[int], count: int, score: str = "accuracy_mean_margin", shared: bool = False
 ) -> Choice:
     """The best of `count` founders trained to the end.
 
@@ -109,7 +104,7 @@ def random_search(
     return Choice(best, Prices.of(record).runs([steps] * count, [pairs] * count) if shared else float(count))
 
 
-def grid_search(record: Record, order: Sequence[int], score: str = "accuracy, then margin") -> Choice:
+def grid_search(record: Record, order: Sequence[int], score: str = "accuracy_mean_margin") -> Choice:
     """The best of the grid."""
     del order
     members = of_kind(record, "grid")
@@ -136,7 +131,7 @@ def halving(
     order: Sequence[int],
     count: int,
     rungs: Sequence[Rung],
-    score: str = "log_loss",
+    score: str = "margin_over_std",
     least: float = -np.inf,
 ) -> Choice:
     """Successive halving: at each rung the best go on; the best of the last ones, trained to the end, is chosen."""
@@ -157,39 +152,46 @@ def _best(record: Record, members: Sequence[int], rung: int, score: str) -> int:
 
 
 def ranked(
-    record: Record,
-    members: Sequence[int],
-    rung: int,
-    score: str,
-    least: float = -np.inf,
-    pairs: int | None = None,
+    record: Record, members: Sequence[int], rung: int, score: str, least: float = -np.inf, pairs: int | None = None
 ) -> list[int]:
-    """Members from the best to the worst by a score on the first `pairs` selection pairs of a rung.
+    """Members from the best to the worst by a fitness on the first `pairs` selection pairs of a rung.
 
     Those whose mean chosen log-ratio is below `least` nats come last.
     """
-    margins = margins_of(record)
 
     def key(founder: int) -> tuple[float, ...]:
-        few = margins[founder, rung, :pairs]
         holds = float(record.selection[founder, rung, 0, :pairs].mean() >= least)
-        if score == "accuracy, then margin":
-            return holds, SCORES["accuracy"](few), SCORES["mean margin"](few)
-        return holds, SCORES[score](few)
+        return holds, *selection_fitness(record, founder, rung, score, pairs)
 
     return sorted(members, key=key, reverse=True)
+
+
+@cache
+def selection_fitness(record: Record, founder: int, rung: int, score: str, pairs: int | None = None) -> Fitness:
+    """A member's fitness on the first `pairs` selection pairs of a rung."""
+    return PREFERENCE_FITNESSES[score](Evaluation(*record.selection[founder, rung, :, :pairs]))
+
+
+@cache
+def final_terms(record: Record, founder: int, score: str) -> Array:
+    """(final pairs,) contributions to a member's final score."""
+    return PREFERENCE_FITNESSES[score].terms(Evaluation(*record.final[founder]))
 
 
 STRATEGIES: Mapping[str, Strategy] = {
     "default settings": single,
     "grid, 8": grid_search,
     **{f"random, {count}": partial(random_search, count=count) for count in (1, 2, 4, 8)},
-    **{f"random, {count}, log-loss": partial(random_search, count=count, score="log_loss") for count in (2, 4, 8)},
+    **{
+        f"random, {count}, margin / std": partial(random_search, count=count, score="margin_over_std")
+        for count in (2, 4, 8)
+    },
     "halving 8": partial(halving, count=8, rungs=[Rung(1 / 8, 4), Rung(1 / 4, 2), Rung(1 / 2, 1)]),
     "halving 8, 64 pairs": partial(halving, count=8, rungs=[Rung(1 / 8, 4, 64), Rung(1 / 4, 2, 128), Rung(1 / 2, 1)]),
     "halving 8 by 4": partial(halving, count=8, rungs=[Rung(1 / 8, 2, 64), Rung(1 / 2, 1)]),
     "halving 16": partial(
         halving, count=16, rungs=[Rung(1 / 16, 8, 64), Rung(1 / 8, 4, 64), Rung(1 / 4, 2, 128), Rung(1 / 2, 1)]
     ),
+    "halving 8 by 4, log-loss": partial(halving, count=8, rungs=[Rung(1 / 8, 2, 64), Rung(1 / 2, 1)], score="log_loss"),
     "halving 16 by 4": partial(halving, count=16, rungs=[Rung(1 / 16, 4, 64), Rung(1 / 4, 1, 128)]),
 }

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from evollm.hpo import PREFERENCE_FITNESSES, Evaluation
 from evollm.models import AdapterState
 from evollm.models.adapters.combining import combined, scaled
 from evollm.models.shared_base import SharedBase
 from searching.records import Array
-from searching.scores import SCORES
 
 FACTORS = (0.5, 0.75, 1.25, 1.5, 2.0)
 # How, how many of the best, and times how much.
@@ -68,9 +68,8 @@ def candidates_of(
         actors: The founders' adapters on it.
         kept: For each rung before the last the adapters of all founders.
     """
-    margins = selection[:, :, 0] - selection[:, :, 1]
-    score = SCORES["log_loss"]
-    ranked = [int(number) for number in np.argsort([score(few) for few in margins[:, -1]])[::-1]]
+    scores = np.array([[PREFERENCE_FITNESSES["log_loss"].score(Evaluation(*few)) for few in row] for row in selection])
+    ranked = [int(number) for number in np.argsort(scores[:, -1])[::-1]]
     best = ranked[0]
     found = [Candidate("scaled", [best], {"factor": factor}, scaled(base, actors[best], factor)) for factor in FACTORS]
     for combination, count, factor in COMBINATIONS:
@@ -78,7 +77,7 @@ def candidates_of(
         weights = [factor / count] * count
         state = combined(base, [actors[member] for member in members], weights, combination)
         found.append(Candidate(combination, members, {} if factor == 1 else {"factor": factor}, state))
-    earlier = [(score(margins[f, rung]), rung, f) for f in range(len(margins)) for rung in range(margins.shape[1] - 1)]
+    earlier = [(score, rung, f) for f, row in enumerate(scores) for rung, score in enumerate(row[:-1])]
     for _, rung, founder in sorted(earlier, reverse=True)[:EARLIER]:
         found.append(Candidate("earlier", [founder], {"rung": rung}, kept[rung][founder]))
     return found

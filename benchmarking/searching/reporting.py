@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from searching.contestants import STRATEGIES, Prices, Strategy, margins_of, of_kind, ranked
+from evollm.hpo import PREFERENCE_FITNESSES, Evaluation
+from searching.contestants import STRATEGIES, Prices, Strategy, final_terms, of_kind, ranked, selection_fitness
 from searching.records import Array, Record
-from searching.scores import SCORES, best_temperature
 from searching.statistics import hierarchical, rank_correlation
 
 # Orders of the random founders for each seed: which of them are the first eight is luck.
 ORDERS = 32
 REFERENCE = "random, 8"
 INHERITING = ("tournament",)
+# The final scores.
+BOTH = ("accuracy", "log_loss")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Outcome:
     Attributes:
         runs: (orders,) what it cost.
         right: (orders, pairs) 1 where the chosen completion is preferred, 0.5 for a tie.
-        losses: (orders, pairs) log(1 + exp(-t margin)) at the best temperature t of the choice.
+        losses: (orders, pairs) the scale-free log-loss, in nats.
         chosen: (orders,) mean chosen log-ratio, in nats.
         kl: (orders,) mean KL(pi || ref) of a completion, in nats.
     """
@@ -61,12 +63,10 @@ def inherited_outcome(run: Record, sweep: Record, score: str) -> Outcome:
 
 
 def _outcome(record: Record, picked: Sequence[int], runs: Sequence[float]) -> Outcome:
-    margins = (record.final[:, 0] - record.final[:, 1])[picked].astype(float)
-    temperatures = np.array([best_temperature(one) for one in margins])
     return Outcome(
         runs=np.array(runs),
-        right=np.heaviside(margins, 0.5),
-        losses=np.logaddexp(0.0, -temperatures[:, None] * margins),
+        right=np.stack([final_terms(record, founder, "accuracy") for founder in picked]),
+        losses=-np.stack([final_terms(record, founder, "log_loss") for founder in picked]),
         chosen=record.final[picked, 0].mean(axis=-1),
         kl=record.kl[picked].mean(axis=-1),
     )
@@ -82,7 +82,7 @@ def strategies_table(records: Sequence[Record], runs: Mapping[str, Sequence[Reco
     names = [name for name in STRATEGIES if "grid" not in name or all(of_kind(record, "grid") for record in records)]
     found = {name: [outcome(STRATEGIES[name], record) for record in records] for name in names}
     for name, own in runs.items():
-        for score in ("accuracy, then margin", "log_loss"):
+        for score in ("accuracy_mean_margin", "margin_over_std"):
             pairs = zip(own, records, strict=True)
             found[f"{name}, {score}"] = [inherited_outcome(run, record, score) for run, record in pairs]
     lines = [
@@ -111,20 +111,20 @@ def scores_table(records: Sequence[Record]) -> str:
         f"| score | {' | '.join(f'{rung:.3g}' for rung in rungs)} | its pick, accuracy | its pick, log-loss |",
         "|---" * (len(rungs) + 3) + "|",
     ]
-    for name, score in SCORES.items():
-        cells, accuracies, losses = [], [], []
-        for record in records:
+    reached = [[final_terms(record, f, "log_loss").mean() for f in of_kind(record, "random")] for record in records]
+    for name in PREFERENCE_FITNESSES:
+        cells, picks = [], []
+        for record, final in zip(records, reached, strict=True):
             founders = of_kind(record, "random")
-            margins, final = margins_of(record)[founders], (record.final[:, 0] - record.final[:, 1])[founders]
-            reached = [SCORES["log_loss"](one) for one in final]
-            on_selection = [[score(one) for one in margins[:, rung]] for rung in range(len(rungs))]
-            cells.append([rank_correlation(values, reached) for values in on_selection])
-            pick = int(np.argmax(on_selection[-1]))
-            accuracies.append(SCORES["accuracy"](final[pick]))
-            losses.append(-reached[pick])
+            scores = [[selection_fitness(record, f, rung, name) for f in founders] for rung in range(len(rungs))]
+            cells.append([rank_correlation(_places(fitnesses), final) for fitnesses in scores])
+            picks.append(ranked(record, founders, -1, name)[0])
         means = [f"{value:.2f}" for value in np.mean(cells, axis=0)]
-        lines.append(f"| {name} | {' | '.join(means)} | {np.mean(accuracies):.3f} | {np.mean(losses):.4f} |")
-    best = [max(SCORES["accuracy"](one) for one in _final(record)) for record in records]
+        both = [
+            np.mean([final_terms(*pick, kind).mean() for pick in zip(records, picks, strict=True)]) for kind in BOTH
+        ]
+        lines.append(f"| {name} | {' | '.join(means)} | {both[0]:.3f} | {-both[1]:.4f} |")
+    best = [max(final_terms(record, f, "accuracy").mean() for f in of_kind(record, "random")) for record in records]
     lines.append(f"| the best there is |{' |' * len(rungs)} {np.mean(best):.3f} | |")
     return "\n".join(lines)
 
@@ -140,12 +140,11 @@ def finalists_table(records: Sequence[Record]) -> str:
         right, losses, selected, kl = [], [], [], []
         for record in records:
             single = record.about["candidates"][0]["members"][0]
-            ours = record.candidates_final[number, 0] - record.candidates_final[number, 1]
-            theirs = record.final[single, 0] - record.final[single, 1]
-            right.append(np.stack([np.heaviside(ours, 0.5), np.heaviside(theirs, 0.5)]))
-            losses.append((_losses(ours) - _losses(theirs))[None])
-            few = record.candidates_selection[number, 0] - record.candidates_selection[number, 1]
-            selected.append(SCORES["accuracy"](few))
+            ours = Evaluation(*record.candidates_final[number])
+            accuracy, log_loss = (PREFERENCE_FITNESSES[kind].terms(ours) for kind in BOTH)
+            right.append(np.stack([accuracy, final_terms(record, single, "accuracy")]))
+            losses.append((final_terms(record, single, "log_loss") - log_loss)[None])
+            selected.append(Evaluation(*record.candidates_selection[number]).accuracy)
             kl.append(record.candidates_kl[number].mean())
         cells = [
             f"{np.mean(selected):.3f}",
@@ -163,12 +162,10 @@ def _kind(candidate: Mapping[str, object]) -> str:
     return f"{candidate['kind']} of {len(candidate['members'])}{factor}"  # type: ignore[arg-type]
 
 
-def _final(record: Record) -> Array:
-    return (record.final[:, 0] - record.final[:, 1])[of_kind(record, "random")]
-
-
-def _losses(margins: Array) -> Array:
-    return np.logaddexp(0.0, -best_temperature(margins) * margins.astype(float))
+def _places(fitnesses: Sequence[tuple[float, ...]]) -> list[int]:
+    """The place of each from the worst up; equal ones share it."""
+    known = sorted(set(fitnesses))
+    return [known.index(fitness) for fitness in fitnesses]
 
 
 def _interval(per_seed: Sequence[Array], form: str) -> str:

@@ -15,7 +15,7 @@ from searching import tiny
 from searching.problem import read_dialogues, split_by_dialogue
 from searching.records import Record
 
-PAIRS = {"train": 32, "selection": 6, "final": 10}
+PAIRS = {"train": 64, "selection": 6, "final": 10}
 # Eight steps, so that the rungs are different steps.
 BATCH_SIZE = 4
 SMALL = [part for name, count in PAIRS.items() for part in (f"--{name}", str(count))]
@@ -47,13 +47,13 @@ def test_a_record_holds_every_configuration_at_every_rung_and_the_same_seed_give
     first = searched("record", tmp_path / "first", "--founders", "2")
     kinds = [founder["kind"] for founder in first.about["founders"]]
     assert kinds == ["default", "random", "random", *["grid"] * 8]
-    founders, rungs, candidates = len(kinds), 4, len(first.about["candidates"])
+    founders, rungs, candidates = len(kinds), 5, len(first.about["candidates"])
     assert first.selection.shape == (founders, rungs, 2, PAIRS["selection"])
     assert first.final.shape == (founders, 2, PAIRS["final"])
     assert first.candidates_final.shape == (candidates, 2, PAIRS["final"])
     assert candidates > 0
     assert first.losses.shape == (founders, PAIRS["train"] // BATCH_SIZE)
-    assert first.about["sizes"]["rung_steps"] == [1, 2, 4, 8]
+    assert first.about["sizes"]["rung_steps"] == [1, 2, 4, 8, 16]
     assert not np.array_equal(first.final[1], first.final[2]), "configurations differ"
     assert bits(first) == bits(searched("record", tmp_path / "second", "--founders", "2"))
     other = tmp_path / "first" / "record-tiny-3.npz"
@@ -65,7 +65,7 @@ def test_a_record_holds_every_configuration_at_every_rung_and_the_same_seed_give
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     none = np.zeros(0)
     path = tmp_path / "record.npz"
-    Record({"seed": 1}, *[none] * 10).save(path)
+    Record({"seed": 1}, *[none] * 9).save(path)
     assert Record.load(path).about == {"seed": 1}
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
