@@ -189,8 +189,10 @@ def test_a_candidate_that_breaks_a_guard_never_wins() -> None:
     margins = {7: -1.0, 0.5: -0.5, 1.5: -1.5}
     assert contest(Fake(margins), greedy=False, factors=[0.5, 1.5])[0] != 7
     guards = Guards(min_chosen_logratio=-0.1)
-    winner, candidates = contest(Fake(margins), guards, greedy=False, factors=[0.5, 1.5])
+    executor = Fake(margins)
+    winner, candidates = contest(executor, guards, greedy=False, factors=[0.5, 1.5])
     assert winner == 7
+    assert len(executor.discarded) == 2
     assert not any(one.won for one in candidates)
 
 
