@@ -14,6 +14,7 @@ from two_workers import TwoWorkers
 
 import evollm
 from evollm import DPO, SFT, ConfigurationError
+from evollm.cli import main
 from evollm.hpo import PREFERENCE_FITNESSES, Evaluation, FinalCandidates, Guards, Recipe
 from evollm.models.adapters.combining import combined
 from evollm.models.adapters.merging import all_logprobs
@@ -194,6 +195,25 @@ def test_a_candidate_that_breaks_a_guard_never_wins() -> None:
     assert winner == 7
     assert len(executor.discarded) == 2
     assert not any(one.won for one in candidates)
+
+
+def test_a_yaml_file_asks_for_candidates_and_its_run_is_resumed_from_the_folder(
+    make_model, tokenizer, tmp_path, monkeypatch
+) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, make_rows(40))))
+    lines = ["model: base", "data: rows.jsonl", "population: 2", "num_epochs: 1", "lr: 1e-3", "run_dir: run"]
+    lines += ["lora_config: {r: 4, target_modules: [q_proj]}", "num_sample_answers: 0", "verbose: false"]
+    lines += ["merge: {combinations: [svd], greedy: false, factors: [2], score: mean_margin, level: 0.49}"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "run.yaml"]) == 0
+    ended = read_run("run").ended
+    assert [str(one.recipe).partition(" ")[0] for one in ended.candidates] == ["svd", "agent"]
+    elite = Path("run/elite/actor/adapter_model.safetensors").read_bytes()
+    assert main(["resume", "run"]) == 0
+    assert Path("run/elite/actor/adapter_model.safetensors").read_bytes() == elite
 
 
 def test_sft_and_one_agent_have_candidates(make_model, tokenizer, tmp_path) -> None:

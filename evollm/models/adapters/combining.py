@@ -3,9 +3,9 @@
 An adapter changes the weight of a layer by the delta scaling * B @ A. `scaled` and the combination `cat` are exact in
 these deltas. Other combinations are those of PEFT's `add_weighted_adapter`, computed layer by layer with PEFT's
 functions: PEFT's method keeps `use_rslora`, which multiplies its deltas by the square root of the rank, loses rank
-patterns, so that `linear` gives a configuration without the ranks of its tensors, and its weights do not average (K equal
-adapters with weights of 1 / K give K times the adapter with `linear`, a K-th of it with `ties`). A result is an
-`AdapterState`; `base.adapters.frozen(state, role)` puts it on the base.
+patterns, so that `linear` gives a configuration without the ranks of its tensors, and its weights do not average: K
+equal adapters with weights of 1 / K give K times the adapter with `linear`, and a K-th of it with `ties`. A result is
+an `AdapterState`; `base.adapters.frozen(state, role)` puts it on the base.
 """
 
 from __future__ import annotations
