@@ -135,7 +135,7 @@ MISTAKES = {
     "LR: 1e-5": "LR=1e-05: is no parameter; the nearest known one is 'lr'",
     "run-dir: out": "run-dir='out': is no parameter; the nearest known one is 'run_dir'",
     "epochs: 2": "epochs=2: is no parameter; the nearest known one is 'num_epochs'",
-    "warmup_ratio: 0.1": "warmup_ratio=0.1: is no parameter; leave it out: the learning rate is constant...",
+    "warmup_ratio: 0.1": "warmup_ratio=0.1: has no effect with lr_scheduler_type='constant'...",
     "bf16: true": "bf16=True: is no parameter; leave it out: the base's type is dtype, such as dtype=bfloat16...",
     "hp_config: {learning_rate: [1e-5, 1e-4]}": "hp_config.learning_rate=...: ...the nearest known name is 'lr'...",
     "hp_config: {LR: [1e-5, 1e-4]}": "hp_config.LR=...: ...the nearest known name is 'lr'...",

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from evollm.checks import finite_number, whole_number
 from evollm.errors import ConfigurationError, MissingExtraError
 from evollm.hpo.fitness import is_finite
+from evollm.hpo.guards import BROKEN
 from evollm.hpo.hyperparameters import Value
 from evollm.hpo.population_based_training import explore, quantiles
 from evollm.hpo.search import (
@@ -93,7 +94,9 @@ class PB2:
         best = best_first(results)[0]
         self._decisions += 1
         for result in results:
-            if is_finite(result.fitness) and result.index in self._began:
+            # The score of an agent that breaks a guard is a mark, and no number to model.
+            scored = result.index in self._began and BROKEN not in (result.fitness[0], self._began[result.index])
+            if is_finite(result.fitness) and scored:
                 change = result.fitness[0] - self._began[result.index]
                 self._observed.append([self._decisions, *self._fractions(result.hyperparameters), change])
         parents, leaving = quantiles(results, self.quantile_fraction)

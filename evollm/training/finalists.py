@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -46,7 +46,7 @@ class Contest:
             Index by which the executor knows the winner, and all candidates.
         """
         best = finalists[0]
-        alone = self._executor.evaluate("test", [best])[best]
+        alone = self._scored([best])[best]
         self._evaluate(self._asked.recipes(finalists))
         if self._asked.greedy:
             self._greedy_soup(finalists[: self._asked.finalists], alone)
@@ -73,9 +73,15 @@ class Contest:
                 warnings.warn(f"candidate left out: {recipe}: {error}", UserWarning, stacklevel=2)
             else:
                 made[index] = recipe
-        scored = self._executor.evaluate("test", list(made)) if made else {}
+        scored = self._scored(list(made)) if made else {}
         self._found |= {index: (recipe, scored[index]) for index, recipe in made.items()}
         return list(made)
+
+    def _scored(self, indices: Sequence[int]) -> Mapping[int, AnyEvaluation]:
+        """The evaluations on the selection rows, with the divergence if a guard bounds it."""
+        if self._guards is not None and self._guards.max_kl is not None:
+            return self._executor.evaluate("test", indices, kl=True)
+        return self._executor.evaluate("test", indices)
 
     def _greedy_soup(self, finalists: Sequence[int], alone: AnyEvaluation) -> None:
         """Add each finalist to the soup that does not lower the score; only the last soup stays a candidate."""
@@ -102,4 +108,7 @@ class Contest:
         found = compare_pairwise(self._terms(evaluation), self._terms(alone))
         if self._guards is not None and self._guards.excess(evaluation) != 0:  # type: ignore[arg-type]
             return Comparison(found.difference, float("nan"))
+        if self._guards is not None and self._guards.excess(alone) != 0:  # type: ignore[arg-type]
+            # No score makes up for a bound that the best agent breaks and the candidate holds.
+            return Comparison(found.difference, 0.0)
         return found

@@ -79,7 +79,7 @@ class Prices:
         costs, schedule, references = self.costs, self.schedule, self.costs.references
         evaluations = -(-schedule.total // schedule.evaluate_every) if schedule.evaluate_every else 0
         passes = account.one_pass + (schedule.total - step) * costs.training / schedule.epoch
-        epochs = passes / costs.training
+        epochs = passes / costs.training if costs.training else 0.0
         computed = (epochs if self.moving else min(1, epochs)) * references["train"] + references["test"]
         return {
             "training": self.update_epochs * passes,

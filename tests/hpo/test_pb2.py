@@ -8,6 +8,7 @@ from simulated import CONFIG, VALUES, begin, founders, plans
 
 from evollm.errors import ConfigurationError, MissingExtraError
 from evollm.hpo import PB2, HyperparameterConfig, Result
+from evollm.hpo.guards import BROKEN
 
 
 def test_without_the_extra_its_name_is_told(monkeypatch) -> None:
@@ -57,3 +58,17 @@ def test_two_children_of_one_decision_are_apart() -> None:
     found = [plan for plan, _ in plans(search, begin(search, 8, config), range(4))]
     first, second = (birth.hyperparameters["lr"] for birth in found[-1].births[-2:])
     assert abs(math.log10(first / second)) > 0.02
+
+
+def test_the_mark_of_a_broken_guard_is_no_observation() -> None:
+    pytest.importorskip("sklearn")
+    search = PB2()
+    plan = begin(search, 4)
+    for decision, broken in enumerate((False, True, False, False)):
+        fitnesses = [
+            (BROKEN, -1.0, 0.5) if broken and not place else (place / 10 + decision / 20,) for place in range(4)
+        ]
+        members = zip(plan.births, fitnesses, strict=True)
+        plan = search.tell([Result(one.index, fitness, one.hyperparameters, 3 * decision) for one, fitness in members])
+    assert search._observed
+    assert max(abs(row[-1]) for row in search._observed) < 1
