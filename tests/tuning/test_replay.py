@@ -102,14 +102,14 @@ def test_a_replay_that_was_interrupted_goes_on(run, made, monkeypatch) -> None:
 @pytest.fixture
 def sizes(monkeypatch) -> list[int]:
     """How many members went through the base together, for each pass that had gradients."""
-    found, plain = [], LaidOutPacked.logprobs
+    found, plain = [], LaidOutPacked.read
 
-    def watched(laid, network, count):
+    def watched(laid, network, count, *reading):
         if torch.is_grad_enabled():
             found.append(count)
-        return plain(laid, network, count)
+        return plain(laid, network, count, *reading)
 
-    monkeypatch.setattr(LaidOutPacked, "logprobs", watched)
+    monkeypatch.setattr(LaidOutPacked, "read", watched)
     return found
 
 
