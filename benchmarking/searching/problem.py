@@ -85,8 +85,7 @@ def _grid(bounds: HyperparameterConfig) -> list[Founder]:
     """Four learning rates and two betas, evenly spaced inside the bounds on a logarithmic scale."""
 
     def between(name: str, count: int) -> list[float]:
-        low, high = np.log(bounds[name].bounds)
-        return [float(np.exp(low + (number + 0.5) / count * (high - low))) for number in range(count)]
+        return [float(bounds[name].at((number + 0.5) / count)) for number in range(count)]
 
     (nll_alpha,) = between("nll_alpha", 1)
     pairs = product(between("lr", 4), between("beta", 2))

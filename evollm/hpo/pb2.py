@@ -21,13 +21,12 @@ from evollm.errors import ConfigurationError, MissingExtraError
 from evollm.hpo.fitness import is_finite
 from evollm.hpo.guards import BROKEN
 from evollm.hpo.hyperparameters import Value
-from evollm.hpo.population_based_training import explore, quantiles
+from evollm.hpo.population_based_training import explore, quantiles, replace_members
 from evollm.hpo.search import (
     Result,
     SearchPlan,
     SearchStart,
     best_first,
-    distinct_child,
     generator_of,
     reading_state,
     require_config,
@@ -115,14 +114,7 @@ class PB2:
                 name: self._config[name].at(one) for name, one in zip(self._numbers, fractions, strict=True)
             }
 
-        for member in (result for result in results if result.index in leaving):
-            parent = parents[int(self._rng.integers(len(parents)))]
-            child = distinct_child(parent, self._next_index, births, results, propose)
-            if child is not None:
-                births.append(child)
-            elif is_finite(member.fitness):
-                births.append(member.kept())
-            self._next_index += 1
+        self._next_index = replace_members(births, results, leaving, parents, propose, self._next_index, self._rng)
         fitnesses = {result.index: result.fitness[0] for result in results}
         self._began = {birth.index: fitnesses[birth.parent] for birth in births if birth.parent is not None}
         return SearchPlan(tuple(births), self._interval)

@@ -6,7 +6,7 @@ optimizer state, and all its hyperparameters change: each is perturbed by a fact
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from evollm.checks import finite_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import is_finite, rank
 from evollm.hpo.hyperparameters import HyperparameterConfig, Value
+from evollm.hpo.lineage import Birth
 from evollm.hpo.search import (
     Result,
     SearchPlan,
@@ -77,14 +78,9 @@ class PopulationBasedTraining:
         best = best_first(results)[0]
         parents, leaving = quantiles(results, self.quantile_fraction)
         births = [result.kept(elite=result is best) for result in results if result.index not in leaving]
-        for member in (result for result in results if result.index in leaving):
-            parent = parents[int(self._rng.integers(len(parents)))]
-            child = distinct_child(parent, self._next_index, births, results, self._explore)
-            if child is not None:
-                births.append(child)
-            elif is_finite(member.fitness):
-                births.append(member.kept())
-            self._next_index += 1
+        self._next_index = replace_members(
+            births, results, leaving, parents, self._explore, self._next_index, self._rng
+        )
         return SearchPlan(tuple(births), self._interval)
 
     def _explore(self, values: Mapping[str, Value]) -> dict[str, Value]:
@@ -117,6 +113,40 @@ def quantiles(results: Sequence[Result], fraction: float) -> tuple[list[Result],
     worst = {result.index for result in ranked[len(ranked) - count :]}
     diverged = {result.index for result in results if not is_finite(result.fitness)}
     return finite[: max(1, count)], worst | diverged
+
+
+def replace_members(
+    births: list[Birth],
+    results: Sequence[Result],
+    leaving: Collection[int],
+    parents: Sequence[Result],
+    propose: Callable[[Mapping[str, Value]], dict[str, Value]],
+    next_index: int,
+    rng: np.random.Generator,
+) -> int:
+    """Add a child of a drawn parent for each member that leaves; the member itself if no child can differ.
+
+    Args:
+        births: The births so far, which grow.
+        results: The results of all members.
+        leaving: Indices of the members to replace; diverged ones leave in any case.
+        parents: Members that have children, all equally likely.
+        propose: Draws the hyperparameters of a child from those of its parent.
+        next_index: Index of the first child.
+        rng: Consumed by one draw for each member that leaves.
+
+    Returns:
+        The next index.
+    """
+    for member in (result for result in results if result.index in leaving):
+        parent = parents[int(rng.integers(len(parents)))]
+        child = distinct_child(parent, next_index, births, results, propose)
+        if child is not None:
+            births.append(child)
+        elif is_finite(member.fitness):
+            births.append(member.kept())
+        next_index += 1
+    return next_index
 
 
 def explore(
