@@ -59,20 +59,18 @@ class Prices:
         """Of one agent by itself."""
         return float(self.steps.sum() + self.training_references + 2 * self.selection.sum())
 
-    def runs(self, member_steps: Sequence[int], evaluated: Sequence[int], references: int = 0) -> float:
+    def runs(self, member_steps: Sequence[int], evaluated: Sequence[int]) -> float:
         """Of a search, in runs.
 
         Args:
             member_steps: Steps of each member.
             evaluated: For each evaluation of a member the number of selection pairs.
-            references: Selection pairs with a reference, at least as many as were evaluated.
         """
         total = np.concatenate([[0.0], np.cumsum(self.steps)])
         pairs = np.concatenate([[0.0], np.cumsum(self.selection)])
-        known = max([references, *evaluated])
         part = max(member_steps) / len(self.steps)
         work = total[list(member_steps)].sum() + pairs[list(evaluated)].sum()
-        return float(work + pairs[known] + part * self.training_references) / self.run
+        return float(work + pairs[max(evaluated)] + part * self.training_references) / self.run
 
 
 def of_kind(record: Record, kind: str) -> list[int]:
@@ -80,35 +78,22 @@ def of_kind(record: Record, kind: str) -> list[int]:
     return [number for number, founder in enumerate(record.about["founders"]) if founder["kind"] == kind]
 
 
-def single(record: Record, order: Sequence[int], kind: str = "default") -> Choice:
-    """One run of the first founder of a kind."""
+def single(record: Record, order: Sequence[int]) -> Choice:
+    """One run with the default settings."""
     del order
-    return Choice(of_kind(record, kind)[0], 1.0)
+    return Choice(of_kind(record, "default")[0], 1.0)
 
 
-def random_search(
-    record: Record, order: Sequence[int], count: int, score: str = "accuracy_mean_margin", shared: bool = False
-) -> Choice:
-    """The best of `count` founders trained to the end.
-
-    Args:
-        record: The sweep.
-        order: The founders.
-        count: How many.
-        score: By which the best is chosen.
-        shared: Whether the runs are a population that shares the reference's log-probs; else each is a run by itself.
-    """
-    members = order[:count]
-    best = _best(record, members, -1, score)
-    steps, pairs = len(record.step_operations), record.selection.shape[-1]
-    return Choice(best, Prices.of(record).runs([steps] * count, [pairs] * count) if shared else float(count))
+def random_search(record: Record, order: Sequence[int], count: int, score: str = "accuracy_mean_margin") -> Choice:
+    """The best by a score of `count` founders, each a run by itself."""
+    return Choice(ranked(record, order[:count], -1, score)[0], float(count))
 
 
 def grid_search(record: Record, order: Sequence[int], score: str = "accuracy_mean_margin") -> Choice:
     """The best of the grid."""
     del order
     members = of_kind(record, "grid")
-    return Choice(_best(record, members, -1, score), float(len(members)))
+    return Choice(ranked(record, members, -1, score)[0], float(len(members)))
 
 
 @dataclass(frozen=True)
@@ -145,10 +130,6 @@ def halving(
         evaluated += [pairs] * len(members)
         members = ranked(record, members, number, score, least, pairs)[: rung.kept]
     return Choice(members[0], Prices.of(record).runs(list(done.values()), evaluated))
-
-
-def _best(record: Record, members: Sequence[int], rung: int, score: str) -> int:
-    return ranked(record, members, rung, score)[0]
 
 
 def ranked(
