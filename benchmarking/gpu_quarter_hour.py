@@ -139,6 +139,8 @@ def call(options: argparse.Namespace) -> None:
         if options.wheels is not None:
             _bring(options, place, target)
         os.environ |= _environment(place)
+        if options.search is not None:
+            os.environ["EVOLLM_SEARCH"] = options.search
         preloaded = [CHECKS, PARTS] if options.toy else []
         run_parts(parts, place, seconds - (time.monotonic() - started), preloaded)
     finally:
@@ -225,6 +227,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--limit", action="append", type=_limit, default=[], metavar="PART=SECONDS", help="another limit for a part"
     )
     one.add_argument("--parts", nargs="+", metavar="PART", help="these parts only")
+    one.add_argument("--search", metavar="ARGUMENTS", help="more arguments of search.py in call 4, as one string")
     one.set_defaults(run=call)
     one = commands.add_parser("table", help="print Markdown tables of results")
     one.add_argument("folders", type=Path, nargs="+", metavar="folder")

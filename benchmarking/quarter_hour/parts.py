@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -200,10 +201,11 @@ def searches(place: Place) -> None:
         "--device",
         setting_of(place).device.type,
     ]
-    jobs = [*data, "--seeds", *map(str, range(5)), "--jobs", "4", "--recompute", "--token-budget", "32768"]
+    jobs = ["--seeds", *map(str, range(5)), "--jobs", "5", "--recompute", "--token-budget", "32768"]
     small = ["--train", "16", "--selection", "8", "--final", "8", "--batch-size", "4", "--founders", "8"]
+    asked = shlex.split(os.environ.get("EVOLLM_SEARCH", "record tournament"))
     started = time.perf_counter()
-    search.main(["record", "tournament", "--answers", *([*data, *small] if place.toy else jobs)])
+    search.main([*data, "--answers", *(small if place.toy else jobs), *asked])
     place.write("searches", seconds=time.perf_counter() - started)
 
 
