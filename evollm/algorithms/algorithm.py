@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Learn: TypeAlias = "Callable[[Sequence[Any], Batch], list[dict[str, float]]]"
 # Of agents, environment, split, and the reference adapter of log-ratios (see `DPO.evaluate`).
-# One with a keyword argument `kl` can measure `Evaluation.kl`.
+# One with a keyword argument `kl` can measure `Evaluation.kl`, one with `rows` can evaluate on a subset.
 Evaluate: TypeAlias = "Callable[..., Sequence[AnyEvaluation]]"
 
 

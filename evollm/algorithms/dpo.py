@@ -209,15 +209,22 @@ class DPO(EvolvableAlgorithm):
         return as_action(chosen - rejected, obs)
 
     def evaluate(
-        self, env: PreferenceGym, split: str = "test", reference: str | None = OWN, *, kl: bool = False
+        self,
+        env: PreferenceGym,
+        split: str = "test",
+        reference: str | None = OWN,
+        *,
+        kl: bool = False,
+        rows: int | None = None,
     ) -> Evaluation:
-        """Score the agent on every pair of a fixed split.
+        """Score the agent on the pairs of a fixed split.
 
         Args:
             env: The environment.
             split: `test` (the selection pairs) or `final`.
             reference: Name of the frozen adapter in the log-ratios, by default the agent's reference.
             kl: Measure `Evaluation.kl` too, at the price of another pass of the policy and one of the reference.
+            rows: Score this many pairs, drawn by the seed of `env`; None: all.
 
         Returns:
             The log-ratios of each pair in the order of the split, without pairs with a non-finite reference log-prob.
@@ -227,7 +234,7 @@ class DPO(EvolvableAlgorithm):
         """
         check_gym(env, PreferenceGym, "DPO.evaluate")
         check_base(self.base, env)
-        return evaluate_together([self], env, split, reference, kl=kl)[0]
+        return evaluate_together([self], env, split, reference, kl=kl, rows=rows)[0]
 
 
 register(

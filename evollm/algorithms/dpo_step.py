@@ -164,7 +164,13 @@ def logratios_together(agents: Sequence[DPO], batch: Batch, reference: str | Non
 
 
 def evaluate_together(
-    agents: Sequence[DPO], env: DatasetGym, split: str = "test", reference: str | None = OWN, *, kl: bool = False
+    agents: Sequence[DPO],
+    env: DatasetGym,
+    split: str = "test",
+    reference: str | None = OWN,
+    *,
+    kl: bool = False,
+    rows: int | None = None,
 ) -> list[Evaluation]:
     """Score each agent on the pairs of a fixed split; see `DPO.evaluate`."""
     judge = partial(_usable_rows, reference=reference)
@@ -172,7 +178,7 @@ def evaluate_together(
     ratios = np.full((len(agents), 2, num_pairs), np.nan)
     divergences = np.full((len(agents), num_pairs), np.nan)
     scored: list[int] = []
-    for positions, batch, policies in scored_batches(judge, agents, env, split):
+    for positions, batch, policies in scored_batches(judge, agents, env, split, rows):
         if kl:
             divergences[:, positions] = _divergences(agents, batch, reference)
         references = references_of(agents, batch, reference)
@@ -180,10 +186,10 @@ def evaluate_together(
             for side, (ours, theirs) in enumerate(zip(policy.sums().columns, frozen.columns, strict=True)):
                 ratios[row, side, positions] = (ours.double().cpu() - theirs).numpy()
         scored += positions.tolist()
-    rows = sorted(scored)
+    scored.sort()
     return [
         Evaluation(chosen, rejected, divergence if kl else None)
-        for (chosen, rejected), divergence in zip(ratios[:, :, rows], divergences[:, rows], strict=True)
+        for (chosen, rejected), divergence in zip(ratios[:, :, scored], divergences[:, scored], strict=True)
     ]
 
 

@@ -19,15 +19,16 @@ A = TypeVar("A", bound=LLMAgent)
 
 
 def scored_batches(
-    usable_rows: Judge[A], agents: Sequence[A], env: DatasetGym, split: str
+    usable_rows: Judge[A], agents: Sequence[A], env: DatasetGym, split: str, rows: int | None = None
 ) -> Iterator[tuple[IntArray, Batch, list[MemberLogprobs]]]:
-    """Iterate once over the rows of a split that are usable for all agents.
+    """Iterate once over rows of a split that are usable for all agents.
 
     Args:
         usable_rows: Gives the rows of a batch on which each agent can be scored.
         agents: Agents of one base.
         env: The environment.
         split: `test` or `final`.
+        rows: The number of rows, as of `DatasetGym.eval_batches`.
 
     Yields:
         Positions of rows in the split, the batch of these rows, and its log-probs under each agent's actor.
@@ -37,13 +38,15 @@ def scored_batches(
     """
     pairs = env.evaluation_pairs(split)
     unusable: list[Sample] = []
-    for positions, batch in env.eval_batches(split):
-        rows, policies = _score(usable_rows, agents, batch)
-        unusable += [pairs[position] for position in positions[other_rows(rows, len(batch))]]
-        if rows:
-            yield positions[rows], batch.select(rows), policies
-    if len(unusable) == len(pairs):
-        raise DataError(f"{split}_dataset", f"{len(pairs)} rows", f"on every one {REASON}: {BROKEN}")
+    seen = 0
+    for positions, batch in env.eval_batches(split, rows=rows):
+        usable, policies = _score(usable_rows, agents, batch)
+        unusable += [pairs[position] for position in positions[other_rows(usable, len(batch))]]
+        seen += len(batch)
+        if usable:
+            yield positions[usable], batch.select(usable), policies
+    if len(unusable) == seen:
+        raise DataError(f"{split}_dataset", f"{seen} rows", f"on every one {REASON}: {BROKEN}")
     if unusable:
         leave_out(agents, Batch(unusable, split))
 

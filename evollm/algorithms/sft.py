@@ -113,12 +113,13 @@ class SFT(EvolvableAlgorithm):
         (policy,) = policy_logprobs([self], batch_for(self.base, obs))
         return as_action(policy.chosen.float().cpu().numpy(), obs)
 
-    def evaluate(self, env: SFTGym, split: str = "test") -> LikelihoodEvaluation:
-        """Score the agent on every example of a fixed split.
+    def evaluate(self, env: SFTGym, split: str = "test", *, rows: int | None = None) -> LikelihoodEvaluation:
+        """Score the agent on the examples of a fixed split.
 
         Args:
             env: The environment.
             split: `test` (the selection examples) or `final`.
+            rows: Score this many examples, drawn by the seed of `env`; None: all.
 
         Returns:
             The log-probability of each completion in the order of the split, without completions whose log-probability
@@ -130,7 +131,7 @@ class SFT(EvolvableAlgorithm):
         """
         check_gym(env, SFTGym, "SFT.evaluate")
         check_base(self.base, env)
-        return evaluate_together([self], env, split)[0]
+        return evaluate_together([self], env, split, rows=rows)[0]
 
 
 register(
@@ -138,7 +139,7 @@ register(
         agent=SFT,
         gym=SFTGym,
         learn=learn_together,
-        evaluate=lambda agents, env, split, reference: evaluate_together(agents, env, split),
+        evaluate=lambda agents, env, split, reference, *, rows=None: evaluate_together(agents, env, split, rows=rows),
         fitness=LIKELIHOOD_FITNESSES["loss"],
         fitnesses=LIKELIHOOD_FITNESSES,
         trial=LikelihoodEvaluation(-np.ones(2), np.ones(2)),

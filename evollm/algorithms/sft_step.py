@@ -75,12 +75,14 @@ def _usable_rows(agents: Sequence[SFT], batch: Batch, suspects: Sequence[int]) -
     return [tuple(other_rows(known, len(batch)))] * len(agents)
 
 
-def evaluate_together(agents: Sequence[SFT], env: DatasetGym, split: str = "test") -> list[LikelihoodEvaluation]:
+def evaluate_together(
+    agents: Sequence[SFT], env: DatasetGym, split: str = "test", *, rows: int | None = None
+) -> list[LikelihoodEvaluation]:
     """Score each agent on the examples of a fixed split; see `SFT.evaluate`."""
     examples = env.evaluation_pairs(split)
     logprobs = np.full((len(agents), len(examples)), np.nan)
     scored: list[int] = []
-    for positions, _, policies in scored_batches(_usable_rows, agents, env, split):
+    for positions, _, policies in scored_batches(_usable_rows, agents, env, split, rows):
         for row, policy in enumerate(policies):
             logprobs[row, positions] = policy.chosen.double().cpu().numpy()
         scored += positions.tolist()

@@ -156,7 +156,7 @@ class Executor(Protocol):
         """
 
     def evaluate(
-        self, split: str, indices: Sequence[int] | None = None, *, kl: bool = False
+        self, split: str, indices: Sequence[int] | None = None, *, kl: bool = False, rows: int | None = None
     ) -> dict[int, AnyEvaluation]:
         """Evaluate members on a held-out split.
 
@@ -164,6 +164,7 @@ class Executor(Protocol):
             split: `test` or `final`.
             indices: Members to evaluate; None: all members that have not diverged.
             kl: Measure `Evaluation.kl` too; asked for only if a guard bounds it.
+            rows: Evaluate on this many rows, the same for all; asked for only if a plan of the search has `rows`.
 
         Returns:
             The evaluation of each member by index, with values for each row.

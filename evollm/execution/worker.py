@@ -182,7 +182,7 @@ class Worker:
             yield StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
 
     def evaluate(
-        self, split: str, indices: Sequence[int] | None = None, *, kl: bool = False
+        self, split: str, indices: Sequence[int] | None = None, *, kl: bool = False, rows: int | None = None
     ) -> dict[int, AnyEvaluation]:
         """Evaluate this worker's agents on a split, ignoring `indices` of other workers; see `Executor.evaluate`."""
         going = [agent.index for agent in self.agents if not agent.diverged]
@@ -195,9 +195,10 @@ class Worker:
         here = [index for index in wanted if index in present]
         if not here:
             return {}
-        measured = {"kl": True} if kl else {}
+        # Algorithms that cannot do it need not know of it.
+        asked = ({"kl": True} if kl else {}) | ({} if rows is None else {"rows": rows})
         agents = [self.agent(index) for index in here]
-        found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference, **measured)
+        found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference, **asked)
         return dict(zip(here, found, strict=True))
 
     def keep_best(self, index: int) -> None:

@@ -115,12 +115,14 @@ class SearchStart:
         hp_config: The hyperparameters that may change, with their bounds; None if none may.
         interval: Steps between two decisions, as the user set them (`evo_steps`), by default one epoch.
         budget: The compute to plan for; None: the run has no `budget`.
+        rows: Rows of the selection split.
     """
 
     founders: Sequence[Birth]
     hp_config: HyperparameterConfig | None
     interval: int
     budget: SearchBudget | None = None
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,19 +134,23 @@ class SearchPlan:
             hyperparameters. A child has a member as its parent and a new index. A fresh agent has no parent and a new
             index, and begins as a copy of the first agent of the run. A member that has no birth leaves.
         steps: Steps until the next call of `Search.tell`; None: there is none.
+        rows: Rows of the selection split that the members are compared on then, the same for all members; None: all.
+            An evaluation on fewer rows decides who goes on, and is none of the run's best ones.
     """
 
     births: tuple[Birth, ...]
     steps: int | None
+    rows: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values of strict JSON."""
-        return {"births": [birth.to_dict() for birth in self.births], "steps": self.steps}
+        rows = {} if self.rows is None else {"rows": self.rows}
+        return {"births": [birth.to_dict() for birth in self.births], "steps": self.steps, **rows}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchPlan:
         """Read the dict of `to_dict`."""
-        return cls(tuple(Birth.from_dict(birth) for birth in data["births"]), data["steps"])
+        return cls(tuple(Birth.from_dict(birth) for birth in data["births"]), data["steps"], data.get("rows"))
 
 
 class Search(Protocol):
@@ -153,6 +159,9 @@ class Search(Protocol):
     The same calls must give the same plans: a strategy draws from a random generator of its own, and saves that
     generator's state in `state_dict`. If the strategy is a dataclass, its fields are written to the `config.json` of
     the run, and a resume refuses other values.
+
+    A strategy with a true attribute `plans_evaluations` has no evaluations between its decisions, unless the user asks
+    for them.
     """
 
     def start(self, start: SearchStart) -> SearchPlan:
@@ -356,6 +365,8 @@ def _check_births(plan: object, names: Collection[str]) -> None:
         raise ConfigurationError("search", plan, "has no births: a plan needs at least one")
     if plan.steps is not None:
         whole_number("search.steps", plan.steps, 1)
+    if plan.rows is not None:
+        whole_number("search.rows", plan.rows, 1)
     indices = [birth.index for birth in plan.births]
     if len(set(indices)) < len(indices):
         raise ConfigurationError("search", indices, "gives two births the same index")

@@ -289,12 +289,16 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         finally:
             self._evaluation = before
 
-    def eval_batches(self, split: str = "test", batch_size: int | None = None) -> Iterator[tuple[IntArray, Batch]]:
-        """Iterate once over all pairs of a split, sorted by length; the order is always the same.
+    def eval_batches(
+        self, split: str = "test", batch_size: int | None = None, rows: int | None = None
+    ) -> Iterator[tuple[IntArray, Batch]]:
+        """Iterate once over the pairs of a split, sorted by length; the order is always the same.
 
         Args:
             split: "test" or "final".
             batch_size: Most pairs in a batch; None: the batch size of training.
+            rows: The number of pairs; None, or as many as there are: all of them. Fewer are drawn by the seed of the
+                environment, each subset from the next larger one.
 
         Returns:
             An iterator over (positions of the batch's pairs in the split, the batch).
@@ -304,8 +308,11 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         """
         pairs = self.evaluation_pairs(split)
         size = optional_whole_number("batch_size", batch_size, 1) or self.batch_size
-        order = np.argsort([pair.num_tokens for pair in pairs], kind="stable")
-        chunks = (order[start : start + size] for start in range(0, len(pairs), size))
+        chosen = np.arange(len(pairs))
+        if rows is not None and whole_number("rows", rows, 1) < len(pairs):
+            chosen = np.sort(np.random.default_rng([self.seed, len(pairs)]).permutation(len(pairs))[:rows])
+        order = chosen[np.argsort([pairs[row].num_tokens for row in chosen], kind="stable")]
+        chunks = (order[start : start + size] for start in range(0, len(order), size))
         return ((rows, Batch([pairs[row] for row in rows], split)) for rows in chunks)
 
     # ------------------------------------------------------------------------------------------------------ position

@@ -209,8 +209,8 @@ def _better_in(best: Scored, last: Scored, words: Words) -> tuple[Score, Interva
 def _few_rows(record: RunRecord) -> list[str]:
     """The warning of `few_rows`, for the rows of this run."""
     after = None if record.ended is None or record.ended.split != "final" else record.ended.pairs.get("after")
-    selection = next((scored.pairs for scored in record.evaluations if scored.pairs is not None), None)
-    test, final = (0 if rows is None else len(rows) for rows in (selection, after))
+    test = max((len(scored.pairs) for scored in record.evaluations if scored.pairs is not None), default=0)
+    final = 0 if after is None else len(after)
     text = few_rows(record.words, agents=len(record.founders), test=test, final=final)
     return [text] if text else []
 

@@ -161,12 +161,13 @@ def _held_out(record: RunRecord) -> dict[str, Any] | None:
     pictures = held_out_pictures(record) + last_evaluation_pictures(record)
     if not pictures:
         return None
-    pairs = next((scored.pairs for scored in record.evaluations if scored.pairs is not None), None)
-    rows = f"the same {len(pairs)} {record.words.noun}s" if pairs is not None else f"the same {record.words.noun}s"
+    counts = sorted({len(scored.pairs) for scored in record.evaluations if scored.pairs is not None})
+    number = f"{counts[0]} to {counts[-1]} " if len(counts) > 1 else f"{counts[0]} " if counts else ""
+    rows = f"the same {number}{record.words.noun}s"
     text = f"The agent on {rows}"
     if len(record.lives) > 1:
         text = f"Every agent by itself on {rows}, which the selection goes by"
-    bands = "" if pairs is None else "; bands and bars are 95 % intervals over them"
+    bands = "" if not counts else "; bands and bars are 95 % intervals over them"
     return {"text": f"{text}{bands}.", "pictures": pictures}
 
 

@@ -76,6 +76,7 @@ class Evaluated:
         best: Index of the fittest agent.
         agents: Hyperparameters of every agent.
         spent: What the run has spent so far, this evaluation included.
+        rows: Number of rows, if only a decision of the search on fewer rows needed it; None: all rows.
     """
 
     step: int
@@ -85,6 +86,7 @@ class Evaluated:
     best: int
     agents: Mapping[int, Mapping[str, float]]
     spent: Spent | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,7 @@ def _evaluation(words: Words, line: Mapping[str, Any]) -> Scored:
         agent=int(line["agent"]),
         scores=_scores(words, line),
         fitness=tuple(float(part) for part in line["fitness"]),
+        rows=None if line.get("rows") is None else int(line["rows"]),
     )
 
 

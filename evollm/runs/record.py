@@ -37,6 +37,7 @@ class Scored:
         agent: The agent's index.
         scores: Scores on the held-out rows by name; empty for a diverged agent.
         fitness: The agent's fitness.
+        rows: Number of rows, if only a decision of the search on fewer rows needed the evaluation; None: all rows.
         pairs: The evaluation row by row, None if it was not recorded or not read.
     """
 
@@ -45,6 +46,7 @@ class Scored:
     agent: int
     scores: Mapping[str, float]
     fitness: Fitness
+    rows: int | None = None
     pairs: AnyEvaluation | None = field(default=None, repr=False)
 
 
@@ -194,7 +196,7 @@ class RunRecord:
         if self.ended is not None:
             place = (self.ended.best_step, self.ended.best)
             return next((scored for scored in self.evaluations if (scored.step, scored.agent) == place), None)
-        finite = [scored for scored in self.evaluations if is_finite(scored.fitness)]
+        finite = [scored for scored in self.evaluations if scored.rows is None and is_finite(scored.fitness)]
         return max(finite, key=lambda scored: (scored.fitness, scored.step), default=None)
 
     @cached_property

@@ -84,8 +84,9 @@ class RunFolder(Callback):
 
     def on_evaluation(self, event: Evaluated) -> None:
         """Write one line for each agent, and the evaluations row by row."""
+        fewer = {} if event.rows is None else {"rows": event.rows}
         for index, fitness in event.fitnesses.items():
-            line: dict[str, Any] = {"step": event.step, "generation": event.generation, "agent": index}
+            line: dict[str, Any] = {"step": event.step, "generation": event.generation, "agent": index, **fewer}
             if index in event.evaluations:
                 line |= event.evaluations[index].scores
             self._files.append(METRICS, kind="evaluation", **line, fitness=list(fitness), **event.agents[index])

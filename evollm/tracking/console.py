@@ -213,7 +213,9 @@ def batch_line(agents: Sequence[Mapping[str, float]]) -> str:
 
 def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapping[int, float], words: Words) -> Table:
     """Return a table with one row for each agent, the fittest first and marked."""
-    table = Table(title=f"generation {event.generation}, step {event.step}", title_justify="left", box=SIMPLE_HEAD)
+    on = "" if event.rows is None else f", on {event.rows} {words.noun}s"
+    title = f"generation {event.generation}, step {event.step}{on}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     shown = [name for name in (*SHOWN, *DEFAULTS) if any(name in _shown_names(one) for one in event.agents.values())]
     for name in ("agent", "parent", *shown, *(score.heading or score.label for score in words.scores), "loss"):
         table.add_column(name, justify="right")

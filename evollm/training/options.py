@@ -126,7 +126,7 @@ class Schedule:
         total: Steps of the run.
         epoch: Steps of an epoch.
         evolve_every: Steps between two decisions of the search: `evo_steps`, by default an epoch; None: no search.
-        evaluate_every: Steps between two evaluations, None: never.
+        evaluate_every: Steps between two evaluations that no decision needs, None: never.
         checkpoint_every: Steps between two checkpoints, 0: never.
     """
 
@@ -147,9 +147,11 @@ class Schedule:
         """
         limits = [options.max_steps, options.num_epochs and options.num_epochs * epoch]
         evolve_every = (options.evo_steps or epoch) if options.evolves else None
-        evaluate_every = options.evaluation_interval or evolve_every or epoch
+        total = min([limit for limit in limits if limit is not None], default=epoch)
+        between = total if getattr(options.search, "plans_evaluations", False) else evolve_every
+        evaluate_every = options.evaluation_interval or between or epoch
         return cls(
-            total=min([limit for limit in limits if limit is not None], default=epoch),
+            total=total,
             epoch=epoch,
             evolve_every=evolve_every,
             evaluate_every=evaluate_every if held_out else None,

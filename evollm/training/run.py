@@ -148,13 +148,15 @@ class Run:
             founders = self.progress.founders
             assert self.schedule.evolve_every is not None
             budget = self.options.budget and self._prices.search_budget(self.options.budget)
-            start = SearchStart(founders, self._hp_config, self.schedule.evolve_every, budget or None)
+            interval, rows = self.schedule.evolve_every, self.rows["test"]
+            start = SearchStart(founders, self._hp_config, interval, budget or None, rows)
             plan = self._of_main(self.search.start(start))
             check_start(plan, start)
             given = {birth.index for birth in founders}
             # A birth with the index of a given agent keeps that agent, even with other hyperparameters.
             births = [replace(birth, parent=birth.index if birth.index in given else None) for birth in plan.births]
-            self.progress.founders, self.progress.due = list(plan.births), plan.steps
+            self.progress.founders = list(plan.births)
+            self.progress.due, self.progress.due_rows = plan.steps, plan.rows
         self.executor.begin(births, moving_references=self.options.update_reference_each_epoch)
 
     def resume(self) -> None:
@@ -232,10 +234,16 @@ class Run:
         if options.max_member_steps is not None and account.member_steps + len(going) > options.max_member_steps:
             return False
         if options.budget is not None and not self._prices.fits_a_step(
-            account, self.step, going, options.budget, evaluates=evaluates
+            account, self.step, going, options.budget, evaluates=evaluates, share=self._next_share
         ):
             return False
         return not self._is_late()
+
+    @property
+    def _next_share(self) -> float:
+        """The share of the selection rows that the next decision of the search needs."""
+        rows, due, known = self.progress.due_rows, self.progress.due, self.rows["test"]
+        return min(1.0, rows / known) if rows and known and due is not None and due < self.schedule.total else 1.0
 
     def _is_late(self) -> bool:
         """Whether `max_hours` are over; all processes make this call at the same step."""
@@ -295,13 +303,19 @@ class Run:
         """Number of a signal that any process received, else 0; all processes make this call at the same step."""
         return self.processes.largest(stop.received or 0)
 
+    def _rows_at(self, step: int) -> int | None:
+        """Rows of an evaluation that only a decision on fewer of them needs; None: all."""
+        rows, interval = self.progress.due_rows, self.options.evaluation_interval
+        asked = interval is not None and step % interval == 0
+        return None if rows is None or rows >= self.rows["test"] or asked or not self._decides(step) else rows
+
     def _evaluate(self) -> None:
-        guards = self.options.guards
+        guards, rows = self.options.guards, self._rows_at(self.step)
+        # Executors that cannot measure the divergence or take fewer rows need not know of it.
+        asked: dict[str, Any] = {} if rows is None else {"rows": rows}
         if isinstance(guards, Guards) and guards.max_kl is not None:
-            evaluations = self.executor.evaluate("test", kl=True)
-        else:
-            # Executors that cannot measure the divergence need not know of it.
-            evaluations = self.executor.evaluate("test")
+            asked["kl"] = True
+        evaluations = self.executor.evaluate("test", **asked)
         self.progress.account.add(self.executor.spent())
         members = self.executor.members()
         fitnesses = {
@@ -320,13 +334,8 @@ class Run:
         if self.step == self.schedule.total and self.progress.fitnesses[best][0] == BROKEN:
             fix = "take a weaker bound, or lower lr; the agent that is nearest to its bounds is taken"
             warnings.warn(f"every agent breaks a guard: {fix}", UserWarning, stacklevel=2)
-        found = Best(best, self.step, self.progress.fitnesses[best])
-        before = self.progress.best
-        improved = before is None or found.fitness[0] > before.fitness[0] + self.options.early_stopping_threshold
-        self.progress.stale = 0 if improved else self.progress.stale + 1
-        if before is None or found.fitness >= before.fitness:
-            self.progress.best = found
-            self.executor.keep_best(best)
+        if rows is None:
+            self._compare_with_best(Best(best, self.step, self.progress.fitnesses[best]))
         event = Evaluated(
             self.step,
             self.progress.generation,
@@ -335,8 +344,18 @@ class Run:
             best,
             {member.index: dict(member.hyperparameters) for member in members},
             self.spent,
+            rows,
         )
         self._tell("on_evaluation", event)
+
+    def _compare_with_best(self, found: Best) -> None:
+        """Keep the best agent of an evaluation on all rows if it is the best so far."""
+        before = self.progress.best
+        improved = before is None or found.fitness[0] > before.fitness[0] + self.options.early_stopping_threshold
+        self.progress.stale = 0 if improved else self.progress.stale + 1
+        if before is None or found.fitness >= before.fitness:
+            self.progress.best = found
+            self.executor.keep_best(found.index)
 
     def _fitness_of(self, evaluation: Any) -> Fitness:
         fitness, guards = as_fitness(self.fitness(evaluation)), self.options.guards
@@ -366,6 +385,7 @@ class Run:
         self.executor.apply(plan.births)
         progress.evolutions.append((self.step, evolution))
         progress.due = None if plan.steps is None else self.step + plan.steps
+        progress.due_rows = plan.rows
         self._tell("on_evolution", Evolved(self.step, evolution))
 
     def _of_main(self, plan: SearchPlan) -> SearchPlan:

@@ -90,7 +90,14 @@ class Prices:
         }
 
     def fits_a_step(
-        self, account: Account, step: int, members: Sequence[Member], budget: float, *, evaluates: bool
+        self,
+        account: Account,
+        step: int,
+        members: Sequence[Member],
+        budget: float,
+        *,
+        evaluates: bool,
+        share: float = 1.0,
     ) -> bool:
         """Whether at least half of another step fits, with the evaluation and final scores after it.
 
@@ -100,13 +107,14 @@ class Prices:
             members: The members that learn on.
             budget: In runs of one agent.
             evaluates: Whether the members are evaluated before that step, too.
+            share: Of the selection rows that the members are evaluated on next.
         """
         costs, references = self.costs, self.costs.references
         computing = 1 if step < self.schedule.epoch else len(members) * self.moving
         a_step = (sum(map(update_epochs, members)) * costs.training + computing * references["train"]) / (
             self.schedule.epoch
         )
-        needed = a_step / 2 + (1 + evaluates) * len(members) * costs.evaluation["test"]
+        needed = a_step / 2 + (1 + evaluates) * len(members) * share * costs.evaluation["test"]
         needed += 0 if account.operations.get("evaluation") else references["test"]
         if self.split:
             # The first agent is scored before the first step, the best two after the last.

@@ -61,6 +61,7 @@ class Progress:
         fitnesses: The last fitness of every agent.
         evaluations: The evaluations behind these fitnesses, for the search; none of diverged agents.
         due: The step after which the search decides next, None: never.
+        due_rows: Rows that the members are compared on then, None: all.
         best: The best evaluation so far, the later one of equals; None: there was none.
         stale: Evaluations since the best fitness last improved, for early stopping.
         account: What has been spent.
@@ -73,6 +74,7 @@ class Progress:
     fitnesses: dict[int, Fitness] = field(default_factory=dict)
     evaluations: dict[int, AnyEvaluation] = field(default_factory=dict)
     due: int | None = None
+    due_rows: int | None = None
     best: Best | None = None
     stale: int = 0
     account: Account = field(default_factory=Account)
@@ -92,6 +94,7 @@ class Progress:
         return {
             "step": self.step,
             "due": self.due,
+            **({} if self.due_rows is None else {"due_rows": self.due_rows}),
             "spent": self.account.to_dict(),
             "founders": [birth.to_dict() for birth in self.founders],
             "evolutions": [{"step": step, **plan.to_dict()} for step, plan in self.evolutions],
@@ -127,6 +130,7 @@ class Progress:
                 before=_read_evaluation(arrays, "before"),
                 step=int(data["step"]),
                 due=None if data["due"] is None else int(data["due"]),
+                due_rows=None if data.get("due_rows") is None else int(data["due_rows"]),
                 account=Account.from_dict(data["spent"]),
                 evolutions=[(int(line["step"]), EvolutionPlan.from_dict(line)) for line in data["evolutions"]],
                 fitnesses={
