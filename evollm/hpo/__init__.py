@@ -21,6 +21,7 @@ from evollm.hpo.optuna_search import OptunaSearch
 from evollm.hpo.pb2 import PB2
 from evollm.hpo.population_based_training import PopulationBasedTraining
 from evollm.hpo.racing import growing_subsets, survivors
+from evollm.hpo.racing_search import Racing
 from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.scores import (
     LIKELIHOOD_FITNESSES,
@@ -63,6 +64,7 @@ __all__ = [
     "OptunaSearch",
     "PopulationBasedTraining",
     "RLParameter",
+    "Racing",
     "RandomSearch",
     "Recipe",
     "Result",

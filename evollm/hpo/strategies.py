@@ -13,6 +13,7 @@ from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
 from evollm.hpo.optuna_search import OptunaSearch
 from evollm.hpo.pb2 import PB2
 from evollm.hpo.population_based_training import PopulationBasedTraining
+from evollm.hpo.racing_search import Racing
 from evollm.hpo.random_search import RandomSearch
 from evollm.hpo.search import Search, check_search
 from evollm.hpo.successive_halving import SuccessiveHalving
@@ -20,6 +21,7 @@ from evollm.hpo.tournament import TournamentSearch
 
 # By name, as in `search: successive_halving` of a YAML file. The arguments of each class are settings of `evollm.tune`.
 STRATEGIES: Mapping[str, type[Any]] = {
+    "racing": Racing,
     "tournament": TournamentSearch,
     "successive_halving": SuccessiveHalving,
     "asha": ASHA,

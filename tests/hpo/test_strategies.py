@@ -15,6 +15,8 @@ from evollm.hpo.search import is_taken
 DECISIONS = 7
 # Strategies that fit a model at every decision are tried less often.
 SLOW = {"pb2": 20, "optuna": 20}
+# Strategies that leave the founders' hyperparameters as they are.
+FIXED = ("racing", "random", "successive_halving")
 
 
 def assert_within_bounds(values: dict[str, Any], config: HyperparameterConfig = CONFIG) -> None:
@@ -111,7 +113,7 @@ def test_a_population_without_a_finite_fitness_raises(name) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_population_of_one_trains_on_or_is_refused(name) -> None:
     search = STRATEGIES[name]()
-    if name in ("successive_halving", "mf_pbt", "optuna", "grid"):
+    if name in ("racing", "successive_halving", "mf_pbt", "optuna", "grid"):
         with pytest.raises(ConfigurationError, match="agent"):
             begin(search, 1)
         return
@@ -120,7 +122,7 @@ def test_a_population_of_one_trains_on_or_is_refused(name) -> None:
         assert [birth.index for birth in made.births] == [0]
 
 
-@pytest.mark.parametrize("name", [one for one in NAMES if one.values[0] not in ("random", "successive_halving")])
+@pytest.mark.parametrize("name", [one for one in NAMES if one.values[0] not in FIXED])
 def test_nothing_that_may_change_is_refused_where_something_must(name) -> None:
     with pytest.raises(ConfigurationError, match=r"hp_config=None.*hp_config=HyperparameterConfig"):
         begin(STRATEGIES[name](), config=None)

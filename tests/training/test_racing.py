@@ -1,0 +1,125 @@
+"""Runs that compare members on a part of the selection rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_rows
+from snapshots import actor_bits
+
+from evollm import Callback, HyperparameterConfig, PreferenceGym, RLParameter, finetune_llm_preference, replay
+from evollm.hpo import Racing
+from evollm.report import read_run
+from evollm.report.page import render
+
+HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-1), beta=RLParameter(0.05, 0.5))
+ROWS = 24
+
+
+class Watch(Callback):
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def on_evaluation(self, event) -> None:
+        self.events.append(event)
+
+    def on_end(self, event) -> None:
+        self.ended = event
+
+
+class Crash(Callback):
+    def on_step(self, event) -> None:
+        if event.step == 5:
+            raise RuntimeError("the machine fell over")
+
+
+@pytest.fixture
+def made(make_population, tokenizer):
+    def make(size: int = 6):
+        env = PreferenceGym(make_rows(16), make_rows(ROWS, 50), tokenizer, data_batch_size_per_gpu=4)
+        return make_population(size, hp_config=HP_CONFIG), env
+
+    return make
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    def start(name: str = "run", resume: bool = False, **changes: Any) -> Watch:
+        watch = Watch()
+        folder = {"resume_from_checkpoint" if resume else "run_dir": tmp_path / name}
+        length = {"max_steps": 16, "evo_steps": 2, "checkpoint_steps": 1, "num_sample_answers": 0, "verbose": False}
+        settings = {"search": Racing(first_rows=8), "callbacks": [watch], **length, **folder, **changes}
+        watch.agents, _ = finetune_llm_preference(*made(), **settings)
+        return watch
+
+    return start
+
+
+def test_members_are_compared_on_growing_parts_of_the_rows_and_all_decide_the_winner(run, tmp_path) -> None:
+    watch = run()
+    assert [(one.step, len(one.fitnesses), one.rows) for one in watch.events] == [(2, 6, 8), (4, 2, 16), (16, 1, None)]
+    assert [len(next(iter(one.evaluations.values()))) for one in watch.events] == [8, 16, ROWS]
+    assert (watch.ended.best_step, watch.ended.step) == (16, 16)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    told = {(line["step"], line.get("rows")) for line in lines if line["kind"] == "evaluation"}
+    assert told == {(2, 8), (4, 16), (16, None)}
+    record = read_run(tmp_path / "run")
+    assert record.winning_evaluation.step == 16
+    assert "8 to 24 pairs" in render(record)[0]
+
+
+def test_a_part_of_the_rows_has_the_numbers_that_all_rows_have_and_grows_by_rows(made) -> None:
+    (agent,), env = made(1)
+    agent.learn(env.next_batch())
+    whole = agent.evaluate(env)
+    parts = {rows: agent.evaluate(env, rows=rows) for rows in (8, 16, ROWS, 99)}
+    drawn = {rows: positions_of(env, rows) for rows in parts}
+    for rows, part in parts.items():
+        assert len(part) == min(rows, ROWS)
+        assert np.allclose(part.chosen_logratios, whole.chosen_logratios[drawn[rows]], atol=1e-5)
+        assert np.allclose(part.rejected_logratios, whole.rejected_logratios[drawn[rows]], atol=1e-5)
+    assert set(drawn[8]) < set(drawn[16]) < set(drawn[ROWS])
+    # Not simply the first ones, which may be alike in data that are sorted.
+    assert drawn[8] != list(range(8))
+
+
+def positions_of(env: PreferenceGym, rows: int) -> list[int]:
+    return sorted(int(position) for positions, _ in env.eval_batches("test", rows=rows) for position in positions)
+
+
+def test_a_best_evaluation_on_few_rows_is_not_the_best_of_the_run(run) -> None:
+    """A fitness that falls as training goes on would be best at the first rung."""
+    watch = run(fitness=lambda evaluation: -len(evaluation))
+    assert (watch.ended.best_step, watch.ended.best) == (16, watch.agents[0].index)
+
+
+def test_a_race_is_killed_between_its_rungs_and_resumed_bit_for_bit_and_replayed(run, made, tmp_path) -> None:
+    def of(name: str, watch: Watch) -> dict[str, object]:
+        files = {file: (tmp_path / name / file).read_text() for file in ("lineage.jsonl", "metrics.jsonl")}
+        return {"actors": [actor_bits(agent) for agent in watch.agents], **files}
+
+    settings = {"search": Racing(first_rows=8, reduction_factor=2, heirs=1)}
+    whole = of("whole", run("whole", **settings))
+    with pytest.raises(RuntimeError):
+        run("killed", callbacks=[Crash()], **settings)
+    assert of("killed", run("killed", resume=True, **settings)) == whole
+    agents, env = made(1)
+    assert replay(tmp_path / "whole", agents, env, run_dir=tmp_path / "again", verbose=False).exact
+
+
+def test_evaluations_that_are_asked_for_are_on_all_rows(run) -> None:
+    watch = run(evaluation_interval=4)
+    assert [(one.step, one.rows) for one in watch.events] == [(2, 8), (4, None), (8, None), (12, None), (16, None)]
+
+
+def test_a_race_in_a_budget_trains_its_last_member_to_the_end(run) -> None:
+    begun = []
+    for budget in (1.5, 1.8, 2.5):
+        watch = run(f"budget-{budget}", budget=budget)
+        assert watch.ended.step == 16
+        assert watch.ended.spent.runs <= budget
+        begun.append(len(watch.events[0].fitnesses))
+    assert begun == sorted(set(begun))
