@@ -46,6 +46,11 @@ class Guards:
             if getattr(self, field.name) is not None:
                 object.__setattr__(self, field.name, finite_number(f"guards.{field.name}", getattr(self, field.name)))
 
+    @property
+    def measurements(self) -> dict[str, bool]:
+        """Keyword arguments of `Executor.evaluate` that the bounds need; without `max_kl` none, so that any will do."""
+        return {} if self.max_kl is None else {"kl": True}
+
     def excess(self, evaluation: Evaluation) -> float:
         """How far an agent is beyond its bounds: the sum of its excesses, each divided by the size of the bound.
 

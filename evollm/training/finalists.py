@@ -25,10 +25,10 @@ class Contest:
         executor: Holds the agents.
         asked: The candidates that are asked for.
         terms: The terms of the score by which candidates are compared.
-        guards: Bounds that a winner must hold; None: no bounds.
+        guards: Bounds that a winner must hold.
     """
 
-    def __init__(self, executor: Combines, asked: FinalCandidates, terms: Terms, guards: Guards | None) -> None:
+    def __init__(self, executor: Combines, asked: FinalCandidates, terms: Terms, guards: Guards) -> None:
         self._executor = executor
         self._asked = asked
         self._terms = terms
@@ -78,10 +78,7 @@ class Contest:
         return list(made)
 
     def _scored(self, indices: Sequence[int]) -> Mapping[int, AnyEvaluation]:
-        """The evaluations on the selection rows, with the divergence if a guard bounds it."""
-        if self._guards is not None and self._guards.max_kl is not None:
-            return self._executor.evaluate("test", indices, kl=True)
-        return self._executor.evaluate("test", indices)
+        return self._executor.evaluate("test", indices, **self._guards.measurements)
 
     def _greedy_soup(self, finalists: Sequence[int], alone: AnyEvaluation) -> None:
         """Add each finalist to the soup that does not lower the score; only the last soup stays a candidate."""
@@ -106,9 +103,9 @@ class Contest:
 
     def _compare(self, evaluation: AnyEvaluation, alone: AnyEvaluation) -> Comparison:
         found = compare_pairwise(self._terms(evaluation), self._terms(alone))
-        if self._guards is not None and self._guards.excess(evaluation) != 0:  # type: ignore[arg-type]
+        if self._guards.excess(evaluation) != 0:  # type: ignore[arg-type]
             return Comparison(found.difference, float("nan"))
-        if self._guards is not None and self._guards.excess(alone) != 0:  # type: ignore[arg-type]
+        if self._guards.excess(alone) != 0:  # type: ignore[arg-type]
             # No score makes up for a bound that the best agent breaks and the candidate holds.
             return Comparison(found.difference, 0.0)
         return found

@@ -97,6 +97,11 @@ class RunOptions:
         """Whether the run has a search, which changes the population."""
         return self.tournament is not None or self.search is not None
 
+    @property
+    def bounds(self) -> Guards:
+        """The guards of the run; without any, those that no agent breaks."""
+        return self.guards if isinstance(self.guards, Guards) else Guards()
+
     def strategy(self) -> Search | None:
         """The search of the run; None if there is none."""
         if self.tournament is not None and self.mutation is not None:

@@ -95,7 +95,7 @@ def check_arguments(
     if asked.guards is not None and not isinstance(algorithm.trial, Evaluation):
         fix = f"need the log-ratios of pairs, which {algorithm.name} does not evaluate: leave them out"
         raise ConfigurationError("guards", asked.guards, fix)
-    _check_measurable(asked.guards, algorithm.evaluate, algorithm.name)
+    _check_measurable(asked.bounds, algorithm.evaluate, algorithm.name)
     function = check_fitness(fitness, algorithm)
     if not callable(executor):
         fix = "must be a class or a function from agents and gym to an evollm.execution.executor.Executor"
@@ -136,14 +136,13 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
         agent.num_training_steps = total
     executor = arguments.executor(pop, env)
     check_executor(executor)
-    _check_measurable(arguments.options.guards, executor.evaluate, type(executor).__name__)
+    _check_measurable(arguments.options.bounds, executor.evaluate, type(executor).__name__)
     contest, options = None, arguments.options
     if isinstance(options.merge, FinalCandidates) and arguments.terms is not None:
         if not all(callable(getattr(executor, name, None)) for name in ("combine", "discard")):
             fix = "cannot make candidates of agents (evollm.execution.executor.Combines): leave merge out"
             raise ConfigurationError("executor", type(executor).__name__, fix)
-        guards = options.guards if isinstance(options.guards, Guards) else None
-        contest = Contest(cast(Combines, executor), options.merge, arguments.terms, guards)
+        contest = Contest(cast(Combines, executor), options.merge, arguments.terms, options.bounds)
     return Run(executor, options, arguments.paths, arguments.fitness, arguments.callbacks, contest)
 
 
@@ -165,11 +164,11 @@ def check_fitness(fitness: object, algorithm: Algorithm) -> FitnessFunction:
     return function
 
 
-def _check_measurable(guards: object, evaluate: Callable[..., object], owner: str) -> None:
+def _check_measurable(guards: Guards, evaluate: Callable[..., object], owner: str) -> None:
     """Refuse a bound on the KL where `evaluate` cannot measure it."""
-    bound = guards.max_kl if isinstance(guards, Guards) else None
-    if bound is not None and "kl" not in inspect.signature(evaluate).parameters:
-        raise ConfigurationError("guards.max_kl", bound, f"needs an argument kl of evaluate, which {owner} lacks")
+    for name in guards.measurements.keys() - inspect.signature(evaluate).parameters.keys():
+        fix = f"needs an argument {name} of evaluate, which {owner} lacks"
+        raise ConfigurationError(f"guards.max_{name}", guards.max_kl, fix)
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:

@@ -12,7 +12,7 @@ from typing import Any
 from evollm.checkpoints.steps import prune_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, EvoLLMError
 from evollm.execution.executor import Executor, check_going
-from evollm.hpo import Birth, EvolutionPlan, Fitness, Guards, Result, SearchPlan, SearchStart, as_fitness
+from evollm.hpo import Birth, EvolutionPlan, Fitness, Result, SearchPlan, SearchStart, as_fitness
 from evollm.hpo.guards import BROKEN
 from evollm.hpo.search import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
@@ -310,12 +310,10 @@ class Run:
         return None if rows is None or rows >= self.rows["test"] or asked or not self._decides(step) else rows
 
     def _evaluate(self) -> None:
-        guards, rows = self.options.guards, self._rows_at(self.step)
-        # Executors that cannot measure the divergence or take fewer rows need not know of it.
-        asked: dict[str, Any] = {} if rows is None else {"rows": rows}
-        if isinstance(guards, Guards) and guards.max_kl is not None:
-            asked["kl"] = True
-        evaluations = self.executor.evaluate("test", **asked)
+        rows = self._rows_at(self.step)
+        # Executors that cannot evaluate on fewer rows need not know of it.
+        fewer = {} if rows is None else {"rows": rows}
+        evaluations = self.executor.evaluate("test", None, **self.options.bounds.measurements, **fewer)
         self.progress.account.add(self.executor.spent())
         members = self.executor.members()
         fitnesses = {
@@ -358,8 +356,7 @@ class Run:
             self.executor.keep_best(found.index)
 
     def _fitness_of(self, evaluation: Any) -> Fitness:
-        fitness, guards = as_fitness(self.fitness(evaluation)), self.options.guards
-        return guards.guarded(fitness, evaluation) if isinstance(guards, Guards) else fitness
+        return self.options.bounds.guarded(as_fitness(self.fitness(evaluation)), evaluation)
 
     def _decide(self) -> None:
         """Give the search the results, and let the executor carry out the plan."""

@@ -166,7 +166,8 @@ class Fake:
 
 def contest(executor: Fake, guards: Guards | None = None, **asked: Any) -> tuple[int, list[Candidate]]:
     options = FinalCandidates(finalists=4, **{"combinations": [], "factors": [], **asked})
-    return Contest(executor, options, PREFERENCE_FITNESSES["mean_margin"].terms, guards).hold([7, 3, 5, 1])
+    terms = PREFERENCE_FITNESSES["mean_margin"].terms
+    return Contest(executor, options, terms, guards or Guards()).hold([7, 3, 5, 1])
 
 
 def test_a_greedy_soup_takes_each_finalist_that_does_not_lower_the_score() -> None:
