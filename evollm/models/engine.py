@@ -15,6 +15,7 @@ from peft import LoraConfig
 from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.models.budget import count_saved_bytes
+from evollm.models.exchange import from_all_processes
 from evollm.models.fast_paths import FastPaths
 from evollm.models.flops import EVALUATION, TRAINING
 from evollm.models.layouts import Layout, layout_for, longest_sequence
@@ -238,7 +239,7 @@ class Engine:
         part = run(own) if own or self.base.is_sharded else None
         dtype = torch.promote_types(self.base.network.dtype, torch.float32)
         nothing = torch.zeros(len(members), int(sum(piece.length for piece in pieces_of(batch))), dtype=dtype)
-        return _from_everywhere(part, own, batch, nothing.to(self.base.device), options.balancing)
+        return from_all_processes(part, own, batch, nothing.to(self.base.device), options.balancing)
 
     def _run_rows(
         self,
@@ -387,33 +388,3 @@ def _read_paths(state: Any) -> dict[tuple[str, int], FastPaths]:
             raise ValueError(f"{settings!r} are not the settings of an adapter")
         paths[settings, known.longest] = known
     return paths
-
-
-def _from_everywhere(
-    result: TokenLogprobs | None,
-    own: Sequence[int],
-    batch: Batch,
-    values: torch.Tensor,
-    balancing: LoadBalancing | None,
-) -> TokenLogprobs:
-    """Exchange log-probs so that each process has those of all samples.
-
-    Args:
-        result: The log-probs of this process's samples; None without samples.
-        own: Rows of this process's samples, in the order of `result`.
-        batch: All samples.
-        values: (M, C) zeros, the buffer of the all-reduce.
-        balancing: The auxiliary loss whose expert loads are exchanged too; None: no loads.
-    """
-    whole, loads = TokenLogprobs(values, pieces_of(batch)), None
-    if result is not None:
-        values[:, whole.index_of(result.pieces)] = result.values.to(values)
-    Processes.present().add_up(values)
-    if balancing is not None:
-        shape = len(values), len(batch), 2, balancing.experts
-        loads = torch.zeros(shape, dtype=torch.float64, device=values.device)
-        if result is not None and result.loads is not None:
-            loads[:, list(own)] = result.loads.to(loads)
-        Processes.present().add_up(loads)
-        loads = loads.cpu()
-    return TokenLogprobs(values.cpu(), whole.pieces, loads)

@@ -18,7 +18,8 @@ from evollm import DPO, SFT, ConfigurationError, tune
 from evollm.algorithms.dpo_step import learn_together
 from evollm.data.samples import Batch, Sample
 from evollm.models import passes
-from evollm.models.engine import Engine, _from_everywhere
+from evollm.models.engine import Engine
+from evollm.models.exchange import from_all_processes
 from evollm.models.fast_paths import FastPaths
 from evollm.models.layouts.plain import PaddedSequences
 from evollm.models.load_balancing import LoadBalancing
@@ -280,7 +281,7 @@ def test_processes_add_up_the_loads_of_their_rows(monkeypatch: pytest.MonkeyPatc
         received.append([])
         own = tuple(piece for piece in pieces if piece.row in rows)
         part = TokenLogprobs(whole.values[:, whole.index_of(own)], own, whole.loads[:, rows]) if rows else None
-        _from_everywhere(part, rows, batch, torch.zeros(shape), LoadBalancing(1.0, experts, 1))
+        from_all_processes(part, rows, batch, torch.zeros(shape), LoadBalancing(1.0, experts, 1))
     values, loads = (torch.stack(parts).sum(dim=0) for parts in zip(*received, strict=True))
     assert torch.equal(whole.values, values)
     assert torch.equal(whole.loads, loads)
