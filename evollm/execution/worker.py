@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import copy
-import platform
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from evollm.algorithms import algorithm_of
 from evollm.algorithms.agent import ACTOR, OWN, REFERENCE
-from evollm.algorithms.references import BROKEN, REASON
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder, Population
-from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.execution.carry_out import carry_out
-from evollm.execution.executor import BEST_SO_FAR, Costs, Description, Member
+from evollm.execution.description import describe
+from evollm.execution.executor import BEST_SO_FAR, Description, Member
+from evollm.execution.generators import global_generators, set_global_generators
 from evollm.hpo import AnyEvaluation, Birth, Recipe
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
 from evollm.models.adapters.combining import combined, scaled
 from evollm.models.engine import Engine
-from evollm.models.fingerprints import adapter_fingerprint, computing_settings
+from evollm.models.fingerprints import adapter_fingerprint
 from evollm.models.generation import greedy_answers
 from evollm.processes import Processes
 from evollm.runs.events import SampleAnswer, StepDone
-from evollm.version import __version__
 
 A = TypeVar("A", bound=SavableAgent)
 _NOBODY: Mapping[int, AgentFolder] = MappingProxyType({})
@@ -74,51 +69,7 @@ class Worker:
 
     def describe(self) -> Description:
         """Describe the agents and their data; see `Executor.describe`."""
-        first, env, base = self.agents[0], self.env, self.base
-        config = {
-            "algorithm": first.algorithm,
-            "words": asdict(first.words),
-            "base": base.name,
-            "base_dtype": str(base.network.dtype),
-            "base_fingerprint": base.weights_fingerprint,
-            "device": str(first.device),
-            "lora": computing_settings(base.adapters.config(first.actor_adapter)),
-            "settings": first.settings.to_dict(),
-            "hp_config": first.hp_config.to_dict() if first.hp_config else None,
-            "data": {
-                "batch_size": env.batch_size,
-                "noun": env.row_format.noun,
-                "form": env.form,
-                "reports": [str(report) for report in env.reports.values()],
-                "fingerprint": env.fingerprint,
-                "digests": env.digests,
-                "written_at": env.written_at.isoformat(),
-                "position": env.state_dict(),
-            },
-            # evollm's version comes from the imported code, which may run without being installed.
-            "versions": {"evollm": __version__}
-            | {name: version(name) for name in ("torch", "transformers", "peft", "datasets")}
-            | {"python": platform.python_version()},
-        }
-        if first.settings.depends_on_total:
-            # A resumed run must share it: another number of steps gives other learning rates.
-            config["lr_schedule"] = {"num_training_steps": first.num_training_steps}
-        rows = {"train": len(env.train_pairs), "test": len(env.test_pairs), "final": len(env.final_pairs)}
-        trusts = bool(base.model_config.get("trust_remote_code"))
-        return Description(config, rows, len(env), self._costs(), first.hp_config, trusts, f"{REASON}: {BROKEN}")
-
-    def _costs(self) -> Costs:
-        """What the first agent needs for the rows of each split."""
-        first, flops = self.agents[0], self.base.flops
-        splits = {"train": self.env.train_pairs, "test": self.env.test_pairs, "final": self.env.final_pairs}
-        batches = {split: Batch(pairs) for split, pairs in splits.items()}
-        reference = first.adapter(REFERENCE) if self._algorithm.has_reference else None
-        has_reference = self._algorithm.has_reference
-        return Costs(
-            training=flops.of(batches["train"], first.actor_adapter, training=True),
-            evaluation={split: flops.of(batches[split], first.actor_adapter) for split in ("test", "final")},
-            references={split: flops.of(batch, reference) * has_reference for split, batch in batches.items()},
-        )
+        return describe(self.agents[0], self.env)
 
     def members(self) -> list[Member]:
         """Return the agents as plain data."""
@@ -392,31 +343,3 @@ def learn_all(agents: Sequence[SavableAgent], batch: Any) -> dict[int, dict[str,
     going = [agent for agent in agents if not agent.diverged]
     learnt = algorithm_of(going[0]).learn(going, batch) if going else []
     return {agent.index: found for agent, found in zip(going, learnt, strict=True)}
-
-
-def global_generators() -> dict[str, Any]:
-    """States of the global random generators, which a user's own functions may draw from, as JSON values."""
-    kind, words, *position = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(words).tolist(), *position],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-    }
-
-
-def set_global_generators(state: Mapping[str, Any]) -> None:
-    """Restore the result of `global_generators`.
-
-    Raises:
-        CheckpointError: The state is incomplete or damaged.
-    """
-    try:
-        version, words, gauss = state["python"]
-        random.setstate((version, tuple(words), gauss))
-        np.random.set_state(tuple(state["numpy"]))
-        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-        if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([torch.tensor(one, dtype=torch.uint8) for one in state["cuda"]])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the states of the random generators are incomplete: {error!r}") from error

@@ -10,7 +10,8 @@ from evollm.checkpoints import only_writer
 from evollm.data.samples import Batch, Sample
 from evollm.errors import DivergedError
 from evollm.execution.executor import check_going
-from evollm.execution.worker import global_generators, learn_all, set_global_generators
+from evollm.execution.generators import global_generators, set_global_generators
+from evollm.execution.worker import learn_all
 from evollm.inspection.forecast import REFERENCE_SHARE, TIMED_TOKENS, usual_pairs
 from evollm.inspection.printing import rough_duration
 from evollm.tuning.setup import Setup
