@@ -312,7 +312,7 @@ class Run:
     def _evaluate(self) -> None:
         rows = self._rows_at(self.step)
         # Executors that cannot evaluate on fewer rows need not know of it.
-        fewer = {} if rows is None else {"rows": rows}
+        fewer: dict[str, Any] = {} if rows is None else {"rows": rows}
         evaluations = self.executor.evaluate("test", None, **self.options.bounds.measurements, **fewer)
         self.progress.account.add(self.executor.spent())
         members = self.executor.members()
