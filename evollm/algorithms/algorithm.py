@@ -34,7 +34,7 @@ class Algorithm:
         trial: The evaluation of an untrained agent, on which a user's fitness function is tried before a run.
         has_reference: Whether agents have a reference adapter; without one, answers are compared with the base's.
         evolves: The hyperparameters that evolve by default in `tune`.
-        defaults: The default values in `tune` that differ from those of the agent's constructor.
+        defaults: The default values in `tune` that differ from those of the agent's constructor and of the loop.
         loop: Name of the function in `evollm.training` that runs the algorithm.
         fitnesses: The fitness functions that can be given by name.
     """

@@ -248,7 +248,7 @@ register(
         trial=Evaluation(np.zeros(2), np.zeros(2)),
         has_reference=True,
         evolves=("lr", "beta", "nll_alpha"),
-        defaults={"nll_alpha": 0.2},
+        defaults={"nll_alpha": 0.2, "fitness": "margin_over_std"},
         loop="finetune_llm_preference",
     )
 )

@@ -26,7 +26,7 @@ def demo_pairs(split: str) -> list[dict[str, Any]]:
 
 def run_demo(
     population: int = 4,
-    generations: int = 3,
+    generations: int = 4,
     run_dir: str | os.PathLike[str] | None = None,
     seed: int = 42,
     dtype: str = AUTO,

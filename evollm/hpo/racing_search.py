@@ -1,13 +1,15 @@
 """Racing: founders are stopped at rungs, early ones on few rows, so that a search costs about two runs.
 
 Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943) with what recorded searches on real pairs have shown
-to pay (docs/search.md): a third goes on rather than a half, members are compared on a part of the selection rows that
-grows from rung to rung, and members that a paired test shows to be worse (Maron and Moore 1994) leave even where there
-is a place for them. Heirs, children of the best member with mutated hyperparameters, may take places that become free.
+to pay (docs/search.md): few founders that are spread over the bounds, a first rung only after a quarter of the run, and
+comparisons on a part of the selection rows that grows from rung to rung. Members that a paired test shows to be worse
+(Maron and Moore 1994) leave even where there is a place for them. Heirs, children of the best member with mutated
+hyperparameters, may take places that become free.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -47,7 +49,7 @@ class Racing:
     Args:
         reduction_factor: What the number of members is divided by at a rung, at least 2. None: 3, or with a `budget`
             the smallest with which the race fits and two go on at the first rung. Founders that do not fit leave at
-            once, the last ones first.
+            once; those that stay are spread over the bounds.
         first_rows: Selection rows that members are compared on at the first rung, twice as many at each further one;
             None: always all.
         error_rate: Largest probability that a rung's best member is taken for worse by the paired test, in [0, 0.5);
@@ -66,6 +68,8 @@ class Racing:
     rand_seed: int = 42
 
     plans_evaluations: ClassVar[bool] = True
+    # Of `tune`: the first rung after a quarter of the run.
+    generations: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         self.reduction_factor = optional_whole_number("reduction_factor", self.reduction_factor, 2)
@@ -145,8 +149,8 @@ class Racing:
             factors = range(2, -(-count // 2) + 1) if self.reduction_factor is None else [self.reduction_factor]
             for factor in factors:
                 if self._cost(count, factor, budget) <= budget.member_steps:
-                    return founders[:count], factor
-        return founders[:2], self.reduction_factor or REDUCTION_FACTOR
+                    return spread(founders, start.hp_config, count), factor
+        return spread(founders, start.hp_config, 2), self.reduction_factor or REDUCTION_FACTOR
 
     def _cost(self, count: int, factor: int, budget: SearchBudget) -> float:
         """Steps of members that a race costs at most, evaluations counted."""
@@ -173,6 +177,31 @@ class Racing:
             next_index = whole_number("next_index", state["next_index"], 0)
             rng = generator_of(state["rng"])
         self._rung, self._next_index, self._rng = rung, next_index, rng
+
+
+def spread(founders: Sequence[Birth], config: HyperparameterConfig | None, count: int) -> tuple[Birth, ...]:
+    """As many of the founders, in their order: the first one, then again and again the one farthest from those chosen.
+
+    A distance is over the hyperparameters that may change, on the logarithmic scale of their bounds; choices are equal
+    or 1 apart.
+    """
+    if config is None:
+        return tuple(founders[:count])
+    bounds = config
+
+    def distance(one: Birth, other: Birth) -> float:
+        apart = []
+        for name, known in bounds.items():
+            values = [birth.hyperparameters[name] for birth in (one, other)]
+            places = [known.fraction_of(float(value)) for value in values] if known.choices is None else []
+            apart.append(places[0] - places[1] if places else float(values[0] != values[1]))
+        return math.hypot(*apart)
+
+    chosen = [founders[0]]
+    while len(chosen) < count:
+        left = [founder for founder in founders if founder not in chosen]
+        chosen.append(max(left, key=lambda founder: min(distance(founder, one) for one in chosen)))
+    return tuple(founder for founder in founders if founder in chosen)
 
 
 def terms_of(evaluation: AnyEvaluation) -> FloatArray:

@@ -131,7 +131,7 @@ class Schedule:
         total: Steps of the run.
         epoch: Steps of an epoch.
         evolve_every: Steps between two decisions of the search: `evo_steps`, by default an epoch; None: no search.
-        evaluate_every: Steps between two evaluations that no decision needs, None: never.
+        evaluate_every: Steps between two evaluations; 0: evaluate for decisions and at the end alone; None: never.
         checkpoint_every: Steps between two checkpoints, 0: never.
     """
 
@@ -152,11 +152,11 @@ class Schedule:
         """
         limits = [options.max_steps, options.num_epochs and options.num_epochs * epoch]
         evolve_every = (options.evo_steps or epoch) if options.evolves else None
-        total = min([limit for limit in limits if limit is not None], default=epoch)
-        between = total if getattr(options.search, "plans_evaluations", False) else evolve_every
-        evaluate_every = options.evaluation_interval or between or epoch
+        evaluate_every = options.evaluation_interval or evolve_every or epoch
+        if options.evaluation_interval is None and getattr(options.search, "plans_evaluations", False):
+            evaluate_every = 0
         return cls(
-            total=total,
+            total=min([limit for limit in limits if limit is not None], default=epoch),
             epoch=epoch,
             evolve_every=evolve_every,
             evaluate_every=evaluate_every if held_out else None,
@@ -177,4 +177,4 @@ class Schedule:
 
 
 def _due(interval: int | None, step: int) -> bool:
-    return interval is not None and step % interval == 0
+    return step % interval == 0 if interval else False

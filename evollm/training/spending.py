@@ -77,7 +77,9 @@ class Prices:
         exactly one run.
         """
         costs, schedule, references = self.costs, self.schedule, self.costs.references
-        evaluations = -(-schedule.total // schedule.evaluate_every) if schedule.evaluate_every else 0
+        # Without an interval one agent by itself is evaluated at the end.
+        interval = schedule.evaluate_every or schedule.total
+        evaluations = 0 if schedule.evaluate_every is None else -(-schedule.total // interval)
         passes = account.one_pass + (schedule.total - step) * costs.training / schedule.epoch
         epochs = passes / costs.training if costs.training else 0.0
         computed = (epochs if self.moving else min(1, epochs)) * references["train"] + references["test"]

@@ -36,7 +36,9 @@ def describe(setup: Setup) -> str:
         lines += [f"  {name}: {_bounds(parameter)}" for name, parameter in evolving]
         lines += [] if evolving else ["  no hyperparameter evolves: there is no hp_config"]
     if schedule.evaluate_every is not None:
-        lines.append(f"evaluations: every {schedule.evaluate_every} steps, on {len(env.test_pairs)} held-out rows")
+        every = f"every {schedule.evaluate_every} steps, on"
+        when = every if schedule.evaluate_every else "for decisions of the search, on up to"
+        lines.append(f"evaluations: {when} {len(env.test_pairs)} held-out rows")
     patience = setup.loop.get("early_stopping_patience")
     lines += [f"early stopping: after {patience} evaluations without a better fitness"] if patience else []
     few = few_rows(first.words, agents=len(setup.agents), test=len(env.test_pairs), final=len(env.final_pairs))

@@ -231,7 +231,7 @@ def replay(
             references = _references_of(checkpoints)
         for _ in range(script.skipped):
             env.next_batch()
-        options |= {"evaluation_interval": config["schedule"]["evaluate_every"]}
+        options |= {"evaluation_interval": config["schedule"]["evaluate_every"] or script.total}
     else:
         epochs = script.total / config["schedule"]["epoch"]
         limits = [max_steps, num_epochs and num_epochs * len(env)]

@@ -55,7 +55,10 @@ from evollm.tuning.parameters import (
 from evollm.tuning.splits import hold_out
 
 # Defaults of `tune` that differ from the agents' defaults, for every algorithm; see `Algorithm.defaults` for others.
-DEFAULTS: Settings = {"lr": 5e-5, "max_grad_norm": 1.0}
+DEFAULTS: Settings = {"lr": 1e-4, "max_grad_norm": 1.0}
+# Further ones of a population.
+SEARCH = "racing"
+SAMPLING = "latin_hypercube"
 # Without an hp_config, evolution keeps a hyperparameter within this factor of its start value.
 SPREAD = 5.0
 GENERATIONS = 8
@@ -242,6 +245,8 @@ def check_batch_sizes(settings: Settings, served: int) -> None:
 def prepare_settings(request: Request) -> Settings:
     """The settings with the defaults of `tune`, converted to the objects that gym, agents and loop take."""
     settings = {**DEFAULTS, **request.kind.defaults, **request.settings}
+    if request.population > 1:
+        settings.setdefault("sampling", SAMPLING)
     settings.setdefault("seed", SEED)
     settings.setdefault("rand_seed", settings["seed"])
     return as_objects(settings)
@@ -343,19 +348,28 @@ def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[
     if request.population == 1:
         return loop
     search = loop.pop("search", None)
+    search = _default_search(request.settings) if search is None else search
     _check_search_settings(search, request.settings)
     if evo_steps is None:
         total = Schedule.of(_options_so_far(request.kind, loop), len(env), held_out=bool(env.test_pairs)).total
         if generations is not None and generations > total:
             raise ConfigurationError("generations", generations, f"the run has {total} steps only: raise num_epochs")
-        loop["evo_steps"] = -(-total // (generations or GENERATIONS))
-    if search is None or search == "tournament":
+        wanted = getattr(strategy_of(search) if isinstance(search, str) else search, "generations", GENERATIONS)
+        loop["evo_steps"] = -(-total // (generations or wanted))
+    if search == "tournament":
         sizes = {"population_size": request.population, **taken_by(TournamentSelection, settings)}
         loop["tournament"] = TournamentSelection(**sizes)
         loop["mutation"] = Mutations(**taken_by(Mutations, settings))
     else:
         loop["search"] = _search(search, settings)
     return loop
+
+
+def _default_search(given: Settings) -> str:
+    """The name of the search without `search`: that whose settings are given, the first of several; else `SEARCH`."""
+    own = {name: strategy_parameters(strategy).keys() & given.keys() for name, strategy in STRATEGIES.items()}
+    own = {name: settings - {"rand_seed"} for name, settings in own.items()}
+    return SEARCH if own[SEARCH] or not any(own.values()) else next(name for name in own if own[name])
 
 
 def _search(search: object, settings: Settings) -> Search:
@@ -373,8 +387,7 @@ def _check_search_settings(search: object, given: Settings) -> None:
     Raises:
         ConfigurationError: A setting belongs to another search, or no search has the name.
     """
-    name = "tournament" if search is None else search
-    wanted = strategy_parameters(strategy_of(name)) if isinstance(name, str) else {}
+    wanted = strategy_parameters(strategy_of(search)) if isinstance(search, str) else {}
     for other, strategy in STRATEGIES.items():
         for setting in (strategy_parameters(strategy).keys() & given.keys()) - wanted.keys():
             fix = f"is a setting of search={other!r}, which is not the one that is asked for: leave it out"

@@ -49,7 +49,9 @@ def train(*arguments: str) -> int:
 
 @pytest.fixture
 def finished(folder) -> str:
-    Path("run.yaml").write_text("data: train.jsonl\npopulation: 2\ngenerations: 2\nlr: 1e-3\nrun_dir: run\n")
+    Path("run.yaml").write_text(
+        "data: train.jsonl\npopulation: 2\ngenerations: 2\nsearch: tournament\nlr: 1e-3\nrun_dir: run\n"
+    )
     assert train("run.yaml") == 0
     return "run"
 

@@ -8,6 +8,7 @@ import pytest
 
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import Birth, Evaluation, HyperparameterConfig, Racing, Result, RLParameter, SearchPlan, SearchStart
+from evollm.hpo.racing_search import spread
 from evollm.hpo.search import SearchBudget, check_plan
 
 VALUES = {"lr": 1e-3, "beta": 0.1}
@@ -115,6 +116,16 @@ def test_a_budget_chooses_how_many_go_on_and_if_need_be_begin(runs, founders, ke
     spent += 64 - before + 4.0
     assert counts[1] == kept
     assert spent <= runs * 64 or founders == 2
+
+
+def test_founders_that_do_not_fit_are_those_nearest_to_others() -> None:
+    config = HyperparameterConfig(lr=RLParameter(1e-5, 1e-1), loss_type=RLParameter(choices=("sigmoid", "ipo")))
+    rates = [1e-3, 1e-5, 1.1e-3, 1e-1, 2e-5, 1e-4]
+    founders = [Birth.fresh(index, {"lr": rate, "loss_type": "sigmoid"}) for index, rate in enumerate(rates)]
+    assert [birth.index for birth in spread(founders, config, 4)] == [0, 1, 3, 5]
+    founders[2] = Birth.fresh(2, {"lr": 1.1e-3, "loss_type": "ipo"})
+    assert [birth.index for birth in spread(founders, config, 2)] == [0, 2]
+    assert spread(founders, None, 2) == tuple(founders[:2])
 
 
 def test_one_agent_bad_settings_and_nothing_to_mutate_are_refused() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from evollm.data.rows import Rows
 from evollm.data.tokenization import load_pairs
 from evollm.errors import MissingExtraError
 from evollm.hpo import PREFERENCE_FITNESSES, STRATEGIES, ancestry
+from evollm.hpo.scores import margin_over_std
 from evollm.runs import read_run
 from evollm.runs.folder import TUNE_ARGUMENTS
 from evollm.training import prepare
@@ -33,7 +35,7 @@ from evollm.tuning import validate
 from evollm.tuning.arguments_file import read_tune_arguments
 from evollm.tuning.from_yaml import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.parameters import loop_of, parameters_of
-from evollm.tuning.setup import TUNE_PARAMETERS, Request, set_up
+from evollm.tuning.setup import TUNE_PARAMETERS, Request, request_of, set_up
 from evollm.tuning.splits import Splits, hold_out
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -52,7 +54,7 @@ def tune(make_model, tokenizer, tmp_path):
 
 
 def test_one_call_gives_the_best_agent_its_schedule_and_a_run_folder(tune, tmp_path) -> None:
-    result = tune(generations=4)
+    result = tune(generations=4, search="tournament", fitness="accuracy_mean_margin")
     assert len(result.population) == len(result.fitnesses) == 3
     assert result.best in result.population
     assert result.fitnesses[result.population.index(result.best)] == max(result.fitnesses)
@@ -64,6 +66,26 @@ def test_one_call_gives_the_best_agent_its_schedule_and_a_run_folder(tune, tmp_p
     assert [values for _, values in result.schedule][-1] == result.best.hyperparameter_values()
     assert result.schedule[0] == (0, dict(ancestry(plans, result.best.index)[0].hyperparameters))
     assert {step for step, _ in result.schedule} <= {0, *(one.step for one in record.evolutions)}
+
+
+def test_the_default_is_a_race_by_margins_over_std_between_founders_that_are_spread(tune) -> None:
+    result = tune(make_rows(100), num_epochs=2, population=4, test_data=make_rows(80, 100), error_rate=0)
+    record = read_run(result.run_dir)
+    assert record.config["options"]["search"]["name"] == "Racing"
+    total = record.config["schedule"]["total"]
+    assert [one.step for one in record.evolutions] == [-(-total // 4), 2 * -(-total // 4)]
+    assert [(one.step, one.rows) for one in record.evaluations] == [
+        *[(record.evolutions[0].step, 64)] * 4,
+        *[(record.evolutions[1].step, None)] * 2,
+        (total, None),
+    ]
+    scores = [margin_over_std(one.pairs.margins) for one in record.evaluations]
+    assert [one.fitness for one in record.evaluations] == [(score,) for score in scores]
+    assert result.fitnesses == [scores[-1]]
+    # The three that are drawn lie in one third each of the bounds of lr, a factor of 5 around 1e-4.
+    rates = [birth.hyperparameters["lr"] for birth in record.founders]
+    assert rates[0] == 1e-4
+    assert sorted(int(math.log(rate / 2e-5, 25) * 3) for rate in rates[1:]) == [0, 1, 2]
 
 
 def test_everything_is_checked_once(tune, monkeypatch) -> None:
@@ -81,7 +103,7 @@ def test_everything_is_checked_once(tune, monkeypatch) -> None:
 
 
 def test_the_agents_are_where_an_executor_has_them(tune, make_model, tokenizer, tmp_path) -> None:
-    result = tune(generations=2, executor=TwoWorkers)
+    result = tune(generations=2, executor=TwoWorkers, search="tournament", fitness="accuracy_mean_margin")
     assert result.best in result.population
     assert read_tune_arguments(result.run_dir).objects == {"model", "data", "tokenizer", "executor"}
     arguments = {"tokenizer": tokenizer, "population": 3, **SMALL, "executor": TwoWorkers}
@@ -97,12 +119,30 @@ def test_a_search_by_its_name_takes_its_settings_and_is_known_to_the_folder(tune
     assert (asked["search"], asked["reduction_factor"], asked["evo_steps"]) == ("successive_halving", 3, 1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "Racing"),
+        ({"rand_seed": 3}, "Racing"),
+        ({"error_rate": 0.1}, "Racing"),
+        ({"tournament_size": 2}, None),
+        ({"quantile_fraction": 0.3}, "PopulationBasedTraining"),
+        ({"max_agents": 4}, "ASHA"),
+    ],
+)
+def test_settings_of_one_search_alone_choose_it(make_model, tokenizer, settings, name) -> None:
+    request = request_of(make_model(), make_rows(40), tokenizer=tokenizer, population=4, **SMALL, **settings)
+    setup = set_up(request)
+    assert (type(setup.loop["search"]).__name__ if "search" in setup.loop else None) == name
+    assert ("tournament" in setup.loop) == (name is None)
+
+
 def test_a_population_of_one_is_an_ordinary_run(tune, make_model, tokenizer, tmp_path) -> None:
     rows, test = make_rows(12), make_rows(6, 12)
     tuned = tune(rows, population=1, test_data=test, nll_alpha=0.5).best
     env = evollm.PreferenceGym(rows, test, tokenizer)
     agent = evollm.DPO(
-        actor_network=make_model(), lora_config=LoraConfig(**LORA), lr=5e-5, nll_alpha=0.5, max_grad_norm=1.0
+        actor_network=make_model(), lora_config=LoraConfig(**LORA), lr=1e-4, nll_alpha=0.5, max_grad_norm=1.0
     )
     evollm.finetune_llm_preference([agent], env, run_dir=tmp_path / "plain", verbose=False)
     pairs = zip(tuned.actor_parameters(), agent.actor_parameters(), strict=True)
@@ -118,8 +158,8 @@ def test_sft_takes_examples_and_dpo_goes_on_from_it(tune, tmp_path) -> None:
 
 
 def test_the_run_that_tune_began_is_resumed_by_the_same_call(tune) -> None:
-    short = tune(max_steps=2, evo_steps=1)
-    longer = tune(max_steps=4, evo_steps=1, run_dir=None, resume_from_checkpoint=short.run_dir)
+    short = tune(max_steps=2, evo_steps=1, search="tournament")
+    longer = tune(max_steps=4, evo_steps=1, search="tournament", run_dir=None, resume_from_checkpoint=short.run_dir)
     assert longer.run_dir == short.run_dir
     record = read_run(short.run_dir)
     assert [one.step for one in record.evolutions] == [1, 2, 3]
@@ -127,8 +167,8 @@ def test_the_run_that_tune_began_is_resumed_by_the_same_call(tune) -> None:
 
 
 def test_a_run_that_goes_on_longer_has_more_generations_of_the_same_length(tune) -> None:
-    short = tune(generations=2)
-    longer = tune(num_epochs=2, run_dir=None, resume_from_checkpoint=short.run_dir)
+    short = tune(generations=2, search="tournament")
+    longer = tune(num_epochs=2, search="tournament", run_dir=None, resume_from_checkpoint=short.run_dir)
     assert [one.step for one in read_run(longer.run_dir).evolutions] == [2, 4, 6]
 
 
@@ -213,13 +253,13 @@ def test_an_unknown_name_raises_with_the_nearest_known_one(tune, name, nearest) 
         ({"test_data": "nowhere.jsonl"}, "test_data='nowhere.jsonl': no such file"),
         ({"data": "nowhere.jsonl"}, "data='nowhere.jsonl': no such file"),
         ({"start_from": "nowhere"}, "nowhere is not an agent's checkpoint"),
-        ({"search": "annealing"}, "search='annealing': .*known are tournament, successive_halving"),
+        ({"search": "annealing"}, "search='annealing': .*known are racing, tournament, successive_halving"),
         ({"search": 3}, "search=3: lacks start"),
         (
             {"search": "successive_halving", "tournament_size": 2},
             "tournament_size=2: is a setting of search='tournament'",
         ),
-        ({"reduction_factor": 3}, "reduction_factor=3: is a setting of search='successive_halving'"),
+        ({"search": "pbt", "reduction_factor": 3}, "reduction_factor=3: is a setting of search='racing'"),
         ({"search": "successive_halving", "reduction_factor": 1}, "reduction_factor=1: must be a whole number"),
         ({"population": 1, "search": "tournament"}, "search='tournament': one agent does not evolve"),
     ],
@@ -254,7 +294,7 @@ def test_trackers_callbacks_and_fitness_are_checked_before_the_model_is_loaded(
 
 @pytest.mark.parametrize("name", ["accuracy", "log_loss", "margin_over_std", "mean_margin"])
 def test_a_fitness_is_chosen_by_its_name(tune, tmp_path, name) -> None:
-    result = tune(generations=2, fitness=name)
+    result = tune(generations=2, fitness=name, search="tournament")
     scored = read_run(tmp_path / "run").evaluations
     assert scored
     assert [one.fitness for one in scored] == [PREFERENCE_FITNESSES[name](one.pairs) for one in scored]
