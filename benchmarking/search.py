@@ -4,13 +4,17 @@
 
 trains the default settings and 16 random configurations to the end for each seed and data set, and records what each
 scores on every pair at every rung: a sweep that has been recorded already is left out, so hours can be spread.
-`tournament` instead of `record` runs tournament selection and mutation from the first eight of these configurations.
+
+    python benchmarking/search.py run --strategies tournament pbt pb2 mf_pbt --data ... --seeds 0 1 2 --out records
+
+runs strategies of `evollm.hpo.STRATEGIES` through the library's loop, from the first eight of these configurations and
+on the same batches; `--budget 2` at the compute of two runs.
 
     python benchmarking/search.py report --out records
 
 computes all strategies without inheritance from the records in seconds, and prints the tables: what each strategy costs
 in runs and what it reaches, with 95 % intervals over seeds and pairs, which score on the selection pairs predicts the
-final one, and what merges and scaled adapters gain.
+final one, and what merges and scaled adapters gain. `replay` prints the table of strategies alone.
 
 Data are files of the form of hh-rlhf (`chosen` and `rejected` texts of turns that begin with Human: and Assistant:).
 The data set `tiny` is rule-made, with a model of two layers and sizes of its own: dozens of searches in minutes.
@@ -34,13 +38,14 @@ import torch
 from gpu import quiet
 from peft import LoraConfig
 from searching import tiny
-from searching.inheriting import run
 from searching.problem import BOUNDS, Sizes, founders, read_dialogues, short_enough, split_by_dialogue
-from searching.reporting import report
+from searching.reporting import replay, report
+from searching.running import Plan, run
 from searching.sweep import Sweep, record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evollm.demo import demo_model
+from evollm.hpo import PREFERENCE_FITNESSES, STRATEGIES
 
 # Of the data's own sizes, those that the command line may change.
 SIZES = ("train", "selection", "final", "batch_size", "longest")
@@ -48,9 +53,9 @@ SIZES = ("train", "selection", "final", "batch_size", "longest")
 
 @dataclass(frozen=True)
 class Job:
-    """One search of one seed on one data set."""
+    """One sweep, or one run of a strategy, of one seed on one data set; `plan` None: the sweep."""
 
-    what: str
+    plan: Plan | None
     data: Path
     seed: int
     out: Path
@@ -71,21 +76,25 @@ class Job:
     @property
     def name(self) -> str:
         """For people, and for the file."""
-        return f"{self.data.name.split('.')[0]}-{self.seed}"
+        what = "record" if self.plan is None else f"run-{self.plan.label}"
+        return f"{what}-{self.data.name.split('.')[0]}-{self.seed}"
 
     @property
     def path(self) -> Path:
         """Where its result goes."""
-        return self.out / f"{self.what}-{self.name}.npz"
+        return self.out / f"{self.name}.npz"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     options = _parse(arguments)
     changed = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    settings = {name: getattr(options, name) for name in ("members", "budget", "evo_steps", "fitness")}
+    plans = [None] if "record" in options.what else []
+    plans += [Plan(name, **settings) for name in options.strategies] if "run" in options.what else []
     jobs = [
         Job(
-            what=what,
+            plan=plan,
             data=data,
             seed=seed,
             out=options.out,
@@ -98,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             answers=options.answers,
             founders=options.founders,
         )
-        for what in options.what
-        if what != "report"
+        for plan in plans
         for seed in options.seeds
         for data in options.data
     ]
@@ -108,8 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(jobs)} searches, {len(jobs) - len(waiting)} of them there already", flush=True)
     for told in _run_all(waiting, options.jobs):
         print(f"{time.monotonic() - started:.0f} s: {told}", flush=True)
-    if "report" in options.what:
-        print(report(options.out))
+    for told, tables in (("replay", replay), ("report", report)):
+        if told in options.what:
+            print(tables(options.out))
 
 
 def _run_all(jobs: Sequence[Job], at_a_time: int) -> Iterator[str]:
@@ -127,23 +136,23 @@ def run_job(job: Job) -> str:
     started = time.monotonic()
 
     def say(text: str) -> None:
-        print(f"{job.what} {job.name}: {text}", flush=True)
+        print(f"{job.name}: {text}", flush=True)
 
     try:
         _carry_out(job, say)
     except (Exception, SystemExit):  # The others go on.
-        return f"{job.what} {job.name} failed:\n{traceback.format_exc()}"
-    return f"{job.what} {job.name}: {time.monotonic() - started:.0f} s, {job.path}"
+        return f"{job.name} failed:\n{traceback.format_exc()}"
+    return f"{job.name}: {time.monotonic() - started:.0f} s, {job.path}"
 
 
 def _carry_out(job: Job, say: Callable[[str], None]) -> None:
     quiet()
     sweep = _tiny(job) if job.is_tiny else _real(job)
     configurations = founders(job.seed, sweep.bounds, job.founders, grid=job.is_tiny)
-    if job.what == "record":
+    if job.plan is None:
         record(sweep, configurations, job.path, answers=job.answers, say=say)
     else:
-        run(sweep, configurations, job.path, job.what, say)
+        run(sweep, configurations, job.path, job.plan, say)
 
 
 def _real(job: Job) -> Sweep:
@@ -185,7 +194,7 @@ def _tiny(job: Job) -> Sweep:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("record", "tournament", "report"))
+    parser.add_argument("what", nargs="+", choices=("record", "run", "replay", "report"))
     parser.add_argument("--data", type=Path, nargs="+", default=())
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
@@ -198,7 +207,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answers", action="store_true", help="sample answers, for their lengths")
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    parser.add_argument("--founders", type=int, default=16)
+    parser.add_argument("--founders", type=int, default=16, help="random configurations of a record")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=("tournament", "pbt", "pb2", "mf_pbt"))
+    parser.add_argument("--members", type=int, default=Plan.members, help="founders of a run")
+    parser.add_argument("--budget", type=float, help="most compute of a run, in runs of one agent")
+    parser.add_argument("--evo-steps", type=int, help="steps of a run before the first decision")
+    parser.add_argument("--fitness", choices=PREFERENCE_FITNESSES, help="of a run; the library's default")
     return parser.parse_args(arguments)
 
 

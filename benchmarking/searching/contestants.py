@@ -40,24 +40,29 @@ class Prices:
 
     Attributes:
         steps: (steps,) of training one member in each step.
-        selection: (selection pairs,) of a forward pass.
+        selection: (selection pairs,) of a member's forward pass.
         training_references: Of the reference's log-probs of all training pairs.
+        without_adapter: Share of a member's forward pass that the reference's pass costs.
     """
 
     steps: Array
     selection: Array
     training_references: float
+    without_adapter: float
 
     @classmethod
     def of(cls, record: Record) -> Prices:
         """From a record."""
         training, references = record.step_operations.T
-        return cls(steps=training, selection=record.pair_operations, training_references=float(references.sum()))
+        reference = float(references.sum())
+        # T (4P + 6A) + 4EC and T 2P + 2EC operations: the adapter adds 2TA to a forward pass.
+        adapter = (float(training.sum()) - 2 * reference) / 3
+        return cls(training, record.pair_operations, reference, reference / (reference + adapter))
 
     @property
     def run(self) -> float:
         """Of one agent by itself."""
-        return float(self.steps.sum() + self.training_references + 2 * self.selection.sum())
+        return float(self.steps.sum() + self.training_references + (1 + self.without_adapter) * self.selection.sum())
 
     def runs(self, member_steps: Sequence[int], evaluated: Sequence[int]) -> float:
         """Of a search, in runs.
@@ -70,7 +75,8 @@ class Prices:
         pairs = np.concatenate([[0.0], np.cumsum(self.selection)])
         part = max(member_steps) / len(self.steps)
         work = total[list(member_steps)].sum() + pairs[list(evaluated)].sum()
-        return float(work + pairs[max(evaluated)] + part * self.training_references) / self.run
+        references = self.without_adapter * pairs[max(evaluated)] + part * self.training_references
+        return float(work + references) / self.run
 
 
 def of_kind(record: Record, kind: str) -> list[int]:

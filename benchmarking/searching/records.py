@@ -1,4 +1,4 @@
-"""A recorded sweep: what every configuration scored on every pair at every rung, as one checked file for a seed."""
+"""What is measured, as one checked file for a seed: a recorded sweep, or what a run of a strategy reached."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,34 +16,14 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
-    """One seed's sweep.
-
-    Log-ratios are log pi - log ref of a completion in nats, chosen first, (…, 2, pairs).
+class Measured:
+    """Arrays, and what they are about. Log-ratios are log pi - log ref of a completion in nats, (…, 2, pairs).
 
     Attributes:
-        about: Data, seed, model, sizes, machine, versions; `founders` and `candidates` in the order of the arrays.
-        selection: (founders, rungs, 2, selection pairs) log-ratios.
-        final: (founders, 2, final pairs) log-ratios at the end of the run.
-        kl: (founders, measured pairs) KL(pi || ref) over the vocabulary, summed over the chosen completion's tokens.
-        candidates_selection: (candidates, 2, selection pairs): merges, scaled adapters, earlier weights.
-        candidates_final: (candidates, 2, final pairs).
-        candidates_kl: (candidates, measured pairs).
-        losses: (founders, steps) the training loss.
-        step_operations: (steps, 2) floating-point operations of a member's training step, and of the reference's pass.
-        pair_operations: (selection pairs,) those of a member's forward pass.
+        about: Data, seed, model, sizes, machine, versions.
     """
 
     about: Mapping[str, Any]
-    selection: Array
-    final: Array
-    kl: Array
-    candidates_selection: Array
-    candidates_final: Array
-    candidates_kl: Array
-    losses: Array
-    step_operations: Array
-    pair_operations: Array
 
     def save(self, path: Path) -> None:
         """Write the file, and its SHA-256 beside it."""
@@ -56,7 +36,7 @@ class Record:
         path.with_suffix(".sha256").write_text(f"{digest}  {path.name}\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Record:
+    def load(cls, path: Path) -> Self:
         """Read a file, whose checksum must be right."""
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != path.with_suffix(".sha256").read_text(encoding="utf-8").split()[0]:
@@ -64,3 +44,45 @@ class Record:
         with np.load(path) as arrays:
             values = {name: arrays[name] for name in arrays.files}
         return cls(json.loads(str(values.pop("about"))), **values)
+
+
+@dataclass(frozen=True, eq=False)
+class Searched(Measured):
+    """The winner of one run of a strategy; `about` says what the run has spent, too.
+
+    Attributes:
+        selection: (2, selection pairs) log-ratios, chosen first.
+        final: (2, final pairs).
+        kl: (measured pairs,) KL(pi || ref) over the vocabulary, summed over the chosen completion's tokens.
+    """
+
+    selection: Array
+    final: Array
+    kl: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Record(Measured):
+    """One seed's sweep; `about` lists `founders` and `candidates` in the order of the arrays.
+
+    Attributes:
+        selection: (founders, rungs, 2, selection pairs) log-ratios.
+        final: (founders, 2, final pairs) log-ratios at the end of the run.
+        kl: (founders, measured pairs) KL(pi || ref) over the vocabulary, summed over the chosen completion's tokens.
+        candidates_selection: (candidates, 2, selection pairs): merges, scaled adapters, earlier weights.
+        candidates_final: (candidates, 2, final pairs).
+        candidates_kl: (candidates, measured pairs).
+        losses: (founders, steps) the training loss.
+        step_operations: (steps, 2) floating-point operations of a member's training step, and of the reference's pass.
+        pair_operations: (selection pairs,) those of a member's forward pass.
+    """
+
+    selection: Array
+    final: Array
+    kl: Array
+    candidates_selection: Array
+    candidates_final: Array
+    candidates_kl: Array
+    losses: Array
+    step_operations: Array
+    pair_operations: Array

@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from evollm.hpo import PREFERENCE_FITNESSES, Evaluation
-from searching.contestants import STRATEGIES, Prices, Strategy, final_terms, of_kind, ranked, selection_fitness
-from searching.records import Array, Record
+from searching.contestants import STRATEGIES, Strategy, final_terms, of_kind, ranked, selection_fitness
+from searching.records import Array, Record, Searched
 from searching.statistics import hierarchical, rank_correlation
 
 # Orders of the random founders for each seed: which of them are the first eight is luck.
 ORDERS = 32
 REFERENCE = "random, 8"
-INHERITING = ("tournament",)
 # The final scores.
 BOTH = ("accuracy", "log_loss")
+
+
+@dataclass(frozen=True)
+class MeasuredData:
+    """What was measured on one data set.
+
+    Attributes:
+        records: The recorded sweeps by seed.
+        runs: Runs of strategies through the library's loop by label and seed, of seeds that were recorded.
+    """
+
+    records: Mapping[int, Record]
+    runs: Mapping[str, Mapping[int, Searched]]
+
+    @property
+    def title(self) -> str:
+        """A heading."""
+        about = next(iter(self.records.values())).about
+        seeds = list(self.records)
+        return f"### {about['data']}, {about['model']}, {len(seeds)} seeds {seeds}, {about['machine']}, {about['date']}"
+
+
+def measured_in(folder: Path) -> list[MeasuredData]:
+    """The records and runs of a folder, each data set by itself."""
+    records: dict[str, dict[int, Record]] = {}
+    for record in map(Record.load, sorted(folder.glob("record-*.npz"))):
+        records.setdefault(record.about["data"], {})[record.about["seed"]] = record
+    if not records:
+        raise SystemExit(f"{folder} holds no record-*.npz: search.py record makes them")
+    runs: dict[str, dict[str, dict[int, Searched]]] = {name: {} for name in records}
+    for run in map(Searched.load, sorted(folder.glob("run-*.npz"))):
+        about = run.about
+        if about["seed"] in records.get(about["data"], {}):
+            runs[about["data"]].setdefault(about["label"], {})[about["seed"]] = run
+    return [MeasuredData(dict(sorted(by_seed.items())), runs[name]) for name, by_seed in sorted(records.items())]
 
 
 @dataclass(frozen=True)
@@ -48,18 +82,11 @@ def outcome(strategy: Strategy, record: Record, orders: int = ORDERS) -> Outcome
     return _outcome(record, [choice.founder for choice in choices], [choice.runs for choice in choices])
 
 
-def inherited_outcome(run: Record, sweep: Record, score: str) -> Outcome:
-    """What a run of a strategy with inheritance reached: the best of its last population.
-
-    Args:
-        run: The run.
-        sweep: The recorded sweep of the same seed, for what its steps cost.
-        score: By which the best is chosen.
-    """
-    members, evaluations = run.selection.shape[:2]
-    prices, pairs = Prices.of(sweep), run.selection.shape[-1]
-    spent = prices.runs([len(prices.steps)] * members, [pairs] * members * evaluations)
-    return _outcome(run, [ranked(run, range(members), -1, score)[0]], [spent])
+def run_outcome(run: Searched) -> Outcome:
+    """What a run of a strategy reached."""
+    final = Evaluation(*run.final)
+    right, log_loss = (PREFERENCE_FITNESSES[kind].terms(final)[None] for kind in BOTH)
+    return Outcome(np.array([run.about["runs"]]), right, -log_loss, run.final[:1].mean(axis=-1), run.kl.mean()[None])
 
 
 def _outcome(record: Record, picked: Sequence[int], runs: Sequence[float]) -> Outcome:
@@ -72,25 +99,25 @@ def _outcome(record: Record, picked: Sequence[int], runs: Sequence[float]) -> Ou
     )
 
 
-def strategies_table(records: Sequence[Record], runs: Mapping[str, Sequence[Record]]) -> str:
-    """One line for each strategy: what it costs, what it reaches, and how it compares with the best of eight runs.
+def outcomes_of(measured: MeasuredData) -> dict[str, dict[int, Outcome]]:
+    """Outcomes of all strategies, by name and seed."""
+    records = measured.records.items()
+    names = [name for name in STRATEGIES if "grid" not in name or all(of_kind(record, "grid") for _, record in records)]
+    replayed = {name: {seed: outcome(STRATEGIES[name], record) for seed, record in records} for name in names}
+    return replayed | {
+        label: {seed: run_outcome(run) for seed, run in runs.items()} for label, runs in measured.runs.items()
+    }
 
-    Args:
-        records: The recorded sweeps.
-        runs: For each strategy with inheritance its runs, of the same seeds in the same order.
-    """
-    names = [name for name in STRATEGIES if "grid" not in name or all(of_kind(record, "grid") for record in records)]
-    found = {name: [outcome(STRATEGIES[name], record) for record in records] for name in names}
-    for name, own in runs.items():
-        for score in ("accuracy_mean_margin", "margin_over_std"):
-            pairs = zip(own, records, strict=True)
-            found[f"{name}, {score}"] = [inherited_outcome(run, record, score) for run, record in pairs]
+
+def strategies_table(found: Mapping[str, Mapping[int, Outcome]]) -> str:
+    """One line for each strategy: what it costs, what it reaches, and how it compares with the best of eight runs."""
     lines = [
         "| strategy | runs | final accuracy | minus best of 8 | log-loss | minus best of 8 | chosen | KL |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, outcomes in found.items():
-        both = list(zip(outcomes, found[REFERENCE], strict=True))
+    for name, by_seed in found.items():
+        outcomes = list(by_seed.values())
+        both = [(one, found[REFERENCE][seed]) for seed, one in by_seed.items()]
         cells = [
             f"{np.mean([one.runs.mean() for one in outcomes]):.2f}",
             _interval([one.right for one in outcomes], ".3f"),
@@ -100,7 +127,8 @@ def strategies_table(records: Sequence[Record], runs: Mapping[str, Sequence[Reco
             f"{np.mean([one.chosen.mean() for one in outcomes]):+.2f}",
             f"{np.mean([one.kl.mean() for one in outcomes]):.2f}",
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        short = f", {len(outcomes)} seeds" if len(outcomes) < len(found[REFERENCE]) else ""
+        lines.append(f"| {name}{short} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -173,24 +201,19 @@ def _interval(per_seed: Sequence[Array], form: str) -> str:
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def replay(folder: Path) -> str:
+    """The table of strategies without inheritance."""
+    return "\n\n".join(
+        f"{one.title}\n\n{strategies_table(outcomes_of(replace(one, runs={})))}" for one in measured_in(folder)
+    )
+
+
 def report(folder: Path) -> str:
-    """All tables of a folder's records, each data set by itself."""
-    records = [Record.load(path) for path in sorted(folder.glob("record-*.npz"))]
-    if not records:
-        raise SystemExit(f"{folder} holds no record-*.npz: search.py record makes them")
+    """All tables of a folder's records and runs, each data set by itself."""
     parts = []
-    for name in sorted({str(record.about["data"]) for record in records}):
-        own = [record for record in records if record.about["data"] == name]
-        seeds = [record.about["seed"] for record in own]
-        about = own[0].about
-        paths = {strategy: [folder / f"{strategy}-{name}-{seed}.npz" for seed in seeds] for strategy in INHERITING}
-        runs = {
-            strategy: [Record.load(path) for path in found]
-            for strategy, found in paths.items()
-            if all(path.exists() for path in found)
-        }
-        parts.append(f"### {name}, {about['model']}, {len(own)} seeds {seeds}, {about['machine']}, {about['date']}")
-        parts += [strategies_table(own, runs), scores_table(own)]
-        with_candidates = [record for record in own if record.about["candidates"]]
+    for one in measured_in(folder):
+        records = list(one.records.values())
+        parts += [one.title, strategies_table(outcomes_of(one)), scores_table(records)]
+        with_candidates = [record for record in records if record.about["candidates"]]
         parts += [finalists_table(with_candidates)] if with_candidates else []
     return "\n\n".join(parts)

@@ -67,15 +67,15 @@ class Sweep:
         """Where the base is."""
         return next(self.network.parameters()).device
 
-    def gym(self) -> PreferenceGym:
-        """The environment; the same batches in every call."""
-        train, selection, final = self.splits
+    def gym(self, *, final: bool = True) -> PreferenceGym:
+        """The environment; the same batches in every call. `final`: with the final pairs."""
+        train, selection, final_pairs = self.splits
         return PreferenceGym(
             train,
             selection,
             self.tokenizer,
             data_batch_size_per_gpu=self.sizes.batch_size,
-            final_dataset=final,
+            final_dataset=final_pairs if final else None,
             seed=self.seed,
         )
 

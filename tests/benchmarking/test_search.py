@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import search
 from searching import tiny
+from searching.contestants import Prices, ranked
 from searching.problem import read_dialogues, split_by_dialogue
-from searching.records import Record
+from searching.records import Record, Searched
 
 PAIRS = {"train": 64, "selection": 6, "final": 10}
 # Eight steps, so that the rungs are different steps.
@@ -31,9 +32,18 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tiny.network.cache_clear()
 
 
-def searched(what: str, out: Path, *more: str) -> Record:
+def searched(what: str, out: Path, *more: str) -> None:
     search.main([what, "--data", "tiny", "--dtype", "float32", "--seeds", "3", "--out", str(out), *SMALL, *more])
-    return Record.load(out / f"{what}-tiny-3.npz")
+
+
+def recorded(out: Path, *more: str) -> Record:
+    searched("record", out, *more)
+    return Record.load(out / "record-tiny-3.npz")
+
+
+def ran(out: Path, label: str, *more: str) -> Searched:
+    searched("run", out, "--strategies", label.split("-", maxsplit=1)[0], *more)
+    return Searched.load(out / f"run-{label}-tiny-3.npz")
 
 
 def bits(record: Record) -> dict[str, bytes]:
@@ -44,7 +54,7 @@ def bits(record: Record) -> dict[str, bytes]:
 
 
 def test_a_record_holds_every_configuration_at_every_rung_and_the_same_seed_gives_it_again(tmp_path: Path) -> None:
-    first = searched("record", tmp_path / "first", "--founders", "2")
+    first = recorded(tmp_path / "first", "--founders", "2")
     kinds = [founder["kind"] for founder in first.about["founders"]]
     assert kinds == ["default", "random", "random", *["grid"] * 8]
     founders, rungs, candidates = len(kinds), 5, len(first.about["candidates"])
@@ -55,7 +65,7 @@ def test_a_record_holds_every_configuration_at_every_rung_and_the_same_seed_give
     assert first.losses.shape == (founders, PAIRS["train"] // BATCH_SIZE)
     assert first.about["sizes"]["rung_steps"] == [1, 2, 4, 8, 16]
     assert not np.array_equal(first.final[1], first.final[2]), "configurations differ"
-    assert bits(first) == bits(searched("record", tmp_path / "second", "--founders", "2"))
+    assert bits(first) == bits(recorded(tmp_path / "second", "--founders", "2"))
     other = tmp_path / "first" / "record-tiny-3.npz"
     before = other.stat().st_mtime_ns
     searched("record", tmp_path / "first")
@@ -74,13 +84,32 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
         Record.load(path)
 
 
-def test_a_tournament_scores_its_last_population(tmp_path: Path) -> None:
-    record = searched("tournament", tmp_path)
-    members = len(record.about["members"])
-    assert record.final.shape == (members, 2, PAIRS["final"])
-    assert record.selection.shape[-1] == PAIRS["selection"]
-    assert len(record.about["births"]) > 0
-    assert np.isfinite(record.final).all()
+def test_random_search_through_the_loop_is_what_is_replayed_from_the_record_at_the_same_price(tmp_path: Path) -> None:
+    record, run = recorded(tmp_path, "--founders", "3"), ran(tmp_path, "random-members=3", "--members", "3")
+    best = ranked(record, [1, 2, 3], -1, "accuracy_mean_margin")[0]
+    assert run.about["best"] == {"agent": best - 1, "step": 16}
+    assert np.array_equal(run.final, record.final[best])
+    assert np.array_equal(run.selection, record.selection[best, -1])
+    assert np.array_equal(run.kl, record.kl[best])
+    replayed = Prices.of(record).runs([16] * 3, [PAIRS["selection"]] * 3)
+    assert run.about["runs"] == pytest.approx(replayed, rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["tournament", "pbt", "pb2", "mf_pbt", "asha", "optuna"])
+def test_a_strategy_is_run_by_its_name(tmp_path: Path, strategy: str) -> None:
+    run = ran(tmp_path, f"{strategy}-members=4", "--members", "4")
+    assert run.about["births"]
+    assert np.isfinite(run.final).all()
+    assert run.about["evaluated"][-1]["runs"] == run.about["runs"], "final scores are not counted"
+
+
+def test_members_that_left_cost_nothing_and_a_budget_is_kept(tmp_path: Path) -> None:
+    halving = ran(tmp_path, "successive_halving-members=4", "--members", "4")
+    everybody = ran(tmp_path, "tournament-members=4", "--members", "4")
+    assert halving.about["runs"] < 0.6 * everybody.about["runs"]
+    cut = ran(tmp_path, "tournament-members=4-budget=2.0", "--members", "4", "--budget", "2")
+    # Half a step may exceed it, and the probe of the fast paths, which costs a fifth of so short a run.
+    assert 1.8 < cut.about["runs"] < 2.25 < everybody.about["runs"]
 
 
 def dialogue(question: str, *turns: str) -> str:
