@@ -26,9 +26,14 @@ class Measured:
     about: Mapping[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write the file, and its SHA-256 beside it."""
+        """Write the file, and its SHA-256 beside it.
+
+        Where the base is in bfloat16, whose log-ratios have a noise of a third of a nat, numbers are kept in float16.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: value for name, value in vars(self).items() if name != "about"}
+        if self.about.get("dtype") == "bfloat16":
+            arrays = {name: _converted(value, np.float32, np.float16) for name, value in arrays.items()}
         part = path.with_suffix(".part.npz")
         np.savez_compressed(part, about=np.array(json.dumps(self.about)), **arrays)
         digest = hashlib.sha256(part.read_bytes()).hexdigest()
@@ -42,7 +47,7 @@ class Measured:
         if found != path.with_suffix(".sha256").read_text(encoding="utf-8").split()[0]:
             raise SystemExit(f"{path} is damaged: its SHA-256 is {found}")
         with np.load(path) as arrays:
-            values = {name: arrays[name] for name in arrays.files}
+            values = {name: _converted(arrays[name], np.float16, np.float32) for name in arrays.files}
         return cls(json.loads(str(values.pop("about"))), **values)
 
 
@@ -86,3 +91,7 @@ class Record(Measured):
     losses: Array
     step_operations: Array
     pair_operations: Array
+
+
+def _converted(value: Array, before: type, after: type) -> Array:
+    return value.astype(after) if value.dtype == before else value

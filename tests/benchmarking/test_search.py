@@ -84,6 +84,17 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
         Record.load(path)
 
 
+def test_records_of_a_bfloat16_base_are_kept_in_half_precision(tmp_path: Path) -> None:
+    values = np.array([0.1, -51.3], np.float32)
+    for dtype, error in (("float32", 0.0), ("bfloat16", 0.02)):
+        path = tmp_path / f"{dtype}.npz"
+        Searched({"dtype": dtype}, *[values] * 3).save(path)
+        loaded = Searched.load(path).final
+        assert loaded.dtype == np.float32
+        assert np.array_equal(loaded, values) == (error == 0)
+        assert np.abs(loaded - values).max() <= error
+
+
 def test_random_search_through_the_loop_is_what_is_replayed_from_the_record_at_the_same_price(tmp_path: Path) -> None:
     record, run = recorded(tmp_path, "--founders", "3"), ran(tmp_path, "random-members=3", "--members", "3")
     best = ranked(record, [1, 2, 3], -1, "accuracy_mean_margin")[0]
