@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated
 from evollm.runs.spent import Spent
 from evollm.training.ending import best_of, end, final_split
 from evollm.training.finalists import Contest
+from evollm.training.limits import Limits
 from evollm.training.options import RunOptions, Schedule
 from evollm.training.paths import RunPaths
 from evollm.training.resume import check_nothing_to_lose, find_checkpoint, how_to_go_on, read_checkpoint
@@ -83,7 +83,11 @@ class Run:
         self.progress = Progress([Birth.fresh(member.index, member.hyperparameters) for member in members])
         self.search = options.strategy()
         moving, split = options.update_reference_each_epoch, final_split(self.rows)
-        self._prices = Prices(described.costs, self.schedule, split, update_epochs(members[0]), moving)
+        epochs = update_epochs(members[0].hyperparameters)
+        self._prices = Prices(described.costs, self.schedule, split, epochs, moving)
+        self._limits = Limits(options, self._prices, self.processes)
+        # Name of the limit that has ended the run, "" while none has.
+        self._limit = ""
 
     @property
     def step(self) -> int:
@@ -93,6 +97,8 @@ class Run:
     @property
     def _stopped(self) -> str:
         """Why the run ends before its last step; "" if it does not."""
+        if self._limit:
+            return f"no further step fits in {self._limit}={getattr(self.options, self._limit):g}"
         patience = self.options.early_stopping_patience
         if patience is None or self.progress.stale < patience or self.step == self.schedule.total:
             return ""
@@ -115,9 +121,9 @@ class Run:
         with self.paths.only_writer() if self.processes.is_main else nullcontext():
             if self.paths.resumes:
                 self.resume()
-            self._began = time.monotonic() - self.progress.account.seconds
-            self._end_if_spent(evaluates=False)
+            self._limits.start_clock(self.progress.account)
             try:
+                self._end_if_spent(evaluates=False)
                 with StopSignals() as stop:
                     self._start()
                     while self.step < self.schedule.total and not self._stopped:
@@ -221,23 +227,8 @@ class Run:
         until = next(step for step in range(self.step + 1, self.schedule.total + 1) if self._pauses_at(step))
         for done in self.executor.learn(self.step, until):
             self._note(done)
-            if self.step < until and (self._signal(stop) or not self._affords_a_step()):
+            if self.step < until and (self._signal(stop) or self._limit_hit()):
                 return
-
-    def _affords_a_step(self, *, evaluates: bool = False) -> bool:
-        """Whether budget, member steps and hours leave another step; `evaluates`: after an evaluation of this step.
-
-        It depends on what the run has done alone, so that a resumed run ends where it would have ended anyway.
-        """
-        account, options = self.progress.account, self.options
-        going = [member for member in self.executor.members() if not member.diverged]
-        if options.max_member_steps is not None and account.member_steps + len(going) > options.max_member_steps:
-            return False
-        if options.budget is not None and not self._prices.fits_a_step(
-            account, self.step, going, options.budget, evaluates=evaluates, share=self._next_share
-        ):
-            return False
-        return not self._is_late()
 
     @property
     def _next_share(self) -> float:
@@ -245,30 +236,27 @@ class Run:
         rows, due, known = self.progress.due_rows, self.progress.due, self.rows["test"]
         return min(1.0, rows / known) if rows and known and due is not None and due < self.schedule.total else 1.0
 
-    def _is_late(self) -> bool:
-        """Whether `max_hours` are over; all processes make this call at the same step."""
-        if self.options.max_hours is None:
-            return False
-        account = self.progress.account
-        account.seconds = float(self.processes.from_main(time.monotonic() - self._began))
-        return account.seconds >= 3600 * self.options.max_hours
+    def _limit_hit(self, *, evaluates: bool = False) -> str:
+        """Name of the limit within which no further step of the present members fits; see `Limits.hit`."""
+        learners = [member.hyperparameters for member in self.executor.members() if not member.diverged]
+        share = self._next_share
+        return self._limits.hit(self.progress.account, self.step, learners, evaluates=evaluates, share=share)
 
     def _end_if_spent(self, *, evaluates: bool) -> None:
-        """Make this step the last one of the schedule if no further step fits; see `_affords_a_step`.
+        """Make this step the last one of the schedule if no further step fits.
 
         Raises:
             ConfigurationError: Not even the first step fits.
         """
-        if self.step >= self.schedule.total or self._affords_a_step(evaluates=evaluates):
+        if self.step >= self.schedule.total:
             return
-        if self.step == 0:
-            limits = ("budget", "max_member_steps", "max_hours")
-            name = next(name for name in limits if getattr(self.options, name) is not None)
-            fix = (
-                f"is too little for one step of {len(self.executor.members())} agents, its evaluation and final scores"
-            )
-            raise ConfigurationError(name, getattr(self.options, name), fix)
-        self.schedule = replace(self.schedule, total=self.step)
+        self._limit = self._limit_hit(evaluates=evaluates)
+        if self._limit and self.step == 0:
+            agents = len(self.executor.members())
+            fix = f"is too little for one step of {agents} agents, its evaluation and final scores"
+            raise ConfigurationError(self._limit, getattr(self.options, self._limit), fix)
+        if self._limit:
+            self.schedule = replace(self.schedule, total=self.step)
 
     def _note(self, done: StepDone) -> None:
         """Record a step and announce it.

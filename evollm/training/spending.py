@@ -39,7 +39,8 @@ class Account:
         self.add(operations)
         self.member_steps += len(learners)
         if learners:
-            self.one_pass += operations.get("training", 0) / sum(map(update_epochs, learners))
+            passes = sum(update_epochs(member.hyperparameters) for member in learners)
+            self.one_pass += operations.get("training", 0) / passes
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -95,7 +96,7 @@ class Prices:
         self,
         account: Account,
         step: int,
-        members: Sequence[Member],
+        learners: Sequence[Mapping[str, float]],
         budget: float,
         *,
         evaluates: bool,
@@ -106,21 +107,21 @@ class Prices:
         Args:
             account: What has been spent.
             step: Steps done.
-            members: The members that learn on.
+            learners: The hyperparameters of each member that learns on.
             budget: In runs of one agent.
             evaluates: Whether the members are evaluated before that step, too.
             share: Of the selection rows that the members are evaluated on next.
         """
         costs, references = self.costs, self.costs.references
-        computing = 1 if step < self.schedule.epoch else len(members) * self.moving
-        a_step = (sum(map(update_epochs, members)) * costs.training + computing * references["train"]) / (
+        computing = 1 if step < self.schedule.epoch else len(learners) * self.moving
+        a_step = (sum(map(update_epochs, learners)) * costs.training + computing * references["train"]) / (
             self.schedule.epoch
         )
-        needed = a_step / 2 + (1 + evaluates) * len(members) * share * costs.evaluation["test"]
+        needed = a_step / 2 + (1 + evaluates) * len(learners) * share * costs.evaluation["test"]
         needed += 0 if account.operations.get("evaluation") else references["test"]
         if self.split:
             # The first agent is scored before the first step, the best two after the last.
-            needed += (min(2, len(members)) + (step == 0)) * costs.evaluation[self.split]
+            needed += (min(2, len(learners)) + (step == 0)) * costs.evaluation[self.split]
             needed += references["final"] if step == 0 and self.split == "final" else 0
         return needed <= budget * sum(self.one_run(account, step).values()) - sum(account.operations.values())
 
@@ -136,6 +137,6 @@ class Prices:
         return Spent(dict(account.operations), self.one_run(account, step), account.member_steps)
 
 
-def update_epochs(member: Member) -> int:
-    """How often a member learns from a batch."""
-    return int(member.hyperparameters.get("update_epochs", 1))
+def update_epochs(hyperparameters: Mapping[str, float]) -> int:
+    """How often a member with these hyperparameters learns from a batch."""
+    return int(hyperparameters.get("update_epochs", 1))

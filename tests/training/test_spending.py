@@ -12,7 +12,7 @@ from two_workers import TwoWorkers
 
 from evollm import Callback, ConfigurationError, PreferenceGym, finetune_llm_preference, finetune_llm_sft, replay, tune
 from evollm.data.samples import Batch
-from evollm.execution.executor import Costs, Member
+from evollm.execution.executor import Costs
 from evollm.hpo import SuccessiveHalving
 from evollm.runs import read_run
 from evollm.runs.spent import KINDS, Spent
@@ -153,6 +153,7 @@ def test_a_budget_ends_the_run_after_the_last_step_that_fits(run, make_populatio
     assert budget - 1.5 * step < spent.runs < budget + step
     assert record.last_step < 12
     assert record.ended.step == record.last_step
+    assert record.ended.stopped == f"no further step fits in budget={budget:g}"
     assert record.latest_evaluation[0].step == record.last_step
     assert (tmp_path / f"run/checkpoints/step-{record.last_step:06d}").is_dir()
 
@@ -186,7 +187,7 @@ def test_more_member_steps_extend_a_run_to_the_bits_of_one_that_had_them(run, ma
 
 def test_hours_end_a_run_and_count_over_a_resume(run, make_agent, monkeypatch, tmp_path) -> None:
     now = iter(range(0, 10**6, 600))
-    monkeypatch.setattr("evollm.training.run.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("evollm.training.limits.time.monotonic", lambda: next(now))
     spent = run([make_agent()], max_hours=1, max_steps=12, checkpoint_steps=1)
     assert 1 < spent.member_steps < 6
     more = run([make_agent()], resume=True, max_hours=2, max_steps=12, checkpoint_steps=1)
@@ -194,11 +195,38 @@ def test_hours_end_a_run_and_count_over_a_resume(run, make_agent, monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    "limit", [{"budget": 0.01}, {"max_member_steps": 3}, {"budget": 0}, {"max_hours": -1}, {"budget": math.nan}]
+    "limit",
+    [
+        {"budget": 0.01},
+        {"max_member_steps": 3},
+        {"budget": 0.01, "max_hours": 1e3},
+        {"max_member_steps": 3, "budget": 100},
+        {"budget": 0},
+        {"max_hours": -1},
+        {"budget": math.nan},
+    ],
 )
-def test_limits_that_allow_no_step_are_refused(run, make_population, limit) -> None:
-    with pytest.raises(ConfigurationError, match=next(iter(limit))):
-        run(make_population(4), **LONG, **limit)
+def test_limits_that_allow_no_step_are_refused_by_the_name_of_the_first_that_was_hit(
+    run, make_population, limit
+) -> None:
+    class Closed(Callback):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    callback = Closed()
+    (name, value), *_ = limit.items()
+    with pytest.raises(ConfigurationError, match=f"^{name}="):
+        run(make_population(4), callbacks=[callback], **LONG, **limit)
+    assert callback.closed or not value > 0
+
+
+def test_a_limit_that_is_hit_at_the_last_step_has_stopped_nothing(run, make_population, tmp_path) -> None:
+    run(make_population(2), max_steps=3, max_member_steps=6)
+    assert read_run(tmp_path / "run").ended.stopped == ""
+    run(make_population(2), "short", max_steps=3, max_member_steps=5)
+    assert read_run(tmp_path / "short").ended.stopped == "no further step fits in max_member_steps=5"
 
 
 def test_a_search_is_told_the_budget_alone(run, make_population) -> None:
@@ -228,14 +256,14 @@ def test_a_run_that_its_budget_has_ended_is_replayed_bit_for_bit(run, make_popul
 def test_a_step_fits_by_half_with_the_evaluations_and_scores_after_it() -> None:
     costs = Costs(400, {"test": 30, "final": 50}, {"train": 200, "test": 30, "final": 50})
     prices = Prices(costs, Schedule(8, 4, None, 4, 0), "final", update_epochs=1, moving=False)
-    members = [Member(index, {"update_epochs": index + 1}, 4, 1, False) for index in range(2)]
+    learners = [{"update_epochs": 1}, {"update_epochs": 2}]
     # Two epochs, two evaluations, references of all rows, scores before and after.
     assert sum(prices.one_run(Account(), 0).values()) == 800 + 60 + 280 + 100
     # After the first epoch a step costs (1 + 2) x 100, and needs two evaluations and two final scores.
     for evaluates, needed in ((False, 150 + 60 + 100), (True, 150 + 120 + 100)):
         for missing in (0, 1):
             account = Account({"evaluation": 1240 - needed + missing}, 4, 400)
-            assert prices.fits_a_step(account, 4, members, 1.0, evaluates=evaluates) is not bool(missing)
+            assert prices.fits_a_step(account, 4, learners, 1.0, evaluates=evaluates) is not bool(missing)
 
 
 def test_a_plan_and_a_search_by_tune_know_the_budget(make_model, tokenizer, tmp_path) -> None:

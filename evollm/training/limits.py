@@ -1,0 +1,66 @@
+"""The limits of a run: compute (`budget`), steps of all members (`max_member_steps`) and `max_hours`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from evollm.execution.executor import Agreement
+from evollm.training.options import RunOptions
+from evollm.training.spending import Account, Prices
+
+
+class Limits:
+    """Says whether another step fits.
+
+    Args:
+        options: The limits, None for one that is not set.
+        prices: What steps and evaluations cost.
+        processes: All processes take the main process's clock.
+    """
+
+    def __init__(self, options: RunOptions, prices: Prices, processes: Agreement) -> None:
+        self._options = options
+        self._prices = prices
+        self._processes = processes
+        self._began = time.monotonic()
+
+    def start_clock(self, account: Account) -> None:
+        """Count hours from now on, after those of an account."""
+        self._began = time.monotonic() - account.seconds
+
+    def hit(
+        self,
+        account: Account,
+        step: int,
+        learners: Sequence[Mapping[str, float]],
+        *,
+        evaluates: bool = False,
+        share: float = 1.0,
+    ) -> str:
+        """Name of the limit within which no further step fits; "" if a step fits.
+
+        It depends on what the run has done alone, so that a resumed run ends where it would have ended anyway.
+
+        Args:
+            account: What has been spent.
+            step: Steps done.
+            learners: The hyperparameters of each member that learns on.
+            evaluates: Whether the members are evaluated before that step, too.
+            share: Of the selection rows that the members are evaluated on next.
+        """
+        budget, most = self._options.budget, self._options.max_member_steps
+        if budget is not None and not self._prices.fits_a_step(
+            account, step, learners, budget, evaluates=evaluates, share=share
+        ):
+            return "budget"
+        if most is not None and account.member_steps + len(learners) > most:
+            return "max_member_steps"
+        return "max_hours" if self._is_late(account) else ""
+
+    def _is_late(self, account: Account) -> bool:
+        """Whether `max_hours` are over; all processes make this call at the same step."""
+        if self._options.max_hours is None:
+            return False
+        account.seconds = float(self._processes.from_main(time.monotonic() - self._began))
+        return account.seconds >= 3600 * self._options.max_hours
