@@ -82,6 +82,9 @@ def end(
         progress.account.add(executor.spent())
         if best != single != BEST_SO_FAR:
             second = single
+    if winner.fitness[:1] == (BROKEN,) and not any(candidate.won for candidate in candidates):
+        fix = "take a weaker bound, or lower lr; the agent that is nearest to its bounds is taken"
+        warnings.warn(f"every agent breaks a guard: {fix}", UserWarning, stacklevel=2)
     best_path = _save_elite(executor, best, paths) if options.save_elite else None
     split = final_split(rows)
     podium = [index for index in (best, second) if index is not None]

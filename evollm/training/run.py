@@ -12,7 +12,6 @@ from evollm.checkpoints.steps import prune_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, EvoLLMError
 from evollm.execution.executor import Executor, check_going
 from evollm.hpo import Birth, EvolutionPlan, Fitness, Result, SearchPlan, SearchStart, as_fitness
-from evollm.hpo.guards import BROKEN
 from evollm.hpo.search import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
 from evollm.runs.spent import Spent
@@ -23,7 +22,7 @@ from evollm.training.options import RunOptions, Schedule
 from evollm.training.paths import RunPaths
 from evollm.training.resume import check_nothing_to_lose, find_checkpoint, how_to_go_on, read_checkpoint
 from evollm.training.spending import Prices, update_epochs
-from evollm.training.state import Best, Progress
+from evollm.training.state import Best, Progress, has_improved
 from evollm.training.stopping import StopSignals
 
 # A run that has learnt no token after this many steps, or after a shorter first epoch, stops with a DataError.
@@ -317,9 +316,6 @@ class Run:
             self.progress.evaluations = dict(evaluations)
         self.executor.note_scores({index: fitness[0] for index, fitness in self.progress.fitnesses.items()})
         best = best_of(members, self.progress.fitnesses)
-        if self.step == self.schedule.total and self.progress.fitnesses[best][0] == BROKEN:
-            fix = "take a weaker bound, or lower lr; the agent that is nearest to its bounds is taken"
-            warnings.warn(f"every agent breaks a guard: {fix}", UserWarning, stacklevel=2)
         if rows is None:
             self._compare_with_best(Best(best, self.step, self.progress.fitnesses[best]))
         event = Evaluated(
@@ -337,7 +333,8 @@ class Run:
     def _compare_with_best(self, found: Best) -> None:
         """Keep the best agent of an evaluation on all rows if it is the best so far."""
         before = self.progress.best
-        improved = before is None or found.fitness[0] > before.fitness[0] + self.options.early_stopping_threshold
+        threshold = self.options.early_stopping_threshold
+        improved = before is None or has_improved(found.fitness, before.fitness, threshold)
         self.progress.stale = 0 if improved else self.progress.stale + 1
         if before is None or found.fitness >= before.fitness:
             self.progress.best = found

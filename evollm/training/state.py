@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
+from evollm.hpo.guards import BROKEN
 from evollm.runs.evaluations import VECTORS
 from evollm.training.spending import Account
 
@@ -47,6 +48,17 @@ class Best:
     index: int
     step: int
     fitness: Fitness
+
+
+def has_improved(fitness: Fitness, best: Fitness, threshold: float) -> bool:
+    """Whether a fitness counts as better than the best one so far, for early stopping.
+
+    Its first component is larger by more than the threshold. Of two that break a guard, the excess of the first is
+    smaller by anything, since the threshold is in units of the score.
+    """
+    if fitness[0] == best[0] == BROKEN:
+        return fitness[1] > best[1]
+    return fitness[0] > best[0] + threshold
 
 
 @dataclass

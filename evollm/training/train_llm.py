@@ -97,8 +97,8 @@ def finetune_llm_preference(
         guards: Bounds that come before the fitness, as `evollm.hpo.Guards` or a mapping of its fields, such as
             `{"min_chosen_logratio": -3.0}`: an agent that breaks one is behind every agent that breaks none.
         early_stopping_patience: Stop after this many evaluations in a row in which no agent has improved the best
-            fitness of the run, by its first component; None: never. Names and meaning are those of transformers'
-            `EarlyStoppingCallback`.
+            fitness of the run, by its first component, or while all agents break a guard, by how far; None: never.
+            Names and meaning are those of transformers' `EarlyStoppingCallback`.
         early_stopping_threshold: The best fitness must grow by more than this to count as improved.
         merge: After the last step, evaluate adapters that are made of the best agents without training, and let one win
             that is better than the best agent by a paired test on the held-out rows: True, or

@@ -141,3 +141,23 @@ def test_of_equal_evaluations_before_the_end_the_later_one_wins(run, monkeypatch
     script = Script()
     run(script, verbose=False)
     assert script.ended.best_step == 3
+
+
+# As guards make it of agents that break one, the nearer to the bounds the better.
+BROKEN = [(-1e9, -excess, 0.5) for excess in (5.0, 4.0, 3.5, 3.5, 3.0, 3.0, 3.0, 3.0)]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_agents_that_break_a_guard_improve_while_they_come_nearer_to_it(run, monkeypatch, threshold) -> None:
+    monkeypatch.setitem(globals(), "SCORES", BROKEN)
+    script = Script()
+    with pytest.warns(UserWarning, match="every agent breaks a guard"):
+        run(script, early_stopping_patience=1, early_stopping_threshold=threshold, verbose=False)
+    assert script.ended.step == 4
+
+
+def test_a_run_whose_best_evaluation_holds_its_guards_is_not_warned_of_the_last_one(run, monkeypatch) -> None:
+    monkeypatch.setitem(globals(), "SCORES", [*BROKEN[:3], (0.1,), *BROKEN[4:]])
+    script = Script()
+    run(script, early_stopping_patience=2, verbose=False)
+    assert (script.ended.step, script.ended.best_step) == (6, 4)
