@@ -154,6 +154,12 @@ class RLParameter:
         lowest, highest = map(math.log, self.bounds)
         return (math.log(self.clip(value)) - lowest) / (highest - lowest)
 
+    def between(self, first: Value, second: Value, weight: float) -> Value:
+        """Return the weighted geometric mean of two numbers, within the bounds; of two choices the first."""
+        if isinstance(first, str) or isinstance(second, str) or first == second:
+            return first
+        return self.clip(math.exp(weight * math.log(self.clip(first)) + (1 - weight) * math.log(self.clip(second))))
+
     def mutate(self, value: Value, rng: np.random.Generator) -> tuple[Value, float | None]:
         """Draw another choice, all equally likely, or multiply a number by the grow or the shrink factor.
 

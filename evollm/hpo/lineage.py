@@ -19,7 +19,7 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 @dataclass(frozen=True)
 class Birth:
-    """One agent of a generation: kept from the generation before, the child of a parent, or fresh.
+    """One agent of a generation: kept from the generation before, the child of one or two parents, or fresh.
 
     Attributes:
         index: The agent's index, unique over a run.
@@ -27,6 +27,8 @@ class Birth:
         mutations: The hyperparameters in which the agent differs from its parent.
         elite: Whether the agent is kept because it was the best agent of the generation before.
         hyperparameters: The values after the mutations.
+        second_parent: Index of the other parent of a child by crossover; None: the agent has at most one parent.
+        weight: Weight of the first parent's adapter in the mean of both adapters, between 0 and 1.
     """
 
     index: int
@@ -34,6 +36,8 @@ class Birth:
     mutations: tuple[Mutation, ...]
     elite: bool
     hyperparameters: Mapping[str, Value]
+    second_parent: int | None = None
+    weight: float = 0.5
 
     @classmethod
     def fresh(cls, index: int, hyperparameters: Mapping[str, Value]) -> Birth:
@@ -41,21 +45,31 @@ class Birth:
         return cls(index, None, (), False, dict(hyperparameters))
 
     @property
+    def parents(self) -> tuple[int, ...]:
+        """The indices of the parents: none, one or two."""
+        return tuple(one for one in (self.parent, self.second_parent) if one is not None)
+
+    @property
     def origin(self) -> str:
-        """How the agent came from its parent, as text for terminals."""
+        """How the agent came from its parents, as text for terminals."""
         if self.elite:
             return "elite, kept as it is"
         if self.parent == self.index:
             return "kept as it is"
         if self.parent is None:
             return "fresh"
-        return ", ".join(str(mutation) for mutation in self.mutations) or "copy"
+        changes = [str(mutation) for mutation in self.mutations]
+        if self.second_parent is not None:
+            changes.insert(0, f"crossover with {self.second_parent}")
+        return ", ".join(changes) or "copy"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values of strict JSON."""
+        """Return the fields as plain values of strict JSON; those of a second parent only if there is one."""
+        second = {} if self.second_parent is None else {"second_parent": self.second_parent, "weight": self.weight}
         return {
             "index": self.index,
             "parent": self.parent,
+            **second,
             "mutations": [{name: _encode(value) for name, value in vars(one).items()} for one in self.mutations],
             "elite": self.elite,
             "hyperparameters": {name: _encode(value) for name, value in self.hyperparameters.items()},
@@ -77,6 +91,8 @@ class Birth:
             ),
             elite=bool(data["elite"]),
             hyperparameters={_decode_name(name): _decode(value) for name, value in data["hyperparameters"].items()},
+            second_parent=None if data.get("second_parent") is None else _decode_count(data["second_parent"]),
+            weight=float(data.get("weight", 0.5)),
         )
 
 
@@ -123,7 +139,7 @@ class EvolutionPlan:
 
 
 def ancestry(plans: Sequence[EvolutionPlan], index: int) -> list[Birth]:
-    """Return an agent's ancestors and the agent itself, with the hyperparameters of each.
+    """Return an agent's ancestors and the agent itself, with the hyperparameters of each; only first parents count.
 
     Args:
         plans: The plans of a run, oldest first.

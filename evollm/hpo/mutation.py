@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,8 @@ class Mutations:
         no_mutation: Relative weight of a child with its parent's hyperparameters.
         rl_hp: Relative weight of a child with one hyperparameter changed.
         rand_seed: Seed of the random draws.
+        crossover: Probability that a child has two parents, the winners of two tournaments: its adapter is the mean of
+            theirs and its values lie between theirs (`Result.crossed`). Such a child does not mutate as well.
         architecture: Has to be 0.
         new_layer_prob: Not used.
         parameters: Has to be 0.
@@ -37,14 +40,15 @@ class Mutations:
         accelerator: Not used.
 
     Raises:
-        ConfigurationError: If a weight is negative or not finite, both weights are 0, the seed is not an integer of at
-            least 0, or another mutation is on.
+        ConfigurationError: If a weight is negative or not finite, both weights are 0, `crossover` is no probability, the
+            seed is not an integer of at least 0, or another mutation is on.
     """
 
     no_mutation: float = 0.3
     rl_hp: float = 0.7
     _: KW_ONLY
     rand_seed: int = 42
+    crossover: float = 0.0
     architecture: float = 0.0
     new_layer_prob: InitVar[float] = 0.0
     parameters: float = 0.0
@@ -69,7 +73,15 @@ class Mutations:
                 raise ConfigurationError(field, weight, "is a relative weight and must be at least 0")
         if self.no_mutation + self.rl_hp == 0:
             raise ConfigurationError("no_mutation", self.no_mutation, "and rl_hp are both 0; give one of them a weight")
+        crossover = finite_number("crossover", self.crossover)
+        object.__setattr__(self, "crossover", crossover)
+        if not 0 <= crossover <= 1:
+            raise ConfigurationError("crossover", crossover, "is a probability and must be from 0 to 1")
         object.__setattr__(self, "rand_seed", whole_number("rand_seed", self.rand_seed, minimum=0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, without a crossover that is off."""
+        return {name: value for name, value in asdict(self).items() if name != "crossover" or value}
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evollm.checks import whole_number
+from evollm.checks import finite_number, whole_number
 from evollm.errors import CheckpointError, ConfigurationError, DivergedError
 from evollm.hpo.fitness import AnyEvaluation, Fitness, is_finite, rank
 from evollm.hpo.hyperparameters import HyperparameterConfig, Value, rounded_factor
 from evollm.hpo.lineage import Birth
-from evollm.hpo.mutation import Mutation
+from evollm.hpo.mutation import Mutation, Mutations
 
 # Draws of the hyperparameters of one new agent until it differs from all others.
 MAX_DRAWS = 10
@@ -82,6 +82,33 @@ class Result:
                 mutations.append(Mutation(name, before, after, rounded_factor(before, after)))
         return self.mutated(index, mutations)
 
+    def crossed(
+        self, index: int, other: Result, hp_config: HyperparameterConfig | None, *, weight: float = 0.5
+    ) -> Birth:
+        """Return the birth of a new agent whose weights and hyperparameters lie between two members'.
+
+        The child's adapter is the mean of both members' adapters, tensor by tensor, as in a uniform soup (arXiv
+        2203.05482). Optimizer moments, reference, counters and choices are the first member's.
+
+        Args:
+            index: The new agent's index.
+            other: The second parent.
+            hp_config: The hyperparameters that may change, which lie between the parents'; the others are the member's.
+            weight: Weight of the member's adapter; that of the other's is 1 - weight.
+
+        Raises:
+            ConfigurationError: The parents are one member, or the weight is not between 0 and 1.
+        """
+        if other.index == self.index:
+            raise ConfigurationError("other", other.index, "is the first parent: a crossover needs two members")
+        if not 0 < finite_number("weight", weight) < 1:
+            raise ConfigurationError("weight", weight, "must lie between 0 and 1, both excluded")
+        values = {
+            name: parameter.between(self.hyperparameters[name], other.hyperparameters[name], weight)
+            for name, parameter in (hp_config or {}).items()
+        }
+        return dataclasses.replace(self.child(index, values), second_parent=other.index, weight=weight)
+
     def mutated(self, index: int, mutations: Sequence[Mutation]) -> Birth:
         """Return the birth of a new agent that differs from the member by these mutations."""
         values = {**self.hyperparameters, **{mutation.name: mutation.after for mutation in mutations}}
@@ -131,8 +158,9 @@ class SearchPlan:
 
     Attributes:
         births: The next members, fewer or more than before. A kept member is its own parent and keeps its
-            hyperparameters. A child has a member as its parent and a new index. A fresh agent has no parent and a new
-            index, and begins as a copy of the first agent of the run. A member that has no birth leaves.
+            hyperparameters. A child has a member as its parent and a new index, and may have another member as its
+            second parent. A fresh agent has no parent and a new index, and begins as a copy of the first agent of the
+            run. A member that has no birth leaves.
         steps: Steps until the next call of `Search.tell`; None: there is none.
         rows: Rows of the selection split that the members are compared on then, the same for all members; None: all.
             An evaluation on fewer rows decides who goes on, and is none of the run's best ones.
@@ -206,7 +234,13 @@ def best_first(results: Sequence[Result]) -> list[Result]:
     return finite
 
 
-def is_taken(parent: Result, values: Mapping[str, Value], births: Sequence[Birth], results: Sequence[Result]) -> bool:
+def is_taken(
+    parent: Result,
+    values: Mapping[str, Value],
+    births: Sequence[Birth],
+    results: Sequence[Result],
+    second: Result | None = None,
+) -> bool:
     """Say whether a child of `parent` with these hyperparameters would equal an agent that is born already.
 
     All members learn from the same batches, so two agents with equal weights and hyperparameters stay equal.
@@ -216,14 +250,19 @@ def is_taken(parent: Result, values: Mapping[str, Value], births: Sequence[Birth
         values: All hyperparameters of the child.
         births: The births so far.
         results: The results of all members.
+        second: The second parent, if any. Two children of the same two parents count as equal in either order.
     """
     members = {result.index: result for result in results}
-    return any(
-        birth.parent is not None
-        and values == birth.hyperparameters
-        and (birth.parent == parent.index or members[birth.parent].equals(parent))
-        for birth in births
-    )
+    parents = [parent] if second is None else [parent, second]
+
+    def are_parents_of(birth: Birth) -> bool:
+        others = [members[index] for index in birth.parents]
+        return len(others) == len(parents) and any(
+            all(one.index == other.index or one.equals(other) for one, other in zip(parents, order, strict=True))
+            for order in (others, others[::-1])
+        )
+
+    return any(values == birth.hyperparameters and are_parents_of(birth) for birth in births)
 
 
 def distinct_child(
@@ -233,6 +272,7 @@ def distinct_child(
     results: Sequence[Result],
     draw: Callable[[Mapping[str, Value]], Mapping[str, Value]],
     values: Mapping[str, Value] | None = None,
+    second: Result | None = None,
 ) -> Birth | None:
     """Return a child that equals no agent that is born already; None if `MAX_DRAWS` draws find none.
 
@@ -243,12 +283,14 @@ def distinct_child(
         results: The results of all members.
         draw: From hyperparameters to changed ones: first from `values`, then from those that were drawn last.
         values: All hyperparameters to begin with; None: the parent's.
+        second: The second parent, if any.
     """
     values = parent.hyperparameters if values is None else values
     for _ in range(MAX_DRAWS):
         values = {**values, **draw(values)}
-        if not is_taken(parent, values, births, results):
-            return parent.child(index, values)
+        if not is_taken(parent, values, births, results, second):
+            child = parent.child(index, values)
+            return child if second is None else dataclasses.replace(child, second_parent=second.index)
     return None
 
 
@@ -309,6 +351,8 @@ def describe_search(search: object) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
+    if isinstance(value, Mutations):
+        return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -329,7 +373,7 @@ def check_start(plan: SearchPlan, start: SearchStart) -> None:
     """
     _check_births(plan, start.founders[0].hyperparameters.keys())
     for birth in plan.births:
-        if birth.parent is not None or birth.elite:
+        if birth.parents or birth.elite:
             raise _error(birth, "has a parent in the first generation: begin with parent=None")
 
 
@@ -347,8 +391,14 @@ def check_plan(plan: SearchPlan, results: Sequence[Result], used: Collection[int
     _check_births(plan, results[0].hyperparameters.keys())
     members = {result.index: result for result in results}
     for birth in plan.births:
-        if birth.parent is not None and birth.parent not in members:
-            raise _error(birth, f"has the parent {birth.parent}, which is not a member: {sorted(members)}")
+        for parent in birth.parents:
+            if parent not in members:
+                raise _error(birth, f"has the parent {parent}, which is not a member: {sorted(members)}")
+        if birth.second_parent is not None:
+            if birth.parent in (None, birth.index, birth.second_parent):
+                raise _error(birth, "has a second parent, and so needs a new index and another first parent")
+            if not 0 < birth.weight < 1:
+                raise _error(birth, f"has weight={birth.weight}, which must lie between 0 and 1, both excluded")
         if birth.parent == birth.index:
             if birth.mutations or dict(birth.hyperparameters) != dict(members[birth.index].hyperparameters):
                 raise _error(birth, "is kept with other values: give the changed agent a new index")

@@ -1,7 +1,8 @@
-"""Tournament selection with mutation, the search of `tournament=` and `mutation=`.
+"""Tournament selection with mutation and crossover, the search of `tournament=` and `mutation=`.
 
 These are the exploit and explore steps of population based training (arXiv 1711.09846): after every interval
-tournaments (Goldberg and Deb 1991) select the parents, whose weights are copied, and a hyperparameter mutates.
+tournaments (Goldberg and Deb 1991) select the parents, whose weights are copied, and a hyperparameter mutates. With
+`Mutations(crossover=...)` some children have the mean of two parents' weights instead.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ def plan_births(
     The same arguments and generator states give the same births. No two agents of the next generation are equal: a
     child that would equal an agent that is born already, such as an unmutated copy of the elite, mutates until it does
     not. Where it cannot differ, its place goes to the best member that would leave, or stays empty if there is none.
+    A crossover, which has two different winners of tournaments as parents, needs a second member that is not diverged.
 
     Args:
         results: The results of all members, in the order of the population.
@@ -137,7 +139,7 @@ def plan_births(
         hp_config: The hyperparameters that may change; None if none may.
         next_index: The first index for a new agent.
         tournament_rng: Draws the parents.
-        mutation_rng: Draws the mutations.
+        mutation_rng: Draws the mutations, and which children come from a crossover.
 
     Returns:
         The next generation, at most `population_size` agents, a kept elite first.
@@ -156,18 +158,30 @@ def plan_births(
         raise ConfigurationError("next_index", next_index, f"must be above the largest index in use, {max(indices)}")
     elite, parents = select_parents([result.fitness for result in results], tournament, tournament_rng)
     births = [results[elite].kept(elite=True)] if tournament.elitism else []
+    finite = best_first(results)
 
     def redrawn(values: Mapping[str, Value]) -> dict[str, Value]:
         return {one.name: one.after for one in mutate(values, hp_config, _ALWAYS, mutation_rng)}
 
     for index, position in enumerate(parents, start=next_index):
-        parent = results[position]
-        drawn = parent.mutated(index, mutate(parent.hyperparameters, hp_config, mutations, mutation_rng))
+        parent, second = results[position], None
+        if mutations.crossover and mutation_rng.random() < mutations.crossover:
+            # Ranks are drawn as in `select_parents`.
+            others = [one for one in finite if one.index != parent.index and not one.equals(parent)]
+            size = min(tournament.tournament_size, len(others))
+            second = others[tournament_rng.choice(len(others), size=size, replace=False).min()] if others else None
+        if second is None:
+            drawn = parent.mutated(index, mutate(parent.hyperparameters, hp_config, mutations, mutation_rng))
+        else:
+            drawn = parent.crossed(index, second, hp_config)
         child: Birth | None = drawn
-        if is_taken(parent, drawn.hyperparameters, births, results):
-            child = distinct_child(parent, index, births, results, redrawn) if hp_config and mutations.rl_hp else None
+        values = drawn.hyperparameters
+        if is_taken(parent, values, births, results, second):
+            begin = values if second else parent.hyperparameters
+            may_change = hp_config and mutations.rl_hp
+            child = distinct_child(parent, index, births, results, redrawn, begin, second) if may_change else None
         if child is None:
-            left = (one for one in best_first(results) if not is_taken(one, one.hyperparameters, births, results))
+            left = (one for one in finite if not is_taken(one, one.hyperparameters, births, results))
             child = next((one.kept() for one in left), None)
         if child is not None:
             births.append(child)

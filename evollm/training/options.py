@@ -113,7 +113,8 @@ class RunOptions:
         left_out = {"search", "guards", "merge", *(() if self.early_stopping_patience else _EARLY_STOPPING)}
         left_out |= {name for name in _LIMITS if getattr(self, name) is None}
         asked = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
-        asked |= {name: asdict(asked[name]) for name in ("tournament", "mutation") if asked[name] is not None}
+        if self.tournament is not None and self.mutation is not None:
+            asked |= {"tournament": asdict(self.tournament), "mutation": self.mutation.to_dict()}
         if self.search is not None:
             asked["search"] = describe_search(self.search)
         if isinstance(self.guards, Guards):

@@ -147,6 +147,7 @@ EVOLUTION = frozenset(
         "tournament_size",
         "elitism",
         "no_mutation",
+        "crossover",
     }
     | {"rl_hp", "search"}
     | {
