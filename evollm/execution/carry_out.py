@@ -55,9 +55,13 @@ def carry_out(
         The agents of the births, in the order of the births.
 
     Raises:
-        ConfigurationError: The births were planned for other agents, or a birth has no parent and `make` is None. No
-            agent has been changed.
+        ConfigurationError: The births were planned for other agents, a birth has no parent and `make` is None, or a
+            birth has two parents, which `Worker.apply` makes. No agent has been changed.
     """
+    for birth in births:
+        if birth.second_parent is not None:
+            fix = f"agent {birth.index} comes from a crossover, which a run carries out and carry_out does not"
+            raise ConfigurationError("second_parent", birth.second_parent, f"{fix}: set crossover=0")
     by_index = {agent.index: agent for agent in population}
     parents = [birth.parent for birth in births]
     known = {*by_index, *([] if make is None else [None])}

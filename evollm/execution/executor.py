@@ -190,11 +190,11 @@ class Executor(Protocol):
         """Replace the members with those of a plan: kept members, children, and fresh copies of the run's first agent.
 
         A fresh member copies the first agent as it was when the run began. A kept member takes the hyperparameters of
-        its birth.
+        its birth. A child with a second parent has the mean of both actors; all else is the first parent's.
 
         Raises:
-            ConfigurationError: A birth has hyperparameters that no agent can have, or a parent is no member; no agent
-                has been changed.
+            ConfigurationError: A birth has hyperparameters that no agent can have, a parent is no member, or two
+                parents' actors have no mean; no agent has been changed.
         """
 
     def save(self, folder: Path, state: Mapping[str, Any], arrays: Arrays) -> None:

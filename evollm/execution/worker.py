@@ -16,6 +16,7 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder, Population
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.execution.carry_out import carry_out
+from evollm.execution.crossover import crossed
 from evollm.execution.description import describe
 from evollm.execution.executor import BEST_SO_FAR, Description, Member
 from evollm.execution.generators import global_generators, set_global_generators
@@ -196,12 +197,22 @@ class Worker:
         for birth in births:
             (self.agents or self._spare)[0].check_hyperparameters(birth.hyperparameters)
 
-    def apply(self, births: Sequence[Birth], arriving: Mapping[int, AgentFolder] = _NOBODY) -> None:
+    def apply(
+        self,
+        births: Sequence[Birth],
+        arriving: Mapping[int, AgentFolder] = _NOBODY,
+        second_parents: Mapping[int, AgentFolder] = _NOBODY,
+    ) -> None:
         """Replace the agents with those of a plan; see `Executor.apply`.
 
         Args:
             births: Births of the members that this worker holds from now on.
             arriving: Exports of the parents that other workers hold, by the index of the birth.
+            second_parents: The same of second parents.
+
+        Raises:
+            ConfigurationError: A birth has hyperparameters that no agent can have, or two parents whose adapters have
+                no mean, or a second parent that is not here and not exported. No agent has been changed.
         """
 
         def make(agent: SavableAgent, birth: Birth) -> None:
@@ -213,7 +224,10 @@ class Worker:
                 agent.num_training_steps -= self._done
 
         self.check(births)
-        here = [replace(birth, parent=None) if birth.index in arriving else birth for birth in births]
+        arriving = {**arriving, **self._crossed(births, arriving, second_parents)}
+        here = [
+            replace(birth, parent=None, second_parent=None) if birth.index in arriving else birth for birth in births
+        ]
         if births:
             self.agents, self._spare = carry_out(here, self.agents or self._spare, make), []
         elif self.agents:
@@ -225,6 +239,26 @@ class Worker:
         for agent, birth in zip(self.agents, here, strict=True):
             # Kept agents need this too: the first plan may change the hyperparameters of a given agent.
             agent.set_hyperparameters(birth.hyperparameters)
+
+    def _crossed(
+        self,
+        births: Sequence[Birth],
+        arriving: Mapping[int, AgentFolder],
+        second_parents: Mapping[int, AgentFolder],
+    ) -> dict[int, AgentFolder]:
+        """The exports of the children with two parents, made before any parent changes."""
+        present = {agent.index for agent in self.agents}
+        children = {}
+        for birth in births:
+            if birth.parent is None or birth.second_parent is None:
+                continue
+            if birth.second_parent not in present and birth.index not in second_parents:
+                fix = f"of agent {birth.index} is with another worker: pass its export in second_parents"
+                raise ConfigurationError("second_parent", birth.second_parent, fix)
+            first = arriving[birth.index] if birth.index in arriving else self.export(birth.parent)
+            second = second_parents.get(birth.index) or self.export(birth.second_parent)
+            children[birth.index] = crossed(first, second, birth.weight)
+        return children
 
     def export(self, index: int) -> AgentFolder:
         """A deep copy of an agent as plain data, for another worker or for later."""

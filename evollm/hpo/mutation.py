@@ -40,8 +40,8 @@ class Mutations:
         accelerator: Not used.
 
     Raises:
-        ConfigurationError: If a weight is negative or not finite, both weights are 0, `crossover` is no probability, the
-            seed is not an integer of at least 0, or another mutation is on.
+        ConfigurationError: If a weight is negative or not finite, both weights are 0, `crossover` is not from 0 to 1,
+            the seed is not an integer of at least 0, or another mutation is on.
     """
 
     no_mutation: float = 0.3

@@ -391,14 +391,7 @@ def check_plan(plan: SearchPlan, results: Sequence[Result], used: Collection[int
     _check_births(plan, results[0].hyperparameters.keys())
     members = {result.index: result for result in results}
     for birth in plan.births:
-        for parent in birth.parents:
-            if parent not in members:
-                raise _error(birth, f"has the parent {parent}, which is not a member: {sorted(members)}")
-        if birth.second_parent is not None:
-            if birth.parent in (None, birth.index, birth.second_parent):
-                raise _error(birth, "has a second parent, and so needs a new index and another first parent")
-            if not 0 < birth.weight < 1:
-                raise _error(birth, f"has weight={birth.weight}, which must lie between 0 and 1, both excluded")
+        _check_parents(birth, members)
         if birth.parent == birth.index:
             if birth.mutations or dict(birth.hyperparameters) != dict(members[birth.index].hyperparameters):
                 raise _error(birth, "is kept with other values: give the changed agent a new index")
@@ -406,6 +399,17 @@ def check_plan(plan: SearchPlan, results: Sequence[Result], used: Collection[int
             raise _error(birth, "is new, but has an index that the run has used: give it a larger one")
         elif birth.elite:
             raise _error(birth, "is new, and elite is for a member that is kept")
+
+
+def _check_parents(birth: Birth, members: Collection[int]) -> None:
+    for parent in birth.parents:
+        if parent not in members:
+            raise _error(birth, f"has the parent {parent}, which is not a member: {sorted(members)}")
+    if birth.second_parent is not None:
+        if birth.parent in (None, birth.index, birth.second_parent):
+            raise _error(birth, "has a second parent, and so needs a new index and another first parent")
+        if not 0 < birth.weight < 1:
+            raise _error(birth, f"has weight={birth.weight}, which must lie between 0 and 1, both excluded")
 
 
 def _check_births(plan: object, names: Collection[str]) -> None:

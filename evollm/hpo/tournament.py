@@ -164,16 +164,14 @@ def plan_births(
         return {one.name: one.after for one in mutate(values, hp_config, _ALWAYS, mutation_rng)}
 
     for index, position in enumerate(parents, start=next_index):
-        parent, second = results[position], None
-        if mutations.crossover and mutation_rng.random() < mutations.crossover:
-            # Ranks are drawn as in `select_parents`.
-            others = [one for one in finite if one.index != parent.index and not one.equals(parent)]
-            size = min(tournament.tournament_size, len(others))
-            second = others[tournament_rng.choice(len(others), size=size, replace=False).min()] if others else None
-        if second is None:
-            drawn = parent.mutated(index, mutate(parent.hyperparameters, hp_config, mutations, mutation_rng))
-        else:
-            drawn = parent.crossed(index, second, hp_config)
+        parent = results[position]
+        crosses = mutations.crossover > 0 and mutation_rng.random() < mutations.crossover
+        second = _second_parent(parent, finite, tournament, tournament_rng) if crosses else None
+        drawn = (
+            parent.mutated(index, mutate(parent.hyperparameters, hp_config, mutations, mutation_rng))
+            if second is None
+            else parent.crossed(index, second, hp_config)
+        )
         child: Birth | None = drawn
         values = drawn.hyperparameters
         if is_taken(parent, values, births, results, second):
@@ -186,6 +184,15 @@ def plan_births(
         if child is not None:
             births.append(child)
     return tuple(births)
+
+
+def _second_parent(
+    parent: Result, finite: Sequence[Result], settings: TournamentSelection, rng: np.random.Generator
+) -> Result | None:
+    """The winner of a tournament of the others, of which the best come first; None if there are no others."""
+    others = [one for one in finite if one.index != parent.index and not one.equals(parent)]
+    size = min(settings.tournament_size, len(others))
+    return others[int(rng.choice(len(others), size=size, replace=False).min())] if others else None
 
 
 @dataclass

@@ -37,6 +37,7 @@ class Node:
         generation: The node's column.
         row: The node's row, 0 for the winner's line.
         parent_row: The row of the parent in the column before, None for a founder or a fresh agent.
+        second_row: The row of the second parent, None for an agent without one.
         birth: The agent's birth in this generation.
         on_line: Whether the agent is the winner or an ancestor of it.
         culled: Whether the next generation has neither the agent nor a child of it.
@@ -47,6 +48,7 @@ class Node:
     generation: int
     row: int
     parent_row: int | None
+    second_row: int | None
     birth: Birth
     on_line: bool
     culled: bool
@@ -60,7 +62,9 @@ class Node:
             return "fresh" if self.generation else "founder"
         if self.birth.elite or self.birth.parent == self.birth.index:
             return "kept"
-        return ", ".join(map(_short_label, self.birth.mutations)) or "copy"
+        second = self.birth.second_parent
+        crossing = [] if second is None else [f"\N{MULTIPLICATION SIGN} agent {second}"]
+        return ", ".join([*crossing, *map(_short_label, self.birth.mutations)]) or "copy"
 
 
 def _short_label(mutation: Mutation) -> str:
@@ -70,7 +74,7 @@ def _short_label(mutation: Mutation) -> str:
 
 
 def family_tree(record: RunRecord) -> list[Node]:
-    """Place every agent of every generation so that no two lines of descent cross.
+    """Place every agent of every generation so that no two lines of descent cross, but for those of second parents.
 
     Children are in the order of their parents, and the winner's line is on top.
     """
@@ -92,7 +96,7 @@ def family_tree(record: RunRecord) -> list[Node]:
             ),
         )
         is_last = generation == len(record.generations) - 1
-        parents = set() if is_last else {birth.parent for birth in record.generations[generation + 1]}
+        parents = set() if is_last else {one for birth in record.generations[generation + 1] for one in birth.parents}
         for row, birth in enumerate(ordered):
             life = record.lives[birth.index]
             nodes.append(
@@ -100,6 +104,7 @@ def family_tree(record: RunRecord) -> list[Node]:
                     generation=generation,
                     row=row,
                     parent_row=None if birth.parent is None else rows.get(birth.parent),
+                    second_row=None if birth.second_parent is None else rows.get(birth.second_parent),
                     birth=birth,
                     on_line=birth.index == on_line,
                     culled=not is_last and birth.index not in parents,
@@ -131,10 +136,12 @@ def tree_picture(record: RunRecord) -> Picture:
         return 0.5 + (row + 0.5) * height
 
     for node in sorted(nodes, key=lambda node: node.on_line):
-        if node.parent_row is not None:
+        for row, on_line in ((node.parent_row, node.on_line), (node.second_row, False)):
+            if row is None:
+                continue
             end = left(node.generation) if boxed else left(node.generation) + width / 2
             start = left(node.generation - 1) + (BOX[0] if boxed else width / 2)
-            _connect(axes, (start, middle(node.parent_row)), (end, middle(node.row)), node.on_line)
+            _connect(axes, (start, middle(row)), (end, middle(node.row)), on_line)
     for node in nodes:
         is_winner = node.generation == record.winner_generation and node.birth.index == record.winner
         x, y = left(node.generation), middle(node.row)

@@ -40,7 +40,10 @@ class Lineage:
         return Lineage(self.founders, [evolution for evolution in self.evolutions if evolution.step < step])
 
     def ancestry(self, index: int) -> list[tuple[int, Birth]]:
-        """An agent's ancestors and the agent: one birth for each generation, with the step at which it began."""
+        """An agent's ancestors and the agent: one birth for each generation, with the step at which it began.
+
+        Of two parents the first one counts; `family` has both.
+        """
         births = ancestry([evolution.plan for evolution in self.evolutions], index)
         births = births or [birth for birth in self.founders if birth.index == index]
         generations = [self.founders, *(evolution.plan.births for evolution in self.evolutions)]
@@ -48,6 +51,18 @@ class Lineage:
         first = next(n for n, born in enumerate(generations) if births[0].index in {birth.index for birth in born})
         steps = [0, *(evolution.step for evolution in self.evolutions)]
         return list(zip(steps[first : first + len(births)], births, strict=True))
+
+    def family(self, index: int) -> list[tuple[int, tuple[Birth, ...]]]:
+        """All ancestors of an agent by either parent, and the agent: for each generation its step and their births."""
+        steps = [0, *(evolution.step for evolution in self.evolutions)]
+        generations = [self.founders, *(evolution.plan.births for evolution in self.evolutions)]
+        wanted, found = {index}, []
+        for step, births in zip(reversed(steps), reversed(generations), strict=True):
+            here = tuple(birth for birth in births if birth.index in wanted)
+            if here:
+                found.append((step, here))
+                wanted = {parent for birth in here for parent in birth.parents}
+        return found[::-1]
 
     def schedule(self, index: int) -> HyperparameterSchedule:
         """The hyperparameters over an agent's ancestry, one entry for each change."""
@@ -95,7 +110,7 @@ def _lineage(founders: Sequence[Mapping[str, Any]], evolutions: Sequence[Mapping
 
 
 def _check_parents(lineage: Lineage) -> None:
-    """Check that every agent is kept, fresh under a new index, or the child of an agent of the generation before.
+    """Check that every agent is kept, fresh under a new index, or the child of agents of the generation before.
 
     Raises:
         ValueError: An agent is none of these.
@@ -106,9 +121,10 @@ def _check_parents(lineage: Lineage) -> None:
     for evolution in lineage.evolutions:
         for birth in evolution.plan.births:
             is_kept = birth.parent == birth.index and birth.index in present
-            is_new = birth.index not in known and (birth.parent is None or birth.parent in present)
-            if not (is_kept or is_new):
-                raise ValueError(f"agent {birth.index} cannot come from agent {birth.parent}")
+            is_new = birth.index not in known and set(birth.parents) <= present
+            has_two = birth.second_parent is not None
+            if not (is_kept or is_new) or (has_two and (is_kept or birth.parent in (None, birth.second_parent))):
+                raise ValueError(f"agent {birth.index} cannot come from the agents {birth.parents}")
         present = {birth.index for birth in evolution.plan.births}
         known = known | present
 

@@ -146,9 +146,9 @@ def _check_agents(record: RunRecord) -> None:
     names = [set(life.birth.hyperparameters) for life in record.lives.values()]
     if any(one != names[0] for one in names):
         raise ValueError("agents of one run have different hyperparameters")
-    mentioned = {life.birth.parent for life in record.lives.values()}
+    mentioned = {parent for life in record.lives.values() for parent in life.birth.parents}
     mentioned |= {line.agent for line in record.steps} | {scored.agent for scored in record.evaluations}
-    unknown = mentioned - {None, *record.lives}
+    unknown = mentioned - record.lives.keys()
     if unknown and record.founders:
         raise ValueError(f"agents {unknown} are not in the lineage")
 

@@ -145,7 +145,7 @@ class Console(Callback):
         for birth in event.plan.births:
             parent = "" if birth.parent is None else f" <- {birth.parent}"
             self._print(f"  agent {birth.index}{parent}  {escape(birth.origin)}", soft_wrap=True)
-        left = sorted(event.plan.fitnesses.keys() - {birth.parent for birth in event.plan.births})
+        left = sorted(event.plan.fitnesses.keys() - {parent for birth in event.plan.births for parent in birth.parents})
         if left and len(event.plan.births) != len(event.plan.fitnesses):
             self._print(f"  without heirs: {', '.join(map(str, left))}", soft_wrap=True)
 
@@ -221,14 +221,14 @@ def generation_table(event: Evaluated, births: Mapping[int, Birth], losses: Mapp
         table.add_column(name, justify="right")
     indices = list(event.fitnesses)
     for index in (indices[position] for position in rank(list(event.fitnesses.values()))):
-        parent, values = births[index].parent, event.agents[index]
+        values = event.agents[index]
         evaluation = event.evaluations.get(index)
         scores = ["diverged", *[""] * (len(words.scores) - 1)]
         if evaluation is not None:
             scores = [format(evaluation.scores[score.name], score.format_spec) for score in words.scores]
         table.add_row(
             f"* {index}" if index == event.best else str(index),
-            "" if parent is None else str(parent),
+            " x ".join(map(str, births[index].parents)),
             *(format_value(values[name]) if name in values else "" for name in shown),
             *scores,
             f"{losses[index]:.3f}" if index in losses else "",

@@ -15,8 +15,9 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.settings import check_evolution
 from evollm.checks import boolean
 from evollm.errors import ConfigurationError
+from evollm.execution.crossover import check_crossover
 from evollm.execution.executor import Combines, ExecutorFactory, check_executor
-from evollm.hpo import Evaluation, FinalCandidates, Guards, NamedFitness, as_fitness, fitness_named
+from evollm.hpo import Evaluation, FinalCandidates, Guards, Mutations, NamedFitness, as_fitness, fitness_named
 from evollm.llm_envs import DatasetGym
 from evollm.models.adapters.combining import check_combinable
 from evollm.processes import Processes
@@ -242,3 +243,6 @@ def _check_evolution(population: Sequence[SavableAgent], options: RunOptions, sc
                 "hp_config", agent.hp_config, f"agent {agent.index}'s differs from the first agent's"
             )
         check_evolution(config, agent.hyperparameters, agent.settings)
+    mutation = getattr(options.strategy(), "mutation", None)
+    if isinstance(mutation, Mutations) and mutation.crossover > 0:
+        check_crossover(population, mutation.crossover)

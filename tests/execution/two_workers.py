@@ -28,8 +28,18 @@ class TwoWorkers:
         found = []
         for place, worker in enumerate(self.workers):
             part = births[place::2]
-            others = [one for one in part if one.parent is not None and self.where(one.parent) is not worker]
-            found.append((part, {one.index: self.where(one.parent).export(one.parent) for one in others}))
+            first, second = (
+                {
+                    index: self.where(parent).export(parent)
+                    for index, parent in parents
+                    if parent is not None and self.where(parent) is not worker
+                }
+                for parents in (
+                    [(one.index, one.parent) for one in part],
+                    [(one.index, one.second_parent) for one in part],
+                )
+            )
+            found.append((part, first, second))
         self.order = [birth.index for birth in births]
         return found
 
@@ -45,8 +55,8 @@ class TwoWorkers:
 
     def begin(self, births, *, moving_references):
         first = self.where(self.order[0]).export(self.order[0])
-        parts = [(None, {})] * 2 if births is None else self.spread(births)
-        for worker, (part, arriving) in zip(self.workers, parts, strict=True):
+        parts = [(None, {}, {})] * 2 if births is None else self.spread(births)
+        for worker, (part, arriving, _) in zip(self.workers, parts, strict=True):
             worker.begin(part, moving_references=moving_references, first=first, arriving=arriving)
 
     def learn(self, done, until):
@@ -71,8 +81,8 @@ class TwoWorkers:
 
     def apply(self, births):
         self.workers[0].check(births)
-        for worker, (part, arriving) in zip(self.workers, self.spread(births), strict=True):
-            worker.apply(part, arriving)
+        for worker, parts in zip(self.workers, self.spread(births), strict=True):
+            worker.apply(*parts)
 
     def save(self, folder, state, arrays):
         first, second = (worker.saved() for worker in self.workers)
