@@ -369,11 +369,12 @@ def _on_cpu(folder: AgentFolder) -> AgentFolder:
 
 
 def learn_all(agents: Sequence[SavableAgent], batch: Any) -> dict[int, dict[str, float]]:
-    """Let every agent that has not diverged learn from the same batch.
+    """Let every agent that has not diverged learn from the same batch; agents of a replay with slots one by one.
 
     Returns:
         The metrics of `learn` by the index of the agent.
     """
     going = [agent for agent in agents if not agent.diverged]
-    learnt = algorithm_of(going[0]).learn(going, batch) if going else []
+    groups = [going] if all(agent.slot is None for agent in going) else [[agent] for agent in going]
+    learnt = [metrics for group in groups if group for metrics in algorithm_of(group[0]).learn(group, batch)]
     return {agent.index: found for agent, found in zip(going, learnt, strict=True)}

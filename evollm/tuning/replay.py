@@ -23,6 +23,7 @@ from evollm.data import clock
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo.hyperparameters import Value
 from evollm.llm_envs import DatasetGym
+from evollm.models import SharedBase
 from evollm.models.engine import BatchSlot, Engine
 from evollm.models.fingerprints import computing_settings
 from evollm.models.reference_cache import ReferenceCache
@@ -33,10 +34,9 @@ from evollm.runs.events import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
 from evollm.tuning.arguments_file import known_of, place_of, read_tune_arguments, resume_of
 from evollm.tuning.parameters import loop_of, parameters_of, taken_by
+from evollm.tuning.replayed_family import Family, slots_of
 from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
-# Only agents with the same values of these hyperparameters share passes through the base.
-_STRIDE = ("batch_size", "update_epochs")
 _HELD_OUT = frozenset({"test_data", "final_data"})
 
 
@@ -71,34 +71,32 @@ class Script:
             is stretched.
         skipped: Steps of the run before the best agent's line began with a fresh agent, else 0. The steps of the
             replay are counted from there.
+        family: All ancestors, if one of them has two parents: they are replayed together, each in slots of its own.
     """
 
     total: int
     values: Mapping[int, Mapping[str, Value]]
     slots: Mapping[int, BatchSlot]
     skipped: int = 0
+    family: Family | None = None
 
     @classmethod
     def of(cls, record: RunRecord) -> Script:
         """The script of a run's best agent up to its best evaluation, for a replay on the data of the run."""
-        strides = {index: _stride(life.birth.hyperparameters) for index, life in record.lives.items()}
-        skipped = record.line[0].steps[0]
-        learners: dict[int, list[int]] = {}
-        for entry in record.steps:
-            learners.setdefault(entry.step, []).append(entry.agent)
-        slots = {}
-        for step, present in learners.items():
-            if not skipped < step <= record.winner_step:
-                continue
+        slot, family = slots_of(record), Family.of(record)
+        if family is not None:
+            return cls(record.winner_step, dict(record.schedule), {}, family=family)
+        slots, skipped = {}, record.line[0].steps[0]
+        for step in range(skipped + 1, record.winner_step + 1):
             index = next(life.birth.index for life in reversed(record.line) if life.steps[0] < step)
-            beside = [other for other in present if strides[other] == strides[index]]
-            slots[step - skipped] = BatchSlot(beside.index(index), len(beside))
+            slots[step - skipped] = slot(step, index)
         values = {step - skipped: values for step, values in record.schedule}
         return cls(record.winner_step - skipped, values, slots, skipped)
 
     def stretched(self, total: int) -> Script:
         """The script over another number of steps: each change comes at the same fraction of the run."""
-        return Script(total, {round(step * total / self.total): values for step, values in self.values.items()}, {})
+        values = {round(step * total / self.total): values for step, values in self.values.items()}
+        return Script(total, values, {}, family=None if self.family is None else self.family.stretched(total))
 
     @property
     def schedule(self) -> HyperparameterSchedule:
@@ -106,8 +104,29 @@ class Script:
         return [(step, dict(values)) for step, values in self.values.items()]
 
 
-def _stride(values: Mapping[str, Value]) -> tuple[Value | None, ...]:
-    return tuple(values.get(name) for name in _STRIDE)
+class _Restorer(Callback):
+    """Restores what passes depended on in the original run.
+
+    Args:
+        base: The base.
+        engine: State of the run's engine, so that batches are divided and computed as in the run; None: no state.
+        references: Reference log-probs that the run computed; None: no log-probs.
+    """
+
+    def __init__(self, base: SharedBase, engine: object = None, references: ReferenceCache | None = None) -> None:
+        self.run_dir = Path()
+        self._base = base
+        self._engine = engine
+        self._references = references
+
+    def on_start(self, event: RunStarted) -> None:
+        """Restore the state of the run's engine and cache."""
+        self.run_dir = event.run_dir
+        if self._engine is not None:
+            # Loaded only now, because the beginning of a run clears this state.
+            Engine.of(self._base).load_state_dict(self._engine)
+        if self._references is not None:
+            self._base.reference_cache.update(self._references)
 
 
 class _Prompter(Callback):
@@ -116,27 +135,14 @@ class _Prompter(Callback):
     Args:
         agent: The agent.
         script: Hyperparameters and batch slots of the agent.
-        engine: State of the run's engine, so that batches are divided and computed as in the run; None: no state.
-        references: Reference log-probs that the run computed; None: no log-probs.
     """
 
-    def __init__(
-        self, agent: SavableAgent, script: Script, engine: object = None, references: ReferenceCache | None = None
-    ) -> None:
-        self.run_dir = Path()
+    def __init__(self, agent: SavableAgent, script: Script) -> None:
         self._agent = agent
         self._script = script
-        self._engine = engine
-        self._references = references
 
     def on_start(self, event: RunStarted) -> None:
-        """Restore the state of the run's engine and cache, and set the slot of the first step."""
-        self.run_dir = event.run_dir
-        if self._engine is not None:
-            # Loaded only now, because the beginning of a run clears this state.
-            Engine.of(self._agent.base).load_state_dict(self._engine)
-        if self._references is not None:
-            self._agent.base.reference_cache.update(self._references)
+        """Set the slot of the first step."""
         self._agent.slot = self._script.slots.get(event.step + 1)
 
     def on_step(self, event: StepDone) -> None:
@@ -174,6 +180,8 @@ def replay(
     slots are computed, but nothing is learnt from these slots. The adapters may differ if references moved
     (`update_reference_each_epoch`), or if losses over whole batches evolved with other losses; `ReplayResult.exact`
     says whether the adapters are identical.
+
+    If an ancestor of the best agent has two parents, all its ancestors are trained, as the members of one run.
 
     If the best agent descends from a fresh agent, training starts at the birth of the fresh agent, without the batches
     before this birth.
@@ -240,12 +248,17 @@ def replay(
         options["max_steps"] = found
     if config["options"]["update_reference_each_epoch"]:
         options["update_reference_each_epoch"] = True
-    agent.set_hyperparameters(script.values[0])
-    prompter = _Prompter(agent, script, engine, references)
+    restorer = _Restorer(agent.base, engine, references)
+    if script.family is None:
+        agent.set_hyperparameters(script.values[0])
+        options["callbacks"] = [restorer, _Prompter(agent, script)]
+    else:
+        options |= {"callbacks": [restorer], **script.family.options()}
+    population = [agent] if script.family is None else script.family.population(agents)
     options |= {"run_dir": run_dir, "resume_from_checkpoint": resume_from_checkpoint, "verbose": verbose}
-    loop_of(algorithm_named(config["algorithm"].lower()))([agent], env, callbacks=[prompter], **options)
-    reason = stretched or _why_no_elite(elite, record)
-    return ReplayResult(agent, prompter.run_dir, script.schedule, None if reason else _is_exact(agent, elite), reason)
+    tuned, _ = loop_of(algorithm_named(config["algorithm"].lower()))(population, env, **options)
+    agent, reason = tuned[0], stretched or _why_no_elite(elite, record)
+    return ReplayResult(agent, restorer.run_dir, script.schedule, None if reason else _is_exact(agent, elite), reason)
 
 
 def _place(run: str | os.PathLike[str], name: str, given: str | os.PathLike[str] | None) -> Path:
