@@ -116,9 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(jobs)} searches, {len(jobs) - len(waiting)} of them there already", flush=True)
     for told in _run_all(waiting, options.jobs):
         print(f"{time.monotonic() - started:.0f} s: {told}", flush=True)
-    for told, tables in (("replay", replay), ("report", report)):
-        if told in options.what:
-            print(tables(options.out))
+    if "replay" in options.what:
+        print(replay(options.out))
+    if "report" in options.what:
+        print(report(options.out, options.figure))
 
 
 def _run_all(jobs: Sequence[Job], at_a_time: int) -> Iterator[str]:
@@ -212,6 +213,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--members", type=int, default=Plan.members, help="founders of a run")
     parser.add_argument("--budget", type=float, help="most compute of a run, in runs of one agent")
     parser.add_argument("--evo-steps", type=int, help="steps of a run before the first decision")
+    parser.add_argument(
+        "--figure", type=Path, help="SVG or PNG of a report, with the data set's name before the suffix"
+    )
     parser.add_argument("--fitness", choices=PREFERENCE_FITNESSES, help="of a run; the library's default")
     return parser.parse_args(arguments)
 

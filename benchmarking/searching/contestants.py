@@ -8,12 +8,12 @@ the end. The members of a search share the reference's log-probs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 
 import numpy as np
 
-from evollm.hpo import PREFERENCE_FITNESSES, Evaluation, Fitness
+from evollm.hpo import PREFERENCE_FITNESSES, Evaluation, Fitness, growing_subsets, survivors
 from searching.records import Array, Record
 
 
@@ -110,11 +110,13 @@ class Rung:
         part: Of a run, after which it is made.
         kept: How many members go on.
         pairs: Selection pairs that members are compared on; None: all.
+        score: By which they are compared.
     """
 
     part: float
     kept: int
     pairs: int | None = None
+    score: str = "margin_over_std"
 
 
 def halving(
@@ -122,20 +124,49 @@ def halving(
     order: Sequence[int],
     count: int,
     rungs: Sequence[Rung],
-    score: str = "margin_over_std",
     least: float = -np.inf,
+    error_rate: float = 0.0,
 ) -> Choice:
-    """Successive halving: at each rung the best go on; the best of the last ones, trained to the end, is chosen."""
+    """Successive halving: at each rung the best go on; the best of the last ones, trained to the end, is chosen.
+
+    Args:
+        record: The sweep.
+        order: Founders in the order in which they are drawn.
+        count: How many of them begin.
+        rungs: The decisions before the last one, which is by the last rung's score on all pairs.
+        least: Guard: members whose mean chosen log-ratio is below so many nats come last.
+        error_rate: Above 0 a rung looks at growing subsets of its pairs, and drops whoever is clearly worse than
+            another with `evollm.hpo.survivors`.
+    """
     members, done = list(order[:count]), dict.fromkeys(order[:count], 0)
-    total, all_pairs = len(record.step_operations), record.selection.shape[-1]
+    all_pairs = record.selection.shape[-1]
     evaluated: list[int] = []
-    for rung in [*rungs, Rung(1.0, 1)]:
+    for rung in [*rungs, Rung(1.0, 1, score=rungs[-1].score)]:
         number = record.about["sizes"]["rungs"].index(rung.part)
-        pairs = all_pairs if rung.pairs is None else min(rung.pairs, all_pairs)
-        done |= dict.fromkeys(members, round(rung.part * total))
-        evaluated += [pairs] * len(members)
-        members = ranked(record, members, number, score, least, pairs)[: rung.kept]
+        pairs = min(rung.pairs or all_pairs, all_pairs)
+        done |= dict.fromkeys(members, round(rung.part * len(record.step_operations)))
+        if error_rate and len(members) > 1:
+            members, seen = race(record, members, number, rung.score, pairs, error_rate)
+        else:
+            seen = [pairs] * len(members)
+        evaluated += seen
+        members = ranked(record, members, number, rung.score, least, max(seen))[: rung.kept]
     return Choice(members[0], Prices.of(record).runs(list(done.values()), evaluated))
+
+
+def race(
+    record: Record, members: Sequence[int], rung: int, score: str, rows: int, error_rate: float
+) -> tuple[list[int], list[int]]:
+    """Those that are not clearly worse than another, and on how many pairs each member was evaluated to see that."""
+    going, seen, before = list(members), dict.fromkeys(members, 0), 0
+    for pairs in growing_subsets(rows):
+        seen |= dict.fromkeys(going, pairs)
+        terms = np.stack([selection_terms(record, member, rung, score, pairs) for member in going])
+        kept = survivors(terms, rows=rows, rows_before=before, error_rate=error_rate, members=len(members))
+        going, before = [member for member, stays in zip(going, kept, strict=True) if stays], pairs
+        if len(going) == 1:
+            break
+    return going, list(seen.values())
 
 
 def ranked(
@@ -160,25 +191,76 @@ def selection_fitness(record: Record, founder: int, rung: int, score: str, pairs
 
 
 @cache
+def selection_terms(record: Record, founder: int, rung: int, score: str, pairs: int) -> Array:
+    """(pairs,) contributions to a member's score on the first `pairs` selection pairs of a rung."""
+    return PREFERENCE_FITNESSES[score].terms(Evaluation(*record.selection[founder, rung, :, :pairs]))
+
+
+@cache
 def final_terms(record: Record, founder: int, score: str) -> Array:
     """(final pairs,) contributions to a member's final score."""
     return PREFERENCE_FITNESSES[score].terms(Evaluation(*record.final[founder]))
 
 
+@dataclass(frozen=True)
+class Halving:
+    """Successive halving as data.
+
+    Attributes:
+        count: Configurations that begin.
+        rungs: The decisions before the last one.
+        note: What is unusual about it, for its name.
+        options: Further arguments of `halving`.
+    """
+
+    count: int
+    rungs: Sequence[Rung]
+    note: str = ""
+    options: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Such as "8-2-1 at 1/8, 1/2 on 64, 128 pairs, mean_margin"."""
+        members = "-".join(map(str, (self.count, *(rung.kept for rung in self.rungs))))
+        parts = ", ".join(f"1/{1 / rung.part:.0f}" for rung in self.rungs)
+        pairs = ", ".join(str(rung.pairs or "all") for rung in self.rungs)
+        scores = " then ".join(dict.fromkeys(rung.score for rung in self.rungs))
+        return f"{members} at {parts} on {pairs} pairs, {scores}{self.note}"
+
+    def __call__(self, record: Record, order: Sequence[int]) -> Choice:
+        """Replay it."""
+        return halving(record, order, self.count, self.rungs, **self.options)
+
+
+def _rungs(*decisions: tuple[float, int, int | None], score: str = "margin_over_std") -> list[Rung]:
+    return [Rung(*decision, score) for decision in decisions]
+
+
+_TWO = ((1 / 8, 2, 64), (1 / 2, 1, 128))
+_THREE = ((1 / 8, 4, 64), (1 / 4, 2, 128), (1 / 2, 1, None))
+_EVERYBODY = ((1 / 16, 8, None), (1 / 8, 8, None), (1 / 4, 8, None), (1 / 2, 8, None))
+_EARLY = "mean_margin"
+# From the cheapest to the dearest.
+HALVINGS = (
+    Halving(8, _rungs((1 / 16, 2, 32), (1 / 4, 1, 64), score=_EARLY)),
+    Halving(8, _rungs((1 / 8, 1, 32), score=_EARLY)),
+    Halving(8, [Rung(1 / 8, 2, 32, _EARLY), Rung(1 / 2, 1, 64)]),
+    Halving(8, [Rung(1 / 8, 2, 64, _EARLY), Rung(1 / 2, 1, 128)]),
+    Halving(8, [Rung(1 / 8, 2, 64, _EARLY), Rung(1 / 2, 1, 128)], ", guard -3 nats", {"least": -3.0}),
+    *(Halving(8, _rungs(*_TWO, score=score)) for score in PREFERENCE_FITNESSES if score != "accuracy"),
+    Halving(12, _rungs((1 / 8, 2, 32), (1 / 4, 1, 64), score=_EARLY)),
+    Halving(8, [*_rungs((1 / 8, 4, 32), (1 / 4, 2, 64), score=_EARLY), Rung(1 / 2, 1, 128)]),
+    Halving(8, [Rung(1 / 4, 2, 64, _EARLY), Rung(1 / 2, 1, 128)]),
+    Halving(8, [*_rungs((1 / 8, 4, 32), (1 / 4, 2, 64), score=_EARLY), Rung(1 / 2, 2, 32)]),
+    Halving(8, _rungs(*_THREE), ", raced", {"error_rate": 0.2}),
+    Halving(8, _rungs(*_THREE)),
+    Halving(16, _rungs((1 / 16, 4, 64), (1 / 4, 2, 128), (1 / 2, 1, None))),
+    Halving(8, _rungs(*_EVERYBODY), ", raced without cap", {"error_rate": 0.05}),
+)
 STRATEGIES: Mapping[str, Strategy] = {
     "default settings": single,
     "grid, 8": grid_search,
     **{f"random, {count}": partial(random_search, count=count) for count in (1, 2, 4, 8)},
-    **{
-        f"random, {count}, margin / std": partial(random_search, count=count, score="margin_over_std")
-        for count in (2, 4, 8)
-    },
-    "halving 8": partial(halving, count=8, rungs=[Rung(1 / 8, 4), Rung(1 / 4, 2), Rung(1 / 2, 1)]),
-    "halving 8, 64 pairs": partial(halving, count=8, rungs=[Rung(1 / 8, 4, 64), Rung(1 / 4, 2, 128), Rung(1 / 2, 1)]),
-    "halving 8 by 4": partial(halving, count=8, rungs=[Rung(1 / 8, 2, 64), Rung(1 / 2, 1)]),
-    "halving 16": partial(
-        halving, count=16, rungs=[Rung(1 / 16, 8, 64), Rung(1 / 8, 4, 64), Rung(1 / 4, 2, 128), Rung(1 / 2, 1)]
-    ),
-    "halving 8 by 4, log-loss": partial(halving, count=8, rungs=[Rung(1 / 8, 2, 64), Rung(1 / 2, 1)], score="log_loss"),
-    "halving 16 by 4": partial(halving, count=16, rungs=[Rung(1 / 16, 4, 64), Rung(1 / 4, 1, 128)]),
+    "random, 8, margin_over_std": partial(random_search, count=8, score="margin_over_std"),
+    **{one.name: one for one in HALVINGS},
 }

@@ -3,186 +3,153 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from evollm.hpo import PREFERENCE_FITNESSES, Evaluation
-from searching.contestants import STRATEGIES, Strategy, final_terms, of_kind, ranked, selection_fitness
-from searching.records import Array, Record, Searched
-from searching.statistics import hierarchical, rank_correlation
+from evollm.hpo.finalists import FinalCandidates, compare_pairwise, winning_candidate
+from searching.contestants import final_terms, of_kind, random_search, ranked, selection_fitness
+from searching.figure import draw
+from searching.outcomes import REFERENCE, Data, Outcome, mean_runs, measured_in, outcomes
+from searching.records import Array, Record
+from searching.statistics import hierarchical, rank_correlation, reaching
 
-# Orders of the random founders for each seed: which of them are the first eight is luck.
-ORDERS = 32
-REFERENCE = "random, 8"
-# The final scores.
-BOTH = ("accuracy", "log_loss")
-
-
-@dataclass(frozen=True)
-class MeasuredData:
-    """What was measured on one data set.
-
-    Attributes:
-        records: The recorded sweeps by seed.
-        runs: Runs of strategies through the library's loop by label and seed, of seeds that were recorded.
-    """
-
-    records: Mapping[int, Record]
-    runs: Mapping[str, Mapping[int, Searched]]
-
-    @property
-    def title(self) -> str:
-        """A heading."""
-        about = next(iter(self.records.values())).about
-        seeds = list(self.records)
-        return f"### {about['data']}, {about['model']}, {len(seeds)} seeds {seeds}, {about['machine']}, {about['date']}"
+# The fitness of runs so far, which decides ties by the mean margin.
+TODAY = "accuracy_mean_margin"
+ENSEMBLES = (2, 3, 4)
+Found: TypeAlias = Mapping[str, Mapping[int, Outcome]]
 
 
-def measured_in(folder: Path) -> list[MeasuredData]:
-    """The records and runs of a folder, each data set by itself."""
-    records: dict[str, dict[int, Record]] = {}
-    for record in map(Record.load, sorted(folder.glob("record-*.npz"))):
-        records.setdefault(record.about["data"], {})[record.about["seed"]] = record
-    if not records:
-        raise SystemExit(f"{folder} holds no record-*.npz: search.py record makes them")
-    runs: dict[str, dict[str, dict[int, Searched]]] = {name: {} for name in records}
-    for run in map(Searched.load, sorted(folder.glob("run-*.npz"))):
-        about = run.about
-        if about["seed"] in records.get(about["data"], {}):
-            runs[about["data"]].setdefault(about["label"], {})[about["seed"]] = run
-    return [MeasuredData(dict(sorted(by_seed.items())), runs[name]) for name, by_seed in sorted(records.items())]
+def strategies_table(found: Found) -> str:
+    """One line for each contestant: what it costs, what it reaches, and how it compares with the best of eight runs."""
+    heads = ("#", "contestant", "runs", *_compared("best of 8"))
+    rows = []
+    for number, (name, by_seed) in enumerate(found.items(), start=1):
+        few = f", {len(by_seed)} seeds" if len(by_seed) < len(found[REFERENCE]) else ""
+        rows.append([str(number), name + few, f"{mean_runs(by_seed):.2f}", *_cells(by_seed, found[REFERENCE])])
+    return _table(heads, rows)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a strategy reached on the final pairs of one seed, for each order of the founders.
-
-    Attributes:
-        runs: (orders,) what it cost.
-        right: (orders, pairs) 1 where the chosen completion is preferred, 0.5 for a tie.
-        losses: (orders, pairs) the scale-free log-loss, in nats.
-        chosen: (orders,) mean chosen log-ratio, in nats.
-        kl: (orders,) mean KL(pi || ref) of a completion, in nats.
-    """
-
-    runs: Array
-    right: Array
-    losses: Array
-    chosen: Array
-    kl: Array
-
-
-def outcome(strategy: Strategy, record: Record, orders: int = ORDERS) -> Outcome:
-    """Replay a strategy on a seed."""
-    founders = of_kind(record, "random")
-    rng = np.random.default_rng([int(record.about["seed"]), 4])
-    choices = [strategy(record, rng.permutation(founders).tolist()) for _ in range(orders)]
-    return _outcome(record, [choice.founder for choice in choices], [choice.runs for choice in choices])
-
-
-def run_outcome(run: Searched) -> Outcome:
-    """What a run of a strategy reached."""
-    final = Evaluation(*run.final)
-    right, log_loss = (PREFERENCE_FITNESSES[kind].terms(final)[None] for kind in BOTH)
-    return Outcome(np.array([run.about["runs"]]), right, -log_loss, run.final[:1].mean(axis=-1), run.kl.mean()[None])
-
-
-def _outcome(record: Record, picked: Sequence[int], runs: Sequence[float]) -> Outcome:
-    return Outcome(
-        runs=np.array(runs),
-        right=np.stack([final_terms(record, founder, "accuracy") for founder in picked]),
-        losses=-np.stack([final_terms(record, founder, "log_loss") for founder in picked]),
-        chosen=record.final[picked, 0].mean(axis=-1),
-        kl=record.kl[picked].mean(axis=-1),
-    )
-
-
-def outcomes_of(measured: MeasuredData) -> dict[str, dict[int, Outcome]]:
-    """Outcomes of all strategies, by name and seed."""
-    records = measured.records.items()
-    names = [name for name in STRATEGIES if "grid" not in name or all(of_kind(record, "grid") for _, record in records)]
-    replayed = {name: {seed: outcome(STRATEGIES[name], record) for seed, record in records} for name in names}
-    return replayed | {
-        label: {seed: run_outcome(run) for seed, run in runs.items()} for label, runs in measured.runs.items()
-    }
-
-
-def strategies_table(found: Mapping[str, Mapping[int, Outcome]]) -> str:
-    """One line for each strategy: what it costs, what it reaches, and how it compares with the best of eight runs."""
-    lines = [
-        "| strategy | runs | final accuracy | minus best of 8 | log-loss | minus best of 8 | chosen | KL |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, by_seed in found.items():
-        outcomes = list(by_seed.values())
-        both = [(one, found[REFERENCE][seed]) for seed, one in by_seed.items()]
-        cells = [
-            f"{np.mean([one.runs.mean() for one in outcomes]):.2f}",
-            _interval([one.right for one in outcomes], ".3f"),
-            _interval([one.right - other.right for one, other in both], "+.3f"),
-            _interval([one.losses for one in outcomes], ".4f"),
-            _interval([one.losses - other.losses for one, other in both], "+.4f"),
-            f"{np.mean([one.chosen.mean() for one in outcomes]):+.2f}",
-            f"{np.mean([one.kl.mean() for one in outcomes]):.2f}",
+def reaching_text(found: Found) -> str:
+    """At what price the contestants reach the final scores of the best of eight runs."""
+    seeds = list(found[REFERENCE])
+    complete = {name: by_seed for name, by_seed in found.items() if len(by_seed) == len(seeds)}
+    runs, rival = np.array([mean_runs(by_seed) for by_seed in complete.values()]), list(complete).index(REFERENCE)
+    told = []
+    for score, sign in (("right", 1), ("losses", -1)):
+        scores = [
+            np.stack([sign * getattr(by_seed[seed], score).mean(axis=0) for by_seed in complete.values()], axis=1)
+            for seed in seeds
         ]
-        short = f", {len(outcomes)} seeds" if len(outcomes) < len(found[REFERENCE]) else ""
-        lines.append(f"| {name}{short} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        price, low, high = reaching(runs, scores, rival)
+        told.append(f"{price:.2f} runs [{low:.2f}, {high:.2f}]")
+    accuracy, log_loss = told
+    return f"The best contestants reach the accuracy of {REFERENCE!r} at {accuracy}, its log-loss at {log_loss}."
 
 
-def scores_table(records: Sequence[Record]) -> str:
-    """Rank correlation of each score on the selection pairs, at each rung, with the final accuracy and log-loss."""
-    rungs = records[0].about["sizes"]["rungs"]
-    lines = [
-        f"| score | {' | '.join(f'{rung:.3g}' for rung in rungs)} | its pick, accuracy | its pick, log-loss |",
-        "|---" * (len(rungs) + 3) + "|",
-    ]
-    reached = [[final_terms(record, f, "log_loss").mean() for f in of_kind(record, "random")] for record in records]
-    for name in PREFERENCE_FITNESSES:
-        cells, picks = [], []
-        for record, final in zip(records, reached, strict=True):
+def scores_table(records: Mapping[int, Record]) -> str:
+    """How each score on the selection pairs ranks at each rung, and what it picks of eight runs at the end."""
+    rungs = next(iter(records.values())).about["sizes"]["rungs"]
+    strategies = {name: partial(random_search, count=8, score=name) for name in PREFERENCE_FITNESSES}
+    picks = outcomes(Data(records, {}), strategies)
+    rows = []
+    for name, picked in picks.items():
+        cells = []
+        for record in records.values():
             founders = of_kind(record, "random")
+            final = [final_terms(record, founder, "log_loss").mean() for founder in founders]
             scores = [[selection_fitness(record, f, rung, name) for f in founders] for rung in range(len(rungs))]
             cells.append([rank_correlation(_places(fitnesses), final) for fitnesses in scores])
-            picks.append(ranked(record, founders, -1, name)[0])
-        means = [f"{value:.2f}" for value in np.mean(cells, axis=0)]
-        both = [
-            np.mean([final_terms(*pick, kind).mean() for pick in zip(records, picks, strict=True)]) for kind in BOTH
-        ]
-        lines.append(f"| {name} | {' | '.join(means)} | {both[0]:.3f} | {-both[1]:.4f} |")
-    best = [max(final_terms(record, f, "accuracy").mean() for f in of_kind(record, "random")) for record in records]
-    lines.append(f"| the best there is |{' |' * len(rungs)} {np.mean(best):.3f} | |")
-    return "\n".join(lines)
+        rows.append([name, *(f"{value:.2f}" for value in np.mean(cells, axis=0)), *_cells(picked, picks[TODAY])])
+    best = [
+        max(final_terms(record, f, "accuracy").mean() for f in of_kind(record, "random")) for record in records.values()
+    ]
+    rows.append(["the best there is", *[""] * len(rungs), f"{np.mean(best):.3f}", *[""] * 5])
+    return _table(("score", *(f"{rung:.3g}" for rung in rungs), *_compared(TODAY)), rows)
 
 
 def finalists_table(records: Sequence[Record]) -> str:
-    """What candidates made without training score, against the best configuration by the log-loss of the selection."""
-    lines = [
-        "| candidate | selection accuracy | final accuracy | minus best single | log-loss minus best single | KL |"
-    ]
-    lines.append("|---|---|---|---|---|---|")
-    kinds = [_kind(candidate) for candidate in records[0].about["candidates"]]
-    for number, kind in enumerate(kinds):
-        right, losses, selected, kl = [], [], [], []
-        for record in records:
-            single = record.about["candidates"][0]["members"][0]
-            ours = Evaluation(*record.candidates_final[number])
-            accuracy, log_loss = (PREFERENCE_FITNESSES[kind].terms(ours) for kind in BOTH)
-            right.append(np.stack([accuracy, final_terms(record, single, "accuracy")]))
-            losses.append((final_terms(record, single, "log_loss") - log_loss)[None])
-            selected.append(Evaluation(*record.candidates_selection[number]).accuracy)
-            kl.append(record.candidates_kl[number].mean())
-        cells = [
-            f"{np.mean(selected):.3f}",
-            _interval([both[:1] for both in right], ".3f"),
-            _interval([both[:1] - both[1:] for both in right], "+.3f"),
-            _interval(losses, "+.4f"),
-            f"{np.mean(kl):.2f}",
-        ]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """What ensembles, and candidates made without training, score against the best single configuration.
+
+    The best single one is that with the best log-loss on the selection pairs at the end, of all that were trained.
+    Ensembles are means of log-ratios, which need a pass of each member. "Tested" is what `evollm.hpo.FinalCandidates`
+    decides: the best candidate by the log-loss of the selection pairs that is better by a paired test, else the single.
+    """
+    rows: dict[str, list[tuple[Evaluation, Evaluation, float]]] = {}
+    singles, wins = [], 0
+    for record in records:
+        order = ranked(record, range(len(record.final)), -1, "log_loss")
+        single = _founder(record, order[:1])
+        singles.append(single)
+        rows.setdefault("best single", []).append(single)
+        for count in ENSEMBLES:
+            rows.setdefault(f"ensemble of {count}", []).append(_founder(record, order[:count]))
+        candidates = {}
+        for number, candidate in enumerate(record.about["candidates"]):
+            kind = _kind(candidate)
+            kind += " again" * sum(known.startswith(kind) for known in candidates)
+            candidates[kind] = (
+                Evaluation(*record.candidates_selection[number]),
+                Evaluation(*record.candidates_final[number]),
+                float(record.candidates_kl[number].mean()),
+            )
+        for kind, one in candidates.items():
+            rows.setdefault(kind, []).append(one)
+        if candidates:
+            terms = PREFERENCE_FITNESSES["log_loss"].terms
+            compared = [compare_pairwise(terms(one[0]), terms(single[0])) for one in candidates.values()]
+            winner = winning_candidate(compared, FinalCandidates.level)
+            wins += winner is not None
+            rows.setdefault("tested", []).append(single if winner is None else [*candidates.values()][winner])
+            largest = int(np.argmax([one.difference for one in compared]))
+            rows.setdefault("the best on the selection pairs", []).append([*candidates.values()][largest])
+    cells = []
+    for kind, found in rows.items():
+        name = f"tested: {wins} of {len(records)} seeds take one" if kind == "tested" else kind
+        right, losses = (
+            [
+                np.stack([PREFERENCE_FITNESSES[score].terms(one[1]) for one in pair])
+                for pair in zip(found, singles, strict=True)
+            ]
+            for score in ("accuracy", "log_loss")
+        )
+        cells.append(
+            [
+                name,
+                f"{np.mean([one[0].accuracy for one in found]):.3f}",
+                _interval([both[:1] for both in right], ".3f"),
+                _interval([both[:1] - both[1:] for both in right], "+.3f"),
+                _interval([both[1:] - both[:1] for both in losses], "+.4f"),
+                f"{np.mean([one[2] for one in found]):.2f}".replace("nan", ""),
+            ]
+        )
+    single = "minus best single"
+    heads = ("candidate", "selection accuracy", "final accuracy", single, f"log-loss {single}", "KL")
+    return _table(heads, cells)
+
+
+def lengths_table(records: Sequence[Record]) -> str:
+    """Tokens of sampled answers; "" where none were recorded."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, lengths in record.about["answer_lengths"].items():
+            kind = "best single" if name.startswith("founder") else name.split(" of ")[0]
+            found.setdefault(kind, []).append(float(np.mean(lengths)))
+    if not found:
+        return ""
+    return _table(("answers of", "tokens"), [[kind, f"{np.mean(means):.1f}"] for kind, means in found.items()])
+
+
+def _founder(record: Record, members: Sequence[int]) -> tuple[Evaluation, Evaluation, float]:
+    """Selection, final score and KL of a configuration, or of an ensemble, whose KL is not known."""
+    kl = float(record.kl[members[0]].mean()) if len(members) == 1 else float("nan")
+    both = record.selection[list(members), -1], record.final[list(members)]
+    selection, final = (Evaluation(*ratios.mean(axis=0)) for ratios in both)
+    return selection, final, kl
 
 
 def _kind(candidate: Mapping[str, object]) -> str:
@@ -196,24 +163,52 @@ def _places(fitnesses: Sequence[tuple[float, ...]]) -> list[int]:
     return [known.index(fitness) for fitness in fitnesses]
 
 
+def _compared(rival: str) -> tuple[str, ...]:
+    return "final accuracy", f"minus {rival}", "log-loss", f"minus {rival}", "chosen", "KL"
+
+
+def _cells(by_seed: Mapping[int, Outcome], rivals: Mapping[int, Outcome]) -> list[str]:
+    """Final scores, compared with a rival's on the same pairs."""
+    both = [(one, rivals[seed]) for seed, one in by_seed.items()]
+    return [
+        _interval([one.right for one, _ in both], ".3f"),
+        _interval([one.right - other.right for one, other in both], "+.3f"),
+        _interval([one.losses for one, _ in both], ".4f"),
+        _interval([one.losses - other.losses for one, other in both], "+.4f"),
+        f"{np.mean([one.chosen.mean() for one, _ in both]):+.2f}",
+        f"{np.mean([one.kl.mean() for one, _ in both]):.2f}",
+    ]
+
+
 def _interval(per_seed: Sequence[Array], form: str) -> str:
     mean, low, high = hierarchical([values.mean(axis=0) for values in per_seed])
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join([f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)])
+
+
 def replay(folder: Path) -> str:
     """The table of strategies without inheritance."""
-    return "\n\n".join(
-        f"{one.title}\n\n{strategies_table(outcomes_of(replace(one, runs={})))}" for one in measured_in(folder)
-    )
+    found = (replace(data, runs={}) for data in measured_in(folder))
+    return "\n\n".join(f"{data.title}\n\n{strategies_table(outcomes(data))}" for data in found)
 
 
-def report(folder: Path) -> str:
-    """All tables of a folder's records and runs, each data set by itself."""
+def report(folder: Path, figure: Path | None = None) -> str:
+    """All tables of a folder's records and runs, each data set by itself.
+
+    Args:
+        folder: Of the records and runs.
+        figure: Of the pictures of final scores against compute, to whose name that of the data set is added.
+    """
     parts = []
-    for one in measured_in(folder):
-        records = list(one.records.values())
-        parts += [one.title, strategies_table(outcomes_of(one)), scores_table(records)]
+    for data in measured_in(folder):
+        found, records = outcomes(data), list(data.records.values())
         with_candidates = [record for record in records if record.about["candidates"]]
-        parts += [finalists_table(with_candidates)] if with_candidates else []
-    return "\n\n".join(parts)
+        parts += [data.title, strategies_table(found), reaching_text(found), scores_table(data.records)]
+        parts += [finalists_table(with_candidates or records), lengths_table(records)]
+        if figure is not None:
+            path = figure.with_stem(f"{figure.stem}-{data.name}")
+            draw(found, data.title.removeprefix("### "), path)
+    return "\n\n".join(filter(None, parts))

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import search
 from searching import tiny
-from searching.contestants import Prices, ranked
+from searching.contestants import HALVINGS, Prices, Rung, halving, ranked
 from searching.problem import read_dialogues, split_by_dialogue
 from searching.records import Record, Searched
+from searching.statistics import reaching
 
 PAIRS = {"train": 64, "selection": 6, "final": 10}
 # Eight steps, so that the rungs are different steps.
@@ -23,13 +24,23 @@ SMALL = [part for name, count in PAIRS.items() for part in (f"--{name}", str(cou
 SMALL += ["--batch-size", str(BATCH_SIZE)]
 
 
-@pytest.fixture(autouse=True)
-def untrained(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def untrained() -> Iterator[None]:
     """Few steps of pretraining."""
-    monkeypatch.setattr(tiny, "PRETRAINING_STEPS", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "PRETRAINING_STEPS", 2)
+        tiny.network.cache_clear()
+        yield
     tiny.network.cache_clear()
-    yield
-    tiny.network.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, untrained: None) -> Path:
+    """A sweep of three random configurations, and random search through the loop from the same."""
+    folder = tmp_path_factory.mktemp("measured")
+    recorded(folder, "--founders", "3")
+    ran(folder, "random-members=3", "--members", "3")
+    return folder
 
 
 def searched(what: str, out: Path, *more: str) -> None:
@@ -95,8 +106,9 @@ def test_records_of_a_bfloat16_base_are_kept_in_half_precision(tmp_path: Path) -
         assert np.abs(loaded - values).max() <= error
 
 
-def test_random_search_through_the_loop_is_what_is_replayed_from_the_record_at_the_same_price(tmp_path: Path) -> None:
-    record, run = recorded(tmp_path, "--founders", "3"), ran(tmp_path, "random-members=3", "--members", "3")
+def test_random_search_through_the_loop_is_what_is_replayed_from_the_record_at_the_same_price(measured: Path) -> None:
+    record = Record.load(measured / "record-tiny-3.npz")
+    run = Searched.load(measured / "run-random-members=3-tiny-3.npz")
     best = ranked(record, [1, 2, 3], -1, "accuracy_mean_margin")[0]
     assert run.about["best"] == {"agent": best - 1, "step": 16}
     assert np.array_equal(run.final, record.final[best])
@@ -106,7 +118,65 @@ def test_random_search_through_the_loop_is_what_is_replayed_from_the_record_at_t
     assert run.about["runs"] == pytest.approx(replayed, rel=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["tournament", "pbt", "pb2", "mf_pbt", "asha", "optuna"])
+def test_a_report_tells_and_draws_all_that_was_measured(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search.main(["report", "--out", str(measured), "--figure", str(measured / "scores.svg")])
+    told = capsys.readouterr().out
+    for name in ("random, 8", HALVINGS[0].name, "random-members=3", "ensemble of 2", "scaled of 1 x 0.5", "tested"):
+        assert f" {name}" in told
+    assert "The best contestants reach the accuracy of 'random, 8' at" in told
+    assert "nan" not in told
+    picture = (measured / "scores-tiny.svg").read_text(encoding="utf-8")
+    assert all(text in picture for text in ("compute, in runs of one agent", HALVINGS[0].name, "random-members=3"))
+    search.main(["replay", "--out", str(measured)])
+    replayed = capsys.readouterr().out
+    assert HALVINGS[0].name in replayed
+    assert "random-members=3" not in replayed
+
+
+STEPS, SELECTION = 16, 64
+
+
+def made_up(*members: tuple[float, float]) -> Record:
+    """A record of random configurations with the mean margin and chosen log-ratio of each, the same at every rung."""
+    noise = np.random.default_rng(0).normal(size=SELECTION)
+    ratios = [[np.full(SELECTION, chosen), chosen - (margin + noise)] for margin, chosen in members]
+    selection = np.repeat(np.array(ratios)[:, None], 3, axis=1)
+    about = {"founders": [{"kind": "random"}] * len(members), "sizes": {"rungs": [0.25, 0.5, 1.0]}}
+    none = np.zeros(0)
+    steps = np.array([[4.0, 2.0]] * STEPS)
+    return Record(about, selection, selection[:, -1], none, none, none, none, none, steps, np.ones(SELECTION))
+
+
+def test_halving_keeps_the_best_and_is_charged_for_steps_pairs_and_references() -> None:
+    """A run: 16 x 4 of training, 16 x 2 of references, 2 x 64 of the selection pairs, 224 in all.
+
+    Of four members three end at a quarter: (3 x 4 + 16) x 4 = 112 of training, 4 x 16 + 64 = 128 of evaluations, 96 of
+    references.
+    """
+    record = made_up((0.1, 0.0), (0.2, 0.0), (2.0, -5.0), (1.0, -1.0))
+    rungs = [Rung(0.25, 1, 16)]
+    found = halving(record, [0, 1, 2, 3], 4, rungs)
+    assert found.founder == 2
+    assert found.runs == pytest.approx((112 + 128 + 96) / 224)
+    assert halving(record, [0, 1, 3, 2], 3, rungs).founder == 3, "only the first ones begin"
+    assert halving(record, [0, 1, 2, 3], 4, rungs, least=-3.0).founder == 3
+
+
+def test_a_race_finds_the_same_winner_on_fewer_pairs() -> None:
+    record = made_up((-2.0, 0.0), (-2.1, 0.0), (2.0, 0.0), (1.9, 0.0))
+    everybody = [Rung(part, 4) for part in (0.25, 0.5)]
+    whole, raced = (halving(record, [0, 1, 2, 3], 4, everybody, error_rate=rate) for rate in (0.0, 0.2))
+    assert whole.founder == raced.founder == 2
+    assert raced.runs < 0.8 * whole.runs
+
+
+def test_the_price_at_which_a_score_is_reached_lies_between_the_contestants_around_it() -> None:
+    scores = np.tile([0.5, 0.4, 0.6, 0.55], (30, 1))
+    assert reaching(np.array([1.0, 1.5, 2.0, 8.0]), [scores], 3) == pytest.approx((1.5, 1.5, 1.5))
+    assert reaching(np.array([1.0, 1.5, 2.0, 8.0]), [scores], 0) == pytest.approx((1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("strategy", ["tournament", "pbt", "pb2", "mf_pbt"])
 def test_a_strategy_is_run_by_its_name(tmp_path: Path, strategy: str) -> None:
     run = ran(tmp_path, f"{strategy}-members=4", "--members", "4")
     assert run.about["births"]
