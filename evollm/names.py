@@ -27,6 +27,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "pop_size": "population",
         "size": "population",
         "learning_rate": "lr",
+        "optimizer": "optim",
         "rpo_alpha": "nll_alpha",
         "per_device_train_batch_size": "data_batch_size_per_gpu",
         "num_train_epochs": "num_epochs",
@@ -82,12 +83,10 @@ _INSIDE = {
     "model_init_kwargs": "model_config",
 }
 _SCHEDULE = "the schedule of the learning rate is lr_scheduler_type, such as cosine, with warmup_ratio or warmup_steps"
-_ONE_OPTIMIZER = "the optimizer is AdamW, with weight_decay"
 _TYPE = "the base's type is dtype, such as dtype=bfloat16; adapters stay in float32"
 # Settings of other libraries that evollm lacks, with the reason.
 _NOT_SUPPORTED = {
     **dict.fromkeys(("lr_scheduler", "scheduler"), _SCHEDULE),
-    **dict.fromkeys(("optim", "optimizer"), _ONE_OPTIMIZER),
     **dict.fromkeys(("bf16", "fp16", "precision", "mixed_precision", "torch_dtype"), _TYPE),
     "gradient_accumulation_steps": "a step is data_batch_size_per_gpu pairs, and micro_batch_size_per_gpu or "
     "token_budget bounds its memory",

@@ -135,6 +135,8 @@ MISTAKES = {
     "LR: 1e-5": "LR=1e-05: is no parameter; the nearest known one is 'lr'",
     "run-dir: out": "run-dir='out': is no parameter; the nearest known one is 'run_dir'",
     "epochs: 2": "epochs=2: is no parameter; the nearest known one is 'num_epochs'",
+    "optim: lion": "optim='lion': is not known; the nearest is 'lion_8bit'...",
+    "optimizer: lion_32bit": "optimizer='lion_32bit': is no parameter; the nearest known one is 'optim'",
     "warmup_ratio: 0.1": "warmup_ratio=0.1: has no effect with lr_scheduler_type='constant'...",
     "bf16: true": "bf16=True: is no parameter; leave it out: the base's type is dtype, such as dtype=bfloat16...",
     "hp_config: {learning_rate: [1e-5, 1e-4]}": "hp_config.learning_rate=...: ...the nearest known name is 'lr'...",

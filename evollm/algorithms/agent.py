@@ -1,4 +1,4 @@
-"""The agent without an algorithm: adapters on the shared base, AdamW, settings, hyperparameters and counters."""
+"""The agent without an algorithm: adapters on the shared base, an optimizer, settings, hyperparameters and counters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from evollm.algorithms.arguments import show_arguments
-from evollm.algorithms.optimizers import adamw
-from evollm.algorithms.settings import AgentSettings, Evolvable, Hyperparameters, Setting, check_evolution
-from evollm.checks import boolean, located, optional_whole_number, whole_number
+from evollm.algorithms.configured_agent import ConfiguredAgent
+from evollm.algorithms.optimizers import check_optimizer, create_optimizer
+from evollm.algorithms.settings import AgentSettings, Hyperparameters, check_evolution
+from evollm.checks import boolean, located, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.hyperparameters import HyperparameterConfig
 from evollm.models import AdapterShares, AdapterState
@@ -55,8 +56,8 @@ _NETWORKS = frozenset({"_adapters", "optimizer"})
 A = TypeVar("A", bound="LLMAgent")
 
 
-class LLMAgent:
-    """A member of a population: adapters on a shared base, AdamW, hyperparameters.
+class LLMAgent(ConfiguredAgent):
+    """A member of a population: adapters on a shared base, an optimizer, hyperparameters.
 
     The constructor takes `AgentArguments`, and the fields of `settings_class` and `hyperparameters_class`, by name: an
     algorithm whose classes have further fields needs no constructor for them. Every argument is an attribute.
@@ -67,7 +68,6 @@ class LLMAgent:
         num_tokens: Number of tokens that it has learnt from; a prompt that two sides share counts once.
         diverged: Whether a loss or gradient was not finite; that update was skipped, and the agent learns no more.
         slot: In a replay of this agent alone, its place in the shared forward passes of the original run; else None.
-        schedule_start: Value of `steps` at which the schedule of the learning rate began.
         rng: The agent's own generator, cloned and saved with it, for subclasses and hooks that draw numbers.
     """
 
@@ -76,27 +76,6 @@ class LLMAgent:
     # The dataclasses of the agent's settings and hyperparameters.
     settings_class: ClassVar[type[AgentSettings]] = AgentSettings
     hyperparameters_class: ClassVar[type[Hyperparameters]] = Hyperparameters
-
-    lr = Evolvable[float]()
-    max_grad_norm = Evolvable[float]()
-    batch_size = Evolvable[int]()
-    update_epochs = Evolvable[int]()
-    seed = Setting[int]()
-    micro_batch_size_per_gpu = Setting["int | None"]()
-    gradient_checkpointing = Setting["bool | None"]()
-    calc_position_embeddings = Setting[bool]()
-    pad_token_id = Setting["int | None"]()
-    pad_token = Setting["str | None"]()
-    torch_compiler = Setting["str | None"]()
-    token_budget = Setting["int | None"]()
-    drop_nonfinite_rows = Setting[bool]()
-    lr_scheduler_type = Setting[str]()
-    lr_scheduler_kwargs = Setting["Mapping[str, Any] | None"]()
-    warmup_ratio = Setting[float]()
-    warmup_steps = Setting[float]()
-    weight_decay = Setting[float]()
-    _num_training_steps: int | None = None
-    schedule_start = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -132,8 +111,8 @@ class LLMAgent:
         for name, space in (("observation_space", observation_space), ("action_space", action_space)):
             if not isinstance(space, spaces.Space | None):
                 raise ConfigurationError(name, space, "must be a space of gymnasium or None: give the rest by its name")
-        settings.check(hyperparameters)
         check_evolution(hp_config, hyperparameters, settings)
+        check_optimizer(settings, accelerator)
         if lora_config is None:
             lora_config = LoraConfig(**DEFAULT_LORA)
         else:
@@ -184,13 +163,14 @@ class LLMAgent:
             base.compile(settings.torch_compiler)
             Engine.of(base).say([slow_compile_mode(base.device.type, settings.torch_compiler)])
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        parameters = self.base.adapters.parameters(self.actor_adapter)
+        return create_optimizer(self.settings, parameters, self.lr, self.lr_factor, self.accelerator)
+
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
         """The frozen adapters of a new agent: for each role its name on the base; None for the base without adapter."""
         del actor
         return {}
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        return adamw(self.actor_parameters(), self.learning_rate, self.weight_decay, self.accelerator)
 
     @property
     def actor_network(self) -> PreTrainedModel | None:
@@ -304,53 +284,6 @@ class LLMAgent:
             close()
         self.optimizer.state.clear()
 
-    # The learning rate
-
-    @property
-    def num_training_steps(self) -> int | None:
-        """Number of batches that the schedule of the learning rate is over; None: not known.
-
-        A run sets it. Setting it begins the schedule, at step 0 of `num_training_steps`.
-        """
-        return self._num_training_steps
-
-    @num_training_steps.setter
-    def num_training_steps(self, value: int | None) -> None:
-        self._num_training_steps = optional_whole_number("num_training_steps", value, 1)
-        self.schedule_start = self.steps
-        self._set_rate()
-
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate of the next batch: `lr` times the factor of the schedule."""
-        if self.settings.depends_on_total and self.num_training_steps is None:
-            return self.lr
-        return self.settings.learning_rate(self.lr, self.steps - self.schedule_start, self.num_training_steps)
-
-    def _set_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-
-    def check_schedule(self) -> None:
-        """Check that the schedule of the learning rate has a next step.
-
-        Raises:
-            ConfigurationError: The schedule has ended, or `num_training_steps` is not known and needed.
-        """
-        total = self.num_training_steps
-        if self.settings.depends_on_total and (total is None or self.steps - self.schedule_start >= total):
-            ended = "" if total is None else ", whose schedule has ended"
-            fix = f"of agent {self.index}{ended}: lr_scheduler_type={self.lr_scheduler_type!r} depends on the number "
-            fix += "of steps, which a run sets; for learn without a run set agent.num_training_steps to that of batches"
-            raise ConfigurationError("num_training_steps", total, fix)
-
-    def count_step(self) -> None:
-        """Count a batch, and set the learning rate of the next one."""
-        self.steps += 1
-        # A constant rate is left to a scheduler that a script may have put on the optimizer.
-        if not self.settings.is_constant:
-            self._set_rate()
-
     # Evolution
 
     @classmethod
@@ -399,33 +332,6 @@ class LLMAgent:
         if wrapper_cls is None:
             return agents
         return [wrapper_cls(agent, **(wrapper_kwargs or {})) for agent in agents]
-
-    def hyperparameter_values(self) -> dict[str, float]:
-        """The hyperparameters by name."""
-        return asdict(self.hyperparameters)
-
-    def set_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Change hyperparameters. The optimizer gets the learning rate and keeps its moments.
-
-        Raises:
-            ConfigurationError: A name is unknown or a value invalid.
-        """
-        hyperparameters = self.check_hyperparameters(values)
-        if hyperparameters is self.hyperparameters:
-            return
-        self.hyperparameters = hyperparameters
-        self._set_rate()
-
-    def check_hyperparameters(self, values: Mapping[str, Any]) -> Hyperparameters:
-        """The agent's hyperparameters with these values, checked; the agent is not changed.
-
-        Raises:
-            ConfigurationError: A name is unknown or a value invalid.
-        """
-        changed = self.hyperparameters.with_values(values)
-        if changed is not self.hyperparameters:
-            self.settings.check(changed)
-        return changed
 
     def register_mutation_hook(self, hook: Callable[[], object] | Callable[[LLMAgent], object]) -> None:
         """Register a function that is called after each mutation of this agent or of a later clone.

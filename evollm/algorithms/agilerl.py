@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from evollm.algorithms.agent import OWN, LLMAgent
 from evollm.algorithms.algorithm import algorithm_of
 from evollm.algorithms.input_checks import check_base, check_gym
+from evollm.algorithms.optimizers import set_learning_rate
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import whole_number
 from evollm.errors import ConfigurationError
@@ -167,9 +168,7 @@ class EvolvableAlgorithm(SavableAgent):
         Returns:
             The accelerator, and a scheduler for the caller to step if `scheduler_config` is given.
         """
-        actor_lr = lr[0] if isinstance(lr, tuple) else lr
-        for group in optimizer.param_groups:
-            group["lr"] = actor_lr
+        set_learning_rate(optimizer, lr[0] if isinstance(lr, tuple) else lr)
         if scheduler_config is None:
             return accelerator, None
         warmup = max(1, round(scheduler_config.num_epochs * scheduler_config.warmup_proportion))

@@ -66,7 +66,14 @@ class AgentArguments(TypedDict, total=False):
         lr_scheduler_kwargs: Further arguments of the schedule, such as `{"min_lr_rate": 0.1}`.
         warmup_ratio: Share of the steps in which the rate rises linearly from 0; no effect beside `warmup_steps`.
         warmup_steps: Number of these steps; below 1 a share of them, as in transformers 5.
-        weight_decay: AdamW's decoupled weight decay (arXiv 1711.05101) of the adapter.
+        optim: The optimizer, by its name in transformers: `adamw_torch`; `adamw_8bit`, `lion_32bit` and `lion_8bit` of
+            bitsandbytes; `schedule_free_adamw` of schedulefree, of which everything but training sees the averaged
+            weights. All but the first need the extra `optimizers`. Options other than those named here are each
+            library's defaults.
+        weight_decay: Decoupled weight decay (arXiv 1711.05101) of the adapter.
+        loraplus_lr_ratio: Learning rate of the B matrices divided by that of the A matrices, `lr` (LoRA+, arXiv
+            2402.12354), with the parameter groups of PEFT's `create_loraplus_optimizer`: adapters of embeddings have
+            the rate 1e-6, and biases no weight decay. None or 1: all weights have the rate `lr`.
     """
 
     pad_token_id: int | None
@@ -96,7 +103,9 @@ class AgentArguments(TypedDict, total=False):
     lr_scheduler_kwargs: Mapping[str, Any] | None
     warmup_ratio: float
     warmup_steps: float
+    optim: str
     weight_decay: float
+    loraplus_lr_ratio: float | None
 
 
 def show_arguments(kind: Any) -> None:

@@ -1,119 +1,258 @@
-"""An agent's AdamW: built here, and its state checked when it comes from a checkpoint or from an `optimizer.pt`.
-
-`optimizer.pt` and `scheduler.pt` stand beside the `policy.pt` of the original DPO repository.
-"""
+"""The optimizers of agents, by their names in transformers' `OptimizerNames`, and the parameter groups of LoRA+."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import functools
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from evollm.checkpoints.policy_archive import ADAPTER, NAMES, OPTIMIZER, SCHEDULER
-from evollm.errors import CheckpointError
-from evollm.models.loading.policy_archive import read_archive
+from evollm.checks import finite_number, nearest_name, positive_number
+from evollm.errors import ConfigurationError, MissingExtraError, brief
 from evollm.processes import uses_deepspeed
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-# Keys of a group of parameters that AdamW writes and other optimizers do not have together.
-_ADAMW = frozenset({"betas", "eps", "weight_decay"})
+# A list of parameters, or of parameter groups, as torch takes them.
+Parameters: TypeAlias = "list[nn.Parameter] | list[dict[str, Any]]"
+# Shape of a tensor in an optimizer's state, and whether the tensor is of bytes, that is quantised.
+Form: TypeAlias = tuple[tuple[int, ...], bool]
+_SCALAR: Form = ((), False)
+
+ADAMW = "adamw_torch"
+# The learning rate of adapters of embeddings in LoRA+, as in PEFT's create_loraplus_optimizer.
+EMBEDDING_LR = 1e-6
+# Key of a parameter group of LoRA+: its rate divided by the agent's; None: EMBEDDING_LR.
+_RATIO = "lr_ratio"
+# bitsandbytes quantises the state of parameters with at least so many values, in blocks of this size.
+_MIN_8BIT_SIZE, _BLOCK_SIZE = 4096, 256
 
 
-def adamw(
-    parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, accelerator: Any = None
-) -> torch.optim.AdamW:
-    """AdamW.
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer of a library, with the library's defaults for what no setting says.
 
-    Args:
-        parameters: The parameters that it updates.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
-        accelerator: An `accelerate.Accelerator` or None; with DeepSpeed the moments are sharded over the processes.
+    Attributes:
+        module: The module of its class.
+        name: The name of its class.
+        forms: The form of each value in the state of a parameter.
+        counters: Options of a parameter group that are part of the state.
     """
-    if not uses_deepspeed(accelerator):
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    from evollm.distributed.sharded_adamw import ShardedAdamW  # noqa: PLC0415
-    from evollm.distributed.zero_config import zero_stage  # noqa: PLC0415
 
-    return ShardedAdamW(parameters, lr, weight_decay, zero_stage(accelerator))
+    module: str
+    name: str
+    forms: Callable[[Tensor], dict[str, Form]]
+    counters: tuple[str, ...] = ()
+
+    @property
+    def package(self) -> str:
+        """The library."""
+        return self.module.partition(".")[0]
+
+    def create(self, parameters: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """An optimizer of these parameters."""
+        kind = getattr(importlib.import_module(self.module), self.name)
+        optimizer: torch.optim.Optimizer = kind(parameters, lr=lr, weight_decay=weight_decay)
+        return optimizer
 
 
-def check_moments(state: object, parameters: Sequence[nn.Parameter], source: object) -> None:
-    """Check that a saved state is AdamW's for these parameters.
+def _like(parameter: Tensor, *names: str) -> dict[str, Form]:
+    return dict.fromkeys(names, (tuple(parameter.shape), False))
+
+
+def _of_bitsandbytes(parameter: Tensor, moments: int, *, eight_bit: bool) -> dict[str, Form]:
+    """The state of a parameter in an optimizer with so many moments."""
+    quantised = eight_bit and parameter.numel() >= _MIN_8BIT_SIZE
+    forms: dict[str, Form] = {"step": _SCALAR}
+    for number in range(1, moments + 1):
+        forms[f"state{number}"] = (tuple(parameter.shape), quantised)
+        if quantised:
+            forms[f"qmap{number}"] = ((2**8,), False)
+            forms[f"absmax{number}"] = ((math.ceil(parameter.numel() / _BLOCK_SIZE),), False)
+    return forms
+
+
+OPTIMIZERS: Mapping[str, Optimizer] = {
+    ADAMW: Optimizer("torch.optim", "AdamW", lambda one: {"step": _SCALAR, **_like(one, "exp_avg", "exp_avg_sq")}),
+    "adamw_8bit": Optimizer("bitsandbytes.optim", "AdamW8bit", lambda one: _of_bitsandbytes(one, 2, eight_bit=True)),
+    "lion_32bit": Optimizer("bitsandbytes.optim", "Lion", lambda one: _of_bitsandbytes(one, 1, eight_bit=False)),
+    "lion_8bit": Optimizer("bitsandbytes.optim", "Lion8bit", lambda one: _of_bitsandbytes(one, 1, eight_bit=True)),
+    "schedule_free_adamw": Optimizer(
+        "schedulefree",
+        "AdamWScheduleFree",
+        lambda one: _like(one, "z", "exp_avg_sq"),
+        ("k", "weight_sum", "lr_max", "scheduled_lr"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The settings of an agent's optimizer; `AgentArguments` documents each field."""
+
+    optim: str = ADAMW
+    weight_decay: float = 0.0
+    loraplus_lr_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        name = self.optim
+        if not isinstance(name, str) or name not in OPTIMIZERS:
+            nearest = f"; the nearest is {nearest_name(name, OPTIMIZERS)!r}" if isinstance(name, str) else ""
+            raise ConfigurationError("optim", name, f"is not known{nearest}, known are {', '.join(OPTIMIZERS)}")
+        # transformers' OptimizerNames is a str, too: a checkpoint may hold plain texts only.
+        object.__setattr__(self, "optim", next(known for known in OPTIMIZERS if known == name))
+        object.__setattr__(self, "weight_decay", float(finite_number("weight_decay", self.weight_decay)))
+        if self.weight_decay < 0:
+            raise ConfigurationError("weight_decay", self.weight_decay, "must not be negative")
+        if self.loraplus_lr_ratio is not None:
+            ratio = float(positive_number("loraplus_lr_ratio", self.loraplus_lr_ratio))
+            object.__setattr__(self, "loraplus_lr_ratio", ratio)
+
+    @property
+    def uses_loraplus(self) -> bool:
+        """Whether parameters have different learning rates."""
+        return self.loraplus_lr_ratio not in (None, 1)
+
+
+def check_optimizer(settings: OptimizerSettings, accelerator: Any) -> None:
+    """Check, before a base is loaded, that an agent can have its optimizer.
 
     Args:
-        state: The `state_dict` of a checkpoint.
-        parameters: The parameters, in the optimizer's order.
-        source: Where the checkpoint is, for the message.
+        settings: The agent's settings.
+        accelerator: An `accelerate.Accelerator` or None.
 
     Raises:
-        CheckpointError: A part is missing, of another type or of another shape.
+        ConfigurationError: DeepSpeed cannot shard it.
+        MissingExtraError: Its package is not installed.
     """
+    if uses_deepspeed(accelerator):
+        for field, value in (("optim", ADAMW), ("loraplus_lr_ratio", None)):
+            if settings.uses_loraplus if value is None else settings.optim != value:
+                fix = f"DeepSpeed shards AdamW with one learning rate: use {value}, or processes without DeepSpeed"
+                raise ConfigurationError(field, getattr(settings, field), fix)
+    package = OPTIMIZERS[settings.optim].package
     try:
-        (group,) = state["param_groups"]  # type: ignore[index]
-        moments = state["state"]  # type: ignore[index]
-        if list(group["params"]) != list(range(len(parameters))) or not moments.keys() <= set(group["params"]):
-            raise ValueError("it is for other parameters")
-        for number, values in moments.items():
-            shapes = {name: value.shape for name, value in values.items()}
-            expected = {"step": torch.Size(), **dict.fromkeys(_MOMENTS, parameters[number].shape)}
-            if shapes != expected:
-                raise ValueError(f"parameter {number} has {shapes}, and needs {expected}")
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{source}: the optimizer's state cannot be used: {error}") from error
+        importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(package, "optimizers", f"optim={settings.optim!r}") from error
 
 
-def read_optimizer_archive(
-    path: Path, parameters: Mapping[str, nn.Parameter], lr: float
-) -> tuple[int, dict[str, Any], str]:
-    """Read an `optimizer.pt` that `save_policy_archive` wrote, without running code from it.
-
-    Args:
-        path: The file. A `scheduler.pt` beside it must have the same step and the agent's learning rate.
-        parameters: The agent's parameters by name, in the optimizer's order.
-        lr: The agent's learning rate.
-
-    Returns:
-        The step, the `state_dict` for AdamW, and the fingerprint of the adapter that the moments belong to.
+@functools.cache
+def _check_kernels(optim: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Check that an optimizer of bitsandbytes can update weights of this dtype on this device.
 
     Raises:
-        CheckpointError: A file is missing, damaged or not plain data, or the state is not AdamW's for these parameters.
+        ConfigurationError: It cannot.
     """
-    archive, state = read_archive(path, OPTIMIZER)
-    groups, moments = state.get("param_groups"), state.get("state")
-    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
-        raise CheckpointError(f"{path}: state is not an optimizer's, with one group of parameters")
-    group = groups[0]
-    names, adapter = group.get(NAMES), group.get(ADAPTER)
-    if not group.keys() >= _ADAMW or not isinstance(names, list) or not isinstance(adapter, str):
-        raise CheckpointError(
-            f"{path} is not the state of AdamW for an adapter, it has {sorted(map(str, group))}: of a model that was "
-            "tuned as a whole, as the original repository does, policy.pt goes on as archive=, with a fresh optimizer"
-        )
-    if names != list(parameters):
-        strange = [name for name in names if name not in parameters] or [n for n in parameters if n not in names]
-        first = f", among them {strange[0]}" if strange else ", in another order"
-        fix = "build the agent with the same lora_config"
-        raise CheckpointError(f"{path}: its moments are for other parameters than the agent's{first}: {fix}")
-    own = {name: value for name, value in group.items() if name not in (NAMES, ADAPTER)}
-    found = {"state": moments, "param_groups": [own]}
-    check_moments(found, list(parameters.values()), path)
-    if path.with_name(SCHEDULER).exists():
-        _check_scheduler(path.with_name(SCHEDULER), archive.step_idx, lr)
-    return archive.step_idx, found, adapter
+    if dtype != torch.float32:
+        fix = f"updates float32 weights, and the adapter's are {dtype}: use {ADAMW}, or a base of at most float32"
+        raise ConfigurationError("optim", optim, fix)
+    probe = nn.Parameter(torch.zeros(_MIN_8BIT_SIZE, device=device))
+    probe.grad = torch.ones_like(probe)
+    try:
+        OPTIMIZERS[optim].create([probe], 1.0, 0.0).step()
+    except Exception as error:  # of a missing kernel or library; bitsandbytes has no exception class of its own
+        fix = f"does not run on {device} ({brief(str(error))}): use {ADAMW}, or another version of bitsandbytes"
+        raise ConfigurationError("optim", optim, fix) from error
 
 
-def _check_scheduler(path: Path, step_idx: int, lr: float) -> None:
-    """Check that a `scheduler.pt` has the step of the `optimizer.pt` beside it, and this constant learning rate."""
-    archive, state = read_archive(path, SCHEDULER)
-    rates, last = state.get("base_lrs"), state.get("_last_lr")
-    if archive.step_idx != step_idx:
-        raise CheckpointError(f"{path} is of step {archive.step_idx}, and {OPTIMIZER} beside it of step {step_idx}")
-    if rates != last or not isinstance(rates, list) or len(rates) != 1:
-        fix = "evollm's are constant: start with a fresh optimizer"
-        raise CheckpointError(f"{path} is not at its own rate: base_lrs={rates!r}, _last_lr={last!r}; {fix}")
-    if rates[0] != lr:
-        raise CheckpointError(f"{path} says lr={rates[0]!r}, and the agent has lr={lr!r}: set agent.lr = {rates[0]!r}")
+def create_optimizer(
+    settings: OptimizerSettings,
+    parameters: Mapping[str, nn.Parameter],
+    lr: float,
+    factor: float = 1.0,
+    accelerator: Any = None,
+) -> torch.optim.Optimizer:
+    """Create an optimizer.
+
+    Args:
+        settings: The agent's settings.
+        parameters: The adapter's parameters by name.
+        lr: The agent's `lr`.
+        factor: The factor of the schedule.
+        accelerator: An `accelerate.Accelerator` or None; with DeepSpeed the moments are sharded over the processes.
+
+    Raises:
+        ConfigurationError: The optimizer does not run on the parameters' device, or for their dtype.
+    """
+    if uses_deepspeed(accelerator):
+        from evollm.distributed.sharded_adamw import ShardedAdamW  # noqa: PLC0415
+        from evollm.distributed.zero_config import zero_stage  # noqa: PLC0415
+
+        return ShardedAdamW(list(parameters.values()), lr * factor, settings.weight_decay, zero_stage(accelerator))
+    if OPTIMIZERS[settings.optim].package == "bitsandbytes":
+        for device, dtype in {(parameter.device, parameter.dtype) for parameter in parameters.values()}:
+            _check_kernels(settings.optim, device, dtype)
+    given: Parameters = _loraplus_groups(settings, parameters) if settings.uses_loraplus else list(parameters.values())
+    optimizer = OPTIMIZERS[settings.optim].create(given, lr, settings.weight_decay)
+    set_learning_rate(optimizer, lr, factor)
+    return optimizer
+
+
+def _loraplus_groups(settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameter groups of PEFT's `create_loraplus_optimizer` that are not empty."""
+    groups: dict[str, dict[str, Any]] = {
+        "A": {_RATIO: 1.0},
+        "embedding": {_RATIO: None},
+        "B": {_RATIO: settings.loraplus_lr_ratio},
+        "bias": {_RATIO: settings.loraplus_lr_ratio, "weight_decay": 0.0},
+    }
+    embeddings = {_module(name) for name in parameters if ".lora_embedding_" in name}
+    for name, parameter in parameters.items():
+        kind = "A"
+        if _module(name) in embeddings:
+            kind = "embedding"
+        elif "lora_B" in name or parameter.ndim == 1:
+            kind = "bias" if "bias" in name else "B"
+        groups[kind].setdefault("params", []).append(parameter)
+    return [group for group in groups.values() if "params" in group]
+
+
+def _module(name: str) -> str:
+    """The path of the layer that an adapter's parameter belongs to."""
+    return name.rpartition(".lora_")[0]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, factor: float = 1.0) -> None:
+    """Set the learning rates of all parameter groups.
+
+    With LoRA+ (arXiv 2402.12354) B matrices have `loraplus_lr_ratio` times the rate, and adapters of embeddings 1e-6,
+    times the schedule's factor.
+
+    Args:
+        optimizer: The optimizer.
+        lr: The agent's `lr`.
+        factor: The factor of the schedule.
+    """
+    for group in optimizer.param_groups:
+        ratio = group.get(_RATIO, 1.0)
+        group["lr"] = (EMBEDDING_LR if ratio is None else lr * ratio) * factor
+
+
+@contextmanager
+def gradient_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The block in which a gradient is computed and a step is made.
+
+    A schedule-free optimizer (arXiv 2405.15682) takes the gradient at other weights, y, than those that it trains, x.
+    The parameters are y inside the block and x outside. Without a step they have the bits that they had before.
+    """
+    mode: Any = optimizer
+    if not hasattr(mode, "train"):
+        yield
+        return
+    parameters = [parameter for group in mode.param_groups for parameter in group["params"]]
+    before = [parameter.detach().clone() for parameter in parameters]
+    num_steps = mode.param_groups[0]["k"]
+    mode.train()
+    try:
+        yield
+    finally:
+        mode.eval()
+        if mode.param_groups[0]["k"] == num_steps:
+            with torch.no_grad():
+                for parameter, weights in zip(parameters, before, strict=True):
+                    parameter.copy_(weights)

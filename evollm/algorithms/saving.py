@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from evollm.algorithms.agent import ACTOR, REFERENCE, LLMAgent
-from evollm.algorithms.optimizers import check_moments, read_optimizer_archive
+from evollm.algorithms.optimizer_archive import read_optimizer_archive
+from evollm.algorithms.optimizer_state import check_replaceable_weights, check_same_optimizer, check_state, load_state
 from evollm.algorithms.saved_attributes import SavedAttributes, accepted_by, read_attributes
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
 from evollm.checkpoints.export import main_writes
 from evollm.checkpoints.find import find_agent
 from evollm.checkpoints.lora_merge import check_same_lora, differing_fields, merge_lora_configs, pad_adapter
-from evollm.checkpoints.policy_archive import OPTIMIZER, POLICY
+from evollm.checkpoints.policy_archive import OPTIMIZER, POLICY, no_archive_with
 from evollm.checks import boolean, optional_boolean, usable_path
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.foreign import LOAD, SAVE, explains
@@ -153,7 +154,8 @@ class SavableAgent(LLMAgent):
         Raises:
             CheckpointError: The folder is missing, damaged, or from another base.
             ConfigurationError: The LoRA configurations differ; the message lists each field. Or the reference is the
-                base without adapter, which the next stage cannot replace.
+                base without adapter, which the next stage cannot replace. Or the kept state of a schedule-free
+                optimizer would be that of other weights.
         """
         for name, value in (
             ("load_optimizer", load_optimizer),
@@ -163,6 +165,8 @@ class SavableAgent(LLMAgent):
         ):
             boolean(name, value)
         optional_boolean("overwrite_reference_adapter", overwrite_reference_adapter)
+        if not load_optimizer:
+            check_replaceable_weights(self.optimizer)
         path = _agent_folder(path)
         folder = read_agent_folder(path)
         if check_base and folder.attributes["base_fingerprint"] != self.base.weights_fingerprint:
@@ -185,13 +189,14 @@ class SavableAgent(LLMAgent):
         Raises:
             CheckpointError: `optimizer.pt` is missing or not AdamW's for this agent's adapter, or a file is damaged or
                 no plain data. The agent is unchanged then.
-            ConfigurationError: The agent's learning rate is not constant.
+            ConfigurationError: The agent has another optimizer, or its learning rate is not constant.
         """
-        if not self.settings.is_constant:
+        other = no_archive_with(self)
+        if other is not None:
             fix = (
-                "the files are for a constant learning rate: save_checkpoint and load_checkpoint keep a schedule's step"
+                "the files are for a constant learning rate of AdamW: save_checkpoint and load_checkpoint keep the rest"
             )
-            raise ConfigurationError("lr_scheduler_type", self.lr_scheduler_type, fix)
+            raise ConfigurationError(other, getattr(self, other), fix)
         path = usable_path("folder", folder) / OPTIMIZER
         parameters = self.base.adapters.parameters(self.actor_adapter)
         step_idx, state, adapter = read_optimizer_archive(path, parameters, self.lr)
@@ -214,7 +219,7 @@ class SavableAgent(LLMAgent):
                 f"{path} holds no moments: training goes on with a fresh optimizer", UserWarning, stacklevel=2
             )
         self.optimizer = self._new_optimizer()
-        self._load_moments(state)
+        load_state(self.optimizer, self.optim, state)
 
     def _merged(self, folder: AgentFolder) -> AgentFolder:
         """Rebuild the agent's adapters with a merged LoRA configuration, and give the folder's adapters its shapes."""
@@ -272,8 +277,10 @@ class SavableAgent(LLMAgent):
         # Everything that may be missing or damaged is read before the agent is changed.
         classes = (self.settings_class, self.hyperparameters_class)
         attributes = read_attributes(folder.attributes, *classes, source) if is_resume else None
-        if load_optimizer and is_resume and folder.optimizer is not None:
-            check_moments(folder.optimizer, self.actor_parameters(), source)
+        if load_optimizer and attributes is not None and folder.optimizer is not None:
+            check_same_optimizer(attributes.settings, self.settings, source)
+            groups = [group["params"] for group in self.optimizer.param_groups]
+            check_state(folder.optimizer, self.optim, groups, source)
         has_reference = self._adapters.get(REFERENCE) is not None
         if has_reference:
             saved_reference = saved_actor if overwrite_reference_adapter else folder.adapter(REFERENCE)
@@ -293,7 +300,7 @@ class SavableAgent(LLMAgent):
             )
         self.optimizer = self._new_optimizer()
         if is_resume and folder.optimizer is not None:
-            self._load_moments(folder.optimizer)
+            load_state(self.optimizer, self.optim, folder.optimizer)
 
     def _attributes(self) -> dict[str, Any]:
         return {
@@ -321,14 +328,6 @@ class SavableAgent(LLMAgent):
         self.rng.bit_generator.state = saved.rng
         self.set_hyperparameters(asdict(saved.hyperparameters))
         self._set_rate()
-
-    def _load_moments(self, state: Mapping[str, Any]) -> None:
-        groups = self.optimizer.param_groups
-        own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        self.optimizer.load_state_dict(dict(state))
-        # Only the moments are restored: learning rate, betas and the like stay the agent's own.
-        for group, options in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(options)
 
 
 def _agent_folder(path: str) -> str:

@@ -86,11 +86,11 @@ class LearningRateSchedule:
         stable = (self.lr_scheduler_kwargs or {}).get("num_stable_steps")
         return "num_training_steps" in _parameters(self.lr_scheduler_type) and stable is None
 
-    def learning_rate(self, lr: float, step: int, num_training_steps: int | None) -> float:
-        """The learning rate of one step.
+    def factor(self, lr: float, step: int, num_training_steps: int | None) -> float:
+        """The factor of the learning rate at one step.
 
         Args:
-            lr: The rate that the schedule multiplies.
+            lr: The rate that the factor multiplies.
             step: Steps done before this one.
             num_training_steps: Number of all steps; needed if `depends_on_total`.
 
@@ -98,7 +98,7 @@ class LearningRateSchedule:
             ConfigurationError: The formula does not allow `lr_scheduler_kwargs`, alone or with this `lr`.
         """
         if self.is_constant:
-            return lr
+            return 1.0
         kwargs = dict(self.lr_scheduler_kwargs or {})
         # The formula takes one of the two, and warns of both.
         total = None if kwargs.get("num_stable_steps") is not None else num_training_steps
@@ -108,7 +108,7 @@ class LearningRateSchedule:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
         try:
             schedule: Any = get_scheduler(self.lr_scheduler_type, optimizer, warmup, total, kwargs)
-            return lr * float(schedule.lr_lambdas[0](step))
+            return float(schedule.lr_lambdas[0](step))
         except (TypeError, ValueError, ArithmeticError) as error:
             fix = f"cannot be used for {self.lr_scheduler_type!r} and lr={lr}: {brief(str(error))}"
             raise ConfigurationError("lr_scheduler_kwargs", self.lr_scheduler_kwargs, fix) from error

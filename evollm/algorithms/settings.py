@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 
 from typing_extensions import Self
 
+from evollm.algorithms.optimizers import OptimizerSettings
 from evollm.algorithms.schedules import LearningRateSchedule
 from evollm.checks import (
     boolean,
-    finite_number,
     optional_boolean,
     optional_whole_number,
     positive_number,
@@ -25,12 +25,12 @@ _LARGEST_SEED = 2**63 - 1
 # For a check that does not depend on the number of steps.
 _SOME_STEPS = 1000
 # Settings that the config.json of older runs does not have.
-_ADDED = {*(field.name for field in fields(LearningRateSchedule)), "weight_decay"}
+_ADDED = {field.name for kind in (OptimizerSettings, LearningRateSchedule) for field in fields(kind)}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
-class AgentSettings(LearningRateSchedule):
+class AgentSettings(OptimizerSettings, LearningRateSchedule):
     """Settings that no mutation changes, equal for all agents of a population; `DPO` documents each field."""
 
     seed: int = 42
@@ -43,9 +43,9 @@ class AgentSettings(LearningRateSchedule):
     torch_compiler: str | None = None
     token_budget: int | None = None
     drop_nonfinite_rows: bool = True
-    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        OptimizerSettings.__post_init__(self)
         LearningRateSchedule.__post_init__(self)
         for name in ("micro_batch_size_per_gpu", "token_budget"):
             object.__setattr__(self, name, optional_whole_number(name, getattr(self, name), 1))
@@ -55,9 +55,6 @@ class AgentSettings(LearningRateSchedule):
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
         if self.seed > _LARGEST_SEED:
             raise ConfigurationError("seed", self.seed, f"must be at most {_LARGEST_SEED}")
-        object.__setattr__(self, "weight_decay", float(finite_number("weight_decay", self.weight_decay)))
-        if self.weight_decay < 0:
-            raise ConfigurationError("weight_decay", self.weight_decay, "must not be negative")
         for name in ("calc_position_embeddings", "use_separate_reference_adapter", "drop_nonfinite_rows"):
             boolean(name, getattr(self, name))
         optional_boolean("gradient_checkpointing", self.gradient_checkpointing)
@@ -70,7 +67,7 @@ class AgentSettings(LearningRateSchedule):
         Raises:
             ConfigurationError: They contradict each other.
         """
-        self.learning_rate(hyperparameters.lr, 0, num_training_steps=_SOME_STEPS)
+        self.factor(hyperparameters.lr, 0, num_training_steps=_SOME_STEPS)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name; those of schedule and optimizer only if given, so that older runs can be resumed."""
@@ -87,7 +84,7 @@ class Hyperparameters:
     """The values that evolution may change; a subclass adds those of its loss.
 
     Attributes:
-        lr: Learning rate of AdamW.
+        lr: Learning rate of the optimizer.
         max_grad_norm: Largest 2-norm of the gradient; a larger gradient is scaled down to it.
         batch_size: Largest number of pairs for one optimizer step.
         update_epochs: Passes over each batch that `learn` is given.
@@ -124,12 +121,13 @@ class Hyperparameters:
 def check_evolution(
     hp_config: HyperparameterConfig | None, hyperparameters: Hyperparameters, settings: AgentSettings
 ) -> None:
-    """Check that every value which evolution may draw is valid for an agent with these settings.
+    """Check that the hyperparameters, and every value which evolution may draw, are valid with these settings.
 
     Raises:
-        ConfigurationError: A bound or choice is invalid, or `hp_config` is no `HyperparameterConfig` for these
-            hyperparameters.
+        ConfigurationError: A hyperparameter contradicts the settings, a bound or choice is invalid, or `hp_config` is
+            no `HyperparameterConfig` for these hyperparameters.
     """
+    settings.check(hyperparameters)
     if hp_config is None:
         return
     if not isinstance(hp_config, HyperparameterConfig):

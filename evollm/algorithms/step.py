@@ -6,6 +6,7 @@ Agents that share a batch share forward and backward passes; loss, clipping and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from evollm.algorithms.agent import LLMAgent
 from evollm.algorithms.balanced import Balanced
+from evollm.algorithms.optimizers import gradient_point
 from evollm.algorithms.references import Judge, Rows, finite_rows, leave_out, other_rows
 from evollm.data.samples import Batch
 from evollm.errors import DivergedError
@@ -182,20 +184,24 @@ def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) 
     """One optimizer step of each agent; restarted without the rows whose log-probs show that they are not usable."""
     balancing = agents[0].base.load_balancing
     objectives = _objectives(method, agents, batch, balancing)
-    if training:
-        policies = _backward(agents, objectives, batch, balancing)
-    else:
-        policies = policy_logprobs(agents, batch, balancing)
-    suspects = other_rows(finite_rows([policy.sums() for policy in policies]), len(batch))
-    if suspects and any(len(rows) < len(batch) for rows in method.usable_rows(agents, batch, suspects)):
-        for agent in agents:
-            agent.optimizer.zero_grad(set_to_none=True)
-        return _learn_from(method, agents, batch, training)
-    num_tokens, results = int(batch.num_tokens.sum()), []
-    for agent, objective, policy in zip(agents, objectives, policies, strict=True):
-        metrics = {**objective.metrics(policy), "learning_rate": _rate_of(agent)}
-        metrics["grad_norm"] = _apply_gradient(agent, metrics["loss"]) if training else 0.0
-        results.append((agent, _Step(objective.weight, metrics, num_tokens)))
+    with ExitStack() as gradient_points:
+        if training:
+            for agent in agents:
+                gradient_points.enter_context(gradient_point(agent.optimizer))
+            policies = _backward(agents, objectives, batch, balancing)
+        else:
+            policies = policy_logprobs(agents, batch, balancing)
+        suspects = other_rows(finite_rows([policy.sums() for policy in policies]), len(batch))
+        if suspects and any(len(rows) < len(batch) for rows in method.usable_rows(agents, batch, suspects)):
+            gradient_points.close()
+            for agent in agents:
+                agent.optimizer.zero_grad(set_to_none=True)
+            return _learn_from(method, agents, batch, training)
+        num_tokens, results = int(batch.num_tokens.sum()), []
+        for agent, objective, policy in zip(agents, objectives, policies, strict=True):
+            metrics = {**objective.metrics(policy), "learning_rate": _rate_of(agent)}
+            metrics["grad_norm"] = _apply_gradient(agent, metrics["loss"]) if training else 0.0
+            results.append((agent, _Step(objective.weight, metrics, num_tokens)))
     return results
 
 

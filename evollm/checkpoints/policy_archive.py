@@ -46,6 +46,20 @@ class Trained(HasActor, Protocol):
     def lr_scheduler_type(self) -> str:
         """The schedule of the learning rate."""
 
+    @property
+    def optim(self) -> str:
+        """The optimizer."""
+
+    @property
+    def loraplus_lr_ratio(self) -> float | None:
+        """The ratio of learning rates of LoRA+."""
+
+
+def no_archive_with(agent: Trained) -> str | None:
+    """The name of a setting with which an agent has no `optimizer.pt` and `scheduler.pt`; None: it has these files."""
+    usual = {"lr_scheduler_type": ("constant",), "optim": ("adamw_torch",), "loraplus_lr_ratio": (None, 1)}
+    return next((name for name, values in usual.items() if getattr(agent, name) not in values), None)
+
 
 def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, Any] | None = None) -> None:
     """Write the base with an agent's adapter merged into it as one file, a dict with `step_idx`, `state` and `metrics`.
@@ -59,7 +73,8 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
 
     If the file is called `policy.pt`, `optimizer.pt` and `scheduler.pt` are written beside it in the same format, as
     the original repository does: the state of AdamW for the adapter, and the state of a `LambdaLR` with a constant
-    rate. `agent.load_optimizer_archive` reads them. An agent with another schedule has no such files, with a warning.
+    rate. `agent.load_optimizer_archive` reads them. For an agent with another schedule or optimizer they are not
+    written, with a warning.
 
     Args:
         agent: The agent.
@@ -76,12 +91,13 @@ def save_policy_archive(agent: Trained, path: str | Path, metrics: Mapping[str, 
     # In all processes, since ZeRO divides the optimizer's state among them.
     beside = {}
     if usable_path("path", path).name == POLICY:
-        if agent.lr_scheduler_type == "constant":
+        other = no_archive_with(agent)
+        if other is None:
             beside = _training_state(agent)
         else:
             warnings.warn(
-                f"{OPTIMIZER} and {SCHEDULER} are not written, since they are for a constant learning rate and the "
-                f"agent has lr_scheduler_type={agent.lr_scheduler_type!r}: save_checkpoint writes its training state",
+                f"{OPTIMIZER} and {SCHEDULER} are not written, since they are for a constant learning rate of AdamW "
+                f"and the agent has {other}={getattr(agent, other)!r}: save_checkpoint writes its training state",
                 UserWarning,
                 stacklevel=2,
             )

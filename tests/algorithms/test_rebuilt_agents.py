@@ -56,6 +56,8 @@ VALUES: dict[str, Any] = {
     "warmup_ratio": 0.1,
     "warmup_steps": 2,
     "weight_decay": 0.1,
+    "optim": "lion_32bit",
+    "loraplus_lr_ratio": 4.0,
 }
 # These make no difference to the agent, or none that is in effect.
 WITHOUT_EFFECT = {"wrap", "clone", "use_liger_loss"}

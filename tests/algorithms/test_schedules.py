@@ -121,7 +121,7 @@ def test_values_that_cannot_be_are_refused(arguments, message, make_agent) -> No
 def test_warmup_steps_win_over_the_ratio(make_agent) -> None:
     agent = make_agent(lr=LR, lr_scheduler_type="linear", warmup_ratio=0.5, warmup_steps=1)
     agent.num_training_steps = STEPS
-    assert agent.settings.learning_rate(LR, 1, STEPS) == LR
+    assert agent.settings.factor(LR, 1, STEPS) == 1
 
 
 def test_a_saved_agent_goes_on_at_its_step_and_the_next_stage_begins_anew(make_agent, gym, tmp_path) -> None:
