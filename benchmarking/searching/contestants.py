@@ -7,6 +7,7 @@ the end. The members of a search share the reference's log-probs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -211,12 +212,14 @@ class Halving:
         rungs: The decisions before the last one.
         note: What is unusual about it, for its name.
         options: Further arguments of `halving`.
+        spreads: Whether those that begin are spread over the learning rates.
     """
 
     count: int
     rungs: Sequence[Rung]
     note: str = ""
     options: Mapping[str, float] = field(default_factory=dict)
+    spreads: bool = False
 
     @property
     def name(self) -> str:
@@ -225,11 +228,31 @@ class Halving:
         parts = ", ".join(f"1/{1 / rung.part:.0f}" for rung in self.rungs)
         pairs = ", ".join(str(rung.pairs or "all") for rung in self.rungs)
         scores = " then ".join(dict.fromkeys(rung.score for rung in self.rungs))
+        members = f"spread {members}" if self.spreads else members
         return f"{members} at {parts} on {pairs} pairs, {scores}{self.note}"
 
     def __call__(self, record: Record, order: Sequence[int]) -> Choice:
         """Replay it."""
-        return halving(record, order, self.count, self.rungs, **self.options)
+        founders = spread(record, order, self.count) if self.spreads else order
+        return halving(record, founders, self.count, self.rungs, **self.options)
+
+
+def spread(record: Record, order: Sequence[int], count: int) -> list[int]:
+    """So many founders, spread over the learning rates as a Latin hypercube spreads them.
+
+    The range of the rates is divided into `count` equal parts on a logarithmic scale, a place is drawn in each, and the
+    founder that is nearest to it is taken. `order` is a random one, and seeds the draws.
+    """
+    left = {founder: math.log(record.about["founders"][founder]["hyperparameters"]["lr"]) for founder in order}
+    low, high = min(left.values()), max(left.values())
+    rng = np.random.default_rng(list(order))
+    places = low + (rng.permutation(count) + rng.random(count)) / count * (high - low)
+    chosen = []
+    for place in places:
+        nearest = min(left, key=lambda founder: abs(left[founder] - place))
+        chosen.append(nearest)
+        left.pop(nearest)
+    return chosen
 
 
 def _rungs(*decisions: tuple[float, int, int | None], score: str = "margin_over_std") -> list[Rung]:
@@ -239,6 +262,7 @@ def _rungs(*decisions: tuple[float, int, int | None], score: str = "margin_over_
 _TWO = ((1 / 8, 2, 64), (1 / 2, 1, 128))
 _THREE = ((1 / 8, 4, 64), (1 / 4, 2, 128), (1 / 2, 1, None))
 _EVERYBODY = ((1 / 16, 8, None), (1 / 8, 8, None), (1 / 4, 8, None), (1 / 2, 8, None))
+_LATE = ((1 / 4, 2, 64), (1 / 2, 1, 128))
 _EARLY = "mean_margin"
 # From the cheapest to the dearest.
 HALVINGS = (
@@ -252,6 +276,11 @@ HALVINGS = (
     Halving(8, [*_rungs((1 / 8, 4, 32), (1 / 4, 2, 64), score=_EARLY), Rung(1 / 2, 1, 128)]),
     Halving(8, [Rung(1 / 4, 2, 64, _EARLY), Rung(1 / 2, 1, 128)]),
     Halving(8, [*_rungs((1 / 8, 4, 32), (1 / 4, 2, 64), score=_EARLY), Rung(1 / 2, 2, 32)]),
+    # As `tune` does it with populations of four, five and eight.
+    *(Halving(count, _rungs(*_LATE), spreads=True) for count in (4, 5)),
+    Halving(4, _rungs(*_LATE)),
+    Halving(8, _rungs((1 / 4, 3, 64), (1 / 2, 1, 128)), spreads=True),
+    Halving(4, _rungs((1 / 2, 1, 128)), spreads=True),
     Halving(8, _rungs(*_THREE), ", raced", {"error_rate": 0.2}),
     Halving(8, _rungs(*_THREE)),
     Halving(16, _rungs((1 / 16, 4, 64), (1 / 4, 2, 128), (1 / 2, 1, None))),
@@ -262,5 +291,8 @@ STRATEGIES: Mapping[str, Strategy] = {
     "grid, 8": grid_search,
     **{f"random, {count}": partial(random_search, count=count) for count in (1, 2, 4, 8)},
     "random, 8, margin_over_std": partial(random_search, count=8, score="margin_over_std"),
+    "spread, 8, margin_over_std": lambda record, order: random_search(
+        record, spread(record, order, 8), 8, "margin_over_std"
+    ),
     **{one.name: one for one in HALVINGS},
 }
