@@ -99,7 +99,8 @@ class Run:
         if self._limit:
             return f"no further step fits in {self._limit}={getattr(self.options, self._limit):g}"
         patience = self.options.early_stopping_patience
-        if patience is None or self.progress.stale < patience or self.step == self.schedule.total:
+        fresh = self.progress.evaluated == self.step < self.schedule.total
+        if patience is None or self.progress.stale < patience or not fresh:
             return ""
         return f"no better fitness in {patience} evaluation{'s' if patience > 1 else ''} (early_stopping_patience)"
 
@@ -127,6 +128,7 @@ class Run:
                     self._start()
                     while self.step < self.schedule.total and not self._stopped:
                         self._advance(stop)
+                    self._evaluate_at_the_end()
                     best, ended = end(self.executor, self.progress, self.options, self.paths, self.rows, self.contest)
                     self.progress.account.add(self.executor.spent(), final=True)
                     ended = replace(ended, stopped=self._stopped, spent=self.spent)
@@ -296,12 +298,21 @@ class Run:
         asked = interval is not None and step % interval == 0
         return None if rows is None or rows >= self.rows["test"] or asked or not self._decides(step) else rows
 
+    def _evaluate_at_the_end(self) -> None:
+        """Evaluate what a resume with lower limits ends with, if the checkpoint's step was not evaluated."""
+        if self.schedule.evaluate_every is not None and self.progress.evaluated != self.step:
+            self._evaluate()
+            if self.schedule.checkpoints_at(self.step):
+                self._checkpoint()
+
     def _evaluate(self) -> None:
         rows = self._rows_at(self.step)
         # Executors that cannot evaluate on fewer rows need not know of it.
         fewer: dict[str, Any] = {} if rows is None else {"rows": rows}
         evaluations = self.executor.evaluate("test", None, **self.options.bounds.measurements, **fewer)
         self.progress.account.add(self.executor.spent())
+        if rows is None:
+            self.progress.evaluated = self.step
         members = self.executor.members()
         fitnesses = {
             str(member.index): self._fitness_of(evaluations[member.index])

@@ -70,6 +70,7 @@ class Progress:
         before: Evaluation of the first agent before training; None if there are no held-out rows.
         step: Steps done; a step is one batch for every agent.
         evolutions: Evolutions done, each with the step after which it was carried out.
+        evaluated: The step of the last evaluation; None: there was none.
         fitnesses: The last fitness of every agent.
         evaluations: The evaluations behind these fitnesses, for the search; none of diverged agents.
         due: The step after which the search decides next, None: never.
@@ -83,6 +84,7 @@ class Progress:
     before: AnyEvaluation | None = None
     step: int = 0
     evolutions: list[tuple[int, EvolutionPlan]] = field(default_factory=list)
+    evaluated: int | None = None
     fitnesses: dict[int, Fitness] = field(default_factory=dict)
     evaluations: dict[int, AnyEvaluation] = field(default_factory=dict)
     due: int | None = None
@@ -107,6 +109,7 @@ class Progress:
             "step": self.step,
             "due": self.due,
             **({} if self.due_rows is None else {"due_rows": self.due_rows}),
+            "evaluated": self.evaluated,
             "spent": self.account.to_dict(),
             "founders": [birth.to_dict() for birth in self.founders],
             "evolutions": [{"step": step, **plan.to_dict()} for step, plan in self.evolutions],
@@ -143,6 +146,7 @@ class Progress:
                 step=int(data["step"]),
                 due=None if data["due"] is None else int(data["due"]),
                 due_rows=None if data.get("due_rows") is None else int(data["due_rows"]),
+                evaluated=None if data["evaluated"] is None else int(data["evaluated"]),
                 account=Account.from_dict(data["spent"]),
                 evolutions=[(int(line["step"]), EvolutionPlan.from_dict(line)) for line in data["evolutions"]],
                 fitnesses={

@@ -27,6 +27,7 @@ from evollm import (
 from evollm.checkpoints import read_agent_folder
 from evollm.execution import local as local_module
 from evollm.hpo import TournamentSearch
+from evollm.runs import read_run
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
 
@@ -101,6 +102,29 @@ def test_a_run_that_ended_goes_on_when_it_is_given_more_steps(run, tmp_path, end
     assert end(tmp_path / "short", run("short", resume=True, max_steps=7, evaluation_interval=1)) == whole
     with pytest.raises(ConfigurationError, match="has 7 steps already"):
         run("short", resume=True, max_steps=5, evaluation_interval=1)
+
+
+@pytest.mark.parametrize("limit", [{"max_steps": 5}, {"max_member_steps": 20}])
+def test_a_run_that_is_ended_by_lower_limits_on_its_way_evaluates_what_it_ends_with(run, tmp_path, limit) -> None:
+    """From the checkpoint of step 5, after the decision of step 4, whose evaluation was that of other agents."""
+    whole = end(tmp_path / "whole", run("whole", **limit))
+    with pytest.raises(RuntimeError):
+        run("crashed", callbacks=[StopAt(6, crash)])
+    assert end(tmp_path / "crashed", run("crashed", resume=True, **limit)) == whole
+    bests = [(tmp_path / name / "elite/actor/adapter_model.safetensors").read_bytes() for name in ("whole", "crashed")]
+    assert bests[0] == bests[1]
+    # Its last checkpoint has the evaluation, too.
+    assert end(tmp_path / "crashed", run("crashed", resume=True, **limit)) == whole
+
+
+def test_less_patience_ends_a_run_at_its_next_evaluation(run, tmp_path) -> None:
+    constant = {"fitness": lambda evaluation: 0.5, "early_stopping_patience": 3}
+    with pytest.raises(RuntimeError):
+        run("crashed", callbacks=[StopAt(6, crash)], **constant)
+    population = run("crashed", resume=True, **{**constant, "early_stopping_patience": 1})
+    assert {agent.steps for agent in population} == {6}
+    ended = read_run(tmp_path / "crashed").ended
+    assert (ended.step, ended.best_step) == (6, 6)
 
 
 def test_a_killed_run_ends_as_if_it_had_never_been_killed(tmp_path) -> None:
