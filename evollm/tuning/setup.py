@@ -89,7 +89,7 @@ class Request:
     test_data: Any = None
     final_data: Any = None
     algorithm: str = "dpo"
-    population: int = 8
+    population: int = 4
     generations: int | None = None
     start_from: Any = None
     settings: Settings = field(default_factory=dict)

@@ -57,7 +57,7 @@ def tune(
     test_data: Any | None = None,
     final_data: Any | None = None,
     algorithm: str = "dpo",
-    population: int = 8,
+    population: int = 4,
     generations: int | None = None,
     start_from: str | os.PathLike[str] | None = None,
     **settings: Any,
@@ -70,8 +70,10 @@ def tune(
     `hp_config`, `lora_config` and `model_config` may be mappings of plain values, as in a YAML file:
     `hp_config={"lr": [1e-6, 1e-4]}`, `lora_config={"r": 8}`, `model_config={"dtype": "bfloat16"}`.
 
-    Defaults that differ from those of the called functions: lr 5e-5, nll_alpha 0.2, max_grad_norm 1, 2 epochs. Without
-    an `hp_config`, lr, beta and nll_alpha (for SFT: lr) evolve within a factor of 5 of their start values.
+    Defaults that differ from those of the called functions: lr 1e-4, nll_alpha 0.2, max_grad_norm 1, 2 epochs,
+    `search="racing"`, `sampling="latin_hypercube"` and, for preferences, `fitness="margin_over_std"`; a setting that one
+    search alone has, such as `tournament_size`, chooses that search. Without an `hp_config`, lr, beta and nll_alpha (for
+    SFT: lr) are searched within a factor of 5 of their start values.
 
     Args:
         model: Hub name or folder, or a loaded model.
@@ -82,9 +84,9 @@ def tune(
         final_data: Rows for the final score, which select no agent. None: another tenth, held out likewise; with one
             agent, no rows, since `test_data` then selects no agent. False: none.
         algorithm: `dpo`, or `sft` for rows with one completion instead of two.
-        population: Number of agents; 1 is an ordinary run without evolution.
-        generations: Most generations, by default 8, with an evolution between each two; all have the same length but
-            the last. With `evo_steps`, the run has `generations` x `evo_steps` steps.
+        population: Number of agents; 1 is an ordinary run without a search.
+        generations: Most generations, by default 4 of a race and else 8, with a decision of the search between each
+            two; all have the same length but the last. With `evo_steps`, the run has `generations` x `evo_steps` steps.
         start_from: Folder of an agent, or of a run whose best agent is used, for example of an `sft` run. All agents
             begin with the weights of this adapter, and these weights are also their reference.
         **settings: Parameters of the called functions, by name, and of a `search` given by name, such as
