@@ -21,6 +21,8 @@ from evollm.checkpoints.steps import STATE
 from evollm.checks import usable_path
 from evollm.data import clock
 from evollm.errors import CheckpointError, ConfigurationError
+from evollm.execution.executor import Executor
+from evollm.execution.local import LocalExecutor
 from evollm.hpo.hyperparameters import Value
 from evollm.llm_envs import DatasetGym
 from evollm.models import SharedBase
@@ -34,7 +36,7 @@ from evollm.runs.events import Callback, RunEnded, RunStarted, StepDone
 from evollm.training.state import differences
 from evollm.tuning.arguments_file import known_of, place_of, read_tune_arguments, resume_of
 from evollm.tuning.parameters import loop_of, parameters_of, taken_by
-from evollm.tuning.replayed_family import Family, slots_of
+from evollm.tuning.replayed_family import Family, FamilyExecutor, slots_of
 from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
 
 _HELD_OUT = frozenset({"test_data", "final_data"})
@@ -71,6 +73,8 @@ class Script:
             is stretched.
         skipped: Steps of the run before the best agent's line began with a fresh agent, else 0. The steps of the
             replay are counted from there.
+        num_training_steps: Steps that the agent's learning rate schedule is over, which may be more than `total`; None:
+            its schedule does not depend on their number.
         family: All ancestors, if one of them has two parents: they are replayed together, each in slots of its own.
     """
 
@@ -78,25 +82,37 @@ class Script:
     values: Mapping[int, Mapping[str, Value]]
     slots: Mapping[int, BatchSlot]
     skipped: int = 0
+    num_training_steps: int | None = None
     family: Family | None = None
 
     @classmethod
     def of(cls, record: RunRecord) -> Script:
         """The script of a run's best agent up to its best evaluation, for a replay on the data of the run."""
         slot, family = slots_of(record), Family.of(record)
+        scheduled = record.config.get("lr_schedule")
+        over = None if scheduled is None else int(scheduled["num_training_steps"])
         if family is not None:
-            return cls(record.winner_step, dict(record.schedule), {}, family=family)
+            return cls(record.winner_step, dict(record.schedule), {}, num_training_steps=over, family=family)
         slots, skipped = {}, record.line[0].steps[0]
         for step in range(skipped + 1, record.winner_step + 1):
             index = next(life.birth.index for life in reversed(record.line) if life.steps[0] < step)
             slots[step - skipped] = slot(step, index)
         values = {step - skipped: values for step, values in record.schedule}
-        return cls(record.winner_step - skipped, values, slots, skipped)
+        return cls(record.winner_step - skipped, values, slots, skipped, None if over is None else over - skipped)
 
     def stretched(self, total: int) -> Script:
         """The script over another number of steps: each change comes at the same fraction of the run."""
         values = {round(step * total / self.total): values for step, values in self.values.items()}
-        return Script(total, values, {}, family=None if self.family is None else self.family.stretched(total))
+        over = None if self.num_training_steps is None else round(self.num_training_steps * total / self.total)
+        family = None if self.family is None else self.family.stretched(total)
+        return Script(total, values, {}, num_training_steps=over, family=family)
+
+    def executor(self, agents: Sequence[SavableAgent], env: DatasetGym) -> Executor:
+        """An executor of agents whose learning rate schedule is that of the run, not one over the replay's steps."""
+        if self.num_training_steps is not None:
+            for agent in agents:
+                agent.num_training_steps = self.num_training_steps
+        return LocalExecutor(agents, env) if self.family is None else FamilyExecutor(agents, env, self.family.slots)
 
     @property
     def schedule(self) -> HyperparameterSchedule:
@@ -256,6 +272,7 @@ def replay(
         options |= {"callbacks": [restorer], **script.family.options()}
     population = [agent] if script.family is None else script.family.population(agents)
     options |= {"run_dir": run_dir, "resume_from_checkpoint": resume_from_checkpoint, "verbose": verbose}
+    options["executor"] = script.executor
     tuned, _ = loop_of(algorithm_named(config["algorithm"].lower()))(population, env, **options)
     agent, reason = tuned[0], stretched or _why_no_elite(elite, record)
     return ReplayResult(agent, restorer.run_dir, script.schedule, None if reason else _is_exact(agent, elite), reason)

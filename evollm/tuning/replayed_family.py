@@ -96,11 +96,7 @@ class Family:
 
     def options(self) -> dict[str, Any]:
         """Options of the loop that make it the replay of a family."""
-        return {
-            "search": FamilySearch(self.generations),
-            "evo_steps": self.generations[1][0],
-            "executor": lambda agents, env: FamilyExecutor(agents, env, self.slots),
-        }
+        return {"search": FamilySearch(self.generations), "evo_steps": self.generations[1][0]}
 
 
 class FamilySearch:

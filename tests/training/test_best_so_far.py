@@ -63,7 +63,7 @@ class Watch(Callback):
 
 @pytest.fixture
 def make(make_population, tokenizer):
-    def make(size: int = 3, test: int = 6) -> tuple[list[DPO], PreferenceGym]:
+    def make(size: int = 3, test: int = 6, **agents) -> tuple[list[DPO], PreferenceGym]:
         env = PreferenceGym(
             make_rows(12),
             make_rows(test, 12) if test else None,
@@ -71,7 +71,7 @@ def make(make_population, tokenizer):
             data_batch_size_per_gpu=4,
             final_dataset=make_rows(4, 20),
         )
-        return make_population(size, hp_config=HP_CONFIG, token_budget=200), env
+        return make_population(size, hp_config=HP_CONFIG, token_budget=200, **agents), env
 
     return make
 
@@ -96,13 +96,13 @@ def run(make, tmp_path):
             "callbacks": [watch],
             "executor": executor,
             "resume_from_checkpoint" if resume else "run_dir": tmp_path / name,
-            **changes,
+            **{name: value for name, value in changes.items() if name != "agents"},
         }
         if size > 1:
             arguments["tournament"] = TournamentSelection(2, True, size, rand_seed=3)
             arguments["mutation"] = Mutations(0.2, 0.8, rand_seed=5)
             arguments["evo_steps"] = 2
-        return finetune_llm_preference(*make(size, test), **arguments)[0]
+        return finetune_llm_preference(*make(size, test, **changes.pop("agents", {})), **arguments)[0]
 
     return start
 
@@ -219,13 +219,24 @@ def exported(agent: int, step: int | None = None) -> ExportedModel:
     return ExportedModel("", "folder", "AutoModelForCausalLM", False, "", False, agent, step)
 
 
-def test_the_winner_is_replayed_up_to_its_step_bit_for_bit(run, make, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "agents",
+    [{}, {"lr_scheduler_type": "cosine"}, {"lr_scheduler_type": "linear", "warmup_ratio": 0.3}],
+    ids=["constant", "cosine", "linear"],
+)
+def test_the_winner_is_replayed_up_to_its_step_bit_for_bit(run, make, tmp_path, agents) -> None:
     watch = Watch()
-    run("run", watch)
-    result = replay(tmp_path / "run", *make(1), run_dir=tmp_path / "replay", verbose=False)
+    run("run", watch, agents=agents, fitness=near(0.75))
+    result = replay(tmp_path / "run", *make(1, **agents), run_dir=tmp_path / "replay", verbose=False)
     assert result.exact
-    assert read_run(tmp_path / "replay").last_step == watch.ended.best_step < STEPS
+    assert 1 < read_run(tmp_path / "replay").last_step == watch.ended.best_step < STEPS
     assert result.schedule == read_run(tmp_path / "run").schedule
+    # A replay's own folder says what it learnt by.
+    if agents:
+        again = replay(tmp_path / "replay", *make(1, **agents), run_dir=tmp_path / "again", verbose=False)
+        assert again.exact
+        longer = replay(tmp_path / "run", *make(1, **agents), max_steps=12, run_dir=tmp_path / "longer", verbose=False)
+        assert longer.agent.num_training_steps == round(STEPS * 12 / watch.ended.best_step) > 12
 
 
 def test_report_card_and_console_name_the_step_of_the_best(run, tmp_path) -> None:
