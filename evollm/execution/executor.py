@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evollm.errors import ConfigurationError, DivergedError
-from evollm.hpo import AnyEvaluation, Birth, HyperparameterConfig, Recipe
+from evollm.hpo import AnswerSampling, AnyEvaluation, Birth, HyperparameterConfig, Recipe
 from evollm.hpo.hyperparameters import to_lower
 from evollm.runs.events import SampleAnswer, StepDone
 
@@ -156,7 +156,13 @@ class Executor(Protocol):
         """
 
     def evaluate(
-        self, split: str, indices: Sequence[int] | None = None, *, kl: bool = False, rows: int | None = None
+        self,
+        split: str,
+        indices: Sequence[int] | None = None,
+        *,
+        kl: bool = False,
+        answers: AnswerSampling | None = None,
+        rows: int | None = None,
     ) -> dict[int, AnyEvaluation]:
         """Evaluate members on a held-out split.
 
@@ -164,6 +170,7 @@ class Executor(Protocol):
             split: `test` or `final`.
             indices: Members to evaluate; None: all members that have not diverged.
             kl: Measure `Evaluation.kl` too; asked for only if a guard bounds it.
+            answers: Sample answers for `Evaluation.answer_lengths`; asked for only if a guard bounds them.
             rows: Evaluate on this many rows, the same for all; asked for only if a plan of the search has `rows`.
 
         Returns:

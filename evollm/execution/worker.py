@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from evollm.algorithms import algorithm_of
@@ -20,13 +22,13 @@ from evollm.execution.crossover import crossed
 from evollm.execution.description import describe
 from evollm.execution.executor import BEST_SO_FAR, Description, Member
 from evollm.execution.generators import global_generators, set_global_generators
-from evollm.hpo import AnyEvaluation, Birth, Recipe
+from evollm.hpo import AnswerSampling, AnyEvaluation, Birth, Recipe
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
 from evollm.models.adapters.combining import combined, scaled
 from evollm.models.engine import Engine
 from evollm.models.fingerprints import adapter_fingerprint
-from evollm.models.generation import greedy_answers
+from evollm.models.generation import greedy_answers, greedy_lengths
 from evollm.processes import Processes
 from evollm.runs.events import SampleAnswer, StepDone
 
@@ -65,6 +67,8 @@ class Worker:
         # The best agent of the run so far, as plain data on the CPU, and as a live agent once that is asked for.
         self.best_so_far: AgentFolder | None = None
         self._live_best: SavableAgent | None = None
+        # Lengths of the reference's answers.
+        self._reference_lengths: dict[tuple[str, str | None, AnswerSampling], list[int]] = {}
         # Agents that were made of members after the last step, by index.
         self._candidates: dict[int, SavableAgent] = {}
 
@@ -134,7 +138,13 @@ class Worker:
             yield StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
 
     def evaluate(
-        self, split: str, indices: Sequence[int] | None = None, *, kl: bool = False, rows: int | None = None
+        self,
+        split: str,
+        indices: Sequence[int] | None = None,
+        *,
+        kl: bool = False,
+        answers: AnswerSampling | None = None,
+        rows: int | None = None,
     ) -> dict[int, AnyEvaluation]:
         """Evaluate this worker's agents on a split, ignoring `indices` of other workers; see `Executor.evaluate`."""
         going = [agent.index for agent in self.agents if not agent.diverged]
@@ -151,7 +161,30 @@ class Worker:
         asked = ({"kl": True} if kl else {}) | ({} if rows is None else {"rows": rows})
         agents = [self.agent(index) for index in here]
         found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference, **asked)
+        if answers is not None:
+            found = [self._with_lengths(agent, one, split, answers) for agent, one in zip(agents, found, strict=True)]
         return dict(zip(here, found, strict=True))
+
+    def _with_lengths(self, agent: SavableAgent, found: Any, split: str, asked: AnswerSampling) -> Any:
+        """The evaluation with the lengths of the agent's and the reference's answers to the first prompts."""
+        prompts = [pair.prompt_ids for pair in self.env.evaluation_pairs(split)[: min(asked.prompts, len(found))]]
+
+        def lengths(adapter: str | None) -> list[int]:
+            return greedy_lengths(self.base, adapter, prompts, self.env.tokenizer, asked.max_new_tokens)
+
+        # Names of adapters are never used twice, so a name stands for its weights.
+        key = (split, self._reference_of(agent), replace(asked, prompts=len(prompts)))
+        if key not in self._reference_lengths:
+            self._reference_lengths[key] = lengths(key[1])
+        unknown = [math.nan] * (len(found) - len(prompts))
+        own, theirs = [*lengths(agent.actor_adapter), *unknown], [*self._reference_lengths[key], *unknown]
+        return replace(found, answer_lengths=np.array(own), reference_lengths=np.array(theirs))
+
+    def _reference_of(self, agent: SavableAgent) -> str | None:
+        """The adapter that an agent's scores are relative to; None: the base without adapter."""
+        if self._fixed_reference != OWN:
+            return self._fixed_reference
+        return agent.adapter(REFERENCE) if self._algorithm.has_reference else None
 
     def keep_best(self, index: int) -> None:
         """Copy an agent as the best so far; forget the copy before, also if another worker has the agent."""
@@ -166,10 +199,7 @@ class Worker:
         if recipe.combination:
             state = combined(self.base, names, None, recipe.combination, density=recipe.density, seed=recipe.seed)
         else:
-            reference = self._fixed_reference
-            if reference == OWN:
-                reference = agents[0].adapter(REFERENCE) if self._algorithm.has_reference else None
-            state = scaled(self.base, names[0], recipe.factor, reference)
+            state = scaled(self.base, names[0], recipe.factor, self._reference_of(agents[0]))
         candidate = agents[0].clone()
         candidate.replace_actor(state)
         self._candidates[index] = candidate
@@ -328,12 +358,10 @@ class Worker:
         examples = tuple(examples[number * len(examples) // wanted] for number in range(wanted))
         pairs = self.env.evaluation_pairs(split)
         prompts = [pairs[example.position].prompt_ids for example in examples]
-        agent, before_tuning = self.agent(index), self._fixed_reference
-        if before_tuning == OWN:
-            before_tuning = agent.adapter(REFERENCE) if self._algorithm.has_reference else None
+        agent = self.agent(index)
         before, after = (
             greedy_answers(self.base, adapter, prompts, self.env.tokenizer, cut_mark="…")
-            for adapter in (before_tuning, agent.actor_adapter)
+            for adapter in (self._reference_of(agent), agent.actor_adapter)
         )
         return [
             SampleAnswer(example.question, first, second, example.turns)

@@ -12,7 +12,7 @@ from evollm.hpo.fitness import (
     rank,
 )
 from evollm.hpo.grid_search import GridSearch
-from evollm.hpo.guards import Guards, guards_of
+from evollm.hpo.guards import AnswerSampling, Guards, guards_of
 from evollm.hpo.hyperparameters import HyperparameterConfig, RLParameter
 from evollm.hpo.lineage import Birth, EvolutionPlan, ancestry
 from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
@@ -47,6 +47,7 @@ __all__ = [
     "PB2",
     "PREFERENCE_FITNESSES",
     "STRATEGIES",
+    "AnswerSampling",
     "AnyEvaluation",
     "Birth",
     "Evaluation",

@@ -61,6 +61,9 @@ class Evaluation(_PerRow):
         kl: (n,) exact KL(pi || ref) of the next token given the tokens before, summed over the scored tokens of each
             completion, and the mean over the pair's two completions, in nats per completion: the divergence at the
             prefixes of the held-out completions, not of those that the policy would sample. None: not measured.
+        answer_lengths: (n,) tokens of greedy answers to the first prompts, their end included; NaN for the others, and
+            None if no answers were sampled.
+        reference_lengths: (n,) the same of the reference's answers.
 
     Raises:
         ConfigurationError: If there is no pair, or they are not vectors of the same length.
@@ -69,6 +72,8 @@ class Evaluation(_PerRow):
     chosen_logratios: FloatArray
     rejected_logratios: FloatArray
     kl: FloatArray | None = None
+    answer_lengths: FloatArray | None = None
+    reference_lengths: FloatArray | None = None
 
     @property
     def margins(self) -> FloatArray:
@@ -86,6 +91,13 @@ class Evaluation(_PerRow):
         """Mean of the margins, in nats."""
         with np.errstate(invalid="ignore"):
             return float(self.margins.mean())
+
+    @property
+    def answer_length_ratio(self) -> float:
+        """Mean length of the sampled answers divided by that of the reference's; NaN if none were sampled."""
+        if self.answer_lengths is None or self.reference_lengths is None:
+            return math.nan
+        return float(np.nanmean(self.answer_lengths) / np.nanmean(self.reference_lengths))
 
     @property
     def scores(self) -> dict[str, float]:

@@ -14,42 +14,90 @@ from typing import Any
 
 import numpy as np
 
-from evollm.checks import finite_number
+from evollm.checks import finite_number, positive_number, whole_number
 from evollm.errors import ConfigurationError
-from evollm.hpo.fitness import Evaluation, Fitness, FloatArray
+from evollm.hpo.fitness import AnyEvaluation, Evaluation, Fitness, FloatArray
 from evollm.names import check_known
 
 # The first component of the fitness of an agent that breaks a guard: below every score, and finite, since a fitness
 # that is not finite means that the agent has diverged.
 BROKEN = -1e9
+_SAMPLING = ("answer_prompts", "answer_tokens")
+
+
+@dataclass(frozen=True)
+class AnswerSampling:
+    """Which answers an evaluation samples, all by greedy decoding.
+
+    Attributes:
+        prompts: The first so many held-out prompts are answered.
+        max_new_tokens: Answers are cut at this many tokens.
+    """
+
+    prompts: int
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
 class Guards:
-    """Bounds on an agent's log-probs of the held-out pairs; None: no such bound.
+    """Bounds on how far an agent may be from the reference, on the held-out pairs; None: no such bound.
 
     Attributes:
         min_chosen_logratio: Smallest mean over the pairs of log pi(chosen) - log ref(chosen), in nats per completion.
             Its negative is what the chosen completions have become more expensive by, in cross-entropy.
         max_kl: Largest mean over the pairs of `Evaluation.kl`, the exact KL(pi || ref) along the held-out completions,
             in nats per completion. Measuring it makes an evaluation two to three times as expensive.
+        max_answer_length_ratio: Largest mean length of an agent's greedy answers, divided by that of the reference's
+            answers to the same prompts. Preference tuning exploits length (Park et al. 2024, arXiv 2403.19159), which
+            log-probs of given completions do not show. Every evaluation generates the answers, one after the other.
+        answer_prompts: The first so many held-out prompts are answered for this.
+        answer_tokens: Answers, also the reference's, are cut at this many tokens.
 
     Raises:
-        ConfigurationError: A bound is no finite number.
+        ConfigurationError: A bound is no finite number, `max_answer_length_ratio` is not above 0, or one of the last
+            two is not a whole number above 0 or has no effect.
     """
 
     min_chosen_logratio: float | None = None
     max_kl: float | None = None
+    max_answer_length_ratio: float | None = None
+    answer_prompts: int = 16
+    answer_tokens: int = 256
 
     def __post_init__(self) -> None:
+        for name in ("min_chosen_logratio", "max_kl", "max_answer_length_ratio"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, finite_number(f"guards.{name}", getattr(self, name)))
+        if self.max_answer_length_ratio is not None:
+            positive_number("guards.max_answer_length_ratio", self.max_answer_length_ratio)
         for field in fields(self):
-            if getattr(self, field.name) is not None:
-                object.__setattr__(self, field.name, finite_number(f"guards.{field.name}", getattr(self, field.name)))
+            if field.name in _SAMPLING:
+                value = whole_number(f"guards.{field.name}", getattr(self, field.name), 1)
+                object.__setattr__(self, field.name, value)
+                if value != field.default and self.max_answer_length_ratio is None:
+                    fix = "has an effect only with max_answer_length_ratio: give that too, or leave this out"
+                    raise ConfigurationError(f"guards.{field.name}", value, fix)
 
     @property
-    def measurements(self) -> dict[str, bool]:
-        """Keyword arguments of `Executor.evaluate` that the bounds need; without `max_kl` none, so that any will do."""
-        return {} if self.max_kl is None else {"kl": True}
+    def measurements(self) -> dict[str, Any]:
+        """Keyword arguments of `Executor.evaluate` that the bounds need; often none, so that any executor will do."""
+        found: dict[str, Any] = {} if self.max_kl is None else {"kl": True}
+        if self.max_answer_length_ratio is not None:
+            found["answers"] = AnswerSampling(self.answer_prompts, self.answer_tokens)
+        return found
+
+    def remark(self, evaluation: AnyEvaluation) -> str:
+        """Why no agent can break the bound on answers, since all answers are cut; "" if one can."""
+        lengths = getattr(evaluation, "reference_lengths", None)
+        if self.max_answer_length_ratio is None or lengths is None:
+            return ""
+        reference = float(np.nanmean(lengths))
+        if self.max_answer_length_ratio * reference < self.answer_tokens:
+            return ""
+        return (
+            f"guards.max_answer_length_ratio={self.max_answer_length_ratio} cannot be broken: the reference's answers "
+            f"have {reference:.0f} tokens, and all are cut at guards.answer_tokens={self.answer_tokens}; raise that"
+        )
 
     def excess(self, evaluation: Evaluation) -> float:
         """How far an agent is beyond its bounds: the sum of its excesses, each divided by the size of the bound.
@@ -69,6 +117,8 @@ class Guards:
             found.append((-self.min_chosen_logratio, -_mean(evaluation.chosen_logratios)))
         if self.max_kl is not None:
             found.append((self.max_kl, math.nan if evaluation.kl is None else _mean(evaluation.kl)))
+        if self.max_answer_length_ratio is not None:
+            found.append((self.max_answer_length_ratio, evaluation.answer_length_ratio))
         return found
 
     def guarded(self, fitness: Fitness, evaluation: Evaluation) -> Fitness:
@@ -77,8 +127,9 @@ class Guards:
         return fitness if excess == 0 else (BROKEN, -excess, *fitness)
 
     def to_dict(self) -> dict[str, float]:
-        """Return the bounds that are set, by name."""
-        return {name: bound for name, bound in asdict(self).items() if bound is not None}
+        """Return the bounds that are set, by name, and what a bound on the length of answers depends on."""
+        left_out = _SAMPLING if self.max_answer_length_ratio is None else ()
+        return {name: bound for name, bound in asdict(self).items() if bound is not None and name not in left_out}
 
 
 def _mean(values: FloatArray) -> float:

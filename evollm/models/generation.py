@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,26 @@ def greedy_answers(
     """
     answers = []
     ends = _ends(base, tokenizer)
+    stop_strings = tuple(_as_list(getattr(base.network.generation_config, "stop_strings", None)))
+    for answer in _generated(base, adapter, prompts, tokenizer, max_new_tokens):
+        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        ended = len(answer) < max_new_tokens or int(answer[-1]) in ends or text.endswith(stop_strings)
+        answers.append(text if ended else f"{text}{cut_mark}")
+    return answers
+
+
+def greedy_lengths(
+    base: SharedBase, adapter: str | None, prompts: Sequence[IntArray], tokenizer: Any, max_new_tokens: int
+) -> list[int]:
+    """The number of tokens of each answer of `greedy_answers`, the one that ends it included."""
+    return [len(answer) for answer in _generated(base, adapter, prompts, tokenizer, max_new_tokens)]
+
+
+def _generated(
+    base: SharedBase, adapter: str | None, prompts: Sequence[IntArray], tokenizer: Any, max_new_tokens: int
+) -> Iterator[torch.Tensor]:
+    """The token ids of each answer, (T,) with T <= `max_new_tokens`."""
+    ends = _ends(base, tokenizer)
     with base.active(adapter) as network, torch.no_grad():
         for prompt in prompts:
             input_ids = torch.from_numpy(prompt).to(base.device).unsqueeze(0)  # (1, P)
@@ -52,13 +72,7 @@ def greedy_answers(
                 tokenizer=tokenizer,
             )
             # A decoder's output begins with its own start token, not with the prompt.
-            start = 0 if base.is_encoder_decoder else len(prompt)
-            answer = output[0, start:]
-            text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-            stop_strings = tuple(_as_list(getattr(base.network.generation_config, "stop_strings", None)))
-            ended = len(answer) < max_new_tokens or int(answer[-1]) in ends or text.endswith(stop_strings)
-            answers.append(text if ended else f"{text}{cut_mark}")
-    return answers
+            yield output[0, 1 if base.is_encoder_decoder else len(prompt) :]
 
 
 def _ends(base: SharedBase, tokenizer: Any) -> list[int]:

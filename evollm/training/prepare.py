@@ -96,7 +96,9 @@ def check_arguments(
     if asked.guards is not None and not isinstance(algorithm.trial, Evaluation):
         fix = f"need the log-ratios of pairs, which {algorithm.name} does not evaluate: leave them out"
         raise ConfigurationError("guards", asked.guards, fix)
-    _check_measurable(asked.bounds, algorithm.evaluate, algorithm.name)
+    if asked.bounds.max_kl is not None:
+        # Answers are sampled by the executor, whatever the algorithm.
+        _check_measurable(Guards(max_kl=asked.bounds.max_kl), algorithm.evaluate, algorithm.name)
     function = check_fitness(fitness, algorithm)
     if not callable(executor):
         fix = "must be a class or a function from agents and gym to an evollm.execution.executor.Executor"
@@ -166,10 +168,11 @@ def check_fitness(fitness: object, algorithm: Algorithm) -> FitnessFunction:
 
 
 def _check_measurable(guards: Guards, evaluate: Callable[..., object], owner: str) -> None:
-    """Refuse a bound on the KL where `evaluate` cannot measure it."""
+    """Refuse a bound on the KL or on answers where `evaluate` cannot measure them."""
     for name in guards.measurements.keys() - inspect.signature(evaluate).parameters.keys():
+        bound = {"kl": "max_kl", "answers": "max_answer_length_ratio"}[name]
         fix = f"needs an argument {name} of evaluate, which {owner} lacks"
-        raise ConfigurationError(f"guards.max_{name}", guards.max_kl, fix)
+        raise ConfigurationError(f"guards.{bound}", getattr(guards, bound), fix)
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:

@@ -313,6 +313,8 @@ class Run:
         self.progress.account.add(self.executor.spent())
         if rows is None:
             self.progress.evaluated = self.step
+        for remark in filter(None, {self.options.bounds.remark(one) for one in evaluations.values()}):
+            warnings.warn(remark, UserWarning, stacklevel=2)
         members = self.executor.members()
         fitnesses = {
             str(member.index): self._fitness_of(evaluations[member.index])

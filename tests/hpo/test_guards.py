@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evollm.errors import ConfigurationError
-from evollm.hpo import Evaluation, Guards, guards_of, is_finite, preference_fitness, rank
+from evollm.hpo import AnswerSampling, Evaluation, Guards, guards_of, is_finite, preference_fitness, rank
 
 NAN = math.nan
 
@@ -69,3 +69,32 @@ def test_guards_are_read_from_a_mapping_and_unknown_names_get_the_nearest() -> N
         guards_of({"min_chosen_logratio": "-3"})
     with pytest.raises(ConfigurationError, match="guards=-3: must be a mapping"):
         guards_of(-3)
+
+
+def test_answers_may_be_longer_than_the_references_by_the_bound() -> None:
+    lengths = {"answer_lengths": [9.0, 3.0, NAN], "reference_lengths": [2.0, 2.0, NAN]}
+    longer = Evaluation(np.zeros(3), np.zeros(3), **lengths)
+    assert longer.answer_length_ratio == 3.0
+    assert Guards(max_answer_length_ratio=3.0).guarded((0.5,), longer) == (0.5,)
+    assert Guards(max_answer_length_ratio=1.5).guarded((0.5,), longer) == (-1e9, -1.0, 0.5)
+    # Where answers are cut at the bound, none can break it.
+    assert Guards(max_answer_length_ratio=3.0, answer_tokens=7).remark(longer) == ""
+    assert "have 2 tokens, and all are cut at guards.answer_tokens=6" in Guards(
+        max_answer_length_ratio=3.0, answer_tokens=6
+    ).remark(longer)
+    # An evaluation without answers holds no such bound.
+    assert not is_finite(Guards(max_answer_length_ratio=1.5).guarded((0.5,), RIGHT))
+
+
+def test_answers_are_asked_for_only_where_a_bound_needs_them() -> None:
+    assert Guards(min_chosen_logratio=-3.0).measurements == {}
+    bound = guards_of({"max_answer_length_ratio": 1.5, "answer_prompts": 4})
+    assert bound.measurements == {"answers": AnswerSampling(4, 256)}
+    assert bound.to_dict() == {"max_answer_length_ratio": 1.5, "answer_prompts": 4, "answer_tokens": 256}
+    assert Guards(max_kl=1.0).to_dict() == {"max_kl": 1.0}
+    with pytest.raises(ConfigurationError, match=r"guards\.max_answer_length_ratio=0"):
+        Guards(max_answer_length_ratio=0)
+    with pytest.raises(ConfigurationError, match=r"guards\.answer_prompts=4: has an effect only with"):
+        Guards(answer_prompts=4)
+    with pytest.raises(ConfigurationError, match=r"guards\.answer_tokens=0"):
+        Guards(max_answer_length_ratio=1.5, answer_tokens=0)

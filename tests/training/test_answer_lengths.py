@@ -1,0 +1,112 @@
+"""A bound on the length of sampled answers, measured at every evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_examples, make_rows
+from two_workers import TwoWorkers
+
+from evollm import Callback, ConfigurationError, PreferenceGym, SFTGym, finetune_llm_preference, finetune_llm_sft
+from evollm.execution import worker as worker_module
+from evollm.execution.local import LocalExecutor
+from evollm.hpo import AnswerSampling
+from evollm.runs.evaluations import read_evaluations
+
+GUARDS = {"max_answer_length_ratio": 1.5, "answer_prompts": 3, "answer_tokens": 20}
+
+
+class Crash(Callback):
+    def on_step(self, event) -> None:
+        if event.step == 3:
+            raise RuntimeError("the machine fell over")
+
+
+@pytest.fixture
+def run(make_population, tokenizer, tmp_path):
+    def start(name: str, *, resume: bool = False, **changes) -> tuple[list, list[float]]:
+        env = PreferenceGym(make_rows(12), make_rows(5, 50), tokenizer, data_batch_size_per_gpu=4)
+        population = make_population(3)
+        for agent, lr in zip(population, (1e-3, 5e-3, 2e-2), strict=True):
+            agent.lr = lr
+        where = {"resume_from_checkpoint" if resume else "run_dir": tmp_path / name}
+        settings = {"max_steps": 4, "evaluation_interval": 2, "checkpoint_steps": 1, "guards": GUARDS, **changes}
+        return finetune_llm_preference(population, env, verbose=False, num_sample_answers=0, **settings, **where)
+
+    return start
+
+
+def test_an_agent_with_answers_that_are_too_long_is_behind(run, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def lengths(base, adapter, prompts, tokenizer, max_new_tokens):
+        asked.append(adapter)
+        # The reference is asked first, then the actors in their order.
+        return [{0: 4, 1: 2, 2: 8, 3: 6}[list(dict.fromkeys(asked)).index(adapter)]] * len(prompts)
+
+    monkeypatch.setattr(worker_module, "greedy_lengths", lengths)
+    _, fitnesses = run("run")
+    assert [fitness == -1e9 for fitness in fitnesses] == [False, True, False]
+    # The reference once in the run, each agent at both evaluations.
+    assert len(asked) == 1 + 6
+    assert asked.count(asked[0]) == 1
+    found = read_evaluations(tmp_path / "run/evaluations/step-000004.safetensors")
+    assert found["agent-1"].answer_lengths.tolist()[:3] == [8, 8, 8]
+    assert np.isnan(found["agent-1"].answer_lengths[3:]).all()
+    assert [found[f"agent-{index}"].answer_length_ratio for index in range(3)] == [0.5, 2.0, 1.5]
+
+
+def test_lengths_are_those_of_the_answers_that_generate_gives(make_population, gym, tokenizer) -> None:
+    agents = make_population(2)
+    for _ in range(4):
+        agents[0].learn(gym.next_batch())
+    executor = LocalExecutor(agents, gym)
+    found = executor.evaluate("test", answers=AnswerSampling(4, 9))
+    for agent in agents:
+        lengths = []
+        for pair in gym.test_pairs[:4]:
+            prompt = torch.from_numpy(pair.prompt_ids)[None]
+            with agent.base.active(agent.actor_adapter) as network:
+                answer = network.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=9,
+                    do_sample=False,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.eos_token_id,
+                )
+            lengths.append(len(answer[0]) - len(pair.prompt_ids))
+        assert found[agent.index].answer_lengths[:4].tolist() == lengths
+    # The second agent has learnt nothing, so its answers are the reference's.
+    assert found[1].answer_length_ratio == 1.0
+    # What else an evaluation has does not depend on the answers.
+    plain = executor.evaluate("test")
+    assert all((plain[index].margins == found[index].margins).all() for index in plain)
+    assert plain[0].answer_lengths is None
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be broken")
+def test_a_run_with_the_bound_goes_on_bit_for_bit(run, tmp_path) -> None:
+    run("whole")
+    with pytest.raises(RuntimeError):
+        run("killed", callbacks=[Crash()])
+    run("killed", resume=True)
+    for name in ("metrics.jsonl", "evaluations/step-000004.safetensors"):
+        whole, killed = (Path(tmp_path, folder, name).read_bytes() for folder in ("whole", "killed"))
+        assert whole == killed
+
+
+def test_a_bound_that_cut_answers_cannot_break_is_warned_of(run) -> None:
+    with pytest.warns(UserWarning, match=r"cannot be broken: .* cut at guards\.answer_tokens=1; raise that"):
+        run("run", guards={**GUARDS, "answer_tokens": 1})
+
+
+def test_where_answers_cannot_be_sampled_the_bound_is_refused(run, make_sft_population, tokenizer, tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"guards\.max_answer_length_ratio=1\.5: needs an argument answers"):
+        run("refused", executor=TwoWorkers)
+    env = SFTGym(make_examples(8), make_examples(4, 8), tokenizer, data_batch_size_per_gpu=4)
+    with pytest.raises(TypeError, match="guards"):
+        finetune_llm_sft(make_sft_population(2), env, guards=GUARDS, run_dir=tmp_path / "sft")
