@@ -172,8 +172,18 @@ def test_such_a_replay_that_was_interrupted_goes_on(crossed, made, tmp_path, mon
 
 
 def test_two_parents_that_began_afresh_are_replayed_from_the_beginning_of_the_run(crossed, made, tmp_path) -> None:
-    folder = crossed(FreshCrossing)
-    assert replay(folder, *made(1), run_dir=tmp_path / "again", verbose=False).exact
+    """With a learning rate that falls to the end of the run, which comes after the winner's evaluation."""
+    evaluated = []
+
+    def best_at_step_8(evaluation):
+        # A trial before training, four members three times, and the last one twice.
+        evaluated.append(evaluation)
+        return float(len(evaluated) == 1 + 4 + 3 + 3 + 1)
+
+    falls = {"lr_scheduler_type": "cosine"}
+    folder = crossed(FreshCrossing, agents=falls, fitness=best_at_step_8, max_steps=10)
+    assert (read_run(folder).winner, read_run(folder).winner_step) == (14, 8)
+    assert replay(folder, *made(1, **falls), run_dir=tmp_path / "again", verbose=False).exact
     assert {line.agent for line in read_run(tmp_path / "again").steps} == {0, 10, 11, 12, 14}
 
 
