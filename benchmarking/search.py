@@ -24,6 +24,7 @@ Files are split by dialogue; configurations are compared on the selection pairs,
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     options = _parse(arguments)
     changed = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
-    settings = {name: getattr(options, name) for name in ("members", "budget", "evo_steps", "fitness")}
+    settings = {name: getattr(options, name) for name in ("members", "budget", "evo_steps", "fitness", "settings")}
     plans = [None] if "record" in options.what else []
     plans += [Plan(name, **settings) for name in options.strategies] if "run" in options.what else []
     jobs = [
@@ -216,6 +217,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--figure", type=Path, help="SVG or PNG of a report, with the data set's name before the suffix"
     )
+    parser.add_argument("--settings", type=json.loads, default={}, help="of the strategies, as a JSON object")
     parser.add_argument("--fitness", choices=PREFERENCE_FITNESSES, help="of a run; the library's default")
     return parser.parse_args(arguments)
 

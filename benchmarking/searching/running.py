@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Plan:
         budget: Most compute, in runs of `Prices.run`, but for half a step and the probe; None: all members' steps.
         evo_steps: Steps before the first decision; None: as many as `DECISIONS` says.
         fitness: By name; None: the library's default.
+        settings: Arguments of the strategy; by default its seed is that of the search.
     """
 
     strategy: str
@@ -41,19 +42,20 @@ class Plan:
     budget: float | None = None
     evo_steps: int | None = None
     fitness: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """Name of the contestant, and of its files: what differs from the defaults."""
         changed = {"members": self.members if self.members != Plan.members else None}
-        changed |= {name: getattr(self, name) for name in ("budget", "evo_steps", "fitness")}
+        changed |= {name: getattr(self, name) for name in ("budget", "evo_steps", "fitness")} | dict(self.settings)
         return "-".join([self.strategy, *(f"{name}={value}" for name, value in changed.items() if value is not None)])
 
     def search(self, seed: int) -> Search:
         """The strategy, whose draws come from the seed if it draws."""
         found = STRATEGIES[self.strategy]
-        seeds = {"rand_seed": seed} if "rand_seed" in {field.name for field in fields(found)} else {}
-        return found(**seeds)  # type: ignore[no-any-return]
+        seeds = {"rand_seed": seed} if "rand_seed" in {one.name for one in fields(found)} else {}
+        return found(**seeds | dict(self.settings))  # type: ignore[no-any-return]
 
 
 class Trace(Callback):

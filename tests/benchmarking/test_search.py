@@ -188,6 +188,9 @@ def test_members_that_left_cost_nothing_and_a_budget_is_kept(tmp_path: Path) -> 
     halving = ran(tmp_path, "successive_halving-members=4", "--members", "4")
     everybody = ran(tmp_path, "tournament-members=4", "--members", "4")
     assert halving.about["runs"] < 0.6 * everybody.about["runs"]
+    settings = ["--members", "4", "--settings", '{"reduction_factor": 4}']
+    quarters = ran(tmp_path, "successive_halving-members=4-reduction_factor=4", *settings)
+    assert quarters.about["runs"] < halving.about["runs"]
     cut = ran(tmp_path, "tournament-members=4-budget=2.0", "--members", "4", "--budget", "2")
     # Half a step may exceed it, and the probe of the fast paths, which costs a fifth of so short a run.
     assert 1.8 < cut.about["runs"] < 2.25 < everybody.about["runs"]
