@@ -238,13 +238,13 @@ class Halving:
 
 
 def spread(record: Record, order: Sequence[int], count: int) -> list[int]:
-    """So many founders, spread over the learning rates as a Latin hypercube spreads them.
+    """At most so many founders, spread over the learning rates as a Latin hypercube spreads them.
 
     The range of the rates is divided into `count` equal parts on a logarithmic scale, a place is drawn in each, and the
     founder that is nearest to it is taken. `order` is a random one, and seeds the draws.
     """
     left = {founder: math.log(record.about["founders"][founder]["hyperparameters"]["lr"]) for founder in order}
-    low, high = min(left.values()), max(left.values())
+    low, high, count = min(left.values()), max(left.values()), min(count, len(left))
     rng = np.random.default_rng(list(order))
     places = low + (rng.permutation(count) + rng.random(count)) / count * (high - low)
     chosen = []

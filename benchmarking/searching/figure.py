@@ -25,6 +25,7 @@ SCORES = (("final accuracy", "right", ".2f"), ("final log-loss (nats, less is be
 OUTSIDE = "default settings"
 # Contestants whose prices differ by less have one label, the best first.
 TOGETHER = 1.035
+ROOM = 0.1
 SMALL = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5}
 
 
@@ -92,8 +93,9 @@ def _panel(axes: Any, found: Mapping[str, Mapping[int, Outcome]], score: str, fo
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda value, _: format(value, form))
     axes.set_xlabel("compute, in runs of one agent")
-    if up < 0:
-        axes.invert_yaxis()
+    # Room for the numbers above the intervals.
+    low, high = axes.get_ylim()
+    axes.set_ylim((low, high + ROOM * (high - low)) if up > 0 else (high, low - ROOM * (high - low)))
     for kind, (color, marker) in KINDS.items():
         if any(_kind(name) == kind for name in found):
             axes.plot([], [], color=color, marker=marker, linestyle="none", label=kind)
@@ -106,4 +108,4 @@ def _kind(name: str) -> str:
         return run
     if name.startswith("random") and name.count(",") == 1:
         return random
-    return whole if name.startswith(("default", "grid", "random")) else halved
+    return whole if name.startswith(("default", "grid", "random", "spread,")) else halved
