@@ -1,4 +1,4 @@
-"""`evollm demo`: evolve a population on the shipped pairs."""
+"""`evollm demo`: search with a population on the shipped pairs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def add_to(commands: Subparsers) -> None:
         commands,
         "demo",
         _run,
-        help="evolve a population on a real 135M-parameter model and shipped pairs",
-        description="Teach SmolLM2-135M-Instruct to answer briefly, with a population of DPO agents that evolves.",
+        help="search with a population on a real 135M-parameter model and shipped pairs",
+        description="Teach SmolLM2-135M-Instruct to answer briefly, with a population of DPO agents that race.",
         example="evollm demo --run-dir my-demo",
     )
     parser.add_argument("--population", type=int, default=4, help="number of agents (default: %(default)s)")
-    parser.add_argument("--generations", type=int, default=3, help="number of generations (default: %(default)s)")
+    parser.add_argument("--generations", type=int, default=4, help="number of generations (default: %(default)s)")
     parser.add_argument("--run-dir", help="run folder (default: a new one in evollm-runs)")
     parser.add_argument(
         "--seed", type=int, default=42, help="of data order, adapters, evolution (default: %(default)s)"

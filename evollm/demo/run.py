@@ -1,4 +1,4 @@
-"""Evolve a population on the shipped pairs: what `evollm demo` does."""
+"""Search with a population on the shipped pairs: what `evollm demo` does."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_demo(
 
     Args:
         population: Number of agents, at least 2.
-        generations: Number of generations, at least 2, with an evolution between each two.
+        generations: Number of generations, at least 2, with a decision of the search between each two.
         run_dir: Run folder, by default a new one in `evollm-runs`.
         seed: Seeds data order, adapters and evolution.
         dtype: Type of the base, as for `DPO`.
@@ -56,8 +56,6 @@ def run_demo(
         beta=0.1,
         nll_alpha=0.5,
         hp_config={"lr": [2e-5, 2e-4], "beta": [0.05, 0.5], "nll_alpha": [0.2, 2]},
-        no_mutation=0.2,
-        rl_hp=0.8,
         gradient_checkpointing=False,
         dtype=dtype,
         seed=seed,

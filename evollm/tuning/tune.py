@@ -64,16 +64,16 @@ def tune(
 ) -> TuneResult:
     """Tune a model on preference pairs and find good hyperparameters for this model, in one call.
 
-    `tune` calls `PreferenceGym`, `DPO.population`, `TournamentSelection`, `Mutations` and `finetune_llm_preference`, or
-    their SFT counterparts. Every further keyword argument goes to each function with a parameter of that name, so
-    `lr=1e-4, tournament_size=3, num_epochs=3, run_dir="my-run"` reach the agents, the tournament and the loop.
+    `tune` calls `PreferenceGym`, `DPO.population`, a strategy of `evollm.hpo` and `finetune_llm_preference`, or their
+    SFT counterparts. Every further keyword argument goes to each function with a parameter of that name, so
+    `lr=1e-4, error_rate=0.1, num_epochs=3, run_dir="my-run"` reach the agents, the strategy and the loop.
     `hp_config`, `lora_config` and `model_config` may be mappings of plain values, as in a YAML file:
     `hp_config={"lr": [1e-6, 1e-4]}`, `lora_config={"r": 8}`, `model_config={"dtype": "bfloat16"}`.
 
     Defaults that differ from those of the called functions: lr 1e-4, nll_alpha 0.2, max_grad_norm 1, 2 epochs,
-    `search="racing"`, `sampling="latin_hypercube"` and, for preferences, `fitness="margin_over_std"`; a setting that one
-    search alone has, such as `tournament_size`, chooses that search. Without an `hp_config`, lr, beta and nll_alpha (for
-    SFT: lr) are searched within a factor of 5 of their start values.
+    `search="racing"`, `sampling="latin_hypercube"` and, for preferences, `fitness="margin_over_std"`. A setting that
+    one search alone has, such as `tournament_size`, chooses that search. Without an `hp_config`, lr, beta and nll_alpha
+    (for SFT: lr) are searched within a factor of 5 of their start values.
 
     Args:
         model: Hub name or folder, or a loaded model.
