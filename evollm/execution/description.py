@@ -59,8 +59,12 @@ def _costs(first: SavableAgent, env: DatasetGym) -> Costs:
     splits = {"train": env.train_pairs, "test": env.test_pairs, "final": env.final_pairs}
     batches = {split: Batch(pairs) for split, pairs in splits.items()}
     reference = first.adapter(REFERENCE) if has_reference else None
+    evaluation = {split: flops.of(batches[split], first.actor_adapter) for split in ("test", "final")}
+    references = {split: flops.of(batch, reference) * has_reference for split, batch in batches.items()}
     return Costs(
         training=flops.of(batches["train"], first.actor_adapter, training=True),
-        evaluation={split: flops.of(batches[split], first.actor_adapter) for split in ("test", "final")},
-        references={split: flops.of(batch, reference) * has_reference for split, batch in batches.items()},
+        evaluation=evaluation,
+        references=references,
+        kl=evaluation["test"] + references["test"],
+        adapter=evaluation["test"] - flops.of(batches["test"], None),
     )

@@ -54,11 +54,15 @@ class Costs:
         training: Learning once from each training row, its reference known.
         evaluation: The evaluation on each held-out split, `test` and `final`, the reference known.
         references: The reference's log-probs of each split, `train`, `test` and `final`; 0 without a reference.
+        kl: Measuring `Evaluation.kl` on `test`: another pass of the agent and one of the reference.
+        adapter: The share of `evaluation["test"]` that is due to the adapter and grows with its rank.
     """
 
     training: int
     evaluation: Mapping[str, int]
     references: Mapping[str, int]
+    kl: int = 0
+    adapter: int = 0
 
 
 @dataclass(frozen=True)

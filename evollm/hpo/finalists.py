@@ -102,6 +102,11 @@ class FinalCandidates:
         combined = [self.combined(several, name) for name in self.combinations if len(several) > 1]
         return combined + [Recipe(several[:1], factor=factor) for factor in self.factors if factor != 1]
 
+    def most_evaluations(self, finalists: int) -> int:
+        """Evaluations that candidates of so many agents need at most, that of the best agent by itself included."""
+        joining = finalists - 1 if self.greedy else 0
+        return 1 + len(self.recipes(range(finalists))) + joining
+
     def combined(self, agents: Sequence[int], combination: str = "cat") -> Recipe:
         """The recipe of a combination of these agents."""
         return Recipe(tuple(agents), combination, density=self.density, seed=self.seed)

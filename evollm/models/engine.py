@@ -195,7 +195,8 @@ class Engine:
         for numbers in sharing.values():
             members, batch = [items[number].adapter for number in numbers], items[numbers[0]].batch
             own = None if loss is None else partial(_of_items, loss, numbers)
-            self.base.flops.add(kind, batch, members, training=loss is not None)
+            passes = [*members, *options.reference * len(members)]
+            self.base.flops.add(kind, batch, passes, training=loss is not None)
             found |= zip(numbers, self._run_batch(batch, members, options, own).members, strict=True)
         return [found[number] for number in range(len(items))]
 

@@ -13,8 +13,9 @@ from evollm.errors import DivergedError, EvoLLMError
 from evollm.execution.executor import BEST_SO_FAR, Executor, Member
 from evollm.hpo import Fitness, is_finite, rank
 from evollm.hpo.guards import BROKEN
-from evollm.runs.events import Candidate, RunEnded
+from evollm.runs.events import Callback, Candidate, RunEnded
 from evollm.training.finalists import Contest
+from evollm.training.limits import Limits
 from evollm.training.options import RunOptions
 from evollm.training.paths import RunPaths
 from evollm.training.state import Best, Progress
@@ -60,11 +61,13 @@ def end(
     paths: RunPaths,
     rows: Mapping[str, int],
     contest: Contest | None,
+    limits: Limits,
 ) -> tuple[int, RunEnded]:
     """Save the best agent, score the best and the second-best agent, and generate the best agent's answers.
 
     The best agent is that of the best evaluation of the run. Unless it is the last evaluation, the second-best agent is
-    the best one of the last population. If a candidate of the contest is better, it takes the best agent's place.
+    the best one of the last population. If a candidate of the contest is better, it takes the best agent's place. A
+    second-best agent whose final score does not fit in the budget is left out.
 
     Returns:
         Index by which the executor knows the result, and the event.
@@ -87,6 +90,9 @@ def end(
         warnings.warn(f"every agent breaks a guard: {fix}", UserWarning, stacklevel=2)
     best_path = _save_elite(executor, best, paths) if options.save_elite else None
     split = final_split(rows)
+    learners = [member.hyperparameters for member in members if not member.diverged]
+    if not limits.fits_runner_up(progress.account, progress.step, learners):
+        second = None
     podium = [index for index in (best, second) if index is not None]
     scores = executor.evaluate(split, podium) if split else {}
     event = RunEnded(
@@ -133,3 +139,12 @@ def _try_to_save(executor: Executor, index: int, path: Path) -> str:
     except (OSError, EvoLLMError) as error:
         reason = str(error)
     return str(executor.processes.from_main(reason))
+
+
+def close_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Close all callbacks; a failing callback only warns, to keep the run's result or the run's own error."""
+    for callback in callbacks:
+        try:
+            callback.close()
+        except Exception as error:  # Whatever a user's callback, or a tracker's library, raises.
+            warnings.warn(f"{type(callback).__name__} could not be closed: {error!r}", UserWarning, stacklevel=3)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from evollm.execution.executor import Agreement
+from evollm.hpo.hyperparameters import Value
 from evollm.training.options import RunOptions
 from evollm.training.spending import Account, Prices
 
@@ -33,7 +34,7 @@ class Limits:
         self,
         account: Account,
         step: int,
-        learners: Sequence[Mapping[str, float]],
+        learners: Sequence[Mapping[str, Value]],
         *,
         evaluates: bool = False,
         share: float = 1.0,
@@ -57,6 +58,11 @@ class Limits:
         if most is not None and account.member_steps + len(learners) > most:
             return "max_member_steps"
         return "max_hours" if self._is_late(account) else ""
+
+    def fits_runner_up(self, account: Account, step: int, learners: Sequence[Mapping[str, Value]]) -> bool:
+        """Whether the final score of a second agent fits in the budget, too; see `Prices.fits_two_scores`."""
+        budget = self._options.budget
+        return budget is None or self._prices.fits_two_scores(account, step, learners, budget)
 
     def _is_late(self, account: Account) -> bool:
         """Whether `max_hours` are over; all processes make this call at the same step."""

@@ -102,6 +102,11 @@ class RunOptions:
         """The guards of the run; without any, those that no agent breaks."""
         return self.guards if isinstance(self.guards, Guards) else Guards()
 
+    @property
+    def candidates(self) -> FinalCandidates | None:
+        """The candidates after the last step; None: there are none."""
+        return self.merge if isinstance(self.merge, FinalCandidates) else None
+
     def strategy(self) -> Search | None:
         """The search of the run; None if there is none."""
         if self.tournament is not None and self.mutation is not None:
@@ -119,8 +124,8 @@ class RunOptions:
             asked["search"] = describe_search(self.search)
         if isinstance(self.guards, Guards):
             asked["guards"] = self.guards.to_dict()
-        if isinstance(self.merge, FinalCandidates):
-            asked["merge"] = self.merge.to_dict()
+        if self.candidates is not None:
+            asked["merge"] = self.candidates.to_dict()
         return asked
 
 

@@ -110,7 +110,7 @@ def check_arguments(
         # Trackers start before the run folder is written: a failed start leaves no folder that blocks the next run.
         writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
         listeners = [*writers, *listeners, *([Console()] if verbose else [])]
-    terms = _terms(asked.merge, algorithm) if isinstance(asked.merge, FinalCandidates) else None
+    terms = None if asked.candidates is None else _terms(asked.candidates, algorithm)
     return RunArguments(algorithm, asked, paths, function, listeners, executor, terms)
 
 
@@ -141,11 +141,11 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
     check_executor(executor)
     _check_measurable(arguments.options.bounds, executor.evaluate, type(executor).__name__)
     contest, options = None, arguments.options
-    if isinstance(options.merge, FinalCandidates) and arguments.terms is not None:
+    if options.candidates is not None and arguments.terms is not None:
         if not all(callable(getattr(executor, name, None)) for name in ("combine", "discard")):
             fix = "cannot make candidates of agents (evollm.execution.executor.Combines): leave merge out"
             raise ConfigurationError("executor", type(executor).__name__, fix)
-        contest = Contest(cast(Combines, executor), options.merge, arguments.terms, options.bounds)
+        contest = Contest(cast(Combines, executor), options.candidates, arguments.terms, options.bounds)
     return Run(executor, options, arguments.paths, arguments.fitness, arguments.callbacks, contest)
 
 
@@ -205,11 +205,11 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
         )
     if options.guards is not None and not env.test_pairs:
         raise ConfigurationError("test_dataset", None, "guards need held-out rows: pass a test_dataset to the gym")
-    if isinstance(options.merge, FinalCandidates):
+    if options.candidates is not None:
         if not env.test_pairs:
             raise ConfigurationError("test_dataset", None, "merge needs held-out rows: pass a test_dataset to the gym")
         actors = [agent.actor_adapter for agent in population]
-        check_combinable(population[0].base, actors, options.merge.combinations)
+        check_combinable(population[0].base, actors, options.candidates.combinations)
     if options.early_stopping_patience is not None and not env.test_pairs:
         fix = "early stopping needs held-out rows: pass a test_dataset to the gym"
         raise ConfigurationError("early_stopping_patience", options.early_stopping_patience, fix)

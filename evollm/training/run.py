@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from evollm.checkpoints.steps import prune_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, EvoLLMError
 from evollm.execution.executor import Executor, check_going
-from evollm.hpo import Birth, EvolutionPlan, Fitness, Result, SearchPlan, SearchStart, as_fitness
+from evollm.hpo import Birth, EvolutionPlan, Fitness, SearchPlan, SearchStart, as_fitness
+from evollm.hpo.hyperparameters import Value
 from evollm.hpo.search import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
 from evollm.runs.spent import Spent
-from evollm.training.ending import best_of, end, final_split
+from evollm.training.ending import best_of, close_callbacks, end, final_split
 from evollm.training.finalists import Contest
 from evollm.training.limits import Limits
 from evollm.training.options import RunOptions, Schedule
@@ -83,7 +85,8 @@ class Run:
         self.search = options.strategy()
         moving, split = options.update_reference_each_epoch, final_split(self.rows)
         epochs = update_epochs(members[0].hyperparameters)
-        self._prices = Prices(described.costs, self.schedule, split, epochs, moving)
+        kl, merge = bool(options.bounds.measurements), options.candidates
+        self._prices = Prices(described.costs, self.schedule, split, epochs, moving, kl, merge)
         self._limits = Limits(options, self._prices, self.processes)
         # Name of the limit that has ended the run, "" while none has.
         self._limit = ""
@@ -123,13 +126,15 @@ class Run:
                 self.resume()
             self._limits.start_clock(self.progress.account)
             try:
-                self._end_if_spent(evaluates=False)
+                self._ends_by_limit(self._learners())
                 with StopSignals() as stop:
                     self._start()
                     while self.step < self.schedule.total and not self._stopped:
                         self._advance(stop)
                     self._evaluate_at_the_end()
-                    best, ended = end(self.executor, self.progress, self.options, self.paths, self.rows, self.contest)
+                    best, ended = end(
+                        self.executor, self.progress, self.options, self.paths, self.rows, self.contest, self._limits
+                    )
                     self.progress.account.add(self.executor.spent(), final=True)
                     ended = replace(ended, stopped=self._stopped, spent=self.spent)
                     self._tell("on_end", ended)
@@ -138,7 +143,7 @@ class Run:
                 # The message says how to resume; the command line prints the message.
                 raise KeyboardInterrupt(*filter(None, [self._how_to_go_on()])) from None
             finally:
-                self._close_callbacks()
+                close_callbacks(self.callbacks)
                 self.executor.close()
         fitnesses = self.progress.fitnesses
         scores = [fitnesses.get(member.index, DIVERGED_FITNESS)[0] for member in self.executor.members()]
@@ -154,7 +159,7 @@ class Run:
         if self.search is not None:
             founders = self.progress.founders
             assert self.schedule.evolve_every is not None
-            budget = self.options.budget and self._prices.search_budget(self.options.budget)
+            budget = self.options.budget and self._prices.search_budget(self.options.budget, len(founders))
             interval, rows = self.schedule.evolve_every, self.rows["test"]
             start = SearchStart(founders, self._hp_config, interval, budget or None, rows)
             plan = self._of_main(self.search.start(start))
@@ -211,9 +216,15 @@ class Run:
         """Make a due decision, learn up to the next step with other work, then evaluate and save if due."""
         # A due checkpoint of this step is already written, so an error in the decision loses no training.
         if self.step > 0 and self._decides(self.step):
+            saved = self.schedule.checkpoints_at(self.step)
             self._decide()
+            if self._limit:
+                if not saved and self.schedule.checkpoints_at(self.step):
+                    self._checkpoint()
+                return
         self._learn(stop)
-        self._end_if_spent(evaluates=self.schedule.evaluates_at(self.step, decides=self._decides(self.step)))
+        evaluates = self.schedule.evaluates_at(self.step, decides=self._decides(self.step))
+        self._ends_by_limit(self._learners(), evaluates=evaluates)
         if self.schedule.evaluates_at(self.step, decides=self._decides(self.step)):
             self._evaluate()
         number = self._signal(stop)
@@ -228,36 +239,42 @@ class Run:
         until = next(step for step in range(self.step + 1, self.schedule.total + 1) if self._pauses_at(step))
         for done in self.executor.learn(self.step, until):
             self._note(done)
-            if self.step < until and (self._signal(stop) or self._limit_hit()):
+            if self.step < until and (self._signal(stop) or self._limit_hit(self._learners())):
                 return
 
-    @property
-    def _next_share(self) -> float:
-        """The share of the selection rows that the next decision of the search needs."""
-        rows, due, known = self.progress.due_rows, self.progress.due, self.rows["test"]
+    def _share(self, rows: int | None, due: int | None) -> float:
+        """The share of the selection rows that members are evaluated on next: for a decision on `rows`, or at the end."""
+        known = self.rows["test"]
         return min(1.0, rows / known) if rows and known and due is not None and due < self.schedule.total else 1.0
 
-    def _limit_hit(self, *, evaluates: bool = False) -> str:
-        """Name of the limit within which no further step of the present members fits; see `Limits.hit`."""
-        learners = [member.hyperparameters for member in self.executor.members() if not member.diverged]
-        share = self._next_share
+    def _learners(self) -> list[Mapping[str, Value]]:
+        """The hyperparameters of each member that learns on."""
+        return [member.hyperparameters for member in self.executor.members() if not member.diverged]
+
+    def _limit_hit(
+        self, learners: Sequence[Mapping[str, Value]], *, evaluates: bool = False, share: float | None = None
+    ) -> str:
+        """Name of the limit within which no further step fits; see `Limits.hit`."""
+        share = self._share(self.progress.due_rows, self.progress.due) if share is None else share
         return self._limits.hit(self.progress.account, self.step, learners, evaluates=evaluates, share=share)
 
-    def _end_if_spent(self, *, evaluates: bool) -> None:
-        """Make this step the last one of the schedule if no further step fits.
+    def _ends_by_limit(
+        self, learners: Sequence[Mapping[str, Value]], *, evaluates: bool = False, share: float | None = None
+    ) -> bool:
+        """Whether no further step of these members fits, which makes this step the last one.
 
         Raises:
             ConfigurationError: Not even the first step fits.
         """
         if self.step >= self.schedule.total:
-            return
-        self._limit = self._limit_hit(evaluates=evaluates)
+            return False
+        self._limit = self._limit_hit(learners, evaluates=evaluates, share=share)
         if self._limit and self.step == 0:
-            agents = len(self.executor.members())
-            fix = f"is too little for one step of {agents} agents, its evaluation and final scores"
+            fix = f"is too little for one step of {len(learners)} agents, its evaluation and final scores"
             raise ConfigurationError(self._limit, getattr(self.options, self._limit), fix)
         if self._limit:
             self.schedule = replace(self.schedule, total=self.step)
+        return bool(self._limit)
 
     def _note(self, done: StepDone) -> None:
         """Record a step and announce it.
@@ -357,23 +374,22 @@ class Run:
         return self.options.bounds.guarded(as_fitness(self.fitness(evaluation)), evaluation)
 
     def _decide(self) -> None:
-        """Give the search the results, and let the executor carry out the plan."""
+        """Give the search the results, and let the executor carry out the plan if a step of its members fits."""
         assert self.search is not None
         progress = self.progress
         members = self.executor.members()
-        results = [
-            Result(
-                member.index,
-                progress.fitnesses[member.index],
-                dict(member.hyperparameters),
-                member.steps,
-                progress.evaluations.get(member.index),
-            )
-            for member in members
-        ]
+        results = progress.results(members)
+        untold = copy.deepcopy(self.search.state_dict())
         plan = self._of_main(self.search.tell(results))
         before = [progress.founders, *(earlier.births for _, earlier in progress.evolutions)]
         check_plan(plan, results, {*self.config["agents"], *(birth.index for births in before for birth in births)})
+        diverged = {member.index for member in members if member.diverged}
+        learners = [birth.hyperparameters for birth in plan.births if birth.index not in diverged]
+        share = self._share(plan.rows, plan.steps and self.step + plan.steps)
+        if self._ends_by_limit(learners, share=share):
+            # A resumed run with a larger limit tells the search again.
+            self.search.load_state_dict(untold)
+            return
         fitnesses = {result.index: result.fitness for result in results}
         best = best_of(members, progress.fitnesses)
         evolution = EvolutionPlan(progress.generation, best, fitnesses, plan.births)
@@ -410,14 +426,6 @@ class Run:
 
     def _how_to_go_on(self) -> str:
         return how_to_go_on(self.paths, trust_remote_code=self._trusts)
-
-    def _close_callbacks(self) -> None:
-        """Close all callbacks; a failing callback only warns, to keep the run's result or the run's own error."""
-        for callback in self.callbacks:
-            try:
-                callback.close()
-            except Exception as error:  # Whatever a user's callback, or a tracker's library, raises.
-                warnings.warn(f"{type(callback).__name__} could not be closed: {error!r}", UserWarning, stacklevel=2)
 
     def _tell(self, what: str, event: object) -> None:
         for callback in self.callbacks:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from evollm.execution.executor import Costs, Member
+from evollm.hpo import FinalCandidates
+from evollm.hpo.hyperparameters import Value
 from evollm.hpo.search import SearchBudget
 from evollm.runs.spent import Spent
 from evollm.training.options import Schedule
@@ -63,6 +65,8 @@ class Prices:
         split: The split of the evaluations before and after training, "" without any.
         update_epochs: Those of the first agent.
         moving: Whether references move, so that after the first epoch each agent computes its own.
+        measures_kl: Whether a guard makes evaluations measure the KL.
+        merge: The candidates after the last step; None: there are none.
     """
 
     costs: Costs
@@ -70,6 +74,13 @@ class Prices:
     split: str
     update_epochs: int
     moving: bool
+    measures_kl: bool = False
+    merge: FinalCandidates | None = None
+
+    @property
+    def evaluation(self) -> int:
+        """Operations of the evaluation of one member on the selection rows."""
+        return self.costs.evaluation["test"] + self.measures_kl * self.costs.kl
 
     def one_run(self, account: Account, step: int) -> dict[str, float]:
         """Operations of one agent by itself that makes all steps of the schedule, by kind.
@@ -86,7 +97,7 @@ class Prices:
         computed = (epochs if self.moving else min(1, epochs)) * references["train"] + references["test"]
         return {
             "training": self.update_epochs * passes,
-            "evaluation": evaluations * costs.evaluation["test"],
+            "evaluation": evaluations * self.evaluation,
             "references": computed + (references["final"] if self.split == "final" else 0),
             "probe": account.operations.get("probe", 0),
             "final": 2 * costs.evaluation[self.split] if self.split else 0,
@@ -96,13 +107,13 @@ class Prices:
         self,
         account: Account,
         step: int,
-        learners: Sequence[Mapping[str, float]],
+        learners: Sequence[Mapping[str, Value]],
         budget: float,
         *,
         evaluates: bool,
         share: float = 1.0,
     ) -> bool:
-        """Whether at least half of another step fits, with the evaluation and final scores after it.
+        """Whether at least half of another step fits, with the evaluation, candidates and final scores after it.
 
         Args:
             account: What has been spent.
@@ -112,31 +123,57 @@ class Prices:
             evaluates: Whether the members are evaluated before that step, too.
             share: Of the selection rows that the members are evaluated on next.
         """
-        costs, references = self.costs, self.costs.references
-        computing = 1 if step < self.schedule.epoch else len(learners) * self.moving
-        a_step = (sum(map(update_epochs, learners)) * costs.training + computing * references["train"]) / (
-            self.schedule.epoch
-        )
-        needed = a_step / 2 + (1 + evaluates) * len(learners) * share * costs.evaluation["test"]
+        costs, references, members = self.costs, self.costs.references, len(learners)
+        needed = self._a_step(step, learners) / 2 + (1 + evaluates) * members * share * self.evaluation
+        needed += self._candidates(members)
         needed += 0 if account.operations.get("evaluation") else references["test"]
         if self.split:
             # The first agent is scored before the first step, the best two after the last.
-            needed += (min(2, len(learners)) + (step == 0)) * costs.evaluation[self.split]
+            needed += (min(2, members) + (step == 0)) * costs.evaluation[self.split]
             needed += references["final"] if step == 0 and self.split == "final" else 0
-        return needed <= budget * sum(self.one_run(account, step).values()) - sum(account.operations.values())
+        return needed <= self._left(account, step, budget)
 
-    def search_budget(self, budget: float) -> SearchBudget:
-        """What a search may plan for, before anything is spent."""
+    def fits_two_scores(
+        self, account: Account, step: int, learners: Sequence[Mapping[str, Value]], budget: float
+    ) -> bool:
+        """Whether the final scores of the best two agents exceed the budget by no more than a step of the learners.
+
+        One agent by itself has two where its best evaluation is not the last one, and a step leaves room for one.
+        """
+        needed = 2 * self.costs.evaluation[self.split] if self.split else 0
+        return needed <= self._left(account, step, budget) + self._a_step(step, learners)
+
+    def _left(self, account: Account, step: int, budget: float) -> float:
+        return budget * sum(self.one_run(account, step).values()) - sum(account.operations.values())
+
+    def _a_step(self, step: int, learners: Sequence[Mapping[str, Value]]) -> float:
+        """Operations of the step after `step`."""
+        computing = 1 if step < self.schedule.epoch else len(learners) * self.moving
+        passes = sum(map(update_epochs, learners)) * self.costs.training
+        return (passes + computing * self.costs.references["train"]) / self.schedule.epoch
+
+    def _candidates(self, members: int) -> int:
+        """Most operations of the evaluations of candidates; those of members and of the best one of earlier steps."""
+        if self.merge is None:
+            return 0
+        finalists = min(self.merge.finalists, members + 1)
+        # A combination has up to the rank of all its agents, an extrapolation that of actor and reference.
+        larger = finalists * self.costs.adapter * (1 + self.measures_kl)
+        return self.merge.most_evaluations(finalists) * (self.evaluation + larger)
+
+    def search_budget(self, budget: float, members: int) -> SearchBudget:
+        """What a search of so many founders may plan for, before anything is spent."""
         one_run = self.one_run(Account(), 0)
         step = one_run["training"] / self.schedule.total
         left = budget * sum(one_run.values()) - one_run["references"] - 1.5 * one_run["final"]
-        return SearchBudget(left / step, self.schedule.total, self.costs.evaluation["test"] / step)
+        left -= self._candidates(members)
+        return SearchBudget(left / step, self.schedule.total, self.evaluation / step)
 
     def spent(self, account: Account, step: int) -> Spent:
         """What a run has spent up to a step."""
         return Spent(dict(account.operations), self.one_run(account, step), account.member_steps)
 
 
-def update_epochs(hyperparameters: Mapping[str, float]) -> int:
+def update_epochs(hyperparameters: Mapping[str, Value]) -> int:
     """How often a member with these hyperparameters learns from a batch."""
     return int(hyperparameters.get("update_epochs", 1))

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness
+from evollm.execution.executor import Member
+from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness, Result
 from evollm.hpo.guards import BROKEN
 from evollm.runs.evaluations import VECTORS
 from evollm.training.spending import Account
@@ -102,6 +103,19 @@ class Progress:
     def births(self) -> Sequence[Birth]:
         """The births of the present population, in the order of the members."""
         return self.evolutions[-1][1].births if self.evolutions else self.founders
+
+    def results(self, members: Sequence[Member]) -> list[Result]:
+        """What a search is told of members that have a fitness."""
+        return [
+            Result(
+                member.index,
+                self.fitnesses[member.index],
+                dict(member.hyperparameters),
+                member.steps,
+                self.evaluations.get(member.index),
+            )
+            for member in members
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the evaluations, as strict JSON values."""

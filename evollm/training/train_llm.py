@@ -77,9 +77,11 @@ def finetune_llm_preference(
         num_epochs: Passes over the training pairs; 1 if `max_steps` is not given either.
         max_steps: Most steps of the run, even if `num_epochs` would give more.
         budget: Most compute of the run, in runs: one run is what one agent by itself needs for all steps, evaluations,
-            references and final scores included. The run ends after the last whole step that fits, its evaluation and
-            the final scores included; it is not exceeded by more than half a step. A search may plan by it
-            (`SearchStart.budget`), so that a resumed run can change neither the budget nor the number of steps.
+            references and final scores included. The run ends after the last whole step that fits, with its evaluation,
+            the candidates of `merge` and the final scores; the budget is not exceeded by more than a step. A second
+            agent is scored only if that fits, and a decision whose members cannot make a step is not carried out. A
+            search may plan by it (`SearchStart.budget`), so that a resumed run can change neither the budget nor the
+            number of steps.
         max_member_steps: Most steps, added up over the members; a resumed run may have more.
         max_hours: Most hours, those before a resume included up to its checkpoint. The run ends after the step in which
             they are over, so that it cannot be reproduced; a resumed run may have more.
@@ -115,7 +117,8 @@ def finetune_llm_preference(
         elite_path: Folder of the fittest agent, by default `elite` in the run folder.
         resume_from_checkpoint: Folder of an interrupted run, which resumes bit-exactly from its newest undamaged
             checkpoint. Pass agents, gym and arguments made as for that run; the checkpoint replaces their state. A
-            larger `num_epochs` or `max_steps` extends a run that has ended.
+            larger `num_epochs` or `max_steps` extends a run that has ended, unless it has a `budget` or a learning rate
+            schedule over the number of steps.
         num_sample_answers: Held-out prompts that are answered before and after tuning, for users to read.
         callbacks: Further callbacks.
         accelerator: The accelerator given to the agents and the gym. Each of several processes computes a share of

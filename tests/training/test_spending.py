@@ -13,7 +13,7 @@ from two_workers import TwoWorkers
 from evollm import Callback, ConfigurationError, PreferenceGym, finetune_llm_preference, finetune_llm_sft, replay, tune
 from evollm.data.samples import Batch
 from evollm.execution.executor import Costs
-from evollm.hpo import SuccessiveHalving
+from evollm.hpo import Birth, SearchPlan, SuccessiveHalving
 from evollm.runs import read_run
 from evollm.runs.spent import KINDS, Spent
 from evollm.tracking import Console
@@ -272,3 +272,89 @@ def test_a_plan_and_a_search_by_tune_know_the_budget(make_model, tokenizer, tmp_
     assert "budget: at most 1.25 runs of one agent, which may end the run earlier" in said
     result = tune(make_model(), make_rows(30), tokenizer=tokenizer, run_dir=tmp_path / "run", **arguments)
     assert 1.1 < result.spent.runs < 1.35
+
+
+def step_of(agent, env, members: int) -> int:
+    return members * of(agent, env.train_pairs, training=True) // 3
+
+
+def test_a_guard_on_the_kl_is_paid_for(run, make_agent, make_population, env, tmp_path) -> None:
+    guards = {"max_kl": 1e6}
+    agent = make_agent()
+    spent = run([agent], max_steps=6, evaluation_interval=2, guards=guards)
+    reference = agent.base.flops.of(Batch(env.test_pairs), agent.adapter("reference"))
+    assert spent.operations["evaluation"] == 3 * (2 * of(agent, env.test_pairs) + reference)
+    assert spent.runs == pytest.approx(1)
+    spent = run(make_population(4), "four", budget=1.5, evaluation_interval=1, guards=guards, **LONG)
+    assert read_run(tmp_path / "four").last_step < 12
+    assert spent.runs <= 1.5 + step_of(agent, env, 1) / sum(spent.one_run.values())
+
+
+def test_candidates_are_paid_for_before_they_are_made(run, make_population, env, tmp_path) -> None:
+    merge = {"combinations": ["cat", "svd"], "factors": [0.5, 1.5, 2.0]}
+    agents = make_population(4)
+    for agent in agents:
+        agent.set_hyperparameters({"lr": 1e-3 * (1 + agent.index)})
+    spent = run(agents, budget=2.0, merge=merge, max_steps=12)
+    record = read_run(tmp_path / "run")
+    assert record.last_step < 12
+    assert len(record.ended.candidates) >= 5
+    assert spent.runs <= 2.0 + step_of(agents[0], env, 4) / sum(spent.one_run.values())
+
+
+def test_one_agent_makes_all_steps_of_one_run_and_a_second_score_is_made_where_it_fits(
+    make_agent, tokenizer, tmp_path
+) -> None:
+    """The best evaluation is the first one, so that there is another agent to score, which is the last one."""
+    for many, name in ((4, "few"), (40, "many")):
+        env = PreferenceGym(
+            make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4, final_dataset=make_rows(many, 20)
+        )
+        scores = iter(range(100, 0, -1))
+        finetune_llm_preference(
+            [make_agent()], env, budget=1.0, max_steps=6, evaluation_interval=2, fitness=lambda _, it=scores: next(it),
+            num_sample_answers=0, verbose=False, run_dir=tmp_path / name,
+        )  # fmt: skip
+        record = read_run(tmp_path / name)
+        assert (record.last_step, record.ended.best_step, record.ended.stopped) == (6, 2, "")
+        assert (record.ended.runner_up is None) == (name == "many")
+        assert record.spent[-1][1].runs < 1.1
+
+
+class Growing:
+    """A search that doubles its members at its first decision, after two steps."""
+
+    def start(self, start) -> SearchPlan:
+        self.told = 0
+        return SearchPlan(tuple(start.founders), 2)
+
+    def tell(self, results) -> SearchPlan:
+        self.told += 1
+        kept = [result.kept() for result in results]
+        values = dict(results[0].hyperparameters)
+        fresh = [Birth.fresh(10 * self.told + number, {**values, "lr": 2e-3 + number * 1e-4}) for number in range(2)]
+        return SearchPlan((*kept, *fresh), None)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"told": self.told}
+
+    def load_state_dict(self, state) -> None:
+        self.told = state["told"]
+
+
+@pytest.mark.parametrize("checkpoint_steps", [1, 100])
+def test_members_that_a_decision_would_add_are_paid_for(run, make_population, tmp_path, checkpoint_steps) -> None:
+    options = {"max_steps": 4, "evo_steps": 2, "checkpoint_steps": checkpoint_steps}
+    run(make_population(2), "whole", search=Growing(), max_member_steps=8, **options)
+    # Two members have made two steps: a step of two fits, and one of four does not.
+    spent = run(make_population(2), "short", search=Growing(), max_member_steps=7, **options)
+    record = read_run(tmp_path / "short")
+    assert (spent.member_steps, record.last_step, len(record.evolutions)) == (4, 2, 0)
+    assert record.ended.stopped == "no further step fits in max_member_steps=7"
+    assert (tmp_path / "short/checkpoints/step-000002").is_dir()
+    # The search has not been told of the decision that was not made.
+    assert (
+        run(make_population(2), "short", resume=True, search=Growing(), max_member_steps=8, **options).member_steps == 8
+    )
+    for name in ("metrics.jsonl", "lineage.jsonl"):
+        assert (tmp_path / "short" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
