@@ -243,7 +243,7 @@ class Run:
                 return
 
     def _share(self, rows: int | None, due: int | None) -> float:
-        """The share of the selection rows that members are evaluated on next: for a decision on `rows`, or at the end."""
+        """The share of the selection rows that members are evaluated on next: for a decision on `rows`, or all."""
         known = self.rows["test"]
         return min(1.0, rows / known) if rows and known and due is not None and due < self.schedule.total else 1.0
 

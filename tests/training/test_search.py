@@ -256,7 +256,7 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_before_anybody_is_changed(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"search": "annealing"}, "search='annealing'.*known are tournament, successive_halving"),
+        ({"search": "annealing"}, "search='annealing'.*known are racing, tournament, successive_halving"),
         ({"search": "sucessive-halving"}, "nearest is 'successive_halving'"),
         ({"search": object()}, "lacks start, tell, state_dict, load_state_dict"),
         ({"search": TournamentSearch}, "is a class: pass an object"),
