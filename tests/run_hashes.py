@@ -104,7 +104,7 @@ def hashes_of(folder: Path) -> Hashes:
     newest = newest_population(folder / "checkpoints")
     assert newest is not None
     saved = read_population(newest)
-    state = {key: value for key, value in saved.state.items() if key not in ("config", "engine", "spent")}
+    state = {key: value for key, value in saved.state.items() if key not in ("config", "engine", "spent", "evaluated")}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     answers = [line.pop("samples", None) for line in lines]
     return {

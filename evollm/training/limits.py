@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -63,6 +64,21 @@ class Limits:
         """Whether the final score of a second agent fits in the budget, too; see `Prices.fits_two_scores`."""
         budget = self._options.budget
         return budget is None or self._prices.fits_two_scores(account, step, learners, budget)
+
+    def steps_that_fit(self, account: Account, step: int, learners: Sequence[Mapping[str, Value]], steps: int) -> int:
+        """About how many of so many further steps fit if these members make all of them; hours play no part."""
+        budget, most = self._options.budget, self._options.max_member_steps
+        found: list[float] = [steps]
+        if budget is not None:
+            found.append(self._prices.steps_that_fit(account, step, learners, budget))
+        if most is not None:
+            found.append((most - account.member_steps) // len(learners))
+        return max(0, int(min(found)))
+
+    def seconds_left(self, account: Account) -> float:
+        """What is left of `max_hours`."""
+        hours = self._options.max_hours
+        return math.inf if hours is None else max(0.0, 3600 * hours - account.seconds)
 
     def _is_late(self, account: Account) -> bool:
         """Whether `max_hours` are over; all processes make this call at the same step."""

@@ -12,7 +12,7 @@ from typing import Any
 from evollm.checkpoints.steps import prune_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, EvoLLMError
 from evollm.execution.executor import Executor, check_going
-from evollm.hpo import Birth, EvolutionPlan, Fitness, SearchPlan, SearchStart, as_fitness
+from evollm.hpo import Birth, EvolutionPlan, Fitness, NamedFitness, SearchPlan, SearchStart, as_fitness
 from evollm.hpo.hyperparameters import Value
 from evollm.hpo.search import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
@@ -47,6 +47,7 @@ class Run:
     Attributes:
         executor: The executor.
         schedule: When the run evolves, evaluates and saves.
+        limits: Whether another step fits.
         paths: The paths.
         callbacks: The callbacks as a list, to which more can be added before the run begins.
         best: The live agent that won, once the run has ended.
@@ -80,14 +81,15 @@ class Run:
             "agents": {member.index: dict(member.hyperparameters) for member in members},
             "options": options.to_dict(),
             "schedule": asdict(self.schedule),
+            "fitness": fitness.name if isinstance(fitness, NamedFitness) else None,
         }
         self.progress = Progress([Birth.fresh(member.index, member.hyperparameters) for member in members])
         self.search = options.strategy()
         moving, split = options.update_reference_each_epoch, final_split(self.rows)
         epochs = update_epochs(members[0].hyperparameters)
-        kl, merge = bool(options.bounds.measurements), options.candidates
-        self._prices = Prices(described.costs, self.schedule, split, epochs, moving, kl, merge)
-        self._limits = Limits(options, self._prices, self.processes)
+        kl = bool(options.bounds.measurements)
+        self._prices = Prices(described.costs, self.schedule, split, epochs, moving, kl, options.candidates)
+        self.limits = Limits(options, self._prices, self.processes)
         # Name of the limit that has ended the run, "" while none has.
         self._limit = ""
 
@@ -124,7 +126,7 @@ class Run:
         with self.paths.only_writer() if self.processes.is_main else nullcontext():
             if self.paths.resumes:
                 self.resume()
-            self._limits.start_clock(self.progress.account)
+            self.limits.start_clock(self.progress.account)
             try:
                 self._ends_by_limit(self._learners())
                 with StopSignals() as stop:
@@ -133,7 +135,7 @@ class Run:
                         self._advance(stop)
                     self._evaluate_at_the_end()
                     best, ended = end(
-                        self.executor, self.progress, self.options, self.paths, self.rows, self.contest, self._limits
+                        self.executor, self.progress, self.options, self.paths, self.rows, self.contest, self.limits
                     )
                     self.progress.account.add(self.executor.spent(), final=True)
                     ended = replace(ended, stopped=self._stopped, spent=self.spent)
@@ -187,9 +189,7 @@ class Run:
         self.executor.load(folder)
         found, born = ([one.index for one in those] for those in (self.executor.members(), progress.births))
         if found != born:
-            raise CheckpointError(
-                f"{folder} is no checkpoint of this run: it holds the agents {found} instead of {born}"
-            )
+            raise CheckpointError(f"{folder} is no checkpoint of this run: it holds the agents {found}, not {born}")
         self.progress = progress
         if self.search is not None:
             self.search.load_state_dict(state["search"])
@@ -256,7 +256,7 @@ class Run:
     ) -> str:
         """Name of the limit within which no further step fits; see `Limits.hit`."""
         share = self._share(self.progress.due_rows, self.progress.due) if share is None else share
-        return self._limits.hit(self.progress.account, self.step, learners, evaluates=evaluates, share=share)
+        return self.limits.hit(self.progress.account, self.step, learners, evaluates=evaluates, share=share)
 
     def _ends_by_limit(
         self, learners: Sequence[Mapping[str, Value]], *, evaluates: bool = False, share: float | None = None

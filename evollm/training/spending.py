@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -132,6 +133,15 @@ class Prices:
             needed += (min(2, members) + (step == 0)) * costs.evaluation[self.split]
             needed += references["final"] if step == 0 and self.split == "final" else 0
         return needed <= self._left(account, step, budget)
+
+    def steps_that_fit(
+        self, account: Account, step: int, learners: Sequence[Mapping[str, Value]], budget: float
+    ) -> float:
+        """About how many further steps of the learners fit, with their evaluations, candidates and final scores."""
+        evaluation = len(learners) * self.evaluation / (self.schedule.evaluate_every or math.inf)
+        scores = (2 + (step == 0)) * self.costs.evaluation[self.split] if self.split else 0
+        left = self._left(account, step, budget) - scores - self._candidates(len(learners))
+        return left / (self._a_step(step, learners) + evaluation)
 
     def fits_two_scores(
         self, account: Account, step: int, learners: Sequence[Mapping[str, Value]], budget: float

@@ -49,7 +49,11 @@ def rehearse(setup: Setup) -> str:
         set_global_generators(generators)
     left = setup.schedule.total - run.step
     going_on = f", of which {left} steps are left" if run.step else ""
-    seconds = per_token * _passes(setup, left)
+    learners = [member.hyperparameters for member in run.executor.members()]
+    account = run.progress.account
+    fitting = run.limits.steps_that_fit(account, run.step, learners, left)
+    going_on += f", for the {fitting} steps that fit in its limits" if fitting < left else ""
+    seconds = min(per_token * _passes(setup, fitting), run.limits.seconds_left(account))
     return f"time: about {rough_duration(seconds)} on this machine{going_on}, without sample answers and saving ({how})"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 
 import pytest
 import rich.console
@@ -358,3 +359,17 @@ def test_members_that_a_decision_would_add_are_paid_for(run, make_population, tm
     )
     for name in ("metrics.jsonl", "lineage.jsonl"):
         assert (tmp_path / "short" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_rehearsal_counts_the_steps_that_fit_in_the_limits(make_model, tokenizer) -> None:
+    arguments = {"tokenizer": tokenizer, "population": 2, "num_epochs": 10, "verbose": False, "evo_steps": 10}
+
+    def said(**limits) -> str:
+        return validate(make_model(), make_rows(30), **arguments, data_batch_size_per_gpu=4, **limits).splitlines()[-1]
+
+    assert "fit in its limits" not in said()
+    assert "for the 7 steps that fit in its limits" in said(max_member_steps=15)
+    (fitting,) = re.findall(r"for the (\d+) steps that fit in its limits", said(budget=1.0))
+    # Half of 60 steps, less the evaluations and scores of the second agent.
+    assert 24 <= int(fitting) <= 30
+    assert "about 1 second" in said(max_hours=1e-9) or "about 0" in said(max_hours=1e-9)
