@@ -17,7 +17,17 @@ from evollm.checks import boolean
 from evollm.errors import ConfigurationError
 from evollm.execution.crossover import check_crossover
 from evollm.execution.executor import Combines, ExecutorFactory, check_executor
-from evollm.hpo import Evaluation, FinalCandidates, Guards, Mutations, NamedFitness, as_fitness, fitness_named
+from evollm.hpo import (
+    Birth,
+    Evaluation,
+    FinalCandidates,
+    Guards,
+    Mutations,
+    NamedFitness,
+    SearchStart,
+    as_fitness,
+    fitness_named,
+)
 from evollm.llm_envs import DatasetGym
 from evollm.models.adapters.combining import check_combinable
 from evollm.processes import Processes
@@ -232,8 +242,15 @@ def _check_types(population: Sequence[SavableAgent], env: DatasetGym, algorithm:
     check_gym(env, algorithm.gym, algorithm.loop)
 
 
+def _decides(population: Sequence[SavableAgent], options: RunOptions) -> bool:
+    """Whether the search ever decides; random and grid search do not."""
+    founders = [Birth.fresh(agent.index, agent.hyperparameter_values()) for agent in population]
+    search = options.strategy()
+    return search is not None and search.start(SearchStart(founders, population[0].hp_config, 1)).steps is not None
+
+
 def _check_evolution(population: Sequence[SavableAgent], options: RunOptions, schedule: Schedule) -> None:
-    if schedule.evolve_every is not None and schedule.evolve_every >= schedule.total:
+    if schedule.evolve_every is not None and schedule.evolve_every >= schedule.total and _decides(population, options):
         if options.evo_steps is None:
             fix = "evolution comes between epochs: use at least 2, or give evo_steps"
             raise ConfigurationError("num_epochs", options.num_epochs or 1, fix)

@@ -290,3 +290,21 @@ def test_fresh_agents_of_a_resumed_run_are_not_made_from_other_weights(run, made
     arguments = {"max_steps": STEPS, "evo_steps": 2, "checkpoint_steps": 1, "search": Scripted(), "verbose": False}
     with pytest.raises(ConfigurationError, match="begin with other weights"):
         finetune_llm_preference(agents, env, **arguments, num_sample_answers=0, resume_from_checkpoint=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["random", "grid"])
+def test_a_search_that_never_decides_may_be_shorter_than_its_interval(run, tmp_path, name) -> None:
+    run("run", search=name, max_steps=2, evo_steps=5)
+    assert read_run(tmp_path / "run").last_step == 2
+    run("epoch", search=name, max_steps=None, evo_steps=None, num_epochs=1)
+    with pytest.raises(ConfigurationError, match="before it could evolve"):
+        run("other", search="pbt", max_steps=2, evo_steps=5)
+
+
+def test_a_resume_with_another_named_fitness_is_refused(run, tmp_path) -> None:
+    run("run", max_steps=3, fitness="log_loss")
+    assert read_run(tmp_path / "run").config["fitness"] == "log_loss"
+    for other, now in (("accuracy", "'accuracy'"), (None, "'accuracy_mean_margin'"), (lambda one: one.accuracy, None)):
+        with pytest.raises(ConfigurationError, match=f"fitness: 'log_loss' then, {now} now"):
+            run("run", resume=True, max_steps=3, fitness=other)
+    run("run", resume=True, max_steps=3, fitness="log_loss")
