@@ -98,3 +98,22 @@ def check_replaceable_weights(optimizer: torch.optim.Optimizer) -> None:
     if any("z" in values for values in optimizer.state.values()):
         fix = "the optimizer's state is of the agent's present weights: give True, or load into a new agent"
         raise ConfigurationError("load_optimizer", False, fix)
+
+
+def mean_state(first: Mapping[str, Any], second: Mapping[str, Any], weight: float) -> dict[str, Any]:
+    """The optimizer's state of an agent whose weights are `weight` * the first's + (1 - `weight`) * the second's.
+
+    It is the first agent's, but a schedule-free optimizer's own weights, z, are such a mean too.
+
+    Raises:
+        ConfigurationError: The second agent has no z, since it has made no step.
+    """
+    states = dict(first["state"])
+    for number, values in first["state"].items():
+        if "z" in values:
+            other = second["state"].get(number, {}).get("z")
+            if other is None:
+                fix = "has made no step, so that its schedule-free optimizer has no weights for a mean: set crossover=0"
+                raise ConfigurationError("second_parent", "its optimizer", fix)
+            states[number] = {**values, "z": torch.lerp(other, values["z"], weight)}
+    return {**first, "state": states}

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from evollm.algorithms.agent import ACTOR
+from evollm.algorithms.optimizer_state import mean_state
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder
 from evollm.errors import ConfigurationError
@@ -26,7 +27,8 @@ def crossed(first: AgentFolder, second: AgentFolder, weight: float) -> AgentFold
     """Return the export of a child: the first agent's, with `weight` * its actor + (1 - `weight`) * the second's.
 
     Raises:
-        ConfigurationError: The actors have other tensors or shapes, so that they have no mean.
+        ConfigurationError: The actors have other tensors or shapes, so that they have no mean, or the second agent's
+            schedule-free optimizer has made no step.
     """
     mine, other = (folder.adapter(ACTOR) for folder in (first, second))
     shapes = [{name: tensor.shape for name, tensor in state.tensors.items()} for state in (mine, other)]
@@ -34,7 +36,11 @@ def crossed(first: AgentFolder, second: AgentFolder, weight: float) -> AgentFold
         fix = "are on other layers or of other rank than the first parent's: a crossover needs equal lora_config"
         raise ConfigurationError("second_parent", "its adapter's tensors", fix)
     mean = {name: torch.lerp(other.tensors[name], tensor, weight) for name, tensor in mine.tensors.items()}
-    return replace(first, adapters={**first.adapters, ACTOR: AdapterState(mine.config, mean)})
+    optimizer = first.optimizer
+    if optimizer is not None and second.optimizer is not None:
+        optimizer = mean_state(optimizer, second.optimizer, weight)
+    adapters = {**first.adapters, ACTOR: AdapterState(mine.config, mean)}
+    return replace(first, adapters=adapters, optimizer=optimizer)
 
 
 def check_crossover(agents: Sequence[SavableAgent], probability: float) -> None:

@@ -33,6 +33,7 @@ from evollm import (
 from evollm.algorithms import optimizers
 from evollm.algorithms.agilerl import EvolvableAlgorithm
 from evollm.checkpoints import newest_population, read_population
+from evollm.execution.crossover import crossed
 from evollm.runs.events import Checkpointed
 
 bnb = pytest.importorskip("bitsandbytes", "0.50")
@@ -256,6 +257,30 @@ def test_weights_cannot_be_replaced_under_the_state_of_a_schedule_free_optimizer
         agent.load_checkpoint(str(tmp_path / "agent"), load_optimizer=False)
     assert actor_bits(agent) == bits
     agent.load_checkpoint(str(tmp_path / "agent"))
+
+
+def test_a_child_of_two_parents_has_the_mean_of_the_optimizers_weights_too(make_population, gym) -> None:
+    first, second, idle = make_population(3, optim=FREE, lr=LR)
+    batch = gym.next_batch()
+    first.learn(batch)
+    second.lr = 3 * LR
+    for _ in range(2):
+        second.learn(batch)
+    folders = [copy.deepcopy(agent.to_folder()) for agent in (first, second, idle)]
+    kept = bits_of(folders[0].optimizer)
+    child = first.clone(index=3)
+    child.load_folder(crossed(*folders[:2], 0.25))
+    for one, other, parameter in zip(
+        first.actor_parameters(), second.actor_parameters(), child.actor_parameters(), strict=True
+    ):
+        assert torch.equal(parameter, torch.lerp(other, one, 0.25))
+        states = [agent.optimizer.state[key] for agent, key in ((first, one), (second, other), (child, parameter))]
+        assert torch.equal(states[2]["z"], torch.lerp(states[1]["z"], states[0]["z"], 0.25))
+        assert torch.equal(states[2]["exp_avg_sq"], states[0]["exp_avg_sq"])
+    assert bits_of(folders[0].optimizer) == kept
+    child.learn(batch)
+    with pytest.raises(ConfigurationError, match="has made no step"):
+        crossed(folders[0], folders[2], 0.25)
 
 
 LORAS = {
