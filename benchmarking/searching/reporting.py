@@ -186,7 +186,8 @@ def _interval(per_seed: Sequence[Array], form: str) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join([f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)])
+    head, *body = (f"| {' | '.join(row)} |" for row in (heads, *rows))
+    return "\n".join([head, "|---" * len(heads) + "|", *body])
 
 
 def replay(folder: Path) -> str:
