@@ -198,6 +198,17 @@ def test_a_candidate_that_breaks_a_guard_never_wins() -> None:
     assert not any(one.won for one in candidates)
 
 
+@pytest.mark.parametrize(("bound", "factor"), [(1e-4, 0.0), (1e6, 2.0)])
+def test_candidates_are_held_to_a_bound_on_the_kl(tune, bound, factor) -> None:
+    """The reference itself holds it; where the best agent breaks it, that is enough to win, and no reason to warn."""
+    asked = {**STRETCHED, "factors": [0.0, 2.0], "combinations": [], "greedy": False}
+    result = tune(merge=asked, guards={"max_kl": bound}, lr=1e-2)
+    ended = read_run(result.run_dir).ended
+    assert ended.made_of.factor == factor
+    broken = [one for one in read_run(result.run_dir).latest_evaluation if one.fitness[0] == -1e9]
+    assert bool(broken) == (factor == 0)
+
+
 def test_a_yaml_file_asks_for_candidates_and_its_run_is_resumed_from_the_folder(
     make_model, tokenizer, tmp_path, monkeypatch
 ) -> None:
