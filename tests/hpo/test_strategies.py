@@ -112,12 +112,14 @@ def test_a_population_without_a_finite_fitness_raises(name) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_population_of_one_trains_on_or_is_refused(name) -> None:
-    search = STRATEGIES[name]()
-    if name in ("racing", "successive_halving", "mf_pbt", "optuna", "grid"):
-        with pytest.raises(ConfigurationError, match="agent"):
-            begin(search, 1)
+    search, plan, refused = STRATEGIES[name](), None, ""
+    try:
+        plan = begin(search, 1)
+    except ConfigurationError as error:
+        refused = str(error)
+    if plan is None:
+        assert "agent" in refused
         return
-    plan = begin(search, 1)
     for made, _ in plans(search, plan, range(DECISIONS)):
         assert [birth.index for birth in made.births] == [0]
 
