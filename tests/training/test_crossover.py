@@ -274,7 +274,7 @@ def test_the_family_tree_has_both_parents(crossed, tmp_path) -> None:
     assert (child.parent_row, child.second_row) == (nodes[0, 2].row, nodes[0, 1].row)
     assert child.origin.startswith("\N{MULTIPLICATION SIGN} agent 1, ")
     # It has a child as a second parent alone, and so has heirs.
-    assert not nodes[2, 11].culled
+    assert not nodes[2, 12].culled
     assert "Family tree" in tree_picture(read_run(folder)).alt
     path = folder / "lineage.jsonl"
     path.write_text(path.read_text().replace('"second_parent": 1', '"second_parent": 99'))
