@@ -34,6 +34,7 @@ from evollm.errors import CheckpointError
 from evollm.execution import worker as worker_module
 from evollm.execution.worker import Worker
 from evollm.hpo import Birth, Result, SearchPlan, SearchStart
+from evollm.models.engine import BatchSlot
 from evollm.report.family_tree import family_tree, tree_picture
 from evollm.runs import read_run
 from evollm.training import carry_out
@@ -141,14 +142,25 @@ def crossed(run, tmp_path):
     return start
 
 
-def test_a_winner_with_two_parents_is_replayed_bit_for_bit(crossed, made, tmp_path) -> None:
+def test_a_winner_with_two_parents_is_replayed_bit_for_bit(crossed, made, tmp_path, monkeypatch) -> None:
     folder = crossed()
     record = read_run(folder)
     assert record.winner == 14
     ancestors = [sorted(birth.index for birth in births) for _, births in record.lineage.family(14)]
     assert ancestors == [[1, 2], [10, 11], [11, 12], [14]]
+    learn_all, slots = worker_module.learn_all, []
+
+    def watched(agents, batch):
+        slots.append({agent.index: agent.slot for agent in agents})
+        return learn_all(agents, batch)
+
+    monkeypatch.setattr(worker_module, "learn_all", watched)
     result = replay(folder, *made(1), run_dir=tmp_path / "again", verbose=False)
     assert result.exact
+    # With more threads bits depend on the shapes of passes, which are those among all members of the run.
+    for step, found in enumerate(slots, start=1):
+        present = [line.agent for line in record.steps if line.step == step]
+        assert found == {index: BatchSlot(present.index(index), len(present)) for index in found}
     assert result.agent.index == 14
     assert result.agent.slot is None
     assert result.schedule == record.schedule
