@@ -61,8 +61,12 @@ def test_an_agent_with_answers_that_are_too_long_is_behind(run, tmp_path, monkey
 
 def test_lengths_are_those_of_the_answers_that_generate_gives(make_population, gym, tokenizer) -> None:
     agents = make_population(2)
+    agents[0].lr = 3e-2
     for _ in range(4):
         agents[0].learn(gym.next_batch())
+    # A model with random weights would never end an answer.
+    ends = [tokenizer.eos_token_id, *range(0, len(tokenizer), 6)]
+    agents[0].base.network.generation_config.eos_token_id = ends
     executor = LocalExecutor(agents, gym)
     found = executor.evaluate("test", answers=AnswerSampling(4, 9))
     for agent in agents:
@@ -75,11 +79,12 @@ def test_lengths_are_those_of_the_answers_that_generate_gives(make_population, g
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=9,
                     do_sample=False,
-                    eos_token_id=tokenizer.eos_token_id,
+                    eos_token_id=ends,
                     pad_token_id=tokenizer.eos_token_id,
                 )
             lengths.append(len(answer[0]) - len(pair.prompt_ids))
         assert found[agent.index].answer_lengths[:4].tolist() == lengths
+    assert found[0].answer_lengths[:4].tolist() != found[0].reference_lengths[:4].tolist()
     # The second agent has learnt nothing, so its answers are the reference's.
     assert found[1].answer_length_ratio == 1.0
     # What else an evaluation has does not depend on the answers.
