@@ -112,7 +112,9 @@ def test_every_strategy_goes_on_with_a_member_that_is_nan_and_others_of_one_fitn
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_strategy_exceeds_a_budget_by_more_than_a_rung(name, tune) -> None:
-    result = tune(name, "run", budget=2.0, guards={"max_kl": 1e6}, merge={"factors": [1.5]}, generations=8)
+    # An evaluation costs more than a step, so that one which is not paid for would show.
+    dear = {"test_data": make_rows(24, 100), "guards": {"max_kl": 1e6}, "merge": {"factors": [1.5]}}
+    result = tune(name, "run", budget=2.0, generations=8, **dear)
     record, spent = read_run(result.run_dir), result.spent
     # Four members, and each of their steps costs as much as the longest rows.
     rung = EVERY * 4 * spent.one_run["training"] / (8 * EVERY) / sum(spent.one_run.values())
