@@ -3,8 +3,8 @@
 The mean is taken tensor by tensor, of the A's and of the B's, as in a uniform soup of fine-tuned models (Wortsman et
 al. 2022, arXiv 2203.05482). Agents that began with equal adapters have A's that differ little, and then the delta of
 the mean is the mean of the deltas but for w (1 - w) (B1 - B2) (A1 - A2), a product of two differences. The nearest
-adapter of the same rank by a singular value decomposition (`models.adapters.combining`, `svd`) would lose another part
-of the mean, and has A's and B's of other sizes, to which neither the moments of AdamW nor a learning rate would fit.
+adapter of the same rank by a singular value decomposition (`models.adapters.combining`, `svd`) is nearer to the mean of
+the deltas, but has A's and B's of other sizes, to which neither the optimizer's state nor a learning rate would fit.
 """
 
 from __future__ import annotations
