@@ -94,6 +94,8 @@ def train(folder: Path, model: Any = None, rows: Any = None, **changes: Any) -> 
         "written_at": "2026-01-01T00:00:00",
         "verbose": False,
         "run_dir": folder,
+        **({} if changes.get("population") == 1 else {"search": "tournament", "sampling": "random"}),
+        **({} if changes.get("algorithm") == "sft" else {"fitness": "accuracy_mean_margin"}),
         **changes,
     }
     return tune(make_model(tokenizer) if model is None else model, rows or make_rows(10), **arguments).run_dir

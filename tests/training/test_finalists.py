@@ -34,6 +34,11 @@ STRETCHED = {"factors": [2.0], "score": "mean_margin", "level": 0.49, "combinati
 def tune(make_model, tokenizer, tmp_path):
     def start(model=None, data=None, **changes: Any):
         defaults = {"tokenizer": tokenizer, "run_dir": tmp_path / "run", "population": 3, "lr": 1e-3}
+        # A search that ends with several finalists.
+        if changes.get("population") != 1:
+            defaults |= {"search": "tournament", "sampling": "random"}
+        if changes.get("algorithm") != "sft":
+            defaults["fitness"] = "accuracy_mean_margin"
         rows = make_rows(40) if data is None else data
         return evollm.tune(make_model() if model is None else model, rows, **{**defaults, **SMALL, **changes})
 
@@ -216,6 +221,7 @@ def test_a_yaml_file_asks_for_candidates_and_its_run_is_resumed_from_the_folder(
     tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, make_rows(40))))
     lines = ["model: base", "data: rows.jsonl", "population: 2", "num_epochs: 1", "lr: 1e-3", "run_dir: run"]
+    lines += ["search: tournament"]
     lines += ["lora_config: {r: 4, target_modules: [q_proj]}", "num_sample_answers: 0", "verbose: false"]
     lines += ["merge: {combinations: [svd], greedy: false, factors: [2], score: mean_margin, level: 0.49}"]
     (tmp_path / "run.yaml").write_text("\n".join(lines))
