@@ -21,6 +21,12 @@ def add_to(commands: Subparsers) -> None:
     )
     parser.add_argument("--population", type=int, default=4, help="number of agents (default: %(default)s)")
     parser.add_argument("--generations", type=int, default=4, help="number of generations (default: %(default)s)")
+    parser.add_argument(
+        "--search",
+        choices=("racing", "tournament"),
+        default="racing",
+        help="stop what loses, or evolve all agents to the end (default: %(default)s)",
+    )
     parser.add_argument("--run-dir", help="run folder (default: a new one in evollm-runs)")
     parser.add_argument(
         "--seed", type=int, default=42, help="of data order, adapters, evolution (default: %(default)s)"
@@ -40,6 +46,8 @@ def _run(options: argparse.Namespace) -> None:
     )
     from evollm.demo import run_demo
 
-    result = run_demo(options.population, options.generations, options.run_dir, options.seed, options.dtype)
+    result = run_demo(
+        options.population, options.generations, options.run_dir, options.seed, options.dtype, options.search
+    )
     print(f"\nThe demo took {time.monotonic() - start:.0f} s.")
     print_ending(result.run_dir, result.report)

@@ -30,6 +30,7 @@ def run_demo(
     run_dir: str | os.PathLike[str] | None = None,
     seed: int = 42,
     dtype: str = AUTO,
+    search: str = "racing",
 ) -> TuneResult:
     """Teach a 135M-parameter model to answer briefly, and find the hyperparameters for it.
 
@@ -39,6 +40,7 @@ def run_demo(
         run_dir: Run folder, by default a new one in `evollm-runs`.
         seed: Seeds data order, adapters and evolution.
         dtype: Type of the base, as for `DPO`.
+        search: Name of the search strategy.
     """
     # Before the model is converted, which takes half a minute.
     for name, value, minimum in (("population", population, 2), ("generations", generations, 2), ("seed", seed, 0)):
@@ -59,5 +61,6 @@ def run_demo(
         gradient_checkpointing=False,
         dtype=dtype,
         seed=seed,
+        search=search,
         run_dir=run_dir,
     )
