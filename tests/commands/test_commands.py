@@ -97,7 +97,7 @@ def test_validate_says_what_train_would_do_and_does_not_do_it(folder, capsys) ->
     for line in ("train: 32 pairs kept", "test: 4 pairs kept", "final: 4 pairs kept", "steps: 4 of 8 pairs, 1 epochs"):
         assert line in said
     assert "search: Racing, which first decides after 1 steps" in said
-    assert "lr: 2.0e-5 to 1.0e-3" in said
+    assert "lr: 2.0e-5 to 0.001" in said
     assert not (folder / "run").exists()
 
 
