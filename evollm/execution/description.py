@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
+from inspect import signature
 
 from evollm.algorithms import algorithm_of
 from evollm.algorithms.agent import REFERENCE
@@ -50,7 +51,9 @@ def describe(first: SavableAgent, env: DatasetGym) -> Description:
         config["lr_schedule"] = {"num_training_steps": first.num_training_steps}
     rows = {"train": len(env.train_pairs), "test": len(env.test_pairs), "final": len(env.final_pairs)}
     trusts = bool(base.model_config.get("trust_remote_code"))
-    return Description(config, rows, len(env), _costs(first, env), first.hp_config, trusts, f"{REASON}: {BROKEN}")
+    takes_rows = "rows" in signature(algorithm_of(first).evaluate).parameters
+    why = f"{REASON}: {BROKEN}"
+    return Description(config, rows, len(env), _costs(first, env), first.hp_config, trusts, why, takes_rows)
 
 
 def _costs(first: SavableAgent, env: DatasetGym) -> Costs:

@@ -77,6 +77,7 @@ class Description:
         hp_config: The hyperparameters that may change, with their bounds; None if none may.
         trust_remote_code: Whether the base runs remote code, which a resuming command must allow again.
         unlearnable: Error text for a run in which no member can learn from any row.
+        takes_rows: Whether the algorithm can evaluate on fewer rows than all.
     """
 
     config: Mapping[str, Any]
@@ -86,6 +87,7 @@ class Description:
     hp_config: HyperparameterConfig | None
     trust_remote_code: bool
     unlearnable: str
+    takes_rows: bool = True
 
 
 class Agreement(Protocol):

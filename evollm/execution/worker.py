@@ -157,7 +157,6 @@ class Worker:
         here = [index for index in wanted if index in present]
         if not here:
             return {}
-        # Algorithms that cannot do it need not know of it.
         asked = ({"kl": True} if kl else {}) | ({} if rows is None else {"rows": rows})
         agents = [self.agent(index) for index in here]
         found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference, **asked)

@@ -35,7 +35,7 @@ from evollm.hpo.search import (
     require_config,
 )
 
-# Of a race without a `budget`. With rungs at a quarter and a half four founders cost 1.75 runs, eight 2.6.
+# Of a race without a `budget`.
 REDUCTION_FACTOR = 3
 
 
@@ -49,12 +49,13 @@ class Racing:
     Args:
         reduction_factor: What the number of members is divided by at a rung, at least 2. None: 3, or with a `budget`
             the smallest with which the race fits and two go on at the first rung. Founders that do not fit leave at
-            once; those that stay are spread over the bounds.
+            once; those that stay are spread over the bounds. Where not even two fit, the first one trains alone.
         first_rows: Selection rows that members are compared on at the first rung, twice as many at each further one;
             None: always all.
         error_rate: Largest probability that a rung's best member is taken for worse by the paired test, in [0, 0.5);
             0: no test, so that only places decide.
         heirs: Children of the best member that begin at each rung but the last, if so many places have become free.
+            They cost as much as whoever else goes on, and may be several at the end.
         rand_seed: Seed of the mutations of heirs.
 
     Raises:
@@ -93,7 +94,9 @@ class Racing:
         self._rng = np.random.default_rng(self.rand_seed)
         self._next_index = 1 + max(birth.index for birth in start.founders)
         founders, self._factor = self._affordable(start)
-        return SearchPlan(founders, self._interval, self._rows_at(0))
+        return (
+            SearchPlan(founders, self._interval, self._rows_at(0)) if len(founders) > 1 else SearchPlan(founders, None)
+        )
 
     def tell(self, results: Sequence[Result]) -> SearchPlan:
         """Let the best members go on; diverged members always leave.
@@ -150,7 +153,9 @@ class Racing:
             for factor in factors:
                 if self._cost(count, factor, budget) <= budget.member_steps:
                     return spread(founders, start.hp_config, count), factor
-        return spread(founders, start.hp_config, 2), self.reduction_factor or REDUCTION_FACTOR
+        factor = self.reduction_factor or REDUCTION_FACTOR
+        fits = self._cost(2, factor, budget) <= budget.member_steps
+        return spread(founders, start.hp_config, 1 + fits), factor
 
     def _cost(self, count: int, factor: int, budget: SearchBudget) -> float:
         """Steps of members that a race costs at most, evaluations counted."""

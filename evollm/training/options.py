@@ -159,7 +159,9 @@ class Schedule:
         limits = [options.max_steps, options.num_epochs and options.num_epochs * epoch]
         evolve_every = (options.evo_steps or epoch) if options.evolves else None
         evaluate_every = options.evaluation_interval or evolve_every or epoch
-        if options.evaluation_interval is None and getattr(options.search, "plans_evaluations", False):
+        # Patience needs evaluations on all rows.
+        asked = options.evaluation_interval is not None or options.early_stopping_patience is not None
+        if not asked and getattr(options.search, "plans_evaluations", False):
             evaluate_every = 0
         return cls(
             total=min([limit for limit in limits if limit is not None], default=epoch),

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from inspect import signature
 from typing import Any
 
 from evollm.checkpoints.steps import prune_populations
@@ -73,6 +74,8 @@ class Run:
         self.callbacks = list(callbacks)
         described = executor.describe()
         self.rows, self._hp_config = described.rows, described.hp_config
+        # Without, a plan with fewer rows is decided on all of them.
+        self._takes_rows = described.takes_rows and "rows" in signature(executor.evaluate).parameters
         self._trusts, self._unlearnable = described.trust_remote_code, described.unlearnable
         self.schedule = Schedule.of(options, described.epoch, held_out=bool(self.rows["test"]))
         members = executor.members()
@@ -217,6 +220,9 @@ class Run:
         # A due checkpoint of this step is already written, so an error in the decision loses no training.
         if self.step > 0 and self._decides(self.step):
             saved = self.schedule.checkpoints_at(self.step)
+            if self.progress.evaluated == self.step and self._rows_at(self.step) is not None:
+                # A run that ended here was evaluated on all rows; the decision is made on those of the plan.
+                self._evaluate()
             self._decide()
             if self._limit:
                 if not saved and self.schedule.checkpoints_at(self.step):
@@ -313,7 +319,9 @@ class Run:
         """Rows of an evaluation that only a decision on fewer of them needs; None: all."""
         rows, interval = self.progress.due_rows, self.options.evaluation_interval
         asked = interval is not None and step % interval == 0
-        return None if rows is None or rows >= self.rows["test"] or asked or not self._decides(step) else rows
+        if rows is None or rows >= self.rows["test"] or asked or not (self._takes_rows and self._decides(step)):
+            return None
+        return rows
 
     def _evaluate_at_the_end(self) -> None:
         """Evaluate what a resume with lower limits ends with, if the checkpoint's step was not evaluated."""
@@ -324,7 +332,6 @@ class Run:
 
     def _evaluate(self) -> None:
         rows = self._rows_at(self.step)
-        # Executors that cannot evaluate on fewer rows need not know of it.
         fewer: dict[str, Any] = {} if rows is None else {"rows": rows}
         evaluations = self.executor.evaluate("test", None, **self.options.bounds.measurements, **fewer)
         self.progress.account.add(self.executor.spent())

@@ -88,6 +88,7 @@ def finetune_llm_preference(
         evo_steps: Steps between two evolutions, by default an epoch. No evolution follows the last step. Other
             searches take this as the number of steps before their first decision.
         evaluation_interval: Steps between two evaluations, by default `evo_steps` with evolution, else an epoch.
+            A race is evaluated at its rungs and at the end alone, unless there is an `early_stopping_patience`.
             If the gym has a test_dataset, the run also evaluates before each evolution and at the end.
         tournament: Selects the parents; evolution needs `tournament` and `mutation`.
         mutation: Mutates the children.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from conftest import make_rows
 from snapshots import actor_bits
+from two_workers import TwoWorkers
 
 from evollm import Callback, HyperparameterConfig, PreferenceGym, RLParameter, finetune_llm_preference, replay
+from evollm.algorithms import ALGORITHMS
 from evollm.hpo import Racing
 from evollm.report import read_run
 from evollm.report.page import render
@@ -123,3 +126,42 @@ def test_a_race_in_a_budget_trains_its_last_member_to_the_end(run) -> None:
         assert watch.ended.spent.runs <= budget
         begun.append(len(watch.events[0].fitnesses))
     assert begun == sorted(set(begun))
+
+
+def test_what_cannot_evaluate_a_part_of_the_rows_decides_on_all(run, monkeypatch) -> None:
+    """An executor, or an algorithm of one's own, from before there were such plans."""
+    watch = run("executor", executor=TwoWorkers)
+    assert [(one.step, one.rows) for one in watch.events] == [(2, None), (4, None), (16, None)]
+    known = ALGORITHMS["dpo"]
+
+    def evaluate(agents, env, split, reference):
+        return known.evaluate(agents, env, split, reference)
+
+    monkeypatch.setitem(ALGORITHMS, "dpo", dataclasses.replace(known, evaluate=evaluate))
+    assert [one.rows for one in run("algorithm").events] == [None, None, None]
+
+
+def test_patience_ends_a_race_too(run) -> None:
+    watch = run(fitness=lambda evaluation: 1.0, early_stopping_patience=2)
+    # All rows are scored after each `evo_steps` then.
+    assert [(one.step, one.rows) for one in watch.events] == [(2, 8), (4, 16), (6, None), (8, None), (10, None)]
+    assert "early_stopping_patience" in watch.ended.stopped
+
+
+def test_a_race_that_ended_at_a_rung_and_goes_on_decides_on_the_rows_of_its_plan(run) -> None:
+    def survivors(watch: Watch) -> list[list[int]]:
+        return [sorted(one.fitnesses) for one in watch.events if one.step > 2]
+
+    # On three rows others are the best than on all.
+    settings = {"search": Racing(first_rows=3, error_rate=0), "fitness": "margin_over_std"}
+    whole = run("whole", **settings)
+    short = run("short", max_member_steps=12, **settings)
+    assert short.ended.step == 2
+    longer = run("short", resume=True, max_member_steps=1000, **settings)
+    assert survivors(longer) == survivors(whole)
+
+
+def test_where_not_even_two_fit_one_trains_alone(run) -> None:
+    watch = run(budget=1.1)
+    assert (watch.ended.step, [len(one.fitnesses) for one in watch.events]) == (16, [1])
+    assert watch.ended.spent.runs <= 1.1
