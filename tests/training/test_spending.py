@@ -269,6 +269,7 @@ def test_a_step_fits_by_half_with_the_evaluations_and_scores_after_it() -> None:
 
 def test_a_plan_and_a_search_by_tune_know_the_budget(make_model, tokenizer, tmp_path) -> None:
     arguments = {"population": 3, "num_epochs": 2, "budget": 1.25, "verbose": False, "num_sample_answers": 0}
+    arguments["search"] = "tournament"
     said = validate(make_model(), make_rows(30), tokenizer=tokenizer, **arguments)
     assert "budget: at most 1.25 runs of one agent, which may end the run earlier" in said
     result = tune(make_model(), make_rows(30), tokenizer=tokenizer, run_dir=tmp_path / "run", **arguments)
@@ -363,6 +364,7 @@ def test_members_that_a_decision_would_add_are_paid_for(run, make_population, tm
 
 def test_a_rehearsal_counts_the_steps_that_fit_in_the_limits(make_model, tokenizer) -> None:
     arguments = {"tokenizer": tokenizer, "population": 2, "num_epochs": 10, "verbose": False, "evo_steps": 10}
+    arguments["search"] = "tournament"
 
     def said(**limits) -> str:
         return validate(make_model(), make_rows(30), **arguments, data_batch_size_per_gpu=4, **limits).splitlines()[-1]
