@@ -186,6 +186,10 @@ def demo(place: Place) -> None:
     )
 
 
+# Arguments of search.py in call 4, unless `--search` gives others.
+DEFAULT_SEARCHES = "record run --strategies tournament"
+
+
 def searches(place: Place) -> None:
     """Recorded sweeps, and the strategies that inherit, on the pairs that were brought; see search.py."""
     folder = Path(os.environ.get("EVOLLM_PAIRS", ""))
@@ -203,7 +207,7 @@ def searches(place: Place) -> None:
     ]
     jobs = ["--seeds", *map(str, range(5)), "--jobs", "5", "--recompute", "--token-budget", "32768"]
     small = ["--train", "16", "--selection", "8", "--final", "8", "--batch-size", "4", "--founders", "8"]
-    asked = shlex.split(os.environ.get("EVOLLM_SEARCH", "record tournament"))
+    asked = shlex.split(os.environ.get("EVOLLM_SEARCH", DEFAULT_SEARCHES))
     started = time.perf_counter()
     search.main([*data, "--answers", *(small if place.toy else jobs), *asked])
     place.write("searches", seconds=time.perf_counter() - started)

@@ -10,10 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import search
 from gpu_quarter_hour import CALLS, SEARCHES, SECONDS
 from quarter_hour import carrying
 from quarter_hour.carrying import CarryingError
 from quarter_hour.checks import attention
+from quarter_hour.parts import searches
 from quarter_hour.running import Place
 from quarter_hour.tables import tables
 from result_lines import read
@@ -204,6 +206,24 @@ def test_what_is_carried_is_pinned_and_a_call_fits_its_time() -> None:
         assert number == SEARCHES or sum(part.expected for part in parts) < SECONDS - 20
         assert all(part.expected < part.limit for part in parts)
     assert SECONDS + 10 < 240
+
+
+def test_the_searches_of_call_4_are_asked_for_as_search_takes_them(tmp_path, monkeypatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").touch()
+    monkeypatch.setenv("EVOLLM_PAIRS", str(tmp_path))
+    monkeypatch.delenv("EVOLLM_SEARCH", raising=False)
+    monkeypatch.setattr("quarter_hour.parts._demo_folder", lambda: tmp_path)
+    asked = []
+    monkeypatch.setattr(search, "main", lambda arguments: asked.append(search._parse(arguments)))
+    place = Place("searches", "call-4", tmp_path, tmp_path, toy=True)
+    searches(place)
+    monkeypatch.setenv("EVOLLM_SEARCH", "record --seeds 1 2 --jobs 4")
+    searches(place)
+    default, own = asked
+    assert (default.what, default.strategies) == (["record", "run"], ["tournament"])
+    assert [path.name for path in default.data] == ["a.jsonl", "b.jsonl"]
+    assert (own.what, own.seeds, own.jobs) == (["record"], [1, 2], 4)
 
 
 def test_rows_become_tables_with_the_ratio_to_trl_on_the_same_card() -> None:
