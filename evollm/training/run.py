@@ -74,7 +74,6 @@ class Run:
         self.callbacks = list(callbacks)
         described = executor.describe()
         self.rows, self._hp_config = described.rows, described.hp_config
-        # Without, a plan with fewer rows is decided on all of them.
         self._takes_rows = described.takes_rows and "rows" in signature(executor.evaluate).parameters
         self._trusts, self._unlearnable = described.trust_remote_code, described.unlearnable
         self.schedule = Schedule.of(options, described.epoch, held_out=bool(self.rows["test"]))
@@ -248,10 +247,14 @@ class Run:
             if self.step < until and (self._signal(stop) or self._limit_hit(self._learners())):
                 return
 
+    def _fewer(self, rows: int | None) -> int | None:
+        """The rows of a decision for which a plan wants so many; None: all, also where only that can be done."""
+        return rows if rows is not None and rows < self.rows["test"] and self._takes_rows else None
+
     def _share(self, rows: int | None, due: int | None) -> float:
         """The share of the selection rows that members are evaluated on next: for a decision on `rows`, or all."""
-        known = self.rows["test"]
-        return min(1.0, rows / known) if rows and known and due is not None and due < self.schedule.total else 1.0
+        fewer = self._fewer(rows) if due is not None and due < self.schedule.total else None
+        return 1.0 if fewer is None else fewer / self.rows["test"]
 
     def _learners(self) -> list[Mapping[str, Value]]:
         """The hyperparameters of each member that learns on."""
@@ -317,14 +320,12 @@ class Run:
 
     def _rows_at(self, step: int) -> int | None:
         """Rows of an evaluation that only a decision on fewer of them needs; None: all."""
-        rows, interval = self.progress.due_rows, self.options.evaluation_interval
+        interval = self.options.evaluation_interval
         asked = interval is not None and step % interval == 0
-        if rows is None or rows >= self.rows["test"] or asked or not (self._takes_rows and self._decides(step)):
-            return None
-        return rows
+        return None if asked or not self._decides(step) else self._fewer(self.progress.due_rows)
 
     def _evaluate_at_the_end(self) -> None:
-        """Evaluate what a resume with lower limits ends with, if the checkpoint's step was not evaluated."""
+        """Evaluate the last step on all rows, if a resume with lower limits or a limit at a rung ends the run there."""
         if self.schedule.evaluate_every is not None and self.progress.evaluated != self.step:
             self._evaluate()
             if self.schedule.checkpoints_at(self.step):

@@ -71,7 +71,7 @@ class Progress:
         before: Evaluation of the first agent before training; None if there are no held-out rows.
         step: Steps done; a step is one batch for every agent.
         evolutions: Evolutions done, each with the step after which it was carried out.
-        evaluated: The step of the last evaluation; None: there was none.
+        evaluated: The step of the last evaluation on all rows; None: there was none.
         fitnesses: The last fitness of every agent.
         evaluations: The evaluations behind these fitnesses, for the search; none of diverged agents.
         due: The step after which the search decides next, None: never.
