@@ -43,7 +43,7 @@ class Truncation:
         """Begin with the agents that there are."""
         self._hp_config, self._interval = start.hp_config or {}, start.interval
         self._rng = np.random.default_rng(self.seed)
-        self._next_index = 1 + max(birth.index for birth in start.founders)
+        self._next_index = start.next_index
         self._decisions = 0
         return SearchPlan(tuple(start.founders), self._interval)
 

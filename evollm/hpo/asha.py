@@ -64,7 +64,7 @@ class ASHA:
         if self.max_agents is not None and self.max_agents < self._size:
             raise ConfigurationError("max_agents", self.max_agents, f"is less than the {self._size} founders")
         self._values = dict(start.founders[0].hyperparameters)
-        self._next_index = 1 + max(birth.index for birth in start.founders)
+        self._next_index = start.next_index
         self._num_agents = self._size
         self._decisions = 0
         # Agents that began later than at step 0, with the decision after which they began.

@@ -79,7 +79,7 @@ class MultiFrequencyPBT:
             raise ConfigurationError("population", size, fix)
         self._interval, self._decisions = start.interval, 0
         self._groups = {birth.index: place * count // size for place, birth in enumerate(start.founders)}
-        self._next_index = 1 + max(birth.index for birth in start.founders)
+        self._next_index = start.next_index
         self._rng = np.random.default_rng(self.rand_seed)
         return SearchPlan(tuple(start.founders), self._interval)
 

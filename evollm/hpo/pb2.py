@@ -76,7 +76,7 @@ class PB2:
         self._config = require_config(start.hp_config, "a child has nothing to change")
         self._numbers = [name for name in sorted(self._config) if self._config[name].choices is None]
         self._interval, self._decisions = start.interval, 0
-        self._next_index = 1 + max(birth.index for birth in start.founders)
+        self._next_index = start.next_index
         # The fitness with which a member began the interval, by index.
         self._began: dict[int, float] = {}
         # For each member and interval: the decision at its end, the numbers as fractions, the change of the fitness.

@@ -65,7 +65,7 @@ class PopulationBasedTraining:
         """
         self._config = require_config(start.hp_config, "a child has nothing to change")
         self._interval = start.interval
-        self._next_index = 1 + max(birth.index for birth in start.founders)
+        self._next_index = start.next_index
         self._rng = np.random.default_rng(self.rand_seed)
         return SearchPlan(tuple(start.founders), self._interval)
 

@@ -92,7 +92,7 @@ class Racing:
         self._config = require_config(start.hp_config, "an heir has nothing to mutate") if self.heirs else None
         self._interval, self._rows, self._rung = start.interval, start.rows, 0
         self._rng = np.random.default_rng(self.rand_seed)
-        self._next_index = 1 + max(birth.index for birth in start.founders)
+        self._next_index = start.next_index
         founders, self._factor = self._affordable(start)
         return (
             SearchPlan(founders, self._interval, self._rows_at(0)) if len(founders) > 1 else SearchPlan(founders, None)

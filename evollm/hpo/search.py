@@ -151,6 +151,11 @@ class SearchStart:
     budget: SearchBudget | None = None
     rows: int = 0
 
+    @property
+    def next_index(self) -> int:
+        """The first index that no founder has."""
+        return 1 + max(founder.index for founder in self.founders)
+
 
 @dataclass(frozen=True)
 class SearchPlan:
