@@ -94,9 +94,9 @@ class Racing:
         self._rng = np.random.default_rng(self.rand_seed)
         self._next_index = start.next_index
         founders, self._factor = self._affordable(start)
-        return (
-            SearchPlan(founders, self._interval, self._rows_at(0)) if len(founders) > 1 else SearchPlan(founders, None)
-        )
+        if len(founders) == 1:
+            return SearchPlan(founders, None)
+        return SearchPlan(founders, self._interval, self._rows_at(0))
 
     def tell(self, results: Sequence[Result]) -> SearchPlan:
         """Let the best members go on; diverged members always leave.
@@ -148,14 +148,13 @@ class Racing:
         founders, budget = tuple(start.founders), start.budget
         if budget is None:
             return founders, self.reduction_factor or REDUCTION_FACTOR
-        for count in range(len(founders), 2, -1):
-            factors = range(2, -(-count // 2) + 1) if self.reduction_factor is None else [self.reduction_factor]
-            for factor in factors:
+        for count in range(len(founders), 1, -1):
+            # Two go on at the first rung, unless only two begin.
+            largest = max(2, -(-count // 2))
+            for factor in [self.reduction_factor] if self.reduction_factor else range(2, largest + 1):
                 if self._cost(count, factor, budget) <= budget.member_steps:
                     return spread(founders, start.hp_config, count), factor
-        factor = self.reduction_factor or REDUCTION_FACTOR
-        fits = self._cost(2, factor, budget) <= budget.member_steps
-        return spread(founders, start.hp_config, 1 + fits), factor
+        return founders[:1], REDUCTION_FACTOR
 
     def _cost(self, count: int, factor: int, budget: SearchBudget) -> float:
         """Steps of members that a race costs at most, evaluations counted."""
