@@ -161,23 +161,30 @@ class Worker:
         agents = [self.agent(index) for index in here]
         found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference, **asked)
         if answers is not None:
-            found = [self._with_lengths(agent, one, split, answers) for agent, one in zip(agents, found, strict=True)]
+            found = self._with_lengths(agents, found, split, answers)
         return dict(zip(here, found, strict=True))
 
-    def _with_lengths(self, agent: SavableAgent, found: Any, split: str, asked: AnswerSampling) -> Any:
-        """The evaluation with the lengths of the agent's and the reference's answers to the first prompts."""
-        prompts = [pair.prompt_ids for pair in self.env.evaluation_pairs(split)[: min(asked.prompts, len(found))]]
-
-        def lengths(adapter: str | None) -> list[int]:
-            return greedy_lengths(self.base, adapter, prompts, self.env.tokenizer, asked.max_new_tokens)
-
+    def _with_lengths(
+        self, agents: Sequence[SavableAgent], found: Sequence[Any], split: str, asked: AnswerSampling
+    ) -> list[Any]:
+        """The evaluations with the lengths of the agents' and their references' answers to the first prompts."""
+        num_rows = len(found[0])
+        prompts = [pair.prompt_ids for pair in self.env.evaluation_pairs(split)[: min(asked.prompts, num_rows)]]
         # Names of adapters are never used twice, so a name stands for its weights.
-        key = (split, self._reference_of(agent), replace(asked, prompts=len(prompts)))
-        if key not in self._reference_lengths:
-            self._reference_lengths[key] = lengths(key[1])
-        unknown = [math.nan] * (len(found) - len(prompts))
-        own, theirs = [*lengths(agent.actor_adapter), *unknown], [*self._reference_lengths[key], *unknown]
-        return replace(found, answer_lengths=np.array(own), reference_lengths=np.array(theirs))
+        keys = [(split, self._reference_of(agent), replace(asked, prompts=len(prompts))) for agent in agents]
+        new = [key for key in dict.fromkeys(keys) if key not in self._reference_lengths]
+        adapters = [*(reference for _, reference, _ in new), *(agent.actor_adapter for agent in agents)]
+        lengths = greedy_lengths(self.base, adapters, prompts, self.env.tokenizer, asked.max_new_tokens)
+        self._reference_lengths.update(zip(new, lengths, strict=False))
+        unknown = [math.nan] * (num_rows - len(prompts))
+        return [
+            replace(
+                evaluation,
+                answer_lengths=np.array([*own, *unknown]),
+                reference_lengths=np.array([*self._reference_lengths[key], *unknown]),
+            )
+            for evaluation, own, key in zip(found, lengths[len(new) :], keys, strict=True)
+        ]
 
     def _reference_of(self, agent: SavableAgent) -> str | None:
         """The adapter that an agent's scores are relative to; None: the base without adapter."""
@@ -358,10 +365,8 @@ class Worker:
         pairs = self.env.evaluation_pairs(split)
         prompts = [pairs[example.position].prompt_ids for example in examples]
         agent = self.agent(index)
-        before, after = (
-            greedy_answers(self.base, adapter, prompts, self.env.tokenizer, cut_mark="…")
-            for adapter in (self._reference_of(agent), agent.actor_adapter)
-        )
+        adapters = [self._reference_of(agent), agent.actor_adapter]
+        before, after = greedy_answers(self.base, adapters, prompts, self.env.tokenizer, cut_mark="…")
         return [
             SampleAnswer(example.question, first, second, example.turns)
             for example, first, second in zip(examples, before, after, strict=True)

@@ -77,7 +77,7 @@ class Winner:
         if limit is not None and not base.is_encoder_decoder:
             max_new_tokens = min(max_new_tokens, limit - len(ids))
         adapter = self.agent.actor_adapter if tuned else None
-        return greedy_answers(base, adapter, [ids], self.tokenizer, max_new_tokens)[0]
+        return greedy_answers(base, [adapter], [ids], self.tokenizer, max_new_tokens)[0][0]
 
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> IntArray:
         """(P,) token ids of what `answer` takes, as those of the rows of a run are made.

@@ -24,9 +24,9 @@ def asked(monkeypatch) -> list[str]:
     """What the base and the winner are given, in turns."""
     given, answer = [], winners.greedy_answers
 
-    def greedy_answers(base, adapter, prompts, tokenizer, max_new_tokens):
+    def greedy_answers(base, adapters, prompts, tokenizer, max_new_tokens):
         given.append(tokenizer.decode(prompts[0]))
-        return answer(base, adapter, prompts, tokenizer, max_new_tokens)
+        return answer(base, adapters, prompts, tokenizer, max_new_tokens)
 
     monkeypatch.setattr(winners, "greedy_answers", greedy_answers)
     return given
@@ -46,7 +46,7 @@ def test_lines_are_turns_of_a_conversation_where_the_rows_were_messages(workplac
     assert train("run_dir=run") == 0
     replies = iter(["base 1", "winner 1", "base 2", "winner 2", "base 3", "winner 3"])
     answer = winners.greedy_answers
-    monkeypatch.setattr(winners, "greedy_answers", lambda *args: (answer(*args), [next(replies)])[1])
+    monkeypatch.setattr(winners, "greedy_answers", lambda *args: (answer(*args), [[next(replies)]])[1])
     asked.clear()
     capsys.readouterr()
     type_in(monkeypatch, "first", "", "second", "/clear", "third", "/exit", "fourth")

@@ -107,5 +107,5 @@ def test_the_real_model_ties_before_and_knows_the_capital_of_france(tmp_path) ->
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="np"
     )
     ids = prompt["input_ids"][0] if hasattr(prompt, "keys") else prompt[0]
-    (answer,) = greedy_answers(agent.base, agent.adapter("reference"), [ids], tokenizer, max_new_tokens=12)
+    ((answer,),) = greedy_answers(agent.base, [agent.adapter("reference")], [ids], tokenizer, max_new_tokens=12)
     assert "Paris" in answer

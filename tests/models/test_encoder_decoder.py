@@ -163,7 +163,7 @@ def test_a_population_of_encoder_decoders_evolves_is_saved_and_goes_on_as_a_mode
     logprob = Engine.of(best.base).logprobs(Item.on(batch, [best.actor_adapter]), PassOptions())[0].chosen[0].item()
     for model in (merged, tuned):
         assert by_hand(model, pair.prompt_ids, pair.chosen_ids) == pytest.approx(logprob, abs=1e-3)
-    (answer,) = greedy_answers(best.base, best.actor_adapter, [pair.prompt_ids], tokenizer, max_new_tokens=5)
+    (answer,) = greedy_answers(best.base, [best.actor_adapter], [pair.prompt_ids], tokenizer, max_new_tokens=5)[0]
     output = merged.generate(torch.from_numpy(pair.prompt_ids)[None], max_new_tokens=5, do_sample=False)
     assert answer == tokenizer.decode(output[0], skip_special_tokens=True).strip()
 

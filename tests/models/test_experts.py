@@ -115,7 +115,7 @@ def test_what_trains_on_experts_is_saved_resumed_merged_and_answers(kind: str, t
     merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(all_logprobs(merged), expected, rtol=0, atol=1e-3)
     prompts = [gym.train_pairs[0].prompt_ids]
-    assert len(greedy_answers(agent.base, agent.actor_adapter, prompts, tokenizer, max_new_tokens=4)) == 1
+    assert len(greedy_answers(agent.base, [agent.actor_adapter], prompts, tokenizer, max_new_tokens=4)[0]) == 1
 
 
 def test_a_run_on_experts_is_resumed_exported_and_chatted_with(tokenizer, tmp_path) -> None:

@@ -42,17 +42,18 @@ def run(make_population, tokenizer, tmp_path):
 def test_an_agent_with_answers_that_are_too_long_is_behind(run, tmp_path, monkeypatch) -> None:
     asked = []
 
-    def lengths(base, adapter, prompts, tokenizer, max_new_tokens):
-        asked.append(adapter)
+    def lengths(base, adapters, prompts, tokenizer, max_new_tokens):
+        asked.append(adapters)
         # The reference is asked first, then the actors in their order.
-        return [{0: 4, 1: 2, 2: 8, 3: 6}[list(dict.fromkeys(asked)).index(adapter)]] * len(prompts)
+        lengths = [4, 2, 8, 6][-len(adapters) :]
+        return [[length] * len(prompts) for length in lengths]
 
     monkeypatch.setattr(worker_module, "greedy_lengths", lengths)
     _, fitnesses = run("run")
     assert [fitness == -1e9 for fitness in fitnesses] == [False, True, False]
     # The reference once in the run, each agent at both evaluations.
-    assert len(asked) == 1 + 6
-    assert asked.count(asked[0]) == 1
+    assert [len(adapters) for adapters in asked] == [4, 3]
+    assert asked[0][1:] == asked[1]
     found = read_evaluations(tmp_path / "run/evaluations/step-000004.safetensors")
     assert found["agent-1"].answer_lengths.tolist()[:3] == [8, 8, 8]
     assert np.isnan(found["agent-1"].answer_lengths[3:]).all()
