@@ -66,15 +66,15 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Every agent has been evaluated on the same rows.
+    """Every agent has been evaluated on the same rows, or at the end of a run the best one alone on all rows.
 
     Attributes:
         step: Steps done.
         generation: Evolutions done.
         evaluations: The evaluation of each agent, row by row; a diverged agent is missing.
-        fitnesses: The fitness of every agent, not finite for a diverged one.
+        fitnesses: The fitness of each agent, not finite for a diverged one.
         best: Index of the fittest agent.
-        agents: Hyperparameters of every agent.
+        agents: Hyperparameters of each agent.
         spent: What the run has spent so far, this evaluation included.
         rows: Number of rows, if only a decision of the search on fewer rows needed it; None: all rows.
     """

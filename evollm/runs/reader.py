@@ -110,7 +110,7 @@ def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord
         if rows:
             files = {one.step: f"{EVALUATIONS}/step-{one.step:06d}.safetensors" for one in evaluations}
             by_step = {step: _read_rows(folder, name) for step, name in files.items()}
-            evaluations = [replace(one, pairs=by_step[one.step].get(f"agent-{one.agent}")) for one in evaluations]
+            evaluations = [replace(one, pairs=_rows_of(one, by_step[one.step])) for one in evaluations]
             ended = [replace(one, pairs=_read_rows(folder, FINAL)) for one in ended]
         record = RunRecord(
             path=folder,
@@ -180,6 +180,12 @@ def _read_rows(folder: Path, name: str) -> dict[str, AnyEvaluation]:
     except CheckpointError as error:
         warnings.warn(f"{error}: left out", UserWarning, stacklevel=3)
         return {}
+
+
+def _rows_of(scored: Scored, found: Mapping[str, AnyEvaluation]) -> AnyEvaluation | None:
+    """The rows of an evaluation; None if they were not recorded, or one on more rows at the same step replaced them."""
+    rows = found.get(f"agent-{scored.agent}")
+    return None if rows is None or len(rows) != (scored.rows or len(rows)) else rows
 
 
 def _step(line: Mapping[str, Any]) -> StepLine:

@@ -195,15 +195,16 @@ class RunRecord:
         """The winner's evaluation; while the run has not ended, the best so far, and the later one of equals."""
         if self.ended is not None:
             place = (self.ended.best_step, self.ended.best)
-            return next((scored for scored in self.evaluations if (scored.step, scored.agent) == place), None)
+            found = [scored for scored in self.evaluations if (scored.step, scored.agent) == place]
+            return max(found, key=lambda scored: (scored.rows is None, -(scored.rows or 0)), default=None)
         finite = [scored for scored in self.evaluations if scored.rows is None and is_finite(scored.fitness)]
         return max(finite, key=lambda scored: (scored.fitness, scored.step), default=None)
 
     @cached_property
     def latest_evaluation(self) -> tuple[Scored, ...]:
-        """Every agent at the last evaluation."""
+        """Every agent at the last evaluation; of an agent that was then evaluated on more rows, these."""
         last = max((scored.step for scored in self.evaluations), default=0)
-        return tuple(scored for scored in self.evaluations if scored.step == last)
+        return tuple({scored.agent: scored for scored in self.evaluations if scored.step == last}.values())
 
     @cached_property
     def lives(self) -> Mapping[int, Life]:

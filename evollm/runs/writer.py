@@ -48,6 +48,8 @@ class RunFolder(Callback):
         self._cuda_peak = cuda_peak
         self._records: RecordFiles | None = None
         self._last_event = time.perf_counter()
+        # The evaluations of the last step that had some, since one step may have two.
+        self._evaluated: tuple[int, dict[str, AnyEvaluation]] = (0, {})
 
     def on_start(self, event: RunStarted) -> None:
         """Create the folder and write the settings; for a resumed run keep the records up to its checkpoint.
@@ -91,7 +93,9 @@ class RunFolder(Callback):
                 line |= event.evaluations[index].scores
             self._files.append(METRICS, kind="evaluation", **line, fitness=list(fitness), **event.agents[index])
         scored = {f"agent-{index}": evaluation for index, evaluation in event.evaluations.items()}
-        self._save(f"{EVALUATIONS}/step-{event.step:06d}.safetensors", scored)
+        step, before = self._evaluated
+        self._evaluated = (event.step, {**before, **scored} if step == event.step else scored)
+        self._save(f"{EVALUATIONS}/step-{event.step:06d}.safetensors", self._evaluated[1])
         self._spent("evaluation", event)
         self._time("evaluation", event.step)
 

@@ -27,13 +27,11 @@ def final_split(rows: Mapping[str, int]) -> str:
 
 
 def best_of(members: Sequence[Member], fitnesses: Mapping[int, Fitness]) -> int:
-    """Index of the fittest member; without any evaluation, of the first member that has not diverged.
+    """Index of the fittest member.
 
     Raises:
         DivergedError: No member has a finite fitness.
     """
-    if not fitnesses:
-        return next(member.index for member in members if not member.diverged)
     best = members[rank([fitnesses[member.index] for member in members])[0]].index
     if not is_finite(fitnesses[best]):
         raise DivergedError(f"no agent has a finite fitness: {dict(fitnesses)}")
@@ -65,19 +63,18 @@ def end(
 ) -> tuple[int, RunEnded]:
     """Save the best agent, score the best and the second-best agent, and generate the best agent's answers.
 
-    The best agent is that of the best evaluation of the run. Unless it is the last evaluation, the second-best agent is
-    the best one of the last population. If a candidate of the contest is better, it takes the best agent's place. A
-    second-best agent whose final score does not fit in the budget is left out.
+    The best agent is that of the best evaluation of the run on all rows; without any, the first that has not diverged.
+    Unless it is the last evaluation, the second-best agent is the best one of the last population. If a candidate of
+    the contest is better, it takes the best agent's place. A second-best agent whose final score does not fit in the
+    budget is left out.
 
     Returns:
         Index by which the executor knows the result, and the event.
     """
     members = executor.members()
-    best = best_of(members, progress.fitnesses)
+    winner = progress.best or Best(next(one.index for one in members if not one.diverged), progress.step, ())
+    best = winner.index if winner.step == progress.step else BEST_SO_FAR
     second = second_of(members, progress.fitnesses, best)
-    winner = Best(best, progress.step, progress.fitnesses.get(best, ()))
-    if progress.best is not None and progress.best.fitness > winner.fitness:
-        winner, best, second = progress.best, BEST_SO_FAR, best
     candidates: Sequence[Candidate] = ()
     if contest is not None:
         single = best

@@ -31,15 +31,7 @@ class Limits:
         """Count hours from now on, after those of an account."""
         self._began = time.monotonic() - account.seconds
 
-    def hit(
-        self,
-        account: Account,
-        step: int,
-        learners: Sequence[Mapping[str, Value]],
-        *,
-        evaluates: bool = False,
-        share: float = 1.0,
-    ) -> str:
+    def hit(self, account: Account, step: int, learners: Sequence[Mapping[str, Value]], evaluations: float) -> str:
         """Name of the limit within which no further step fits; "" if a step fits.
 
         It depends on what the run has done alone, so that a resumed run ends where it would have ended anyway.
@@ -48,13 +40,10 @@ class Limits:
             account: What has been spent.
             step: Steps done.
             learners: The hyperparameters of each member that learns on.
-            evaluates: Whether the members are evaluated before that step, too.
-            share: Of the selection rows that the members are evaluated on next.
+            evaluations: Of one member on all rows, that follow the step if the run ends with it.
         """
         budget, most = self._options.budget, self._options.max_member_steps
-        if budget is not None and not self._prices.fits_a_step(
-            account, step, learners, budget, evaluates=evaluates, share=share
-        ):
+        if budget is not None and not self._prices.fits_a_step(account, step, learners, budget, evaluations):
             return "budget"
         if most is not None and account.member_steps + len(learners) > most:
             return "max_member_steps"

@@ -13,8 +13,7 @@ from typing import Any
 from evollm.checkpoints.steps import prune_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, EvoLLMError
 from evollm.execution.executor import Executor, check_going
-from evollm.hpo import Birth, EvolutionPlan, Fitness, NamedFitness, SearchPlan, SearchStart, as_fitness
-from evollm.hpo.hyperparameters import Value
+from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness, NamedFitness, SearchPlan, SearchStart, as_fitness
 from evollm.hpo.search import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
 from evollm.runs.spent import Spent
@@ -106,7 +105,7 @@ class Run:
         if self._limit:
             return f"no further step fits in {self._limit}={getattr(self.options, self._limit):g}"
         patience = self.options.early_stopping_patience
-        fresh = self.progress.evaluated == self.step < self.schedule.total
+        fresh = self.progress.evaluated == self.step < self.schedule.total and self.progress.evaluated_rows is None
         if patience is None or self.progress.stale < patience or not fresh:
             return ""
         return f"no better fitness in {patience} evaluation{'s' if patience > 1 else ''} (early_stopping_patience)"
@@ -130,7 +129,7 @@ class Run:
                 self.resume()
             self.limits.start_clock(self.progress.account)
             try:
-                self._ends_by_limit(self._learners())
+                self._ends_by_limit()
                 with StopSignals() as stop:
                     self._start()
                     while self.step < self.schedule.total and not self._stopped:
@@ -219,18 +218,18 @@ class Run:
         # A due checkpoint of this step is already written, so an error in the decision loses no training.
         if self.step > 0 and self._decides(self.step):
             saved = self.schedule.checkpoints_at(self.step)
-            if self.progress.evaluated == self.step and self._rows_at(self.step) is not None:
-                # A run that ended here was evaluated on all rows; the decision is made on those of the plan.
-                self._evaluate()
+            # A run that ended here was evaluated on all rows; the decision is made on those of the plan.
+            self._evaluate()
             self._decide()
             if self._limit:
                 if not saved and self.schedule.checkpoints_at(self.step):
                     self._checkpoint()
                 return
         self._learn(stop)
-        evaluates = self.schedule.evaluates_at(self.step, decides=self._decides(self.step))
-        self._ends_by_limit(self._learners(), evaluates=evaluates)
-        if self.schedule.evaluates_at(self.step, decides=self._decides(self.step)):
+        decides = self._decides(self.step)
+        if self.schedule.evaluates_at(self.step, decides=decides):
+            self._evaluate()
+        if not decides and self._ends_by_limit():
             self._evaluate()
         number = self._signal(stop)
         stopped = bool(self._stopped) and self.schedule.checkpoint_every > 0
@@ -244,42 +243,58 @@ class Run:
         until = next(step for step in range(self.step + 1, self.schedule.total + 1) if self._pauses_at(step))
         for done in self.executor.learn(self.step, until):
             self._note(done)
-            if self.step < until and (self._signal(stop) or self._limit_hit(self._learners())):
+            if self.step < until and (self._signal(stop) or self._limit_hit()):
                 return
 
     def _fewer(self, rows: int | None) -> int | None:
         """The rows of a decision for which a plan wants so many; None: all, also where only that can be done."""
         return rows if rows is not None and rows < self.rows["test"] and self._takes_rows else None
 
-    def _share(self, rows: int | None, due: int | None) -> float:
-        """The share of the selection rows that members are evaluated on next: for a decision on `rows`, or all."""
-        fewer = self._fewer(rows) if due is not None and due < self.schedule.total else None
-        return 1.0 if fewer is None else fewer / self.rows["test"]
+    def _rows_at(self, step: int, *, limited: bool = False, plan: SearchPlan | None = None) -> int | None:
+        """Rows of the evaluation of all members at a step, None: all.
 
-    def _learners(self) -> list[Mapping[str, Value]]:
-        """The hyperparameters of each member that learns on."""
-        return [member.hyperparameters for member in self.executor.members() if not member.diverged]
+        Fewer are enough for a decision, and to find the best member where a limit ends the run before one.
 
-    def _limit_hit(
-        self, learners: Sequence[Mapping[str, Value]], *, evaluates: bool = False, share: float | None = None
-    ) -> str:
-        """Name of the limit within which no further step fits; see `Limits.hit`."""
-        share = self._share(self.progress.due_rows, self.progress.due) if share is None else share
-        return self.limits.hit(self.progress.account, self.step, learners, evaluates=evaluates, share=share)
+        Args:
+            step: The step.
+            limited: Whether a limit ends the run at that step.
+            plan: A plan that is not carried out yet; None: the present one.
+        """
+        progress, interval, every = self.progress, self.options.evaluation_interval, self.schedule.evaluate_every
+        due, rows = (progress.due, progress.due_rows) if plan is None else (self._due(plan), plan.rows)
+        asked = interval is not None and step % interval == 0
+        if due is None or asked or (step == self.schedule.total and not limited):
+            return None
+        at_rung = step == due
+        return self._fewer(rows) if at_rung or (limited and not (every and step % every == 0)) else None
 
-    def _ends_by_limit(
-        self, learners: Sequence[Mapping[str, Value]], *, evaluates: bool = False, share: float | None = None
-    ) -> bool:
-        """Whether no further step of these members fits, which makes this step the last one.
+    def _due(self, plan: SearchPlan) -> int | None:
+        return None if plan.steps is None else self.step + plan.steps
+
+    def _limit_hit(self, plan: SearchPlan | None = None) -> str:
+        """Name of the limit within which no further step fits, of the members of a plan or the present ones."""
+        members = self.executor.members()
+        diverged = {member.index for member in members if member.diverged}
+        births = members if plan is None else plan.births
+        learners = [birth.hyperparameters for birth in births if birth.index not in diverged]
+        after = self.step + 1
+        rows = self._rows_at(after, limited=after < self.schedule.total, plan=plan)
+        # Of fewer rows, the best member is evaluated on all of them at the end.
+        evaluations = len(learners) if rows is None else len(learners) * rows / self.rows["test"] + 1
+        return self.limits.hit(self.progress.account, self.step, learners, evaluations)
+
+    def _ends_by_limit(self, plan: SearchPlan | None = None) -> bool:
+        """Whether no further step of a plan's members, or the present ones, fits, so that this step is the last one.
 
         Raises:
             ConfigurationError: Not even the first step fits.
         """
         if self.step >= self.schedule.total:
             return False
-        self._limit = self._limit_hit(learners, evaluates=evaluates, share=share)
+        self._limit = self._limit_hit(plan)
         if self._limit and self.step == 0:
-            fix = f"is too little for one step of {len(learners)} agents, its evaluation and final scores"
+            agents = len(self.executor.members())
+            fix = f"is too little for one step of {agents} agents, its evaluation and final scores"
             raise ConfigurationError(self._limit, getattr(self.options, self._limit), fix)
         if self._limit:
             self.schedule = replace(self.schedule, total=self.step)
@@ -318,55 +333,63 @@ class Run:
         """Number of a signal that any process received, else 0; all processes make this call at the same step."""
         return self.processes.largest(stop.received or 0)
 
-    def _rows_at(self, step: int) -> int | None:
-        """Rows of an evaluation that only a decision on fewer of them needs; None: all."""
-        interval = self.options.evaluation_interval
-        asked = interval is not None and step % interval == 0
-        return None if asked or not self._decides(step) else self._fewer(self.progress.due_rows)
+    def _evaluate(self) -> bool:
+        """Evaluate all members, on fewer rows if that is enough; False if that is done, or there are no rows."""
+        progress, rows = self.progress, self._rows_at(self.step, limited=bool(self._limit))
+        if self.schedule.evaluate_every is None or (progress.evaluated, progress.evaluated_rows) == (self.step, rows):
+            return False
+        evaluations, found = self._scored(None, rows)
+        fitnesses = {member.index: found.get(member.index, DIVERGED_FITNESS) for member in self.executor.members()}
+        progress.evaluated, progress.evaluated_rows, progress.fitnesses = self.step, rows, fitnesses
+        if self.search is not None:
+            progress.evaluations = dict(evaluations)
+        self.executor.note_scores({index: fitness[0] for index, fitness in fitnesses.items()})
+        best = best_of(self.executor.members(), fitnesses)
+        if rows is None:
+            self._compare_with_best(Best(best, self.step, fitnesses[best]))
+        self._tell_scores(evaluations, fitnesses, best, rows)
+        return True
 
     def _evaluate_at_the_end(self) -> None:
-        """Evaluate the last step on all rows, if a resume with lower limits or a limit at a rung ends the run there."""
-        if self.schedule.evaluate_every is not None and self.progress.evaluated != self.step:
-            self._evaluate()
-            if self.schedule.checkpoints_at(self.step):
-                self._checkpoint()
+        """Evaluate the last step if a resume with lower limits ends the run there, and the best member on all rows.
 
-    def _evaluate(self) -> None:
-        rows = self._rows_at(self.step)
+        No checkpoint has the latter evaluation, so that a run that goes on from here has the bits of a longer one.
+        """
+        if self._evaluate() and self.schedule.checkpoints_at(self.step):
+            self._checkpoint()
+        if self.progress.evaluated_rows is not None:
+            best = best_of(self.executor.members(), self.progress.fitnesses)
+            evaluations, fitnesses = self._scored([best], None)
+            self._compare_with_best(Best(best, self.step, fitnesses[best]))
+            self._tell_scores(evaluations, fitnesses, best, None)
+
+    def _scored(
+        self, indices: Sequence[int] | None, rows: int | None
+    ) -> tuple[Mapping[int, AnyEvaluation], dict[int, Fitness]]:
+        """The evaluations and fitnesses of these members, or of all that have not diverged; rows None: on all."""
         fewer: dict[str, Any] = {} if rows is None else {"rows": rows}
-        evaluations = self.executor.evaluate("test", None, **self.options.bounds.measurements, **fewer)
+        evaluations = self.executor.evaluate("test", indices, **self.options.bounds.measurements, **fewer)
         self.progress.account.add(self.executor.spent())
-        if rows is None:
-            self.progress.evaluated = self.step
         for remark in filter(None, {self.options.bounds.remark(one) for one in evaluations.values()}):
             warnings.warn(remark, UserWarning, stacklevel=2)
-        members = self.executor.members()
-        fitnesses = {
-            str(member.index): self._fitness_of(evaluations[member.index])
-            if member.index in evaluations
-            else DIVERGED_FITNESS
-            for member in members
-        }
+        found = {str(index): self._fitness_of(evaluation) for index, evaluation in evaluations.items()}
         # The main process's values count: a user's fitness function may give other values in other processes.
-        decided = self.processes.from_main(fitnesses)
-        self.progress.fitnesses = {int(index): tuple(fitness) for index, fitness in decided.items()}
-        if self.search is not None:
-            self.progress.evaluations = dict(evaluations)
-        self.executor.note_scores({index: fitness[0] for index, fitness in self.progress.fitnesses.items()})
-        best = best_of(members, self.progress.fitnesses)
-        if rows is None:
-            self._compare_with_best(Best(best, self.step, self.progress.fitnesses[best]))
-        event = Evaluated(
-            self.step,
-            self.progress.generation,
-            evaluations,
-            self.progress.fitnesses,
-            best,
-            {member.index: dict(member.hyperparameters) for member in members},
-            self.spent,
-            rows,
+        decided = self.processes.from_main(found)
+        return evaluations, {int(index): tuple(fitness) for index, fitness in decided.items()}
+
+    def _tell_scores(
+        self,
+        evaluations: Mapping[int, AnyEvaluation],
+        fitnesses: Mapping[int, Fitness],
+        best: int,
+        rows: int | None,
+    ) -> None:
+        members = {member.index: dict(member.hyperparameters) for member in self.executor.members()}
+        agents = {index: members[index] for index in fitnesses}
+        generation = self.progress.generation
+        self._tell(
+            "on_evaluation", Evaluated(self.step, generation, evaluations, fitnesses, best, agents, self.spent, rows)
         )
-        self._tell("on_evaluation", event)
 
     def _compare_with_best(self, found: Best) -> None:
         """Keep the best agent of an evaluation on all rows if it is the best so far."""
@@ -391,10 +414,7 @@ class Run:
         plan = self._of_main(self.search.tell(results))
         before = [progress.founders, *(earlier.births for _, earlier in progress.evolutions)]
         check_plan(plan, results, {*self.config["agents"], *(birth.index for births in before for birth in births)})
-        diverged = {member.index for member in members if member.diverged}
-        learners = [birth.hyperparameters for birth in plan.births if birth.index not in diverged]
-        share = self._share(plan.rows, plan.steps and self.step + plan.steps)
-        if self._ends_by_limit(learners, share=share):
+        if self._ends_by_limit(plan):
             # A resumed run with a larger limit tells the search again.
             self.search.load_state_dict(untold)
             return
@@ -403,8 +423,7 @@ class Run:
         evolution = EvolutionPlan(progress.generation, best, fitnesses, plan.births)
         self.executor.apply(plan.births)
         progress.evolutions.append((self.step, evolution))
-        progress.due = None if plan.steps is None else self.step + plan.steps
-        progress.due_rows = plan.rows
+        progress.due, progress.due_rows = self._due(plan), plan.rows
         self._tell("on_evolution", Evolved(self.step, evolution))
 
     def _of_main(self, plan: SearchPlan) -> SearchPlan:

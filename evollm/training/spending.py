@@ -110,22 +110,19 @@ class Prices:
         step: int,
         learners: Sequence[Mapping[str, Value]],
         budget: float,
-        *,
-        evaluates: bool,
-        share: float = 1.0,
+        evaluations: float,
     ) -> bool:
-        """Whether at least half of another step fits, with the evaluation, candidates and final scores after it.
+        """Whether at least half of another step fits, with the evaluations, candidates and final scores after it.
 
         Args:
             account: What has been spent.
             step: Steps done.
             learners: The hyperparameters of each member that learns on.
             budget: In runs of one agent.
-            evaluates: Whether the members are evaluated before that step, too.
-            share: Of the selection rows that the members are evaluated on next.
+            evaluations: Of one member on all rows, that follow the step if the run ends with it.
         """
         costs, references, members = self.costs, self.costs.references, len(learners)
-        needed = self._a_step(step, learners) / 2 + (1 + evaluates) * members * share * self.evaluation
+        needed = self._a_step(step, learners) / 2 + evaluations * self.evaluation
         needed += self._candidates(members)
         needed += 0 if account.operations.get("evaluation") else references["test"]
         if self.split:

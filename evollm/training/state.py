@@ -71,7 +71,8 @@ class Progress:
         before: Evaluation of the first agent before training; None if there are no held-out rows.
         step: Steps done; a step is one batch for every agent.
         evolutions: Evolutions done, each with the step after which it was carried out.
-        evaluated: The step of the last evaluation on all rows; None: there was none.
+        evaluated: The step of the last evaluation of all members; None: there was none.
+        evaluated_rows: Rows of that evaluation, None: all.
         fitnesses: The last fitness of every agent.
         evaluations: The evaluations behind these fitnesses, for the search; none of diverged agents.
         due: The step after which the search decides next, None: never.
@@ -86,6 +87,7 @@ class Progress:
     step: int = 0
     evolutions: list[tuple[int, EvolutionPlan]] = field(default_factory=list)
     evaluated: int | None = None
+    evaluated_rows: int | None = None
     fitnesses: dict[int, Fitness] = field(default_factory=dict)
     evaluations: dict[int, AnyEvaluation] = field(default_factory=dict)
     due: int | None = None
@@ -124,6 +126,7 @@ class Progress:
             "due": self.due,
             **({} if self.due_rows is None else {"due_rows": self.due_rows}),
             "evaluated": self.evaluated,
+            **({} if self.evaluated_rows is None else {"evaluated_rows": self.evaluated_rows}),
             "spent": self.account.to_dict(),
             "founders": [birth.to_dict() for birth in self.founders],
             "evolutions": [{"step": step, **plan.to_dict()} for step, plan in self.evolutions],
@@ -159,8 +162,9 @@ class Progress:
                 before=_read_evaluation(arrays, "before"),
                 step=int(data["step"]),
                 due=None if data["due"] is None else int(data["due"]),
-                due_rows=None if data.get("due_rows") is None else int(data["due_rows"]),
-                evaluated=None if data["evaluated"] is None else int(data["evaluated"]),
+                due_rows=_whole(data.get("due_rows")),
+                evaluated=_whole(data["evaluated"]),
+                evaluated_rows=_whole(data.get("evaluated_rows")),
                 account=Account.from_dict(data["spent"]),
                 evolutions=[(int(line["step"]), EvolutionPlan.from_dict(line)) for line in data["evolutions"]],
                 fitnesses={
@@ -176,6 +180,10 @@ class Progress:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the progress of the run is incomplete or from elsewhere: {error!r}") from error
+
+
+def _whole(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _read_evaluation(arrays: Mapping[str, NDArray[np.generic]], name: str) -> AnyEvaluation | None:

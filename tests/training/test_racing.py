@@ -41,9 +41,9 @@ class Crash(Callback):
 
 @pytest.fixture
 def made(make_population, tokenizer):
-    def make(size: int = 6):
-        env = PreferenceGym(make_rows(16), make_rows(ROWS, 50), tokenizer, data_batch_size_per_gpu=4)
-        return make_population(size, hp_config=HP_CONFIG), env
+    def make(size: int = 6, hp_config: HyperparameterConfig = HP_CONFIG, rows: int = ROWS):
+        env = PreferenceGym(make_rows(16), make_rows(rows, 50), tokenizer, data_batch_size_per_gpu=4)
+        return make_population(size, hp_config=hp_config), env
 
     return make
 
@@ -126,6 +126,47 @@ def test_a_race_in_a_budget_trains_its_last_member_to_the_end(run) -> None:
         assert watch.ended.spent.runs <= budget
         begun.append(len(watch.events[0].fitnesses))
     assert begun == sorted(set(begun))
+
+
+def half_a_step(record) -> float:
+    """The most by which a run with rows of one length may exceed its budget, in runs of one agent."""
+    going = [line.agent for line in record.steps if line.step == record.last_step]
+    epochs = [record.lives[index].birth.hyperparameters.get("update_epochs", 1) for index in going]
+    one_run = record.spent[-1][1].one_run
+    return sum(epochs) / 2 * one_run["training"] / record.config["schedule"]["total"] / sum(one_run.values())
+
+
+@pytest.mark.parametrize(
+    ("budget", "changes"),
+    [
+        (1.6, {"evaluation_interval": 3}),
+        (1.6, {"evaluation_interval": 1}),
+        (2.5, {"update_epochs": [1, 4, 3, 4, 2, 4]}),
+        (3.0, {"update_epochs": [1, 4, 3, 4, 2, 4], "evo_steps": 8}),
+    ],
+    ids=["asked for", "after each step", "epochs that differ", "before the first rung"],
+)
+def test_a_budget_that_ends_a_race_before_a_rung_is_kept(made, tmp_path, budget, changes) -> None:
+    """The plan of the race knows neither these evaluations nor the epochs of others than the first agent."""
+    config = HyperparameterConfig(lr=RLParameter(1e-4, 1e-1), update_epochs=RLParameter(1, 4, dtype=int))
+    agents, env = made(hp_config=config, rows=64)
+    for agent, number in zip(agents, changes.pop("update_epochs", [1] * 6), strict=True):
+        agent.set_hyperparameters({"update_epochs": number})
+    finetune_llm_preference(
+        agents, env, max_steps=16, search=Racing(first_rows=8, reduction_factor=2), budget=budget,
+        run_dir=tmp_path / "run", num_sample_answers=0, verbose=False, **{"evo_steps": 4, **changes},
+    )  # fmt: skip
+    record = read_run(tmp_path / "run")
+    assert record.last_step < 16
+    assert record.ended.stopped == f"no further step fits in budget={budget:g}"
+    assert budget - 0.3 < record.spent[-1][1].runs <= budget + half_a_step(record)
+    # What has won was evaluated on all rows, and has its numbers on each of them.
+    assert record.winning_evaluation.rows is None
+    assert len(record.winning_evaluation.pairs) == 64
+    latest = {one.agent: len(one.pairs) for one in record.latest_evaluation}
+    assert latest.keys() == {one.agent for one in record.steps if one.step == record.last_step}
+    assert latest[max(record.latest_evaluation, key=lambda one: one.rows or 64).agent] == 64
+    assert f"{budget:g}" in render(record)[0]
 
 
 def test_what_cannot_evaluate_a_part_of_the_rows_decides_on_all(run, monkeypatch) -> None:

@@ -178,8 +178,8 @@ def test_a_killed_run_ends_where_its_budget_would_have_ended_it(run, make_popula
 
 def test_more_member_steps_extend_a_run_to_the_bits_of_one_that_had_them(run, make_population, tmp_path) -> None:
     run(make_population(4), "whole", max_member_steps=14, **LONG)
-    # Four members make two steps; none of the third fits.
-    assert run(make_population(4), "short", max_member_steps=11, **LONG).member_steps == 8
+    # Four members make two steps; a third one of the two that would go on does not fit.
+    assert run(make_population(4), "short", max_member_steps=9, **LONG).member_steps == 8
     assert not read_run(tmp_path / "short").evolutions
     assert run(make_population(4), "short", resume=True, max_member_steps=14, **LONG).member_steps == 14
     for name in ("metrics.jsonl", "lineage.jsonl"):
@@ -260,11 +260,11 @@ def test_a_step_fits_by_half_with_the_evaluations_and_scores_after_it() -> None:
     learners = [{"update_epochs": 1}, {"update_epochs": 2}]
     # Two epochs, two evaluations, references of all rows, scores before and after.
     assert sum(prices.one_run(Account(), 0).values()) == 800 + 60 + 280 + 100
-    # After the first epoch a step costs (1 + 2) x 100, and needs two evaluations and two final scores.
-    for evaluates, needed in ((False, 150 + 60 + 100), (True, 150 + 120 + 100)):
+    # After the first epoch a step costs (1 + 2) x 100, and needs its evaluations and two final scores.
+    for evaluations, needed in ((2, 150 + 60 + 100), (2.5, 150 + 75 + 100)):
         for missing in (0, 1):
             account = Account({"evaluation": 1240 - needed + missing}, 4, 400)
-            assert prices.fits_a_step(account, 4, learners, 1.0, evaluates=evaluates) is not bool(missing)
+            assert prices.fits_a_step(account, 4, learners, 1.0, evaluations) is not bool(missing)
 
 
 def test_a_plan_and_a_search_by_tune_know_the_budget(make_model, tokenizer, tmp_path) -> None:
