@@ -63,7 +63,7 @@ def end(
 ) -> tuple[int, RunEnded]:
     """Save the best agent, score the best and the second-best agent, and generate the best agent's answers.
 
-    The best agent is that of the best evaluation of the run on all rows; without any, the first that has not diverged.
+    The best agent is that of the best evaluation of the run; without any, the first that has not diverged.
     Unless it is the last evaluation, the second-best agent is the best one of the last population. If a candidate of
     the contest is better, it takes the best agent's place. A second-best agent whose final score does not fit in the
     budget is left out.

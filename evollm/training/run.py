@@ -11,9 +11,19 @@ from inspect import signature
 from typing import Any
 
 from evollm.checkpoints.steps import prune_populations
-from evollm.errors import CheckpointError, ConfigurationError, DataError, EvoLLMError
+from evollm.errors import CheckpointError, ConfigurationError, DataError, DivergedError, EvoLLMError
 from evollm.execution.executor import Executor, check_going
-from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness, NamedFitness, SearchPlan, SearchStart, as_fitness
+from evollm.hpo import (
+    AnyEvaluation,
+    Birth,
+    EvolutionPlan,
+    Fitness,
+    NamedFitness,
+    SearchPlan,
+    SearchStart,
+    as_fitness,
+    is_finite,
+)
 from evollm.hpo.search import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
 from evollm.runs.spent import Spent
@@ -91,8 +101,8 @@ class Run:
         kl = bool(options.bounds.measurements)
         self._prices = Prices(described.costs, self.schedule, split, epochs, moving, kl, options.candidates)
         self.limits = Limits(options, self._prices, self.processes)
-        # Name of the limit that has ended the run, "" while none has.
-        self._limit = ""
+        # Why the run ends with this step; "" while it goes on, and at its planned end.
+        self._ended = ""
 
     @property
     def step(self) -> int:
@@ -102,8 +112,8 @@ class Run:
     @property
     def _stopped(self) -> str:
         """Why the run ends before its last step; "" if it does not."""
-        if self._limit:
-            return f"no further step fits in {self._limit}={getattr(self.options, self._limit):g}"
+        if self._ended:
+            return self._ended
         patience = self.options.early_stopping_patience
         fresh = self.progress.evaluated == self.step < self.schedule.total and self.progress.evaluated_rows is None
         if patience is None or self.progress.stale < patience or not fresh:
@@ -129,6 +139,7 @@ class Run:
                 self.resume()
             self.limits.start_clock(self.progress.account)
             try:
+                self._check_going()
                 self._ends_by_limit()
                 with StopSignals() as stop:
                     self._start()
@@ -220,8 +231,9 @@ class Run:
             saved = self.schedule.checkpoints_at(self.step)
             # A run that ended here was evaluated on all rows; the decision is made on those of the plan.
             self._evaluate()
-            self._decide()
-            if self._limit:
+            if not self._ended:
+                self._decide()
+            if self._ended:
                 if not saved and self.schedule.checkpoints_at(self.step):
                     self._checkpoint()
                 return
@@ -243,7 +255,7 @@ class Run:
         until = next(step for step in range(self.step + 1, self.schedule.total + 1) if self._pauses_at(step))
         for done in self.executor.learn(self.step, until):
             self._note(done)
-            if self.step < until and (self._signal(stop) or self._limit_hit()):
+            if self.step < until and (self._signal(stop) or self._ended or self._limit_hit()):
                 return
 
     def _fewer(self, rows: int | None) -> int | None:
@@ -291,25 +303,54 @@ class Run:
         """
         if self.step >= self.schedule.total:
             return False
-        self._limit = self._limit_hit(plan)
-        if self._limit and self.step == 0:
+        limit = self._limit_hit(plan)
+        value = getattr(self.options, limit) if limit else 0
+        if limit and self.step == 0:
             agents = len(self.executor.members())
             fix = f"is too little for one step of {agents} agents, its evaluation and final scores"
-            raise ConfigurationError(self._limit, getattr(self.options, self._limit), fix)
-        if self._limit:
-            self.schedule = replace(self.schedule, total=self.step)
-        return bool(self._limit)
+            raise ConfigurationError(limit, value, fix)
+        if limit:
+            self._end_here(f"no further step fits in {limit}={value:g}")
+        return bool(limit)
+
+    def _end_here(self, why: str) -> None:
+        self._ended, self.schedule = why, replace(self.schedule, total=self.step)
+
+    def _check_going(self) -> None:
+        """End the run with the best agent so far if every member has diverged.
+
+        Raises:
+            DivergedError: Every member has diverged, and none was evaluated before.
+        """
+        try:
+            check_going(self.executor.members())
+        except DivergedError as error:
+            self._end_with_the_best(error)
+
+    def _end_with_the_best(self, error: DivergedError) -> None:
+        """End the run with the best agent so far, since no member can be it.
+
+        Raises:
+            DivergedError: There is none.
+        """
+        best = self.progress.best
+        if best is None:
+            raise error
+        if not self._ended:
+            result = f"the result is agent {best.index} as it was after step {best.step}"
+            warnings.warn(f"the run ends at step {self.step}, and {result}: {error}", UserWarning, stacklevel=2)
+        self._end_here("no agent is left that has not diverged")
 
     def _note(self, done: StepDone) -> None:
         """Record a step and announce it.
 
         Raises:
-            DivergedError: Every member has diverged.
+            DivergedError: Every member has diverged, and none was evaluated before.
             DataError: No member has learnt a token after `PATIENCE` steps, or after a shorter first epoch.
         """
         members = self.executor.members()
-        check_going(members)
         self.progress.step = done.step
+        self._check_going()
         learners = [member for member in members if member.index in done.metrics]
         self.progress.account.add_step(self.executor.spent(), learners)
         self._tell("on_step", done)
@@ -335,7 +376,7 @@ class Run:
 
     def _evaluate(self) -> bool:
         """Evaluate all members, on fewer rows if that is enough; False if that is done, or there are no rows."""
-        progress, rows = self.progress, self._rows_at(self.step, limited=bool(self._limit))
+        progress, rows = self.progress, self._rows_at(self.step, limited=bool(self._ended))
         if self.schedule.evaluate_every is None or (progress.evaluated, progress.evaluated_rows) == (self.step, rows):
             return False
         evaluations, found = self._scored(None, rows)
@@ -344,10 +385,13 @@ class Run:
         if self.search is not None:
             progress.evaluations = dict(evaluations)
         self.executor.note_scores({index: fitness[0] for index, fitness in fitnesses.items()})
-        best = best_of(self.executor.members(), fitnesses)
-        if rows is None:
-            self._compare_with_best(Best(best, self.step, fitnesses[best]))
-        self._tell_scores(evaluations, fitnesses, best, rows)
+        try:
+            best = best_of(self.executor.members(), fitnesses)
+        except DivergedError as error:
+            self._end_with_the_best(error)
+        else:
+            self._compare_with_best(Best(best, self.step, fitnesses[best], rows))
+            self._tell_scores(evaluations, fitnesses, best, rows)
         return True
 
     def _evaluate_at_the_end(self) -> None:
@@ -357,7 +401,7 @@ class Run:
         """
         if self._evaluate() and self.schedule.checkpoints_at(self.step):
             self._checkpoint()
-        if self.progress.evaluated_rows is not None:
+        if self.progress.evaluated_rows is not None and any(map(is_finite, self.progress.fitnesses.values())):
             best = best_of(self.executor.members(), self.progress.fitnesses)
             evaluations, fitnesses = self._scored([best], None)
             self._compare_with_best(Best(best, self.step, fitnesses[best]))
@@ -392,12 +436,16 @@ class Run:
         )
 
     def _compare_with_best(self, found: Best) -> None:
-        """Keep the best agent of an evaluation on all rows if it is the best so far."""
+        """Keep the best agent of an evaluation if it is the best so far; any on all rows beats those on fewer."""
         before = self.progress.best
-        threshold = self.options.early_stopping_threshold
-        improved = before is None or has_improved(found.fitness, before.fitness, threshold)
-        self.progress.stale = 0 if improved else self.progress.stale + 1
-        if before is None or found.fitness >= before.fitness:
+        compared = before if before is not None and before.rows is None else None
+        if not is_finite(found.fitness) or (compared is not None and found.rows is not None):
+            return
+        if found.rows is None:
+            threshold = self.options.early_stopping_threshold
+            improved = compared is None or has_improved(found.fitness, compared.fitness, threshold)
+            self.progress.stale = 0 if improved else self.progress.stale + 1
+        if compared is None or found.fitness >= compared.fitness:
             self.progress.best = found
             self.executor.keep_best(found.index)
 

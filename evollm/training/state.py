@@ -44,11 +44,20 @@ _NOT_COMPARED = {"versions", "base", "words"}
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far: its agent, the steps done and the fitness; the executor has a copy of the agent."""
+    """The best evaluation so far: its agent, the steps done and the fitness; the executor has a copy of the agent.
+
+    `rows` are those of the evaluation, None: all. One on fewer rows is the best only until there is one on all rows,
+    and wins if every member diverges before that.
+    """
 
     index: int
     step: int
     fitness: Fitness
+    rows: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def has_improved(fitness: Fitness, best: Fitness, threshold: float) -> bool:
@@ -134,7 +143,7 @@ class Progress:
                 str(index): [part if math.isfinite(part) else str(part) for part in fitness]
                 for index, fitness in self.fitnesses.items()
             },
-            **({} if self.best is None else {"best": asdict(self.best), "stale": self.stale}),
+            **({} if self.best is None else {"best": self.best.to_dict(), "stale": self.stale}),
         }
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
@@ -198,7 +207,8 @@ def _read_evaluation(arrays: Mapping[str, NDArray[np.generic]], name: str) -> An
 def _read_best(best: Mapping[str, Any] | None) -> Best | None:
     if best is None:
         return None
-    return Best(int(best["index"]), int(best["step"]), tuple(float(part) for part in best["fitness"]))
+    fitness = tuple(float(part) for part in best["fitness"])
+    return Best(int(best["index"]), int(best["step"]), fitness, _whole(best.get("rows")))
 
 
 def check_same_run(

@@ -140,7 +140,7 @@ def finetune_llm_preference(
     Raises:
         ConfigurationError: An argument is invalid; raised before any training.
         CheckpointError: Every checkpoint of the run to resume is damaged, or another process writes to the folder.
-        DivergedError: Every agent's loss or gradient has become NaN or infinite.
+        DivergedError: Every agent's loss or gradient has become NaN or infinite, and none was evaluated before.
     """
     return _finetune(ALGORITHMS["dpo"], **locals())
 

@@ -97,7 +97,7 @@ def tune(
             the nearest known name.
         DataError: A dataset cannot be read, or is too small to be divided.
         CheckpointError: `start_from`, or the run to resume, cannot be read.
-        DivergedError: Every agent's loss or gradient has become NaN or infinite.
+        DivergedError: Every agent's loss or gradient has become NaN or infinite, and none was evaluated before.
     """
     request = request_of(
         model,
