@@ -67,8 +67,8 @@ class Worker:
         # The best agent of the run so far, as plain data on the CPU, and as a live agent once that is asked for.
         self.best_so_far: AgentFolder | None = None
         self._live_best: SavableAgent | None = None
-        # Lengths of the reference's answers.
-        self._reference_lengths: dict[tuple[str, str | None, AnswerSampling], list[int]] = {}
+        # Lengths of a reference's answers, cut at so many tokens, by the position of the prompt in the split.
+        self._reference_lengths: dict[tuple[str, str | None, int], dict[int, int]] = {}
         # Agents that were made of members after the last step, by index.
         self._candidates: dict[int, SavableAgent] = {}
 
@@ -161,29 +161,46 @@ class Worker:
         agents = [self.agent(index) for index in here]
         found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference, **asked)
         if answers is not None:
-            found = self._with_lengths(agents, found, split, answers)
+            found = self._with_lengths(agents, found, split, self._evaluated(split, rows), answers)
         return dict(zip(here, found, strict=True))
 
+    def _evaluated(self, split: str, rows: int | None) -> list[int]:
+        """Positions in a split of the rows of an evaluation on so many, without those that it has left out."""
+        left_out = self.base.reference_cache.told_of
+        return sorted(
+            int(position)
+            for positions, batch in self.env.eval_batches(split, rows=rows)
+            for position, key in zip(positions, batch.keys(), strict=True)
+            if (split, key) not in left_out
+        )
+
     def _with_lengths(
-        self, agents: Sequence[SavableAgent], found: Sequence[Any], split: str, asked: AnswerSampling
+        self,
+        agents: Sequence[SavableAgent],
+        found: Sequence[Any],
+        split: str,
+        positions: Sequence[int],
+        asked: AnswerSampling,
     ) -> list[Any]:
-        """The evaluations with the lengths of the agents' and their references' answers to the first prompts."""
-        num_rows = len(found[0])
-        prompts = [pair.prompt_ids for pair in self.env.evaluation_pairs(split)[: min(asked.prompts, num_rows)]]
-        # Names of adapters are never used twice, so a name stands for its weights.
-        keys = [(split, self._reference_of(agent), replace(asked, prompts=len(prompts))) for agent in agents]
-        new = [key for key in dict.fromkeys(keys) if key not in self._reference_lengths]
-        adapters = [*(reference for _, reference, _ in new), *(agent.actor_adapter for agent in agents)]
-        lengths = greedy_lengths(self.base, adapters, prompts, self.env.tokenizer, asked.max_new_tokens)
-        self._reference_lengths.update(zip(new, lengths, strict=False))
-        unknown = [math.nan] * (num_rows - len(prompts))
+        """The evaluations of these rows with the lengths of both answers to the first of their prompts."""
+        answered = positions[: asked.prompts]
+
+        def lengths(adapters: Sequence[str | None], positions: Sequence[int]) -> list[list[int]]:
+            prompts = [self.env.evaluation_pairs(split)[position].prompt_ids for position in positions]
+            return greedy_lengths(self.base, adapters, prompts, self.env.tokenizer, asked.max_new_tokens)
+
+        own, theirs = lengths([agent.actor_adapter for agent in agents], answered), []
+        for agent in agents:
+            # Names of adapters are never used twice, so a name stands for its weights.
+            reference = self._reference_of(agent)
+            known = self._reference_lengths.setdefault((split, reference, asked.max_new_tokens), {})
+            if new := [position for position in answered if position not in known]:
+                known |= zip(new, lengths([reference], new)[0], strict=True)
+            theirs.append([known[position] for position in answered])
+        unknown = [math.nan] * (len(found[0]) - len(answered))
         return [
-            replace(
-                evaluation,
-                answer_lengths=np.array([*own, *unknown]),
-                reference_lengths=np.array([*self._reference_lengths[key], *unknown]),
-            )
-            for evaluation, own, key in zip(found, lengths[len(new) :], keys, strict=True)
+            replace(one, answer_lengths=np.array([*mine, *unknown]), reference_lengths=np.array([*other, *unknown]))
+            for one, mine, other in zip(found, own, theirs, strict=True)
         ]
 
     def _reference_of(self, agent: SavableAgent) -> str | None:

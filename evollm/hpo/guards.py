@@ -30,7 +30,7 @@ class AnswerSampling:
     """Which answers an evaluation samples, all by greedy decoding.
 
     Attributes:
-        prompts: The first so many held-out prompts are answered.
+        prompts: The first so many prompts of the evaluated rows are answered.
         max_new_tokens: Answers are cut at this many tokens.
     """
 
@@ -50,7 +50,7 @@ class Guards:
         max_answer_length_ratio: Largest mean length of an agent's greedy answers, divided by that of the reference's
             answers to the same prompts. Preference tuning exploits length (Park et al. 2024, arXiv 2403.19159), which
             log-probs of given completions do not show. Every evaluation generates the answers, one after the other.
-        answer_prompts: The first so many held-out prompts are answered for this.
+        answer_prompts: The first so many prompts of the evaluated rows are answered for this.
         answer_tokens: Answers, also the reference's, are cut at this many tokens.
 
     Raises:

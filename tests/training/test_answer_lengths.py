@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_examples, make_rows
+from nonfinite import break_token, marked
 from two_workers import TwoWorkers
 
 from evollm import Callback, ConfigurationError, PreferenceGym, SFTGym, finetune_llm_preference, finetune_llm_sft
@@ -44,20 +45,67 @@ def test_an_agent_with_answers_that_are_too_long_is_behind(run, tmp_path, monkey
 
     def lengths(base, adapters, prompts, tokenizer, max_new_tokens):
         asked.append(adapters)
-        # The reference is asked first, then the actors in their order.
-        lengths = [4, 2, 8, 6][-len(adapters) :]
+        # The actors in their order, and the reference by itself.
+        lengths = [2, 8, 6] if len(adapters) == 3 else [4]
         return [[length] * len(prompts) for length in lengths]
 
     monkeypatch.setattr(worker_module, "greedy_lengths", lengths)
     _, fitnesses = run("run")
     assert [fitness == -1e9 for fitness in fitnesses] == [False, True, False]
     # The reference once in the run, each agent at both evaluations.
-    assert [len(adapters) for adapters in asked] == [4, 3]
-    assert asked[0][1:] == asked[1]
+    assert [len(adapters) for adapters in asked] == [3, 1, 3]
+    assert asked[0] == asked[2]
     found = read_evaluations(tmp_path / "run/evaluations/step-000004.safetensors")
     assert found["agent-1"].answer_lengths.tolist()[:3] == [8, 8, 8]
     assert np.isnan(found["agent-1"].answer_lengths[3:]).all()
     assert [found[f"agent-{index}"].answer_length_ratio for index in range(3)] == [0.5, 2.0, 1.5]
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be broken")
+@pytest.mark.parametrize(("rows", "prompts"), [(3, 2), (3, 3), (4, 16), (5, 3)])
+def test_lengths_stand_at_the_rows_of_their_prompts_also_where_few_are_evaluated(
+    make_population, tokenizer, monkeypatch, rows, prompts
+) -> None:
+    env = PreferenceGym(make_rows(12), make_rows(6, 50), tokenizer, data_batch_size_per_gpu=4)
+    asked = []
+
+    def lengths(base, adapters, prompts, tokenizer, max_new_tokens):
+        asked.append((len(adapters), len(prompts)))
+        return [[int(sum(prompt)) for prompt in prompts]] * len(adapters)
+
+    monkeypatch.setattr(worker_module, "greedy_lengths", lengths)
+    executor = LocalExecutor(make_population(2), env)
+    for _ in range(2):
+        found = executor.evaluate("test", answers=AnswerSampling(prompts, 9), rows=rows)
+    positions = sorted(int(position) for batch, _ in env.eval_batches("test", rows=rows) for position in batch)
+    wanted = [int(sum(env.test_pairs[position].prompt_ids)) for position in positions[:prompts]]
+    assert len(set(wanted)) == len(wanted)
+    for one in found.values():
+        assert one.answer_lengths[:prompts].tolist() == one.reference_lengths[:prompts].tolist() == wanted
+        assert np.isnan(one.answer_lengths[prompts:]).all()
+        assert len(one.answer_lengths) == len(one) == rows
+    # The reference answers a prompt once in the run, also where a later evaluation has more of them.
+    executor.evaluate("test", answers=AnswerSampling(prompts, 9))
+    assert sum(count for adapters, count in asked if adapters == 1) == len(
+        {*positions[:prompts], *range(min(prompts, 6))}
+    )
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_no_prompt_of_a_row_that_is_left_out_is_answered(make_model, make_population, tokenizer, monkeypatch) -> None:
+    model = break_token(make_model(), tokenizer)
+    env = PreferenceGym(make_rows(12), marked(make_rows(6, 50), {1: "chosen"}), tokenizer, data_batch_size_per_gpu=4)
+    monkeypatch.setattr(
+        worker_module,
+        "greedy_lengths",
+        lambda base, adapters, prompts, *_: [[len(one) for one in prompts]] * len(adapters),
+    )
+    executor = LocalExecutor(make_population(2, actor_network=model), env)
+    for prompts in (3, 16):
+        found = executor.evaluate("test", answers=AnswerSampling(prompts, 9))[0]
+        wanted = [len(env.test_pairs[position].prompt_ids) for position in (0, 2, 3, 4, 5)][:prompts]
+        assert found.answer_lengths[:prompts].tolist() == found.reference_lengths[:prompts].tolist() == wanted
+        assert len(found) == 5
 
 
 def test_lengths_are_those_of_the_answers_that_generate_gives(make_population, gym, tokenizer) -> None:
