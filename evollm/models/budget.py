@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from evollm.models.head import extra_bytes
 from evollm.models.shared_base import SharedBase
 
 # Tokens in a pass, by device type and training, beyond which its speed per token no longer grows.
@@ -85,7 +86,8 @@ def affordable_tokens(base: SharedBase, saved_per_token: float, *, tiled: bool) 
     config = base.network.config
     # Temporary tensors: hidden states within a layer, and float32 logits with their softmax.
     temporary = 64 * 4 * int(getattr(config, "hidden_size", 1024)) + (0 if tiled else 12 * base.num_embeddings)
-    return tokens_that_fit(_free_memory(base.device), saved_per_token + temporary)
+    free = _free_memory(base.device) - (extra_bytes(base.device) if tiled else 0)
+    return tokens_that_fit(max(0, free), saved_per_token + temporary)
 
 
 def tokens_to_keep(device_type: str, token_budget: int | None, longest: int) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,8 +18,17 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
     return hidden.requires_grad_(), weight, bias, torch.randint(VOCABULARY, (COUNT,), generator=generator)
 
 
+@pytest.fixture(params=["cpu", "card"])
+def device(request, monkeypatch) -> None:
+    """The CPU's way and the card's, on a CPU."""
+    if request.param == "card":
+        monkeypatch.setattr(head, "_is_card", lambda device: True)
+        monkeypatch.setattr(head, "tile_bytes", lambda device: head.TILE_BYTES)
+
+
 @pytest.mark.parametrize("rows_in_a_tile", [1, 4, 23, 100])
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.usefixtures("device")
 def test_tiled_log_probs_are_those_of_log_softmax(monkeypatch, rows_in_a_tile: int, with_bias: bool) -> None:
     monkeypatch.setattr(head, "TILE_BYTES", rows_in_a_tile * 4 * VOCABULARY)
     hidden, weight, bias, targets = inputs()
@@ -33,6 +44,7 @@ def test_tiled_log_probs_are_those_of_log_softmax(monkeypatch, rows_in_a_tile: i
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
 
 
+@pytest.mark.usefixtures("device")
 def test_log_probs_of_a_bfloat16_head_are_float32() -> None:
     hidden, weight, _, targets = inputs(torch.bfloat16)
     found = token_logprobs(hidden, weight, None, targets)
@@ -45,12 +57,14 @@ def test_log_probs_of_a_bfloat16_head_are_float32() -> None:
     assert hidden.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("device")
 def test_nothing_is_kept_for_a_gradient_that_nobody_wants() -> None:
     hidden, weight, _, targets = inputs()
     with torch.no_grad():
         assert not token_logprobs(hidden, weight, None, targets).requires_grad
 
 
+@pytest.mark.usefixtures("device")
 def test_the_gradient_of_a_confident_bfloat16_head_is_not_noise() -> None:
     """p is 0.998 or so: with p rounded to 1 before the subtraction nothing would be left of 1 - p."""
     _, weight, _, targets = inputs(torch.bfloat16)
@@ -83,3 +97,14 @@ def test_a_token_that_the_policy_excludes_adds_nothing_to_the_divergence() -> No
     """pi = (1/2, 1/2, 0), ref = (1/4, 1/4, 1/2): KL = log 2."""
     logits = torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([[0.25, 0.25, 0.5]]).log()
     assert divergences_of(*logits).item() == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_tiles_on_a_card_follow_its_memory(monkeypatch) -> None:
+    card = torch.device("cuda")
+    for gigabytes, rows in ((80, 2204), (24, 661), (4, 220)):
+        about = SimpleNamespace(total_memory=gigabytes * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, about=about: about)
+        assert head.tile_bytes(card) // (4 * 152_200) == rows
+        assert head.extra_bytes(card) == 3 * (head.tile_bytes(card) - head.TILE_BYTES)
+    assert head.tile_bytes(torch.device("cpu")) == head.TILE_BYTES
+    assert head.extra_bytes(torch.device("cpu")) == 0
