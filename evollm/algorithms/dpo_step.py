@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evollm.algorithms.agent import OWN, REFERENCE
+from evollm.algorithms.loss_inputs import LossTable
 from evollm.algorithms.losses import (
     LOSSES,
     WHOLE_BATCH,
@@ -46,6 +47,7 @@ class DPOObjective:
         settings: The parameters of the losses.
         nll_alpha: Weight of the negative log-likelihood.
         ld_alpha: Weight of the tokens beyond the shorter side's length; None: 1, as for all other tokens.
+        shared: The table of all members' inputs, and this member's place in it; None: a table for this member alone.
     """
 
     batch: Batch
@@ -54,6 +56,7 @@ class DPOObjective:
     settings: LossSettings
     nll_alpha: float
     ld_alpha: float | None = None
+    shared: tuple[LossTable, int] | None = None
 
     @property
     def weight(self) -> int:
@@ -67,13 +70,15 @@ class DPOObjective:
 
     def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
         """The contribution of these rows to the batch's loss."""
-        return self._parts(rows, policy)[0]
+        sums = self._sums(policy)
+        loss = self._pair_loss(rows, sums)
+        return loss + self.nll_alpha * self._nll(sums) if self.nll_alpha > 0 else loss
 
     def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
         """See `DPO.learn`."""
-        loss, nll = (value.item() for value in self._parts(range(self.weight), policy))
-        compared = self._sums(policy).weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
-        pairs = pair_metrics(*compared, self.settings.beta)
+        sums = self._sums(policy)
+        loss, nll = self.loss(range(self.weight), policy).item(), self._nll(sums).item()
+        pairs = pair_metrics(sums.weighted(self.ld_alpha), self._reference, self.settings.beta)
         return {
             "mean_loss": loss,
             "mean_chosen_reward": pairs["rewards/chosen"],
@@ -83,32 +88,40 @@ class DPOObjective:
             **pairs,
         }
 
-    def _sums(self, policy: MemberLogprobs) -> CompletionSums:
-        return policy.sums(up_to_shorter=self.ld_alpha is not None)
+    @cached_property
+    def _reference(self) -> CompletionSums:
+        return self.reference.weighted(self.ld_alpha)
 
-    def _parts(self, rows: Sequence[int], policy: MemberLogprobs) -> tuple[Tensor, Tensor]:
-        """The contributions of these rows to the batch's mean loss and mean negative log-likelihood."""
-        quiet = self._sums(policy).map(flush_small_gradients)
-        compared, reference = quiet.weighted(self.ld_alpha), self.reference.weighted(self.ld_alpha)
-        chosen, rejected = compared.chosen, compared.rejected
-        num_chosen_tokens = int(self.batch.chosen_scored.sum())
+    @cached_property
+    def _table(self) -> tuple[LossTable, int]:
+        return self.shared or (LossTable(self.batch, [self._reference]), 0)
+
+    @cached_property
+    def _num_chosen_tokens(self) -> int:
+        return int(self.batch.chosen_scored.sum())
+
+    def _sums(self, policy: MemberLogprobs) -> CompletionSums:
+        return policy.sums(up_to_shorter=self.ld_alpha is not None, change=flush_small_gradients)
+
+    def _nll(self, sums: CompletionSums) -> Tensor:
+        return token_mean_nll(sums.chosen, self._num_chosen_tokens)
+
+    def _pair_loss(self, rows: Sequence[int], sums: CompletionSums) -> Tensor:
+        """The contribution of these rows, whose sums these are, to the batch's mean loss."""
+        compared, (table, member) = sums.weighted(self.ld_alpha), self._table
         scores = PairScores(
-            chosen=chosen,
-            rejected=rejected,
-            reference_chosen=reference.chosen[rows].to(chosen),
-            reference_rejected=reference.rejected[rows].to(rejected),
-            chosen_lengths=torch.from_numpy(self.batch.chosen_scored[list(rows)]).to(chosen),
-            rejected_lengths=torch.from_numpy(self.batch.rejected_scored[list(rows)]).to(rejected),
-            mean_chosen_length=num_chosen_tokens / self.weight,
-            chosen_likelihood=quiet.chosen,
+            chosen=compared.chosen,
+            rejected=compared.rejected,
+            **table.inputs(member, rows, compared.chosen)._asdict(),
+            mean_chosen_length=self._num_chosen_tokens / self.weight,
+            chosen_likelihood=sums.chosen,
         )
         losses = [LOSSES[name](scores, self.settings) for name, _ in self.terms]
         weighted = [
             values if weight == 1 else weight * values for values, (_, weight) in zip(losses, self.terms, strict=True)
         ]
-        loss = torch.stack(weighted).sum(dim=0).sum() / self.weight
-        nll = token_mean_nll(quiet.chosen, num_chosen_tokens)
-        return (loss + self.nll_alpha * nll if self.nll_alpha > 0 else loss), nll
+        total = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(dim=0)
+        return total.sum() / self.weight
 
 
 def learn_together(agents: Sequence[DPO], batch: Batch, *, training: bool = True) -> list[dict[str, float]]:
@@ -148,9 +161,20 @@ def _usable_rows(
 
 
 def _objectives(agents: Sequence[DPO], batch: Batch) -> list[DPOObjective]:
+    references = references_of(agents, batch)
+    compared = [one.weighted(agent.settings.ld_alpha) for agent, one in zip(agents, references, strict=True)]
+    table = LossTable(batch, compared)
     return [
-        DPOObjective(batch, reference, agent.loss_terms, agent.loss_settings, agent.nll_alpha, agent.settings.ld_alpha)
-        for agent, reference in zip(agents, references_of(agents, batch), strict=True)
+        DPOObjective(
+            batch,
+            reference,
+            agent.loss_terms,
+            agent.loss_settings,
+            agent.nll_alpha,
+            agent.settings.ld_alpha,
+            (table, number),
+        )
+        for number, (agent, reference) in enumerate(zip(agents, references, strict=True))
     ]
 
 

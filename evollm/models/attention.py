@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from evollm.data.samples import Sample
 from evollm.models.flash import SequenceBounds, causal_mask, flash_attention, kernel_head_size, takes, why_not_flash
+from evollm.models.upload import upload
 
 PAIR_ATTENTION = "evollm_pairs"
 # Arguments that change the scores unless they are None. The probe detects arguments missing from this list.
@@ -222,7 +223,7 @@ class _VarlenIndices:
                 counts.append((length, prompt + length))
                 end += length
             start = end
-        self._columns = torch.cat(columns).to(device)
+        self._columns = upload(torch.cat(columns), device)
         self._counts = counts
         self._sequences: dict[int, SequenceBounds] = {}
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 
+from evollm.models.upload import upload
+
 _DEVICES = ("cuda",)
 # Largest relative error of a sequence's output or gradient that rounding explains; a mask that is wrong by one position
 # gives more.
@@ -50,11 +52,9 @@ class SequenceBounds:
     def of(cls, counts: Sequence[tuple[int, int]], device: torch.device) -> SequenceBounds:
         """The bounds of sequences with these numbers of queries and keys."""
         queries, keys = zip(*counts, strict=True)
-
-        def ends(lengths: Sequence[int]) -> Tensor:
-            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-
-        return cls(ends(queries), ends(keys), max(queries), max(keys))
+        ends = torch.tensor([[0, *accumulate(lengths)] for lengths in (queries, keys)], dtype=torch.int32)
+        query_ends, key_ends = upload(ends, device)
+        return cls(query_ends, key_ends, max(queries), max(keys))
 
 
 def flash_attention(

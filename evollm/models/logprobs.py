@@ -143,6 +143,27 @@ class TokenLogprobs:
         parts = zip(self._parts, self.pieces, strict=True)
         return self._by_place([part[:, : shortest[piece.row]].sum(dim=1) for part, piece in parts])
 
+    def member_sums(
+        self, change: Callable[[Tensor], Tensor] | None = None, *, up_to_shorter: bool = False
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """For each place and each member (B,) sums, of `sums` or `sums_up_to_shorter`.
+
+        Args:
+            change: A function of each number, applied to the sums of all members at once; None: no change.
+            up_to_shorter: Which sums.
+        """
+        kind = change, up_to_shorter
+        if kind not in self._member_sums:
+            columns = self.sums_up_to_shorter if up_to_shorter else self.sums
+            # unbind() rather than an index for each member, whose backward pass adds up M tensors.
+            changed = (column if change is None else change(column) for column in columns)
+            self._member_sums[kind] = tuple(column.unbind() for column in changed)
+        return self._member_sums[kind]
+
+    @cached_property
+    def _member_sums(self) -> dict[tuple[object, bool], tuple[tuple[Tensor, ...], ...]]:
+        return {}
+
     @cached_property
     def _parts(self) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = self.values.split([piece.length for piece in self.pieces], dim=1)
@@ -203,29 +224,36 @@ class MemberLogprobs:
     @property
     def chosen(self) -> Tensor:
         """(B,) sums over the first completions."""
-        return self.found.sums[0][self.member]
+        return self.found.member_sums()[0][self.member]
 
     @property
     def rejected(self) -> Tensor:
         """(B,) sums over the second completions; `IndexError` if no sample has any."""
-        return self.found.sums[1][self.member]
+        return self.found.member_sums()[1][self.member]
 
-    def sums(self, *, up_to_shorter: bool = False) -> CompletionSums:
-        """The sums over each completion; with `up_to_shorter` also those up to the shortest completion's length."""
-        columns = [column[self.member] for column in self.found.sums]
+    def sums(self, *, up_to_shorter: bool = False, change: Callable[[Tensor], Tensor] | None = None) -> CompletionSums:
+        """The sums over each completion.
+
+        Args:
+            up_to_shorter: Whether to include the sums up to the shortest completion's length.
+            change: A function of each sum, applied to those of all members at once; None: no change.
+        """
+        columns = [column[self.member] for column in self.found.member_sums(change)]
         if not up_to_shorter:
             return CompletionSums(tuple(columns))
-        return CompletionSums(tuple(columns), tuple(column[self.member] for column in self.found.sums_up_to_shorter))
+        shorter = self.found.member_sums(change, up_to_shorter=True)
+        return CompletionSums(tuple(columns), tuple(column[self.member] for column in shorter))
 
 
 def of_all_members(parts: Sequence[TokenLogprobs]) -> TokenLogprobs:
-    """Concatenate different members' log-probs of the same samples, on the CPU."""
-    tensors = zip(*(part.tensors for part in parts), strict=True)
-    return parts[0].like([torch.cat([tensor.cpu() for tensor in column]) for column in tensors])
+    """Concatenate different members' log-probs of the same samples."""
+    if len(parts) == 1:
+        return parts[0]
+    return parts[0].like([torch.cat(column) for column in zip(*(part.tensors for part in parts), strict=True)])
 
 
 def joined(parts: Sequence[TokenLogprobs], rows: Sequence[Sequence[int]]) -> TokenLogprobs:
-    """Concatenate the same members' log-probs of different samples, in the batch's order, by place.
+    """Concatenate the same members' log-probs of different samples, in the batch's order, by place, on the CPU.
 
     Args:
         parts: Log-probs under the same members.
@@ -233,12 +261,13 @@ def joined(parts: Sequence[TokenLogprobs], rows: Sequence[Sequence[int]]) -> Tok
     """
     held = zip(parts, rows, strict=True)
     pieces = tuple(piece._replace(row=numbers[piece.row]) for part, numbers in held for piece in part.pieces)
-    whole = TokenLogprobs(torch.cat([part.values for part in parts], dim=1), pieces)
+    # One copy to the CPU, which waits until all passes are done.
+    whole = TokenLogprobs(torch.cat([part.values for part in parts], dim=1).cpu(), pieces)
     wanted = tuple(sorted(pieces, key=lambda piece: (piece.place, piece.row)))
     loads = None
     if parts[0].loads is not None:
         order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable"))
-        loads = torch.cat([part.loads for part in parts if part.loads is not None], dim=1)[:, order]
+        loads = torch.cat([part.loads for part in parts if part.loads is not None], dim=1).cpu()[:, order]
     return TokenLogprobs(whole.values.index_select(1, whole.index_of(wanted)), wanted, loads)
 
 

@@ -24,6 +24,13 @@ def test_a_step_is_counted_by_its_parts(step) -> None:
     assert step["other"] == 0, "a part of the step that place() does not know"
 
 
+def test_a_step_waits_for_one_copy_beside_the_norms(step) -> None:
+    copies = {what: number for what, number in step["copies"].items() if "_apply_gradient" not in what}
+    assert copies == {"down in evollm/models/logprobs.py, joined": 1}
+    # References, lengths and indices go up without waiting; one norm comes down for each member at most.
+    assert step["blocking"] <= 1 + 3
+
+
 def test_the_same_step_counts_the_same(step) -> None:
     assert count_step("toy", 3, 4) == step
 

@@ -7,6 +7,7 @@ backward functions are called by hand.
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
 ]
 CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _no_card(monkeypatch) -> None:
+    """Stand in for what asks the driver."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
 
 
 @pytest.mark.parametrize("window", [None, 5])

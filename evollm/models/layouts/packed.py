@@ -25,6 +25,7 @@ from evollm.models.logprobs import (
 )
 from evollm.models.readings import LOGPROBS, Reading
 from evollm.models.shared_base import SharedBase
+from evollm.models.upload import upload_arrays
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,14 @@ class PackedSamples:
                 targets.append(completion.ids[completion.scored])
                 start += len(completion)
 
-        def tensor(parts: Sequence[IntArray]) -> Tensor:
-            return torch.from_numpy(np.concatenate(parts)).to(device)
-
+        tables = upload_arrays([np.concatenate(parts) for parts in (ids, positions, predicting, targets)], device)
+        input_ids, position_ids, predicted, scored = tables
         return cls(
             lengths=tuple(SampleLengths.of(sample) for sample in batch),
-            input_ids=tensor(ids).unsqueeze(0),
-            position_ids=tensor(positions).unsqueeze(0),
-            predicting=tensor(predicting),
-            targets=tensor(targets),
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            predicting=predicted,
+            targets=scored,
         )
 
 
