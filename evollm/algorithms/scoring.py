@@ -10,6 +10,7 @@ from evollm.algorithms.references import BROKEN, REASON, Judge, finite_rows, lea
 from evollm.algorithms.step import policy_logprobs
 from evollm.data.samples import Batch, IntArray, Sample
 from evollm.errors import DataError
+from evollm.models.budget import rows_at_a_time
 from evollm.models.logprobs import MemberLogprobs
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def scored_batches(
     pairs = env.evaluation_pairs(split)
     unusable: list[Sample] = []
     seen = 0
-    for positions, batch in env.eval_batches(split, rows=rows):
+    size = rows_at_a_time(agents[0].base.device.type, env.batch_size)
+    for positions, batch in env.eval_batches(split, size, rows):
         usable, policies = _score(usable_rows, agents, batch)
         unusable += [pairs[position] for position in positions[other_rows(usable, len(batch))]]
         seen += len(batch)

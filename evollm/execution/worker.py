@@ -26,6 +26,7 @@ from evollm.hpo import AnswerSampling, AnyEvaluation, Birth, Recipe
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
 from evollm.models.adapters.combining import combined, scaled
+from evollm.models.budget import rows_at_a_time
 from evollm.models.engine import Engine
 from evollm.models.fingerprints import adapter_fingerprint
 from evollm.models.generation import greedy_answers, greedy_lengths
@@ -133,7 +134,10 @@ class Worker:
             if self._moving_references and step > 1 and (step - 1) % len(self.env) == 0:
                 for agent in self.agents:
                     agent.set_reference_policy(agent.reference_update_tracker + 1)
-            metrics = learn_all(self.agents, self.env.next_batch())
+            batch = self.env.next_batch()
+            ahead = rows_at_a_time(self.base.device.type, len(batch)) - len(batch)
+            with self.base.reference_cache.expecting(self.env.upcoming(ahead)):
+                metrics = learn_all(self.agents, batch)
             self._done = step
             yield StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
 

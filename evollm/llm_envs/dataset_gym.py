@@ -274,6 +274,12 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         """
         return self._serve(awaiting_action=False)
 
+    def upcoming(self, rows: int) -> list[Sample]:
+        """The samples of this epoch's next batches, at most so many; the position does not change."""
+        pairs, position = self._pairs[self._split], self._position
+        start = position.index * self.batch_size
+        return [pairs[row] for row in self._order(position.epoch)[start : start + rows]]
+
     @contextmanager
     def eval_mode(self) -> Iterator[Self]:
         """Serve the `test_dataset` pairs, in dataset order, inside the block; the training position does not change.
@@ -362,9 +368,12 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     def _rows(self, epoch: int, index: int) -> IntArray:
         """Positions, in the served split, of the pairs in batch `index` of an epoch."""
-        count, size = len(self._pairs[self._split]), self.batch_size
-        order = _epoch_order(self.seed, epoch, count) if self._evaluation is None else np.arange(count)
-        return order[index * size : (index + 1) * size]
+        return self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> IntArray:
+        """Positions, in the served split, of the pairs of an epoch."""
+        count = len(self._pairs[self._split])
+        return _epoch_order(self.seed, epoch, count) if self._evaluation is None else np.arange(count)
 
     def _serve(self, awaiting_action: bool) -> Batch:
         position = self._position

@@ -16,6 +16,9 @@ from evollm.models.shared_base import SharedBase
 
 # Tokens in a pass, by device type and training, beyond which its speed per token no longer grows.
 _ENOUGH_TOKENS = {("cpu", True): 1024, ("cpu", False): 2048, ("cuda", True): 16384, ("cuda", False): 32768}
+# Rows whose log-probs are computed at a time without gradients, by device type: enough to fill passes of that size.
+# Without an entry, as many as are trained on at a time.
+_ROWS_AT_A_TIME = {"cuda": 64}
 # Share of the free memory; the rest is for gradients, moments and fragmentation.
 _SHARE = 0.6
 _FEWEST_TOKENS = 256
@@ -74,6 +77,11 @@ def tokens_in_flight(affordable: int, device_type: str, *, training: bool) -> in
     while 2 * tokens <= min(enough, affordable):
         tokens *= 2
     return tokens
+
+
+def rows_at_a_time(device_type: str, batch_size: int) -> int:
+    """Rows whose log-probs are computed at a time without gradients; `batch_size` is that of training."""
+    return max(batch_size, _ROWS_AT_A_TIME.get(device_type, 0))
 
 
 def tokens_that_fit(free_bytes: int, bytes_per_token: float) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +40,28 @@ class ReferenceCache:
 
     def __init__(self) -> None:
         self._entries: dict[str, dict[bytes, tuple[float, ...]]] = {}
+        self._expected: Sequence[Sample] = ()
         self.told_of: set[tuple[str, bytes]] = set()
+
+    @contextmanager
+    def expecting(self, samples: Sequence[Sample]) -> Iterator[None]:
+        """Inside the block what computes a batch's missing log-probs computes those of these samples, too.
+
+        Args:
+            samples: Samples of later batches; none: a batch is computed by itself.
+        """
+        self._expected = samples
+        try:
+            yield
+        finally:
+            self._expected = ()
 
     def get(
         self, references: Sequence[str], batch: Batch, compute: Compute, *, up_to_shorter: bool = False
     ) -> list[CompletionSums]:
         """Log-probs of every sample of the batch under each reference; only those not in the cache are computed.
+
+        If any is missing, those of the samples that `expecting` was given are computed with it.
 
         Args:
             references: Fingerprints of the references' weights, all different.
@@ -54,18 +72,19 @@ class ReferenceCache:
         Returns:
             For each reference (B,) float64 tensors on the CPU; float64 represents float32 and float64 sums exactly.
         """
-        keys = batch.keys()
         if up_to_shorter:
             references = [reference + _WITH_SHORTER for reference in references]
+        wanted = replace(batch, samples=[*batch, *self._expected]) if self._expected else batch
+        keys = wanted.keys()
         lacking: dict[tuple[int, ...], list[int]] = {}
         for number, reference in enumerate(references):
             entries = self._entries.setdefault(reference, {})
             missing = tuple(row for row, key in enumerate(keys) if key not in entries)
-            if missing:
+            if any(row < len(batch) for row in missing):
                 lacking.setdefault(missing, []).append(number)
         for rows, numbers in lacking.items():
-            for number, computed in zip(numbers, compute(batch.select(list(rows)), numbers), strict=True):
-                sums = _sums_of(computed, [batch[row] for row in rows])
+            for number, computed in zip(numbers, compute(wanted.select(list(rows)), numbers), strict=True):
+                sums = _sums_of(computed, [wanted[row] for row in rows])
                 self._entries[references[number]].update(zip((keys[row] for row in rows), sums, strict=True))
         return [self._lookup(reference, batch, up_to_shorter) for reference in references]
 

@@ -24,6 +24,9 @@ from evollm.execution.executor import Executor
 from evollm.execution.local import LocalExecutor
 from evollm.execution.worker import Worker
 from evollm.hpo import Birth
+from evollm.models import budget
+from evollm.models.engine import Engine
+from evollm.models.flops import EVALUATION, REFERENCES
 from evollm.processes import Processes
 from evollm.runs import read_run
 
@@ -176,3 +179,26 @@ def test_what_makes_no_executor_is_refused(run, tmp_path, executor, fix) -> None
     with pytest.raises(ConfigurationError, match=rf"executor=.*{fix}"):
         run("run", executor=executor)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_card_computes_references_and_scores_of_many_rows_at_a_time(monkeypatch, gym, make_population) -> None:
+    """As on a card, on a CPU: three batches of 4 rows have their references computed two batches at a time."""
+    sizes: dict[str, list[int]] = {}
+    logprobs = Engine.logprobs
+
+    def noted(engine, items, options, kind=EVALUATION):
+        sizes.setdefault(kind, []).append(len(items[0].batch))
+        return logprobs(engine, items, options, kind)
+
+    monkeypatch.setattr(Engine, "logprobs", noted)
+    agents = make_population(2)
+    for rows, references, scored in ((None, [4, 4, 4], 4), (8, [8, 4], 6)):
+        monkeypatch.setattr(budget, "_ROWS_AT_A_TIME", {} if rows is None else {"cpu": rows})
+        worker = Worker(agents, copy.copy(gym))
+        worker.base.reference_cache.clear()
+        steps = list(worker.learn(0, 3))
+        assert sizes.pop(REFERENCES) == references
+        assert [len(step.metrics) for step in steps] == [2] * 3
+        worker.evaluate("test")
+        assert max(sizes.pop(EVALUATION)) == scored
+        sizes.clear()

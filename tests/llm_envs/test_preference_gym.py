@@ -212,6 +212,17 @@ def test_eval_batches_pad_no_more_than_the_order_of_the_rows_would() -> None:
     assert grouped < as_they_come
 
 
+def test_upcoming_samples_are_those_of_the_epochs_next_batches() -> None:
+    env = make_gym()
+    env.next_batch()
+    soon = Batch(env.upcoming(6)).keys()
+    assert (len(soon), env.upcoming(0)) == (6, [])
+    assert [*env.next_batch().keys(), *env.next_batch().keys()][:6] == soon
+    while env.state_dict()["index"] < len(env):
+        env.next_batch()
+    assert env.upcoming(6) == [], "the order of the next epoch is not part of this one"
+
+
 def test_eval_batches_do_not_move_the_training_position() -> None:
     env = make_gym()
     env.next_batch()

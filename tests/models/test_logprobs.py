@@ -10,7 +10,7 @@ from torch import nn
 from evollm import CheckpointError
 from evollm.data.samples import Batch, Sample
 from evollm.models import ReferenceCache, completion_logprobs
-from evollm.models.logprobs import CompletionSums
+from evollm.models.logprobs import CompletionSums, TokenLogprobs, pieces_of
 
 CPU = torch.device("cpu")
 
@@ -123,6 +123,26 @@ def test_a_reference_is_computed_once_for_each_pair(gym) -> None:
     assert len(cache) == 8
 
 
+def test_expected_samples_are_computed_with_a_batch_that_lacks_any(gym) -> None:
+    cache, asked = ReferenceCache(), []
+
+    def compute(batch: Batch, numbers: Sequence[int]) -> list[CompletionSums]:
+        asked.append(len(batch))
+        lengths = -torch.tensor(batch.chosen_lengths).float(), -torch.tensor(batch.rejected_lengths).float()
+        return [CompletionSums(lengths)] * len(numbers)
+
+    first = gym.next_batch()
+    second, third = Batch(gym.upcoming(4)), Batch(gym.upcoming(8)[4:])
+    for batch, expected in ((first, second), (second, third), (third, ()), (first, third)):
+        with cache.expecting([*expected]):
+            (found,) = cache.get(["a"], batch, compute)
+        assert found.chosen.tolist() == (-batch.chosen_lengths).tolist()
+    # The second batch was known, and did not have the third one computed for it.
+    assert asked == [8, 4]
+    cache.get(["b"], first, compute)
+    assert asked[2:] == [4], "outside the block nothing is expected"
+
+
 def test_reference_log_probs_kept_in_a_file_are_not_computed_again(gym, tmp_path) -> None:
     batch = gym.next_batch()
 
@@ -160,3 +180,27 @@ def test_keys_of_pairs_depend_on_where_the_prompt_ends() -> None:
     one = Batch([Sample.of(ids[:2], ids[2:4], ids[4:])])
     other = Batch([Sample.of(ids[:1], ids[1:4], ids[4:])])
     assert one.keys() != other.keys()
+
+
+def test_sums_of_one_member_have_the_gradient_that_the_sums_of_all_have() -> None:
+    """A function of the sums is called once for all members, and its gradients reach each member's tokens."""
+    pairs = Batch([Sample.of(*(np.zeros(size, np.int64) for size in shape)) for shape in ((2, 4, 2), (2, 1, 3))])
+    values = torch.arange(30, dtype=torch.float64).view(3, 10).requires_grad_()
+    found, calls = TokenLogprobs(values, pieces_of(pairs)), []
+
+    def doubled(sums: torch.Tensor) -> torch.Tensor:
+        calls.append(sums.shape)
+        return 2 * sums
+
+    for member, one in enumerate(found.members):
+        plain, changed = one.sums(up_to_shorter=True), one.sums(up_to_shorter=True, change=doubled)
+        assert plain.chosen.tolist() == [values[member, :4].sum().item(), values[member, 4].item()]
+        assert torch.equal(changed.chosen, 2 * plain.chosen)
+        assert plain.up_to_shorter is not None
+        assert changed.up_to_shorter is not None
+        assert torch.equal(changed.up_to_shorter[1], 2 * plain.up_to_shorter[1])
+    assert calls == [(3, 2)] * 4
+    weighed = [(member + 1) * one.sums(change=doubled).rejected.sum() for member, one in enumerate(found.members)]
+    torch.stack(weighed).sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [[0.0] * 5 + [2.0 * (member + 1)] * 5 for member in range(3)]
