@@ -10,7 +10,8 @@ values or a card: the probe and the trial of the flash kernel count as passed, a
 
 The parts: `forward`, the network without its head; `head`, both ways; `backward`, of all but the head; `loss`, from
 log-probs of tokens to losses and metrics; `update`, gradients, clipping and optimizer. `switched` is how often one of
-PEFT's layers was told which adapter is active.
+PEFT's layers was told which adapter is active. `references` and `scoring` are the kernels for the log-probs of 64
+further pairs, under the one reference and under all members.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from result_lines import append
 from synthetic import Shape, make_population
 
 from evollm.algorithms.dpo_step import learn_together
+from evollm.algorithms.step import policy_logprobs
+from evollm.models.budget import rows_at_a_time
 from evollm.models.engine import Engine
 from evollm.models.fast_paths import FastPaths
 
@@ -97,11 +100,19 @@ def count_step(shape: str, members: int, pairs: int) -> Row:
             counts.clear()
             with _switches() as switched:
                 learn_together(agents, batch)
-    calls = counts.kernels.items()
+            step = Counts(counts.kernels.copy(), counts.copies.copy())
+            rows = tokens.batch(rows_at_a_time(CARD.type, pairs), min(vocabulary, 1000), seed=1)
+            counts.clear()
+            agents[0].reference_logprobs(rows)
+            references = counts.kernels.total()
+            counts.clear()
+            policy_logprobs(agents, rows)
+            scoring = counts.kernels.total()
+    calls = step.kernels.items()
     parts = {part: sum(number for call, number in calls if call.part == part) for part in PARTS}
     attention = sum(number for call, number in calls if call.what == "_flash_attention_backward")
     copies: Counter[str] = Counter()
-    for call, number in counts.copies.items():
+    for call, number in step.copies.items():
         copies[f"{call.what} in {call.where}"] += number
     return {
         "shape": shape,
@@ -110,9 +121,12 @@ def count_step(shape: str, members: int, pairs: int) -> Row:
         "tokens": int(batch.num_tokens.sum()),
         "passes": attention // model.config.num_hidden_layers,
         **parts,
-        "kernels": counts.kernels.total(),
-        "blocking": counts.copies.total(),
+        "kernels": step.kernels.total(),
+        "blocking": step.copies.total(),
         "switched": len(switched),
+        "rows": len(rows),
+        "references": references,
+        "scoring": scoring,
         "copies": dict(copies.most_common()),
         "attention": Engine.of(agents[0].base).attention,
     }
@@ -172,13 +186,13 @@ def _switches() -> Iterator[list[object]]:
         yield told
 
 
-_COLUMNS = ("passes", *PARTS, "kernels", "blocking", "switched")
-HEADER = f"{'shape':>6}" + "".join(f"{name:>10}" for name in _COLUMNS)
+_COLUMNS = ("passes", *PARTS, "kernels", "blocking", "switched", "references", "scoring")
+HEADER = f"{'shape':>6}" + "".join(f"{name:>11}" for name in _COLUMNS)
 
 
 def line(row: Row) -> str:
     """A row of the table on the console."""
-    return f"{row['shape']:>6}" + "".join(f"{row[name]:>10}" for name in _COLUMNS)
+    return f"{row['shape']:>6}" + "".join(f"{row[name]:>11}" for name in _COLUMNS)
 
 
 def _commit() -> str:
