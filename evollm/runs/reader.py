@@ -185,7 +185,7 @@ def _read_rows(folder: Path, name: str) -> dict[str, AnyEvaluation]:
 def _rows_of(scored: Scored, found: Mapping[str, AnyEvaluation]) -> AnyEvaluation | None:
     """The rows of an evaluation; None if they were not recorded, or one on more rows at the same step replaced them."""
     rows = found.get(f"agent-{scored.agent}")
-    return None if rows is None or len(rows) != (scored.rows or len(rows)) else rows
+    return None if rows is None or (scored.rows is not None and len(rows) > scored.rows) else rows
 
 
 def _step(line: Mapping[str, Any]) -> StepLine:
