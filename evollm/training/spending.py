@@ -124,7 +124,9 @@ class Prices:
         costs, references, members = self.costs, self.costs.references, len(learners)
         needed = self._a_step(step, learners) / 2 + evaluations * self.evaluation
         needed += self._candidates(members)
-        needed += 0 if account.operations.get("evaluation") else references["test"]
+        # The score before the first step computes the references of its split.
+        known = account.operations.get("evaluation") or (step > 0 and self.split == "test")
+        needed += 0 if known else references["test"]
         if self.split:
             # The first agent is scored before the first step, the best two after the last.
             needed += (min(2, members) + (step == 0)) * costs.evaluation[self.split]

@@ -164,6 +164,25 @@ def test_a_budget_of_one_run_lets_one_agent_make_all_steps(run, make_agent, tmp_
     assert run([make_agent()], "half", budget=0.5, max_steps=12).member_steps == 3, "references are whole"
 
 
+@pytest.mark.parametrize(("test", "final"), [(40, 0), (40, 40), (40, 2), (3, 0)])
+@pytest.mark.parametrize("interval", [6, 3])
+def test_a_budget_of_one_run_holds_whatever_the_held_out_splits(
+    make_agent, tokenizer, tmp_path, test, final, interval
+) -> None:
+    """References of the selection rows are computed once, by the score before training if that is on these rows."""
+    env = PreferenceGym(
+        make_rows(12), make_rows(test, 12), tokenizer, data_batch_size_per_gpu=4,
+        final_dataset=make_rows(final, 60) if final else None,
+    )  # fmt: skip
+    finetune_llm_preference(
+        [make_agent()], env, budget=1.0, max_steps=6, evaluation_interval=interval, num_sample_answers=0,
+        verbose=False, run_dir=tmp_path / "run",
+    )  # fmt: skip
+    record = read_run(tmp_path / "run")
+    assert (record.last_step, record.ended.stopped) == (6, "")
+    assert record.spent[-1][1].runs == pytest.approx(1)
+
+
 def test_a_killed_run_ends_where_its_budget_would_have_ended_it(run, make_population, tmp_path) -> None:
     whole = run(make_population(4), "whole", budget=1.5, **LONG)
     with pytest.raises(RuntimeError, match="fell over"):
