@@ -31,3 +31,9 @@ def base_bits(base: SharedBase) -> str:
     """Digest of the base's own weights, adapters left out."""
     adapters = {id(parameter) for name in base.adapters.names for parameter in base.adapters.parameters(name).values()}
     return digest([parameter for parameter in base.network.parameters() if id(parameter) not in adapters])
+
+
+def states_of(agent: LLMAgent) -> list[dict[str, Tensor]]:
+    """The optimizer's state of each of the actor's parameters."""
+    states = agent.optimizer.state_dict()["state"]
+    return [states[number] for number in range(len(agent.actor_parameters()))]

@@ -164,8 +164,9 @@ class LLMAgent(ConfiguredAgent):
             Engine.of(base).say([slow_compile_mode(base.device.type, settings.torch_compiler)])
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        parameters = self.base.adapters.parameters(self.actor_adapter)
-        return create_optimizer(self.settings, parameters, self.lr, self.lr_factor, self.accelerator)
+        adapters, actor = self.base.adapters, self.actor_adapter
+        parameters, rows = adapters.parameters(actor), adapters.rows(actor)
+        return create_optimizer(self.settings, parameters, rows, self.lr, self.lr_factor, self.accelerator)
 
     def _frozen_adapters(self, actor: str) -> dict[str, str | None]:
         """The frozen adapters of a new agent: for each role its name on the base; None for the base without adapter."""

@@ -45,6 +45,11 @@ def check_state(state: object, optim: str, groups: Sequence[Sequence[nn.Paramete
             # A parameter that has made no step has no state.
             if forms and forms != expected:
                 raise ValueError(f"parameter {number} has {forms}, and needs {expected}")
+        if kind.package != "bitsandbytes":
+            # Parameters of a row make their steps together.
+            made = {float(values["step"]) if "step" in values else bool(values) for values in found["state"].values()}
+            if len(made) > 1 or (made and made != {False} and len(found["state"]) < len(parameters)):
+                raise ValueError("its parameters have made different numbers of steps")
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{source}: the optimizer's state cannot be used: {error}") from error
 
@@ -60,9 +65,8 @@ def load_state(optimizer: torch.optim.Optimizer, optim: str, state: Mapping[str,
         {name: value for name, value in group.items() if name not in ("params", *counters)}
         for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict(dict(state))
-    for group, options in zip(optimizer.param_groups, own, strict=True):
-        group.update(options)
+    groups = [{**group, **options} for group, options in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def check_same_optimizer(saved: OptimizerSettings, own: OptimizerSettings, source: object) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
+from evollm.algorithms.row_optimizer import RowOptimizer, on_rows, places_of
 from evollm.checks import finite_number, nearest_name, positive_number
 from evollm.errors import ConfigurationError, MissingExtraError, brief
+from evollm.models.adapters.rows import KINDS, Row, kind_of_parameters
 from evollm.processes import uses_deepspeed
 
-# A list of parameters, or of parameter groups, as torch takes them.
-Parameters: TypeAlias = "list[nn.Parameter] | list[dict[str, Any]]"
 # Shape of a tensor in an optimizer's state, and whether the tensor is of bytes, that is quantised.
 Form: TypeAlias = tuple[tuple[int, ...], bool]
 _SCALAR: Form = ((), False)
@@ -41,23 +41,41 @@ class Optimizer:
         name: The name of its class.
         forms: The form of each value in the state of a parameter.
         counters: Options of a parameter group that are part of the state.
+        has_fused: Whether it can make a step on a GPU in one kernel.
     """
 
     module: str
     name: str
     forms: Callable[[Tensor], dict[str, Form]]
     counters: tuple[str, ...] = ()
+    has_fused: bool = False
 
     @property
     def package(self) -> str:
         """The library."""
         return self.module.partition(".")[0]
 
-    def create(self, parameters: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """An optimizer of these parameters."""
-        kind = getattr(importlib.import_module(self.module), self.name)
-        optimizer: torch.optim.Optimizer = kind(parameters, lr=lr, weight_decay=weight_decay)
+    def create(self, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """An optimizer of these parameter groups."""
+        optimizer: torch.optim.Optimizer = self._class(groups, lr=lr, weight_decay=weight_decay)
         return optimizer
+
+    def create_on(
+        self, rows: Sequence[Row], groups: list[dict[str, Any]], paths: Sequence[Sequence[str]], lr: float, decay: float
+    ) -> torch.optim.Optimizer:
+        """An optimizer of rows, with the paths of each parameter group, whose options are given."""
+        places = [places_of(rows, group) for group in paths]
+        for options, group in zip(groups, places, strict=True):
+            options["params"] = list(dict.fromkeys(place.segment for place in group))
+        kind = on_rows(self._class)
+        options = {"fused": True} if self.has_fused and all(row.values.is_cuda for row in rows) else {}
+        optimizer: RowOptimizer = kind(groups, lr=lr, weight_decay=decay, **options)
+        optimizer.attach(rows, places)
+        return optimizer
+
+    @property
+    def _class(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 def _like(parameter: Tensor, *names: str) -> dict[str, Form]:
@@ -77,7 +95,12 @@ def _of_bitsandbytes(parameter: Tensor, moments: int, *, eight_bit: bool) -> dic
 
 
 OPTIMIZERS: Mapping[str, Optimizer] = {
-    ADAMW: Optimizer("torch.optim", "AdamW", lambda one: {"step": _SCALAR, **_like(one, "exp_avg", "exp_avg_sq")}),
+    ADAMW: Optimizer(
+        "torch.optim",
+        "AdamW",
+        lambda one: {"step": _SCALAR, **_like(one, "exp_avg", "exp_avg_sq")},
+        has_fused=True,
+    ),
     "adamw_8bit": Optimizer("bitsandbytes.optim", "AdamW8bit", lambda one: _of_bitsandbytes(one, 2, eight_bit=True)),
     "lion_32bit": Optimizer("bitsandbytes.optim", "Lion", lambda one: _of_bitsandbytes(one, 1, eight_bit=False)),
     "lion_8bit": Optimizer("bitsandbytes.optim", "Lion8bit", lambda one: _of_bitsandbytes(one, 1, eight_bit=True)),
@@ -154,7 +177,7 @@ def _check_kernels(optim: str, device: torch.device, dtype: torch.dtype) -> None
     probe = nn.Parameter(torch.zeros(_MIN_8BIT_SIZE, device=device))
     probe.grad = torch.ones_like(probe)
     try:
-        OPTIMIZERS[optim].create([probe], 1.0, 0.0).step()
+        OPTIMIZERS[optim].create([{"params": [probe]}], 1.0, 0.0).step()
     except Exception as error:  # of a missing kernel or library; bitsandbytes has no exception class of its own
         fix = f"does not run on {device} ({brief(str(error))}): use {ADAMW}, or another version of bitsandbytes"
         raise ConfigurationError("optim", optim, fix) from error
@@ -163,6 +186,7 @@ def _check_kernels(optim: str, device: torch.device, dtype: torch.dtype) -> None
 def create_optimizer(
     settings: OptimizerSettings,
     parameters: Mapping[str, nn.Parameter],
+    rows: Sequence[Row],
     lr: float,
     factor: float = 1.0,
     accelerator: Any = None,
@@ -172,9 +196,13 @@ def create_optimizer(
     Args:
         settings: The agent's settings.
         parameters: The adapter's parameters by name.
+        rows: The rows that the parameters lie in.
         lr: The agent's `lr`.
         factor: The factor of the schedule.
         accelerator: An `accelerate.Accelerator` or None; with DeepSpeed the moments are sharded over the processes.
+
+    Returns:
+        An optimizer whose `state_dict` has the state of each parameter, in the order of `parameter_groups`.
 
     Raises:
         ConfigurationError: The optimizer does not run on the parameters' device, or for their dtype.
@@ -183,38 +211,45 @@ def create_optimizer(
         from evollm.distributed.sharded_adamw import ShardedAdamW  # noqa: PLC0415
         from evollm.distributed.zero_config import zero_stage  # noqa: PLC0415
 
-        return ShardedAdamW(list(parameters.values()), lr * factor, settings.weight_decay, zero_stage(accelerator))
-    if OPTIMIZERS[settings.optim].package == "bitsandbytes":
+        if len(rows) > 1:
+            devices = [str(row.values.device) for row in rows]
+            raise ConfigurationError("device_map", devices, "DeepSpeed shards adapters on one device: load it on one")
+        places, stage = places_of(rows, list(parameters)), zero_stage(accelerator)
+        sharded: Any = on_rows(ShardedAdamW)(places[0].segment, lr * factor, settings.weight_decay, stage)
+        sharded.attach(rows, [places])
+        rows[0].pin(sharded.memory)
+        return cast(torch.optim.Optimizer, sharded)
+    optimizer, kinds = OPTIMIZERS[settings.optim], kind_of_parameters(parameters)
+    groups = parameter_groups(settings, parameters)
+    given = [_options(settings, kinds[group[0]]) for group in groups]
+    if optimizer.package == "bitsandbytes":
+        # It quantises the state of each parameter in blocks, and leaves small parameters alone.
         for device, dtype in {(parameter.device, parameter.dtype) for parameter in parameters.values()}:
             _check_kernels(settings.optim, device, dtype)
-    given: Parameters = _loraplus_groups(settings, parameters) if settings.uses_loraplus else list(parameters.values())
-    optimizer = OPTIMIZERS[settings.optim].create(given, lr, settings.weight_decay)
-    set_learning_rate(optimizer, lr, factor)
-    return optimizer
+        for options, group in zip(given, groups, strict=True):
+            options["params"] = [parameters[path] for path in group]
+        found = optimizer.create(given, lr, settings.weight_decay)
+    else:
+        found = optimizer.create_on(rows, given, groups, lr, settings.weight_decay)
+    set_learning_rate(found, lr, factor)
+    return found
 
 
-def _loraplus_groups(settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """The parameter groups of PEFT's `create_loraplus_optimizer` that are not empty."""
-    groups: dict[str, dict[str, Any]] = {
-        "A": {_RATIO: 1.0},
-        "embedding": {_RATIO: None},
-        "B": {_RATIO: settings.loraplus_lr_ratio},
-        "bias": {_RATIO: settings.loraplus_lr_ratio, "weight_decay": 0.0},
-    }
-    embeddings = {_module(name) for name in parameters if ".lora_embedding_" in name}
-    for name, parameter in parameters.items():
-        kind = "A"
-        if _module(name) in embeddings:
-            kind = "embedding"
-        elif "lora_B" in name or parameter.ndim == 1:
-            kind = "bias" if "bias" in name else "B"
-        groups[kind].setdefault("params", []).append(parameter)
-    return [group for group in groups.values() if "params" in group]
+def parameter_groups(settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
+    """The paths of each parameter group: one group, or with LoRA+ those of PEFT's `create_loraplus_optimizer`."""
+    if not settings.uses_loraplus:
+        return [list(parameters)]
+    kinds = kind_of_parameters(parameters)
+    groups = [[path for path in parameters if kinds[path] == kind] for kind in KINDS]
+    return [group for group in groups if group]
 
 
-def _module(name: str) -> str:
-    """The path of the layer that an adapter's parameter belongs to."""
-    return name.rpartition(".lora_")[0]
+def _options(settings: OptimizerSettings, kind: str) -> dict[str, Any]:
+    """The options of the parameter group of a kind."""
+    if not settings.uses_loraplus:
+        return {}
+    ratios = {"A": 1.0, "embedding": None, "B": settings.loraplus_lr_ratio, "bias": settings.loraplus_lr_ratio}
+    return {_RATIO: ratios[kind], **({"weight_decay": 0.0} if kind == "bias" else {})}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, factor: float = 1.0) -> None:
@@ -244,6 +279,7 @@ def gradient_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not hasattr(mode, "train"):
         yield
         return
+    mode.settle()
     parameters = [parameter for group in mode.param_groups for parameter in group["params"]]
     before = [parameter.detach().clone() for parameter in parameters]
     num_steps = mode.param_groups[0]["k"]

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from evollm.algorithms.agent import ACTOR, REFERENCE, LLMAgent
 from evollm.algorithms.optimizer_archive import read_optimizer_archive
 from evollm.algorithms.optimizer_state import check_replaceable_weights, check_same_optimizer, check_state, load_state
+from evollm.algorithms.optimizers import parameter_groups
 from evollm.algorithms.saved_attributes import SavedAttributes, accepted_by, read_attributes
 from evollm.checkpoints.agent import AgentFolder, read_agent_folder, write_agent_folder
 from evollm.checkpoints.export import main_writes
@@ -279,7 +280,8 @@ class SavableAgent(LLMAgent):
         attributes = read_attributes(folder.attributes, *classes, source) if is_resume else None
         if load_optimizer and attributes is not None and folder.optimizer is not None:
             check_same_optimizer(attributes.settings, self.settings, source)
-            groups = [group["params"] for group in self.optimizer.param_groups]
+            parameters = self.base.adapters.parameters(self.actor_adapter)
+            groups = [[parameters[path] for path in group] for group in parameter_groups(self.settings, parameters)]
             check_state(folder.optimizer, self.optim, groups, source)
         has_reference = self._adapters.get(REFERENCE) is not None
         if has_reference:

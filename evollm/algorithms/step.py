@@ -5,14 +5,14 @@ Agents that share a batch share forward and backward passes; loss, clipping and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evollm.algorithms.agent import LLMAgent
 from evollm.algorithms.balanced import Balanced
@@ -21,6 +21,7 @@ from evollm.algorithms.references import Judge, Rows, finite_rows, leave_out, ot
 from evollm.data.samples import Batch
 from evollm.errors import DivergedError
 from evollm.hpo.hyperparameters import to_lower
+from evollm.models.adapters.rows import Row, clip_gradient
 from evollm.models.engine import Engine, Item
 from evollm.models.flops import TRAINING
 from evollm.models.load_balancing import LoadBalancing
@@ -195,12 +196,14 @@ def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) 
         if suspects and any(len(rows) < len(batch) for rows in method.usable_rows(agents, batch, suspects)):
             gradient_points.close()
             for agent in agents:
-                agent.optimizer.zero_grad(set_to_none=True)
+                agent.optimizer.zero_grad()
             return _learn_from(method, agents, batch, training)
         num_tokens, results = int(batch.num_tokens.sum()), []
-        for agent, objective, policy in zip(agents, objectives, policies, strict=True):
-            metrics = {**objective.metrics(policy), "learning_rate": _rate_of(agent)}
-            metrics["grad_norm"] = _apply_gradient(agent, metrics["loss"]) if training else 0.0
+        norms = _clip_gradients(agents) if training else [0.0] * len(agents)
+        for agent, objective, policy, norm in zip(agents, objectives, policies, norms, strict=True):
+            metrics = {**objective.metrics(policy), "learning_rate": _rate_of(agent), "grad_norm": norm}
+            if training:
+                _apply_gradient(agent, metrics)
             results.append((agent, _Step(objective.weight, metrics, num_tokens)))
     return results
 
@@ -255,39 +258,33 @@ def _backward(
         losses = [by_rows[number].loss(rows, policy) for number, policy in zip(numbers, found.members, strict=True)]
         return torch.stack(losses).sum()
 
-    blocks = [block for agent in agents for block in _allocate_gradients(agent.actor_parameters())]
+    rows = [row for agent in agents for row in _rows_of(agent)]
+    for row in rows:
+        row.zero_gradient()
     policies = engine.backward(items, options, sum_of_losses)
-    for block in blocks:
-        Processes.present().add_up(block)
+    for row in rows:
+        Processes.present().add_up(row.gradient())
     return policies
 
 
-def _allocate_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Allocate the parameters' gradients, all zero, as views of one tensor for each device; returns these tensors.
-
-    Gradients that the backward pass allocates one by one lie between activations, so that freed activations leave
-    fragmented memory: with four members peak memory was 1.5 times as high.
-    """
-    blocks = []
-    for device in sorted({parameter.device for parameter in parameters}, key=str):
-        here = [parameter for parameter in parameters if parameter.device == device]
-        sizes = [parameter.numel() for parameter in here]
-        block = torch.zeros(sum(sizes), dtype=here[0].dtype, device=device)
-        for parameter, piece in zip(here, block.split(sizes), strict=True):
-            parameter.grad = piece.view_as(parameter)
-        blocks.append(block)
-    return blocks
+def _rows_of(agent: LLMAgent) -> Sequence[Row]:
+    return agent.base.adapters.rows(agent.actor_adapter)
 
 
-def _apply_gradient(agent: LLMAgent, loss: float) -> float:
-    """Clip, step and clear; returns the norm before clipping. A non-finite loss or norm skips the step: diverged."""
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(agent.actor_parameters(), agent.max_grad_norm))
-    if np.isfinite(loss) and np.isfinite(grad_norm):
+def _clip_gradients(agents: Sequence[LLMAgent]) -> list[float]:
+    """Clip the gradient of each agent's actor; returns the norms before clipping."""
+    # One copy to the CPU for all agents, because a copy waits for the device.
+    norms: list[float] = torch.stack([clip_gradient(_rows_of(agent), agent.max_grad_norm) for agent in agents]).tolist()
+    return norms
+
+
+def _apply_gradient(agent: LLMAgent, metrics: Mapping[str, float]) -> None:
+    """Make a step and set the gradient to 0. A loss or norm that is not finite skips the step: diverged."""
+    if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         agent.optimizer.step()
     else:
         agent.diverged = True
-    agent.optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+    agent.optimizer.zero_grad()
 
 
 def _rate_of(agent: LLMAgent) -> float:

@@ -24,34 +24,35 @@ class ShardedAdamW(torch.optim.AdamW):
     summed over the processes and clipped. `state_dict` has AdamW's own layout, for any number of processes.
 
     DeepSpeed's optimizer is used without DeepSpeed's engine, which clips gradients to 1 by default and stays in memory
-    after `destroy`. DeepSpeed sets hooks on the parameters that it is given, so it is given twins of the parameters in
+    after `destroy`. DeepSpeed sets hooks on the parameter that it is given, so it is given a twin of the parameter in
     the same memory: no hook runs in the backward pass through the base.
 
     Args:
-        parameters: The parameters to update, in float32; they are moved into one block of memory.
+        parameter: (P,) the parameter to update, in float32.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         stage: 1 shards the moments, 2 also the gradients that DeepSpeed holds.
 
+    Attributes:
+        memory: (P,) the parameter's values in DeepSpeed's memory, where the parameter has to be from now on.
+
     Raises:
-        ConfigurationError: A parameter is not in float32.
+        ConfigurationError: The parameter is not in float32.
         MissingExtraError: DeepSpeed is not installed.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, stage: int) -> None:
-        other = next((parameter.dtype for parameter in parameters if parameter.dtype != torch.float32), None)
-        if other is not None:
+    def __init__(self, parameter: nn.Parameter, lr: float, weight_decay: float, stage: int) -> None:
+        if parameter.dtype != torch.float32:
             fix = "DeepSpeed keeps its shards in float32: use a base of at most float32, or plain data parallelism"
-            raise ConfigurationError("adapter dtype", other, fix)
-        super().__init__(parameters, lr=lr, weight_decay=weight_decay)
-        self._twins = [nn.Parameter(parameter.detach()) for parameter in parameters]
+            raise ConfigurationError("adapter dtype", parameter.dtype, fix)
+        super().__init__([parameter], lr=lr, weight_decay=weight_decay)
+        self._parameter = parameter
+        self._twin = nn.Parameter(parameter.detach())
         # With parameter groups of its own, since DeepSpeed puts its shard in place of the parameters there.
-        inner = torch.optim.AdamW(self._twins, lr=lr, weight_decay=weight_decay)
-        self._zero = _zero_optimizer(inner, self._twins, stage)
-        for parameter, twin in zip(parameters, self._twins, strict=True):
-            # DeepSpeed has moved the twins into one block of memory.
-            parameter.data = twin.data
-        # DeepSpeed's hooks and the twins form a reference cycle that the garbage collector cannot see.
+        inner = torch.optim.AdamW([self._twin], lr=lr, weight_decay=weight_decay)
+        self._zero = _zero_optimizer(inner, [self._twin], stage)
+        self.memory = self._twin.data
+        # DeepSpeed's hooks and the twin form a reference cycle that the garbage collector cannot see.
         self._destroy = weakref.finalize(self, self._zero.destroy)
         self._destroy.atexit = False
 
@@ -67,11 +68,10 @@ class ShardedAdamW(torch.optim.AdamW):
             shard["lr"] = mine["lr"]
         # The parameters may have been overwritten since the last step, by loading an adapter for example.
         self._zero.refresh_fp32_params()
-        gradients = [parameter.grad for parameter in self.param_groups[0]["params"]]
-        # DeepSpeed takes gradients from a backward pass only: this one gives each twin its parameter's gradient. The
+        assert self._parameter.grad is not None
+        # DeepSpeed takes gradients from a backward pass only: this one gives the twin the parameter's gradient. The
         # average that DeepSpeed takes over the processes changes nothing, since their gradients are equal.
-        products = [(twin * grad).sum() for twin, grad in zip(self._twins, gradients, strict=True) if grad is not None]
-        torch.stack(products).sum().backward()
+        (self._twin * self._parameter.grad).sum().backward()
         if self._zero.partition_gradients:
             self._zero.overlapping_partition_gradients_reduce_epilogue()
         else:
@@ -80,32 +80,31 @@ class ShardedAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state, with the moments gathered from all processes; all of them must call this."""
-        state = super().state_dict()
         shard = self.sharded.state.get(self._shard, {})
-        if _STEP not in shard:
-            return state
-        whole = {name: self._gather(shard[name]) for name in _MOMENTS}
-        state["state"] = {
-            number: {_STEP: shard[_STEP].clone(), **{name: whole[name][number] for name in _MOMENTS}}
-            for number in range(len(self._twins))
-        }
-        return state
+        if _STEP in shard:
+            # For as long as the state is copied from there.
+            self.state[self._parameter] = {
+                _STEP: shard[_STEP],
+                **{name: self._gather(shard[name]) for name in _MOMENTS},
+            }
+        try:
+            return super().state_dict()
+        finally:
+            self.state.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this process's shard from a state of AdamW."""
         # torch checks and casts the state; the whole moments are deleted again below.
         super().load_state_dict(state_dict)
-        whole = [self.state[parameter] for parameter in self.param_groups[0]["params"]]
-        self.state.clear()
+        whole = self.state.pop(self._parameter, None)
         self.sharded.state.clear()
-        if not all(whole):
+        if not whole:
             return
-        shard: dict[str, Tensor] = {_STEP: whole[0][_STEP].clone()}
+        shard: dict[str, Tensor] = {_STEP: whole[_STEP].clone()}
         for name in _MOMENTS:
             shard[name] = torch.zeros_like(self._shard)
-            for twin, moments in zip(self._twins, whole, strict=True):
-                for in_shard, in_twin in _overlap(twin):
-                    shard[name][in_shard] = moments[name].flatten()[in_twin]
+            for in_shard, in_twin in _overlap(self._twin):
+                shard[name][in_shard] = whole[name][in_twin]
         self.sharded.state[self._shard] = shard
 
     def close(self) -> None:
@@ -113,23 +112,20 @@ class ShardedAdamW(torch.optim.AdamW):
         self.state.clear()
         self.sharded.state.clear()
         self._destroy()
-        self._twins.clear()
+        del self._twin, self.memory
 
     @property
     def _shard(self) -> Tensor:
         """(n,) this process's shard of all parameters."""
         return cast(Tensor, self.sharded.param_groups[0]["params"][0])
 
-    def _gather(self, shard: Tensor) -> list[Tensor]:
-        """The value of each parameter, from the shards of all processes."""
-        whole = [torch.zeros(twin.numel(), dtype=shard.dtype, device=shard.device) for twin in self._twins]
-        for twin, values in zip(self._twins, whole, strict=True):
-            for in_shard, in_twin in _overlap(twin):
-                values[in_twin] = shard[in_shard]
-        block = torch.cat(whole)
-        Processes.present().add_up(block)
-        parts = block.split([twin.numel() for twin in self._twins])
-        return [part.clone().view_as(twin) for part, twin in zip(parts, self._twins, strict=True)]
+    def _gather(self, shard: Tensor) -> Tensor:
+        """(P,) the whole, from the shards of all processes."""
+        whole = torch.zeros(self._twin.numel(), dtype=shard.dtype, device=shard.device)
+        for in_shard, in_twin in _overlap(self._twin):
+            whole[in_twin] = shard[in_shard]
+        Processes.present().add_up(whole)
+        return whole
 
 
 def _overlap(twin: Any) -> list[tuple[slice, slice]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from conftest import make_rows
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from snapshots import actor_bits
+from snapshots import actor_bits, states_of
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -202,7 +202,7 @@ def test_all_but_training_sees_the_averaged_weights(make_agent, gym, tmp_path) -
         agent.learn(gym.next_batch())
     averaged = weights_of(agent)
     # Of a constant rate the average of z_1, z_2, ...; z_t is saved, and y lies between both.
-    z = [optimizer.state[parameter]["z"] for parameter in agent.actor_parameters()]
+    z = [state["z"] for state in states_of(agent)]
     assert not equal(averaged, z)
     assert not equal(averaged, before)
     with optimizers.gradient_point(optimizer):
@@ -270,11 +270,10 @@ def test_a_child_of_two_parents_has_the_mean_of_the_optimizers_weights_too(make_
     kept = bits_of(folders[0].optimizer)
     child = first.clone(index=3)
     child.load_folder(crossed(*folders[:2], 0.25))
-    for one, other, parameter in zip(
-        first.actor_parameters(), second.actor_parameters(), child.actor_parameters(), strict=True
-    ):
+    three = (first, second, child)
+    for one, other, parameter in zip(*(agent.actor_parameters() for agent in three), strict=True):
         assert torch.equal(parameter, torch.lerp(other, one, 0.25))
-        states = [agent.optimizer.state[key] for agent, key in ((first, one), (second, other), (child, parameter))]
+    for states in zip(*map(states_of, three), strict=True):
         assert torch.equal(states[2]["z"], torch.lerp(states[1]["z"], states[0]["z"], 0.25))
         assert torch.equal(states[2]["exp_avg_sq"], states[0]["exp_avg_sq"])
     assert bits_of(folders[0].optimizer) == kept
@@ -315,19 +314,24 @@ def test_loraplus_is_that_of_peft(kind: str, make_agent, make_model, gym) -> Non
     schedule = get_scheduler("cosine", other, 1, STEPS)
     step_beside(agent, twins, other)
     for _ in range(STEPS):
-        assert options_of(agent.optimizer, own) == options_of(other, by_name)
+        groups = [[own[path] for path in group] for group in optimizers.parameter_groups(agent.settings, own)]
+        assert options_of(agent.optimizer, groups, own) == options_of(
+            other, [group["params"] for group in other.param_groups], by_name
+        )
         assert agent.learn(gym.next_batch())["learning_rate"] == other.param_groups[0]["lr"]
         schedule.step()
         assert equal(weights_of(agent), [twin.detach() for twin in twins])
 
 
-def options_of(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, tuple[float, float]]:
+def options_of(
+    optimizer: torch.optim.Optimizer, groups: list[list[nn.Parameter]], named: Mapping[str, nn.Parameter]
+) -> dict[str, tuple[float, float]]:
     """The learning rate and the weight decay of each parameter."""
     names = {id(parameter): name for name, parameter in named.items()}
     return {
-        names[id(parameter)]: (group["lr"], group["weight_decay"])
-        for group in optimizer.param_groups
-        for parameter in group["params"]
+        names[id(parameter)]: (options["lr"], options["weight_decay"])
+        for options, group in zip(optimizer.param_groups, groups, strict=True)
+        for parameter in group
         if id(parameter) in names
     }
 

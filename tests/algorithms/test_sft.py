@@ -10,7 +10,7 @@ import torch
 from conftest import make_examples
 from families import VOCABULARY, make_family
 from peft import LoraConfig
-from snapshots import actor_bits, adapter_bits, base_bits
+from snapshots import actor_bits, adapter_bits, base_bits, states_of
 from torch import Tensor
 
 from evollm import DPO, SFT, ConfigurationError, DivergedError, HyperparameterConfig, RLParameter, SFTGym
@@ -58,10 +58,8 @@ def only_plain(agent: SFT) -> None:
 
 def state_of(agent: SFT) -> list[Tensor]:
     """Weights and moments."""
-    moments = [agent.optimizer.state[p] for p in agent.actor_parameters()]
-    return [p.detach() for p in agent.actor_parameters()] + [
-        m[key] for m in moments for key in ("exp_avg", "exp_avg_sq")
-    ]
+    moments = [state[key] for state in states_of(agent) for key in ("exp_avg", "exp_avg_sq")]
+    return [p.detach() for p in agent.actor_parameters()] + moments
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
@@ -93,7 +91,7 @@ def test_the_loss_is_cross_entropy_on_completion_tokens_alone_with_its_gradient(
     norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=0, abs=1e-10)
     # The first moment after one step is 0.1 times the gradient.
-    found = [10 * agent.optimizer.state[p]["exp_avg"] for p in agent.actor_parameters()]
+    found = [10 * state["exp_avg"] for state in states_of(agent)]
     torch.testing.assert_close(found, gradients, **EXACT)
     assert min(float(g.abs().max()) for g in gradients) > 1e-4
 

@@ -34,7 +34,7 @@ def latest(trained, tmp_path) -> Path:
 
 
 def moments(agent: DPO) -> list[torch.Tensor]:
-    return [tensor.clone() for state in agent.optimizer.state.values() for tensor in state.values()]
+    return [tensor.clone() for state in agent.optimizer.state_dict()["state"].values() for tensor in state.values()]
 
 
 def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

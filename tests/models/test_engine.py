@@ -12,6 +12,7 @@ import torch
 from documented import as_documented
 from families import FAMILIES, VOCABULARY, make_family
 from peft import LoraConfig
+from snapshots import states_of
 from torch import Tensor
 
 from evollm import DPO
@@ -65,10 +66,8 @@ def only_plain(agent: DPO) -> None:
 
 def state_of(agent: DPO) -> list[Tensor]:
     """Weights and moments."""
-    moments = [agent.optimizer.state[p] for p in agent.actor_parameters()]
-    return [p.detach() for p in agent.actor_parameters()] + [
-        m[key] for m in moments for key in ("exp_avg", "exp_avg_sq")
-    ]
+    moments = [state[key] for state in states_of(agent) for key in ("exp_avg", "exp_avg_sq")]
+    return [p.detach() for p in agent.actor_parameters()] + moments
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])

@@ -9,6 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from evollm.models.adapters.rows import Row, RowLayout
+
 
 @dataclass(frozen=True)
 class AdapterState:
@@ -33,6 +35,7 @@ class Adapter:
         first_layer: Index of the first repeated layer of the base that has weights of the adapter; -1: modules in front
             of the layers have some (embeddings); the number of layers: only the head has some.
         parameters: Its parameters by their path in the PEFT model, without the adapter's name; shared ones once.
+        rows: The parameters as views of one tensor for each device.
         tensors: Its parameters and buffers, under the names of PEFT's saved adapters; a tensor that two modules share
             has two names.
         owners: Number of owners; see `SharedBase`.
@@ -43,9 +46,20 @@ class Adapter:
     trainable: bool
     first_layer: int
     parameters: Mapping[str, nn.Parameter]
+    rows: Sequence[Row]
     tensors: Mapping[str, Tensor]
     owners: int = 1
     fingerprint: str | None = None
+
+
+def rows_of(parameters: Mapping[str, nn.Parameter]) -> tuple[Row, ...]:
+    """Put an adapter's parameters, by path, into one row for each device."""
+    devices = {str(parameter.device): parameter.device for parameter in parameters.values()}
+    by_device = [
+        {path: parameter for path, parameter in parameters.items() if parameter.device == devices[name]}
+        for name in sorted(devices)
+    ]
+    return tuple(Row(RowLayout.of(here), here) for here in by_device)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

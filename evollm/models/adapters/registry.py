@@ -23,10 +23,12 @@ from evollm.models.adapters.adapter import (
     adapter_tensors,
     delete_adapter,
     first_layer_with,
+    rows_of,
 )
 from evollm.models.adapters.lora_config import check_lora_config, refusal
 from evollm.models.adapters.peft_layers import AdapterLayers
 from evollm.models.adapters.routing import AdapterRouter
+from evollm.models.adapters.rows import Row
 from evollm.models.adapters.targets import check_tensors, resolve_all_linear
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.fingerprints import adapter_fingerprint, canonical_settings
@@ -171,6 +173,7 @@ class AdapterRegistry:
             trainable=trainable,
             first_layer=first_layer_with(parameters.values(), self._layers, self._network.get_output_embeddings()),
             parameters=parameters,
+            rows=rows_of(parameters),
             tensors=adapter_tensors(model, name),
         )
         self._activate_new(name)
@@ -185,10 +188,12 @@ class AdapterRegistry:
         self.peft_model.peft_config[name] = copy.deepcopy(self.config(source))
         copies = self._peft_layers.copy(source, name)
         adapter = self._adapters[source]
+        parameters = {path: copies[id(parameter)] for path, parameter in adapter.parameters.items()}
         self._adapters[name] = replace(
             adapter,
             trainable=trainable,
-            parameters={path: copies[id(parameter)] for path, parameter in adapter.parameters.items()},
+            parameters=parameters,
+            rows=rows_of(parameters),
             tensors={key: copies[id(tensor)] for key, tensor in adapter.tensors.items()},
             owners=1,
             fingerprint=None,
@@ -300,6 +305,10 @@ class AdapterRegistry:
     def parameters(self, name: str) -> Mapping[str, nn.Parameter]:
         """An adapter's parameters by their path in the PEFT model, without the adapter's name."""
         return self._adapters[name].parameters
+
+    def rows(self, name: str) -> Sequence[Row]:
+        """An adapter's parameters as views of one row for each device."""
+        return self._adapters[name].rows
 
     def first_layer(self, names: Sequence[str]) -> int | None:
         """Index of the first repeated layer of the base that holds one of these adapters.

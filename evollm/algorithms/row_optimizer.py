@@ -1,0 +1,113 @@
+"""Optimizers whose parameters are segments of rows, with states for each parameter of the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evollm.models.adapters.rows import Row
+
+
+class Place(NamedTuple):
+    """Where a parameter of an adapter lies: the segment of a row, the position in it, and the shape."""
+
+    segment: nn.Parameter
+    start: int
+    shape: torch.Size
+
+    def part(self, value: Tensor) -> Tensor:
+        """The parameter's part of a value in the segment's state; of a scalar, such as `step`, a copy."""
+        if value.ndim == 0:
+            return value.clone()
+        return value[self.start : self.start + self.shape.numel()].view(self.shape)
+
+
+def places_of(rows: Sequence[Row], paths: Sequence[str]) -> list[Place]:
+    """The places of a parameter group's parameters; they are one segment of each row that has some of them."""
+    found: dict[str, Place] = {}
+    for row in rows:
+        shapes = dict(row.layout.shapes)
+        own = [path for path in paths if path in shapes]
+        if own:
+            segment, begin = row.segment(own), row.layout.segment(own).start
+            found |= {path: Place(segment, row.layout.starts[path] - begin, shapes[path]) for path in own}
+    return [found[path] for path in paths]
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """Mixed into the class of an optimizer that treats each number by itself; to be attached to rows.
+
+    A step then takes as many kernels for an adapter as for one parameter. `state_dict` and `load_state_dict` have the
+    state of each parameter of the adapter, as they would without rows.
+    """
+
+    _rows: Sequence[Row]
+    _places: Sequence[Sequence[Place]]
+
+    def attach(self, rows: Sequence[Row], places: Sequence[Sequence[Place]]) -> None:
+        """Say where the parameters of each parameter group lie."""
+        self._rows, self._places = rows, places
+        self.register_step_pre_hook(lambda *_: self._share_gradients())
+
+    def settle(self) -> None:
+        """Follow parameters that user code has moved."""
+        for row in self._rows:
+            row.settle()
+
+    def _share_gradients(self) -> None:
+        for row in self._rows:
+            row.share_gradient()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set the gradients of the adapter's parameters to 0; they keep their memory."""
+        del set_to_none
+        for row in self._rows:
+            row.zero_gradient()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with that of each parameter as views of the segments' state."""
+        found, states = super().state_dict(), {}
+        for numbers, group, places in zip(self._numbers(), found["param_groups"], self._places, strict=True):
+            group["params"] = numbers
+            for number, place in zip(numbers, places, strict=True):
+                state = self.state.get(place.segment)
+                if state:
+                    states[number] = {name: place.part(value) for name, value in state.items()}
+        return {**found, "state": states}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state of each parameter; the parameters of a segment must all have one, or none."""
+        saved, segments = state_dict["state"], [one for group in self.param_groups for one in group["params"]]
+        states: dict[int, dict[str, Tensor]] = {}
+        for numbers, places in zip(self._numbers(), self._places, strict=True):
+            for number, place in zip(numbers, places, strict=True):
+                state = states.setdefault(next(n for n, one in enumerate(segments) if one is place.segment), {})
+                for name, value in saved.get(number, {}).items():
+                    if value.ndim == 0:
+                        state[name] = value.clone()
+                    else:
+                        whole = state.setdefault(
+                            name, torch.zeros(len(place.segment), dtype=value.dtype, device=value.device)
+                        )
+                        place.part(whole).copy_(value)
+        own = super().state_dict()["param_groups"]
+        groups = [
+            {**group, "params": mine["params"]} for group, mine in zip(state_dict["param_groups"], own, strict=True)
+        ]
+        made = {number: state for number, state in states.items() if state}
+        super().load_state_dict({**state_dict, "state": made, "param_groups": groups})
+
+    def _numbers(self) -> Iterator[list[int]]:
+        """The numbers that a state gives to the parameters of each group."""
+        start = 0
+        for places in self._places:
+            yield list(range(start, start + len(places)))
+            start += len(places)
+
+
+def on_rows(kind: type[torch.optim.Optimizer]) -> Any:
+    """The class of optimizers with `RowOptimizer` mixed in."""
+    return type(kind.__name__, (RowOptimizer, kind), {})

@@ -1,0 +1,219 @@
+"""The parameters of an adapter as views of one tensor, its row, and their gradients as views of another one.
+
+What is done to all parameters alike, such as clipping, an optimizer's step or a copy, is then done to one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from evollm.errors import ConfigurationError
+
+# Parameters begin at multiples of this many numbers, since the bits of a matrix product may depend on the alignment.
+_ALIGNMENT = 32
+# The kinds of parameters that LoRA+ tells apart, in the order of a row.
+KINDS = ("A", "embedding", "B", "bias")
+
+
+def kind_of_parameters(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """The kind, one of `KINDS`, of an adapter's parameters by their path, as in PEFT's `create_loraplus_optimizer`."""
+    embeddings = {_layer(path) for path in parameters if ".lora_embedding_" in path}
+    kinds = {}
+    for path, parameter in parameters.items():
+        kind = "A"
+        if _layer(path) in embeddings:
+            kind = "embedding"
+        elif "lora_B" in path or parameter.ndim == 1:
+            kind = "bias" if "bias" in path else "B"
+        kinds[path] = kind
+    return kinds
+
+
+def _layer(path: str) -> str:
+    """The path of the layer that an adapter's parameter belongs to."""
+    return path.rpartition(".lora_")[0]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where each parameter of an adapter lies in a row.
+
+    Attributes:
+        shapes: Path and shape of each parameter, in the row's order; those of a kind stand side by side.
+    """
+
+    shapes: tuple[tuple[str, torch.Size], ...]
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Tensor]) -> RowLayout:
+        """The layout of these parameters."""
+        kinds = kind_of_parameters(parameters)
+        paths = sorted(parameters, key=lambda path: KINDS.index(kinds[path]))
+        return cls(tuple((path, parameters[path].shape) for path in paths))
+
+    @cached_property
+    def starts(self) -> Mapping[str, int]:
+        """The position of each parameter's first number."""
+        starts, position = {}, 0
+        for path, shape in self.shapes:
+            starts[path] = position
+            position += -(-shape.numel() // _ALIGNMENT) * _ALIGNMENT
+        return starts
+
+    @cached_property
+    def size(self) -> int:
+        """P, the numbers of a row: those of all parameters, and zeros between them."""
+        path, shape = self.shapes[-1]
+        return self.starts[path] + -(-shape.numel() // _ALIGNMENT) * _ALIGNMENT
+
+    def segment(self, paths: Collection[str]) -> slice:
+        """The part of a row with these parameters, which must stand side by side in it."""
+        starts, own = [*self.starts.values(), self.size], set(paths)
+        numbers = [number for number, (path, _) in enumerate(self.shapes) if path in own]
+        assert numbers == list(range(numbers[0], numbers[0] + len(own)))
+        return slice(starts[numbers[0]], starts[numbers[-1] + 1])
+
+    def views(self, row: Tensor) -> dict[str, Tensor]:
+        """The parameters' views of a row (P,) by path."""
+        starts = self.starts
+        return {path: row[starts[path] : starts[path] + shape.numel()].view(shape) for path, shape in self.shapes}
+
+
+class Row:
+    """The parameters of an adapter on one device.
+
+    The parameters are the truth: their objects stay the same, and their values and gradients, wherever user code has
+    put them, go into the row when it is next asked for.
+
+    Args:
+        layout: Where the parameters lie.
+        parameters: The parameters by path.
+
+    Attributes:
+        values: (P,) the parameters; as of `settle`.
+        pinned: Whether the row must stay where it is, since somebody else writes to its memory.
+    """
+
+    def __init__(self, layout: RowLayout, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.layout = layout
+        self.pinned = False
+        self._parameters = [parameters[path] for path, _ in layout.shapes]
+        self._offsets = [layout.starts[path] for path, _ in layout.shapes]
+        self._segments: dict[tuple[int, int], nn.Parameter] = {}
+        self._gradient: Tensor | None = None
+        self.values = torch.empty(0)
+        self._collect()
+
+    def settle(self) -> Tensor:
+        """(P,) the row; parameters that user code has moved, by `model.to(device)` for example, are put into it again.
+
+        Raises:
+            ConfigurationError: They are on several devices or in several types now.
+        """
+        start, size = self.values.data_ptr(), self.values.element_size()
+        for parameter, offset in zip(self._parameters, self._offsets, strict=True):
+            if parameter.data_ptr() != start + size * offset:
+                self._collect()
+                break
+        return self.values
+
+    @torch.no_grad()
+    def _collect(self) -> None:
+        """Make a new row of the parameters' values."""
+        kinds = {(parameter.device, parameter.dtype) for parameter in self._parameters}
+        if len(kinds) > 1:
+            fix = "an adapter's parameters were moved apart: move the base as a whole, or before agents are built on it"
+            raise ConfigurationError("actor_network", sorted(map(str, kinds)), fix)
+        values = self.values if self.pinned else self._parameters[0].new_zeros(self.layout.size)
+        for parameter, view in zip(self._parameters, self.layout.views(values).values(), strict=True):
+            view.copy_(parameter)
+        self._point(values)
+
+    @torch.no_grad()
+    def move_to(self, values: Tensor) -> None:
+        """Copy the row to a tensor (P,), where the parameters lie from now on."""
+        values.copy_(self.settle())
+        self._point(values)
+
+    def pin(self, values: Tensor) -> None:
+        """Move the row to a tensor (P,) for good: others write to its memory, too."""
+        self.move_to(values)
+        self.pinned = True
+
+    def _point(self, values: Tensor) -> None:
+        self.values = values
+        for parameter, view in zip(self._parameters, self.layout.views(values).values(), strict=True):
+            parameter.data = view
+        for (start, stop), segment in self._segments.items():
+            segment.data = values[start:stop]
+
+    def segment(self, paths: Collection[str]) -> nn.Parameter:
+        """These parameters, which stand side by side, as one for an optimizer; it follows the row.
+
+        `share_gradient` gives it their gradient.
+        """
+        where = self.layout.segment(paths)
+        key = where.start, where.stop
+        if key not in self._segments:
+            self._segments[key] = nn.Parameter(self.values[where])
+        return self._segments[key]
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """(P,) the gradient, in which the parameters' `grad` lies from now on; 0 where a parameter has none."""
+        if self._gradient is not None and self._holds_gradients(self._gradient):
+            return self._gradient
+        gradient = torch.zeros_like(self.settle())
+        for parameter, view in zip(self._parameters, self.layout.views(gradient).values(), strict=True):
+            if parameter.grad is not None:
+                view.copy_(parameter.grad)
+        self._point_gradient(gradient)
+        return gradient
+
+    def _holds_gradients(self, gradient: Tensor) -> bool:
+        start, size = gradient.data_ptr(), gradient.element_size()
+        for parameter, offset in zip(self._parameters, self._offsets, strict=True):
+            if parameter.grad is None or parameter.grad.data_ptr() != start + size * offset:
+                return False
+        return gradient.device == self.values.device
+
+    def _point_gradient(self, gradient: Tensor) -> None:
+        self._gradient = gradient
+        for parameter, view in zip(self._parameters, self.layout.views(gradient).values(), strict=True):
+            parameter.grad = view
+
+    def share_gradient(self) -> None:
+        """Give the segments the parameters' gradient."""
+        gradient = self.gradient()
+        for (start, stop), segment in self._segments.items():
+            segment.grad = gradient[start:stop]
+
+    def zero_gradient(self) -> Tensor:
+        """(P,) the gradient, set to 0."""
+        if self._gradient is None or not self._holds_gradients(self._gradient):
+            for parameter in self._parameters:
+                parameter.grad = None
+        return self.gradient().zero_()
+
+
+@torch.no_grad()
+def clip_gradient(rows: Sequence[Row], max_norm: float) -> Tensor:
+    """Scale an adapter's gradient down to a norm of `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Returns:
+        The norm before, a scalar. Where it is not finite, neither is the gradient.
+    """
+    gradients = [row.gradient() for row in rows]
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    norm: Tensor = norms[0]
+    if len(norms) > 1:
+        norm = torch.linalg.vector_norm(torch.stack([one.to(norm.device) for one in norms]))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))
+    return norm
