@@ -251,11 +251,13 @@ def _decides(population: Sequence[SavableAgent], options: RunOptions) -> bool:
 
 def _check_evolution(population: Sequence[SavableAgent], options: RunOptions, schedule: Schedule) -> None:
     if schedule.evolve_every is not None and schedule.evolve_every >= schedule.total and _decides(population, options):
-        if options.evo_steps is None:
-            fix = "evolution comes between epochs: use at least 2, or give evo_steps"
-            raise ConfigurationError("num_epochs", options.num_epochs or 1, fix)
-        fix = f"the run ends after {schedule.total} steps, before it could evolve: lower evo_steps, or raise num_epochs"
-        raise ConfigurationError("evo_steps", options.evo_steps, fix)
+        total = schedule.total
+        length, value = ("max_steps", total) if options.max_steps == total else ("num_epochs", options.num_epochs or 1)
+        ends = f"the run ends after {total} step{'' if total == 1 else 's'}, before it could evolve"
+        if total == 1 or options.evo_steps is None:
+            # `tune` gives an `evo_steps` of its own, which is 1 here.
+            raise ConfigurationError(length, value, f"{ends}: raise it{'' if total == 1 else ', or give evo_steps'}")
+        raise ConfigurationError("evo_steps", options.evo_steps, f"{ends}: lower it, or raise {length}")
     config = population[0].hp_config
     for agent in population:
         if agent.hp_config != config:

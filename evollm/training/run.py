@@ -169,21 +169,30 @@ class Run:
         Raises:
             ConfigurationError: The first plan of the search is invalid; no agent has been changed.
         """
-        births = None
-        if self.search is not None:
-            founders = self.progress.founders
-            assert self.schedule.evolve_every is not None
-            budget = self.options.budget and self._prices.search_budget(self.options.budget, len(founders))
-            interval, rows = self.schedule.evolve_every, self.rows["test"]
-            start = SearchStart(founders, self._hp_config, interval, budget or None, rows)
-            plan = self._of_main(self.search.start(start))
-            check_start(plan, start)
-            given = {birth.index for birth in founders}
+        births, plan = None, self.first_plan()
+        if plan is not None:
+            given = {birth.index for birth in self.progress.founders}
             # A birth with the index of a given agent keeps that agent, even with other hyperparameters.
             births = [replace(birth, parent=birth.index if birth.index in given else None) for birth in plan.births]
             self.progress.founders = list(plan.births)
             self.progress.due, self.progress.due_rows = plan.steps, plan.rows
         self.executor.begin(births, moving_references=self.options.update_reference_each_epoch)
+
+    def first_plan(self) -> SearchPlan | None:
+        """Reset the search and return its first plan, before the run begins; None if there is no search.
+
+        Raises:
+            ConfigurationError: The plan is invalid.
+        """
+        if self.search is None:
+            return None
+        founders, interval = self.progress.founders, self.schedule.evolve_every
+        assert interval is not None
+        budget = self.options.budget and self._prices.search_budget(self.options.budget, len(founders))
+        start = SearchStart(founders, self._hp_config, interval, budget or None, self.rows["test"])
+        plan = self._of_main(self.search.start(start))
+        check_start(plan, start)
+        return plan
 
     def resume(self) -> None:
         """Load the newest undamaged checkpoint of the run; without any checkpoint the run starts at step 0.

@@ -27,8 +27,7 @@ def describe(setup: Setup) -> str:
     if schedule.evolve_every is not None:
         generations = -(-schedule.total // schedule.evolve_every)
         if "search" in setup.loop:
-            name = describe_search(setup.loop["search"])["name"]
-            lines.append(f"search: {name}, which first decides after {schedule.evolve_every} steps")
+            lines.append(f"search: {_search(setup)}")
         else:
             each = f"{generations} of {schedule.evolve_every} steps"
             lines.append(f"generations: {each}, with an evolution between each two")
@@ -46,6 +45,14 @@ def describe(setup: Setup) -> str:
     saves = f"every {schedule.checkpoint_every} steps" if schedule.checkpoint_every else "none"
     lines.append(f"checkpoints: {saves}")
     return "\n".join(lines)
+
+
+def _search(setup: Setup) -> str:
+    name, plan = describe_search(setup.loop["search"])["name"], setup.run.first_plan()
+    assert plan is not None
+    fewer = f", with {len(plan.births)} of the agents" if len(plan.births) < len(setup.agents) else ""
+    decides = plan.steps is not None and plan.steps < setup.schedule.total
+    return f"{name}{fewer}, which {f'first decides after {plan.steps} steps' if decides else 'never decides'}"
 
 
 def _bounds(parameter: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import only_writer
@@ -12,8 +13,10 @@ from evollm.errors import DivergedError
 from evollm.execution.executor import check_going
 from evollm.execution.generators import global_generators, set_global_generators
 from evollm.execution.worker import learn_all
+from evollm.hpo import Result
 from evollm.inspection.forecast import REFERENCE_SHARE, TIMED_TOKENS, usual_pairs
 from evollm.inspection.printing import rough_duration
+from evollm.training.run import Run
 from evollm.tuning.setup import Setup
 
 # A step on a full batch is timed only if its estimate is at most this many seconds.
@@ -49,11 +52,14 @@ def rehearse(setup: Setup) -> str:
         set_global_generators(generators)
     left = setup.schedule.total - run.step
     going_on = f", of which {left} steps are left" if run.step else ""
-    learners = [member.hyperparameters for member in run.executor.members()]
-    account = run.progress.account
-    fitting = run.limits.steps_that_fit(account, run.step, learners, left)
-    going_on += f", for the {fitting} steps that fit in its limits" if fitting < left else ""
-    seconds = min(per_token * _passes(setup, fitting), run.limits.seconds_left(account))
+    account, members = run.progress.account, run.executor.members()
+    learners = [member.hyperparameters for member in members]
+    # Of all members, while a search may drop some.
+    most = left * len(members)
+    fitting = _cut(_spans(run), len(members) * run.limits.steps_that_fit(account, run.step, learners, most))
+    steps = sum(span.steps for span in fitting)
+    going_on += f", for the {steps} steps that fit in its limits" if steps < left else ""
+    seconds = min(per_token * _passes(setup, fitting) / len(members), run.limits.seconds_left(account))
     return f"time: about {rough_duration(seconds)} on this machine{going_on}, without sample answers and saving ({how})"
 
 
@@ -85,18 +91,63 @@ def _timed(population: Sequence[SavableAgent], rows: Sequence[Sample]) -> float:
     return time.perf_counter() - start
 
 
-def _passes(setup: Setup, steps: int) -> float:
-    """Tokens that each agent learns from, plus forward-only tokens weighted by the relative cost of a forward pass."""
-    env, schedule, agents = setup.env, setup.schedule, len(setup.agents)
+@dataclass(frozen=True)
+class Span:
+    """Steps between two decisions: how many members make how many, and on which share of the rows they are compared."""
+
+    members: int
+    steps: int
+    share: float = 1.0
+
+
+def _spans(run: Run) -> list[Span]:
+    """The steps that are left, with the members of each plan that the search makes of results of no meaning.
+
+    A search that cannot plan from such results is taken to keep its members.
+    """
+    progress, step, total, all_rows = run.progress, run.step, run.schedule.total, max(1, run.rows["test"])
+    births, due, rows = progress.births, progress.due, progress.due_rows
+    spans = []
+    while run.search is not None and due is not None and due < total:
+        spans.append(Span(len(births), due - step, min(1.0, (rows or all_rows) / all_rows)))
+        step = due
+        results = [
+            Result(birth.index, (-float(place),), birth.hyperparameters, step) for place, birth in enumerate(births)
+        ]
+        try:
+            plan = run.search.tell(results)
+        except Exception:  # Whatever a user's search raises.
+            break
+        births, due, rows = plan.births, plan.steps and step + plan.steps, plan.rows
+    return [*spans, Span(len(births), total - step)]
+
+
+def _cut(spans: Sequence[Span], member_steps: int) -> list[Span]:
+    """As much of the spans as fits in so many steps of members."""
+    found = []
+    for span in spans:
+        fitting = replace(span, steps=min(span.steps, member_steps // span.members))
+        found.append(fitting)
+        if fitting.steps < span.steps:
+            break
+        member_steps -= span.members * span.steps
+    return found
+
+
+def _passes(setup: Setup, spans: Sequence[Span]) -> float:
+    """Tokens that members learn from, plus forward-only tokens weighted by the relative cost of a forward pass."""
+    env, schedule = setup.env, setup.schedule
     train, test, final = (_tokens(pairs) for pairs in (env.train_pairs, env.test_pairs, env.final_pairs))
-    learnt = train * steps / schedule.epoch
-    every = schedule.evolve_every or schedule.total
-    last_steps = range(schedule.total - steps + 1, schedule.total + 1)
-    evaluations = sum(schedule.evaluates_at(step, decides=step % every == 0) for step in last_steps)
+    learnt = train * sum(span.members * span.steps for span in spans) / schedule.epoch
+    evaluations, step = 0.0, schedule.total - sum(span.steps for span in spans)
+    for span in spans:
+        asked = [schedule.evaluates_at(one, decides=False) for one in range(step + 1, step + span.steps)]
+        evaluations += span.members * (sum(asked) + span.share)
+        step += span.steps
     # Three agents are scored once: the first before training, the best and the second-best after training.
     scored_once = 3 * (final or test)
     references = train + test + final if setup.algorithm.has_reference else 0
-    forward = evaluations * test + (scored_once + references) / agents
+    forward = evaluations * test + scored_once + references
     return learnt + REFERENCE_SHARE / int(setup.agents[0].update_epochs) * forward
 
 

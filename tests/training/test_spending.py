@@ -383,12 +383,14 @@ def test_members_that_a_decision_would_add_are_paid_for(run, make_population, tm
 
 def test_a_rehearsal_counts_the_steps_that_fit_in_the_limits(make_model, tokenizer) -> None:
     arguments = {"tokenizer": tokenizer, "population": 2, "num_epochs": 10, "verbose": False, "evo_steps": 10}
-    arguments["search"] = "tournament"
 
     def said(**limits) -> str:
-        return validate(make_model(), make_rows(30), **arguments, data_batch_size_per_gpu=4, **limits).splitlines()[-1]
+        settings = {"search": "tournament", **arguments, "data_batch_size_per_gpu": 4, **limits}
+        return validate(make_model(), make_rows(30), **settings).splitlines()[-1]
 
     assert "fit in its limits" not in said()
+    # A race that its budget holds is not said to end early.
+    assert "fit in its limits" not in said(search="racing", budget=1.9)
     assert "for the 7 steps that fit in its limits" in said(max_member_steps=15)
     (fitting,) = re.findall(r"for the (\d+) steps that fit in its limits", said(budget=1.0))
     # Half of 60 steps, less the evaluations and scores of the second agent.

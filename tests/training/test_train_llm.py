@@ -321,7 +321,7 @@ def bad_run(make_population, tokenizer, **changes):
         ({"num_sample_answers": -1}, "num_sample_answers=-1"),
         ({"tournament": 4}, "tournament=4"),
         ({"mutation": 4}, "mutation=4"),
-        ({"num_epochs": 1}, "num_epochs=1: evolution comes between epochs"),
+        ({"num_epochs": 1}, "num_epochs=1: the run ends after 3 steps, before it could evolve: raise it"),
         ({"num_epochs": 1, "test_rows": None}, "test_dataset"),
         ({"evo_steps": 100}, "evo_steps=100: the run ends after 9 steps"),
         ({"fitness": "acuracy"}, "fitness='acuracy': is no fitness of this algorithm; the nearest is 'accuracy'"),
