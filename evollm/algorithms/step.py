@@ -26,6 +26,7 @@ from evollm.models.engine import Engine, Item
 from evollm.models.flops import TRAINING
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, pieces_of
+from evollm.models.upload import upload
 from evollm.processes import Processes
 
 A = TypeVar("A", bound=LLMAgent)
@@ -73,7 +74,8 @@ class Linearised:
     def loss(self, rows: Sequence[int], policy: MemberLogprobs) -> Tensor:
         """The contribution of these rows to the linearised loss."""
         index = self.gradient.index_of(piece._replace(row=rows[piece.row]) for piece in policy.pieces)
-        found = (self.gradient.values[0, index].to(policy.values) * policy.values).sum()
+        gradient = upload(self.gradient.values[0, index].to(policy.values.dtype), policy.values.device)
+        found = (gradient * policy.values).sum()
         if self.gradient.loads is None or policy.loads is None:
             return found
         return found + (self.gradient.loads[0, list(rows)].to(policy.loads) * policy.loads).sum().to(found)

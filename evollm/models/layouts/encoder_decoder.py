@@ -22,6 +22,7 @@ from evollm.models.grouping import padded_groups
 from evollm.models.load_balancing import Span
 from evollm.models.logprobs import Pieces, linear_head, padded, pieces_of
 from evollm.models.readings import LOGPROBS, Reading
+from evollm.models.upload import upload_arrays
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class LaidOutEncoderDecoder:
         prompt_mask: (E, P) 1 for tokens, 0 for padding.
         decoder_ids: (S, T) the start token and each completion without its last token, padded on the right.
         decoder_mask: (S, T) 1 for tokens, 0 for padding.
-        predicting: (S, T) True where the input predicts a scored token of the completion.
+        predicting: (C,) indices of the inputs, among the S T of all, that predict a scored token.
         targets: (C,) the scored tokens of all completions.
         rows: (S,) rows of the completions' samples.
     """
@@ -77,16 +78,16 @@ class LaidOutEncoderDecoder:
         sides = [batch[piece.row].completions[piece.place] for piece in self.pieces]
         rows = range(len(batch)) if layout.shared_prompt else [piece.row for piece in self.pieces]
         first = np.array([layout.start])
-
-        def tensor(array: np.ndarray[Any, Any]) -> Tensor:
-            return torch.from_numpy(array).to(layout.device)
-
-        self.prompt_ids, self.prompt_mask = map(tensor, padded([batch[row].prompt_ids for row in rows]))
-        shifted = [np.concatenate([first, side.ids[:-1]]) for side in sides]
-        self.decoder_ids, self.decoder_mask = map(tensor, padded(shifted))
-        self.predicting = tensor(padded([side.scored for side in sides])[0]).bool()
-        self.targets = tensor(np.concatenate([side.ids[side.scored] for side in sides]))
-        self.rows = tensor(np.array([piece.row for piece in self.pieces]))
+        prompts = padded([batch[row].prompt_ids for row in rows])
+        decoded = padded([np.concatenate([first, side.ids[:-1]]) for side in sides])
+        # Indices rather than a mask, of which a GPU would have to tell the host how many inputs it selects.
+        predicting = np.flatnonzero(padded([side.scored for side in sides])[0])
+        targets = np.concatenate([side.ids[side.scored] for side in sides])
+        arrays = *prompts, *decoded, predicting, targets, np.array([piece.row for piece in self.pieces])
+        tables = upload_arrays([array.ravel() for array in arrays], layout.device)
+        self.prompt_ids, self.prompt_mask = (table.view(prompts[0].shape) for table in tables[:2])
+        self.decoder_ids, self.decoder_mask = (table.view(decoded[0].shape) for table in tables[2:4])
+        self.predicting, self.targets, self.rows = tables[4:]
 
     @property
     def num_tokens(self) -> int:
@@ -106,14 +107,18 @@ class LaidOutEncoderDecoder:
             "use_cache": False,
             **self._encoder_inputs(network, num_members),
         }
-        predicting = self.predicting.repeat(num_members, 1)  # (M S, T)
         targets = self.targets.repeat(num_members)
         if not self._layout.tiled_head:
-            return reading.of_logits(network(**inputs).logits[predicting], targets).view(num_members, -1)
+            return reading.of_logits(self._predicting(network(**inputs).logits), targets).view(num_members, -1)
         head = linear_head(network)
         with _identity(head):
-            hidden = network(**inputs).logits[predicting]  # (M C, D)
+            hidden = self._predicting(network(**inputs).logits)  # (M C, D)
         return reading.of_hidden(hidden, head, targets).view(num_members, -1)
+
+    def _predicting(self, outputs: Tensor) -> Tensor:
+        """(M S, T, D) -> (M C, D), the outputs that predict a scored token."""
+        of_members = outputs.reshape(-1, self.decoder_ids.numel(), outputs.shape[-1])
+        return of_members.index_select(1, self.predicting).flatten(0, 1)
 
     def _encoder_inputs(self, network: Any, num_members: int) -> dict[str, Any]:
         """The encoder's inputs for each decoder sequence, or the shared output of one encoder pass."""

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from evollm.models.layouts.layout import Layout
 from evollm.models.load_balancing import Span
 from evollm.models.logprobs import Pieces, pieces_of
 from evollm.models.readings import LOGPROBS, Reading
+from evollm.models.upload import upload
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class LaidOutAlone:
             for completion in sample.completions:
                 values = self._layout.logprobs(network, sample.prompt_ids, completion.ids, device, reading)
                 if completion.mask is not None:
-                    values = values[torch.from_numpy(completion.mask).to(device)]
+                    values = values.index_select(0, upload(torch.from_numpy(np.flatnonzero(completion.mask)), device))
                 found.append(values)
         return torch.cat(found).unsqueeze(0)
 

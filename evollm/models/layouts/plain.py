@@ -26,6 +26,7 @@ from evollm.models.logprobs import (
     pieces_of,
 )
 from evollm.models.readings import LOGPROBS, Reading
+from evollm.models.upload import upload_arrays
 
 
 @dataclass(frozen=True)
@@ -131,22 +132,25 @@ class LaidOutPlain:
     def read(self, network: Any, num_members: int, reading: Reading = LOGPROBS) -> Tensor:
         """(1, C) log-probs, or what else `reading` reads."""
         assert num_members == 1
-        sequences, device = self._sequences, self._layout.device
-        input_ids = torch.from_numpy(sequences.input_ids).to(device)
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": torch.from_numpy(sequences.attention_mask).to(device),
-            "use_cache": False,
-        }
-        if self._layout.explicit_positions and "position_ids" in inspect.signature(network.forward).parameters:
-            inputs["position_ids"] = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
-        mask = torch.from_numpy(sequences.completion_mask).to(device)
+        ids, scored = self._sequences.input_ids, self._sequences.completion_mask
+        columns = np.flatnonzero(scored.any(axis=0))
+        # Indices of the C tokens rather than masks, of which a GPU would have to tell the host how many they select.
+        sequence, position = np.nonzero(scored)
         if self._layout.tiled_head:
-            hidden = hidden_states(network, inputs)[:, :-1][mask]  # (C, D)
-            return reading.of_hidden(hidden, linear_head(network), input_ids[:, 1:][mask]).unsqueeze(0)
-        columns = torch.from_numpy(np.flatnonzero(sequences.completion_mask.any(axis=0))).to(device)
-        found = reading.of_logits(logits_at(network, inputs, columns), input_ids[:, columns + 1])
-        return found[mask[:, columns]].unsqueeze(0)
+            index, targets = sequence * ids.shape[1] + position, ids[sequence, position + 1]
+        else:
+            index, targets = sequence * len(columns) + np.searchsorted(columns, position), ids[:, columns + 1]
+        arrays = [array.ravel() for array in (ids, self._sequences.attention_mask, index, targets, columns)]
+        input_ids, attention_mask, kept, wanted, at = upload_arrays(arrays, self._layout.device)
+        input_ids, attention_mask = input_ids.view(ids.shape), attention_mask.view(ids.shape)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self._layout.explicit_positions and "position_ids" in inspect.signature(network.forward).parameters:
+            inputs["position_ids"] = torch.arange(ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if self._layout.tiled_head:
+            hidden = hidden_states(network, inputs).flatten(0, 1).index_select(0, kept)  # (C, D)
+            return reading.of_hidden(hidden, linear_head(network), wanted).unsqueeze(0)
+        found = reading.of_logits(logits_at(network, inputs, at), wanted.view(targets.shape))
+        return found.flatten().index_select(0, kept).unsqueeze(0)
 
     def spans(self) -> list[Span]:
         """For each sequence a span of its tokens and a span of its padding."""
