@@ -16,6 +16,9 @@ from evollm.models.shared_base import SharedBase
 
 # Tokens in a pass, by device type and training, beyond which its speed per token no longer grows.
 _ENOUGH_TOKENS = {("cpu", True): 1024, ("cpu", False): 2048, ("cuda", True): 16384, ("cuda", False): 32768}
+# Budgets are multiples of this many tokens, by device type, so that a little more free memory changes no pass. Without
+# an entry they are powers of two.
+_STEP = {"cuda": 1024}
 # Rows whose log-probs are computed at a time without gradients, by device type: enough to fill passes of that size.
 # Without an entry, as many as are trained on at a time.
 _ROWS_AT_A_TIME = {"cuda": 64}
@@ -59,7 +62,7 @@ def count_saved_bytes(*, keep: bool = True) -> Iterator[SavedBytes]:
 
 
 def default_budget(base: SharedBase, saved_per_token: float, *, training: bool, tiled: bool) -> int:
-    """Tokens of a pass: enough for full speed if they fit into the free memory; a power of two.
+    """Tokens of a pass: enough for full speed if they fit into the free memory; see `tokens_in_flight`.
 
     Args:
         base: The base.
@@ -72,9 +75,16 @@ def default_budget(base: SharedBase, saved_per_token: float, *, training: bool, 
 
 
 def tokens_in_flight(affordable: int, device_type: str, *, training: bool) -> int:
-    """Tokens of a pass, as of `default_budget`, if `affordable` tokens fit into the free memory."""
-    tokens, enough = _FEWEST_TOKENS, _enough_tokens(device_type, training=training)
-    while 2 * tokens <= min(enough, affordable):
+    """Tokens of a pass, as of `default_budget`, if `affordable` tokens fit into the free memory.
+
+    On a CPU a power of two, on a GPU a multiple of 1024, or a power of two below it.
+    """
+    most = min(affordable, _enough_tokens(device_type, training=training))
+    step = _STEP.get(device_type)
+    if step and most >= step:
+        return most // step * step
+    tokens = _FEWEST_TOKENS
+    while 2 * tokens <= most:
         tokens *= 2
     return tokens
 

@@ -51,6 +51,36 @@ def free(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("affordable", "on_a_cpu", "on_a_card"),
+    # A card of 80 GB affords 5525 tokens of a model of 7B: three members with 8 pairs of 210 tokens, not two.
+    [
+        (0, 256, 256),
+        (1000, 512, 512),
+        (1024, 1024, 1024),
+        (5525, 1024, 5120),
+        (14_299, 1024, 13_312),
+        (10**6, 1024, 16_384),
+    ],
+)
+def test_a_budget_on_a_card_is_a_multiple_of_1024_and_on_a_cpu_a_power_of_two(
+    affordable: int, on_a_cpu: int, on_a_card: int
+) -> None:
+    assert budget.tokens_in_flight(affordable, "cpu", training=True) == on_a_cpu
+    assert budget.tokens_in_flight(affordable, "cuda", training=True) == on_a_card
+
+
+def test_a_head_in_tiles_leaves_less_memory_to_the_activations_of_a_card(monkeypatch, free) -> None:
+    free(2**30)
+    base = make_agent().base
+    tokens = [budget.affordable_tokens(base, 1000.0, tiled=True)]
+    monkeypatch.setattr(budget, "extra_bytes", lambda device: 2**29)
+    tokens += [budget.affordable_tokens(base, 1000.0, tiled=True)]
+    assert tokens[1] == pytest.approx(tokens[0] / 2, rel=0.01)
+    monkeypatch.setattr(budget, "extra_bytes", lambda device: 2**31)
+    assert budget.affordable_tokens(base, 1000.0, tiled=True) == 0
+
+
+@pytest.mark.parametrize(
     ("affordable", "device", "token_budget", "longest", "recompute"),
     [
         # A quarter of what is enough there.
