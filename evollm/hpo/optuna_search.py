@@ -58,6 +58,7 @@ class OptunaSearch:
         if len(start.founders) == 1:
             raise ConfigurationError("search", self, "there is one agent: give several, since the best one is kept")
         self._founders, self._interval = list(start.founders), start.interval
+        self._next_index = start.next_index
         self._begin()
         return SearchPlan(tuple(start.founders), self._interval)
 
@@ -68,7 +69,6 @@ class OptunaSearch:
             self._study = optuna.create_study(direction="maximize", sampler=_sampler(optuna, self))
             for birth in self._founders:
                 self._study.enqueue_trial({name: birth.hyperparameters[name] for name in self._config})
-        self._next_index = 1 + max(birth.index for birth in self._founders)
         # The index of the kept agent, None before the first decision, and the fitness of its trial.
         self._best: tuple[int, Fitness] | None = None
         # How all trials ended that have ended, as Optuna was told: for each decision, in the order of the trials.

@@ -15,7 +15,8 @@ from evollm.hpo.pb2 import PB2
 from evollm.hpo.population_based_training import PopulationBasedTraining
 from evollm.hpo.racing_search import Racing
 from evollm.hpo.random_search import RandomSearch
-from evollm.hpo.search import Search, check_search
+from evollm.hpo.search import Search
+from evollm.hpo.search_checks import check_search
 from evollm.hpo.successive_halving import SuccessiveHalving
 from evollm.hpo.tournament import TournamentSearch
 

@@ -19,7 +19,7 @@ from evollm.hpo import (
     guards_of,
     search_of,
 )
-from evollm.hpo.search import describe_search
+from evollm.hpo.search_checks import describe_search
 
 _EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 _LIMITS = ("budget", "max_member_steps", "max_hours")

@@ -24,7 +24,7 @@ from evollm.hpo import (
     as_fitness,
     is_finite,
 )
-from evollm.hpo.search import check_plan, check_start
+from evollm.hpo.search_checks import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
 from evollm.runs.spent import Spent
 from evollm.training.ending import best_of, close_callbacks, end, final_split

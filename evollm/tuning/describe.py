@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evollm.hpo import format_value
-from evollm.hpo.search import describe_search
+from evollm.hpo.search_checks import describe_search
 from evollm.report import few_rows
 from evollm.tuning.setup import Setup
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from evollm.hpo import STRATEGIES, Birth, HyperparameterConfig, Result, RLParameter, SearchPlan, SearchStart
-from evollm.hpo.search import check_plan, check_start
+from evollm.hpo.search_checks import check_plan, check_start
 
 CONFIG = HyperparameterConfig(
     lr=RLParameter(1e-5, 1e-2),

@@ -20,7 +20,8 @@ from evollm.hpo import (
     TournamentSearch,
     TournamentSelection,
 )
-from evollm.hpo.search import check_plan, check_start, describe_search, is_taken
+from evollm.hpo.search import is_taken
+from evollm.hpo.search_checks import check_plan, check_start, describe_search
 
 LOW = Result(0, (0.5,), {**VALUES, "lr": 1e-4, "batch_size": 2, "loss_type": "ipo"})
 HIGH = Result(1, (0.6,), {**VALUES, "lr": 1e-2, "batch_size": 6, "loss_type": "hinge", "beta": 0.4})

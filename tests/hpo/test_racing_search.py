@@ -9,7 +9,8 @@ import pytest
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import Birth, Evaluation, HyperparameterConfig, Racing, Result, RLParameter, SearchPlan, SearchStart
 from evollm.hpo.racing_search import spread
-from evollm.hpo.search import SearchBudget, check_plan
+from evollm.hpo.search import SearchBudget
+from evollm.hpo.search_checks import check_plan
 
 VALUES = {"lr": 1e-3, "beta": 0.1}
 CONFIG = HyperparameterConfig(lr=RLParameter(1e-5, 1e-1))

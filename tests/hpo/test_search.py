@@ -8,7 +8,7 @@ import pytest
 
 from evollm.errors import CheckpointError, ConfigurationError, DivergedError
 from evollm.hpo import Birth, Mutation, Result, SearchPlan, SearchStart, SuccessiveHalving, TournamentSearch
-from evollm.hpo.search import check_plan, describe_search
+from evollm.hpo.search_checks import check_plan, describe_search
 
 VALUES = {"lr": 1e-3, "loss_type": "sigmoid"}
 
