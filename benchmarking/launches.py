@@ -9,9 +9,10 @@ values or a card: the probe and the trial of the flash kernel count as passed, a
 80 GB beside the base.
 
 The parts: `forward`, the network without its head; `head`, both ways; `backward`, of all but the head; `loss`, from
-log-probs of tokens to losses and metrics; `update`, gradients, clipping and optimizer. `switched` is how often one of
-PEFT's layers was told which adapter is active. `references` and `scoring` are the kernels for the log-probs of 64
-further pairs, under the one reference and under all members.
+log-probs of tokens to losses and metrics; `update`, gradients, clipping and optimizer. `blocking` are copies that the
+host waits for, `queued` those that it does not wait for. `switched` is how often one of PEFT's layers was told which
+adapter is active. `references` and `scoring` are the kernels for the log-probs of 64 further pairs, under the one
+reference and under all members.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -100,7 +102,7 @@ def count_step(shape: str, members: int, pairs: int) -> Row:
             counts.clear()
             with _switches() as switched:
                 learn_together(agents, batch)
-            step = Counts(counts.kernels.copy(), counts.copies.copy())
+            step = deepcopy(counts)
             rows = tokens.batch(rows_at_a_time(CARD.type, pairs), min(vocabulary, 1000), seed=1)
             counts.clear()
             agents[0].reference_logprobs(rows)
@@ -123,6 +125,7 @@ def count_step(shape: str, members: int, pairs: int) -> Row:
         **parts,
         "kernels": step.kernels.total(),
         "blocking": step.copies.total(),
+        "queued": step.queued.total(),
         "switched": len(switched),
         "rows": len(rows),
         "references": references,
@@ -186,7 +189,7 @@ def _switches() -> Iterator[list[object]]:
         yield told
 
 
-_COLUMNS = ("passes", *PARTS, "kernels", "blocking", "switched", "references", "scoring")
+_COLUMNS = ("passes", *PARTS, "kernels", "blocking", "queued", "switched", "references", "scoring")
 HEADER = f"{'shape':>6}" + "".join(f"{name:>11}" for name in _COLUMNS)
 
 

@@ -62,15 +62,17 @@ class Counts:
     Attributes:
         kernels: Number of each kind of kernel.
         copies: Number of each kind of blocking copy.
+        queued: Number of each kind of copy that nobody waits for.
     """
 
     kernels: Counter[Call] = field(default_factory=Counter)
     copies: Counter[Call] = field(default_factory=Counter)
+    queued: Counter[Call] = field(default_factory=Counter)
 
     def clear(self) -> None:
         """Begin anew."""
-        self.kernels.clear()
-        self.copies.clear()
+        for counter in (self.kernels, self.copies, self.queued):
+            counter.clear()
 
 
 # From the frame of the caller to the part of a step and the place in the code.
@@ -193,9 +195,8 @@ class _Kernels(TorchDispatchMode):
 
     def _copied(self, source: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """A copy between host and card; one that also changes the type takes a kernel for this."""
-        waits = not (kwargs.get("non_blocking") and getattr(source, "pretends_to_be_pinned", False))
-        if source.is_meta or waits:
-            self._count(self._counts.copies, "down" if source.is_meta else "up")
+        queued = not source.is_meta and kwargs.get("non_blocking") and getattr(source, "pretends_to_be_pinned", False)
+        self._count(self._counts.queued if queued else self._counts.copies, "down" if source.is_meta else "up")
         if target.dtype != source.dtype:
             self._count(self._counts.kernels, "copy_")
         return target.fill_(1) if source.is_meta else target

@@ -29,8 +29,10 @@ def test_a_step_is_counted_by_its_parts(step) -> None:
 def test_a_step_waits_for_one_copy_beside_the_norms(step) -> None:
     copies = {what: number for what, number in step["copies"].items() if "_apply_gradient" not in what}
     assert copies == {"down in evollm/models/logprobs.py, joined": 1}
-    # References, lengths and indices go up without waiting; one norm comes down for each member at most.
+    # One norm comes down for each member at most.
     assert step["blocking"] <= 1 + 3
+    # The tokens' tables, two of the attention's, and one of all members' references and lengths.
+    assert step["queued"] == 4
 
 
 def test_the_same_step_counts_the_same(step) -> None:
@@ -64,6 +66,9 @@ def test_copies_between_host_and_card_count_unless_nobody_waits_for_them() -> No
         return sorted(call.what for call, number in counts.copies.items() for _ in range(number))
 
     host = torch.arange(4)
+    with pretended_card(place) as counts:
+        host.pin_memory().to("cuda", non_blocking=True)
+    assert (counts.copies.total(), counts.queued.total()) == (0, 1)
     assert copies(lambda x: x.sum().item()) == ["down"]
     assert copies(lambda x: x.tolist()) == ["down"]
     assert copies(lambda x: x.cpu()) == ["down"]
