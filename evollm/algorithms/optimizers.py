@@ -219,7 +219,7 @@ def create_optimizer(
         sharded.attach(rows, [places])
         rows[0].pin(sharded.memory)
         return cast(torch.optim.Optimizer, sharded)
-    optimizer, kinds = OPTIMIZERS[settings.optim], kind_of_parameters(parameters)
+    optimizer, kinds = OPTIMIZERS[settings.optim], _kinds(parameters)
     groups = parameter_groups(settings, parameters)
     given = [_options(settings, kinds[group[0]]) for group in groups]
     if optimizer.package == "bitsandbytes":
@@ -239,9 +239,13 @@ def parameter_groups(settings: OptimizerSettings, parameters: Mapping[str, nn.Pa
     """The paths of each parameter group: one group, or with LoRA+ those of PEFT's `create_loraplus_optimizer`."""
     if not settings.uses_loraplus:
         return [list(parameters)]
-    kinds = kind_of_parameters(parameters)
+    kinds = _kinds(parameters)
     groups = [[path for path in parameters if kinds[path] == kind] for kind in KINDS]
     return [group for group in groups if group]
+
+
+def _kinds(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    return kind_of_parameters({path: parameter.shape for path, parameter in parameters.items()})
 
 
 def _options(settings: OptimizerSettings, kind: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from evollm.algorithms.references import Judge, Rows, finite_rows, leave_out, ot
 from evollm.data.samples import Batch
 from evollm.errors import DivergedError
 from evollm.hpo.hyperparameters import to_lower
-from evollm.models.adapters.rows import Row, clip_gradient
+from evollm.models.adapters.rows import clip_gradient
 from evollm.models.engine import Engine, Item
 from evollm.models.flops import TRAINING
 from evollm.models.load_balancing import LoadBalancing
@@ -191,22 +191,27 @@ def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) 
         if training:
             for agent in agents:
                 gradient_points.enter_context(gradient_point(agent.optimizer))
-            policies = _backward(agents, objectives, batch, balancing)
+            policies, gradients = _backward(agents, objectives, batch, balancing)
         else:
+            gradients = []
             policies = policy_logprobs(agents, batch, balancing)
         suspects = other_rows(finite_rows([policy.sums() for policy in policies]), len(batch))
         if suspects and any(len(rows) < len(batch) for rows in method.usable_rows(agents, batch, suspects)):
             gradient_points.close()
-            for agent in agents:
-                agent.optimizer.zero_grad()
             return _learn_from(method, agents, batch, training)
         num_tokens, results = int(batch.num_tokens.sum()), []
-        norms = _clip_gradients(agents) if training else [0.0] * len(agents)
+        norms = [0.0] * len(agents)
+        if training:
+            clipped = [clip_gradient(own, agent.max_grad_norm) for agent, own in zip(agents, gradients, strict=True)]
+            # One copy to the CPU for all agents, because a copy waits for the device.
+            norms = torch.stack(clipped).tolist()
         for agent, objective, policy, norm in zip(agents, objectives, policies, norms, strict=True):
             metrics = {**objective.metrics(policy), "learning_rate": _rate_of(agent), "grad_norm": norm}
             if training:
                 _apply_gradient(agent, metrics)
             results.append((agent, _Step(objective.weight, metrics, num_tokens)))
+    for gradient in (one for own in gradients for one in own):
+        gradient.zero_()
     return results
 
 
@@ -240,8 +245,8 @@ def _backward(
     objectives: Sequence[Objective],
     batch: Batch,
     balancing: LoadBalancing | None,
-) -> list[MemberLogprobs]:
-    """The log-probs of each agent's actor; gradients of the objectives go to `grad` of the actors' parameters."""
+) -> tuple[list[MemberLogprobs], list[list[Tensor]]]:
+    """The log-probs and the gradient, (P,) for each device, of each agent's actor."""
     # A replayed agent has a slot, so that its training passes have the same shapes as in the original run. Evaluation
     # and reference passes do not use the slot.
     engine = Engine.of(agents[0].base)
@@ -260,33 +265,21 @@ def _backward(
         losses = [by_rows[number].loss(rows, policy) for number, policy in zip(numbers, found.members, strict=True)]
         return torch.stack(losses).sum()
 
-    rows = [row for agent in agents for row in _rows_of(agent)]
-    for row in rows:
-        row.zero_gradient()
+    adapters, names = engine.base.adapters, [agent.actor_adapter for agent in agents]
+    adapters.zero_gradients(names)
     policies = engine.backward(items, options, sum_of_losses)
-    for row in rows:
-        Processes.present().add_up(row.gradient())
-    return policies
-
-
-def _rows_of(agent: LLMAgent) -> Sequence[Row]:
-    return agent.base.adapters.rows(agent.actor_adapter)
-
-
-def _clip_gradients(agents: Sequence[LLMAgent]) -> list[float]:
-    """Clip the gradient of each agent's actor; returns the norms before clipping."""
-    # One copy to the CPU for all agents, because a copy waits for the device.
-    norms: list[float] = torch.stack([clip_gradient(_rows_of(agent), agent.max_grad_norm) for agent in agents]).tolist()
-    return norms
+    gradients = [[row.gradient() for row in adapters.rows(name)] for name in names]
+    for gradient in (one for own in gradients for one in own):
+        Processes.present().add_up(gradient)
+    return policies, gradients
 
 
 def _apply_gradient(agent: LLMAgent, metrics: Mapping[str, float]) -> None:
-    """Make a step and set the gradient to 0. A loss or norm that is not finite skips the step: diverged."""
+    """Make a step; a loss or a norm that is not finite skips the step: diverged."""
     if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         agent.optimizer.step()
     else:
         agent.diverged = True
-    agent.optimizer.zero_grad()
 
 
 def _rate_of(agent: LLMAgent) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from peft import LoraConfig
 
 from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
+from evollm.models.adapters.stack import Stack
 from evollm.models.budget import count_saved_bytes
 from evollm.models.exchange import from_all_processes
 from evollm.models.fast_paths import FastPaths
@@ -21,7 +23,7 @@ from evollm.models.flops import EVALUATION, TRAINING
 from evollm.models.layouts import Layout, layout_for, longest_sequence
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, joined, of_all_members, pieces_of
-from evollm.models.loss_scaling import ScaledBackward
+from evollm.models.loss_scaling import Gradients, PlainGradients, ScaledBackward, StackedGradients
 from evollm.models.pass_budgets import PassBudgets
 from evollm.models.passes import FewSamples
 from evollm.models.probe import probe, probed_length
@@ -230,14 +232,17 @@ class Engine:
         budget = options.token_budget or self.budgets.budget(
             saved, training=loss is not None, recompute=recompute, tiled=tiled
         )
-        run = partial(self._run_rows, batch, members, options, layout, paths.stacking, budget, loss)
+        slotted = [name for name in members if name is not None] * (options.slot or BatchSlot(0, 1)).of
+        stack = self.base.adapters.stack(slotted) if paths.stacking and slotted else None
+        run = partial(self._run_rows, batch, members, options, layout, stack, budget, loss)
         processes = Processes.present()
-        if processes.size == 1:
-            whole = run(range(len(batch)))
-            assert whole is not None
-            return whole
-        own = processes.share(len(batch))
-        part = run(own) if own or self.base.is_sharded else None
+        with nullcontext() if stack is None or loss is None else stack.training():
+            if processes.size == 1:
+                whole = run(range(len(batch)))
+                assert whole is not None
+                return whole
+            own = processes.share(len(batch))
+            part = run(own) if own or self.base.is_sharded else None
         dtype = torch.promote_types(self.base.network.dtype, torch.float32)
         nothing = torch.zeros(len(members), int(sum(piece.length for piece in pieces_of(batch))), dtype=dtype)
         return from_all_processes(part, own, batch, nothing.to(self.base.device), options.balancing)
@@ -248,7 +253,7 @@ class Engine:
         members: Sequence[str | None],
         options: PassOptions,
         layout: Layout,
-        stacking: bool,
+        stack: Stack | None,
         budget: int,
         loss: ItemLoss | None,
         own: Sequence[int],
@@ -267,7 +272,13 @@ class Engine:
         parts: list[list[TokenLogprobs]] = []
         for rows, weight in [*((rows, 1) for rows in groups), *[([0], 0)] * fillers]:
             few = FewSamples(
-                self.base, layout, batch.select(rows), slotted, stacking=stacking, reference=options.reference
+                self.base,
+                layout,
+                batch.select(rows),
+                slotted,
+                stacking=stack is not None,
+                reference=options.reference,
+                stack=stack,
             )
             taken: list[TokenLogprobs] = []
             for numbers in few.passes(budget):
@@ -295,14 +306,18 @@ class Engine:
         loss: Callable[[TokenLogprobs], torch.Tensor] | None,
     ) -> TokenLogprobs:
         """The log-probs of one pass's members; a loss also adds gradients to the `grad` of their parameters."""
-        scaled = None
+        scaled, stack = None, few.stack_of(numbers)
         if loss is not None and self.base.network.dtype == torch.float16:
             names = [name for name in members if name is not None]
-            scaled = ScaledBackward([list(self.base.adapters.parameters(name).values()) for name in names])
+            if stack is None:
+                gradients: Gradients = PlainGradients([self.base.adapters.rows(name) for name in names])
+            else:
+                gradients = StackedGradients(stack, range(len(names)) if place is None else [place])
+            scaled = ScaledBackward(gradients)
         again = True
         while again:
             recompute = bool(options.gradient_checkpointing)
-            with few.forward(numbers, recompute=recompute, balancing=options.balancing) as found:
+            with few.forward(numbers, stack=stack, recompute=recompute, balancing=options.balancing) as found:
                 taken = found if place is None else found.like([one[place : place + 1] for one in found.tensors])
                 # Inside the block, since the backward pass recomputes checkpointed layers.
                 again = scaled is not None and loss is not None and scaled.attempt(loss, taken)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from evollm.models.adapters.rows import Row
+from evollm.models.adapters.stack import Stack
 from evollm.models.logprobs import TokenLogprobs
 
 # Limit of the scale's exponent, so that float32 gradients neither overflow nor become denormal.
@@ -30,6 +33,63 @@ def scale_exponent(largest: float) -> int:
     return max(-_LARGEST_EXPONENT, min(_LARGEST_EXPONENT, -math.frexp(largest)[1]))
 
 
+class Gradients(Protocol):
+    """The gradients of the members of a pass."""
+
+    def backward(self, outputs: Sequence[Tensor], directions: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The gradients of the outputs in these directions; for each member one (P,) for each device."""
+
+    def add(self, member: int, gradients: Sequence[Tensor]) -> None:
+        """Add gradients to `grad` of a member's parameters."""
+
+
+class PlainGradients:
+    """Gradients of a pass of PEFT's own layers.
+
+    Args:
+        rows: The rows of each member's parameters.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[Row]]) -> None:
+        self._rows = rows
+
+    def backward(self, outputs: Sequence[Tensor], directions: Sequence[Tensor]) -> list[list[Tensor]]:
+        """See `Gradients.backward`."""
+        parameters = [parameter for rows in self._rows for row in rows for parameter in row.parameters]
+        found = iter(torch.autograd.grad(outputs, parameters, directions, allow_unused=True))
+        return [[row.filled([next(found) for _ in row.parameters]) for row in rows] for rows in self._rows]
+
+    def add(self, member: int, gradients: Sequence[Tensor]) -> None:
+        """See `Gradients.add`."""
+        for row, gradient in zip(self._rows[member], gradients, strict=True):
+            row.gradient().add_(gradient)
+
+
+class StackedGradients:
+    """Gradients of a routed pass.
+
+    Args:
+        stack: The stack of the pass, which is training.
+        members: The members' numbers in it.
+    """
+
+    def __init__(self, stack: Stack, members: Sequence[int]) -> None:
+        assert stack.gradient is not None
+        self._stack = stack
+        self._total = stack.gradient
+        self._members = members
+
+    def backward(self, outputs: Sequence[Tensor], directions: Sequence[Tensor]) -> list[list[Tensor]]:
+        """See `Gradients.backward`."""
+        self._stack.gradient = found = torch.zeros_like(self._total)
+        torch.autograd.backward(outputs, directions)
+        return [[found[member]] for member in self._members]
+
+    def add(self, member: int, gradients: Sequence[Tensor]) -> None:
+        """See `Gradients.add`."""
+        self._total[self._members[member]].add_(gradients[0])
+
+
 class ScaledBackward:
     """The backward pass of members that share a forward pass, with one scale for each member.
 
@@ -38,14 +98,13 @@ class ScaledBackward:
     the caller treats the member as diverged.
 
     Args:
-        parameters: The trained parameters of each member, float32 or wider.
+        gradients: The gradients of the members, in float32 or wider.
     """
 
-    def __init__(self, parameters: Sequence[Sequence[nn.Parameter]]) -> None:
-        self._parameters = parameters
-        self._lowered = [0] * len(parameters)
-        self._found: list[list[Tensor | None]] = [[] for _ in parameters]
-        self._missing = set(range(len(parameters)))
+    def __init__(self, gradients: Gradients) -> None:
+        self._gradients = gradients
+        self._lowered: dict[int, int] = {}
+        self._found: dict[int, list[Tensor]] = {}
 
     def attempt(self, loss: Callable[[TokenLogprobs], Tensor], policies: TokenLogprobs) -> bool:
         """Compute the gradients of members that have none yet.
@@ -60,32 +119,25 @@ class ScaledBackward:
         leaves = policies.like([tensor.detach().requires_grad_() for tensor in policies.tensors])
         towards = torch.autograd.grad(loss(leaves), leaves.tensors, materialize_grads=True)
         largest = torch.stack([one.abs().flatten(1).amax(dim=1) for one in towards]).amax(dim=0).tolist()
-        exponents = [scale_exponent(one) - down for one, down in zip(largest, self._lowered, strict=True)]
+        exponents = [scale_exponent(one) - self._lowered.get(member, 0) for member, one in enumerate(largest)]
         directions = [
             torch.stack([gradient * 2.0**k for k, gradient in zip(exponents, one, strict=True)]) for one in towards
         ]
-        inputs = [parameter for parameters in self._parameters for parameter in parameters]
-        found = iter(torch.autograd.grad(policies.tensors, inputs, directions, allow_unused=True))
-        for member, (parameters, exponent) in enumerate(zip(self._parameters, exponents, strict=True)):
-            gradients = [next(found) for _ in parameters]
-            if member not in self._missing:
+        for member, gradients in enumerate(self._gradients.backward(policies.tensors, directions)):
+            if member in self._found:
                 continue
-            self._found[member] = [None if one is None else one * 2.0**-exponent for one in gradients]
-            can_be_lowered = math.isfinite(largest[member]) and self._lowered[member] < _STEP * _STEPS
-            if can_be_lowered and not _all_finite(gradients):
-                self._lowered[member] += _STEP
+            lowered = self._lowered.get(member, 0)
+            if math.isfinite(largest[member]) and lowered < _STEP * _STEPS and not _all_finite(gradients):
+                self._lowered[member] = lowered + _STEP
             else:
-                self._missing.remove(member)
-        return bool(self._missing)
+                self._found[member] = [one * 2.0 ** -exponents[member] for one in gradients]
+        return len(self._found) < len(largest)
 
     def accumulate(self) -> None:
         """Add the computed gradients to `grad` of the parameters."""
-        for parameters, gradients in zip(self._parameters, self._found, strict=True):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        for member, gradients in self._found.items():
+            self._gradients.add(member, gradients)
 
 
-def _all_finite(gradients: Sequence[Tensor | None]) -> bool:
-    sums = [gradient.abs().sum() for gradient in gradients if gradient is not None]
-    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+def _all_finite(gradients: Sequence[Tensor]) -> bool:
+    return bool(torch.isfinite(torch.stack([gradient.abs().sum() for gradient in gradients])).all())

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from evollm.data.samples import Batch
+from evollm.models.adapters.stack import Stack
 from evollm.models.layouts import LaidOut, Layout
 from evollm.models.load_balancing import LoadBalancing, recorded, row_loads
 from evollm.models.logprobs import TokenLogprobs
@@ -21,6 +22,15 @@ class FewSamples:
     """Samples that fit into one pass, laid out once, and the members whose log-probs of these samples are computed.
 
     With a `reference`, a sequence of one adapter or None, the passes give each token's KL(member || reference) instead.
+
+    Args:
+        base: The base.
+        layout: The layout.
+        batch: The samples.
+        members: The members' adapters.
+        stacking: Whether LoRA layers are routed, so that several members may share a pass.
+        reference: See above.
+        stack: The weights of the members, without None; left out, it is made here.
     """
 
     def __init__(
@@ -32,11 +42,15 @@ class FewSamples:
         *,
         stacking: bool,
         reference: Sequence[str | None] = (),
+        stack: Stack | None = None,
     ) -> None:
         self._base = base
         self._num_rows = len(batch)
         self._members = members
         self._stacking = stacking
+        names = [name for name in members if name is not None]
+        if stacking and names:
+            self._stack = base.adapters.stack(names) if stack is None else stack
         self._reference = reference
         self.laid: LaidOut = layout.lay_out(batch, [*members, *reference])
 
@@ -55,20 +69,33 @@ class FewSamples:
         count = -(-len(self._members) // together)
         return [part.tolist() for part in np.array_split(np.arange(len(self._members)), count)]
 
+    def stack_of(self, numbers: Sequence[int]) -> Stack | None:
+        """The weights of these members, which must stand side by side; None: they are not routed."""
+        if not self._stacking or self._members[numbers[0]] is None:
+            return None
+        return self._stack.part(sum(name is not None for name in self._members[: numbers[0]]), len(numbers))
+
     @contextmanager
     def forward(
-        self, numbers: Sequence[int], *, recompute: bool = False, balancing: LoadBalancing | None = None
+        self,
+        numbers: Sequence[int],
+        *,
+        stack: Stack | None = None,
+        recompute: bool = False,
+        balancing: LoadBalancing | None = None,
     ) -> Iterator[TokenLogprobs]:
         """Run a forward pass of these members; the backward pass must run inside the block.
 
         Args:
             numbers: Positions of the members.
+            stack: `stack_of(numbers)`, if the caller has it.
             recompute: Recompute activations in the backward pass.
             balancing: The auxiliary loss of routers, for which expert loads are returned too; None: no loads.
         """
         laid, names = self.laid, [self._members[number] for number in numbers]
         reading = self._divergences() if self._reference else LOGPROBS
-        with self._network(names, recompute=recompute, whole=balancing is not None) as network:
+        stack = stack or self.stack_of(numbers)
+        with self._network(names, stack, recompute=recompute, whole=balancing is not None) as network:
             if balancing is None:
                 yield TokenLogprobs(laid.read(network, len(names), reading), laid.pieces)
                 return
@@ -80,20 +107,23 @@ class FewSamples:
     def _divergences(self) -> DivergenceReading:
         """Run the reference's pass over these samples."""
         states = RecordedStates()
-        with self._network(self._reference) as network:
+        stack = None
+        if self._stacking and self._reference[0] is not None:
+            stack = self._base.adapters.stack([self._reference[0]])
+        with self._network(self._reference, stack) as network:
             self.laid.read(network, 1, states)
         return DivergenceReading(states)
 
     @contextmanager
     def _network(
-        self, names: Sequence[str | None], *, recompute: bool = False, whole: bool = False
+        self, names: Sequence[str | None], stack: Stack | None, *, recompute: bool = False, whole: bool = False
     ) -> Iterator[PreTrainedModel]:
         """The network with these adapters, in the layout of the samples, inside the block."""
         base = self._base
-        routes = tuple(name for name in names if name is not None) if self._stacking else ()
         with (
-            base.active(names[0], gradient_checkpointing=recompute) as network,
-            base.router.route(routes or None),
+            base.active(names[0], gradient_checkpointing=recompute)
+            if stack is None
+            else base.routed(stack, gradient_checkpointing=recompute) as network,
             self.laid.passing(len(names), adapted=names[0] is not None, whole=whole),
         ):
             yield network

@@ -89,8 +89,10 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
             explicit, implicit, reasons = _padded_batches(base, members[0], uneven, own[:2], bounds[:2])
             trial.reasons += reasons
         stacking = False
-        if not base.router.can_route(base.network, members):
-            trial.reasons.append("members go one by one (its adapters are not plain LoRA on linear layers)")
+        if not base.adapters.can_stack(members):
+            trial.reasons.append(
+                "members go one by one (its adapters are not plain LoRA on linear layers of one device)"
+            )
         elif apart <= _APART * BOUND * floor:
             trial.reasons.append("members go one by one (adapters with random weights hardly change its log-probs)")
         elif shared:
@@ -245,8 +247,7 @@ def _sums(
     laid = layout.lay_out(batch, members)
     base.flops.add(PROBE, batch, members * passes)
     with (
-        base.active(members[0]) as network,
-        base.router.route(members if routed else None),
+        base.routed(base.adapters.stack(members)) if routed else base.active(members[0]) as network,
         laid.passing(len(members)),
     ):
         for _ in range(passes):

@@ -16,6 +16,7 @@ from evollm.checks import located
 from evollm.errors import ConfigurationError
 from evollm.models.adapters.registry import AdapterRegistry
 from evollm.models.adapters.routing import AdapterRouter
+from evollm.models.adapters.stack import Stack
 from evollm.models.adapters.targets import language_model, text_config
 from evollm.models.attention import PackedSequences, current_layout, packed_attention
 from evollm.models.encoder_decoder import is_encoder_decoder, start_token
@@ -196,16 +197,28 @@ class SharedBase:
             name: The adapter; None: the base without adapter.
             gradient_checkpointing: Whether activations are recomputed in the backward pass.
         """
+        with self.adapters.activated(name), self._evaluating(gradient_checkpointing):
+            yield self.network
+
+    @contextmanager
+    def routed(self, stack: Stack, *, gradient_checkpointing: bool = False) -> Iterator[PreTrainedModel]:
+        """The base with block m of the rows going through member m of a stack, as `active` otherwise."""
+        # PEFT's layers that are not routed compute with the active adapter.
+        adapters = self.adapters.held() if self.router.routes_all else self.adapters.activated(stack.names[0])
+        with adapters, self._evaluating(gradient_checkpointing), self.router.route(stack):
+            yield self.network
+
+    @contextmanager
+    def _evaluating(self, gradient_checkpointing: bool) -> Iterator[None]:
         before = self.layers.checkpointing
         if self.network.training:
             # Dropout would add noise to the difference of policy and reference.
             self.network.eval()
-        with self.adapters.activated(name):
-            self.layers.checkpointing = gradient_checkpointing
-            try:
-                yield self.network
-            finally:
-                self.layers.checkpointing = before
+        self.layers.checkpointing = gradient_checkpointing
+        try:
+            yield
+        finally:
+            self.layers.checkpointing = before
 
     @contextmanager
     def packed(self, layout: PackedSequences, fan_out: FanOut | None) -> Iterator[None]:
@@ -219,11 +232,12 @@ class SharedBase:
 
     def _recompute_context(self) -> AbstractContextManager[None]:
         """Where a checkpointed layer is recomputed: with the adapters and the layout of its forward pass."""
-        adapter, members, layout = self.adapters.active, self.router.members, current_layout()
+        adapter, stack, layout = self.adapters.active, self.router.stack, current_layout()
 
         @contextmanager
         def as_in_forward() -> Iterator[None]:
-            with self.active(adapter), self.router.route(members), packed_attention(self.network.config, layout):
+            base = self.active(adapter) if stack is None else self.routed(stack)
+            with base, packed_attention(self.network.config, layout):
                 yield
 
         return as_in_forward()

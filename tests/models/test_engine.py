@@ -19,6 +19,7 @@ from evollm import DPO
 from evollm.algorithms.dpo_step import learn_together, logratios_together
 from evollm.data.samples import Batch, Sample
 from evollm.models import attention, readings
+from evollm.models.adapters.stack import Stack
 from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.fast_paths import FastPaths
 from evollm.models.layouts import layout_for
@@ -245,8 +246,6 @@ def test_a_path_that_is_wrong_is_not_taken(monkeypatch, breakage: str, lost: str
 
 
 def break_path(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
-    from evollm.models.adapters import routing  # noqa: PLC0415
-
     if breakage == "positions":
         original: Callable[..., Any] = packing.PackedSamples.of.__func__
 
@@ -265,10 +264,8 @@ def break_path(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
 
         monkeypatch.setattr(attention.PackedSequences, "mask", leaking)
     elif breakage == "routes":
-        stacked = routing._stacked_weights
-        monkeypatch.setattr(
-            routing, "_stacked_weights", lambda *args: tuple(weights.flip(0) for weights in stacked(*args))
-        )
+        own = Stack.weights
+        monkeypatch.setattr(Stack, "weights", lambda *args: tuple(weights.flip(0) for weights in own(*args)))
     else:
         monkeypatch.setattr(readings, "token_logprobs", lambda *args: -args[0].pow(2).sum(dim=1))
 

@@ -154,7 +154,8 @@ def test_a_gradient_that_exceeds_float16_is_computed_again_under_a_smaller_scale
         results.append(gradients(agents, [1.0, 1.5], batch, token_budget=2048))
     assert attempts == [True, False, False]
     expected, found, other = results
-    assert gap(found[1], expected[1]) < ROUNDING
+    # B is so small here that it is denormal in float16.
+    assert gap(found[1], expected[1]) < 2 * ROUNDING
     assert torch.equal(found[0], other[0])
 
 

@@ -52,14 +52,21 @@ class Adapter:
     fingerprint: str | None = None
 
 
-def rows_of(parameters: Mapping[str, nn.Parameter]) -> tuple[Row, ...]:
-    """Put an adapter's parameters, by path, into one row for each device."""
+def rows_of(parameters: Mapping[str, nn.Parameter], like: Sequence[Row] = ()) -> tuple[Row, ...]:
+    """Put an adapter's parameters, by path, into one row for each device.
+
+    Args:
+        parameters: The parameters.
+        like: Rows of an adapter with the same parameters, whose layouts are taken.
+    """
+    if like:
+        return tuple(Row(row.layout, parameters) for row in like)
     devices = {str(parameter.device): parameter.device for parameter in parameters.values()}
     by_device = [
         {path: parameter for path, parameter in parameters.items() if parameter.device == devices[name]}
         for name in sorted(devices)
     ]
-    return tuple(Row(RowLayout.of(here), here) for here in by_device)
+    return tuple(Row(RowLayout.of({path: one.shape for path, one in here.items()}), here) for here in by_device)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

@@ -29,6 +29,7 @@ from evollm.models.adapters.lora_config import check_lora_config, refusal
 from evollm.models.adapters.peft_layers import AdapterLayers
 from evollm.models.adapters.routing import AdapterRouter
 from evollm.models.adapters.rows import Row
+from evollm.models.adapters.stack import Stack, gradients_together, stack_of
 from evollm.models.adapters.targets import check_tensors, resolve_all_linear
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.fingerprints import adapter_fingerprint, canonical_settings
@@ -193,7 +194,7 @@ class AdapterRegistry:
             adapter,
             trainable=trainable,
             parameters=parameters,
-            rows=rows_of(parameters),
+            rows=rows_of(parameters, adapter.rows),
             tensors={key: copies[id(tensor)] for key, tensor in adapter.tensors.items()},
             owners=1,
             fingerprint=None,
@@ -256,7 +257,7 @@ class AdapterRegistry:
             self.peft_model.delete_adapter(name)
 
     def release_lost(self) -> None:
-        """Release adapters whose owners were garbage-collected, unless a block of `activated` is being executed."""
+        """Release adapters whose owners were garbage-collected, unless a block of `held` is being executed."""
         while self.lost and not self._active_blocks:
             name = self.lost.popleft()
             if name in self._adapters:
@@ -271,13 +272,21 @@ class AdapterRegistry:
     def activated(self, name: str | None) -> Iterator[None]:
         """Make an adapter the active one inside the block; the previous one is active again after it."""
         before = self.active
+        with self.held():
+            try:
+                self.use(name)
+                yield
+            finally:
+                self.use(before)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep `release_lost` from releasing adapters inside the block."""
         self._active_blocks += 1
         try:
-            self.use(name)
             yield
         finally:
             self._active_blocks -= 1
-            self.use(before)
 
     def _activate(self, name: str | None) -> None:
         self._peft_layers.activate(name)
@@ -309,6 +318,33 @@ class AdapterRegistry:
     def rows(self, name: str) -> Sequence[Row]:
         """An adapter's parameters as views of one row for each device."""
         return self._adapters[name].rows
+
+    def can_stack(self, names: Sequence[str]) -> bool:
+        """Whether `stack` takes these adapters: plain LoRA on linear layers, and each on one device."""
+        return all(len(self.rows(name)) == 1 for name in names) and self._router.can_route(self._network, names)
+
+    def stack(self, names: Sequence[str]) -> Stack:
+        """The weights of these adapters for a routed pass; one may be there several times.
+
+        Adapters of one LoRA configuration are moved to one matrix, where they stay, and are not copied again.
+        """
+        return stack_of(names, [self._adapters[name].rows[0] for name in names], self._all_rows())
+
+    def zero_gradients(self, names: Sequence[str]) -> None:
+        """Set the gradients of distinct adapters to 0, in one matrix if their layouts are equal.
+
+        Gradients that backward passes allocate one by one lie between activations, so that freed activations leave
+        fragmented memory: with four members peak memory was 1.5 times as high.
+        """
+        rows = [self.rows(name) for name in names]
+        if all(len(own) == 1 and own[0].layout == rows[0][0].layout for own in rows):
+            gradients_together([own[0] for own in rows], self._all_rows()).zero_()
+        else:
+            for row in (row for own in rows for row in own):
+                row.gradient().zero_()
+
+    def _all_rows(self) -> list[Row]:
+        return [row for adapter in self._adapters.values() for row in adapter.rows]
 
     def first_layer(self, names: Sequence[str]) -> int | None:
         """Index of the first repeated layer of the base that holds one of these adapters.

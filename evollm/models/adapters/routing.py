@@ -1,41 +1,46 @@
 """Several adapters in one forward pass: the batch is M equal blocks of rows, and block m uses adapter m's LoRA weights.
 
 The base's weights are multiplied once with all rows; the LoRA products are batched over the M members (as in Punica,
-arXiv 2310.18547, here for training). Each adapter's parameters get their own gradients.
+arXiv 2310.18547, here for training), whose weights and gradients are rows of two matrices (`stack`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from evollm.models.adapters.peft_layers import holds_any
+from evollm.models.adapters.stack import Stack
 
 
 class AdapterRouter:
     """Replaces the forward passes of LoRA layers while rows are routed; otherwise PEFT's own run.
 
     Attributes:
-        members: Adapter of each block of rows; None: rows are not routed.
+        stack: The weights of the adapter of each block of rows; None: rows are not routed.
+        routes_all: Whether all of PEFT's layers are replaced, so that no routed row depends on the active adapter.
     """
 
     def __init__(self) -> None:
-        self.members: tuple[str, ...] | None = None
+        self.stack: Stack | None = None
+        self.routes_all = True
         self._layers: dict[nn.Module, _RoutedForward] = {}
 
     def take_over(self, model: nn.Module) -> None:
         """Replace `forward` of every LoRA layer that is not replaced yet; to be called after each new adapter."""
-        for module in model.modules():
+        self.routes_all = True
+        for path, module in model.named_modules():
             if _is_routable(module) and module not in self._layers:
-                self._layers[module] = _RoutedForward(module, self)
+                self._layers[module] = _RoutedForward(module, path, self)
+            self.routes_all &= module in self._layers or not isinstance(module, BaseTunerLayer)
 
     def can_route(self, model: nn.Module, adapters: Sequence[str]) -> bool:
         """Whether these adapters are plain LoRA on linear layers wherever they are."""
@@ -46,20 +51,21 @@ class AdapterRouter:
         )
 
     @contextmanager
-    def route(self, members: tuple[str, ...] | None) -> Iterator[None]:
-        """Route block m of the rows through adapter `members[m]` inside the block; None: PEFT's forward passes."""
-        before, self.members = self.members, members
+    def route(self, stack: Stack | None) -> Iterator[None]:
+        """Route block m of the rows through member m of the stack inside the block; None: PEFT's forward passes."""
+        before, self.stack = self.stack, stack
         try:
             yield
         finally:
-            self.members = before
+            self.stack = before
 
 
 class _RoutedForward:
     """Replacement of a LoRA layer's `forward`."""
 
-    def __init__(self, layer: Any, router: AdapterRouter) -> None:
+    def __init__(self, layer: Any, path: str, router: AdapterRouter) -> None:
         self._layer = layer
+        self._path = path
         self._router = router
         self._plain: Callable[..., Tensor] = layer.forward
         layer.forward = self
@@ -68,21 +74,31 @@ class _RoutedForward:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the routed members, or of PEFT's layer if rows are not routed."""
-        members = self._router.members
-        if members is None:
+        stack = self._router.stack
+        if stack is None:
             return self._plain(x, *args, **kwargs)
         layer = self._layer
-        if not any(name in layer.lora_A for name in members):
-            return self._as_tensor(layer.base_layer(x, *args, **kwargs))
-        down, up = _stacked_weights(layer, members, x.dtype)
-        blocks = x.reshape(len(members), -1, x.shape[-1])  # (M, n, D)
+        if layer.merged:
+            # PEFT's own forward pass would take an adapter out of the base that user code has merged into it.
+            layer.unmerge()
         base = layer.base_layer
-        if _is_plain_linear(base) and not args and not kwargs:
-            output = self._as_tensor(_LoraLinear.apply(blocks, base.weight, base.bias, down, up))  # type: ignore[no-untyped-call]
-            return output.view(*x.shape[:-1], output.shape[-1])
+        if not stack.holds(self._path):
+            return self._as_tensor(base(x, *args, **kwargs))
+        scalings = [layer.scaling.get(name) for name in stack.names]
+        different = {scaling for scaling in scalings if scaling is not None}
+        if len(different) == 1:
+            lora = _MemberLora(stack, self._path, float(different.pop()), None)
+        else:
+            lora = _MemberLora(stack, self._path, 1.0, stack.factors(tuple(float(one or 0.0) for one in scalings), x))
+        blocks = x.reshape(len(scalings), -1, x.shape[-1])  # (M, n, D)
+        is_plain = _is_plain_linear(base) and not args and not kwargs
+        weights = (base.weight, base.bias) if is_plain else (None, None)
+        found = self._as_tensor(_RoutedLora.apply(blocks, stack.anchor, *weights, lora))  # type: ignore[no-untyped-call]
+        found = found.view(*x.shape[:-1], found.shape[-1])
+        if is_plain:
+            return found
         output = self._as_tensor(base(x, *args, **kwargs))
-        change = torch.bmm(torch.bmm(blocks, down.transpose(1, 2)), up.transpose(1, 2))
-        return output + change.view(output.shape).to(output.dtype)
+        return output + found.to(output.dtype)
 
     @staticmethod
     def _as_tensor(value: object) -> Tensor:
@@ -90,41 +106,71 @@ class _RoutedForward:
         return value
 
 
-def _stacked_weights(layer: Any, members: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The members' A (M, r, D_in) and scaled B (M, D_out, r), zero-padded to the largest rank r."""
-    weight = next(iter(layer.lora_A.values())).weight
-    empty = weight.new_zeros(0, layer.in_features), weight.new_zeros(layer.out_features, 0)
-    pairs = [
-        (layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]) if name in layer.lora_A else empty
-        for name in members
-    ]
-    rank = max(len(down) for down, _ in pairs)
-    downs = [pad(down, (0, 0, 0, rank - len(down))) if len(down) < rank else down for down, _ in pairs]
-    ups = [pad(up, (0, rank - up.shape[1])) if up.shape[1] < rank else up for _, up in pairs]
-    return torch.stack(downs).to(dtype), torch.stack(ups).to(dtype)
+class _RoutedLora(torch.autograd.Function):
+    """x W^T + bias + s (x A^T) B^T for each member; of a base that is no plain linear layer the last term alone.
 
-
-class _LoraLinear(torch.autograd.Function):
-    """x W^T + bias + (x A^T) B^T, the second product added in place to the first, forward and backward."""
+    The backward pass adds the gradients of A and B to the stack's, since autograd would add up a small tensor for each
+    member and matrix.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor | None, bias: Tensor | None, lora: _MemberLora
+    ) -> Tensor:
         # x (M, n, D_in), weight (D_out, D_in), down (M, r, D_in), up (M, D_out, r)
-        output = linear(x, weight, bias)
+        down, up = lora.stack.weights(lora.layer, x.dtype)
         inner = torch.bmm(x, down.transpose(1, 2))  # (M, n, r)
-        output.baddbmm_(inner, up.transpose(1, 2))
-        ctx.save_for_backward(x, weight, down, up, inner)
-        return output
+        if lora.factors is not None:
+            inner.mul_(lora.factors)
+        ctx.save_for_backward(x, weight, inner)
+        ctx.lora = lora
+        return _plus(None if weight is None else linear(x, weight, bias), inner, up.transpose(1, 2), lora.alpha)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, inner = ctx.saved_tensors
+        x, weight, inner = ctx.saved_tensors
+        lora: _MemberLora = ctx.lora
+        down, up = lora.stack.weights(lora.layer, x.dtype)
         grad = grad_outputs[0].contiguous()
         grad_inner = torch.bmm(grad, up)
+        if lora.factors is not None:
+            grad_inner.mul_(lora.factors)
+        grad_down, grad_up = lora.stack.gradients(lora.layer)
+        _add_product(grad_down, grad_inner.transpose(1, 2), x, lora.alpha)
+        _add_product(grad_up, grad.transpose(1, 2), inner, lora.alpha)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.matmul(grad, weight).baddbmm_(grad_inner, down)
-        return grad_x, None, None, torch.bmm(grad_inner.transpose(1, 2), x), torch.bmm(grad.transpose(1, 2), inner)
+            grad_x = _plus(None if weight is None else torch.matmul(grad, weight), grad_inner, down, lora.alpha)
+        return grad_x, None, None, None, None
+
+
+class _MemberLora(NamedTuple):
+    """The LoRA weights of the members of a pass in one layer.
+
+    Attributes:
+        stack: The members' weights.
+        layer: The layer's path.
+        alpha: The scaling that all members share; 1 if they have different ones.
+        factors: (M, 1, 1) the members' scalings; None: `alpha`.
+    """
+
+    stack: Stack
+    layer: str
+    alpha: float
+    factors: Tensor | None
+
+
+def _plus(output: Tensor | None, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """`output` + alpha * left @ right, in place; without an output the product alone."""
+    return torch.bmm(left, right).mul_(alpha) if output is None else output.baddbmm_(left, right, alpha=alpha)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """Add alpha * left @ right to `total`, which may be of a wider type."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right, alpha=alpha)
+    else:
+        total.add_(torch.bmm(left, right), alpha=alpha)
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:

@@ -20,15 +20,15 @@ _ALIGNMENT = 32
 KINDS = ("A", "embedding", "B", "bias")
 
 
-def kind_of_parameters(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+def kind_of_parameters(shapes: Mapping[str, torch.Size]) -> dict[str, str]:
     """The kind, one of `KINDS`, of an adapter's parameters by their path, as in PEFT's `create_loraplus_optimizer`."""
-    embeddings = {_layer(path) for path in parameters if ".lora_embedding_" in path}
+    embeddings = {_layer(path) for path in shapes if ".lora_embedding_" in path}
     kinds = {}
-    for path, parameter in parameters.items():
+    for path, shape in shapes.items():
         kind = "A"
         if _layer(path) in embeddings:
             kind = "embedding"
-        elif "lora_B" in path or parameter.ndim == 1:
+        elif "lora_B" in path or len(shape) == 1:
             kind = "bias" if "bias" in path else "B"
         kinds[path] = kind
     return kinds
@@ -50,11 +50,18 @@ class RowLayout:
     shapes: tuple[tuple[str, torch.Size], ...]
 
     @classmethod
-    def of(cls, parameters: Mapping[str, Tensor]) -> RowLayout:
-        """The layout of these parameters."""
-        kinds = kind_of_parameters(parameters)
-        paths = sorted(parameters, key=lambda path: KINDS.index(kinds[path]))
-        return cls(tuple((path, parameters[path].shape) for path in paths))
+    def of(cls, shapes: Mapping[str, torch.Size]) -> RowLayout:
+        """The layout of parameters of these shapes, by path."""
+        kinds = kind_of_parameters(shapes)
+        return cls(tuple(sorted(shapes.items(), key=lambda entry: KINDS.index(kinds[entry[0]]))))
+
+    @classmethod
+    def union(cls, layouts: Sequence[RowLayout]) -> RowLayout:
+        """A layout with room for the parameters of each of these layouts, at the beginning of each dimension."""
+        shapes: dict[str, torch.Size] = {}
+        for path, shape in (entry for layout in layouts for entry in layout.shapes):
+            shapes[path] = torch.Size(map(max, shape, shapes.get(path, shape)))
+        return cls.of(shapes)
 
     @cached_property
     def starts(self) -> Mapping[str, int]:
@@ -83,6 +90,17 @@ class RowLayout:
         starts = self.starts
         return {path: row[starts[path] : starts[path] + shape.numel()].view(shape) for path, shape in self.shapes}
 
+    def stacked(self, matrix: Tensor, path: str) -> Tensor:
+        """The view (M, R, C) of a matrix (M, P) of rows that holds a parameter (R, C) of each row."""
+        start, shape = self._stacked[path]
+        return matrix.as_strided(
+            (len(matrix), *shape), (matrix.stride(0), shape[1], 1), matrix.storage_offset() + start
+        )
+
+    @cached_property
+    def _stacked(self) -> Mapping[str, tuple[int, torch.Size]]:
+        return {path: (self.starts[path], shape) for path, shape in self.shapes}
+
 
 class Row:
     """The parameters of an adapter on one device.
@@ -96,13 +114,14 @@ class Row:
 
     Attributes:
         values: (P,) the parameters; as of `settle`.
+        parameters: The parameters, in the row's order.
         pinned: Whether the row must stay where it is, since somebody else writes to its memory.
     """
 
     def __init__(self, layout: RowLayout, parameters: Mapping[str, nn.Parameter]) -> None:
         self.layout = layout
         self.pinned = False
-        self._parameters = [parameters[path] for path, _ in layout.shapes]
+        self.parameters = [parameters[path] for path, _ in layout.shapes]
         self._offsets = [layout.starts[path] for path, _ in layout.shapes]
         self._segments: dict[tuple[int, int], nn.Parameter] = {}
         self._gradient: Tensor | None = None
@@ -116,7 +135,7 @@ class Row:
             ConfigurationError: They are on several devices or in several types now.
         """
         start, size = self.values.data_ptr(), self.values.element_size()
-        for parameter, offset in zip(self._parameters, self._offsets, strict=True):
+        for parameter, offset in zip(self.parameters, self._offsets, strict=True):
             if parameter.data_ptr() != start + size * offset:
                 self._collect()
                 break
@@ -125,12 +144,12 @@ class Row:
     @torch.no_grad()
     def _collect(self) -> None:
         """Make a new row of the parameters' values."""
-        kinds = {(parameter.device, parameter.dtype) for parameter in self._parameters}
+        kinds = {(parameter.device, parameter.dtype) for parameter in self.parameters}
         if len(kinds) > 1:
             fix = "an adapter's parameters were moved apart: move the base as a whole, or before agents are built on it"
             raise ConfigurationError("actor_network", sorted(map(str, kinds)), fix)
-        values = self.values if self.pinned else self._parameters[0].new_zeros(self.layout.size)
-        for parameter, view in zip(self._parameters, self.layout.views(values).values(), strict=True):
+        values = self.values if self.pinned else self.parameters[0].new_zeros(self.layout.size)
+        for parameter, view in zip(self.parameters, self.layout.views(values).values(), strict=True):
             view.copy_(parameter)
         self._point(values)
 
@@ -147,7 +166,7 @@ class Row:
 
     def _point(self, values: Tensor) -> None:
         self.values = values
-        for parameter, view in zip(self._parameters, self.layout.views(values).values(), strict=True):
+        for parameter, view in zip(self.parameters, self.layout.views(values).values(), strict=True):
             parameter.data = view
         for (start, stop), segment in self._segments.items():
             segment.data = values[start:stop]
@@ -163,32 +182,52 @@ class Row:
             self._segments[key] = nn.Parameter(self.values[where])
         return self._segments[key]
 
-    @torch.no_grad()
     def gradient(self) -> Tensor:
         """(P,) the gradient, in which the parameters' `grad` lies from now on; 0 where a parameter has none."""
+        found = self.present_gradient()
+        if found is None:
+            self.move_gradient_to(torch.zeros_like(self.settle()))
+            found = self._gradient
+        assert found is not None
+        return found
+
+    def present_gradient(self) -> Tensor | None:
+        """(P,) the gradient, in which the parameters' `grad` lies from now on; None if no parameter has one."""
         if self._gradient is not None and self._holds_gradients(self._gradient):
             return self._gradient
-        gradient = torch.zeros_like(self.settle())
-        for parameter, view in zip(self._parameters, self.layout.views(gradient).values(), strict=True):
+        if all(parameter.grad is None for parameter in self.parameters):
+            self._gradient = None
+        else:
+            self.move_gradient_to(torch.zeros_like(self.settle()))
+        return self._gradient
+
+    @torch.no_grad()
+    def move_gradient_to(self, gradient: Tensor) -> None:
+        """Copy the parameters' `grad` to zeros (P,), where it lies from now on."""
+        for parameter, view in zip(self.parameters, self.layout.views(gradient).values(), strict=True):
             if parameter.grad is not None:
                 view.copy_(parameter.grad)
-        self._point_gradient(gradient)
-        return gradient
+            parameter.grad = view
+        self._gradient = gradient
 
     def _holds_gradients(self, gradient: Tensor) -> bool:
         start, size = gradient.data_ptr(), gradient.element_size()
-        for parameter, offset in zip(self._parameters, self._offsets, strict=True):
+        for parameter, offset in zip(self.parameters, self._offsets, strict=True):
             if parameter.grad is None or parameter.grad.data_ptr() != start + size * offset:
                 return False
         return gradient.device == self.values.device
 
-    def _point_gradient(self, gradient: Tensor) -> None:
-        self._gradient = gradient
-        for parameter, view in zip(self._parameters, self.layout.views(gradient).values(), strict=True):
-            parameter.grad = view
+    def filled(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """(P,) a row of these values for the parameters; 0 for None."""
+        found = torch.zeros_like(self.values)
+        for part, view in zip(parts, self.layout.views(found).values(), strict=True):
+            if part is not None:
+                view.copy_(part)
+        return found
 
     def share_gradient(self) -> None:
         """Give the segments the parameters' gradient."""
+        self.settle()
         gradient = self.gradient()
         for (start, stop), segment in self._segments.items():
             segment.grad = gradient[start:stop]
@@ -196,19 +235,22 @@ class Row:
     def zero_gradient(self) -> Tensor:
         """(P,) the gradient, set to 0."""
         if self._gradient is None or not self._holds_gradients(self._gradient):
-            for parameter in self._parameters:
+            for parameter in self.parameters:
                 parameter.grad = None
         return self.gradient().zero_()
 
 
 @torch.no_grad()
-def clip_gradient(rows: Sequence[Row], max_norm: float) -> Tensor:
-    """Scale an adapter's gradient down to a norm of `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+def clip_gradient(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale a gradient down to a norm of `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        gradients: The gradient of an adapter, (P,) for each device.
+        max_norm: The largest norm.
 
     Returns:
-        The norm before, a scalar. Where it is not finite, neither is the gradient.
+        The norm before, a scalar. Where it is not finite, neither is the gradient afterwards.
     """
-    gradients = [row.gradient() for row in rows]
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
     norm: Tensor = norms[0]
     if len(norms) > 1:
