@@ -91,7 +91,7 @@ def count_step(shape: str, members: int, pairs: int) -> Row:
     sizes, vocabulary = SHAPES[shape]
     tokens = Shape(8, 6, 7) if shape == "toy" else Shape()
     batch = tokens.batch(pairs, min(vocabulary, 1000))
-    with _card() as counts:
+    with a_card() as counts:
         model = random_model(sizes, vocabulary, CARD, torch.bfloat16)
         free = CARD_BYTES - sum(parameter.nbytes for parameter in model.parameters())
         with patch("evollm.models.budget._free_memory", lambda device: free):
@@ -159,7 +159,7 @@ def _path(code: CodeType) -> str:
 
 
 @contextmanager
-def _card() -> Iterator[Counts]:
+def a_card() -> Iterator[Counts]:
     """A pretended card on which evollm's trials have passed."""
     with ExitStack() as stack:
         passed = {

@@ -6,9 +6,16 @@ import json
 
 import pytest
 import torch
-from launches import PARTS, count_step, main, place
+from families import make_family
+from launches import PARTS, a_card, count_step, main, place
+from peft import LoraConfig
 from pretended_card import CARD, multi_tensor_launches, pretended_card
+from synthetic import Shape
 from torch import nn
+
+from evollm import DPO
+from evollm.models.fast_paths import FastPaths
+from evollm.models.layouts import layout_for
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +120,24 @@ def test_the_script_prints_a_table_and_the_copies(monkeypatch, capsys, tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
     assert str(row["kernels"]) in said
     assert sum(row["copies"].values()) == row["blocking"]
+
+
+@pytest.mark.parametrize("tiled_head", [True, False])
+@pytest.mark.parametrize(("family", "masks"), [("llama", 1), ("t5", 3)])
+def test_padded_layouts_wait_for_the_card_only_where_transformers_looks_at_masks(
+    family: str, masks: int, tiled_head: bool
+) -> None:
+    batch = Shape(8, 6, 7).batch(4, 100)
+    paths = FastPaths(shared_prompt=family == "t5", tiled_head=tiled_head)
+    lora = LoraConfig(r=4, target_modules=["q" if family == "t5" else "q_proj"])
+    with a_card() as counts:
+        with torch.device(CARD):
+            model = make_family(family)
+        agent = DPO(actor_network=model, lora_config=lora, device=CARD)
+        counts.clear()
+        laid = layout_for(agent.base, paths).lay_out(batch, [agent.actor_adapter])
+        assert not counts.copies
+        with agent.base.active(agent.actor_adapter) as network, laid.passing(1):
+            read = laid.read(network, 1)
+    assert read.shape == (1, int(batch.chosen_scored.sum() + batch.rejected_scored.sum()))
+    assert counts.copies.total() <= masks, counts.copies
