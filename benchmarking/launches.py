@@ -59,9 +59,9 @@ _ANYWHERE = {
     "torch/autograd/graph.py": "backward",
     "evollm/models/layouts/": "forward",
 }
-# Without one of these: the innermost caller in one of these decides.
+# Without one of these: the innermost caller in one of these decides, or in another file of the algorithms.
+_UPDATES = "evollm/algorithms/"
 _INNERMOST = {
-    "evollm/algorithms/step.py": "update",
     "evollm/models/passes.py": "forward",
     "evollm/models/engine.py": "loss",
     "evollm/models/logprobs.py": "loss",
@@ -147,7 +147,8 @@ def place(frame: FrameType | None) -> tuple[str, str]:
     for name, part in _ANYWHERE.items():
         if any(path.startswith(name) for path in paths):
             return part, where
-    return next((_INNERMOST[path] for path in paths if path in _INNERMOST), "other"), where
+    found = (_INNERMOST.get(path, "update") for path in paths if path in _INNERMOST or path.startswith(_UPDATES))
+    return next(found, "other"), where
 
 
 @cache
