@@ -123,8 +123,9 @@ def _generate(
     """
     ends = _ends(base, tokenizer)
     rows = ids.repeat(len(members), 1).to(base.device)
-    routes = tuple(name for name in members if name is not None) if len(members) > 1 else None
-    with base.active(members[0]) as network, base.router.route(routes), torch.no_grad():
+    names = [name for name in members if name is not None]
+    passing = base.routed(base.adapters.stack(names)) if len(names) > 1 else base.active(members[0])
+    with passing as network, torch.no_grad():
         output = cast(Any, network).generate(
             input_ids=rows,
             attention_mask=torch.ones_like(rows),
