@@ -50,16 +50,13 @@ class RowOptimizer(torch.optim.Optimizer):
     def attach(self, rows: Sequence[Row], places: Sequence[Sequence[Place]]) -> None:
         """Say where the parameters of each parameter group lie."""
         self._rows, self._places = rows, places
-        self.register_step_pre_hook(lambda *_: self._share_gradients())
+        # Without a reference to `self`, which would keep the rows' memory until the garbage collector runs.
+        self.register_step_pre_hook(_share_gradients)
 
     def settle(self) -> None:
         """Follow parameters that user code has moved."""
         for row in self._rows:
             row.settle()
-
-    def _share_gradients(self) -> None:
-        for row in self._rows:
-            row.share_gradient()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients of the adapter's parameters to 0; they keep their memory."""
@@ -106,6 +103,12 @@ class RowOptimizer(torch.optim.Optimizer):
         for places in self._places:
             yield list(range(start, start + len(places)))
             start += len(places)
+
+
+def _share_gradients(optimizer: Any, *arguments: object) -> None:
+    del arguments
+    for row in optimizer._rows:
+        row.share_gradient()
 
 
 def on_rows(kind: type[torch.optim.Optimizer]) -> Any:

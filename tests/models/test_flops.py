@@ -55,14 +55,14 @@ def test_members_are_counted_each_and_their_common_reference_once(make_populatio
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 MODELS = {
     "llama": (lambda: LlamaConfig(vocab_size=128, num_key_value_heads=2, **WIDE), 0.1),
-    "gpt2": (lambda: GPT2Config(vocab_size=128, n_embd=128, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=2), 0.05),
+    "gpt2": (lambda: GPT2Config(vocab_size=128, n_embd=128, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=2), 0.06),
 }
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_the_count_is_that_of_torch_but_for_half_of_lora_and_the_first_layer(family) -> None:
-    """Torch does not count the scores of packed attention, nor the fused second product of routed LoRA, and knows that
-    no gradient leaves the first layer. Without LoRA and backward pass both counts are equal."""
+    """Torch does not count the scores of packed attention, nor the products of routed LoRA that are added in place, and
+    knows that no gradient leaves the first layer. Without LoRA and backward pass both counts are equal."""
     make, tolerance = MODELS[family]
     model = AutoModelForCausalLM.from_config(make()).float()
     agent = DPO(actor_network=model, lora_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,6 +102,31 @@ def test_a_member_that_leaves_does_not_hold_the_memory_of_the_others() -> None:
         assert tensor.untyped_storage().nbytes() == members * size * 8
         assert tensor.grad is not None
         assert tensor.grad.untyped_storage().nbytes() == members * size * 8
+
+
+def test_a_released_agent_holds_no_memory() -> None:
+    """Not even before the garbage collector runs, or if somebody keeps the agent."""
+    agents = make_agents(make_family("llama"), ALIKE[:2])
+    learn_together(agents, make_batch())
+    parameters, optimizer = agents[0].actor_parameters(), agents[0].optimizer
+    (row,) = agents[0].base.adapters.rows(agents[0].actor_adapter)
+    agents[0].release()
+    segments = [one for group in optimizer.param_groups for one in group["params"]]
+    assert [one.untyped_storage().nbytes() for one in (*parameters, *segments, row.values)] == [0] * (
+        len(parameters) + 2
+    )
+    assert all(one.grad is None for one in (*parameters, *segments))
+    learn_together(agents[1:], make_batch())
+    # The optimizer has no reference to itself.
+    gc.collect()
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer, segments
+        agents[0].optimizer = None  # type: ignore[assignment]
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("moved", ["one parameter", "the model"])

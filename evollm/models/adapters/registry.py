@@ -255,6 +255,8 @@ class AdapterRegistry:
             self._activate(next(iter(self._adapters), None))
         with self._peft_layers.only(name):
             self.peft_model.delete_adapter(name)
+        for row in adapter.rows:
+            row.free()
 
     def release_lost(self) -> None:
         """Release adapters whose owners were garbage-collected, unless a block of `held` is being executed."""

@@ -141,6 +141,12 @@ class Row:
                 break
         return self.values
 
+    def free(self) -> None:
+        """Let go of the memory, of which a matrix of other members' rows may be a part."""
+        self.values, self._gradient = self.values.new_empty(0), None
+        for parameter in (*self.parameters, *self._segments.values()):
+            parameter.data, parameter.grad = self.values, None
+
     @torch.no_grad()
     def _collect(self) -> None:
         """Make a new row of the parameters' values."""
