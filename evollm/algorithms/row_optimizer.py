@@ -66,36 +66,37 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, with that of each parameter as views of the segments' state."""
-        found, states = super().state_dict(), {}
+        found, states, segments = super().state_dict(), {}, self._segments()
         for numbers, group, places in zip(self._numbers(), found["param_groups"], self._places, strict=True):
             group["params"] = numbers
             for number, place in zip(numbers, places, strict=True):
-                state = self.state.get(place.segment)
+                state = found["state"].get(segments[place.segment])
                 if state:
                     states[number] = {name: place.part(value) for name, value in state.items()}
         return {**found, "state": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state of each parameter; the parameters of a segment must all have one, or none."""
-        saved, segments = state_dict["state"], [one for group in self.param_groups for one in group["params"]]
         states: dict[int, dict[str, Tensor]] = {}
-        for numbers, places in zip(self._numbers(), self._places, strict=True):
+        segments, groups = self._segments(), []
+        for numbers, group, places in zip(self._numbers(), state_dict["param_groups"], self._places, strict=True):
+            groups.append(
+                {**group, "params": [segments[one] for one in dict.fromkeys(place.segment for place in places)]}
+            )
             for number, place in zip(numbers, places, strict=True):
-                state = states.setdefault(next(n for n, one in enumerate(segments) if one is place.segment), {})
-                for name, value in saved.get(number, {}).items():
+                for name, value in state_dict["state"].get(number, {}).items():
+                    state = states.setdefault(segments[place.segment], {})
                     if value.ndim == 0:
                         state[name] = value.clone()
-                    else:
-                        whole = state.setdefault(
-                            name, torch.zeros(len(place.segment), dtype=value.dtype, device=value.device)
-                        )
-                        place.part(whole).copy_(value)
-        own = super().state_dict()["param_groups"]
-        groups = [
-            {**group, "params": mine["params"]} for group, mine in zip(state_dict["param_groups"], own, strict=True)
-        ]
-        made = {number: state for number, state in states.items() if state}
-        super().load_state_dict({**state_dict, "state": made, "param_groups": groups})
+                        continue
+                    if name not in state:
+                        state[name] = torch.zeros(len(place.segment), dtype=value.dtype, device=value.device)
+                    place.part(state[name]).copy_(value)
+        super().load_state_dict({**state_dict, "state": states, "param_groups": groups})
+
+    def _segments(self) -> dict[nn.Parameter, int]:
+        """The number that the optimizer's own state gives to each segment."""
+        return {one: number for number, one in enumerate(one for group in self.param_groups for one in group["params"])}
 
     def _numbers(self) -> Iterator[list[int]]:
         """The numbers that a state gives to the parameters of each group."""
