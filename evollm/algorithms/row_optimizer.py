@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,17 @@ class RowOptimizer(torch.optim.Optimizer):
         self._rows, self._places = rows, places
         # Without a reference to `self`, which would keep the rows' memory until the garbage collector runs.
         self.register_step_pre_hook(_share_gradients)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch's own state has no rows: a copy of an agent would make steps without gradients.
+        state = {**super().__getstate__(), "_rows": self._rows, "_places": self._places}
+        return _unattached, (type(self).__bases__[1],), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # torch also calls it to load a state of the parameters.
+        if "_rows" in state:
+            self.register_step_pre_hook(_share_gradients)
 
     def settle(self) -> None:
         """Follow parameters that user code has moved."""
@@ -106,12 +118,18 @@ class RowOptimizer(torch.optim.Optimizer):
             start += len(places)
 
 
-def _share_gradients(optimizer: Any, *arguments: object) -> None:
-    del arguments
+def _share_gradients(optimizer: Any, *_: Any) -> None:
     for row in optimizer._rows:
         row.share_gradient()
 
 
+@functools.cache
 def on_rows(kind: type[torch.optim.Optimizer]) -> Any:
     """The class of optimizers with `RowOptimizer` mixed in."""
     return type(kind.__name__, (RowOptimizer, kind), {})
+
+
+def _unattached(kind: Any) -> Any:
+    """An optimizer on rows without a state, which `copy` and `pickle` fill."""
+    own = on_rows(kind)
+    return own.__new__(own)

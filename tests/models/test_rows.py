@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,6 +164,20 @@ def test_gradients_that_user_code_made_are_stepped_with_and_cleared() -> None:
     for found, expected in zip(states_of(agent), other.state_dict()["state"].values(), strict=True):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "schedule_free_adamw"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+def test_a_copied_agent_learns_as_the_original_does(copied: Callable[[DPO], DPO], optim: str) -> None:
+    (agent,) = make_agents(make_family("llama"), ALIKE[:1], optim=optim)
+    agent.learn(make_batch())
+    other, bits = copied(agent), actor_bits(agent)
+    for seed in (1, 2):
+        assert agent.learn(make_batch(seed)) == other.learn(make_batch(seed))
+    check_rows([other])
+    assert bits != actor_bits(agent) == actor_bits(other)
+    for found, expected in zip(states_of(other), states_of(agent), strict=True):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_parameters_that_made_different_numbers_of_steps_are_refused(tmp_path) -> None:
