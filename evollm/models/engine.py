@@ -209,6 +209,10 @@ class Engine:
         self.base.adapters.release_lost()
         self.say([slow_dtype(self.base.device.type, self.base.network.dtype)])
         paths = self.prepare([*members, *options.reference], longest_sequence(self.base, batch))
+        if loss is not None and self.base.adapters.have_hooks([name for name in members if name is not None]):
+            # Routed layers compute gradients of rows, of which autograd knows nothing.
+            self.say(["members go one by one: their parameters have hooks"])
+            paths = replace(paths, stacking=False)
         layout = layout_for(self.base, paths, explicit_positions=options.explicit_positions)
         if loss is not None and layout.own_attention:
             self._check_own_attention()

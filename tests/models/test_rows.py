@@ -180,6 +180,27 @@ def test_a_copied_agent_learns_as_the_original_does(copied: Callable[[DPO], DPO]
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_parameters_change_their_gradients(kind: str, members: int) -> None:
+    """As of user code that freezes a part of the adapter, or adds noise."""
+    agents = make_agents(make_family("llama"), ALIKE[:members])
+    parameters = agents[0].actor_parameters()
+
+    def clear(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.zero_()
+
+    for parameter in parameters[::2]:
+        getattr(parameter, kind)(torch.zeros_like if kind == "register_hook" else clear)
+    before = [parameter.detach().clone() for parameter in parameters]
+    with pytest.warns(UserWarning, match="members go one by one: their parameters have hooks"):
+        learn_together(agents, make_batch())
+    changed = [not torch.equal(one, parameter) for one, parameter in zip(before, parameters, strict=True)]
+    assert changed == [bool(number % 2) for number in range(len(parameters))]
+    check_rows(agents)
+
+
 def test_parameters_that_made_different_numbers_of_steps_are_refused(tmp_path) -> None:
     agent, other = make_agents(make_family("llama"), ALIKE[:2])
     agent.learn(make_batch())

@@ -325,6 +325,11 @@ class AdapterRegistry:
         """Whether `stack` takes these adapters: plain LoRA on linear layers, and each on one device."""
         return all(len(self.rows(name)) == 1 for name in names) and self._router.can_route(self._network, names)
 
+    def have_hooks(self, names: Sequence[str]) -> bool:
+        """Whether user code has registered hooks for the gradient of a parameter of these adapters."""
+        parameters = (parameter for name in names for parameter in self._adapters[name].parameters.values())
+        return any(one._backward_hooks or one._post_accumulate_grad_hooks for one in parameters)
+
     def stack(self, names: Sequence[str]) -> Stack:
         """The weights of these adapters for a routed pass; one may be there several times.
 
