@@ -96,9 +96,14 @@ def test_parameters_stay_views_through_training_cloning_loading_and_releasing(tm
 def test_a_member_that_leaves_does_not_hold_the_memory_of_the_others() -> None:
     agents = make_agents(make_family("llama"), ALIKE)
     learn_together(agents, make_batch())
-    size = agents[0].base.adapters.rows(agents[0].actor_adapter)[0].layout.size
+    (row,) = agents[0].base.adapters.rows(agents[0].actor_adapter)
+    size = row.layout.size
+    before = {(one.untyped_storage().data_ptr(), 4 * size * 8) for one in (row.values, row.gradient())}
     learn_together([agents[0], agents[1], agents[3]], make_batch())
     gc.collect()
+    # Not isinstance, which asks objects with a `__class__` of their own.
+    held = [one.untyped_storage() for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    assert not before & {(one.data_ptr(), one.nbytes()) for one in held}
     for tensor in (one for agent in agents for one in agent.actor_parameters()):
         members = 1 if tensor in set(agents[2].actor_parameters()) else 3
         assert tensor.untyped_storage().nbytes() == members * size * 8

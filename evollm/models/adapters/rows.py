@@ -215,6 +215,9 @@ class Row:
                 view.copy_(parameter.grad)
             parameter.grad = view
         self._gradient = gradient
+        # A step shares the gradient anew; till then segments must not hold the old one's matrix.
+        for segment in self._segments.values():
+            segment.grad = None
 
     def _holds_gradients(self, gradient: Tensor) -> bool:
         start, size = gradient.data_ptr(), gradient.element_size()
