@@ -153,6 +153,20 @@ def test_a_model_that_was_moved_learns_as_one_that_was_not(moved: str) -> None:
     assert results[0] == results[1]
 
 
+def test_members_of_different_types_keep_them() -> None:
+    model = make_family("llama").float()
+    agents = make_agents(model, ALIKE[:1])
+    model.to(torch.bfloat16)
+    agents += make_agents(model, ALIKE[1:2])
+    before = [actor_bits(agent) for agent in agents]
+    logratios_together(agents, make_batch())
+    assert before == [actor_bits(agent) for agent in agents]
+    learn_together(agents, make_batch())
+    assert all(bits != actor_bits(agent) for bits, agent in zip(before, agents, strict=True))
+    types = [{parameter.dtype for parameter in agent.actor_parameters()} for agent in agents]
+    assert types == [{torch.bfloat16}, {torch.float32}]
+
+
 def test_gradients_that_user_code_made_are_stepped_with_and_cleared() -> None:
     (agent,) = make_agents(make_family("llama"), ALIKE[:1])
     twins = [nn.Parameter(parameter.detach().clone()) for parameter in agent.actor_parameters()]

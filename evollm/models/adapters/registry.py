@@ -29,7 +29,7 @@ from evollm.models.adapters.lora_config import check_lora_config, refusal
 from evollm.models.adapters.peft_layers import AdapterLayers
 from evollm.models.adapters.routing import AdapterRouter
 from evollm.models.adapters.rows import Row
-from evollm.models.adapters.stack import Stack, gradients_together, stack_of
+from evollm.models.adapters.stack import Stack, gradients_together, of_one_kind, stack_of
 from evollm.models.adapters.targets import check_tensors, resolve_all_linear
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.fingerprints import adapter_fingerprint, canonical_settings
@@ -344,7 +344,7 @@ class AdapterRegistry:
         fragmented memory: with four members peak memory was 1.5 times as high.
         """
         rows = [self.rows(name) for name in names]
-        if all(len(own) == 1 and own[0].layout == rows[0][0].layout for own in rows):
+        if all(len(own) == 1 for own in rows) and of_one_kind([own[0] for own in rows]):
             gradients_together([own[0] for own in rows], self._all_rows()).zero_()
         else:
             for row in (row for own in rows for row in own):

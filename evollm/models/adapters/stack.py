@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -61,6 +62,12 @@ def gradients_together(rows: Sequence[Row], others: Iterable[Row]) -> Tensor:
         if gradient is not None and gradient.untyped_storage().data_ptr() in left:
             other.move_gradient_to(torch.zeros_like(gradient))
     return matrix
+
+
+def of_one_kind(rows: Sequence[Row]) -> bool:
+    """Whether these rows have one layout and one type, so that they fit into one matrix."""
+    layout, dtype = rows[0].layout, rows[0].settle().dtype
+    return all((row.layout is layout or row.layout == layout) and row.settle().dtype == dtype for row in rows)
 
 
 class Stack:
@@ -153,7 +160,7 @@ class RowStack(Stack):
 
 
 class PaddedStack(Stack):
-    """A stack of copies: of rows of different layouts, padded with zeros, or of rows of which one is there twice.
+    """A stack of copies: of rows of different layouts, padded with zeros, or types, or of a row that is there twice.
 
     Args:
         names: The members' adapters.
@@ -163,10 +170,12 @@ class PaddedStack(Stack):
     def __init__(self, names: Sequence[str], rows: Sequence[Row]) -> None:
         self._rows = rows
         layout = RowLayout.union([row.layout for row in rows])
-        weights = rows[0].settle().new_zeros(len(rows), layout.size)
+        values = [row.settle() for row in rows]
+        dtype = reduce(torch.promote_types, (one.dtype for one in values))
+        weights = values[0].new_zeros(len(rows), layout.size, dtype=dtype)
         super().__init__(names, layout, weights)
-        for row, one in zip(rows, weights, strict=True):
-            for view, own in self._pairs(row, one, row.settle()):
+        for row, one, whole in zip(rows, weights, values, strict=True):
+            for view, own in self._pairs(row, one, whole):
                 view.copy_(own)
 
     @contextmanager
@@ -190,8 +199,6 @@ class PaddedStack(Stack):
 
 def stack_of(names: Sequence[str], rows: Sequence[Row], others: Sequence[Row]) -> Stack:
     """The stack of these adapters, of which each has one row; one may be there several times."""
-    layout = rows[0].layout
-    alike = all(row.layout is layout or row.layout == layout for row in rows)
-    if alike and len(set(names)) == len(names):
+    if of_one_kind(rows) and len(set(names)) == len(names):
         return RowStack(names, rows, others)
     return PaddedStack(names, rows)
