@@ -22,7 +22,7 @@ from evollm import DPO, CheckpointError
 from evollm.algorithms.dpo_step import learn_together, logratios_together
 from evollm.data.samples import Batch, Sample
 from evollm.models.adapters.rows import RowLayout, clip_gradient
-from evollm.models.adapters.stack import matrix_of
+from evollm.models.adapters.stack import Stack, matrix_of
 from evollm.models.engine import Engine
 from evollm.models.fast_paths import FastPaths
 
@@ -165,6 +165,18 @@ def test_members_of_different_types_keep_them() -> None:
     assert all(bits != actor_bits(agent) for bits, agent in zip(before, agents, strict=True))
     types = [{parameter.dtype for parameter in agent.actor_parameters()} for agent in agents]
     assert types == [{torch.bfloat16}, {torch.float32}]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_different_scalings_are_not_rounded_to_the_type_of_the_base(dtype: torch.dtype) -> None:
+    stack = Stack(["a", "b"], RowLayout.of({"q.lora_A.weight": torch.Size((1, 1))}), torch.zeros(2, 32))
+    ones = torch.ones(2, 1, 1, dtype=dtype)
+    stack.factors((1 / 3, 1.7), torch.ones((), dtype=torch.bfloat16))
+    factors = stack.factors((1 / 3, 1.7), ones)
+    atol = 1e-15 if dtype == torch.float64 else 1e-7
+    expected = torch.tensor([1 / 3, 1.7], dtype=torch.float64)[:, None, None]
+    torch.testing.assert_close(factors.double(), expected, rtol=0.0, atol=atol)
+    assert ones.mul_(factors).dtype == dtype
 
 
 def test_gradients_that_user_code_made_are_stepped_with_and_cleared() -> None:

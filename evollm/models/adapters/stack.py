@@ -92,7 +92,7 @@ class Stack:
         self._layout = layout
         self._weights = weights
         self._casts: dict[torch.dtype, Tensor] = {}
-        self._factors: dict[tuple[float, ...], Tensor] = {}
+        self._factors: dict[tuple[tuple[float, ...], torch.dtype], Tensor] = {}
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -128,10 +128,11 @@ class Stack:
         return self._layout.stacked(matrix, layer + _DOWN), self._layout.stacked(matrix, layer + _UP)
 
     def factors(self, values: tuple[float, ...], like: Tensor) -> Tensor:
-        """(M, 1, 1) a factor for each member, in the type and on the device of a tensor."""
-        if values not in self._factors:
-            self._factors[values] = torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
-        return self._factors[values]
+        """(M, 1, 1) a factor for each member, at least in float32, on the device and for products with a tensor."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if (values, dtype) not in self._factors:
+            self._factors[values, dtype] = torch.tensor(values, dtype=dtype, device=like.device)[:, None, None]
+        return self._factors[values, dtype]
 
 
 class RowStack(Stack):
