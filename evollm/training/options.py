@@ -1,4 +1,4 @@
-"""The options of a run, and the schedule that follows from them."""
+"""The options of a run."""
 
 from __future__ import annotations
 
@@ -127,62 +127,3 @@ class RunOptions:
         if self.candidates is not None:
             asked["merge"] = self.candidates.to_dict()
         return asked
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When a run evolves, evaluates and saves, in steps; a step is one batch for every agent.
-
-    Attributes:
-        total: Steps of the run.
-        epoch: Steps of an epoch.
-        evolve_every: Steps between two decisions of the search: `evo_steps`, by default an epoch; None: no search.
-        evaluate_every: Steps between two evaluations; 0: evaluate for decisions and at the end alone; None: never.
-        checkpoint_every: Steps between two checkpoints, 0: never.
-    """
-
-    total: int
-    epoch: int
-    evolve_every: int | None
-    evaluate_every: int | None
-    checkpoint_every: int
-
-    @classmethod
-    def of(cls, options: RunOptions, epoch: int, *, held_out: bool) -> Schedule:
-        """Fill in the defaults: a run of one epoch; evolution, evaluation and a checkpoint after each epoch.
-
-        Args:
-            options: Options of the run.
-            epoch: Batches of an epoch.
-            held_out: Whether there are rows to evaluate on.
-        """
-        limits = [options.max_steps, options.num_epochs and options.num_epochs * epoch]
-        evolve_every = (options.evo_steps or epoch) if options.evolves else None
-        evaluate_every = options.evaluation_interval or evolve_every or epoch
-        # Patience needs evaluations on all rows.
-        asked = options.evaluation_interval is not None or options.early_stopping_patience is not None
-        if not asked and getattr(options.search, "plans_evaluations", False):
-            evaluate_every = 0
-        return cls(
-            total=min([limit for limit in limits if limit is not None], default=epoch),
-            epoch=epoch,
-            evolve_every=evolve_every,
-            evaluate_every=evaluate_every if held_out else None,
-            checkpoint_every=options.checkpoint_steps
-            if options.checkpoint_steps is not None
-            else evolve_every or epoch,
-        )
-
-    def evaluates_at(self, step: int, *, decides: bool) -> bool:
-        """Whether to evaluate the population at this step; always before a decision (`decides`) and at the end."""
-        if self.evaluate_every is None:
-            return False
-        return _due(self.evaluate_every, step) or decides or step == self.total
-
-    def checkpoints_at(self, step: int) -> bool:
-        """Whether to save a checkpoint at this step; always at the end, unless `checkpoint_every` is 0."""
-        return bool(self.checkpoint_every) and (_due(self.checkpoint_every, step) or step == self.total)
-
-
-def _due(interval: int | None, step: int) -> bool:
-    return step % interval == 0 if interval else False

@@ -35,9 +35,10 @@ from evollm.runs.events import Callback
 from evollm.runs.writer import RunFolder
 from evollm.tracking import TRACKERS, Console, tracker_names
 from evollm.training.finalists import Contest, Terms
-from evollm.training.options import RunOptions, Schedule
+from evollm.training.options import RunOptions
 from evollm.training.paths import RunPaths, new_run_dir
 from evollm.training.run import Run
+from evollm.training.schedule import Schedule
 
 A = TypeVar("A", bound=SavableAgent)
 # Maps an evaluation, whose type depends on the algorithm, to a number or a tuple of numbers.

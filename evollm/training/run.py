@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from inspect import signature
@@ -14,33 +14,31 @@ from evollm.checkpoints.steps import prune_populations
 from evollm.errors import CheckpointError, ConfigurationError, DataError, DivergedError, EvoLLMError
 from evollm.execution.executor import Executor, check_going
 from evollm.hpo import (
-    AnyEvaluation,
     Birth,
     EvolutionPlan,
-    Fitness,
     NamedFitness,
     SearchPlan,
     SearchStart,
-    as_fitness,
     is_finite,
 )
 from evollm.hpo.search_checks import check_plan, check_start
-from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evaluated, Evolved, RunStarted, StepDone
+from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evolved, RunStarted, StepDone
 from evollm.runs.spent import Spent
+from evollm.training.early_stopping import out_of_patience
 from evollm.training.ending import best_of, close_callbacks, end, final_split
 from evollm.training.finalists import Contest
 from evollm.training.limits import Limits
-from evollm.training.options import RunOptions, Schedule
+from evollm.training.options import RunOptions
 from evollm.training.paths import RunPaths
 from evollm.training.resume import check_nothing_to_lose, find_checkpoint, how_to_go_on, read_checkpoint
+from evollm.training.schedule import Decision, Schedule, SelectionRows
+from evollm.training.scores import DIVERGED_FITNESS, Scorer
 from evollm.training.spending import Prices, update_epochs
-from evollm.training.state import Best, Progress, has_improved
+from evollm.training.state import Progress
 from evollm.training.stopping import StopSignals
 
 # A run that has learnt no token after this many steps, or after a shorter first epoch, stops with a DataError.
 PATIENCE = 100
-# The fitness of a diverged member: `rank` puts NaN after every finite fitness.
-DIVERGED_FITNESS: Fitness = (float("nan"),)
 
 
 class Run:
@@ -78,12 +76,12 @@ class Run:
         self.processes = executor.processes
         self.options = options
         self.paths = paths
-        self.fitness = fitness
         self.contest = contest
         self.callbacks = list(callbacks)
         described = executor.describe()
         self.rows, self._hp_config = described.rows, described.hp_config
-        self._takes_rows = described.takes_rows and "rows" in signature(executor.evaluate).parameters
+        takes_rows = described.takes_rows and "rows" in signature(executor.evaluate).parameters
+        self._selection = SelectionRows(self.rows["test"], takes_rows, options.evaluation_interval)
         self._trusts, self._unlearnable = described.trust_remote_code, described.unlearnable
         self.schedule = Schedule.of(options, described.epoch, held_out=bool(self.rows["test"]))
         members = executor.members()
@@ -100,7 +98,8 @@ class Run:
         epochs = update_epochs(members[0].hyperparameters)
         kl = bool(options.bounds.measurements)
         self._prices = Prices(described.costs, self.schedule, split, epochs, moving, kl, options.candidates)
-        self.limits = Limits(options, self._prices, self.processes)
+        self.limits = Limits(options, self._prices, self.processes, self._selection)
+        self._scorer = Scorer(executor, options, self._prices, fitness)
         # Why the run ends with this step; "" while it goes on, and at its planned end.
         self._ended = ""
 
@@ -112,13 +111,8 @@ class Run:
     @property
     def _stopped(self) -> str:
         """Why the run ends before its last step; "" if it does not."""
-        if self._ended:
-            return self._ended
         patience = self.options.early_stopping_patience
-        fresh = self.progress.evaluated == self.step < self.schedule.total and self.progress.evaluated_rows is None
-        if patience is None or self.progress.stale < patience or not fresh:
-            return ""
-        return f"no better fitness in {patience} evaluation{'s' if patience > 1 else ''} (early_stopping_patience)"
+        return self._ended or out_of_patience(self.progress, self.schedule.total, patience)
 
     @property
     def spent(self) -> Spent:
@@ -175,7 +169,7 @@ class Run:
             # A birth with the index of a given agent keeps that agent, even with other hyperparameters.
             births = [replace(birth, parent=birth.index if birth.index in given else None) for birth in plan.births]
             self.progress.founders = list(plan.births)
-            self.progress.due, self.progress.due_rows = plan.steps, plan.rows
+            self.progress.due = Decision.of(plan, self.step)
         self.executor.begin(births, moving_references=self.options.update_reference_each_epoch)
 
     def first_plan(self) -> SearchPlan | None:
@@ -236,7 +230,7 @@ class Run:
     def _advance(self, stop: StopSignals) -> None:
         """Make a due decision, learn up to the next step with other work, then evaluate and save if due."""
         # A due checkpoint of this step is already written, so an error in the decision loses no training.
-        if self.step > 0 and self._decides(self.step):
+        if self.step > 0 and self.schedule.decides_at(self.step, self.progress.due):
             saved = self.schedule.checkpoints_at(self.step)
             # A run that ended here was evaluated on all rows; the decision is made on those of the plan.
             self._evaluate()
@@ -247,7 +241,7 @@ class Run:
                     self._checkpoint()
                 return
         self._learn(stop)
-        decides = self._decides(self.step)
+        decides = self.schedule.decides_at(self.step, self.progress.due)
         if self.schedule.evaluates_at(self.step, decides=decides):
             self._evaluate()
         if not decides and self._ends_by_limit():
@@ -261,76 +255,26 @@ class Run:
 
     def _learn(self, stop: StopSignals) -> None:
         """Learn up to the next step with a decision, an evaluation or a checkpoint, or until a signal."""
-        until = next(step for step in range(self.step + 1, self.schedule.total + 1) if self._pauses_at(step))
+        until = self.schedule.next_pause(self.step, self.progress.due)
         for done in self.executor.learn(self.step, until):
             self._note(done)
-            if self.step < until and (self._signal(stop) or self._ended or self._limit_hit()):
+            if self.step < until and (self._signal(stop) or self._ended):
+                return
+            if self.step < until and self.limits.reached(self.progress, self.schedule, self.executor.members()):
                 return
 
-    def _fewer(self, rows: int | None) -> int | None:
-        """The rows of a decision for which a plan wants so many; None: all, also where only that can be done."""
-        return rows if rows is not None and rows < self.rows["test"] and self._takes_rows else None
-
-    def _rows_at(self, step: int, *, limited: bool = False, plan: SearchPlan | None = None) -> int | None:
-        """Rows of the evaluation of all members at a step, None: all.
-
-        Fewer are enough for a decision, and to find the best member where a limit ends the run before one.
-
-        Args:
-            step: The step.
-            limited: Whether a limit ends the run at that step.
-            plan: A plan that is not carried out yet; None: the present one.
-        """
-        progress, interval, every = self.progress, self.options.evaluation_interval, self.schedule.evaluate_every
-        due, rows = (progress.due, progress.due_rows) if plan is None else (self._due(plan), plan.rows)
-        asked = interval is not None and step % interval == 0
-        if due is None or asked or (step == self.schedule.total and not limited):
-            return None
-        at_rung = step == due
-        return self._fewer(rows) if at_rung or (limited and not (every and step % every == 0)) else None
-
-    def _due(self, plan: SearchPlan) -> int | None:
-        return None if plan.steps is None else self.step + plan.steps
-
-    def _limit_hit(self, plan: SearchPlan | None = None) -> str:
-        """Name of the limit within which no further step fits, of the members of a plan or the present ones."""
-        members = self.executor.members()
-        diverged = {member.index for member in members if member.diverged}
-        births = members if plan is None else plan.births
-        learners = [birth.hyperparameters for birth in births if birth.index not in diverged]
-        after = self.step + 1
-        rows = self._rows_at(after, limited=after < self.schedule.total, plan=plan)
-        # Of fewer rows, the best member is evaluated on all of them at the end.
-        evaluations = len(learners) if rows is None else len(learners) * rows / self.rows["test"] + 1
-        return self.limits.hit(self.progress.account, self.step, learners, evaluations)
-
     def _ends_by_limit(self, plan: SearchPlan | None = None) -> bool:
-        """Whether no further step of a plan's members, or the present ones, fits, so that this step is the last one.
-
-        Raises:
-            ConfigurationError: Not even the first step fits.
-        """
-        if self.step >= self.schedule.total:
-            return False
-        limit = self._limit_hit(plan)
-        value = getattr(self.options, limit) if limit else 0
-        if limit and self.step == 0:
-            agents = len(self.executor.members())
-            fix = f"is too little for one step of {agents} agents, its evaluation and final scores"
-            raise ConfigurationError(limit, value, fix)
-        if limit:
-            self._end_here(f"no further step fits in {limit}={value:g}")
-        return bool(limit)
+        """Whether no further step of a plan's members, or the present ones, fits, so that this step is the last one."""
+        why = self.limits.reached(self.progress, self.schedule, self.executor.members(), plan)
+        if why:
+            self._end_here(why)
+        return bool(why)
 
     def _end_here(self, why: str) -> None:
         self._ended, self.schedule = why, replace(self.schedule, total=self.step)
 
     def _check_going(self) -> None:
-        """End the run with the best agent so far if every member has diverged.
-
-        Raises:
-            DivergedError: Every member has diverged, and none was evaluated before.
-        """
+        """End the run with the best agent so far if every member has diverged; see `_end_with_the_best`."""
         try:
             check_going(self.executor.members())
         except DivergedError as error:
@@ -368,39 +312,24 @@ class Run:
             seen = min(self.step * self.config["data"]["batch_size"], self.rows["train"])
             raise DataError("train_dataset", f"{seen} rows", f"on every one {self._unlearnable}")
 
-    def _pauses_at(self, step: int) -> bool:
-        """Whether a decision, an evaluation, a checkpoint or the end of the run follows this step."""
-        decides = self._decides(step)
-        schedule = self.schedule
-        evaluates = schedule.evaluates_at(step, decides=decides)
-        return decides or evaluates or schedule.checkpoints_at(step) or step == schedule.total
-
-    def _decides(self, step: int) -> bool:
-        """Whether the search decides after this step; never after the last step, since no learning would follow."""
-        return step == self.progress.due and step < self.schedule.total
-
     def _signal(self, stop: StopSignals) -> int:
         """Number of a signal that any process received, else 0; all processes make this call at the same step."""
         return self.processes.largest(stop.received or 0)
 
     def _evaluate(self) -> bool:
         """Evaluate all members, on fewer rows if that is enough; False if that is done, or there are no rows."""
-        progress, rows = self.progress, self._rows_at(self.step, limited=bool(self._ended))
+        progress = self.progress
+        rows = self._selection.at(self.step, self.schedule, progress.due, limited=bool(self._ended))
         if self.schedule.evaluate_every is None or (progress.evaluated, progress.evaluated_rows) == (self.step, rows):
             return False
-        evaluations, found = self._scored(None, rows)
-        fitnesses = {member.index: found.get(member.index, DIVERGED_FITNESS) for member in self.executor.members()}
-        progress.evaluated, progress.evaluated_rows, progress.fitnesses = self.step, rows, fitnesses
-        if self.search is not None:
-            progress.evaluations = dict(evaluations)
-        self.executor.note_scores({index: fitness[0] for index, fitness in fitnesses.items()})
+        evaluations = self._scorer.score_all(progress, rows)
         try:
-            best = best_of(self.executor.members(), fitnesses)
+            best = best_of(self.executor.members(), progress.fitnesses)
         except DivergedError as error:
             self._end_with_the_best(error)
         else:
-            self._compare_with_best(Best(best, self.step, fitnesses[best], rows))
-            self._tell_scores(evaluations, fitnesses, best, rows)
+            event = self._scorer.keep_best(progress, evaluations, progress.fitnesses, best, rows)
+            self._tell("on_evaluation", event)
         return True
 
     def _evaluate_at_the_end(self) -> None:
@@ -412,54 +341,8 @@ class Run:
             self._checkpoint()
         if self.progress.evaluated_rows is not None and any(map(is_finite, self.progress.fitnesses.values())):
             best = best_of(self.executor.members(), self.progress.fitnesses)
-            evaluations, fitnesses = self._scored([best], None)
-            self._compare_with_best(Best(best, self.step, fitnesses[best]))
-            self._tell_scores(evaluations, fitnesses, best, None)
-
-    def _scored(
-        self, indices: Sequence[int] | None, rows: int | None
-    ) -> tuple[Mapping[int, AnyEvaluation], dict[int, Fitness]]:
-        """The evaluations and fitnesses of these members, or of all that have not diverged; rows None: on all."""
-        fewer: dict[str, Any] = {} if rows is None else {"rows": rows}
-        evaluations = self.executor.evaluate("test", indices, **self.options.bounds.measurements, **fewer)
-        self.progress.account.add(self.executor.spent())
-        for remark in filter(None, {self.options.bounds.remark(one) for one in evaluations.values()}):
-            warnings.warn(remark, UserWarning, stacklevel=2)
-        found = {str(index): self._fitness_of(evaluation) for index, evaluation in evaluations.items()}
-        # The main process's values count: a user's fitness function may give other values in other processes.
-        decided = self.processes.from_main(found)
-        return evaluations, {int(index): tuple(fitness) for index, fitness in decided.items()}
-
-    def _tell_scores(
-        self,
-        evaluations: Mapping[int, AnyEvaluation],
-        fitnesses: Mapping[int, Fitness],
-        best: int,
-        rows: int | None,
-    ) -> None:
-        members = {member.index: dict(member.hyperparameters) for member in self.executor.members()}
-        agents = {index: members[index] for index in fitnesses}
-        generation = self.progress.generation
-        self._tell(
-            "on_evaluation", Evaluated(self.step, generation, evaluations, fitnesses, best, agents, self.spent, rows)
-        )
-
-    def _compare_with_best(self, found: Best) -> None:
-        """Keep the best agent of an evaluation if it is the best so far; any on all rows beats those on fewer."""
-        before = self.progress.best
-        compared = before if before is not None and before.rows is None else None
-        if not is_finite(found.fitness) or (compared is not None and found.rows is not None):
-            return
-        if found.rows is None:
-            threshold = self.options.early_stopping_threshold
-            improved = compared is None or has_improved(found.fitness, compared.fitness, threshold)
-            self.progress.stale = 0 if improved else self.progress.stale + 1
-        if compared is None or found.fitness >= compared.fitness:
-            self.progress.best = found
-            self.executor.keep_best(found.index)
-
-    def _fitness_of(self, evaluation: Any) -> Fitness:
-        return self.options.bounds.guarded(as_fitness(self.fitness(evaluation)), evaluation)
+            found = self._scorer.score(self.progress.account, [best], None)
+            self._tell("on_evaluation", self._scorer.keep_best(self.progress, *found, best, None))
 
     def _decide(self) -> None:
         """Give the search the results, and let the executor carry out the plan if a step of its members fits."""
@@ -480,7 +363,7 @@ class Run:
         evolution = EvolutionPlan(progress.generation, best, fitnesses, plan.births)
         self.executor.apply(plan.births)
         progress.evolutions.append((self.step, evolution))
-        progress.due, progress.due_rows = self._due(plan), plan.rows
+        progress.due = Decision.of(plan, self.step)
         self._tell("on_evolution", Evolved(self.step, evolution))
 
     def _of_main(self, plan: SearchPlan) -> SearchPlan:

@@ -12,7 +12,7 @@ from evollm.hpo import FinalCandidates
 from evollm.hpo.hyperparameters import Value
 from evollm.hpo.search import SearchBudget
 from evollm.runs.spent import Spent
-from evollm.training.options import Schedule
+from evollm.training.schedule import Schedule
 
 
 @dataclass

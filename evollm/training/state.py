@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.execution.executor import Member
 from evollm.hpo import AnyEvaluation, Birth, EvolutionPlan, Fitness, Result
-from evollm.hpo.guards import BROKEN
 from evollm.runs.evaluations import VECTORS
+from evollm.training.schedule import Decision
 from evollm.training.spending import Account
 
 # Settings that a resumed run may change: its length, what it saves, and whether it drops non-finite rows.
@@ -60,17 +60,6 @@ class Best:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def has_improved(fitness: Fitness, best: Fitness, threshold: float) -> bool:
-    """Whether a fitness counts as better than the best one so far, for early stopping.
-
-    Its first component is larger by more than the threshold. Of two that break a guard, the excess of the first is
-    smaller by anything, since the threshold is in units of the score.
-    """
-    if fitness[0] == best[0] == BROKEN:
-        return fitness[1] > best[1]
-    return fitness[0] > best[0] + threshold
-
-
 @dataclass
 class Progress:
     """The progress of a run.
@@ -84,8 +73,7 @@ class Progress:
         evaluated_rows: Rows of that evaluation, None: all.
         fitnesses: The last fitness of every agent.
         evaluations: The evaluations behind these fitnesses, for the search; none of diverged agents.
-        due: The step after which the search decides next, None: never.
-        due_rows: Rows that the members are compared on then, None: all.
+        due: The next decision of the search.
         best: The best evaluation so far, the later one of equals; None: there was none.
         stale: Evaluations since the best fitness last improved, for early stopping.
         account: What has been spent.
@@ -99,8 +87,7 @@ class Progress:
     evaluated_rows: int | None = None
     fitnesses: dict[int, Fitness] = field(default_factory=dict)
     evaluations: dict[int, AnyEvaluation] = field(default_factory=dict)
-    due: int | None = None
-    due_rows: int | None = None
+    due: Decision = field(default_factory=Decision)
     best: Best | None = None
     stale: int = 0
     account: Account = field(default_factory=Account)
@@ -132,8 +119,8 @@ class Progress:
         """Everything but the evaluations, as strict JSON values."""
         return {
             "step": self.step,
-            "due": self.due,
-            **({} if self.due_rows is None else {"due_rows": self.due_rows}),
+            "due": self.due.step,
+            **({} if self.due.rows is None else {"due_rows": self.due.rows}),
             "evaluated": self.evaluated,
             **({} if self.evaluated_rows is None else {"evaluated_rows": self.evaluated_rows}),
             "spent": self.account.to_dict(),
@@ -170,8 +157,7 @@ class Progress:
                 founders=[Birth.from_dict(birth) for birth in data["founders"]],
                 before=_read_evaluation(arrays, "before"),
                 step=int(data["step"]),
-                due=None if data["due"] is None else int(data["due"]),
-                due_rows=_whole(data.get("due_rows")),
+                due=Decision(_whole(data["due"]), _whole(data.get("due_rows"))),
                 evaluated=_whole(data["evaluated"]),
                 evaluated_rows=_whole(data.get("evaluated_rows")),
                 account=Account.from_dict(data["spent"]),

@@ -17,6 +17,7 @@ from evollm.hpo import Result
 from evollm.inspection.forecast import REFERENCE_SHARE, TIMED_TOKENS, usual_pairs
 from evollm.inspection.printing import rough_duration
 from evollm.training.run import Run
+from evollm.training.schedule import Decision
 from evollm.tuning.setup import Setup
 
 # A step on a full batch is timed only if its estimate is at most this many seconds.
@@ -106,11 +107,11 @@ def _spans(run: Run) -> list[Span]:
     A search that cannot plan from such results is taken to keep its members.
     """
     progress, step, total, all_rows = run.progress, run.step, run.schedule.total, max(1, run.rows["test"])
-    births, due, rows = progress.births, progress.due, progress.due_rows
+    births, due = progress.births, progress.due
     spans = []
-    while run.search is not None and due is not None and due < total:
-        spans.append(Span(len(births), due - step, min(1.0, (rows or all_rows) / all_rows)))
-        step = due
+    while run.search is not None and due.step is not None and due.step < total:
+        spans.append(Span(len(births), due.step - step, min(1.0, (due.rows or all_rows) / all_rows)))
+        step = due.step
         results = [
             Result(birth.index, (-float(place),), birth.hyperparameters, step) for place, birth in enumerate(births)
         ]
@@ -118,7 +119,7 @@ def _spans(run: Run) -> list[Span]:
             plan = run.search.tell(results)
         except Exception:  # Whatever a user's search raises.
             break
-        births, due, rows = plan.births, plan.steps and step + plan.steps, plan.rows
+        births, due = plan.births, Decision.of(plan, step)
     return [*spans, Span(len(births), total - step)]
 
 

@@ -39,9 +39,10 @@ from evollm.models.shared_base import check_plain_model
 from evollm.names import ALIASES, check_known
 from evollm.processes import check_processes
 from evollm.runs import read_config
-from evollm.training.options import RunOptions, Schedule
+from evollm.training.options import RunOptions
 from evollm.training.prepare import check_arguments, check_paths, prepare
 from evollm.training.run import Run
+from evollm.training.schedule import Schedule
 from evollm.tuning.from_yaml import as_objects
 from evollm.tuning.parameters import (
     Settings,

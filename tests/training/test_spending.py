@@ -18,7 +18,7 @@ from evollm.hpo import Birth, SearchPlan, SuccessiveHalving
 from evollm.runs import read_run
 from evollm.runs.spent import KINDS, Spent
 from evollm.tracking import Console
-from evollm.training.options import Schedule
+from evollm.training.schedule import Schedule
 from evollm.training.spending import Account, Prices
 from evollm.tuning.tune import validate
 
