@@ -1,15 +1,23 @@
-"""The checkpoint from which an interrupted run resumes, and the text that tells users how to resume."""
+"""The checkpoints from which an interrupted run resumes, and the text that tells users how to resume."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from evollm.checkpoints.atomic import remove_unfinished
-from evollm.checkpoints.steps import STEP_FOLDER, has_populations, newest_population, read_arrays, read_state
-from evollm.errors import CheckpointError, ConfigurationError
-from evollm.execution.executor import Agreement
+from evollm.checkpoints.steps import (
+    STEP_FOLDER,
+    has_populations,
+    newest_population,
+    prune_populations,
+    read_arrays,
+    read_state,
+)
+from evollm.errors import CheckpointError, ConfigurationError, EvoLLMError
+from evollm.execution.executor import Agreement, Arrays, Executor
 from evollm.runs import has_ended, read_config
 from evollm.runs.folder import is_resumed_by_command, is_run
 from evollm.training.paths import RunPaths
@@ -18,12 +26,40 @@ from evollm.training.state import Progress, check_same_run
 ChangedText = Callable[[Mapping[str, Any]], str]
 
 
-def find_checkpoint(paths: RunPaths, processes: Agreement) -> Path | None:
-    """The newest undamaged checkpoint of a run, None if there is none; the main process warns of damaged ones.
+def load_checkpoint(paths: RunPaths, executor: Executor, config: Mapping[str, Any]) -> tuple[Progress, Any] | None:
+    """Load the newest undamaged checkpoint of a run with this `Run.config` into the executor.
+
+    Returns:
+        The progress of the run and the state of its search; None, with a warning, without any checkpoint.
 
     Raises:
-        CheckpointError: Every checkpoint is damaged.
+        CheckpointError: Every checkpoint is damaged, or lacks state that a run needs to resume.
+        ConfigurationError: The run began with other settings.
     """
+    folder = _newest_checkpoint(paths, executor.processes)
+    if folder is None:
+        _check_nothing_to_lose(paths, config, executor.changed_text)
+        warnings.warn(f"{paths.run_dir} holds no checkpoint: it starts anew", UserWarning, stacklevel=4)
+        return None
+    state = read_state(folder)
+    missing = {"config", "search"} - state.keys()
+    if missing or not isinstance(state["config"], Mapping):
+        reason = f"lacks {sorted(missing)}" if missing else "has no settings"
+        raise CheckpointError(f"{folder} is no checkpoint of this run: it {reason}")
+    check_same_run(state["config"], config, executor.changed_text)
+    progress, total = Progress.from_dict(state, read_arrays(folder)), config["schedule"]["total"]
+    if progress.step > total:
+        fix = f"the checkpoint has {progress.step} steps already: give a larger num_epochs or max_steps"
+        raise ConfigurationError("max_steps", total, fix)
+    executor.load(folder)
+    found, born = ([one.index for one in those] for those in (executor.members(), progress.births))
+    if found != born:
+        raise CheckpointError(f"{folder} is no checkpoint of this run: it holds the agents {found}, not {born}")
+    return progress, state["search"]
+
+
+def _newest_checkpoint(paths: RunPaths, processes: Agreement) -> Path | None:
+    """The newest undamaged checkpoint of a run, None if there is none; the main process warns of damaged ones."""
     found = ""
     if processes.is_main:
         if paths.checkpoints.is_dir():
@@ -33,35 +69,7 @@ def find_checkpoint(paths: RunPaths, processes: Agreement) -> Path | None:
     return Path(found) if found else None
 
 
-def read_checkpoint(
-    path: Path, config: Mapping[str, Any], changed_text: ChangedText
-) -> tuple[Mapping[str, Any], Progress]:
-    """Read the run's own part of a checkpoint: its state and its progress.
-
-    Args:
-        path: The checkpoint.
-        config: `Run.config` of the resuming run.
-        changed_text: From `config["data"]` of the checkpoint to the first changed text, in words.
-
-    Raises:
-        CheckpointError: The checkpoint lacks state that a run needs to resume.
-        ConfigurationError: The run began with other settings.
-    """
-    state = read_state(path)
-    missing = {"config", "search"} - state.keys()
-    if missing or not isinstance(state["config"], Mapping):
-        reason = f"lacks {sorted(missing)}" if missing else "has no settings"
-        raise CheckpointError(f"{path} is no checkpoint of this run: it {reason}")
-    check_same_run(state["config"], config, changed_text)
-    progress = Progress.from_dict(state, read_arrays(path))
-    total = config["schedule"]["total"]
-    if progress.step > total:
-        fix = f"the checkpoint has {progress.step} steps already: give a larger num_epochs or max_steps"
-        raise ConfigurationError("max_steps", total, fix)
-    return state, progress
-
-
-def check_nothing_to_lose(paths: RunPaths, config: Mapping[str, Any], changed_text: ChangedText) -> None:
+def _check_nothing_to_lose(paths: RunPaths, config: Mapping[str, Any], changed_text: ChangedText) -> None:
     """Refuse to restart a run without checkpoints that has ended or that began with other settings.
 
     Raises:
@@ -72,6 +80,21 @@ def check_nothing_to_lose(paths: RunPaths, config: Mapping[str, Any], changed_te
         fix = "the run has ended, and its checkpoints are gone: there is nothing to go on from; begin a new run"
         raise ConfigurationError("resume_from_checkpoint", str(paths.run_dir), fix)
     check_same_run(read_config(paths.run_dir), config, changed_text)
+
+
+def save_checkpoint(
+    executor: Executor, folder: Path, state: Mapping[str, Any], arrays: Arrays, keep_last: int | None
+) -> bool:
+    """Save a checkpoint in its step's folder, and keep so many of the last; False, with a warning, if that fails."""
+    try:
+        executor.save(folder, state, arrays)
+        if executor.processes.is_main and keep_last is not None:
+            prune_populations(folder.parent, keep_last, newest=folder)
+    except (OSError, EvoLLMError) as error:
+        fix = "the run goes on, and earlier checkpoints are intact"
+        warnings.warn(f"step {state['step']} could not be saved: {error}; {fix}", UserWarning, stacklevel=3)
+        return False
+    return True
 
 
 def how_to_go_on(paths: RunPaths, *, trust_remote_code: bool) -> str:

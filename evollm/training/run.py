@@ -10,8 +10,7 @@ from dataclasses import asdict, replace
 from inspect import signature
 from typing import Any
 
-from evollm.checkpoints.steps import prune_populations
-from evollm.errors import CheckpointError, ConfigurationError, DataError, DivergedError, EvoLLMError
+from evollm.errors import ConfigurationError, DataError, DivergedError
 from evollm.execution.executor import Executor, check_going
 from evollm.hpo import (
     Birth,
@@ -30,7 +29,7 @@ from evollm.training.finalists import Contest
 from evollm.training.limits import Limits
 from evollm.training.options import RunOptions
 from evollm.training.paths import RunPaths
-from evollm.training.resume import check_nothing_to_lose, find_checkpoint, how_to_go_on, read_checkpoint
+from evollm.training.resume import how_to_go_on, load_checkpoint, save_checkpoint
 from evollm.training.schedule import Decision, Schedule, SelectionRows
 from evollm.training.scores import DIVERGED_FITNESS, Scorer
 from evollm.training.spending import Prices, update_epochs
@@ -195,19 +194,11 @@ class Run:
             CheckpointError: Every checkpoint is damaged.
             ConfigurationError: The run began with other settings.
         """
-        folder = find_checkpoint(self.paths, self.processes)
-        if folder is None:
-            check_nothing_to_lose(self.paths, self.config, self.executor.changed_text)
-            warnings.warn(f"{self.paths.run_dir} holds no checkpoint: it starts anew", UserWarning, stacklevel=3)
-            return
-        state, progress = read_checkpoint(folder, self.config, self.executor.changed_text)
-        self.executor.load(folder)
-        found, born = ([one.index for one in those] for those in (self.executor.members(), progress.births))
-        if found != born:
-            raise CheckpointError(f"{folder} is no checkpoint of this run: it holds the agents {found}, not {born}")
-        self.progress = progress
-        if self.search is not None:
-            self.search.load_state_dict(state["search"])
+        found = load_checkpoint(self.paths, self.executor, self.config)
+        if found is not None:
+            self.progress, search = found
+            if self.search is not None:
+                self.search.load_state_dict(search)
 
     def _start(self) -> None:
         """Announce the start, which fails if the run folder cannot be written, and score the first agent."""
@@ -377,18 +368,8 @@ class Run:
         folder = self.paths.checkpoints / f"step-{self.step:06d}"
         search = self.search.state_dict() if self.search else None
         state = {**self.progress.to_dict(), "config": self.config, "search": search}
-        try:
-            self.executor.save(folder, state, self.progress.arrays())
-            if self.processes.is_main and self.options.keep_last is not None:
-                prune_populations(folder.parent, self.options.keep_last, newest=folder)
-        except (OSError, EvoLLMError) as error:
-            warnings.warn(
-                f"step {self.step} could not be saved: {error}; the run goes on, and earlier checkpoints are intact",
-                UserWarning,
-                stacklevel=2,
-            )
-            return
-        if self.processes.is_main:
+        arrays, keep_last = self.progress.arrays(), self.options.keep_last
+        if save_checkpoint(self.executor, folder, state, arrays, keep_last) and self.processes.is_main:
             self._tell("on_checkpoint", Checkpointed(self.step, folder))
 
     def _how_to_go_on(self) -> str:
