@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from evollm.runs.folder import is_resumed_by_command, is_run
 from evollm.training.paths import RunPaths
 from evollm.training.state import Progress, check_same_run
 
-ChangedText = Callable[[Mapping[str, Any]], str]
-
 
 def load_checkpoint(paths: RunPaths, executor: Executor, config: Mapping[str, Any]) -> tuple[Progress, Any] | None:
     """Load the newest undamaged checkpoint of a run with this `Run.config` into the executor.
@@ -38,7 +36,7 @@ def load_checkpoint(paths: RunPaths, executor: Executor, config: Mapping[str, An
     """
     folder = _newest_checkpoint(paths, executor.processes)
     if folder is None:
-        _check_nothing_to_lose(paths, config, executor.changed_text)
+        _check_nothing_to_lose(paths, executor, config)
         warnings.warn(f"{paths.run_dir} holds no checkpoint: it starts anew", UserWarning, stacklevel=4)
         return None
     state = read_state(folder)
@@ -69,7 +67,7 @@ def _newest_checkpoint(paths: RunPaths, processes: Agreement) -> Path | None:
     return Path(found) if found else None
 
 
-def _check_nothing_to_lose(paths: RunPaths, config: Mapping[str, Any], changed_text: ChangedText) -> None:
+def _check_nothing_to_lose(paths: RunPaths, executor: Executor, config: Mapping[str, Any]) -> None:
     """Refuse to restart a run without checkpoints that has ended or that began with other settings.
 
     Raises:
@@ -79,7 +77,7 @@ def _check_nothing_to_lose(paths: RunPaths, config: Mapping[str, Any], changed_t
     if has_ended(paths.run_dir):
         fix = "the run has ended, and its checkpoints are gone: there is nothing to go on from; begin a new run"
         raise ConfigurationError("resume_from_checkpoint", str(paths.run_dir), fix)
-    check_same_run(read_config(paths.run_dir), config, changed_text)
+    check_same_run(read_config(paths.run_dir), config, executor.changed_text)
 
 
 def save_checkpoint(

@@ -12,17 +12,9 @@ from typing import Any
 
 from evollm.errors import ConfigurationError, DataError, DivergedError
 from evollm.execution.executor import Executor, check_going
-from evollm.hpo import (
-    Birth,
-    EvolutionPlan,
-    NamedFitness,
-    SearchPlan,
-    SearchStart,
-    is_finite,
-)
+from evollm.hpo import Birth, EvolutionPlan, NamedFitness, SearchPlan, SearchStart, is_finite
 from evollm.hpo.search_checks import check_plan, check_start
 from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evolved, RunStarted, StepDone
-from evollm.runs.spent import Spent
 from evollm.training.early_stopping import out_of_patience
 from evollm.training.ending import best_of, close_callbacks, end, final_split
 from evollm.training.finalists import Contest
@@ -113,11 +105,6 @@ class Run:
         patience = self.options.early_stopping_patience
         return self._ended or out_of_patience(self.progress, self.schedule.total, patience)
 
-    @property
-    def spent(self) -> Spent:
-        """What the run has spent."""
-        return self._prices.spent(self.progress.account, self.step)
-
     def train(self) -> tuple[list[Any], list[float]]:
         """Train to the end; see `finetune_llm_preference`.
 
@@ -143,7 +130,8 @@ class Run:
                         self.executor, self.progress, self.options, self.paths, self.rows, self.contest, self.limits
                     )
                     self.progress.account.add(self.executor.spent(), final=True)
-                    ended = replace(ended, stopped=self._stopped, spent=self.spent)
+                    spent = self._prices.spent(self.progress.account, self.step)
+                    ended = replace(ended, stopped=self._stopped, spent=spent)
                     self._tell("on_end", ended)
                     self.best = self.executor.agent(best)
             except KeyboardInterrupt:

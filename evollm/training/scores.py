@@ -78,7 +78,7 @@ class Scorer:
         progress.best, progress.stale = compare(progress.best, progress.stale, found, threshold)
         if progress.best is found:
             self._executor.keep_best(best)
-        members = {member.index: dict(member.hyperparameters) for member in self._executor.members()}
-        agents = {index: members[index] for index in fitnesses}
+        members = [member for member in self._executor.members() if member.index in fitnesses]
+        agents = {member.index: dict(member.hyperparameters) for member in members}
         spent = self._prices.spent(progress.account, progress.step)
         return Evaluated(progress.step, progress.generation, evaluations, fitnesses, best, agents, spent, rows)
