@@ -232,6 +232,23 @@ def test_hooks_of_parameters_change_their_gradients(kind: str, members: int) -> 
     check_rows(agents)
 
 
+@pytest.mark.parametrize("members", [1, 2])
+def test_hooks_and_replaced_methods_of_the_base_are_called(members: int) -> None:
+    agents = make_agents(make_family("llama"), ALIKE[:members])
+    layers = agents[0].base.network.model.layers
+    first, second = (layer.mlp.up_proj.base_layer for layer in layers)
+    calls = []
+    first.register_full_backward_hook(lambda *_: calls.append("backward"))
+    own = second.forward
+    # As accelerate does to move weights.
+    second.forward = lambda x: calls.append("forward") or own(x)
+    learn_together(agents, make_batch())
+    assert {"backward", "forward"} == set(calls)
+    calls.clear()
+    learn_together(agents, make_batch(1))
+    assert {"backward", "forward"} == set(calls)
+
+
 def test_parameters_that_made_different_numbers_of_steps_are_refused(tmp_path) -> None:
     agent, other = make_agents(make_family("llama"), ALIKE[:2])
     agent.learn(make_batch())

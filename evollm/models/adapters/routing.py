@@ -179,8 +179,9 @@ def _is_plain_linear(layer: nn.Module) -> bool:
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
         and layer.weight.is_floating_point()
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
+        # accelerate's hooks, and those of user code, may replace the method on the layer itself.
+        and "forward" not in vars(layer)
+        and not any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
     )
 
 
