@@ -92,8 +92,8 @@ def single(record: Record, order: Sequence[int]) -> Choice:
 
 
 def random_search(record: Record, order: Sequence[int], count: int, score: str = "accuracy_mean_margin") -> Choice:
-    """The best by a score of `count` founders, each a run by itself."""
-    return Choice(ranked(record, order[:count], -1, score)[0], float(count))
+    """The best by a score of at most `count` founders, each a run by itself."""
+    return Choice(ranked(record, order[:count], -1, score)[0], float(len(order[:count])))
 
 
 def grid_search(record: Record, order: Sequence[int], score: str = "accuracy_mean_margin") -> Choice:

@@ -12,7 +12,7 @@ import numpy as np
 
 from evollm.hpo import PREFERENCE_FITNESSES, Evaluation
 from evollm.hpo.finalists import FinalCandidates, compare_pairwise, winning_candidate
-from searching.contestants import final_terms, of_kind, random_search, ranked, selection_fitness
+from searching.contestants import HALVINGS, final_terms, of_kind, random_search, ranked, selection_fitness
 from searching.figure import draw
 from searching.outcomes import REFERENCE, Data, Outcome, mean_runs, measured_in, outcomes
 from searching.records import Array, Record
@@ -32,6 +32,14 @@ def strategies_table(found: Found) -> str:
         few = f", {len(by_seed)} seeds" if len(by_seed) < len(found[REFERENCE]) else ""
         rows.append([str(number), name + few, f"{mean_runs(by_seed):.2f}", *_cells(by_seed, found[REFERENCE])])
     return _table(heads, rows)
+
+
+def founders_text(records: Sequence[Record]) -> str:
+    """A remark where fewer configurations were recorded than some contestants begin with."""
+    recorded, most = min(len(of_kind(record, "random")) for record in records), max(one.count for one in HALVINGS)
+    if recorded >= most:
+        return ""
+    return f"Only {recorded} random configurations were recorded: contestants of more begin with {recorded}."
 
 
 def reaching_text(found: Found) -> str:
@@ -193,7 +201,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def replay(folder: Path) -> str:
     """The table of strategies without inheritance."""
     found = (replace(data, runs={}) for data in measured_in(folder))
-    return "\n\n".join(f"{data.title}\n\n{strategies_table(outcomes(data))}" for data in found)
+    parts = [
+        [data.title, founders_text(list(data.records.values())), strategies_table(outcomes(data))] for data in found
+    ]
+    return "\n\n".join(part for few in parts for part in few if part)
 
 
 def report(folder: Path, figure: Path | None = None) -> str:
@@ -207,7 +218,8 @@ def report(folder: Path, figure: Path | None = None) -> str:
     for data in measured_in(folder):
         found, records = outcomes(data), list(data.records.values())
         with_candidates = [record for record in records if record.about["candidates"]]
-        parts += [data.title, strategies_table(found), reaching_text(found), scores_table(data.records)]
+        parts += [data.title, founders_text(records), strategies_table(found), reaching_text(found)]
+        parts += [scores_table(data.records)]
         parts += [finalists_table(with_candidates or records), lengths_table(records)]
         if figure is not None:
             path = figure.with_stem(f"{figure.stem}-{data.name}")

@@ -133,6 +133,9 @@ def test_a_report_tells_and_draws_all_that_was_measured(measured: Path, capsys: 
     replayed = capsys.readouterr().out
     assert HALVINGS[0].name in replayed
     assert "random-members=3" not in replayed
+    for text in (told, replayed):
+        assert "Only 3 random configurations were recorded: contestants of more begin with 3." in text
+        assert "| random, 8 | 3.00 |" in text
 
 
 STEPS, SELECTION = 16, 64
