@@ -88,15 +88,22 @@ class RowOptimizer(torch.optim.Optimizer):
         return {**found, "state": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state of each parameter; the parameters of a segment must all have one, or none."""
+        """Load a state of each parameter; the parameters of a segment must all have one, or none.
+
+        Raises:
+            ValueError: Some of a segment's parameters have one, or have made another number of steps.
+        """
+        saved = state_dict["state"]
         states: dict[int, dict[str, Tensor]] = {}
         segments, groups = self._segments(), []
         for numbers, group, places in zip(self._numbers(), state_dict["param_groups"], self._places, strict=True):
+            if len({_progress(saved.get(number, {})) for number in numbers}) > 1:
+                raise ValueError("the parameters of a group have made different numbers of steps")
             groups.append(
                 {**group, "params": [segments[one] for one in dict.fromkeys(place.segment for place in places)]}
             )
             for number, place in zip(numbers, places, strict=True):
-                for name, value in state_dict["state"].get(number, {}).items():
+                for name, value in saved.get(number, {}).items():
                     state = states.setdefault(segments[place.segment], {})
                     if value.ndim == 0:
                         state[name] = value.clone()
@@ -116,6 +123,11 @@ class RowOptimizer(torch.optim.Optimizer):
         for places in self._places:
             yield list(range(start, start + len(places)))
             start += len(places)
+
+
+def _progress(state: Mapping[str, Tensor]) -> float:
+    """The steps that a parameter with this state has made; 1 if an optimizer does not count them, 0 without a state."""
+    return float(state["step"]) if "step" in state else float(bool(state))
 
 
 def _share_gradients(optimizer: Any, *_: Any) -> None:

@@ -259,6 +259,9 @@ def test_parameters_that_made_different_numbers_of_steps_are_refused(tmp_path) -
         with pytest.raises(CheckpointError, match="different numbers of steps"):
             other.load_folder(folder)
         assert actor_bits(other) == bits
+        with pytest.raises(ValueError, match="different numbers of steps"):
+            other.optimizer.load_state_dict(folder.optimizer)
+        assert not other.optimizer.state
     # What a checkpoint says of one parameter's step is not the memory of another one's.
     assert {float(state["step"]) for state in agent.to_folder().optimizer["state"].values()} == {1.0}
 
