@@ -23,6 +23,8 @@ import types
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 # Without site-packages and in a mode that ignores the environment: it starts in a moment.
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
@@ -131,6 +133,8 @@ def _of_the_tests(place: str) -> bool:
 
 def _run(arguments: list[str]) -> NoReturn:
     """Run a program, and end the process as Python would."""
+    # After a fork torch makes its threads anew at their first use, which two threads of a program must not do at once.
+    torch.set_num_threads(torch.get_num_threads())
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):

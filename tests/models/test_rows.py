@@ -101,8 +101,9 @@ def test_a_member_that_leaves_does_not_hold_the_memory_of_the_others() -> None:
     before = {(one.untyped_storage().data_ptr(), 4 * size * 8) for one in (row.values, row.gradient())}
     learn_together([agents[0], agents[1], agents[3]], make_batch())
     gc.collect()
-    # Not isinstance, which asks objects with a `__class__` of their own.
-    held = [one.untyped_storage() for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    # By type, since other tests leave sparse tensors and objects with a `__class__` of their own.
+    tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
+    held = [one.untyped_storage() for one in tensors if one.layout == torch.strided]
     assert not before & {(one.data_ptr(), one.nbytes()) for one in held}
     for tensor in (one for agent in agents for one in agent.actor_parameters()):
         members = 1 if tensor in set(agents[2].actor_parameters()) else 3
