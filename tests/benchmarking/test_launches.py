@@ -29,7 +29,8 @@ def test_a_step_is_counted_by_its_parts(step) -> None:
     assert step["kernels"] == sum(step[part] for part in PARTS)
     assert all(step[part] for part in PARTS if part != "other")
     assert step["other"] == 0, "a part of the step that place() does not know"
-    assert 0 < step["references"] < step["scoring"]
+    # Members that share a pass launch as many kernels as the one reference does.
+    assert 0 < step["references"] <= step["scoring"] < step["kernels"]
     assert step["rows"] == 64
 
 
