@@ -386,8 +386,11 @@ class Worker:
         pairs = self.env.evaluation_pairs(split)
         prompts = [pairs[example.position].prompt_ids for example in examples]
         agent = self.agent(index)
-        adapters = [self._reference_of(agent), agent.actor_adapter]
-        before, after = greedy_answers(self.base, adapters, prompts, self.env.tokenizer, cut_mark="…")
+        # One after the other, since answers before and after tuning differ in length, and the shorter would wait.
+        before, after = (
+            greedy_answers(self.base, [adapter], prompts, self.env.tokenizer, cut_mark="…")[0]
+            for adapter in (self._reference_of(agent), agent.actor_adapter)
+        )
         return [
             SampleAnswer(example.question, first, second, example.turns)
             for example, first, second in zip(examples, before, after, strict=True)
