@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from evollm.errors import ConfigurationError
 from evollm.models.adapters.rows import Row
 
 
@@ -66,9 +67,21 @@ class RowOptimizer(torch.optim.Optimizer):
             self.register_step_pre_hook(_share_gradients)
 
     def settle(self) -> None:
-        """Follow parameters that user code has moved."""
+        """Follow parameters that user code has moved or replaced.
+
+        Raises:
+            ConfigurationError: They have another type than the state.
+        """
         for row in self._rows:
             row.settle()
+        for segment, state in self.state.items():
+            others = {value.dtype for value in state.values() if value.ndim} - {segment.dtype}
+            if others:
+                fix = (
+                    f"the optimizer's state of this adapter is {min(map(str, others))}: convert the model back, or "
+                    "convert it before agents are built on it (adapters are float32 at least, whatever the base is)"
+                )
+                raise ConfigurationError("actor_network", str(segment.dtype), fix)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients of the adapter's parameters to 0; they keep their memory."""
@@ -131,6 +144,7 @@ def _progress(state: Mapping[str, Tensor]) -> float:
 
 
 def _share_gradients(optimizer: Any, *_: Any) -> None:
+    optimizer.settle()
     for row in optimizer._rows:
         row.share_gradient()
 

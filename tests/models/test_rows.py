@@ -6,60 +6,26 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from families import VOCABULARY, make_family
+from families import make_family
 from peft import LoraConfig, PeftModel
+from row_members import ALIKE, check_rows, make_agents, make_batch
 from snapshots import actor_bits, adapter_bits, states_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evollm import DPO, CheckpointError
 from evollm.algorithms.dpo_step import learn_together, logratios_together
-from evollm.data.samples import Batch, Sample
 from evollm.models.adapters.rows import RowLayout, clip_gradient
-from evollm.models.adapters.stack import Stack, matrix_of
+from evollm.models.adapters.stack import Stack
 from evollm.models.engine import Engine
 from evollm.models.fast_paths import FastPaths
 
-# The learning rate and beta of each member.
-ALIKE = [(1e-2, 0.1), (3e-3, 0.2), (1e-3, 0.3), (1e-4, 0.4)]
 EXACT = {"rtol": 0.0, "atol": 1e-10}
-
-
-def make_batch(seed: int = 0) -> Batch:
-    rng = np.random.default_rng(seed)
-    shapes = [(9, 5, 3), (3, 1, 12), (14, 7, 7), (1, 2, 2)]
-    return Batch([Sample.of(*(rng.integers(VOCABULARY, size=size) for size in shape)) for shape in shapes])
-
-
-def make_agents(
-    model: Any, members: Sequence[tuple[float, float]], targets: Any = "all-linear", **shared: Any
-) -> list[DPO]:
-    agents = []
-    for index, (lr, beta) in enumerate(members):
-        lora = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-        agents.append(DPO(actor_network=model, lora_config=lora, index=index, seed=index, lr=lr, beta=beta, **shared))
-    return agents
-
-
-def check_rows(agents: Sequence[DPO]) -> Tensor | None:
-    """Check that all parameters and gradients are views of rows; the matrix of the actors' rows, if there is one."""
-    base = agents[0].base
-    for name in base.adapters.names:
-        (row,) = base.adapters.rows(name)
-        own, gradient = row.values, row.present_gradient()
-        views, gradients = row.layout.views(own), None if gradient is None else row.layout.views(gradient)
-        for path, parameter in base.adapters.parameters(name).items():
-            assert parameter.data_ptr() == views[path].data_ptr()
-            if gradients is not None:
-                assert parameter.grad is not None
-                assert parameter.grad.data_ptr() == gradients[path].data_ptr()
-    return matrix_of([base.adapters.rows(agent.actor_adapter)[0].values for agent in agents])
 
 
 def test_parameters_stay_views_through_training_cloning_loading_and_releasing(tmp_path) -> None:

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from evollm.models.adapters.peft_layers import Home
 from evollm.models.adapters.rows import Row, RowLayout
 
 
@@ -52,21 +53,15 @@ class Adapter:
     fingerprint: str | None = None
 
 
-def rows_of(parameters: Mapping[str, nn.Parameter], like: Sequence[Row] = ()) -> tuple[Row, ...]:
-    """Put an adapter's parameters, by path, into one row for each device.
-
-    Args:
-        parameters: The parameters.
-        like: Rows of an adapter with the same parameters, whose layouts are taken.
-    """
-    if like:
-        return tuple(Row(row.layout, parameters) for row in like)
+def rows_of(name: str, parameters: Mapping[str, nn.Parameter], homes: Mapping[str, Sequence[Home]]) -> tuple[Row, ...]:
+    """Put an adapter's parameters, by path, into one row for each device."""
     devices = {str(parameter.device): parameter.device for parameter in parameters.values()}
     by_device = [
         {path: parameter for path, parameter in parameters.items() if parameter.device == devices[name]}
         for name in sorted(devices)
     ]
-    return tuple(Row(RowLayout.of({path: one.shape for path, one in here.items()}), here) for here in by_device)
+    layouts = [RowLayout.of({path: one.shape for path, one in here.items()}) for here in by_device]
+    return tuple(Row(name, layout, here, homes) for layout, here in zip(layouts, by_device, strict=True))
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -85,6 +80,18 @@ def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
             segments.remove(name)
             found[".".join(segments)] = parameter
     return found
+
+
+def adapter_homes(model: PeftModel, name: str) -> dict[str, list[Home]]:
+    """Where PEFT keeps an adapter's parameters, by the paths of `adapter_parameters`; shared ones in several places."""
+    paths = {id(parameter): path for path, parameter in adapter_parameters(model, name).items()}
+    homes: dict[str, list[Home]] = {path: [] for path in paths.values()}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in paths:
+            before, _, after = path.partition(f".{name}")
+            home = Home(model.get_submodule(before), tuple(after.split(".")[1:]))
+            homes[paths[id(parameter)]].append(home)
+    return homes
 
 
 def adapter_tensors(model: PeftModel, name: str) -> dict[str, Tensor]:

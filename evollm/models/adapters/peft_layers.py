@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -36,6 +36,34 @@ def adapted_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
         for path, module in model.named_modules()
         if isinstance(module, BaseTunerLayer) and holds_any(module, [adapter])
     }
+
+
+class Home(NamedTuple):
+    """Where PEFT keeps a parameter of each adapter.
+
+    Attributes:
+        entries: The `nn.ModuleDict` or `nn.ParameterDict` with an entry for each adapter.
+        path: The attributes that lead from an adapter's entry to the parameter.
+    """
+
+    entries: nn.Module
+    path: tuple[str, ...]
+
+    def links(self, adapter: str) -> list[tuple[dict[str, Any], str, Any]]:
+        """The dictionaries that lead to the parameter of an adapter, each with its key and the value that it has now.
+
+        The last value is the parameter, or None if it is not there.
+        """
+        found: list[tuple[dict[str, Any], str, Any]] = []
+        module: Any = self.entries
+        keys = adapter, *self.path
+        for depth, key in enumerate(keys, 1):
+            entries = module._parameters if depth == len(keys) else module._modules
+            module = entries.get(key)
+            found.append((entries, key, module))
+            if module is None:
+                break
+        return found
 
 
 class AdapterLayers:

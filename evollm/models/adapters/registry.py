@@ -19,6 +19,7 @@ from evollm.errors import ConfigurationError
 from evollm.models.adapters.adapter import (
     Adapter,
     AdapterState,
+    adapter_homes,
     adapter_parameters,
     adapter_tensors,
     delete_adapter,
@@ -91,12 +92,29 @@ class AdapterRegistry:
     def names(self) -> list[str]:
         """The names of all adapters that have an owner, oldest first."""
         self.release_lost()
-        return list(self._adapters)
+        return list(self._present)
 
     @property
     def tensors(self) -> list[Tensor]:
         """The parameters and buffers of all adapters."""
-        return [tensor for adapter in self._adapters.values() for tensor in adapter.tensors.values()]
+        return [tensor for name in self._present for tensor in self._settled(name).tensors.values()]
+
+    @property
+    def _present(self) -> dict[str, Adapter]:
+        """The adapters without those that user code has deleted through PEFT."""
+        known = {} if self._peft is None else self._peft.peft_config
+        return {name: adapter for name, adapter in self._adapters.items() if name in known}
+
+    def _settled(self, name: str) -> Adapter:
+        """An adapter, after user code may have moved or replaced its parameters; see `Row.settle`.
+
+        Raises:
+            ConfigurationError: User code has deleted it through PEFT, or has changed its shapes or types.
+        """
+        self.config(name)
+        for row in self._adapters[name].rows:
+            row.settle()
+        return self._adapters[name]
 
     def add(self, role: str, config: LoraConfig, *, trainable: bool, seed: int = 0) -> str:
         """Add a freshly initialised adapter, owned by the caller, and make it the active one.
@@ -174,7 +192,7 @@ class AdapterRegistry:
             trainable=trainable,
             first_layer=first_layer_with(parameters.values(), self._layers, self._network.get_output_embeddings()),
             parameters=parameters,
-            rows=rows_of(parameters),
+            rows=rows_of(name, parameters, adapter_homes(model, name)),
             tensors=adapter_tensors(model, name),
         )
         self._activate_new(name)
@@ -185,16 +203,15 @@ class AdapterRegistry:
         return self._copy(source, role, trainable=trainable)
 
     def _copy(self, source: str, role: str, *, trainable: bool) -> str:
-        name = self._new_name(role)
+        name, adapter = self._new_name(role), self._settled(source)
         self.peft_model.peft_config[name] = copy.deepcopy(self.config(source))
         copies = self._peft_layers.copy(source, name)
-        adapter = self._adapters[source]
         parameters = {path: copies[id(parameter)] for path, parameter in adapter.parameters.items()}
         self._adapters[name] = replace(
             adapter,
             trainable=trainable,
             parameters=parameters,
-            rows=rows_of(parameters, adapter.rows),
+            rows=tuple(row.of_copy(name, parameters) for row in adapter.rows),
             tensors={key: copies[id(tensor)] for key, tensor in adapter.tensors.items()},
             owners=1,
             fingerprint=None,
@@ -220,12 +237,12 @@ class AdapterRegistry:
         """
         self.release_lost()
         wanted = self._fingerprint_of(state.config, state.tensors)
-        for name, adapter in self._adapters.items():
+        for name, adapter in self._present.items():
             if not adapter.trainable and self.fingerprint(name) == wanted:
                 return self.retain(name)
         settings = canonical_settings(state.config)
         # Copying an adapter of the same configuration takes less time than PEFT does for a new one.
-        alike = next((name for name, adapter in self._adapters.items() if adapter.settings == settings), None)
+        alike = next((name for name, adapter in self._present.items() if adapter.settings == settings), None)
         if alike is None:
             name = self.add(role, state.config, trainable=False)
         else:
@@ -252,9 +269,10 @@ class AdapterRegistry:
         self._forget_fingerprint(adapter)
         if self.active == name:
             # PEFT would warn about having to choose another active adapter.
-            self._activate(next(iter(self._adapters), None))
-        with self._peft_layers.only(name):
-            self.peft_model.delete_adapter(name)
+            self._activate(next(iter(self._present), None))
+        if name in self.peft_model.peft_config:
+            with self._peft_layers.only(name):
+                self.peft_model.delete_adapter(name)
         for row in adapter.rows:
             row.free()
 
@@ -308,14 +326,21 @@ class AdapterRegistry:
         return self._adapters[name].settings
 
     def config(self, name: str) -> LoraConfig:
-        """The LoRA configuration of an adapter."""
-        config = self.peft_model.peft_config[name]
+        """The LoRA configuration of an adapter.
+
+        Raises:
+            ConfigurationError: User code has deleted the adapter through PEFT.
+        """
+        config = self.peft_model.peft_config.get(name)
+        if config is None:
+            fix = "was deleted through PEFT: release the agent, and build another one or load its checkpoint"
+            raise ConfigurationError("adapter", name, fix)
         assert isinstance(config, LoraConfig)
         return config
 
     def parameters(self, name: str) -> Mapping[str, nn.Parameter]:
         """An adapter's parameters by their path in the PEFT model, without the adapter's name."""
-        return self._adapters[name].parameters
+        return self._settled(name).parameters
 
     def rows(self, name: str) -> Sequence[Row]:
         """An adapter's parameters as views of one row for each device."""
@@ -343,7 +368,7 @@ class AdapterRegistry:
         Gradients that backward passes allocate one by one lie between activations, so that freed activations leave
         fragmented memory: with four members peak memory was 1.5 times as high.
         """
-        rows = [self.rows(name) for name in names]
+        rows = [self._settled(name).rows for name in names]
         if all(len(own) == 1 for own in rows) and of_one_kind([own[0] for own in rows]):
             gradients_together([own[0] for own in rows], self._all_rows()).zero_()
         else:
@@ -351,7 +376,7 @@ class AdapterRegistry:
                 row.gradient().zero_()
 
     def _all_rows(self) -> list[Row]:
-        return [row for adapter in self._adapters.values() for row in adapter.rows]
+        return [row for adapter in self._present.values() for row in adapter.rows]
 
     def first_layer(self, names: Sequence[str]) -> int | None:
         """Index of the first repeated layer of the base that holds one of these adapters.
@@ -364,7 +389,7 @@ class AdapterRegistry:
 
     def export(self, name: str) -> AdapterState:
         """A copy of an adapter on the CPU."""
-        copies = {key: tensor.detach().cpu().clone() for key, tensor in self._adapters[name].tensors.items()}
+        copies = {key: tensor.detach().cpu().clone() for key, tensor in self._settled(name).tensors.items()}
         return AdapterState(copy.deepcopy(self.config(name)), copies)
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -377,7 +402,7 @@ class AdapterRegistry:
         Raises:
             ConfigurationError: Names or shapes are not those of the adapter.
         """
-        adapter = self._adapters[name]
+        adapter = self._settled(name)
         own = adapter.tensors
         wrong = sorted(set(own) ^ set(tensors)) or [key for key in own if own[key].shape != tensors[key].shape]
         if wrong:
@@ -401,7 +426,7 @@ class AdapterRegistry:
         if adapter.trainable:
             raise ConfigurationError("adapter", name, "is trainable: only a frozen adapter has a lasting fingerprint")
         if adapter.fingerprint is None:
-            adapter.fingerprint = self._fingerprint_of(self.config(name), adapter.tensors)
+            adapter.fingerprint = self._fingerprint_of(self.config(name), self._settled(name).tensors)
         return adapter.fingerprint
 
     def _fingerprint_of(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:

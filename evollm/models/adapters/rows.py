@@ -5,14 +5,17 @@ What is done to all parameters alike, such as clipping, an optimizer's step or a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evollm.errors import ConfigurationError
+from evollm.models.adapters.peft_layers import Home
 
 # Parameters begin at multiples of this many numbers, since the bits of a matrix product may depend on the alignment.
 _ALIGNMENT = 32
@@ -105,35 +108,57 @@ class RowLayout:
 class Row:
     """The parameters of an adapter on one device.
 
-    The parameters are the truth: their objects stay the same, and their values and gradients, wherever user code has
-    put them, go into the row when it is next asked for.
+    The parameters in PEFT's layers are the truth: `settle` puts their values, wherever user code has moved them, into
+    the row. All else takes the parameters as of the last `settle`. The parameters' objects stay the same: if user code
+    replaces one in its layer, `settle` takes the values and the gradient of the new one and puts the old one back.
 
     Args:
+        adapter: The adapter's name.
         layout: Where the parameters lie.
         parameters: The parameters by path.
+        homes: Where PEFT keeps them, by path.
 
     Attributes:
-        values: (P,) the parameters; as of `settle`.
+        values: (P,) the parameters.
         parameters: The parameters, in the row's order.
         pinned: Whether the row must stay where it is, since somebody else writes to its memory.
     """
 
-    def __init__(self, layout: RowLayout, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        adapter: str,
+        layout: RowLayout,
+        parameters: Mapping[str, nn.Parameter],
+        homes: Mapping[str, Sequence[Home]],
+    ) -> None:
         self.layout = layout
         self.pinned = False
         self.parameters = [parameters[path] for path, _ in layout.shapes]
+        self._adapter = adapter
+        self._homes = homes
+        # The dictionaries of PEFT's modules that lead to the parameters, with key and value. Looked up by `settle`,
+        # since PEFT's modules have others while an adapter is added; see `AdapterLayers.only`.
+        self._links: tuple[Sequence[dict[str, Any]], Sequence[str], Sequence[Any]] | None = None
         self._offsets = [layout.starts[path] for path, _ in layout.shapes]
         self._segments: dict[tuple[int, int], nn.Parameter] = {}
         self._gradient: Tensor | None = None
         self.values = torch.empty(0)
         self._collect()
 
+    def of_copy(self, adapter: str, parameters: Mapping[str, nn.Parameter]) -> Row:
+        """The row of a copy of the adapter, whose parameters these are by path."""
+        return Row(adapter, self.layout, parameters, self._homes)
+
     def settle(self) -> Tensor:
-        """(P,) the row; parameters that user code has moved, by `model.to(device)` for example, are put into it again.
+        """(P,) the row; parameters that user code has moved or replaced are put into it again.
+
+        `model.to(device)` moves them, and `load_state_dict(assign=True)`, for example, replaces them.
 
         Raises:
-            ConfigurationError: They are on several devices or in several types now.
+            ConfigurationError: They are on several devices or in several types now, have other shapes, or are deleted.
         """
+        if self._links is None or not all(map(operator.is_, map(dict.get, *self._links[:2]), self._links[2])):
+            self._take_back()
         start, size = self.values.data_ptr(), self.values.element_size()
         for parameter, offset in zip(self.parameters, self._offsets, strict=True):
             if parameter.data_ptr() != start + size * offset:
@@ -144,12 +169,43 @@ class Row:
     def free(self) -> None:
         """Let go of the memory, of which a matrix of other members' rows may be a part."""
         self.values, self._gradient = self.values.new_empty(0), None
+        self._homes, self._links = {}, None
         for parameter in (*self.parameters, *self._segments.values()):
             parameter.data, parameter.grad = self.values, None
 
     @torch.no_grad()
+    def _take_back(self) -> None:
+        """Put the row's parameters back where user code has replaced them, with the new ones' values and gradients."""
+        links: list[tuple[dict[str, Any], str, Any]] = []
+        for (path, shape), parameter in zip(self.layout.shapes, self.parameters, strict=True):
+            for home in self._homes[path]:
+                *before, (entries, key, found) = home.links(self._adapter)
+                if found is None:
+                    fix = "is no longer in its PEFT layer: release the agent, and build another one"
+                    raise ConfigurationError("adapter", f"{path} of {self._adapter}", fix)
+                if found is not parameter:
+                    if found._backward_hooks or found._post_accumulate_grad_hooks:
+                        fix = "was replaced by a parameter with hooks: register them on agent.actor_parameters()"
+                        raise ConfigurationError("adapter", f"{path} of {self._adapter}", fix)
+                    self._check_shape(path, shape, found)
+                    parameter.data = found.to(parameter.dtype)
+                    parameter.grad = None if found.grad is None else found.grad.to(parameter.dtype)
+                    entries[key] = parameter
+                links += [*before, (entries, key, parameter)]
+        self._links = [link[0] for link in links], [link[1] for link in links], [link[2] for link in links]
+
+    def _check_shape(self, path: str, shape: torch.Size, found: Tensor) -> None:
+        if found.shape != shape:
+            fix = (
+                f"has shape {(*found.shape,)} now, and had {(*shape,)}: an adapter keeps its rank; build another agent"
+            )
+            raise ConfigurationError("adapter", f"{path} of {self._adapter}", fix)
+
+    @torch.no_grad()
     def _collect(self) -> None:
         """Make a new row of the parameters' values."""
+        for (path, shape), parameter in zip(self.layout.shapes, self.parameters, strict=True):
+            self._check_shape(path, shape, parameter)
         kinds = {(parameter.device, parameter.dtype) for parameter in self.parameters}
         if len(kinds) > 1:
             fix = "an adapter's parameters were moved apart: move the base as a whole, or before agents are built on it"
@@ -236,13 +292,13 @@ class Row:
 
     def share_gradient(self) -> None:
         """Give the segments the parameters' gradient."""
-        self.settle()
         gradient = self.gradient()
         for (start, stop), segment in self._segments.items():
             segment.grad = gradient[start:stop]
 
     def zero_gradient(self) -> Tensor:
         """(P,) the gradient, set to 0."""
+        self.settle()
         if self._gradient is None or not self._holds_gradients(self._gradient):
             for parameter in self.parameters:
                 parameter.grad = None
