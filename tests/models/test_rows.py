@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evollm import DPO, CheckpointError
 from evollm.algorithms.dpo_step import learn_together, logratios_together
-from evollm.models.adapters.rows import RowLayout, clip_gradient
+from evollm.models.adapters.rows import Row, RowLayout, clip_gradient
 from evollm.models.adapters.stack import Stack
 from evollm.models.engine import Engine
 from evollm.models.fast_paths import FastPaths
@@ -303,6 +304,29 @@ def test_members_of_one_rank_learn_as_they_do_one_after_the_other() -> None:
         for one, other in zip(fast, expected, strict=True):
             assert one == pytest.approx(other, rel=0, abs=1e-10)
     torch.testing.assert_close(results[0][1], results[1][1], **EXACT)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0), (0, 1, 0)])
+def test_a_stack_looks_up_once_where_each_row_is(order: tuple[int, ...], monkeypatch) -> None:
+    """A look takes an address for each of some hundred parameters."""
+    agents = make_agents(make_family("llama"), ALIKE[:3])
+    looks: Counter[Row] = Counter()
+    settle = Row.settle
+
+    def counted(row: Row) -> Tensor:
+        looks[row] += 1
+        return settle(row)
+
+    monkeypatch.setattr(Row, "settle", counted)
+    adapters = agents[0].base.adapters
+    learn_together(agents, make_batch())
+    looks.clear()
+    adapters.stack([agents[number].actor_adapter for number in order])
+    assert {looks[adapters.rows(agents[number].actor_adapter)[0]] for number in order} == {1}
+    looks.clear()
+    # Before the gradients are cleared, before the pass, and before the optimizer's step.
+    learn_together(agents, make_batch())
+    assert {looks[adapters.rows(agent.actor_adapter)[0]] for agent in agents} == {3}
 
 
 def test_a_gradient_is_clipped_as_torch_clips_it() -> None:

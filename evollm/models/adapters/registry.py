@@ -360,7 +360,8 @@ class AdapterRegistry:
 
         Adapters of one LoRA configuration are moved to one matrix, where they stay, and are not copied again.
         """
-        return stack_of(names, [self._adapters[name].rows[0] for name in names], self._all_rows())
+        rows = {name: self._settled(name).rows[0] for name in dict.fromkeys(names)}
+        return stack_of(names, [rows[name] for name in names], self._all_rows())
 
     def zero_gradients(self, names: Sequence[str]) -> None:
         """Set the gradients of distinct adapters to 0, in one matrix if their layouts are equal.

@@ -218,11 +218,12 @@ class Row:
     @torch.no_grad()
     def move_to(self, values: Tensor) -> None:
         """Copy the row to a tensor (P,), where the parameters lie from now on."""
-        values.copy_(self.settle())
+        values.copy_(self.values)
         self._point(values)
 
     def pin(self, values: Tensor) -> None:
         """Move the row to a tensor (P,) for good: others write to its memory, too."""
+        self.settle()
         self.move_to(values)
         self.pinned = True
 
@@ -248,7 +249,7 @@ class Row:
         """(P,) the gradient, in which the parameters' `grad` lies from now on; 0 where a parameter has none."""
         found = self.present_gradient()
         if found is None:
-            self.move_gradient_to(torch.zeros_like(self.settle()))
+            self.move_gradient_to(torch.zeros_like(self.values))
             found = self._gradient
         assert found is not None
         return found
@@ -260,7 +261,7 @@ class Row:
         if all(parameter.grad is None for parameter in self.parameters):
             self._gradient = None
         else:
-            self.move_gradient_to(torch.zeros_like(self.settle()))
+            self.move_gradient_to(torch.zeros_like(self.values))
         return self._gradient
 
     @torch.no_grad()

@@ -26,13 +26,13 @@ def matrix_of(rows: Sequence[Tensor]) -> Tensor | None:
 
 
 def weights_together(rows: Sequence[Row], others: Iterable[Row]) -> Tensor:
-    """(M, P) the weights of rows of one layout, which are moved to one matrix if they do not lie in one.
+    """(M, P) the weights of settled rows of one layout, which are moved to one matrix if they do not lie in one.
 
     Args:
         rows: The rows, each once.
         others: All rows. One that shares a matrix with a row that moves gets memory of its own: the matrix goes.
     """
-    values = [row.settle() for row in rows]
+    values = [row.values for row in rows]
     matrix = matrix_of(values)
     if matrix is not None:
         return matrix
@@ -42,12 +42,12 @@ def weights_together(rows: Sequence[Row], others: Iterable[Row]) -> Tensor:
         row.move_to(one)
     for other in others:
         if other.values.untyped_storage().data_ptr() in left and not other.pinned:
-            other.move_to(torch.zeros_like(other.values))
+            other.move_to(torch.zeros_like(other.settle()))
     return matrix
 
 
 def gradients_together(rows: Sequence[Row], others: Iterable[Row]) -> Tensor:
-    """(M, P) the gradients of rows of one layout, which are moved as `weights_together` moves weights."""
+    """(M, P) the gradients of settled rows of one layout, which are moved as `weights_together` moves weights."""
     found = [row.present_gradient() for row in rows]
     present = [one for one in found if one is not None]
     matrix = matrix_of(present) if len(present) == len(rows) else None
@@ -58,6 +58,7 @@ def gradients_together(rows: Sequence[Row], others: Iterable[Row]) -> Tensor:
     for row, one in zip(rows, matrix, strict=True):
         row.move_gradient_to(one)
     for other in others:
+        other.settle()
         gradient = other.present_gradient()
         if gradient is not None and gradient.untyped_storage().data_ptr() in left:
             other.move_gradient_to(torch.zeros_like(gradient))
@@ -65,9 +66,9 @@ def gradients_together(rows: Sequence[Row], others: Iterable[Row]) -> Tensor:
 
 
 def of_one_kind(rows: Sequence[Row]) -> bool:
-    """Whether these rows have one layout and one type, so that they fit into one matrix."""
-    layout, dtype = rows[0].layout, rows[0].settle().dtype
-    return all((row.layout is layout or row.layout == layout) and row.settle().dtype == dtype for row in rows)
+    """Whether these settled rows have one layout and one type, so that they fit into one matrix."""
+    layout, dtype = rows[0].layout, rows[0].values.dtype
+    return all((row.layout is layout or row.layout == layout) and row.values.dtype == dtype for row in rows)
 
 
 class Stack:
@@ -136,7 +137,7 @@ class Stack:
 
 
 class RowStack(Stack):
-    """A stack of distinct rows of one layout, without a copy.
+    """A stack of distinct settled rows of one layout, without a copy.
 
     Args:
         names: The members' adapters.
@@ -146,7 +147,7 @@ class RowStack(Stack):
 
     def __init__(self, names: Sequence[str], rows: Sequence[Row], others: Sequence[Row]) -> None:
         pinned = any(row.pinned for row in rows)
-        weights = torch.stack([row.settle() for row in rows]) if pinned else weights_together(rows, others)
+        weights = torch.stack([row.values for row in rows]) if pinned else weights_together(rows, others)
         super().__init__(names, rows[0].layout, weights)
         self._rows, self._others = rows, others
 
@@ -161,7 +162,7 @@ class RowStack(Stack):
 
 
 class PaddedStack(Stack):
-    """A stack of copies: of rows of different layouts, padded with zeros, or types, or of a row that is there twice.
+    """A stack of copies, padded with zeros: settled rows of different layouts or types, or a row that is there twice.
 
     Args:
         names: The members' adapters.
@@ -171,12 +172,11 @@ class PaddedStack(Stack):
     def __init__(self, names: Sequence[str], rows: Sequence[Row]) -> None:
         self._rows = rows
         layout = RowLayout.union([row.layout for row in rows])
-        values = [row.settle() for row in rows]
-        dtype = reduce(torch.promote_types, (one.dtype for one in values))
-        weights = values[0].new_zeros(len(rows), layout.size, dtype=dtype)
+        dtype = reduce(torch.promote_types, (row.values.dtype for row in rows))
+        weights = rows[0].values.new_zeros(len(rows), layout.size, dtype=dtype)
         super().__init__(names, layout, weights)
-        for row, one, whole in zip(rows, weights, values, strict=True):
-            for view, own in self._pairs(row, one, whole):
+        for row, one in zip(rows, weights, strict=True):
+            for view, own in self._pairs(row, one, row.values):
                 view.copy_(own)
 
     @contextmanager
@@ -199,7 +199,7 @@ class PaddedStack(Stack):
 
 
 def stack_of(names: Sequence[str], rows: Sequence[Row], others: Sequence[Row]) -> Stack:
-    """The stack of these adapters, of which each has one row; one may be there several times."""
+    """The stack of these adapters, of which each has one settled row; one may be there several times."""
     if of_one_kind(rows) and len(set(names)) == len(names):
         return RowStack(names, rows, others)
     return PaddedStack(names, rows)
