@@ -329,6 +329,40 @@ def test_a_stack_looks_up_once_where_each_row_is(order: tuple[int, ...], monkeyp
     assert {looks[adapters.rows(agent.actor_adapter)[0]] for agent in agents} == {3}
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 0)])
+def test_parts_of_a_stack_take_views_of_its_one_cast(order: tuple[int, ...]) -> None:
+    agents = make_agents(make_family("llama").bfloat16(), ALIKE)
+    stack = agents[0].base.adapters.stack([agents[number].actor_adapter for number in order])
+    path = "base_model.model.model.layers.1.mlp.up_proj"
+    whole = stack.weights(path, torch.bfloat16)
+    for start in range(len(order) - 1):
+        part = stack.part(start, 2).part(0, 2)
+        assert part.names == stack.names[start : start + 2]
+        assert part.holds(path)
+        assert part.factors((0.5, 2.0), whole[0]) is stack.factors((0.5, 2.0), whole[0])
+        for mine, all_of_them in zip(part.weights(path, torch.bfloat16), whole, strict=True):
+            assert mine.data_ptr() == all_of_them[start].data_ptr()
+            assert torch.equal(mine, all_of_them[start : start + 2])
+
+
+def test_a_step_casts_the_members_once_for_all_passes() -> None:
+    agents = make_agents(make_family("llama").bfloat16(), ALIKE, token_budget=40)
+    learn_together(agents, make_batch())
+    size = agents[0].base.adapters.rows(agents[0].actor_adapter)[0].layout.size
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].shape[-1:] == (size,):
+                casts.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Casts():
+        learn_together(agents, make_batch())
+    # Of the actors, whose references are known.
+    assert casts == [len(agents)]
+
+
 def test_a_gradient_is_clipped_as_torch_clips_it() -> None:
     gradients = [torch.randn(50, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     for max_norm in (0.5, 1e3):

@@ -30,7 +30,7 @@ from evollm.models.adapters.lora_config import check_lora_config, refusal
 from evollm.models.adapters.peft_layers import AdapterLayers
 from evollm.models.adapters.routing import AdapterRouter
 from evollm.models.adapters.rows import Row
-from evollm.models.adapters.stack import Stack, gradients_together, of_one_kind, stack_of
+from evollm.models.adapters.stack import PaddedStack, RowStack, gradients_together, of_one_kind, stack_of
 from evollm.models.adapters.targets import check_tensors, resolve_all_linear
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.fingerprints import adapter_fingerprint, canonical_settings
@@ -355,7 +355,7 @@ class AdapterRegistry:
         parameters = (parameter for name in names for parameter in self._adapters[name].parameters.values())
         return any(one._backward_hooks or one._post_accumulate_grad_hooks for one in parameters)
 
-    def stack(self, names: Sequence[str]) -> Stack:
+    def stack(self, names: Sequence[str]) -> RowStack | PaddedStack:
         """The weights of these adapters for a routed pass; one may be there several times.
 
         Adapters of one LoRA configuration are moved to one matrix, where they stay, and are not copied again.

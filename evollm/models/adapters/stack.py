@@ -95,17 +95,9 @@ class Stack:
         self._casts: dict[torch.dtype, Tensor] = {}
         self._factors: dict[tuple[tuple[float, ...], torch.dtype], Tensor] = {}
 
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Inside the block backward passes add gradients to those of the members' rows."""
-        raise NotImplementedError
-
     def part(self, start: int, count: int) -> Stack:
         """The stack of `count` of the members, from number `start` on; it shares their weights and gradients."""
-        members = slice(start, start + count)
-        part = Stack(self.names[members], self._layout, self._weights[members])
-        part.gradient = None if self.gradient is None else self.gradient[members]
-        return part
+        return _Part(self, slice(start, start + count))
 
     def holds(self, layer: str) -> bool:
         """Whether a member has weights in the layer with this path."""
@@ -113,17 +105,23 @@ class Stack:
 
     def weights(self, layer: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The members' A (M, r, D_in) and B (M, D_out, r) in the layer with this path."""
-        matrix = self._weights
-        if dtype != matrix.dtype:
-            if dtype not in self._casts:
-                self._casts[dtype] = matrix.to(dtype)
-            matrix = self._casts[dtype]
-        return self._views(matrix, layer)
+        return self._views(self._matrix(dtype), layer)
 
     def gradients(self, layer: str) -> tuple[Tensor, Tensor]:
         """The gradients of `weights`, to add to, in the parameters' type."""
         assert self.gradient is not None, "the stack is not training"
         return self._views(self.gradient, layer)
+
+    def _matrix(self, dtype: torch.dtype) -> Tensor:
+        """(M, P) the weights in this type; cast once for all passes and parts."""
+        if dtype == self._weights.dtype:
+            return self._weights
+        if dtype not in self._casts:
+            self._casts[dtype] = self._cast(dtype)
+        return self._casts[dtype]
+
+    def _cast(self, dtype: torch.dtype) -> Tensor:
+        return self._weights.to(dtype)
 
     def _views(self, matrix: Tensor, layer: str) -> tuple[Tensor, Tensor]:
         return self._layout.stacked(matrix, layer + _DOWN), self._layout.stacked(matrix, layer + _UP)
@@ -134,6 +132,19 @@ class Stack:
         if (values, dtype) not in self._factors:
             self._factors[values, dtype] = torch.tensor(values, dtype=dtype, device=like.device)[:, None, None]
         return self._factors[values, dtype]
+
+
+class _Part(Stack):
+    """The stack of some members of a whole stack, which do not train without the others."""
+
+    def __init__(self, whole: Stack, members: slice) -> None:
+        super().__init__(whole.names[members], whole._layout, whole._weights[members])
+        self.gradient = None if whole.gradient is None else whole.gradient[members]
+        self._factors = whole._factors
+        self._whole, self._members = whole, members
+
+    def _cast(self, dtype: torch.dtype) -> Tensor:
+        return self._whole._matrix(dtype)[self._members]
 
 
 class RowStack(Stack):
@@ -198,7 +209,7 @@ class PaddedStack(Stack):
             yield views[path][tuple(map(slice, view.shape))], view
 
 
-def stack_of(names: Sequence[str], rows: Sequence[Row], others: Sequence[Row]) -> Stack:
+def stack_of(names: Sequence[str], rows: Sequence[Row], others: Sequence[Row]) -> RowStack | PaddedStack:
     """The stack of these adapters, of which each has one settled row; one may be there several times."""
     if of_one_kind(rows) and len(set(names)) == len(names):
         return RowStack(names, rows, others)
