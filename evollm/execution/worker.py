@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from evollm.algorithms import algorithm_of
@@ -17,6 +15,7 @@ from evollm.algorithms.agent import ACTOR, OWN, REFERENCE
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder, Population
 from evollm.errors import CheckpointError, ConfigurationError
+from evollm.execution.answer_lengths import AnswerLengths
 from evollm.execution.carry_out import carry_out
 from evollm.execution.crossover import crossed
 from evollm.execution.description import describe
@@ -29,7 +28,7 @@ from evollm.models.adapters.combining import combined, scaled
 from evollm.models.budget import rows_at_a_time
 from evollm.models.engine import Engine
 from evollm.models.fingerprints import adapter_fingerprint
-from evollm.models.generation import greedy_answers, greedy_lengths
+from evollm.models.generation import greedy_answers
 from evollm.processes import Processes
 from evollm.runs.events import SampleAnswer, StepDone
 
@@ -68,8 +67,7 @@ class Worker:
         # The best agent of the run so far, as plain data on the CPU, and as a live agent once that is asked for.
         self.best_so_far: AgentFolder | None = None
         self._live_best: SavableAgent | None = None
-        # Lengths of a reference's answers, cut at so many tokens, by the position of the prompt in the split.
-        self._reference_lengths: dict[tuple[str, str | None, int], dict[int, int]] = {}
+        self._answer_lengths = AnswerLengths(self.base, env)
         # Agents that were made of members after the last step, by index.
         self._candidates: dict[int, SavableAgent] = {}
 
@@ -165,47 +163,9 @@ class Worker:
         agents = [self.agent(index) for index in here]
         found = self._algorithm.evaluate(agents, self.env, split, self._fixed_reference, **asked)
         if answers is not None:
-            found = self._with_lengths(agents, found, split, self._evaluated(split, rows), answers)
+            adapters = [(agent.actor_adapter, self._reference_of(agent)) for agent in agents]
+            found = self._answer_lengths.added(found, adapters, split, rows, answers)
         return dict(zip(here, found, strict=True))
-
-    def _evaluated(self, split: str, rows: int | None) -> list[int]:
-        """Positions in a split of the rows of an evaluation on so many, without those that it has left out."""
-        left_out = self.base.reference_cache.told_of
-        return sorted(
-            int(position)
-            for positions, batch in self.env.eval_batches(split, rows=rows)
-            for position, key in zip(positions, batch.keys(), strict=True)
-            if (split, key) not in left_out
-        )
-
-    def _with_lengths(
-        self,
-        agents: Sequence[SavableAgent],
-        found: Sequence[Any],
-        split: str,
-        positions: Sequence[int],
-        asked: AnswerSampling,
-    ) -> list[Any]:
-        """The evaluations of these rows with the lengths of both answers to the first of their prompts."""
-        answered = positions[: asked.prompts]
-
-        def lengths(adapters: Sequence[str | None], positions: Sequence[int]) -> list[list[int]]:
-            prompts = [self.env.evaluation_pairs(split)[position].prompt_ids for position in positions]
-            return greedy_lengths(self.base, adapters, prompts, self.env.tokenizer, asked.max_new_tokens)
-
-        own, theirs = lengths([agent.actor_adapter for agent in agents], answered), []
-        for agent in agents:
-            # Names of adapters are never used twice, so a name stands for its weights.
-            reference = self._reference_of(agent)
-            known = self._reference_lengths.setdefault((split, reference, asked.max_new_tokens), {})
-            if new := [position for position in answered if position not in known]:
-                known |= zip(new, lengths([reference], new)[0], strict=True)
-            theirs.append([known[position] for position in answered])
-        unknown = [math.nan] * (len(found[0]) - len(answered))
-        return [
-            replace(one, answer_lengths=np.array([*mine, *unknown]), reference_lengths=np.array([*other, *unknown]))
-            for one, mine, other in zip(found, own, theirs, strict=True)
-        ]
 
     def _reference_of(self, agent: SavableAgent) -> str | None:
         """The adapter that an agent's scores are relative to; None: the base without adapter."""

@@ -12,7 +12,7 @@ from nonfinite import break_token, marked
 from two_workers import TwoWorkers
 
 from evollm import Callback, ConfigurationError, PreferenceGym, SFTGym, finetune_llm_preference, finetune_llm_sft
-from evollm.execution import worker as worker_module
+from evollm.execution import answer_lengths
 from evollm.execution.local import LocalExecutor
 from evollm.hpo import AnswerSampling
 from evollm.runs.evaluations import read_evaluations
@@ -49,7 +49,7 @@ def test_an_agent_with_answers_that_are_too_long_is_behind(run, tmp_path, monkey
         lengths = [2, 8, 6] if len(adapters) == 3 else [4]
         return [[length] * len(prompts) for length in lengths]
 
-    monkeypatch.setattr(worker_module, "greedy_lengths", lengths)
+    monkeypatch.setattr(answer_lengths, "greedy_lengths", lengths)
     _, fitnesses = run("run")
     assert [fitness == -1e9 for fitness in fitnesses] == [False, True, False]
     # The reference once in the run, each agent at both evaluations.
@@ -73,7 +73,7 @@ def test_lengths_stand_at_the_rows_of_their_prompts_also_where_few_are_evaluated
         asked.append((len(adapters), len(prompts)))
         return [[int(sum(prompt)) for prompt in prompts]] * len(adapters)
 
-    monkeypatch.setattr(worker_module, "greedy_lengths", lengths)
+    monkeypatch.setattr(answer_lengths, "greedy_lengths", lengths)
     executor = LocalExecutor(make_population(2), env)
     for _ in range(2):
         found = executor.evaluate("test", answers=AnswerSampling(prompts, 9), rows=rows)
@@ -96,7 +96,7 @@ def test_no_prompt_of_a_row_that_is_left_out_is_answered(make_model, make_popula
     model = break_token(make_model(), tokenizer)
     env = PreferenceGym(make_rows(12), marked(make_rows(6, 50), {1: "chosen"}), tokenizer, data_batch_size_per_gpu=4)
     monkeypatch.setattr(
-        worker_module,
+        answer_lengths,
         "greedy_lengths",
         lambda base, adapters, prompts, *_: [[len(one) for one in prompts]] * len(adapters),
     )
