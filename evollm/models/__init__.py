@@ -16,7 +16,7 @@
 """
 
 from evollm.models.adapters.adapter import AdapterState
-from evollm.models.adapters.registry import AdapterShares
+from evollm.models.adapters.shares import AdapterShares
 from evollm.models.layouts import completion_logprobs
 from evollm.models.loading.base_source import load_policy_archive
 from evollm.models.loading.policy_archive import PolicyArchive

@@ -30,7 +30,7 @@ from evollm.models.adapters.lora_config import check_lora_config, refusal
 from evollm.models.adapters.peft_layers import AdapterLayers
 from evollm.models.adapters.routing import AdapterRouter
 from evollm.models.adapters.rows import Row
-from evollm.models.adapters.stack import PaddedStack, RowStack, gradients_together, of_one_kind, stack_of
+from evollm.models.adapters.stack import PaddedStack, RowStack, stack_of, zero_gradients
 from evollm.models.adapters.targets import check_tensors, resolve_all_linear
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.fingerprints import adapter_fingerprint, canonical_settings
@@ -364,17 +364,8 @@ class AdapterRegistry:
         return stack_of(names, [rows[name] for name in names], self._all_rows())
 
     def zero_gradients(self, names: Sequence[str]) -> None:
-        """Set the gradients of distinct adapters to 0, in one matrix if their layouts are equal.
-
-        Gradients that backward passes allocate one by one lie between activations, so that freed activations leave
-        fragmented memory: with four members peak memory was 1.5 times as high.
-        """
-        rows = [self._settled(name).rows for name in names]
-        if all(len(own) == 1 for own in rows) and of_one_kind([own[0] for own in rows]):
-            gradients_together([own[0] for own in rows], self._all_rows()).zero_()
-        else:
-            for row in (row for own in rows for row in own):
-                row.gradient().zero_()
+        """Set the gradients of distinct adapters to 0, in one matrix if their layouts are equal."""
+        zero_gradients([self._settled(name).rows for name in names], self._all_rows())
 
     def _all_rows(self) -> list[Row]:
         return [row for adapter in self._present.values() for row in adapter.rows]
@@ -443,36 +434,3 @@ class AdapterRegistry:
     @property
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(self._network.dtype, torch.float32)
-
-
-class AdapterShares(dict[str, "str | None"]):
-    """The adapters of one owner by their role; None: the base without adapter.
-
-    The owner puts an adapter in as soon as it owns it (after `add`, `copy`, `frozen` or `retain`) and calls `release`
-    at its end. If the owner is garbage-collected without that, the registry releases its adapters before it adds the
-    next adapter and before the next forward pass.
-
-    Args:
-        registry: The registry of the adapters.
-    """
-
-    def __init__(self, registry: AdapterRegistry) -> None:
-        super().__init__()
-        self._registry = registry
-        self._handed_out = False
-
-    def hand_out(self) -> None:
-        """Keep the adapters until `release` is called: somebody else now has the PEFT model that holds them."""
-        self._handed_out = True
-
-    def release(self) -> None:
-        """Release all adapters."""
-        while self:
-            name = self.pop(next(iter(self)))
-            if name is not None:
-                self._registry.release(name)
-
-    def __del__(self) -> None:
-        # The garbage collector may run in any thread and during a forward pass, so no adapter is deleted here.
-        if not self._handed_out:
-            self._registry.lost.extend(name for name in self.values() if name is not None)

@@ -65,6 +65,24 @@ def gradients_together(rows: Sequence[Row], others: Iterable[Row]) -> Tensor:
     return matrix
 
 
+def zero_gradients(rows: Sequence[Sequence[Row]], others: Iterable[Row]) -> None:
+    """Set the gradients of distinct adapters to 0, in one matrix if their layouts are equal.
+
+    Gradients that backward passes allocate one by one lie between activations, so that freed activations leave
+    fragmented memory: with four members peak memory was 1.5 times as high.
+
+    Args:
+        rows: The settled rows of each adapter, one for each device.
+        others: All rows; see `weights_together`.
+    """
+    every = [row for own in rows for row in own]
+    if all(len(own) == 1 for own in rows) and of_one_kind(every):
+        gradients_together(every, others).zero_()
+    else:
+        for row in every:
+            row.gradient().zero_()
+
+
 def of_one_kind(rows: Sequence[Row]) -> bool:
     """Whether these settled rows have one layout and one type, so that they fit into one matrix."""
     layout, dtype = rows[0].layout, rows[0].values.dtype
