@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from evollm.algorithms.optimizers import OPTIMIZERS, Form, OptimizerSettings
+from evollm.algorithms.row_optimizer import check_equal_progress
 from evollm.checks import finite_number
 from evollm.errors import CheckpointError, ConfigurationError
 
@@ -46,10 +47,7 @@ def check_state(state: object, optim: str, groups: Sequence[Sequence[nn.Paramete
             if forms and forms != expected:
                 raise ValueError(f"parameter {number} has {forms}, and needs {expected}")
         if kind.package != "bitsandbytes":
-            # Parameters of a row make their steps together.
-            made = {float(values["step"]) if "step" in values else bool(values) for values in found["state"].values()}
-            if len(made) > 1 or (made and made != {False} and len(found["state"]) < len(parameters)):
-                raise ValueError("its parameters have made different numbers of steps")
+            check_equal_progress([found["state"].get(number, {}) for number in range(len(parameters))])
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{source}: the optimizer's state cannot be used: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,17 +101,16 @@ class RowOptimizer(torch.optim.Optimizer):
         return {**found, "state": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state of each parameter; the parameters of a segment must all have one, or none.
+        """Load a state of each parameter.
 
         Raises:
-            ValueError: Some of a segment's parameters have one, or have made another number of steps.
+            ValueError: See `check_equal_progress`.
         """
         saved = state_dict["state"]
+        check_equal_progress([saved.get(number, {}) for numbers in self._numbers() for number in numbers])
         states: dict[int, dict[str, Tensor]] = {}
         segments, groups = self._segments(), []
         for numbers, group, places in zip(self._numbers(), state_dict["param_groups"], self._places, strict=True):
-            if len({_progress(saved.get(number, {})) for number in numbers}) > 1:
-                raise ValueError("the parameters of a group have made different numbers of steps")
             groups.append(
                 {**group, "params": [segments[one] for one in dict.fromkeys(place.segment for place in places)]}
             )
@@ -138,9 +137,16 @@ class RowOptimizer(torch.optim.Optimizer):
             start += len(places)
 
 
-def _progress(state: Mapping[str, Tensor]) -> float:
-    """The steps that a parameter with this state has made; 1 if an optimizer does not count them, 0 without a state."""
-    return float(state["step"]) if "step" in state else float(bool(state))
+def check_equal_progress(states: Iterable[Mapping[str, Tensor]]) -> None:
+    """Check that the parameters of an adapter, whose states these are, have made equally many steps.
+
+    They lie in one row and make their steps together. A parameter without a state has made none.
+
+    Raises:
+        ValueError: They have made different numbers of steps, or only some have a state.
+    """
+    if len({float(state["step"]) if "step" in state else float(bool(state)) for state in states}) > 1:
+        raise ValueError("the parameters have made different numbers of steps")
 
 
 def _share_gradients(optimizer: Any, *_: Any) -> None:

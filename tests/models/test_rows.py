@@ -7,7 +7,7 @@ import gc
 import pickle
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -217,10 +217,21 @@ def test_hooks_and_replaced_methods_of_the_base_are_called(members: int) -> None
     assert {"backward", "forward"} == set(calls)
 
 
-def test_parameters_that_made_different_numbers_of_steps_are_refused(tmp_path) -> None:
-    agent, other = make_agents(make_family("llama"), ALIKE[:2])
+@pytest.mark.parametrize("ratio", [None, 4.0])
+def test_parameters_that_made_different_numbers_of_steps_are_refused(ratio: float | None) -> None:
+    agent, other = make_agents(make_family("llama"), ALIKE[:2], loraplus_lr_ratio=ratio)
     agent.learn(make_batch())
-    for damage in (lambda state: state[1]["step"].add_(1), lambda state: state.pop(1)):
+
+    def make_another_step(state: dict[int, dict[str, Tensor]], numbers: Sequence[int]) -> None:
+        for number in numbers:
+            state[number]["step"].add_(1)
+
+    last_group = agent.to_folder().optimizer["param_groups"][-1]["params"]
+    for damage in (
+        lambda state: make_another_step(state, [1]),
+        lambda state: state.pop(1),
+        lambda state: make_another_step(state, last_group if ratio else last_group[1:]),
+    ):
         folder = agent.to_folder()
         damage(folder.optimizer["state"])
         bits = actor_bits(other)
