@@ -42,21 +42,23 @@ class DPOObjective:
 
     Attributes:
         batch: B pairs.
-        reference: (B,) sums of the reference, float64 on the CPU.
+        reference: (B,) sums of the reference, float64 on the CPU, weighted by `ld_alpha`.
+        table: The inputs of all members' losses.
+        member: This member's place in the table.
         terms: Name and weight of each loss.
         settings: The parameters of the losses.
         nll_alpha: Weight of the negative log-likelihood.
         ld_alpha: Weight of the tokens beyond the shorter side's length; None: 1, as for all other tokens.
-        shared: The table of all members' inputs, and this member's place in it; None: a table for this member alone.
     """
 
     batch: Batch
     reference: CompletionSums
+    table: LossTable
+    member: int
     terms: tuple[tuple[str, float], ...]
     settings: LossSettings
     nll_alpha: float
     ld_alpha: float | None = None
-    shared: tuple[LossTable, int] | None = None
 
     @property
     def weight(self) -> int:
@@ -78,7 +80,7 @@ class DPOObjective:
         """See `DPO.learn`."""
         sums = self._sums(policy)
         loss, nll = self.loss(range(self.weight), policy).item(), self._nll(sums).item()
-        pairs = pair_metrics(sums.weighted(self.ld_alpha), self._reference, self.settings.beta)
+        pairs = pair_metrics(sums.weighted(self.ld_alpha), self.reference, self.settings.beta)
         return {
             "mean_loss": loss,
             "mean_chosen_reward": pairs["rewards/chosen"],
@@ -87,14 +89,6 @@ class DPOObjective:
             "nll_loss": nll,
             **pairs,
         }
-
-    @cached_property
-    def _reference(self) -> CompletionSums:
-        return self.reference.weighted(self.ld_alpha)
-
-    @cached_property
-    def _table(self) -> tuple[LossTable, int]:
-        return self.shared or (LossTable(self.batch, [self._reference]), 0)
 
     @cached_property
     def _num_chosen_tokens(self) -> int:
@@ -108,11 +102,11 @@ class DPOObjective:
 
     def _pair_loss(self, rows: Sequence[int], sums: CompletionSums) -> Tensor:
         """The contribution of these rows, whose sums these are, to the batch's mean loss."""
-        compared, (table, member) = sums.weighted(self.ld_alpha), self._table
+        compared = sums.weighted(self.ld_alpha)
         scores = PairScores(
             chosen=compared.chosen,
             rejected=compared.rejected,
-            **table.inputs(member, rows, compared.chosen)._asdict(),
+            **self.table.inputs(self.member, rows, compared.chosen)._asdict(),
             mean_chosen_length=self._num_chosen_tokens / self.weight,
             chosen_likelihood=sums.chosen,
         )
@@ -161,20 +155,21 @@ def _usable_rows(
 
 
 def _objectives(agents: Sequence[DPO], batch: Batch) -> list[DPOObjective]:
-    references = references_of(agents, batch)
-    compared = [one.weighted(agent.settings.ld_alpha) for agent, one in zip(agents, references, strict=True)]
-    table = LossTable(batch, compared)
+    found = zip(agents, references_of(agents, batch), strict=True)
+    references = [reference.weighted(agent.settings.ld_alpha) for agent, reference in found]
+    table = LossTable(batch, references)
     return [
         DPOObjective(
             batch,
             reference,
+            table,
+            member,
             agent.loss_terms,
             agent.loss_settings,
             agent.nll_alpha,
             agent.settings.ld_alpha,
-            (table, number),
         )
-        for number, (agent, reference) in enumerate(zip(agents, references, strict=True))
+        for member, (agent, reference) in enumerate(zip(agents, references, strict=True))
     ]
 
 

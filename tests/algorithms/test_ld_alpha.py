@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evollm import DPO, ConfigurationError
 from evollm.algorithms.dpo_step import DPOObjective, learn_together
+from evollm.algorithms.loss_inputs import LossTable
 from evollm.algorithms.losses import LossSettings
 from evollm.algorithms.step import Linearised
 from evollm.data.samples import Batch, Sample
@@ -114,7 +115,9 @@ def two_pairs() -> tuple[MemberLogprobs, CompletionSums]:
 
 def objective(ld_alpha: float | None, terms: Sequence[str] = ("sigmoid",), nll_alpha: float = 0.0) -> DPOObjective:
     weights = tuple((name, 1.0) for name in terms)
-    return DPOObjective(PAIRS, two_pairs()[1], weights, LossSettings(beta=0.1), nll_alpha, ld_alpha)
+    reference = two_pairs()[1].weighted(ld_alpha)
+    table, settings = LossTable(PAIRS, [reference]), LossSettings(beta=0.1)
+    return DPOObjective(PAIRS, reference, table, 0, weights, settings, nll_alpha, ld_alpha)
 
 
 @pytest.mark.parametrize(
