@@ -24,6 +24,9 @@ def scored_batches(
 ) -> Iterator[tuple[IntArray, Batch, list[MemberLogprobs]]]:
     """Iterate once over rows of a split that are usable for all agents.
 
+    A row that is not usable for one agent is left out for all, since agents are compared on the same rows; an
+    evaluation of other agents may have it.
+
     Args:
         usable_rows: Gives the rows of a batch on which each agent can be scored.
         agents: Agents of one base.
@@ -49,6 +52,7 @@ def scored_batches(
             yield positions[usable], batch.select(usable), policies
     if len(unusable) == seen:
         raise DataError(f"{split}_dataset", f"{seen} rows", f"on every one {REASON}: {BROKEN}")
+    agents[0].base.reference_cache.left_out = {(split, sample.key) for sample in unusable}
     if unusable:
         leave_out(agents, Batch(unusable, split))
 

@@ -68,8 +68,8 @@ class AnswerLengths:
         return greedy_lengths(self._base, adapters, prompts, self._env.tokenizer, asked.max_new_tokens)
 
     def _evaluated(self, split: str, rows: int | None) -> list[int]:
-        """Positions in a split of the rows of an evaluation on so many, without those that it has left out."""
-        left_out = self._base.reference_cache.told_of
+        """Positions in a split of the rows of the last evaluation, which was on so many, without those left out."""
+        left_out = self._base.reference_cache.left_out
         return sorted(
             int(position)
             for positions, batch in self._env.eval_batches(split, rows=rows)

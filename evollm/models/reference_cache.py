@@ -36,12 +36,14 @@ class ReferenceCache:
 
     Attributes:
         told_of: Split and digest of samples with non-finite sums of which the user has been warned.
+        left_out: Split and digest of samples that the last evaluation left out.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, dict[bytes, tuple[float, ...]]] = {}
         self._expected: Sequence[Sample] = ()
         self.told_of: set[tuple[str, bytes]] = set()
+        self.left_out: set[tuple[str, bytes]] = set()
 
     @contextmanager
     def expecting(self, samples: Sequence[Sample]) -> Iterator[None]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_examples, make_rows
-from nonfinite import break_token, marked
+from nonfinite import MARK, break_token, marked
+from peft import LoraConfig
 from two_workers import TwoWorkers
 
 from evollm import Callback, ConfigurationError, PreferenceGym, SFTGym, finetune_llm_preference, finetune_llm_sft
@@ -106,6 +107,34 @@ def test_no_prompt_of_a_row_that_is_left_out_is_answered(make_model, make_popula
         wanted = [len(env.test_pairs[position].prompt_ids) for position in (0, 2, 3, 4, 5)][:prompts]
         assert found.answer_lengths[:prompts].tolist() == found.reference_lengths[:prompts].tolist() == wanted
         assert len(found) == 5
+
+
+@pytest.mark.filterwarnings("ignore:left out", "ignore:.*members go one by one")
+def test_lengths_stand_at_their_rows_where_another_agents_reference_had_left_one_out(
+    make_model, make_agent, tokenizer, monkeypatch
+) -> None:
+    """Agents that are scored together have the same rows; those that are scored later have their own."""
+    model = make_model()
+    env = PreferenceGym(make_rows(12), marked(make_rows(6, 50), {1: "chosen"}), tokenizer, data_batch_size_per_gpu=4)
+    lora = LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    agents = [make_agent(actor_network=model, index=0), make_agent(actor_network=model, index=1, lora_config=lora)]
+    state = agents[1].base.adapters.export(agents[1].adapter("reference"))
+    (token,) = tokenizer(MARK, add_special_tokens=False)["input_ids"]
+    for name, tensor in state.tensors.items():
+        if "lora_embedding_A" in name:
+            tensor[:, token] = torch.nan
+    agents[1]._replace_reference(state)
+    monkeypatch.setattr(
+        answer_lengths,
+        "greedy_lengths",
+        lambda base, adapters, prompts, *_: [[int(sum(one)) for one in prompts]] * len(adapters),
+    )
+    executor = LocalExecutor(agents, env)
+    sums = [int(sum(pair.prompt_ids)) for pair in env.test_pairs]
+    for indices, positions in (([0, 1], (0, 2, 3, 4, 5)), ([0], range(6)), ([1], (0, 2, 3, 4, 5)), ([0], range(6))):
+        for one in executor.evaluate("test", indices, answers=AnswerSampling(3, 9)).values():
+            assert len(one) == len(positions)
+            assert one.answer_lengths[:3].tolist() == [sums[position] for position in positions][:3]
 
 
 def test_lengths_are_those_of_the_answers_that_generate_gives(make_population, gym, tokenizer) -> None:
