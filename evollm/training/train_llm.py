@@ -101,6 +101,7 @@ def finetune_llm_preference(
             `{"min_chosen_logratio": -3.0}`: an agent that breaks one is behind every agent that breaks none.
         early_stopping_patience: Stop after this many evaluations in a row in which no agent has improved the best
             fitness of the run, by its first component, or while all agents break a guard, by how far; None: never.
+            An evaluation on a part of the rows, for a decision of the search, does not count.
             Names and meaning are those of transformers' `EarlyStoppingCallback`.
         early_stopping_threshold: The best fitness must grow by more than this to count as improved.
         merge: After the last step, evaluate adapters that are made of the best agents without training, and let one win
