@@ -23,6 +23,7 @@ class RunStarted:
         step: Steps done before, 0 unless the run is resumed.
         evolutions: Evolutions carried out before, none unless the run is resumed.
         held_out: Number of rows of each held-out split, `test` and `final`.
+        evaluated_rows: Rows of the last evaluation before; None: all rows, or there was none.
     """
 
     run_dir: Path
@@ -32,6 +33,7 @@ class RunStarted:
     step: int = 0
     evolutions: Sequence[Evolved] = ()
     held_out: Mapping[str, int] = field(default_factory=dict)
+    evaluated_rows: int | None = None
 
 
 @dataclass(frozen=True)

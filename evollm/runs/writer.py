@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from evollm.errors import CheckpointError
 from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, remove_leftovers, replace_bytes
-from evollm.runs.evaluations import evaluations_to_bytes
+from evollm.runs.evaluations import evaluations_to_bytes, read_evaluations
 from evollm.runs.events import (
     BaselineScored,
     Callback,
@@ -62,8 +63,14 @@ class RunFolder(Callback):
         self._records = RecordFiles(folder)
         inside(folder, EVALUATIONS).mkdir(parents=True, exist_ok=True)
         _remove_evaluations_after(folder, event.step)
-        for name in (METRICS, SPENT, TIMING):
-            self._records.start(name, _lines_until(inside(folder, name), event.step))
+        kept = {name: _lines_until(inside(folder, name), event.step) for name in (METRICS, SPENT, TIMING)}
+        if event.evaluated_rows is not None and _is_on_all_rows(kept[METRICS], event.step):
+            # The best agent alone, evaluated when the run ended here: no checkpoint has it, see `Run`.
+            for lines in kept.values():
+                del lines[-1:]
+        for name, lines in kept.items():
+            self._records.start(name, lines)
+        self._evaluated = event.step, _saved_evaluations(folder, event.step)
         founders = {"kind": "founders", "births": [birth.to_dict() for birth in event.founders]}
         self._records.start(LINEAGE, [founders, *map(_evolution_line, event.evolutions)])
         # Last, since a folder with this file is recognised as a run folder.
@@ -95,7 +102,7 @@ class RunFolder(Callback):
         scored = {f"agent-{index}": evaluation for index, evaluation in event.evaluations.items()}
         step, before = self._evaluated
         self._evaluated = (event.step, {**before, **scored} if step == event.step else scored)
-        self._save(f"{EVALUATIONS}/step-{event.step:06d}.safetensors", self._evaluated[1])
+        self._save(_evaluation_file(event.step), self._evaluated[1])
         self._spent("evaluation", event)
         self._time("evaluation", event.step)
 
@@ -177,6 +184,24 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
         and isinstance(line.get("step"), int)
         and line["step"] <= step - (line["kind"] == "evolution")
     ]
+
+
+def _is_on_all_rows(lines: Sequence[Mapping[str, Any]], step: int) -> bool:
+    """Whether the last line is of an evaluation on all rows at this step."""
+    last = lines[-1] if lines else {}
+    return last.get("kind") == "evaluation" and last["step"] == step and "rows" not in last
+
+
+def _saved_evaluations(folder: Path, step: int) -> dict[str, AnyEvaluation]:
+    """The evaluations of a step, to which a resumed run may add one; none if they cannot be read."""
+    try:
+        return read_evaluations(inside(folder, _evaluation_file(step)))
+    except CheckpointError:
+        return {}
+
+
+def _evaluation_file(step: int) -> str:
+    return f"{EVALUATIONS}/step-{step:06d}.safetensors"
 
 
 def _remove_evaluations_after(folder: Path, step: int) -> None:

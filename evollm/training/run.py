@@ -194,8 +194,9 @@ class Run:
         rows = {split: self.rows[split] for split in ("test", "final")}
         founders, total = self.progress.founders, self.schedule.total
         try:
+            folder, evaluated_rows = self.paths.run_dir, self.progress.evaluated_rows
             self._tell(
-                "on_start", RunStarted(self.paths.run_dir, self.config, founders, total, self.step, before, rows)
+                "on_start", RunStarted(folder, self.config, founders, total, self.step, before, rows, evaluated_rows)
             )
         except OSError as error:
             raise ConfigurationError("run_dir", str(self.paths.run_dir), f"cannot be written: {error}") from error

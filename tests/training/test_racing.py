@@ -205,6 +205,29 @@ def test_a_race_that_ended_at_a_rung_and_goes_on_decides_on_the_rows_of_its_plan
     assert survivors(longer) == survivors(whole)
 
 
+def test_a_race_that_a_limit_ended_and_that_is_resumed_with_the_same_limits_keeps_its_records(run, tmp_path) -> None:
+    """The best member is evaluated on all rows at the end, which no checkpoint has."""
+    settings = {"search": Racing(first_rows=8), "max_member_steps": 12}
+
+    def records() -> dict[str, Any]:
+        folder = tmp_path / "run"
+        kinds = [json.loads(line)["kind"] for line in (folder / "timing.jsonl").read_text().splitlines()]
+        files = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "spent.jsonl", "lineage.jsonl")}
+        rows = {path.name: path.read_bytes() for path in (folder / "evaluations").iterdir()}
+        return {**files, **rows, "timing": sorted(kind for kind in kinds if kind not in ("start", "end"))}
+
+    watch = run(**settings)
+    assert [(one.step, len(one.fitnesses), one.rows) for one in watch.events] == [(2, 6, 8), (2, 1, None)]
+    before = records()
+    again = run(resume=True, **settings)
+    assert [(one.step, len(one.fitnesses), one.rows) for one in again.events] == [(2, 1, None)]
+    assert records() == before
+    # What goes on has the records of a run that was longer from the beginning.
+    run(resume=True, **{**settings, "max_member_steps": 1000})
+    run("whole", search=settings["search"], max_member_steps=1000)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
 def test_where_not_even_two_fit_one_trains_alone(run) -> None:
     watch = run(budget=1.1)
     assert (watch.ended.step, [len(one.fitnesses) for one in watch.events]) == (16, [1])
