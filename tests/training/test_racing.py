@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_rows
+from nonfinite import break_token, marked
 from snapshots import actor_bits
 from two_workers import TwoWorkers
 
@@ -17,6 +18,7 @@ from evollm.algorithms import ALGORITHMS
 from evollm.hpo import Racing
 from evollm.report import read_run
 from evollm.report.page import render
+from evollm.training.spending import Prices
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-1), beta=RLParameter(0.05, 0.5))
 ROWS = 24
@@ -167,6 +169,49 @@ def test_a_budget_that_ends_a_race_before_a_rung_is_kept(made, tmp_path, budget,
     assert latest.keys() == {one.agent for one in record.steps if one.step == record.last_step}
     assert latest[max(record.latest_evaluation, key=lambda one: one.rows or 64).agent] == 64
     assert f"{budget:g}" in render(record)[0]
+
+
+@pytest.mark.parametrize("evo_steps", [4, 8])
+def test_a_budget_keeps_back_what_the_evaluations_after_the_last_step_cost(
+    made, monkeypatch, tmp_path, evo_steps
+) -> None:
+    """Those of all members on the rows of the next rung, and that of the best one on all rows."""
+    kept_back, fits_a_step = {}, Prices.fits_a_step
+
+    def noted(prices, account, step, learners, budget, evaluations):
+        kept_back[step + 1] = evaluations
+        return fits_a_step(prices, account, step, learners, budget, evaluations)
+
+    monkeypatch.setattr(Prices, "fits_a_step", noted)
+    config = HyperparameterConfig(lr=RLParameter(1e-4, 1e-1), update_epochs=RLParameter(1, 4, dtype=int))
+    (agents, env), watch = made(hp_config=config), Watch()
+    for agent, number in zip(agents, (1, 4, 3, 4, 2, 4), strict=True):
+        agent.set_hyperparameters({"update_epochs": number})
+    finetune_llm_preference(
+        agents, env, max_steps=16, search=Racing(first_rows=8, reduction_factor=2), budget=2.5, evo_steps=evo_steps,
+        run_dir=tmp_path / "run", num_sample_answers=0, verbose=False, callbacks=[watch],
+    )  # fmt: skip
+    last = [one for one in watch.events if one.step == watch.ended.step]
+    assert [one.rows is None for one in last] == [False, True]
+    assert watch.ended.step < 16
+    assert kept_back[watch.ended.step] == sum(len(one.fitnesses) * (one.rows or ROWS) / ROWS for one in last)
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_the_rows_of_an_evaluation_on_fewer_rows_that_left_some_out_are_read_back(
+    make_population, make_model, tokenizer, tmp_path
+) -> None:
+    rows = marked(make_rows(ROWS, 50), dict.fromkeys(range(0, ROWS, 2), "chosen"))
+    env = PreferenceGym(make_rows(16), rows, tokenizer, data_batch_size_per_gpu=4)
+    agents = make_population(6, hp_config=HP_CONFIG, actor_network=break_token(make_model(), tokenizer))
+    finetune_llm_preference(
+        agents, env, max_steps=6, evo_steps=2, search=Racing(first_rows=8),
+        run_dir=tmp_path / "run", num_sample_answers=0, verbose=False,
+    )  # fmt: skip
+    usable = [position for position in positions_of(env, 8) if position % 2]
+    assert 0 < len(usable) < 8
+    found = [one for one in read_run(tmp_path / "run").evaluations if one.rows == 8]
+    assert [len(one.pairs) for one in found] == [len(usable)] * 6
 
 
 def test_what_cannot_evaluate_a_part_of_the_rows_decides_on_all(run, monkeypatch) -> None:
