@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from evollm.algorithms.row_optimizer import RowOptimizer, on_rows, places_of
+from evollm.algorithms.row_optimizer import RowOptimizer, check_types, on_rows, places_of
 from evollm.checks import finite_number, nearest_name, positive_number
 from evollm.errors import ConfigurationError, MissingExtraError, brief
 from evollm.models.adapters.rows import KINDS, Row, kind_of_parameters
@@ -278,7 +278,12 @@ def gradient_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     A schedule-free optimizer (arXiv 2405.15682) takes the gradient at other weights, y, than those that it trains, x.
     The parameters are y inside the block and x outside. Without a step they have the bits that they had before.
+
+    Raises:
+        ConfigurationError: See `check_types`.
     """
+    if not isinstance(optimizer, RowOptimizer):
+        check_types(optimizer)
     mode: Any = optimizer
     if not hasattr(mode, "train"):
         yield

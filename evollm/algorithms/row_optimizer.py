@@ -70,18 +70,11 @@ class RowOptimizer(torch.optim.Optimizer):
         """Follow parameters that user code has moved or replaced.
 
         Raises:
-            ConfigurationError: They have another type than the state.
+            ConfigurationError: See `check_types`.
         """
         for row in self._rows:
             row.settle()
-        for segment, state in self.state.items():
-            others = {value.dtype for value in state.values() if value.ndim} - {segment.dtype}
-            if others:
-                fix = (
-                    f"the optimizer's state of this adapter is {min(map(str, others))}: convert the model back, or "
-                    "convert it before agents are built on it (adapters are float32 at least, whatever the base is)"
-                )
-                raise ConfigurationError("actor_network", str(segment.dtype), fix)
+        check_types(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients of the adapter's parameters to 0; they keep their memory."""
@@ -135,6 +128,23 @@ class RowOptimizer(torch.optim.Optimizer):
         for places in self._places:
             yield list(range(start, start + len(places)))
             start += len(places)
+
+
+def check_types(optimizer: torch.optim.Optimizer) -> None:
+    """Check that the parameters of an optimizer have the type of its state, bytes of a quantised one aside.
+
+    Raises:
+        ConfigurationError: User code has converted them.
+    """
+    for parameter, state in optimizer.state.items():
+        tensors = [value for value in state.values() if isinstance(value, Tensor) and value.ndim]
+        others = {value.dtype for value in tensors if value.is_floating_point()} - {parameter.dtype}
+        if others:
+            fix = (
+                f"the optimizer's state of this adapter is {min(map(str, others))}: convert the model back, or convert "
+                "it before agents are built on it (adapters are float32 at least, whatever the base is)"
+            )
+            raise ConfigurationError("actor_network", str(parameter.dtype), fix)
 
 
 def check_equal_progress(states: Iterable[Mapping[str, Tensor]]) -> None:
