@@ -229,10 +229,18 @@ def create_optimizer(
         for options, group in zip(given, groups, strict=True):
             options["params"] = [parameters[path] for path in group]
         found = optimizer.create(given, lr, settings.weight_decay)
+        # Of a copied agent `Row.settle` comes with the passes alone: torch drops an optimizer's hooks when copying.
+        found.register_step_pre_hook(functools.partial(_settle, rows))
     else:
         found = optimizer.create_on(rows, given, groups, lr, settings.weight_decay)
     set_learning_rate(found, lr, factor)
     return found
+
+
+def _settle(rows: Sequence[Row], *_: Any) -> None:
+    """Follow parameters that user code has moved or replaced."""
+    for row in rows:
+        row.settle()
 
 
 def parameter_groups(settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:

@@ -80,9 +80,11 @@ def other_weights(agent: DPO) -> Weights:
     return {path: (1.5 * weight).bfloat16().double() for path, weight in weights.items()}
 
 
-def agent_with(way: str | None, *, moments: bool = True) -> tuple[list[DPO], list[nn.Parameter], Weights]:
+def agent_with(
+    way: str | None, *, moments: bool = True, dtype: torch.dtype = torch.float64, **shared: Any
+) -> tuple[list[DPO], list[nn.Parameter], Weights]:
     """Agents of which the second one has got other weights, in place if no way is given; its parameters before."""
-    agents = make_agents(make_family("llama"), ALIKE[:3])
+    agents = make_agents(make_family("llama").to(dtype), ALIKE[:3], **shared)
     parameters = agents[1].actor_parameters()
     if moments:
         learn_together(agents, make_batch())
@@ -127,19 +129,20 @@ def test_what_is_saved_cloned_and_scored_has_the_parameters_that_user_code_put_i
     assert all(torch.equal(found[path], 2 * weight) for path, weight in weights.items())
 
 
-def test_gradients_of_parameters_that_user_code_put_in_place_are_stepped_with() -> None:
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_gradients_of_parameters_that_user_code_put_in_place_are_stepped_with(optim: str) -> None:
     results = []
     for way in (None, "assigned"):
-        agents, *_ = agent_with(way)
+        agents, *_ = agent_with(way, dtype=torch.float32, optim=optim)
         name, model = agents[1].actor_adapter, agents[1].get_policy()
         own = [one for path, one in model.named_parameters() if name in path.split(".")]
         generator = torch.Generator().manual_seed(0)
         for parameter in own:
-            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         agents[1].optimizer.step()
         results.append(actor_bits(agents[1]))
         agents[1].optimizer.zero_grad()
-        assert not any(one.grad.any() for one in agents[1].actor_parameters())
+        assert not any(one.grad is not None and one.grad.any() for one in agents[1].actor_parameters())
     assert results[0] == results[1]
 
 
