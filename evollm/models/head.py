@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from evollm.models.fused_head import log_softmax_rows, takes_kernel
+
 # Bytes of float32 logits in one tile: large enough for full speed, small beside the activations.
 TILE_BYTES = 128 * 2**20
 # On a GPU, where each launch costs time, a tile takes this share of the memory: 2,200 rows of 152,000 tokens on 80 GB.
@@ -94,15 +96,15 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         # (n, D) sum_v p_v W[v] - W[y], the gradient of each negative log-prob.
         gradient = torch.empty(hidden.shape if differentiable else 0, dtype=weight.dtype, device=hidden.device)
-        minus_one = torch.full((1, 1), -1.0, dtype=wide, device=hidden.device)
         for rows in _tiles(hidden, weight):
-            wanted = targets[rows].unsqueeze(1)
-            found, every = _log_softmax(linear(hidden[rows], weight, bias), wanted, wide, differentiable)
-            logprobs[rows] = found.squeeze(1)
+            # (n, V) logits, which become p - onehot(y) if differentiable.
+            tile = linear(hidden[rows], weight, bias)
+            if takes_kernel(tile):
+                log_softmax_rows(tile, targets[rows], logprobs[rows], overwrite=differentiable)
+            else:
+                tile = _log_softmax_rows(tile, targets[rows], logprobs[rows], differentiable)
             if differentiable:
-                # Rounding p - 1 rather than p: where p[y] is nearly 1, W[y] - sum p W would lose all its digits.
-                excess = every.exp_().scatter_add_(1, wanted, minus_one.expand_as(wanted))
-                torch.mm(excess.to(weight.dtype), weight, out=gradient[rows])
+                torch.mm(tile.to(weight.dtype), weight, out=gradient[rows])
         if differentiable:
             ctx.save_for_backward(gradient)
             ctx.dtype = hidden.dtype
@@ -114,12 +116,21 @@ class _TokenLogprobs(torch.autograd.Function):
         return (gradient * -grad_outputs[0].unsqueeze(1)).to(ctx.dtype), None, None, None
 
 
-def _log_softmax(logits: Tensor, wanted: Tensor, wide: torch.dtype, differentiable: bool) -> tuple[Tensor, Tensor]:
-    """The log-probs (n, 1) of the wanted tokens, and, if differentiable, (n, V) of all; may change the logits."""
+def _log_softmax_rows(logits: Tensor, targets: Tensor, logprobs: Tensor, overwrite: bool) -> Tensor:
+    """`fused_head.log_softmax_rows` by torch's operators; the result is (n, V), and the logits may be changed."""
+    wanted = targets.unsqueeze(1)
     # Two kernels instead of ten; on a CPU neither way is faster.
     if _is_card(logits.device):
-        every = logits.log_softmax(dim=1, dtype=wide)
-        return every.gather(1, wanted), every
-    logits = logits.to(wide)
-    normaliser = logits.logsumexp(dim=1, keepdim=True)
-    return logits.gather(1, wanted) - normaliser, logits.sub_(normaliser) if differentiable else logits
+        every = logits.log_softmax(dim=1, dtype=logprobs.dtype)
+        found = every.gather(1, wanted)
+    else:
+        every = logits.to(logprobs.dtype)
+        normaliser = every.logsumexp(dim=1, keepdim=True)
+        found = every.gather(1, wanted) - normaliser
+        if overwrite:
+            every.sub_(normaliser)
+    logprobs.copy_(found.squeeze(1))
+    if not overwrite:
+        return every
+    # Rounding p - 1 rather than p: where p[y] is nearly 1, W[y] - sum p W would lose all its digits.
+    return every.exp_().scatter_add_(1, wanted, every.new_full((1, 1), -1.0).expand_as(wanted))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from evollm import DPO
 from evollm.data.samples import Batch, Sample
-from evollm.models import attention, flash, shared_base
+from evollm.models import attention, flash, head, shared_base
 from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.layouts.packed import PackedLayout
 from evollm.models.passes import FewSamples
@@ -109,6 +109,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(shared_base, "weights_fingerprint", lambda model: "of no numbers")
     monkeypatch.setattr(flash, "_try_kernel", lambda *_: [0.0])
+    monkeypatch.setattr(head, "takes_kernel", lambda logits: False)
     flash.why_not_flash.cache_clear()
     attention._warn_of_slow_attention.cache_clear()
     monkeypatch.setattr(flash, "why_not_flash", flash.why_not_flash.__wrapped__)
