@@ -1,4 +1,4 @@
-"""Which attention a model runs by on its device: a figure of the slow one must not pass for one of the fast one."""
+"""Which attention and head a model runs by: a figure of a slow one must not pass for one of a fast one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from evollm import DPO
 from evollm.models.engine import Engine
 from evollm.models.flash import why_not_flash
+from evollm.models.fused_head import why_not_fused
 
 
 def population_attention(agent: DPO) -> str:
@@ -25,3 +26,10 @@ def packed_attention(device: torch.device, dtype: torch.dtype, head_size: int) -
     """That of packed pairs with heads of this size."""
     refusal = why_not_flash(device, dtype, head_size)
     return f"no flash ({refusal})" if refusal else "flash"
+
+
+def population_head(agent: DPO) -> str:
+    """What computes log-probs and gradients from an agent's logits."""
+    weight = agent.base.network.get_output_embeddings().weight
+    refusal = why_not_fused(weight.device, weight.dtype, len(weight))
+    return f"torch's operators ({refusal})" if refusal else "one Triton kernel"

@@ -10,8 +10,9 @@ itself: 20 after two that warm up. What is outside the steps (set-up, references
 
 Each line says the member-pairs a second, the share of the floor (floor.py, with the rate of matrix products of this
 card in the base's dtype, measured before and after the case), the busy share (steps.py), the kernels of a step, which
-attention ran, why a fast path was not taken, and the peak memory. What does not fit is said and left out. `--toy` runs
-everything at a tiny size on the CPU, to see that the script works; busy share and kernels are unknown there.
+attention and head ran, why a fast path was not taken, and the peak memory. What does not fit is said and left out.
+`--toy` runs everything at a tiny size on the CPU, to see that the script works; busy share and kernels are unknown
+there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_used import network_attention, population_attention
+from attention_used import network_attention, population_attention, population_head
 from floor import Costs, gemm_rate
 from peft import LoraConfig
 from result_lines import append
@@ -141,7 +142,8 @@ def population_row(
     row = measured(costs, setting, lambda: run_population(agents, batches, setting, together=together))
     paths = Engine.of(agents[0].base).paths.values()
     # A figure of the slow path must not pass for one of the fast path.
-    return {**row, "not_taken": [reason for known in paths for reason in known.reasons]}
+    not_taken = [reason for known in paths for reason in known.reasons]
+    return {**row, "head": population_head(agents[0]), "not_taken": not_taken}
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,8 @@ def line(row: Row) -> str:
     if "error" in row:
         return f"{start}  {row['error']}"
     kernels = "-" if row["kernels"] is None else row["kernels"]
-    reasons = "".join(f"; {reason}" for reason in row.get("not_taken", ()))
+    head = [f"head: {row['head']}"] if "head" in row else []
+    reasons = "".join(f"; {reason}" for reason in (*head, *row.get("not_taken", ())))
     return (
         f"{start}{row['rate']:>15.2f}{row['step_ms']:>9.1f}{row['busy']:>6.0%}{row['of_floor']:>9.0%}"
         f"{row['tflops']:>9.2f}{kernels:>8}{row['peak_mib']:>9.0f}  {row['attention']}{reasons}"
