@@ -53,7 +53,8 @@ class AgentArguments(TypedDict, total=False):
         seed: Seeds the adapter's initialisation and the agent's own generator.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time. None:
             only if free memory cannot hold the activations for full speed, measured at the first training pass.
-        torch_compiler: A mode of `torch.compile` for the base's layers, such as `default`.
+        torch_compiler: A mode of `torch.compile` for the base's layers, such as `default`: half the kernels, after a
+            minute or more of compilation.
         token_budget: Most tokens in one forward pass, over all members in the pass. None: chosen from the device and
             its free memory. Updates are the same up to rounding; set a number for the same bits on another machine.
         drop_nonfinite_rows: Leave out rows on which the frozen reference (for SFT the base) gives non-finite log-probs,

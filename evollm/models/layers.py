@@ -54,12 +54,15 @@ class LayerStack:
         fan_out: See `FanOut`; None: all rows run through all layers.
         gathered: Context manager in which layers of a sharded base have all their weights; None: the base is not
             sharded.
+        routed: Whether the rows of the present forward pass are routed. Compiled code is for such passes and for
+            training: other passes, above all those of the probe, are too various to compile.
     """
 
     def __init__(self, model: nn.Module, recompute_context: ContextFactory) -> None:
         self.recompute_context = recompute_context
         self.checkpointing = False
         self.fan_out: FanOut | None = None
+        self.routed = False
         self.gathered: Callable[[Sequence[nn.Module]], AbstractContextManager[Any]] | None = None
         self.modules = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._forwards = [_LayerForward(layer, index, self) for index, layer in enumerate(self.modules)]
@@ -79,7 +82,7 @@ class _LayerForward:
     def __init__(self, layer: nn.Module, index: int, stack: LayerStack) -> None:
         self._layer = layer
         self._plain: Callable[..., Any] = layer.forward
-        self._forward = self._plain
+        self._compiled: Callable[..., Any] | None = None
         self._index = index
         self._stack = stack
         layer.forward = self
@@ -116,10 +119,21 @@ class _LayerForward:
         )
 
     def _with_weights(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self._plain
+        if self._compiled is not None and (self._stack.routed or torch.is_grad_enabled()):
+            forward = self._in_graphs
         if self._stack.gathered is None:
-            return self._forward(*args, **kwargs)
+            return forward(*args, **kwargs)
         with self._stack.gathered([self._layer]):
-            return self._forward(*args, **kwargs)
+            return forward(*args, **kwargs)
+
+    def _in_graphs(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self._compiled is not None
+        # The first layer's input, whose rows may be one, without a gradient, must not need code of its own.
+        hidden_states = hidden_states.contiguous()
+        if torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states = hidden_states.detach().requires_grad_()
+        return self._compiled(hidden_states, *args, **kwargs)
 
     def compile(self, **options: Any) -> None:
-        self._forward = torch.compile(self._plain, **options)
+        self._compiled = torch.compile(self._plain, **options)

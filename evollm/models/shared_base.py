@@ -30,6 +30,7 @@ from evollm.models.reference_cache import ReferenceCache
 from evollm.models.rope import forget_longest_sequences, longest_sequence
 
 _ATTRIBUTE = "_evollm_shared_base"
+_RECOMPILE_LIMIT = 64
 
 
 def check_plain_model(field: str, model: object) -> None:
@@ -205,8 +206,12 @@ class SharedBase:
         """The base with block m of the rows going through member m of a stack, as `active` otherwise."""
         # PEFT's layers that are not routed compute with the active adapter.
         adapters = self.adapters.held() if self.router.routes_all else self.adapters.activated(stack.names[0])
-        with adapters, self._evaluating(gradient_checkpointing), self.router.route(stack):
-            yield self.network
+        before, self.layers.routed = self.layers.routed, True
+        try:
+            with adapters, self._evaluating(gradient_checkpointing), self.router.route(stack):
+                yield self.network
+        finally:
+            self.layers.routed = before
 
     @contextmanager
     def _evaluating(self, gradient_checkpointing: bool) -> Iterator[None]:
@@ -269,5 +274,8 @@ class SharedBase:
 
     def compile(self, mode: str, backend: str = "inductor") -> None:
         """Compile each repeated layer of the base with `torch.compile`."""
+        self.router.in_graphs = True
+        # A layer's code is compiled for one and for several members, with and without gradients, and for each model.
+        torch._dynamo.config.recompile_limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         # Dynamic shapes, since nearly every batch has another number of tokens.
         self.layers.compile(mode=mode, backend=backend, dynamic=True)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from types import MethodType
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from evollm.models.adapters.peft_layers import holds_any
+from evollm.models.adapters.routed_lora import GraphLora, MemberLora, routed_lora
 from evollm.models.adapters.stack import Stack
 
 
@@ -27,11 +28,13 @@ class AdapterRouter:
     Attributes:
         stack: The weights of the adapter of each block of rows; None: rows are not routed.
         routes_all: Whether all of PEFT's layers are replaced, so that no routed row depends on the active adapter.
+        in_graphs: Whether the layers are compiled, so that routed LoRA layers are to be a part of their graphs.
     """
 
     def __init__(self) -> None:
         self.stack: Stack | None = None
         self.routes_all = True
+        self.in_graphs = False
         self._layers: dict[nn.Module, _RoutedForward] = {}
 
     def take_over(self, model: nn.Module) -> None:
@@ -53,11 +56,18 @@ class AdapterRouter:
     @contextmanager
     def route(self, stack: Stack | None) -> Iterator[None]:
         """Route block m of the rows through member m of the stack inside the block; None: PEFT's forward passes."""
-        before, self.stack = self.stack, stack
+        before = self.stack
+        self._take(stack)
         try:
             yield
         finally:
-            self.stack = before
+            self._take(before)
+
+    def _take(self, stack: Stack | None) -> None:
+        if self.in_graphs and stack is not self.stack:
+            for forward in self._layers.values():
+                forward.prepare(stack)
+        self.stack = stack
 
 
 class _RoutedForward:
@@ -68,12 +78,20 @@ class _RoutedForward:
         self._path = path
         self._router = router
         self._plain: Callable[..., Tensor] = layer.forward
-        layer.forward = self
+        self._in_graph: GraphLora | None = None
+        layer.evollm_routed = self
+        # A method rather than this object, which compiled code would have a guard on, and be compiled for each layer.
+        layer.forward = MethodType(_forward, layer)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the routed members, or of PEFT's layer if rows are not routed."""
+        if self._in_graph is not None and not args and not kwargs:
+            return self._in_graph(x)
+        return self._as_tensor(self._outside(x, *args, **kwargs))
 
     # Compiled code has guards on each member's tensors and would be compiled again for each set of members.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the routed members, or of PEFT's layer if rows are not routed."""
+    def _outside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         stack = self._router.stack
         if stack is None:
             return self._plain(x, *args, **kwargs)
@@ -84,21 +102,34 @@ class _RoutedForward:
         base = layer.base_layer
         if not stack.holds(self._path):
             return self._as_tensor(base(x, *args, **kwargs))
-        scalings = [layer.scaling.get(name) for name in stack.names]
-        different = {scaling for scaling in scalings if scaling is not None}
-        if len(different) == 1:
-            lora = _MemberLora(stack, self._path, float(different.pop()), None)
-        else:
-            lora = _MemberLora(stack, self._path, 1.0, stack.factors(tuple(float(one or 0.0) for one in scalings), x))
-        blocks = x.reshape(len(scalings), -1, x.shape[-1])  # (M, n, D)
+        lora = MemberLora(stack, self._path, *self._scaling(stack, x))
+        blocks = x.reshape(len(stack.names), -1, x.shape[-1])  # (M, n, D)
         is_plain = _is_plain_linear(base) and not args and not kwargs
-        weights = (base.weight, base.bias) if is_plain else (None, None)
-        found = self._as_tensor(_RoutedLora.apply(blocks, stack.anchor, *weights, lora))  # type: ignore[no-untyped-call]
+        weight, bias = (base.weight, base.bias) if is_plain else (None, None)
+        found = routed_lora(blocks, weight, bias, lora)
         found = found.view(*x.shape[:-1], found.shape[-1])
         if is_plain:
             return found
         output = self._as_tensor(base(x, *args, **kwargs))
         return output + found.to(output.dtype)
+
+    def prepare(self, stack: Stack | None) -> None:
+        """Give the members' weights to compiled code as tensors; without a plain base layer it stays outside of it."""
+        self._in_graph = None
+        layer = self._layer
+        if stack is None or layer.merged or not stack.holds(self._path) or not _is_plain_linear(layer.base_layer):
+            return
+        base = layer.base_layer
+        lora = MemberLora(stack, self._path, *self._scaling(stack, base.weight))
+        self._in_graph = GraphLora.of(lora, base.weight, base.bias)
+
+    def _scaling(self, stack: Stack, like: Tensor) -> tuple[float, Tensor | None]:
+        """`MemberLora.alpha` and `MemberLora.factors`, for products with a tensor."""
+        scalings = [self._layer.scaling.get(name) for name in stack.names]
+        different = {scaling for scaling in scalings if scaling is not None}
+        if len(different) == 1:
+            return float(different.pop()), None
+        return 1.0, stack.factors(tuple(float(one or 0.0) for one in scalings), like)
 
     @staticmethod
     def _as_tensor(value: object) -> Tensor:
@@ -106,71 +137,9 @@ class _RoutedForward:
         return value
 
 
-class _RoutedLora(torch.autograd.Function):
-    """x W^T + bias + s (x A^T) B^T for each member; of a base that is no plain linear layer the last term alone.
-
-    The backward pass adds the gradients of A and B to the stack's, since autograd would add up a small tensor for each
-    member and matrix.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor | None, bias: Tensor | None, lora: _MemberLora
-    ) -> Tensor:
-        # x (M, n, D_in), weight (D_out, D_in), down (M, r, D_in), up (M, D_out, r)
-        down, up = lora.stack.weights(lora.layer, x.dtype)
-        inner = torch.bmm(x, down.transpose(1, 2))  # (M, n, r)
-        if lora.factors is not None:
-            inner.mul_(lora.factors)
-        ctx.save_for_backward(x, weight, inner)
-        ctx.lora = lora
-        return _plus(None if weight is None else linear(x, weight, bias), inner, up.transpose(1, 2), lora.alpha)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inner = ctx.saved_tensors
-        lora: _MemberLora = ctx.lora
-        down, up = lora.stack.weights(lora.layer, x.dtype)
-        grad = grad_outputs[0].contiguous()
-        grad_inner = torch.bmm(grad, up)
-        if lora.factors is not None:
-            grad_inner.mul_(lora.factors)
-        grad_down, grad_up = lora.stack.gradients(lora.layer)
-        _add_product(grad_down, grad_inner.transpose(1, 2), x, lora.alpha)
-        _add_product(grad_up, grad.transpose(1, 2), inner, lora.alpha)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _plus(None if weight is None else torch.matmul(grad, weight), grad_inner, down, lora.alpha)
-        return grad_x, None, None, None, None
-
-
-class _MemberLora(NamedTuple):
-    """The LoRA weights of the members of a pass in one layer.
-
-    Attributes:
-        stack: The members' weights.
-        layer: The layer's path.
-        alpha: The scaling that all members share; 1 if they have different ones.
-        factors: (M, 1, 1) the members' scalings; None: `alpha`.
-    """
-
-    stack: Stack
-    layer: str
-    alpha: float
-    factors: Tensor | None
-
-
-def _plus(output: Tensor | None, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    """`output` + alpha * left @ right, in place; without an output the product alone."""
-    return torch.bmm(left, right).mul_(alpha) if output is None else output.baddbmm_(left, right, alpha=alpha)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """Add alpha * left @ right to `total`, which may be of a wider type."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right, alpha=alpha)
-    else:
-        total.add_(torch.bmm(left, right), alpha=alpha)
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    routed: _RoutedForward = layer.evollm_routed
+    return routed(x, *args, **kwargs)
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
