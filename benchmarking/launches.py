@@ -13,6 +13,9 @@ log-probs of tokens to losses and metrics; `update`, gradients, clipping and opt
 host waits for, `queued` those that it does not wait for. `switched` is how often one of PEFT's layers was told which
 adapter is active. `references` and `scoring` are the kernels for the log-probs of 64 further pairs, under the one
 reference and under all members.
+
+`--compiled` adds what a step with `torch_compiler="default"` launches: `compiled`, the kernels above without those of
+the layers and with those of compiled layers; see compiled_launches.py. Inductor needs a C++ compiler and a minute.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from compiled_launches import compiled_layer
 from gpu import PUBLISHED, TOY, VOCABULARY, random_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pretended_card import CARD, Counts, pretended_card
@@ -74,21 +78,26 @@ def main() -> None:
     """Count a step of each shape, and print a table."""
     options = _parse()
     warnings.simplefilter("ignore")
+    layer = compiled_layer() if options.compiled else None
+    if layer is not None:
+        print("a compiled layer:", ", ".join(f"{number} {name}" for name, number in layer.items()))
     of = f"{options.members} members x {options.pairs} pairs"
     print(f"{date.today()}, torch {torch.__version__}, commit {_commit()}, {of}")
     print(HEADER)
     rows = []
     for shape in options.shapes:
         rows.append(count_step(shape, options.members, options.pairs))
+        rows[-1]["compiled"] = None if layer is None else with_compiled_layers(rows[-1], layer["layer"])
         append(options.out / "launches.jsonl", rows[-1])
         print(line(rows[-1]), flush=True)
     for row in rows:
         print(f"blocking copies, {row['shape']}:", ", ".join(f"{n} {what}" for what, n in row["copies"].items()))
 
 
-def count_step(shape: str, members: int, pairs: int) -> Row:
+def count_step(shape: str, members: int, pairs: int, fewer_layers: int = 0) -> Row:
     """What a step launches, by parts, and the copies that it waits for."""
-    sizes, vocabulary = SHAPES[shape]
+    (hidden, intermediate, layers, *others), vocabulary = SHAPES[shape]
+    sizes = hidden, intermediate, layers - fewer_layers, *others
     tokens = Shape(8, 6, 7) if shape == "toy" else Shape()
     batch = tokens.batch(pairs, min(vocabulary, 1000))
     with a_card() as counts:
@@ -133,6 +142,13 @@ def count_step(shape: str, members: int, pairs: int) -> Row:
         "copies": dict(copies.most_common()),
         "attention": Engine.of(agents[0].base).attention,
     }
+
+
+def with_compiled_layers(row: Row, layer: int) -> int:
+    """The kernels of a step if a pass takes so many for each layer."""
+    layers = SHAPES[row["shape"]][0][2]
+    own = row["kernels"] - count_step(row["shape"], row["members"], row["pairs"], fewer_layers=1)["kernels"]
+    return int(row["kernels"] + layers * (row["passes"] * layer - own))
 
 
 def place(frame: FrameType | None) -> tuple[str, str]:
@@ -193,13 +209,13 @@ def _switches() -> Iterator[list[object]]:
         yield told
 
 
-_COLUMNS = ("passes", *PARTS, "kernels", "blocking", "queued", "switched", "references", "scoring")
+_COLUMNS = ("passes", *PARTS, "kernels", "blocking", "queued", "switched", "references", "scoring", "compiled")
 HEADER = f"{'shape':>6}" + "".join(f"{name:>11}" for name in _COLUMNS)
 
 
 def line(row: Row) -> str:
     """A row of the table on the console."""
-    return f"{row['shape']:>6}" + "".join(f"{row[name]:>11}" for name in _COLUMNS)
+    return f"{row['shape']:>6}" + "".join(f"{'-' if row[name] is None else row[name]:>11}" for name in _COLUMNS)
 
 
 def _commit() -> str:
@@ -210,6 +226,7 @@ def _commit() -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=("135M", *PUBLISHED))
+    parser.add_argument("--compiled", action="store_true", help="count a step of compiled layers too")
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))

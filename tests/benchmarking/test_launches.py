@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from compiled_launches import kernels_of_lora
 from families import make_family
-from launches import PARTS, a_card, count_step, main, place
+from launches import PARTS, a_card, count_step, main, place, with_compiled_layers
 from peft import LoraConfig
 from pretended_card import CARD, multi_tensor_launches, pretended_card
 from synthetic import Shape
@@ -46,6 +47,18 @@ def test_a_step_waits_for_one_copy_beside_the_norms(step) -> None:
 
 def test_the_same_step_counts_the_same(step) -> None:
     assert count_step("toy", 3, 4) == step
+
+
+def test_compiled_layers_replace_those_of_the_step(step) -> None:
+    fewer = count_step("toy", 3, 4, fewer_layers=1)["kernels"]
+    # Two layers.
+    assert with_compiled_layers(step, step["kernels"] - fewer) == step["kernels"]
+    assert with_compiled_layers(step, 1) == step["kernels"] - 2 * (step["kernels"] - fewer) + 2
+
+
+def test_the_operator_of_a_routed_layer_launches_its_products_and_nothing_else() -> None:
+    """Three forward, five backward, and the adding up of two gradients."""
+    assert kernels_of_lora() == 10
 
 
 def test_operators_count_as_what_a_card_runs() -> None:
