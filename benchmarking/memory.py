@@ -22,7 +22,7 @@ import sys
 
 import numpy as np
 import psutil
-from throughput import machine
+from throughput import DTYPES, chosen_dtype, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -35,11 +35,11 @@ from evollm.models.budget import count_saved_bytes
 MIB = 2**20
 
 
-def measure(model_folder: str, agents: int, batch_size: int, budget: int) -> dict[str, float]:
+def measure(model_folder: str, dtype: str, agents: int, batch_size: int, budget: int) -> dict[str, float]:
     """Train `agents` agents for two steps in this process; sizes in MiB."""
     before = psutil.Process().memory_info().rss / MIB
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
     base_size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     env = PreferenceGym(demo_pairs("train"), None, tokenizer, data_batch_size_per_gpu=batch_size)
     population = DPO.population(agents, actor_network=model, lr=1e-4, gradient_checkpointing=False, token_budget=budget)
@@ -72,21 +72,23 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--token-budget", type=int, default=1024, help="the default on a CPU")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base; auto: what evollm takes")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     model = options.model or str(demo_model())
     if options.measure:
         transformers_logging.disable_progress_bar()
-        print(json.dumps(measure(model, options.measure, options.batch_size, options.token_budget)))
+        sizes = (options.measure, options.batch_size, options.token_budget)
+        print(json.dumps(measure(model, options.dtype, *sizes)))
         return
-    rows = []
+    dtype, rows = chosen_dtype(options.dtype, model), []
     for agents in (1, options.agents):
-        command = [sys.executable, __file__, "--model", model, "--measure", str(agents)]
+        command = [sys.executable, __file__, "--model", model, "--dtype", dtype, "--measure", str(agents)]
         command += ["--batch-size", str(options.batch_size), "--token-budget", str(options.token_budget)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
     one, many = rows
-    print(f"{machine()}; batch {options.batch_size}")
+    print(f"{machine()}; {dtype}; batch {options.batch_size}")
     print(f"base {one['base_mib']:.0f} MiB in {many['base_storages']} storages with {many['agents']} agents", end=" ")
     print(f"({one['base_storages']} with one); an adapter {one['adapter_mib']:.1f} MiB")
     for row in rows:

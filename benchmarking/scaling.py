@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from synthetic import Shape, make_population, measure
-from throughput import machine
+from throughput import DTYPES, chosen_dtype, machine
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -38,14 +38,16 @@ def main() -> None:
         print(json.dumps(run(options, json.loads(options.case))))
         return
     options.model = options.model or str(demo_model())
+    options.dtype = chosen_dtype(options.dtype, options.model)
     cases = [{"members": n, "together": together} for n in options.populations for together in (True, False)]
     cases += [{"members": 4, "together": True, "shape": shape} for shape in SHAPES if not options.populations_only]
     results = []
-    print(f"{machine()}, {date.today()}, batch {options.batch_size}")
+    print(f"{machine()}, {date.today()}, {options.dtype}, batch {options.batch_size}")
     print(f"{'members':>8}{'':>12}{'prompt/chosen/rejected':>24}{'member-pairs/s':>16}{'GFLOP/s':>9}{'peak MiB':>10}")
     for case in cases:
         command = [sys.executable, __file__, "--model", options.model, "--batch-size", str(options.batch_size)]
-        command += ["--steps", str(options.steps), "--case", json.dumps(case)]
+        command += ["--steps", str(options.steps), "--threads", str(options.threads), "--dtype", options.dtype]
+        command += ["--case", json.dumps(case)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         result = json.loads(output.splitlines()[-1])
         results.append(result)
@@ -57,7 +59,8 @@ def main() -> None:
             flush=True,
         )
     options.out.mkdir(parents=True, exist_ok=True)
-    described = {"machine": machine(), "date": str(date.today()), "command": " ".join(sys.argv), "results": results}
+    described = {"machine": machine(), "date": str(date.today()), "dtype": options.dtype, "command": " ".join(sys.argv)}
+    described["results"] = results
     (options.out / "scaling.json").write_text(json.dumps(described, indent=1))
 
 
@@ -66,7 +69,7 @@ def run(options: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
     shape = case.get("shape", [125, 40, 50])
     batches = [
         Shape(*shape).batch(options.batch_size, model.config.vocab_size, seed=seed) for seed in range(options.steps)
@@ -83,6 +86,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base; auto: what evollm takes")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -3,8 +3,9 @@
     python benchmarking/peers/make_environments.py
     python benchmarking/throughput.py --pairs hh-rlhf/helpful-base-test.jsonl.gz
 
-Every library runs in a process of its own, one after the other in each round, each round on other pairs. The peers use
-the settings that are fastest for them on two CPU cores (a pair at a time; TRL with the reference computed beforehand).
+Every library runs in a process of its own, one after the other in each round, each round on other pairs, with the base
+in the same dtype (`--dtype`). The peers use the settings that are fastest for them on two CPU cores (a pair at a time;
+TRL with the reference computed beforehand); their workers say what they compute in bfloat16 and what in float32.
 Counted is everything from the first reference pass to the last optimizer step; loading, tokenisation and evollm's probe
 of its fast paths are not. Writes `throughput.json` and `throughput.png` (the picture with matplotlib, if it is there).
 """
@@ -23,14 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from evollm import DPO
 from evollm.data import read_pairs
 from evollm.demo import demo_model, demo_pairs
+from evollm.models.loading.precision import AUTO, default_device, with_dtype
 
 HERE = Path(__file__).resolve().parent
+DTYPES = ("float32", "bfloat16", AUTO)
 PEER_OPTIONS = {
     "trl": ["--micro-batch", "1", "--precompute"],
     "agilerl": ["--micro-batch", "1", "--call", "micro-batch"],
@@ -43,6 +47,7 @@ def main() -> None:
     options = _parse()
     transformers_logging.disable_progress_bar()
     model = options.model or str(demo_model())
+    dtype = chosen_dtype(options.dtype, model)
     rounds = sample_rows(options, model)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -54,16 +59,17 @@ def main() -> None:
             held_out = rounds[number - 1]
             _write(folder / "rows.jsonl", rows)
             _write(folder / "test.jsonl", held_out)
-            for label, command in commands(options, model, folder).items():
+            for label, command in commands(options, model, dtype, folder).items():
                 print(f"round {number + 1} of {len(rounds)}: {label} ...", flush=True)
                 subprocess.run([*command, "--out", str(folder / "out.json")], check=True, stdout=subprocess.DEVNULL)
                 results.append({"label": label, "round": number, **json.loads((folder / "out.json").read_text())})
     options.out.mkdir(parents=True, exist_ok=True)
-    described = {"machine": machine(), "date": str(date.today()), "command": " ".join(sys.argv), "results": results}
+    described = {"machine": machine(), "date": str(date.today()), "dtype": dtype, "command": " ".join(sys.argv)}
+    described["results"] = results
     (options.out / "throughput.json").write_text(json.dumps(described, indent=1))
     table = summarise(results)
     print(report(table, described))
-    plot(table, options.out / "throughput.png")
+    plot(table, dtype, options.out / "throughput.png")
 
 
 def sample_rows(options: argparse.Namespace, model: str) -> list[list[dict[str, str]]]:
@@ -82,10 +88,17 @@ def sample_rows(options: argparse.Namespace, model: str) -> list[list[dict[str, 
     return [[fitting[i] for i in part] for part in np.array_split(chosen, options.rounds)]
 
 
-def commands(options: argparse.Namespace, model: str, folder: Path) -> dict[str, list[str]]:
+def chosen_dtype(asked: str, model: str) -> str:
+    """The name of the type in which evollm loads this model if it is asked for a type or for `auto`."""
+    config = AutoConfig.from_pretrained(model)
+    taken = with_dtype(None, asked, config, default_device()).get("dtype", config.dtype)
+    return str(taken or torch.float32).removeprefix("torch.")
+
+
+def commands(options: argparse.Namespace, model: str, dtype: str, folder: Path) -> dict[str, list[str]]:
     """The command of each contestant."""
     common = ["--model", model, "--rows", str(folder / "rows.jsonl"), "--batch-size", str(options.batch_size)]
-    common += ["--epochs", str(options.epochs), "--threads", str(options.threads)]
+    common += ["--epochs", str(options.epochs), "--threads", str(options.threads), "--dtype", dtype]
     evollm = [sys.executable, str(HERE / "train_evollm.py"), *common, "--test-rows", str(folder / "test.jsonl")]
     found = {f"evollm, {n} members": [*evollm, "--members", str(n)] for n in (options.population, 1)}
     for peer, extra in PEER_OPTIONS.items() if not options.without_peers else ():
@@ -123,7 +136,7 @@ def report(table: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
     """The table for people."""
     ours = [line for label, line in table.items() if label.startswith("evollm")]
     peers = {label: line for label, line in table.items() if not label.startswith("evollm")}
-    lines = [f"{described['machine']}, {described['date']}", ""]
+    lines = [f"{described['machine']}, {described['date']}, {described['dtype']}", ""]
     ratios = "".join(f"{'x ' + peer:>11}" for peer in peers)
     lines.append(f"{'':<20}{'member-pairs':>13}{'seconds':>9}{'a second':>10}{'peak MiB':>10}{'of floor':>10}{ratios}")
     for label, line in table.items():
@@ -140,7 +153,7 @@ def report(table: dict[str, dict[str, Any]], described: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(table: dict[str, dict[str, Any]], path: Path) -> None:
+def plot(table: dict[str, dict[str, Any]], dtype: str, path: Path) -> None:
     """Bars of member-pairs a second."""
     try:
         from matplotlib import pyplot  # noqa: PLC0415
@@ -151,7 +164,7 @@ def plot(table: dict[str, dict[str, Any]], path: Path) -> None:
     labels = list(table)[::-1]
     bars = axes.barh(labels, [table[label]["rate"] for label in labels], color="#4c72b0")
     axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.set_xlabel("member-pairs a second")
+    axes.set_xlabel(f"member-pairs a second, {dtype}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -187,6 +200,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--population", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of every base; auto: what evollm takes")
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="folder of the peers' environments")
     parser.add_argument("--without-peers", action="store_true", help="evollm alone")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"), help="folder for the results")

@@ -71,7 +71,7 @@ def main() -> None:
     env = PreferenceGym(rows, held_out, tokenizer, data_batch_size_per_gpu=options.batch_size)
     agents = DPO.population(
         options.members,
-        actor_network=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
+        actor_network=AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype),
         lora_config=LoraConfig(
             r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
@@ -84,6 +84,7 @@ def main() -> None:
         token_budget=options.token_budget,
     )
     costs, engine = Costs.of(agents[0]), Engine.of(agents[0].base)
+    device, dtype = agents[0].device, agents[0].base.network.dtype
     # In the order of the rows, as the peers train.
     size = options.batch_size
     batches = [Batch(env.train_pairs[i : i + size]) for i in range(0, len(env.train_pairs), size)]
@@ -100,13 +101,13 @@ def main() -> None:
     seconds, operations, rates, losses = 0.0, 0.0, [], []
     for _ in range(options.epochs):
         for batch in batches:
-            rates.append(gemm_rate(costs, min(1024, int(batch.num_tokens.sum())), agents[0].device, torch.float32))
+            rates.append(gemm_rate(costs, min(1024, int(batch.num_tokens.sum())), device, dtype))
             started = time.perf_counter()
             metrics = dpo_step.learn_together(agents, batch)
             seconds += time.perf_counter() - started
             operations += len(agents) * costs.training(batch)
             losses.append([member["loss"] for member in metrics])
-    rates.append(gemm_rate(costs, 1024, agents[0].device, torch.float32))
+    rates.append(gemm_rate(costs, 1024, device, dtype))
     rate = sum(rates) / len(rates)
     training = seconds - phases.seconds["reference"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -131,7 +132,11 @@ def main() -> None:
         "share_of_floor": operations / rate / training,
         "peak_mib": peak,
         "losses": losses,
-        "settings": {"token_budget": options.token_budget or "default"},
+        "settings": {
+            "token_budget": options.token_budget or "default",
+            "dtype": str(dtype),
+            "lora_dtype": str(agents[0].actor_parameters()[0].dtype),
+        },
     }
     options.out.write_text(json.dumps(result, indent=1))
 
@@ -149,6 +154,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--token-budget", type=int)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 

@@ -5,9 +5,10 @@ Run it in the environment that make_environments.py made:
     .peers/agilerl/bin/python benchmarking/peers/train_agilerl.py --model FOLDER --rows rows.jsonl --adapter FOLDER \
         --out agilerl.json --threads 2
 
-Sigmoid loss without the likelihood term, AdamW without weight decay, constant learning rate, float32, no gradient
-checkpointing, no truncation. The reference is the base model, with the adapter off, in every epoch; AgileRL's own
-training loop would copy the actor onto it after each.
+Sigmoid loss without the likelihood term, AdamW without weight decay, constant learning rate, no gradient checkpointing,
+no truncation. With a base in bfloat16 the LoRA weights stay in float32, and so do their products: AgileRL uses autocast
+on a GPU only, and on a CPU PEFT casts their inputs. The reference is the base model, with
+the adapter off, in every epoch; AgileRL's own training loop would copy the actor onto it after each.
 
 AgileRL pads the rows of a `learn` call to their longest side, and computes the reference log-probabilities in every
 call; gradients that do not yet make a step carry over into the next call. `--call` says how many pairs a call gets:
@@ -78,7 +79,12 @@ def main() -> int:
         seconds,
         seconds_reference,
         worker.step_means(losses, options.batch_size // pairs),
-        {"call": options.call, "optimizer": type(optimizer).__name__, "reference": "base, adapter off"},
+        {
+            "call": options.call,
+            "optimizer": type(optimizer).__name__,
+            "reference": "base, adapter off",
+            "lora_dtype": worker.lora_dtype(agent.actor),
+        },
     )
     return 0
 

@@ -5,8 +5,11 @@ Run it in the environment that make_environments.py made:
     .peers/trl/bin/python benchmarking/peers/train_trl.py --model FOLDER --rows rows.jsonl --adapter FOLDER \
         --out trl.json --threads 2
 
-Sigmoid loss, AdamW without weight decay, constant learning rate, float32, no gradient checkpointing, no truncation. The
+Sigmoid loss, AdamW without weight decay, constant learning rate, no gradient checkpointing, no truncation. The
 reference is the base model, with the adapter off, as TRL does it for an adapter of its own (`peft_config`).
+
+With a base in bfloat16 PEFT keeps the LoRA weights in float32, and TRL's default, `bf16=True`, computes their products
+in bfloat16 (autocast); with `--no-autocast` PEFT casts their inputs to float32.
 
 `seconds_total` is the reference pass, where it comes first (`--precompute`), and `DPOTrainer.train()`.
 """
@@ -60,6 +63,12 @@ def main() -> int:
         default=True,
         help="reference log-probabilities once, before training (TRL's best for several epochs), or in every step",
     )
+    parser.add_argument(
+        "--autocast",
+        action=BooleanOptionalAction,
+        default=True,
+        help="with a base in bfloat16 also LoRA's products in bfloat16 (TRL's default), or in float32",
+    )
     options = parser.parse_args()
     quiet()
     rows = worker.read_rows(options)
@@ -69,7 +78,7 @@ def main() -> int:
         arguments = DPOConfig(
             output_dir=folder,
             use_cpu=True,
-            bf16=False,
+            bf16=options.dtype == "bfloat16" and options.autocast,
             gradient_checkpointing=False,
             max_length=None,
             per_device_train_batch_size=options.micro_batch,
@@ -109,7 +118,13 @@ def main() -> int:
         seconds + (trainer.seconds_reference or 0.0),
         trainer.seconds_reference,
         worker.step_means(trainer.losses, accumulation),
-        {"precompute": options.precompute, "optimizer": arguments.optim.value, "reference": "base, adapter off"},
+        {
+            "precompute": options.precompute,
+            "optimizer": arguments.optim.value,
+            "reference": "base, adapter off",
+            "autocast": arguments.bf16,
+            "lora_dtype": worker.lora_dtype(trainer.model),
+        },
     )
     return 0
 

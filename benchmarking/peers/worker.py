@@ -34,6 +34,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--lr", type=float, default=1e-4)
     result.add_argument("--beta", type=float, default=0.1)
     result.add_argument("--lora-rank", type=int, default=16)
+    result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
     result.add_argument("--threads", type=int, default=torch.get_num_threads())
     return result
 
@@ -51,14 +52,14 @@ def read_rows(options: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The base model in float32 on the CPU, and its tokenizer."""
+    """The base model on the CPU, and its tokenizer."""
     torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32), tokenizer
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype), tokenizer
 
 
 def lora_config(options: argparse.Namespace) -> LoraConfig:
@@ -90,6 +91,12 @@ def load_adapter(model: Any, options: argparse.Namespace, name: str) -> None:
     missing = [key for key in outcome.missing_keys if "lora_" in key and f".{name}." in key]
     if missing or outcome.unexpected_keys:
         raise SystemExit(f"{options.adapter}: does not fit: missing {missing}, unexpected {outcome.unexpected_keys}")
+
+
+def lora_dtype(model: Any) -> str:
+    """The dtype of the LoRA weights."""
+    found = {str(weight.dtype) for name, weight in model.named_parameters() if "lora_" in name}
+    return ", ".join(sorted(found))
 
 
 def write_result(
@@ -124,7 +131,7 @@ def write_result(
             "beta": options.beta,
             "lora_rank": options.lora_rank,
             "max_grad_norm": MAX_GRAD_NORM,
-            "dtype": "float32",
+            "dtype": options.dtype,
             **settings,
         },
     }

@@ -6,9 +6,14 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_rows
+from throughput import PEER_OPTIONS, chosen_dtype, commands
+
+from evollm import DPO
+from evollm.models.loading import precision
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarking"
 
@@ -30,10 +35,40 @@ def test_throughput_reports_rates_phases_and_the_share_of_the_floor(run, model_f
     sizes = ["--num-pairs", 8, "--rounds", 1, "--batch-size", 4, "--population", 3, "--out", tmp_path]
     output = run("throughput.py", "--pairs", pairs, "--model", model_folder, "--without-peers", *sizes)
     assert "evollm, 3 members" in output
+    assert output.splitlines()[2].endswith(", float32")
     results = json.loads((tmp_path / "throughput.json").read_text())["results"]
     assert [result["member_pairs"] for result in results] == [48, 16]
     assert set(results[0]["seconds_phases"]) == {"forward", "backward", "reference", "optimizer", "evaluation"}
     assert all(0 < result["share_of_floor"] < 1 for result in results)
+
+
+def test_throughput_gives_all_libraries_one_dtype(run, model_folder, tmp_path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
+    sizes = ["--num-pairs", 4, "--rounds", 1, "--batch-size", 4, "--epochs", 1, "--population", 2, "--out", tmp_path]
+    what = ["--pairs", pairs, "--model", model_folder, "--without-peers", "--dtype", "bfloat16"]
+    assert run("throughput.py", *what, *sizes).splitlines()[2].endswith(", bfloat16")
+    found = json.loads((tmp_path / "throughput.json").read_text())
+    assert found["dtype"] == "bfloat16"
+    settings = [result["settings"] for result in found["results"]]
+    assert [(one["dtype"], one["lora_dtype"]) for one in settings] == [("torch.bfloat16", "torch.float32")] * 2
+    options = SimpleNamespace(batch_size=4, epochs=1, threads=1, population=2, without_peers=False, peers=tmp_path)
+    for peer in PEER_OPTIONS:
+        (tmp_path / peer / "bin").mkdir(parents=True)
+        (tmp_path / peer / "bin" / "python").touch()
+    asked = commands(options, str(model_folder), "bfloat16", tmp_path).values()
+    assert len(asked) == 2 + len(PEER_OPTIONS)
+    assert all(command[command.index("--dtype") + 1] == "bfloat16" for command in asked)
+
+
+@pytest.mark.parametrize("speedup", [None, 0.5, 8.0])
+def test_auto_is_the_dtype_that_an_agent_takes(speedup, model_folder, monkeypatch) -> None:
+    if speedup is not None:
+        monkeypatch.setattr(precision, "_FEWEST_WEIGHTS", 1)
+        monkeypatch.setattr(precision, "speedup", lambda *sizes: speedup)
+    taken = DPO(model_name=str(model_folder), dtype="auto", device="cpu").base.network.dtype
+    assert chosen_dtype("auto", str(model_folder)) == str(taken).removeprefix("torch.")
+    assert chosen_dtype("bfloat16", str(model_folder)) == "bfloat16"
 
 
 def test_scaling_measures_members_together_and_in_a_loop(run, model_folder, tmp_path) -> None:
