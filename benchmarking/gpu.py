@@ -5,8 +5,10 @@
 For each shape and batch size, and each in a line of its own in `gpu.jsonl` as soon as it is known: eight members in
 shared passes ("together"), the same eight one after the other ("in a loop": all steps of one member, then all of the
 next, so that no step pays for switching adapters), one member, and, where the package trl is installed (extra
-`benchmark`), its DPOTrainer with the reference computed beforehand. All go through the same batches, each step timed by
-itself: 20 after two that warm up. What is outside the steps (set-up, references, collation) is outside the figures.
+`benchmark`), its DPOTrainer with the reference computed beforehand. `--cases compiled` is "together" with compiled
+layers; compilation falls into the steps that warm up, and takes a minute or more. All go through the same batches, each
+step timed by itself: 20 after two that warm up. What is outside the steps (set-up, references, collation) is outside
+the figures.
 
 Each line says the member-pairs a second, the share of the floor (floor.py, with the rate of matrix products of this
 card in the base's dtype, measured before and after the case), the busy share (steps.py), the kernels of a step, which
@@ -48,7 +50,8 @@ from evollm.models.engine import Engine
 
 Row = dict[str, Any]
 
-CASES = ("together", "in a loop", "one", "TRL")
+USUAL = ("together", "in a loop", "one", "TRL")
+CASES = (*USUAL, "compiled")
 VOCABULARY = 151_936
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 # As published with Qwen2.5: hidden size, feed-forward size, layers, heads, key-value heads, tied head.
@@ -126,6 +129,9 @@ def run_case(shape: str, batch_size: int, case: str, setting: Setting) -> Row:
             return about | measured(costs, setting, lambda: run_trl(model, batches, setting))
         members = 1 if case == "one" else setting.members
         agents = make_population(model, members, gradient_checkpointing=False, device=model.device)
+        if case == "compiled":
+            # As with torch_compiler="default"; at the tiny size without the minute in which code is generated.
+            agents[0].base.compile("default", backend="aot_eager" if setting.is_toy else "inductor")
         return about | population_row(agents, batches, setting, costs, together=case != "in a loop")
     except torch.OutOfMemoryError:
         return about | {"error": "out of memory"}
@@ -323,7 +329,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="a tiny size on the CPU")
     parser.add_argument("--shapes", nargs="+", choices=PUBLISHED, default=tuple(PUBLISHED))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=USUAL)
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=(2, 8))
     parser.add_argument("--steps", type=int, default=20, help="timed steps, after two that warm up")
