@@ -78,11 +78,12 @@ def _tensor(*shape: int) -> torch.Tensor:
 
 def _lora() -> Callable[[], object]:
     x, down, up = (_tensor(*shape).requires_grad_() for shape in ((2, 9, 8), (2, 4, 8), (2, 8, 4)))
-    lora, towards = GraphLora(_tensor(8, 8), None, down, up, None, 2.0), _tensor(2, 9, 8)
+    lora, towards = GraphLora(down, up, None, 2.0), _tensor(2, 9, 8)
+    weight = _tensor(8, 8)
     totals = [torch.empty(one.shape, device=CARD) for one in (down, up)]
 
     def run() -> None:
-        _, *gradients = torch.autograd.grad(lora(x), (x, down, up), towards)
+        _, *gradients = torch.autograd.grad(lora(x, weight, None), (x, down, up), towards)
         for total, gradient in zip(totals, gradients, strict=True):
             total.add_(gradient)
 

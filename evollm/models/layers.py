@@ -54,15 +54,16 @@ class LayerStack:
         fan_out: See `FanOut`; None: all rows run through all layers.
         gathered: Context manager in which layers of a sharded base have all their weights; None: the base is not
             sharded.
-        routed: Whether the rows of the present forward pass are routed. Compiled code is for such passes and for
-            training: other passes, above all those of the probe, are too various to compile.
+        routed_from: Index of the first layer with adapters of the rows that the present forward pass routes; None: no
+            rows are routed. Compiled code is for routed rows and for training: other passes, above all those of the
+            probe, are too various to compile.
     """
 
     def __init__(self, model: nn.Module, recompute_context: ContextFactory) -> None:
         self.recompute_context = recompute_context
         self.checkpointing = False
         self.fan_out: FanOut | None = None
-        self.routed = False
+        self.routed_from: int | None = None
         self.gathered: Callable[[Sequence[nn.Module]], AbstractContextManager[Any]] | None = None
         self.modules = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._forwards = [_LayerForward(layer, index, self) for index, layer in enumerate(self.modules)]
@@ -120,7 +121,7 @@ class _LayerForward:
 
     def _with_weights(self, *args: Any, **kwargs: Any) -> Any:
         forward = self._plain
-        if self._compiled is not None and (self._stack.routed or torch.is_grad_enabled()):
+        if self._compiled is not None and (self._stack.routed_from is not None or torch.is_grad_enabled()):
             forward = self._in_graphs
         if self._stack.gathered is None:
             return forward(*args, **kwargs)
@@ -129,10 +130,12 @@ class _LayerForward:
 
     def _in_graphs(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert self._compiled is not None
-        # The first layer's input, whose rows may be one, without a gradient, must not need code of its own.
+        # The input of the first layer with adapters, whose rows may be one, without a gradient, must not need code of
+        # its own. Autograd must record nothing in the layers below, whose outputs may serve several passes.
         hidden_states = hidden_states.contiguous()
-        if torch.is_grad_enabled() and not hidden_states.requires_grad:
-            hidden_states = hidden_states.detach().requires_grad_()
+        first = self._stack.routed_from
+        if torch.is_grad_enabled() and first is not None and self._index >= first:
+            hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()
         return self._compiled(hidden_states, *args, **kwargs)
 
     def compile(self, **options: Any) -> None:

@@ -206,12 +206,13 @@ class SharedBase:
         """The base with block m of the rows going through member m of a stack, as `active` otherwise."""
         # PEFT's layers that are not routed compute with the active adapter.
         adapters = self.adapters.held() if self.router.routes_all else self.adapters.activated(stack.names[0])
-        before, self.layers.routed = self.layers.routed, True
+        first = self.adapters.first_layer(stack.names)
+        before, self.layers.routed_from = self.layers.routed_from, len(self.layers) if first is None else first
         try:
             with adapters, self._evaluating(gradient_checkpointing), self.router.route(stack):
                 yield self.network
         finally:
-            self.layers.routed = before
+            self.layers.routed_from = before
 
     @contextmanager
     def _evaluating(self, gradient_checkpointing: bool) -> Iterator[None]:

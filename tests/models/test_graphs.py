@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,20 +14,27 @@ from torch import Tensor, nn
 
 from evollm import DPO
 from evollm.algorithms.dpo_step import learn_together
+from evollm.models.engine import PassOptions
 
 # Two agents that learn in one pass.
 TWO = [MIXED[0], {**MIXED[1], "rank": 4}]
 
 
 class Graphs:
-    """A backend that keeps the graphs and generates no code for them."""
+    """A backend that keeps the graphs and generates no code for them.
+
+    Attributes:
+        found: The graphs.
+        backend: What runs them; "eager" takes less time, since it does not trace the backward pass.
+    """
 
     def __init__(self) -> None:
         self.found: list[torch.fx.GraphModule] = []
+        self.backend = "aot_eager"
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         self.found.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
 
     @property
     def num_routed(self) -> int:
@@ -92,6 +100,55 @@ def test_other_members_lengths_and_layers_compile_nothing_anew(graphs: Graphs, m
     for number, some in enumerate((agents, agents[1:4], [agents[6], *agents[:2]])):
         learn_together(some, make_batch(number, [(7 + number, 3, 4), (2, 9, 5 + number)]))
     assert len(graphs.found) == known
+
+
+def test_layers_below_the_first_adapter_run_once_for_several_passes(graphs: Graphs, make_model) -> None:
+    """Autograd records nothing there, so that the backward pass of one member leaves their output to the next."""
+    graphs.backend = "eager"
+    gradients = []
+    for compiling in (False, True):
+        agents = make_agents(make_model(num_hidden_layers=2), TWO, r".*\.1\.self_attn\.o_proj")
+        learn_together(agents, make_batch(9))
+        if compiling:
+            agents[0].base.compile("default", backend=graphs)
+        for agent in agents:
+            agent.optimizer.zero_grad()
+        batch = make_batch(0, [(9, 5, 3)])
+        gradients.append(backward(agents, batch, PassOptions(token_budget=int(batch.num_tokens.sum()))))
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert graphs.num_routed
+
+
+def test_weights_that_are_gathered_for_each_layer_are_those_of_its_graph(graphs: Graphs, make_model) -> None:
+    """As under ZeRO 3: outside of their layer's pass they are empty, and each pass has new parameters."""
+
+    @contextmanager
+    def gathered(layers: Sequence[nn.Module]) -> Iterator[None]:
+        inside = {module for layer in layers for module in layer.modules()} & whole.keys()
+        for module in inside:
+            module.weight = nn.Parameter(whole[module].clone(), requires_grad=False)
+        try:
+            yield
+        finally:
+            for module in inside:
+                module.weight = nn.Parameter(whole[module].new_empty(0), requires_grad=False)
+
+    graphs.backend = "eager"
+    losses = []
+    for compiling in (False, True):
+        agents = make_agents(make_model(num_hidden_layers=1), TWO, ["o_proj"])
+        layers = agents[0].base.layers
+        learn_together(agents, make_batch(9))
+        if compiling:
+            agents[0].base.compile("default", backend=graphs)
+        bases = [getattr(one, "base_layer", None) for one in layers.modules[0].modules()]
+        whole = {one: one.weight for one in bases if one is not None}
+        layers.gathered = gathered
+        with gathered(layers.modules):
+            pass
+        losses.append([metrics["loss"] for metrics in learn_together(agents, make_batch())])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert graphs.num_routed
 
 
 def test_a_base_layer_with_hooks_stays_outside_of_the_graphs(graphs: Graphs, make_model) -> None:

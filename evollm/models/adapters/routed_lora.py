@@ -133,33 +133,29 @@ class GraphLora(NamedTuple):
     """What the operator takes, as tensors: of Python objects a graph would have guards, and be compiled again for each.
 
     Attributes:
-        weight: (D_out, D_in) of the base's layer.
-        bias: (D_out,) of the base's layer, or None.
         down: (M, r, D_in) A, in the base's type.
         up: (M, D_out, r) B, in the base's type.
         factors: See `MemberLora`.
         alpha: See `MemberLora`.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     down: Tensor
     up: Tensor
     factors: Tensor | None
     alpha: float
 
     @classmethod
-    def of(cls, lora: MemberLora, weight: Tensor, bias: Tensor | None) -> GraphLora:
-        """The tensors of a layer; the gradients of A and B are added to the stack's, outside of graphs."""
-        down, up = lora.stack.weights(lora.layer, weight.dtype)
+    def of(cls, lora: MemberLora, dtype: torch.dtype) -> GraphLora:
+        """The tensors of a layer of this type; the gradients of A and B are added to the stack's, outside of graphs."""
+        down, up = lora.stack.weights(lora.layer, dtype)
         if lora.stack.gradient is not None:
             down, up = _Weights.apply(lora.stack.anchor, down, up, lora)  # type: ignore[no-untyped-call]
-        return cls(weight, bias, down, up, lora.factors, lora.alpha)
+        return cls(down, up, lora.factors, lora.alpha)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The layer's output for rows x (..., D_in), in M equal blocks."""
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output for rows x (..., D_in), in M equal blocks, of a layer of the base with this weight and bias."""
         blocks = x.reshape(self.down.shape[0], -1, x.shape[-1])
-        output, _ = torch.ops.evollm.routed_lora(blocks, *self)
+        output, _ = torch.ops.evollm.routed_lora(blocks, weight, bias, *self)
         assert isinstance(output, Tensor)
         return output.view(*x.shape[:-1], output.shape[-1])
 

@@ -57,17 +57,17 @@ class AdapterRouter:
     def route(self, stack: Stack | None) -> Iterator[None]:
         """Route block m of the rows through member m of the stack inside the block; None: PEFT's forward passes."""
         before = self.stack
-        self._take(stack)
         try:
+            self._take(stack)
             yield
         finally:
             self._take(before)
 
     def _take(self, stack: Stack | None) -> None:
-        if self.in_graphs and stack is not self.stack:
+        is_other, self.stack = stack is not self.stack, stack
+        if self.in_graphs and is_other:
             for forward in self._layers.values():
                 forward.prepare(stack)
-        self.stack = stack
 
 
 class _RoutedForward:
@@ -86,7 +86,8 @@ class _RoutedForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the routed members, or of PEFT's layer if rows are not routed."""
         if self._in_graph is not None and not args and not kwargs:
-            return self._in_graph(x)
+            base = self._layer.base_layer
+            return self._in_graph(x, base.weight, base.bias)
         return self._as_tensor(self._outside(x, *args, **kwargs))
 
     # Compiled code has guards on each member's tensors and would be compiled again for each set of members.
@@ -121,7 +122,7 @@ class _RoutedForward:
             return
         base = layer.base_layer
         lora = MemberLora(stack, self._path, *self._scaling(stack, base.weight))
-        self._in_graph = GraphLora.of(lora, base.weight, base.bias)
+        self._in_graph = GraphLora.of(lora, base.weight.dtype)
 
     def _scaling(self, stack: Stack, like: Tensor) -> tuple[float, Tensor | None]:
         """`MemberLora.alpha` and `MemberLora.factors`, for products with a tensor."""
