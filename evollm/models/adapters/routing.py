@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -79,9 +78,9 @@ class _RoutedForward:
         self._router = router
         self._plain: Callable[..., Tensor] = layer.forward
         self._in_graph: GraphLora | None = None
-        layer.evollm_routed = self
-        # A method rather than this object, which compiled code would have a guard on, and be compiled for each layer.
-        layer.forward = MethodType(_forward, layer)
+        # A method rather than this object, which compiled code would have a guard on, and be compiled for each layer;
+        # a method of a class of this module, as pickle must find it.
+        layer.forward = self.__call__
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the routed members, or of PEFT's layer if rows are not routed."""
@@ -136,11 +135,6 @@ class _RoutedForward:
     def _as_tensor(value: object) -> Tensor:
         assert isinstance(value, Tensor)
         return value
-
-
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    routed: _RoutedForward = layer.evollm_routed
-    return routed(x, *args, **kwargs)
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
