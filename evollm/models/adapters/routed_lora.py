@@ -222,7 +222,7 @@ def _product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, down, up, factors, ctx.alpha = inputs
     ctx.save_for_backward(x, weight, output[1], down, up, factors)
-    # None rather than zeros for the second output, which no loss depends on.
+    # Autograd then passes None, rather than zeros, for the second output, which no loss depends on.
     ctx.set_materialize_grads(False)
 
 
