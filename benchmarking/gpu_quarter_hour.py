@@ -17,8 +17,9 @@ what each call must bring along. Then, where the card is, calls of at most four 
 3. 7B with batches of 8: together, one, TRL; parity with TRL in float32, where call 2 has left the model
 4. searches on real pairs (search.py), where `prepare --pairs FILE ...` brought some: 5 seeds of each file, as many at a
    time as fit; it takes what time the call is given (`--seconds`), after call 2 on the same machine
-5. a short demo, after call 2; 0.5B in a loop and compiled; attention against float64, forward and backward; a small
-   model packed against plain; the same steps twice
+5. a short demo, after call 2; 0.5B in a loop; attention against float64, forward and backward; a small model packed
+   against plain; the same steps twice
+6. 0.5B together, with compiled layers
 
 `--parts` chooses among the parts of a call. Call 1 puts its half of the demo's model into `--keep`, where call 2 joins
 both, if the machine is still the same. Each part has a process and a time limit of its own; each result is written when
@@ -89,12 +90,12 @@ CALLS: dict[int, list[Part]] = {
         CARD,
         Part("demo", f"{PARTS}:demo", 50, 100),
         _speed("0.5B", "in a loop", 60, 80),
-        # Compilation included.
-        _speed("0.5B", "compiled", 110, 170),
         Part("attention", f"{CHECKS}:attention", 16, 35),
         Part("packed against plain", f"{CHECKS}:small_model", 25, 40),
         Part("same step twice", f"{CHECKS}:same_step_twice", 28, 40),
     ],
+    # Compilation included.
+    6: [CARD, _speed("0.5B", "compiled", 110, 170)],
 }
 # The call that takes what time it is given.
 SEARCHES = 4

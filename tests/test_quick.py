@@ -81,7 +81,9 @@ def test_every_module_may_be_imported_first(warm_python) -> None:
 import importlib, pkgutil, sys
 import peft, transformers, torch, rich, numpy, evollm
 names = [module.name for module in pkgutil.walk_packages(evollm.__path__, "evollm.")]
-names = [name for name in names if not name.startswith("evollm.distributed.")]
+# These import packages that need not be there.
+optional = ("evollm.distributed.", "evollm.models.head_kernel")
+names = [name for name in names if not name.startswith(optional)]
 def forget(kept):
     for name in [name for name in sys.modules if name.partition(".")[0] == "evollm" and name not in kept]:
         package, _, last = name.rpartition(".")
