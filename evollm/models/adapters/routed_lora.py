@@ -1,7 +1,7 @@
 """x W^T + bias + s (x A^T) B^T of several members at once, as a function of autograd and as an operator of graphs.
 
-Both add the gradients of A and B to tensors that they are given, since autograd would add up a small tensor for each
-member and matrix.
+The gradients of A and B are added to the stack's, since autograd would add up a small tensor for each member and
+matrix: by the function itself, and outside of graphs (`_Weights`) what the operator returns.
 """
 
 from __future__ import annotations
