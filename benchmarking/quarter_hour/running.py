@@ -15,7 +15,9 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,8 @@ class Place:
 def run_parts(parts: Sequence[Part], place: Place, seconds: float, preloaded: Sequence[str] = ()) -> None:
     """Run parts one after the other; every row and what became of each part goes to the console and the results.
 
+    While a part runs, the process of the next one imports what it needs, which takes some 15 s, and waits.
+
     Args:
         parts: In order of importance: what no time is left for is left out.
         place: Where results go; each part gets one of its own.
@@ -97,23 +101,52 @@ def run_parts(parts: Sequence[Part], place: Place, seconds: float, preloaded: Se
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(preloaded))
     until = time.monotonic() + seconds
-    for part in parts:
-        run_part(part, replace(place, part=part.name), context, until)
+    place.out.mkdir(parents=True, exist_ok=True)
+    waiting: list[_Waiting] = []
+    try:
+        for number, part in enumerate(parts):
+            waiting += [_Waiting.start(one, place, context) for one in parts[number + len(waiting) : number + 2]]
+            _run_part(part, replace(place, part=part.name), waiting.pop(0), until)
+    finally:
+        for one in waiting:
+            one.process.kill()
 
 
-def run_part(part: Part, place: Place, context: BaseContext, until: float) -> None:
+@dataclass(frozen=True)
+class _Waiting:
+    """The process of a part that has not begun yet.
+
+    Attributes:
+        process: It imports, and waits.
+        limit: Says that it may begin, and how many seconds it has.
+    """
+
+    process: BaseProcess
+    limit: Connection
+
+    @classmethod
+    def start(cls, part: Part, place: Place, context: BaseContext) -> _Waiting:
+        """Start the process."""
+        read_end, limit = context.Pipe(duplex=False)
+        target = replace(place, part=part.name)
+        process = context.Process(target=_inside, args=(part, target, read_end))  # type: ignore[attr-defined]
+        process.start()
+        return cls(process, limit)
+
+
+def _run_part(part: Part, place: Place, waiting: _Waiting, until: float) -> None:
     """Run one part, which has until its limit or until a moment of `time.monotonic`."""
+    process = waiting.process
     limit = min(part.limit, until - time.monotonic())
     if limit < min(_SHORTEST, part.limit):
+        process.kill()
         _finish(place, "not begun: no time is left", 0.0)
         return
-    place.out.mkdir(parents=True, exist_ok=True)
     print(f"--- {part.name}: at most {limit:.0f} s", flush=True)
     shown, begun = len(read(place.results)), place.log.stat().st_size if place.log.exists() else 0
     started = time.monotonic()
-    process = context.Process(target=_inside, args=(part, place, limit))  # type: ignore[attr-defined]
-    process.start()
     try:
+        waiting.limit.send(limit)
         while process.is_alive() and (left := started + limit - time.monotonic()) > 0:
             process.join(min(0.2, left))
             shown = _show(place.results, shown)
@@ -140,20 +173,20 @@ def brief(row: Mapping[str, Any]) -> str:
     return f"{row['part']}: {row['kind']}: " + ", ".join(f"{key} {_short(value)}" for key, value in told.items())
 
 
-def _inside(part: Part, place: Place, limit: float) -> None:
-    """What runs in a part's process."""
+def _inside(part: Part, place: Place, allowed: Connection) -> None:
+    """What runs in a part's process: it imports at once, and begins when it is told how long it may take."""
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the whole process
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the whole process
-    print(f"--- {part.name}")
     faulthandler.enable()
-    # So that the log says where a part hung.
-    faulthandler.dump_traceback_later(max(0.01, limit - 1))
-    module, name = part.target.split(":")
     try:
-        function: Callable[..., None] = getattr(importlib.import_module(module), name)
+        function = _imported(part.target)
+        limit = allowed.recv()
+        print(f"--- {part.name}")
+        # So that the log says where a part hung.
+        faulthandler.dump_traceback_later(max(0.01, limit - 1))
         function(place, **part.arguments)
     except UnavailableError as error:
         place.write("skipped", why=str(error))
@@ -161,6 +194,20 @@ def _inside(part: Part, place: Place, limit: float) -> None:
         traceback.print_exc()
         _leave(1)
     _leave(0)
+
+
+def _imported(target: str) -> Callable[..., None]:
+    """The function of a part; one that cannot be imported fails when its turn has come."""
+    module, name = target.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    except Exception as error:
+        failure = error
+
+    def fail(place: Place, **arguments: Any) -> None:
+        raise failure
+
+    return fail
 
 
 def _leave(code: int) -> None:
