@@ -12,14 +12,14 @@ what each call must bring along. Then, where the card is, calls of at most four 
     python benchmarking/gpu_quarter_hour.py call 2 --wheels carried --out results
     python benchmarking/gpu_quarter_hour.py call 3 --wheels carried --out results
 
-1. 0.5B with batches of 8: together, one, TRL; a profile of one step
+1. 0.5B with batches of 8: together, one, TRL, in a loop; a profile of one step
 2. SmolLM2-135M in bfloat16: the probe's verdict, eight members on real text, one, parity with TRL
 3. 7B with batches of 8: together, one, TRL; parity with TRL in float32, where call 2 has left the model
 4. searches on real pairs (search.py), where `prepare --pairs FILE ...` brought some: 5 seeds of each file, as many at a
    time as fit; it takes what time the call is given (`--seconds`), after call 2 on the same machine
-5. a short demo, after call 2; 0.5B in a loop; attention against float64, forward and backward; a small model packed
+5. a short demo, after call 2; attention against float64, forward and backward; a small model packed
    against plain; the same steps twice
-6. 0.5B together, with compiled layers
+6. 0.5B together, with compiled layers; a small model with compiled layers against plain ones
 
 `--parts` chooses among the parts of a call. Call 1 puts its half of the demo's model into `--keep`, where call 2 joins
 both, if the machine is still the same. Each part has a process and a time limit of its own; each result is written when
@@ -68,6 +68,7 @@ CALLS: dict[int, list[Part]] = {
         _speed("0.5B", "together", 39, 55),
         _speed("0.5B", "one", 35, 50),
         _speed("0.5B", "TRL", 35, 55),
+        _speed("0.5B", "in a loop", 60, 80),
         Part("profile", f"{PARTS}:profile", 52, 65, {"shape": "0.5B"}),
     ],
     2: [
@@ -89,13 +90,16 @@ CALLS: dict[int, list[Part]] = {
     5: [
         CARD,
         Part("demo", f"{PARTS}:demo", 50, 100),
-        _speed("0.5B", "in a loop", 60, 80),
         Part("attention", f"{CHECKS}:attention", 16, 35),
         Part("packed against plain", f"{CHECKS}:small_model", 25, 40),
         Part("same step twice", f"{CHECKS}:same_step_twice", 28, 40),
     ],
     # Compilation included.
-    6: [CARD, _speed("0.5B", "compiled", 110, 170)],
+    6: [
+        CARD,
+        _speed("0.5B", "compiled", 110, 220),
+        Part("compiled against plain", f"{CHECKS}:compiled_model", 60, 150),
+    ],
 }
 # The call that takes what time it is given.
 SEARCHES = 4

@@ -1,8 +1,9 @@
-"""Is it right on a card? Attention against float64, packed against plain, and the same step twice."""
+"""Is it right on a card? Attention against float64, packed and compiled against plain, and the same step twice."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -109,6 +110,32 @@ def small_model(place: Place) -> None:
     )
 
 
+def compiled_model(place: Place) -> None:
+    """A small model's log-probs and gradients with compiled layers and without, both against float32."""
+    setting = setting_of(place)
+    sizes, shape = (TINY, Shape(8, 6, 7)) if place.toy else (SMALL, Shape())
+    batch = shape.batch(3 if place.toy else 8, 500)
+    torch.manual_seed(0)
+    weights = random_model(sizes, 8192, setting.device, torch.bfloat16).state_dict()
+    exact, _ = _gradients(weights, sizes, torch.float32, batch, setting, plain=True)
+    plain, _ = _gradients(weights, sizes, torch.bfloat16, batch, setting, plain=False)
+    started = time.perf_counter()
+    # At the tiny size without the minute in which code is generated.
+    backend = "aot_eager" if place.toy else "inductor"
+    compiled, paths = _gradients(weights, sizes, torch.bfloat16, batch, setting, plain=False, backend=backend)
+    errors = {name: _error(compiled[name], exact[name]) for name in exact}
+    usual = {name: _error(plain[name], exact[name]) for name in exact}
+    place.write(
+        "compiled against plain",
+        dtype="bfloat16",
+        seconds=time.perf_counter() - started,
+        paths=paths.to_dict(),
+        compiled_errors=errors,
+        plain_errors=usual,
+        right=all(errors[name] <= max(3 * usual[name], 1e-3) for name in errors),
+    )
+
+
 def same_step_twice(place: Place) -> None:
     """The bits of the adapters after the same two steps, with and without deterministic algorithms."""
     # Read when cuBLAS starts, which nothing in this process has made it do yet.
@@ -154,6 +181,7 @@ def _gradients(
     setting: Setting,
     *,
     plain: bool,
+    backend: str = "",
 ) -> tuple[dict[str, Tensor], FastPaths]:
     """Log-probs of two members and the gradients of their adapters, in float64, and the paths that they took."""
     model = random_model(sizes, 8192, setting.device, dtype)
@@ -165,6 +193,8 @@ def _gradients(
             # LoRA's second matrix begins at zero, and with it the gradient of its first.
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += 0.02 * noise.to(parameter)
+    if backend:
+        agents[0].base.compile("default", backend=backend)
     engine = Engine.of(agents[0].base)
     names = [agent.actor_adapter for agent in agents]
     paths = engine.prepare(names, batch.longest_sequence)

@@ -149,6 +149,16 @@ COLUMNS: dict[str, tuple[str, Columns]] = {
             "right": _get("right", _yes),
         },
     ),
+    "compiled against plain": (
+        "A small model, compiled against plain layers (relative errors against float32)",
+        {
+            "compiled": _errors("compiled_errors"),
+            "plain": _errors("plain_errors"),
+            "s to compile and run": _get("seconds", _number),
+            "stacking": _of_paths("stacking"),
+            "right": _get("right", _yes),
+        },
+    ),
     "same step twice": (
         "The same steps again, bits compared",
         {
