@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -90,49 +90,37 @@ def attention(place: Place) -> None:
 
 def small_model(place: Place) -> None:
     """A small model's log-probs and gradients in packed and in plain passes, both against float32."""
-    setting = setting_of(place)
-    sizes, shape = (TINY, Shape(8, 6, 7)) if place.toy else (SMALL, Shape())
-    batch = shape.batch(3 if place.toy else 8, 500)
-    torch.manual_seed(0)
-    weights = random_model(sizes, 8192, setting.device, torch.bfloat16).state_dict()
-    exact, _ = _gradients(weights, sizes, torch.float32, batch, setting, plain=True)
-    plain, _ = _gradients(weights, sizes, torch.bfloat16, batch, setting, plain=True)
-    packed, paths = _gradients(weights, sizes, torch.bfloat16, batch, setting, plain=False)
-    errors = {name: _error(packed[name], exact[name]) for name in exact}
-    usual = {name: _error(plain[name], exact[name]) for name in exact}
-    place.write(
-        "packed against plain",
-        dtype="bfloat16",
-        paths=paths.to_dict(),
-        packed_errors=errors,
-        plain_errors=usual,
-        right=all(errors[name] <= max(3 * usual[name], 1e-3) for name in errors),
-    )
+    _compare(place, "packed", {"plain": False}, {"plain": True})
 
 
 def compiled_model(place: Place) -> None:
     """A small model's log-probs and gradients with compiled layers and without, both against float32."""
+    # Not at the tiny size, where compilation takes a minute all the same.
+    _compare(place, "compiled", {"plain": False, "compiled": not place.toy}, {"plain": False})
+
+
+def _compare(place: Place, name: str, options: Mapping[str, bool], usual_options: Mapping[str, bool]) -> None:
+    """A row on how far log-probs and gradients are from float32, beside how far they are in the usual way."""
     setting = setting_of(place)
     sizes, shape = (TINY, Shape(8, 6, 7)) if place.toy else (SMALL, Shape())
     batch = shape.batch(3 if place.toy else 8, 500)
     torch.manual_seed(0)
     weights = random_model(sizes, 8192, setting.device, torch.bfloat16).state_dict()
     exact, _ = _gradients(weights, sizes, torch.float32, batch, setting, plain=True)
-    plain, _ = _gradients(weights, sizes, torch.bfloat16, batch, setting, plain=False)
+    usual, _ = _gradients(weights, sizes, torch.bfloat16, batch, setting, **usual_options)
     started = time.perf_counter()
-    # At the tiny size without the minute in which code is generated.
-    backend = "aot_eager" if place.toy else "inductor"
-    compiled, paths = _gradients(weights, sizes, torch.bfloat16, batch, setting, plain=False, backend=backend)
-    errors = {name: _error(compiled[name], exact[name]) for name in exact}
-    usual = {name: _error(plain[name], exact[name]) for name in exact}
+    found, paths = _gradients(weights, sizes, torch.bfloat16, batch, setting, **options)
+    seconds = time.perf_counter() - started
+    errors = {key: _error(found[key], exact[key]) for key in exact}
+    usual_errors = {key: _error(usual[key], exact[key]) for key in exact}
     place.write(
-        "compiled against plain",
+        f"{name} against plain",
         dtype="bfloat16",
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         paths=paths.to_dict(),
-        compiled_errors=errors,
-        plain_errors=usual,
-        right=all(errors[name] <= max(3 * usual[name], 1e-3) for name in errors),
+        errors=errors,
+        plain_errors=usual_errors,
+        right=all(errors[key] <= max(3 * usual_errors[key], 1e-3) for key in errors),
     )
 
 
@@ -181,7 +169,7 @@ def _gradients(
     setting: Setting,
     *,
     plain: bool,
-    backend: str = "",
+    compiled: bool = False,
 ) -> tuple[dict[str, Tensor], FastPaths]:
     """Log-probs of two members and the gradients of their adapters, in float64, and the paths that they took."""
     model = random_model(sizes, 8192, setting.device, dtype)
@@ -193,8 +181,8 @@ def _gradients(
             # LoRA's second matrix begins at zero, and with it the gradient of its first.
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += 0.02 * noise.to(parameter)
-    if backend:
-        agents[0].base.compile("default", backend=backend)
+    if compiled:
+        agents[0].base.compile("default")
     engine = Engine.of(agents[0].base)
     names = [agent.actor_adapter for agent in agents]
     paths = engine.prepare(names, batch.longest_sequence)

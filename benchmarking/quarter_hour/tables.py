@@ -140,7 +140,7 @@ COLUMNS: dict[str, tuple[str, Columns]] = {
     "packed against plain": (
         "A small model, packed against plain (relative errors against float32)",
         {
-            "packed": _errors("packed_errors"),
+            "packed": _errors("errors"),
             "plain": _errors("plain_errors"),
             "shared prompt": _of_paths("shared_prompt"),
             "tiled head": _of_paths("tiled_head"),
@@ -152,7 +152,7 @@ COLUMNS: dict[str, tuple[str, Columns]] = {
     "compiled against plain": (
         "A small model, compiled against plain layers (relative errors against float32)",
         {
-            "compiled": _errors("compiled_errors"),
+            "compiled": _errors("errors"),
             "plain": _errors("plain_errors"),
             "s to compile and run": _get("seconds", _number),
             "stacking": _of_paths("stacking"),
