@@ -97,7 +97,7 @@ class SpreadExecutor:
         self._candidates: dict[int, int] = {}
         # The worker with the copy of the best agent so far.
         self._best: int | None = None
-        # What the workers last said of their members; None: they have to be asked.
+        # What the workers said of their members after the last step; None: they have to be asked.
         self._known: dict[int, Member] | None = None
         # Operations of steps that the run has not asked for yet.
         self._spent: Counter[str] = Counter()
@@ -112,9 +112,8 @@ class SpreadExecutor:
 
     def members(self) -> list[Member]:
         """Return the members in order; see `Executor.members`."""
-        if self._known is None:
-            self._known = {one.index: one for part in self._call("members") for one in part}
-        return [self._known[index] for index in self._places]
+        known = self._known or {one.index: one for part in self._call("members") for one in part}
+        return [known[index] for index in self._places]
 
     def begin(self, births: Sequence[Birth] | None, *, moving_references: bool) -> None:
         """Begin a run; see `Executor.begin`."""

@@ -110,11 +110,16 @@ class Worker:
             return self._live_best
         return next(agent for agent in self.agents if agent.index == index)
 
-    def copy_of(self, folder: AgentFolder) -> SavableAgent:
-        """A live agent on this worker's base, made of an export; it is no member."""
-        agent = (self.agents or self._spare)[0].clone()
+    def copy_of(self, folder: AgentFolder, like: SavableAgent | None = None) -> SavableAgent:
+        """A live agent on this worker's base, made of an export, that is no member; `like`: for a closed worker."""
+        agents = self.agents or self._spare or ([] if like is None else [like])
+        agent = agents[0].clone()
         agent.load_folder(folder, overwrite_reference_adapter=False)
         return agent
+
+    def spare(self) -> SavableAgent:
+        """A new agent that is no member, to make others of."""
+        return _without_index((self.agents or self._spare)[0].clone())
 
     def begin(
         self,
