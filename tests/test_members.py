@@ -3,14 +3,23 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from members_run import RUNS, train
+from peft import LoraConfig
 from two_workers import TwoWorkers
 
 from evollm.checkpoints import read_population
+from evollm.errors import ConfigurationError, DivergedError
+from evollm.execution.executor import Member
+from evollm.execution.local import LocalExecutor
+from evollm.execution.members import check_parallel, executor_of, members_executor
+from evollm.execution.wire import error_from_bytes, error_to_bytes, from_bytes, to_bytes
+from evollm.processes import Processes
 
 SCRIPT = Path(__file__).with_name("members_run.py")
 STEPS = 6
@@ -84,6 +93,53 @@ def test_what_differs_between_processes_is_named_in_all_of_them(spread) -> None:
 def test_an_error_of_one_process_ends_all(spread) -> None:
     _, (first, second) = spread
     assert first["failed"] == second["failed"] == "RuntimeError: the card fell off"
+
+
+def test_members_are_divided_where_they_can_be() -> None:
+    def agents(count: int, *, sharded: bool = False, zero: bool = False) -> list[Any]:
+        accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="DEEPSPEED" if zero else "MULTI_GPU"))
+        base = SimpleNamespace(is_sharded=sharded)
+        return [SimpleNamespace(base=base, accelerator=accelerator) for _ in range(count)]
+
+    # One process divides nothing.
+    assert executor_of("members", LocalExecutor, agents(4)) is LocalExecutor
+    with Processes(0, 4).bound():
+        assert executor_of("members", LocalExecutor, agents(2)) is members_executor
+        assert executor_of("data", LocalExecutor, agents(4)) is LocalExecutor
+        assert executor_of("auto", LocalExecutor, agents(4)) is members_executor
+        assert executor_of("auto", LocalExecutor, agents(3)) is LocalExecutor
+        assert executor_of("auto", TwoWorkers, agents(4)) is TwoWorkers
+        for unfit in (agents(4, sharded=True), agents(4, zero=True)):
+            assert executor_of("auto", LocalExecutor, unfit) is LocalExecutor
+            with pytest.raises(ConfigurationError, match="parallel='members': DeepSpeed shards"):
+                executor_of("members", LocalExecutor, unfit)
+    with pytest.raises(ConfigurationError, match="parallel='members': the given executor decides"):
+        check_parallel("members", TwoWorkers)
+
+
+def test_plain_data_comes_back_as_it_was() -> None:
+    value = {
+        1: (1.5, float("inf"), None, True, "ä"),
+        "tensors": [torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T, torch.tensor(2.0)],
+        "rows": np.array([1.0, np.nan]),
+        "member": Member(3, {"lr": 1e-3}, 2, 5, diverged=False),
+        "lora": LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    }
+    found = from_bytes(to_bytes(value))
+    assert found[1] == value[1]
+    assert found["member"] == value["member"]
+    assert found["lora"].r == 3
+    assert found["lora"].target_modules == {"q_proj"}
+    np.testing.assert_array_equal(found["rows"], value["rows"])
+    for here, there in zip(found["tensors"], value["tensors"], strict=True):
+        assert here.dtype == there.dtype
+        assert torch.equal(here, there)
+    with pytest.raises(TypeError, match="object is no plain data"):
+        to_bytes([object()])
+    for error in (ConfigurationError("lr", 2, "lower it"), OSError("full")):
+        assert str(error_from_bytes(error_to_bytes(error))) == str(error)
+    assert type(error_from_bytes(error_to_bytes(DivergedError("all")))) is DivergedError
+    assert str(error_from_bytes(error_to_bytes(StopIteration("x")))) == "StopIteration: x"
 
 
 def test_a_checkpoint_says_who_was_where(spread) -> None:
