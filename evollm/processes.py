@@ -1,15 +1,19 @@
-"""Data parallelism over processes: collective operations, and checks of the launch.
+"""Processes that compute together: collective operations, and checks of the launch.
 
-Every process has the base, all adapters and all optimizers, unless DeepSpeed shards them, and gets the same batches. It
-computes a share of the pairs; log-probs and gradients are all-reduced, and all later computations are the same in each
-process. The traffic is small: nearly all of it is one all-reduce of an adapter's gradients for each agent and step.
+In data parallelism every process has the base, all adapters and all optimizers, unless DeepSpeed shards them, and gets
+the same batches. It computes a share of the pairs; log-probs and gradients are all-reduced, and all later computations
+are the same in each process. The traffic is small: nearly all of it is one all-reduce of an adapter's gradients for
+each agent and step. Where each process has members of its own instead (`evollm.execution.members`), a worker computes
+inside `Processes.bound`, as one process.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,22 +35,38 @@ _LAUNCH_DEEPSPEED = (
 
 @dataclass(frozen=True)
 class Processes:
-    """The rank of this process, and the number of processes.
+    """The rank of this process among processes that compute together, and their number.
 
     Attributes:
         rank: The rank, from 0.
-        size: The world size.
+        size: The number of processes.
+        group: The process group of torch.distributed; None: all launched processes.
     """
 
     rank: int = 0
     size: int = 1
+    group: Any = field(default=None, compare=False)
 
     @classmethod
     def present(cls) -> Processes:
-        """Return the rank and the world size of torch.distributed; one process if it is not initialised."""
+        """Return those that `bound` names, else all of torch.distributed; one process if it is not initialised."""
+        return _BOUND[-1] if _BOUND else cls.launched()
+
+    @classmethod
+    def launched(cls) -> Processes:
+        """Return all processes of torch.distributed; one process if it is not initialised."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
+
+    @contextmanager
+    def bound(self) -> Iterator[None]:
+        """Inside the block these are the present processes of this process; `Processes().bound()`: it is by itself."""
+        _BOUND.append(self)
+        try:
+            yield
+        finally:
+            _BOUND.pop()
 
     @property
     def is_main(self) -> bool:
@@ -60,14 +80,14 @@ class Processes:
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all processes, with the same bits in each."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
 
     def smallest(self, value: int) -> int:
         """The smallest of the processes' values."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(value, device=_device())
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        tensor = torch.tensor(value, device=self._device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.group)
         return int(tensor)
 
     def largest(self, value: int) -> int:
@@ -79,23 +99,47 @@ class Processes:
         if self.size == 1:
             return value
         # As JSON, not as a pickle, which could run code.
-        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=_device())
-        length = torch.tensor(len(data), device=_device())
-        dist.broadcast(length, src=0)
-        if not self.is_main:
-            data = torch.empty(int(length), dtype=torch.uint8, device=_device())
-        dist.broadcast(data, src=0)
-        return json.loads(bytes(data.tolist()))
+        return json.loads(self._sent(json.dumps(value).encode(), 0))
+
+    def of_all(self, data: bytes) -> list[bytes]:
+        """Return what each process passes, in the order of the ranks; each is sent to all, an empty one to none."""
+        if self.size == 1:
+            return [data]
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=self._device)
+        lengths[self.rank] = len(data)
+        dist.all_reduce(lengths, group=self.group)
+        return [self._sent(data, rank, length) for rank, length in enumerate(lengths.tolist())]
+
+    def _sent(self, data: bytes, rank: int, length: int | None = None) -> bytes:
+        """The bytes of the process with this rank; `length`: their number, None: the others are told first."""
+        if length is None:
+            told = torch.tensor(len(data), device=self._device)
+            dist.broadcast(told, src=self._source(rank), group=self.group)
+            length = int(told)
+        if length == 0:
+            return b""
+        own = rank == self.rank
+        part = torch.frombuffer(bytearray(data if own else length), dtype=torch.uint8).to(self._device)
+        dist.broadcast(part, src=self._source(rank), group=self.group)
+        return data if own else part.cpu().numpy().tobytes()
 
     def wait(self) -> None:
         """Wait until all processes have called this method."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    def _source(self, rank: int) -> int:
+        """The rank among all launched processes."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    @property
+    def _device(self) -> torch.device:
+        """The device of the tensors that processes exchange."""
+        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
 
 
-def _device() -> torch.device:
-    """The device of the tensors that processes exchange."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+# The innermost block of `bound` counts.
+_BOUND: list[Processes] = []
 
 
 def uses_deepspeed(accelerator: Any) -> bool:
@@ -122,14 +166,14 @@ def check_processes(accelerator: Any) -> Processes:
         fix = f"`accelerate launch --cpu` starts one process, whatever its --num_processes: {_LAUNCH}"
         raise ConfigurationError("accelerator", accelerator and "Accelerator(...)", fix)
     if accelerator is None:
-        if launched > 1 and Processes.present().size == 1:
+        if launched > 1 and Processes.launched().size == 1:
             raise ConfigurationError("accelerator", None, f"{launched} processes were launched: {_LAUNCH}")
-        return Processes.present()
+        return Processes.launched()
     known = getattr(accelerator, "num_processes", None)
     if known is None:
         raise ConfigurationError("accelerator", accelerator, "must be an accelerate.Accelerator or None")
     _check_kind(_kind(accelerator))
-    present = Processes.present()
+    present = Processes.launched()
     if known != present.size or launched != present.size:
         launch = _LAUNCH_DEEPSPEED if uses_deepspeed(accelerator) else _LAUNCH
         fix = (

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,26 +14,6 @@ from evollm.runs import read_run
 
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 TUNE = SCRIPT.with_name("parallel_tune.py")
-
-
-@pytest.fixture(scope="session")
-def launch(warm_python) -> Callable[..., list[dict[str, list]]]:
-    def launch(processes: int, folder: Path, max_steps: int = 6, script: Path = SCRIPT) -> list[dict[str, list]]:
-        """Run a script; returns what each process held at the end."""
-        command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        python_path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [*command, str(script), str(folder), str(max_steps)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads((folder / f"held-{rank}.json").read_text()) for rank in range(processes)]
-
-    return launch
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,6 @@ class LocalExecutor(Worker):
         super().__init__(agents, env)
         self.processes: Agreement = Processes.present()
 
-    def changed_text(self, noted: Mapping[str, Any]) -> str:
-        """Say which text has changed; see `Executor.changed_text`."""
-        return self.env.changed_text(noted)
-
     def save(self, folder: Path, state: Mapping[str, Any], arrays: Arrays) -> None:
         """Write a checkpoint; see `Executor.save`."""
         # Every process must call `saved`, because each may hold a shard of the state.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -36,6 +37,21 @@ A = TypeVar("A", bound=SavableAgent)
 _NOBODY: Mapping[int, AgentFolder] = MappingProxyType({})
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """What a worker did in one step, in one piece, since each call of a worker elsewhere takes its time.
+
+    Attributes:
+        done: The step.
+        members: The worker's members after it.
+        spent: The floating-point operations since the last step or call of `Worker.spent`.
+    """
+
+    done: StepDone
+    members: Sequence[Member]
+    spent: Mapping[str, int]
+
+
 class Worker:
     """Some agents of a run on one base, and the gym that serves their batches.
 
@@ -43,15 +59,19 @@ class Worker:
     of passes, and with the shapes the rounding, depend on how members are divided among workers.
 
     Args:
-        agents: At least one agent. A worker that has no members keeps one agent to clone new members from.
+        agents: The agents. A worker that has no members keeps one agent to clone new members from.
         env: Serves the batches. Each worker needs its own position in the gym, for which a shallow copy is enough.
+        like: An agent on the same base, needed if there are no agents.
     """
 
-    def __init__(self, agents: Sequence[SavableAgent], env: DatasetGym) -> None:
+    def __init__(self, agents: Sequence[SavableAgent], env: DatasetGym, like: SavableAgent | None = None) -> None:
         self.agents = list(agents)
         self.env = env
-        self.base = agents[0].base
-        self._algorithm = algorithm_of(agents[0])
+        # A worker without members keeps one agent here, to clone new members from.
+        self._spare: list[SavableAgent] = [] if agents or like is None else [_without_index(like.clone())]
+        first = (self.agents or self._spare)[0]
+        self.base = first.base
+        self._algorithm = algorithm_of(first)
         self._engine = Engine.of(self.base)
         self._shares = AdapterShares(self.base.adapters)
         # The reference of all scores. If references move, scores of all agents and epochs need one fixed reference.
@@ -62,8 +82,6 @@ class Worker:
         self._began_as: str | None = None
         # Steps of the run that are done.
         self._done = 0
-        # A worker without members keeps one agent here, to clone new members from.
-        self._spare: list[SavableAgent] = []
         # The best agent of the run so far, as plain data on the CPU, and as a live agent once that is asked for.
         self.best_so_far: AgentFolder | None = None
         self._live_best: SavableAgent | None = None
@@ -88,10 +106,20 @@ class Worker:
             return self._candidates[index]
         if index == BEST_SO_FAR and self.best_so_far is not None:
             if self._live_best is None:
-                self._live_best = (self.agents or self._spare)[0].clone()
-                self._live_best.load_folder(self.best_so_far, overwrite_reference_adapter=False)
+                self._live_best = self.copy_of(self.best_so_far)
             return self._live_best
         return next(agent for agent in self.agents if agent.index == index)
+
+    def copy_of(self, folder: AgentFolder, like: SavableAgent | None = None) -> SavableAgent:
+        """A live agent on this worker's base, made of an export, that is no member; `like`: for a closed worker."""
+        agents = self.agents or self._spare or ([] if like is None else [like])
+        agent = agents[0].clone()
+        agent.load_folder(folder, overwrite_reference_adapter=False)
+        return agent
+
+    def spare(self) -> SavableAgent:
+        """A new agent that is no member, to make others of."""
+        return _without_index((self.agents or self._spare)[0].clone())
 
     def begin(
         self,
@@ -129,15 +157,23 @@ class Worker:
     def learn(self, done: int, until: int) -> Iterator[StepDone]:
         """Learn step by step; see `Executor.learn`."""
         for step in range(done + 1, until + 1):
-            if self._moving_references and step > 1 and (step - 1) % len(self.env) == 0:
-                for agent in self.agents:
-                    agent.set_reference_policy(agent.reference_update_tracker + 1)
-            batch = self.env.next_batch()
-            ahead = rows_at_a_time(self.base.device.type, len(batch)) - len(batch)
-            with self.base.reference_cache.expecting(self.env.upcoming(ahead)):
-                metrics = learn_all(self.agents, batch)
-            self._done = step
-            yield StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
+            yield self._step(step)
+
+    def learn_step(self, step: int) -> Learnt:
+        """Do one step of `learn`, the run's step of this number."""
+        done = self._step(step)
+        return Learnt(done, self.members(), self.spent())
+
+    def _step(self, step: int) -> StepDone:
+        if self._moving_references and step > 1 and (step - 1) % len(self.env) == 0:
+            for agent in self.agents:
+                agent.set_reference_policy(agent.reference_update_tracker + 1)
+        batch = self.env.next_batch()
+        ahead = rows_at_a_time(self.base.device.type, len(batch)) - len(batch)
+        with self.base.reference_cache.expecting(self.env.upcoming(ahead)):
+            metrics = learn_all(self.agents, batch)
+        self._done = step
+        return StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
 
     def evaluate(
         self,
@@ -179,14 +215,25 @@ class Worker:
         self.best_so_far = _on_cpu(self.agent(index).to_folder()) if here else None
         self._live_best = None
 
-    def combine(self, index: int, recipe: Recipe) -> None:
-        """Make a candidate of members; see `Combines.combine`."""
-        agents = [self.agent(number) for number in recipe.agents]
-        names = [agent.actor_adapter for agent in agents]
-        if recipe.combination:
-            state = combined(self.base, names, None, recipe.combination, density=recipe.density, seed=recipe.seed)
-        else:
-            state = scaled(self.base, names[0], recipe.factor, self._reference_of(agents[0]))
+    def combine(self, index: int, recipe: Recipe, arriving: Mapping[int, AgentFolder] = _NOBODY) -> None:
+        """Make a candidate of members; see `Combines.combine`.
+
+        Args:
+            index: The candidate's index.
+            recipe: How it is made.
+            arriving: Exports of the recipe's agents that other workers hold, all but the first, by index.
+        """
+        with ExitStack() as stack:
+            visitors = {}
+            for number, folder in arriving.items():
+                visitors[number] = self.copy_of(folder)
+                stack.callback(visitors[number].release)
+            agents = [visitors.get(number) or self.agent(number) for number in recipe.agents]
+            names = [agent.actor_adapter for agent in agents]
+            if recipe.combination:
+                state = combined(self.base, names, None, recipe.combination, density=recipe.density, seed=recipe.seed)
+            else:
+                state = scaled(self.base, names[0], recipe.factor, self._reference_of(agents[0]))
         candidate = agents[0].clone()
         candidate.replace_actor(state)
         self._candidates[index] = candidate
@@ -251,8 +298,7 @@ class Worker:
             for agent in self.agents[1:]:
                 agent.release()
             self.agents, self._spare = [], self.agents[:1]
-            # The spare agent must not keep a member's index: that member may come back from another worker.
-            self._spare[0].index = -1
+            _without_index(self._spare[0])
         for agent, birth in zip(self.agents, here, strict=True):
             # Kept agents need this too: the first plan may change the hyperparameters of a given agent.
             agent.set_hyperparameters(birth.hyperparameters)
@@ -280,6 +326,14 @@ class Worker:
     def export(self, index: int) -> AgentFolder:
         """A deep copy of an agent as plain data, for another worker or for later."""
         return copy.deepcopy(self.agent(index).to_folder())
+
+    def exports(self, indices: Sequence[int]) -> dict[int, AgentFolder]:
+        """The exports of several agents by index."""
+        return {index: self.export(index) for index in indices}
+
+    def changed_text(self, noted: Mapping[str, Any]) -> str:
+        """Say which text has changed; see `Executor.changed_text`."""
+        return self.env.changed_text(noted)
 
     def _first(self) -> AgentFolder:
         """The export of the run's first agent when the run began."""
@@ -364,6 +418,12 @@ class Worker:
         for agent in self._spare:
             agent.release()
         self._spare = []
+
+
+def _without_index(spare: SavableAgent) -> SavableAgent:
+    """The agent; a spare one must not keep a member's index: that member may come back from another worker."""
+    spare.index = -1
+    return spare
 
 
 def _fingerprint(folder: AgentFolder) -> str:

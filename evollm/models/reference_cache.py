@@ -119,9 +119,14 @@ class ReferenceCache:
         self.told_of.clear()
 
     def save(self, path: Path) -> None:
-        """Write all entries into one safetensors file: for each reference the samples' digests and sums.
+        """Write all entries into one safetensors file; see `tensors`."""
+        tensors, references = self.tensors()
+        path.write_bytes(save(tensors, metadata={"references": json.dumps(references)}))
 
-        A reference whose samples have different numbers of sums is written once for each number.
+    def tensors(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """All entries: the samples' digests and sums of each reference, by its number, and the references.
+
+        A reference whose samples have different numbers of sums is there once for each number.
         """
         tensors: dict[str, torch.Tensor] = {}
         references: list[str] = []
@@ -132,7 +137,14 @@ class ReferenceCache:
                 tensors[f"pairs-{number}"] = torch.from_numpy(digests.copy())  # (n, 16)
                 tensors[f"sums-{number}"] = torch.tensor(list(part.values()), dtype=torch.float64)  # (n, width)
                 references.append(reference)
-        path.write_bytes(save(tensors, metadata={"references": json.dumps(references)}))
+        return tensors, references
+
+    def add(self, tensor: Callable[[str], torch.Tensor], references: Sequence[str]) -> None:
+        """Add the entries that `tensors` gave; `tensor` gives its tensors by name."""
+        for number, reference in enumerate(references):
+            digests, sums = tensor(f"pairs-{number}").numpy(), tensor(f"sums-{number}").tolist()
+            entries = self._entries.setdefault(reference, {})
+            entries.update((digest.tobytes(), tuple(columns)) for digest, columns in zip(digests, sums, strict=True))
 
     def update(self, other: ReferenceCache) -> None:
         """Add another cache's entries."""
@@ -147,13 +159,7 @@ class ReferenceCache:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                for number, reference in enumerate(json.loads(file.metadata()["references"])):
-                    digests = file.get_tensor(f"pairs-{number}").numpy()
-                    sums = file.get_tensor(f"sums-{number}").tolist()
-                    entries = self._entries.setdefault(reference, {})
-                    entries.update(
-                        (digest.tobytes(), tuple(columns)) for digest, columns in zip(digests, sums, strict=True)
-                    )
+                self.add(file.get_tensor, json.loads(file.metadata()["references"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read as reference log-probs: {error}") from error
 

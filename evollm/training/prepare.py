@@ -17,6 +17,7 @@ from evollm.checks import boolean
 from evollm.errors import ConfigurationError
 from evollm.execution.crossover import check_crossover
 from evollm.execution.executor import Combines, ExecutorFactory, check_executor
+from evollm.execution.members import check_parallel, executor_of
 from evollm.hpo import (
     Birth,
     Evaluation,
@@ -56,6 +57,7 @@ class RunArguments:
         fitness: Maps an evaluation to a fitness.
         callbacks: Called with every event, in this order.
         executor: Makes the executor of the agents and the gym.
+        parallel: What several processes divide, if the executor is the default one.
         terms: The terms of the score by which candidates of `merge` are compared; None without `merge`.
     """
 
@@ -65,6 +67,7 @@ class RunArguments:
     fitness: FitnessFunction
     callbacks: Sequence[Callback]
     executor: ExecutorFactory
+    parallel: str
     terms: Terms | None = None
 
 
@@ -91,6 +94,7 @@ def check_arguments(
     fitness: FitnessFunction | str | None,
     callbacks: Sequence[Callback],
     executor: ExecutorFactory,
+    parallel: str,
     report_to: str | Sequence[str] | None,
     wb: bool,
     tensorboard: bool,
@@ -114,6 +118,7 @@ def check_arguments(
     if not callable(executor):
         fix = "must be a class or a function from agents and gym to an evollm.execution.executor.Executor"
         raise ConfigurationError("executor", executor, fix)
+    check_parallel(parallel, executor)
     listeners = list(check_callbacks(callbacks))
     boolean("verbose", verbose)
     trackers = tracker_names(report_to, wb=wb, tensorboard=tensorboard)
@@ -122,7 +127,7 @@ def check_arguments(
         writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
         listeners = [*writers, *listeners, *([Console()] if verbose else [])]
     terms = None if asked.candidates is None else _terms(asked.candidates, algorithm)
-    return RunArguments(algorithm, asked, paths, function, listeners, executor, terms)
+    return RunArguments(algorithm, asked, paths, function, listeners, executor, parallel, terms)
 
 
 def _terms(merge: FinalCandidates, algorithm: Algorithm) -> Terms:
@@ -148,7 +153,7 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
     total = Schedule.of(arguments.options, len(env), held_out=bool(env.test_pairs)).total
     for agent in pop:
         agent.num_training_steps = total
-    executor = arguments.executor(pop, env)
+    executor = executor_of(arguments.parallel, arguments.executor, pop)(pop, env)
     check_executor(executor)
     _check_measurable(arguments.options.bounds, executor.evaluate, type(executor).__name__)
     contest, options = None, arguments.options

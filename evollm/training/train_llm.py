@@ -12,6 +12,7 @@ from evollm.algorithms import ALGORITHMS, DPO, SFT, Algorithm, algorithm_of
 from evollm.algorithms.saving import SavableAgent
 from evollm.execution.executor import ExecutorFactory
 from evollm.execution.local import LocalExecutor
+from evollm.execution.members import DATA
 from evollm.foreign import LOOP, LOOP_ORDER, explains
 from evollm.hpo import FinalCandidates, Guards, Mutations, Search, TournamentSelection
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
@@ -59,6 +60,7 @@ def finetune_llm_preference(
     num_sample_answers: int = 3,
     callbacks: Sequence[Callback] = (),
     accelerator: Accelerator | None = None,
+    parallel: str = DATA,
     executor: ExecutorFactory = LocalExecutor,
     report_to: str | Sequence[str] | None = None,
     wb: bool = False,
@@ -123,9 +125,12 @@ def finetune_llm_preference(
             schedule over the number of steps.
         num_sample_answers: Held-out prompts that are answered before and after tuning, for users to read.
         callbacks: Further callbacks.
-        accelerator: The accelerator given to the agents and the gym. Each of several processes computes a share of
-            every batch, all processes make the same updates, and only the main process writes; your own callbacks are
-            called in every process.
+        accelerator: The accelerator given to the agents and the gym. Of several processes only the main one writes;
+            your own callbacks are called in every process.
+        parallel: What several processes divide. "data": each has all agents and computes a share of every batch, and
+            all make the same updates. "members": each has a share of the agents and trains them on whole batches by
+            itself, without any traffic of gradients. "auto": members if there are at least as many as processes and
+            DeepSpeed shards nothing, else data. A run may go on with another value.
         executor: A class or function from agents and gym to an `evollm.execution.executor.Executor`.
         report_to: Trackers to write to as well: "tensorboard", "wandb", "trackio" or a list of these, each an extra of
             that name; "none" or None: none. A resumed run continues its run in the tracker.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from two_workers import TwoWorkers
+from plain_executor import PlainExecutor
 
 from evollm import DPO, ConfigurationError, PreferenceGym, finetune_llm_preference
 from evollm.algorithms.dpo_step import evaluate_together
@@ -103,5 +103,5 @@ def test_an_evaluation_without_the_kl_is_read_as_before(tmp_path) -> None:
 def test_an_executor_that_cannot_measure_the_kl_is_refused(make_population, gym, tmp_path) -> None:
     with pytest.raises(ConfigurationError, match=r"guards\.max_kl=1\.0: needs an argument kl"):
         finetune_llm_preference(
-            make_population(2), gym, guards={"max_kl": 1.0}, executor=TwoWorkers, run_dir=tmp_path / "run"
+            make_population(2), gym, guards={"max_kl": 1.0}, executor=PlainExecutor, run_dir=tmp_path / "run"
         )

@@ -103,6 +103,17 @@ def test_members_on_two_workers_end_as_on_one_and_go_on_when_killed(run, tmp_pat
     assert len(spread[0].base.adapters.names) == len(spread) + len(references)
 
 
+def test_candidates_are_made_of_members_of_two_workers(run, tmp_path) -> None:
+    found = []
+    for name, executor in (("local", LocalExecutor), ("spread", TwoWorkers)):
+        run(name, executor=executor, merge={"finalists": 3, "greedy": True}, max_steps=4)
+        found.append(read_run(tmp_path / name).ended.candidates)
+    assert [(one.recipe, one.won) for one in found[0]] == [(one.recipe, one.won) for one in found[1]]
+    assert any(len(one.recipe.agents) > 2 for one in found[0])
+    for here, there in zip(*found, strict=True):
+        assert here.scores == pytest.approx(there.scores, abs=1e-4)
+
+
 def test_a_worker_takes_members_in_hands_them_over_and_begins_again_from_none(make_population, gym) -> None:
     agents = make_population(3, hp_config=HP_CONFIG)
     base, values = agents[0].base, agents[0].hyperparameter_values()

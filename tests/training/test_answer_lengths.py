@@ -10,7 +10,7 @@ import torch
 from conftest import make_examples, make_rows
 from nonfinite import MARK, break_token, marked
 from peft import LoraConfig
-from two_workers import TwoWorkers
+from plain_executor import PlainExecutor
 
 from evollm import Callback, ConfigurationError, PreferenceGym, SFTGym, finetune_llm_preference, finetune_llm_sft
 from evollm.execution import answer_lengths
@@ -189,7 +189,7 @@ def test_a_bound_that_cut_answers_cannot_break_is_warned_of(run) -> None:
 
 def test_where_answers_cannot_be_sampled_the_bound_is_refused(run, make_sft_population, tokenizer, tmp_path) -> None:
     with pytest.raises(ConfigurationError, match=r"guards\.max_answer_length_ratio=1\.5: needs an argument answers"):
-        run("refused", executor=TwoWorkers)
+        run("refused", executor=PlainExecutor)
     env = SFTGym(make_examples(8), make_examples(4, 8), tokenizer, data_batch_size_per_gpu=4)
     with pytest.raises(TypeError, match="guards"):
         finetune_llm_sft(make_sft_population(2), env, guards=GUARDS, run_dir=tmp_path / "sft")

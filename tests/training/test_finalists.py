@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_examples, make_rows
-from two_workers import TwoWorkers
+from plain_executor import PlainExecutor
 
 import evollm
 from evollm import DPO, SFT, ConfigurationError
@@ -259,7 +259,7 @@ def test_sft_and_one_agent_have_candidates(make_model, tokenizer, tmp_path) -> N
         ({"merge": True, "test_data": False, "population": 1}, "merge needs held-out rows"),
         ({"merge": True, "lora_config": {**LORA, "use_dora": True}}, "use_dora"),
         ({"merge": {"combinations": ["ties"]}, "lora_config": {**LORA, "lora_bias": True}}, "lora_bias"),
-        ({"merge": True, "executor": TwoWorkers}, "cannot make candidates"),
+        ({"merge": True, "executor": PlainExecutor}, "cannot make candidates"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import make_rows
 from nonfinite import break_token, marked
+from plain_executor import PlainExecutor
 from snapshots import actor_bits
-from two_workers import TwoWorkers
 
 from evollm import Callback, HyperparameterConfig, PreferenceGym, RLParameter, finetune_llm_preference, replay
 from evollm.algorithms import ALGORITHMS
@@ -216,7 +216,7 @@ def test_the_rows_of_an_evaluation_on_fewer_rows_that_left_some_out_are_read_bac
 
 def test_what_cannot_evaluate_a_part_of_the_rows_decides_on_all(run, monkeypatch) -> None:
     """An executor, or an algorithm of one's own, from before there were such plans."""
-    watch = run("executor", executor=TwoWorkers)
+    watch = run("executor", executor=PlainExecutor)
     assert [(one.step, one.rows) for one in watch.events] == [(2, None), (4, None), (16, None)]
     known = ALGORITHMS["dpo"]
 
