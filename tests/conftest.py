@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ torch.set_num_threads(1)
 # So have the programs that tests start, beside the other workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 WARM_PYTHON = pytest.StashKey[str]()
+HERE = Path(__file__).parent
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -35,6 +38,28 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def warm_python(request: pytest.FixtureRequest) -> str:
     """A Python for programs that a test starts; it has imported the libraries already."""
     return request.config.stash[WARM_PYTHON]
+
+
+@pytest.fixture(scope="session")
+def launch(warm_python: str) -> Callable[..., list[dict[str, Any]]]:
+    def launch(
+        processes: int, folder: Path, max_steps: int = 6, script: Path = HERE / "parallel_run.py"
+    ) -> list[dict[str, Any]]:
+        """Run a script; returns what each process held at the end."""
+        command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [*command, str(script), str(folder), str(max_steps)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads((folder / f"held-{rank}.json").read_text()) for rank in range(processes)]
+
+    return launch
 
 
 @pytest.fixture(scope="session")

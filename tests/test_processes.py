@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,28 +12,7 @@ from evollm import ConfigurationError
 from evollm.processes import Processes, check_processes
 from evollm.runs import read_run
 
-SCRIPT = Path(__file__).with_name("parallel_run.py")
-TUNE = SCRIPT.with_name("parallel_tune.py")
-
-
-@pytest.fixture(scope="session")
-def launch(warm_python) -> Callable[..., list[dict[str, list]]]:
-    def launch(processes: int, folder: Path, max_steps: int = 6, script: Path = SCRIPT) -> list[dict[str, list]]:
-        """Run a script; returns what each process held at the end."""
-        command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        python_path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [*command, str(script), str(folder), str(max_steps)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads((folder / f"held-{rank}.json").read_text()) for rank in range(processes)]
-
-    return launch
+TUNE = Path(__file__).with_name("parallel_tune.py")
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +80,9 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch) -> None:
     with pytest.raises(ConfigurationError, match=r"num_processes=2: 1 processes were launched"):
         check_processes(accelerator(2))
     assert check_processes(accelerator(1, "DEEPSPEED")) == Processes(0, 1)
-    with pytest.raises(ConfigurationError, match="distributed_type='FSDP'"):
-        check_processes(accelerator(1, "FSDP"))
+    assert check_processes(accelerator(1, "FSDP")) == Processes(0, 1)
+    with pytest.raises(ConfigurationError, match="distributed_type='TP'"):
+        check_processes(accelerator(1, "TP"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigurationError, match="2 processes were launched: launch with `torchrun"):
         check_processes(None)
