@@ -40,6 +40,8 @@ BASES: dict[str, tuple[Callable[[], Any], Any, torch.dtype]] = {
     ),
     "bfloat16": (FAMILIES["gemma3"], ["q_proj", "down_proj", "lm_head"], torch.bfloat16),
 }
+# Steps; shorter runs go on in another launch, and do no more than train.
+WHOLE_RUN = 6
 
 
 def main() -> None:
@@ -52,7 +54,10 @@ def main() -> None:
         fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2),
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
     )
-    agent = train(folder, int(sys.argv[2]), accelerator)[0]
+    max_steps = int(sys.argv[2])
+    agent = train(folder, max_steps, accelerator)[0]
+    if max_steps < WHOLE_RUN:
+        return
     written = folder / f"held-{accelerator.process_index}.json"
     found = {**json.loads(written.read_text()), "memory": memory(agent)}
     agent.save_checkpoint(str(folder / "saved"), lora_only=False)
