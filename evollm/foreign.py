@@ -26,7 +26,7 @@ AGENT = {
     "mini_batch_size": "batch_size is the pairs of an optimizer step and micro_batch_size_per_gpu those of a pass",
     "quantization_config": "give it as model_config={'quantization_config': ...}, with model_name",
     "lora_target_scope": "give lora_config=LoraConfig(target_modules=...)",
-    "fsdp_config": "processes are spread by accelerator=, with DeepSpeed's stage 3 for a large base",
+    "fsdp_config": "processes are spread by accelerator=, with FSDP2 or DeepSpeed's stage 3 for a large base",
     "activation_offload": "gradient_checkpointing=True saves memory: leave it out",
     "moe_lora_recompute": "gradient_checkpointing=True saves memory: leave it out",
     "chunk_rows": "token_budget bounds a pass: leave it out",

@@ -1,10 +1,10 @@
 """Processes that compute together: collective operations, and checks of the launch.
 
-In data parallelism every process has the base, all adapters and all optimizers, unless DeepSpeed shards them, and gets
-the same batches. It computes a share of the pairs; log-probs and gradients are all-reduced, and all later computations
-are the same in each process. The traffic is small: nearly all of it is one all-reduce of an adapter's gradients for
-each agent and step. Where each process has members of its own instead (`evollm.execution.members`), a worker computes
-inside `Processes.bound`, as one process.
+In data parallelism every process has the base, all adapters and all optimizers, unless DeepSpeed or FSDP shards them, and
+gets the same batches. It computes a share of the pairs; log-probs and gradients are all-reduced, and all later
+computations are the same in each process. The traffic is small: nearly all of it is one all-reduce of an adapter's
+gradients for each agent and step. A sharded base adds the gathering of each layer for each pass. Where each process has
+members of its own instead (`evollm.execution.members`), a worker computes inside `Processes.bound`, as one process.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ _LAUNCH_DEEPSPEED = (
     "accelerator=Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=...)), with DS_ACCELERATOR=cpu on a CPU, "
     'without cpu=True and with kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]'
 )
+
+# The types that accelerate gives processes on a CPU, whatever plugin it was given.
+_OF_CPU = ("MULTI_CPU", "NO")
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,12 @@ def uses_deepspeed(accelerator: Any) -> bool:
     return _kind(accelerator) == "DEEPSPEED"
 
 
+def uses_fsdp(accelerator: Any) -> bool:
+    """Whether an accelerator was made for FSDP; on a CPU accelerate notes that in the environment alone."""
+    kind = _kind(accelerator)
+    return kind == "FSDP" or (accelerator is not None and kind in _OF_CPU and _asked_for("ACCELERATE_USE_FSDP"))
+
+
 def check_processes(accelerator: Any) -> Processes:
     """Check that the launched processes are connected, and that accelerate runs what was configured.
 
@@ -157,8 +166,8 @@ def check_processes(accelerator: Any) -> Processes:
         The processes.
 
     Raises:
-        ConfigurationError: `accelerator` is not an accelerator, uses something else than data parallelism or
-            DeepSpeed, or has another number of processes than were launched.
+        ConfigurationError: `accelerator` is not an accelerator, uses something else than data parallelism,
+            DeepSpeed or FSDP, or has another number of processes than were launched.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
@@ -191,10 +200,11 @@ def _kind(accelerator: Any) -> str:
 def _check_kind(kind: str) -> None:
     """Refuse unsupported types, and settings that accelerate ignores without an error."""
     field = "accelerator.distributed_type"
-    if kind in ("FSDP", "MEGATRON_LM", "TP") or _asked_for("ACCELERATE_USE_FSDP"):
-        fix = f"is not supported: use plain data parallelism, or DeepSpeed's ZeRO to shard; {_LAUNCH}"
-        # On a CPU accelerate reports data parallelism instead of FSDP, and does not synchronise the replicas.
-        raise ConfigurationError(field, "FSDP" if _asked_for("ACCELERATE_USE_FSDP") else kind, fix)
+    if kind in ("MEGATRON_LM", "TP"):
+        fix = f"is not supported: use plain data parallelism, or DeepSpeed's ZeRO or FSDP2 to shard; {_LAUNCH}"
+        raise ConfigurationError(field, kind, fix)
+    if _asked_for("ACCELERATE_USE_FSDP") and kind not in ("FSDP", *_OF_CPU):
+        raise ConfigurationError(field, kind, f"FSDP was asked for and is not used; {_LAUNCH}")
     if _asked_for("ACCELERATE_USE_DEEPSPEED") and kind != "DEEPSPEED":
         fix = f"DeepSpeed was asked for and is not used, which is what Accelerator(cpu=True) does: {_LAUNCH_DEEPSPEED}"
         raise ConfigurationError(field, kind, fix)

@@ -21,8 +21,8 @@ from evollm import DPO, SFT, PreferenceGym, SFTGym
 torch.set_num_threads(1)
 # So have the programs that tests start, beside the other workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-PARALLEL_RUN = Path(__file__).with_name("parallel_run.py")
 WARM_PYTHON = pytest.StashKey[str]()
+HERE = Path(__file__).parent
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -41,11 +41,17 @@ def warm_python(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def launch(warm_python) -> Callable[..., list[dict[str, list]]]:
-    def launch(processes: int, folder: Path, max_steps: int = 6, script: Path = PARALLEL_RUN) -> list[dict[str, list]]:
-        """Run a script in several processes; returns what each process held at the end."""
-        command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        python_path = os.pathsep.join([str(PARALLEL_RUN.parent), os.environ.get("PYTHONPATH", "")])
+def launch(warm_python: str) -> Callable[..., list[dict[str, Any]]]:
+    def launch(
+        processes: int,
+        folder: Path,
+        max_steps: int = 6,
+        script: Path = HERE / "parallel_run.py",
+        python: str = warm_python,
+    ) -> list[dict[str, Any]]:
+        """Run a script; returns what each process held at the end."""
+        command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [*command, str(script), str(folder), str(max_steps)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},

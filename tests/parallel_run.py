@@ -54,8 +54,8 @@ def make_small_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(folder: Path, max_steps: int, accelerator: Accelerator) -> None:
-    """Train, or resume, and let each process write what it holds at the end."""
+def train(folder: Path, max_steps: int, accelerator: Accelerator) -> list[DPO]:
+    """Train, or resume, and let each process write what it holds at the end; returns the population."""
     tokenizer = make_tokenizer(adds_bos=True)
     env = PreferenceGym(
         # All processes have to leave out the same rows.
@@ -90,6 +90,7 @@ def train(folder: Path, max_steps: int, accelerator: Accelerator) -> None:
     )
     held = [[float(value) for p in agent.actor_parameters() for value in p.detach().flatten()] for agent in population]
     (folder / f"held-{accelerator.process_index}.json").write_text(json.dumps({"actors": held, "scores": scores}))
+    return population
 
 
 if __name__ == "__main__":

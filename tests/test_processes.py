@@ -12,8 +12,7 @@ from evollm import ConfigurationError
 from evollm.processes import Processes, check_processes
 from evollm.runs import read_run
 
-SCRIPT = Path(__file__).with_name("parallel_run.py")
-TUNE = SCRIPT.with_name("parallel_tune.py")
+TUNE = Path(__file__).with_name("parallel_tune.py")
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +80,9 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch) -> None:
     with pytest.raises(ConfigurationError, match=r"num_processes=2: 1 processes were launched"):
         check_processes(accelerator(2))
     assert check_processes(accelerator(1, "DEEPSPEED")) == Processes(0, 1)
-    with pytest.raises(ConfigurationError, match="distributed_type='FSDP'"):
-        check_processes(accelerator(1, "FSDP"))
+    assert check_processes(accelerator(1, "FSDP")) == Processes(0, 1)
+    with pytest.raises(ConfigurationError, match="distributed_type='TP'"):
+        check_processes(accelerator(1, "TP"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigurationError, match="2 processes were launched: launch with `torchrun"):
         check_processes(None)

@@ -21,7 +21,8 @@ from typing_extensions import Self
 
 from evollm.algorithms.arguments import show_arguments
 from evollm.algorithms.configured_agent import ConfiguredAgent
-from evollm.algorithms.optimizers import check_optimizer, create_optimizer
+from evollm.algorithms.launch import check_launch
+from evollm.algorithms.optimizers import create_optimizer
 from evollm.algorithms.settings import AgentSettings, Hyperparameters, check_evolution
 from evollm.checks import boolean, located, whole_number
 from evollm.errors import ConfigurationError
@@ -112,11 +113,11 @@ class LLMAgent(ConfiguredAgent):
             if not isinstance(space, spaces.Space | None):
                 raise ConfigurationError(name, space, "must be a space of gymnasium or None: give the rest by its name")
         check_evolution(hp_config, hyperparameters, settings)
-        check_optimizer(settings, accelerator)
         if lora_config is None:
             lora_config = LoraConfig(**DEFAULT_LORA)
         else:
             check_lora_config(lora_config)
+        check_launch(settings, lora_config, accelerator)
         if lora_config.lora_dropout:
             # stacklevel=4 points the warning at the caller of DPO() or SFT().
             warnings.warn(

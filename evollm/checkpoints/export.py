@@ -23,7 +23,7 @@ def main_writes(write: Callable[[], None], base: SharedBase | None = None) -> No
 
     Args:
         write: Writes the files.
-        base: The base whose weights are written; under ZeRO 3 they are gathered during the call.
+        base: The base whose weights are written; those of a sharded base are gathered during the call.
     """
     processes = Processes.present()
     with nullcontext() if base is None else base.whole():

@@ -1,1 +1,1 @@
-"""DeepSpeed's ZeRO: optimizer state or the base sharded over processes. Imported only if an accelerator uses it."""
+"""State spread over processes by DeepSpeed's ZeRO or by FSDP2. Imported only if an accelerator asks for either."""

@@ -133,7 +133,7 @@ def finetune_llm_preference(
         parallel: What several processes divide. "data": each has all agents and computes a share of every batch, and
             all make the same updates. "members": each has a share of the agents and trains them on whole batches by
             itself, without any traffic of gradients. "auto": members if there are at least as many as processes and
-            DeepSpeed shards nothing, else data. A run may go on with another value.
+            nothing is sharded (DeepSpeed, FSDP), else data. A run may go on with another value.
         executor: Where the agents are: "local", in this process; "ray", on workers of a Ray cluster, for which the base
             must have a name or folder that every worker can load; or a class or function from agents and gym to an
             `evollm.execution.executor.Executor`.

@@ -167,7 +167,6 @@ def test_launches_that_would_not_do_what_was_asked_for_are_refused() -> None:
     running = {
         "DeepSpeed was asked for and is not used": start([*torchrun, "cpu-and-deepspeed"]),
         "so each would train alone: launch with": start([*torchrun, "no-gloo"]),
-        "distributed_type='FSDP': is not supported": start([*torchrun, "fsdp2"]),
         "`accelerate launch --cpu` starts one process": start(
             ["accelerate", "launch", "--cpu", "--num_processes", "2", script, "accelerate-launch"]
         ),

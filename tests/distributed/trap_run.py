@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
 from evollm import ConfigurationError
 from evollm.processes import check_processes
@@ -21,8 +21,6 @@ def make_accelerator(trap: str) -> Accelerator:
         if trap == "no-gloo":
             return Accelerator(deepspeed_plugin=plugin)
         return Accelerator(cpu=True, deepspeed_plugin=plugin, kwargs_handlers=gloo)
-    if trap == "fsdp2":
-        return Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2), kwargs_handlers=gloo)
     return Accelerator()
 
 

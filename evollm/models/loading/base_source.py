@@ -19,7 +19,7 @@ from evollm.models.loading.policy_archive import PolicyArchive, copy_state, note
 from evollm.models.loading.precision import default_device, with_dtype
 from evollm.models.loading.pretrained import find_config, load_base_model
 from evollm.models.shared_base import SharedBase, check_plain_model
-from evollm.processes import check_processes, uses_deepspeed
+from evollm.processes import Processes, check_processes, uses_deepspeed, uses_fsdp
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +63,7 @@ def usable_device(
     Without both it is the device of `network`, and without that a GPU if there is one, or the CPU.
 
     Raises:
-        ConfigurationError: A launch or DeepSpeed setting would have no effect, or the device is not available.
+        ConfigurationError: A launch, DeepSpeed or FSDP setting would have no effect, or the device is not available.
         MissingExtraError: DeepSpeed is not installed.
     """
     check_processes(accelerator)
@@ -72,6 +72,10 @@ def usable_device(
             from evollm.distributed.zero_config import zero_stage  # noqa: PLC0415
 
             zero_stage(accelerator)
+        elif uses_fsdp(accelerator):
+            from evollm.distributed.fsdp_settings import check_fsdp  # noqa: PLC0415
+
+            check_fsdp(accelerator)
         elif accelerator.mixed_precision != "no":
             warnings.warn(
                 f"mixed_precision={accelerator.mixed_precision!r} has no effect: load the base in the precision to use",
@@ -127,6 +131,9 @@ class BaseSource:
         base = SharedBase.of(network)
         if model_config is not None:
             base.model_config = reloadable(model_config)
+        if uses_fsdp(accelerator) and Processes.present().size > 1 and not base.is_sharded:
+            # Before the base is moved: a device need not hold it.
+            _shard_by_fsdp(base, device)
         base.move_to(device)
         if sharded and not base.is_sharded:
             from evollm.distributed.sharded_base import gathered, shard_layers  # noqa: PLC0415
@@ -179,6 +186,20 @@ def _check_vocabulary(model: PreTrainedModel) -> None:
             "of the others: model.save_pretrained(folder), tokenizer.save_pretrained(folder), and model_name=folder"
         )
         raise ConfigurationError("actor_network", type(model).__name__, fix)
+
+
+def _shard_by_fsdp(base: SharedBase, device: torch.device) -> None:
+    """Shard the base's layers over the processes by FSDP2.
+
+    Raises:
+        ConfigurationError: The base cannot be sharded, or has adapters already.
+    """
+    from evollm.distributed.fsdp_base import shard_layers  # noqa: PLC0415
+
+    if base.adapters.names:
+        fix = "the base has agents that were built without FSDP: give them all the same accelerator"
+        raise ConfigurationError("accelerator", "Accelerator(fsdp_plugin=...)", fix)
+    base.layers.gathered = shard_layers(base.network, base.layers.modules, device).gathered
 
 
 def _shards_base(accelerator: Accelerator | None) -> bool:
