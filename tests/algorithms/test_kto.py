@@ -19,6 +19,7 @@ from evollm.algorithms.kto_step import evaluate_together, kl_estimates, learn_to
 from evollm.algorithms.unpaired_losses import UNPAIRED_LOSSES, apo_zero_unpaired, kto
 from evollm.data.samples import LABEL, Batch, Completion, Sample
 from evollm.hpo import UnpairedEvaluation
+from evollm.models.engine import BatchSlot, Engine, PassOptions
 
 SHAPES = [(9, 5), (3, 12), (14, 1), (2, 2), (6, 11)]
 LABELS = [1.0, 0.0, 0.0, 1.0, 1.0]
@@ -155,6 +156,19 @@ def test_the_divergence_is_never_negative_and_that_of_one_answer_is_0() -> None:
     assert min(found) == 0
     assert max(found) > 0
     assert kl_estimates([agent], make_batch(0, SHAPES[:1], LABELS[:1])) == [0.0]
+
+
+def test_a_replayed_agent_has_its_slot_in_the_pass_of_the_divergence(monkeypatch) -> None:
+    (agent,) = make_agents(VALUES[:1])
+    agent.slot, slots, known = BatchSlot(1, 3), [], Engine.logprobs
+
+    def recorded(engine: Engine, items: Any, options: PassOptions, *kind: str) -> Any:
+        slots.append(options.slot)
+        return known(engine, items, options, *kind)
+
+    monkeypatch.setattr(Engine, "logprobs", recorded)
+    kl_estimates([agent], make_batch())
+    assert slots == [BatchSlot(1, 3), None]  # of the agent, of its reference
 
 
 def test_references_are_computed_once() -> None:

@@ -99,8 +99,9 @@ def tuned(make_model: Any, tokenizer: Any, lora: Any, **changes: Any) -> Any:
         "algorithm": "kto",
         "population": 2,
         "evo_steps": 2,
-        "max_steps": 6,
+        "max_steps": 4,
         "checkpoint_steps": 2,
+        "num_sample_answers": 0,
         "data_batch_size_per_gpu": 4,
         "lr": 3e-3,
         "lora_config": lora,
@@ -136,10 +137,11 @@ def test_labels_far_from_balance_are_warned_of_with_the_weights_of_the_paper(
     message = (
         "12 desirable and 3 undesirable answers.*either desirable_weight from 0.25 to 0.333 or undesirable_weight "
     )
+    short: dict[str, Any] = {"max_steps": 1, "num_sample_answers": 0, "verbose": False}
     with pytest.warns(UserWarning, match=message):
-        finetune_llm_kto([agent], env, max_steps=1, run_dir=tmp_path / "run", verbose=False)
+        finetune_llm_kto([agent], env, run_dir=tmp_path / "run", **short)
     agent.set_hyperparameters({"desirable_weight": 0.3})
-    finetune_llm_kto([agent], env, max_steps=1, run_dir=tmp_path / "next", verbose=False)
+    finetune_llm_kto([agent], env, run_dir=tmp_path / "next", **short)
 
 
 def test_what_cannot_run_is_refused_before_training(make_model, tokenizer, lora, env, tmp_path: Path) -> None:
