@@ -95,7 +95,7 @@ def compare(options: argparse.Namespace) -> tuple[Curve, Curve]:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     if options.chat and not tokenizer.chat_template:
         tokenizer.chat_template = CHATML
-    rows = _rows(options.pairs, tokenizer, options.steps * options.batch_size, options.chat)
+    rows = short_rows(options.pairs, tokenizer, options.steps * options.batch_size, options.chat)
     is_smoothed = options.loss_type in SMOOTHED and options.loss_type != NOT_SMOOTHED_BY_TRL
     options.label_smoothing = 0.1 if is_smoothed else 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +190,7 @@ def report(ours: Curve, theirs: Curve, loss_bound: float, norm_bound: float) -> 
     return 0 if agree else 1
 
 
-def _rows(path: str | None, tokenizer: Any, count: int, chat: bool) -> list[Row]:
+def short_rows(path: str | None, tokenizer: Any, count: int, chat: bool) -> list[Row]:
     """Short pairs with an explicit prompt, so that both libraries read the same."""
     dataset: Any = path or demo_pairs("train")
     if path is None and not chat:

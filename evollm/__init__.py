@@ -1,4 +1,4 @@
-"""evollm: tune language models with a population of SFT or DPO agents on one shared base.
+"""evollm: tune language models with a population of SFT, DPO or KTO agents on one shared base.
 
 Importing this package is quick: torch, transformers and others are imported when the first public name is used.
 """
@@ -13,6 +13,7 @@ from evollm.quiet import KERNEL, hold_back
 if TYPE_CHECKING:
     from evollm.public import (
         DPO,
+        KTO,
         SFT,
         Callback,
         CheckpointError,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
         SFTGym,
         TournamentSelection,
         TuneResult,
+        UnpairedGym,
         WorkerError,
+        finetune_llm_kto,
         finetune_llm_preference,
         finetune_llm_sft,
         inspect_data,
@@ -49,6 +52,7 @@ from evollm.version import __version__ as __version__
 
 __all__ = [
     "DPO",
+    "KTO",
     "SFT",
     "Callback",
     "CheckpointError",
@@ -69,7 +73,9 @@ __all__ = [
     "SearchPlan",
     "TournamentSelection",
     "TuneResult",
+    "UnpairedGym",
     "WorkerError",
+    "finetune_llm_kto",
     "finetune_llm_preference",
     "finetune_llm_sft",
     "inspect_data",

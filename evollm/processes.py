@@ -1,7 +1,7 @@
 """Processes that compute together: collective operations, and checks of the launch.
 
-In data parallelism every process has the base, all adapters and all optimizers, unless DeepSpeed or FSDP shards them, and
-gets the same batches. It computes a share of the pairs; log-probs and gradients are all-reduced, and all later
+In data parallelism every process has the base, all adapters and all optimizers, unless DeepSpeed or FSDP shards them,
+and gets the same batches. It computes a share of the pairs; log-probs and gradients are all-reduced, and all later
 computations are the same in each process. The traffic is small: nearly all of it is one all-reduce of an adapter's
 gradients for each agent and step. A sharded base adds the gathering of each layer for each pass. Where each process has
 members of its own instead (`evollm.execution.members`), a worker computes inside `Processes.bound`, as one process.

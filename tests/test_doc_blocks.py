@@ -83,11 +83,24 @@ def take_two_workers(namespace: Namespace) -> None:
     namespace["TwoWorkers"] = TwoWorkers
 
 
+def write_ratings(namespace: Namespace) -> None:
+    """Files of answers with labels."""
+    del namespace
+    for name, rows in (("ratings", make_rows(6)), ("test-ratings", make_rows(4, 6))):
+        answers = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in rows
+            for side in ("chosen", "rejected")
+        ]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+
+
 PAGES: dict[str, Callable[[Namespace], None]] = {
     "add_a_strategy.md": lambda _: None,
     "add_an_executor.md": take_two_workers,
     "checkpoints.md": run_before,
     "data.md": lambda _: None,
+    "kto.md": write_ratings,
     "losses.md": lambda _: None,
     "models.md": make_t5,
     "search.md": lambda _: None,

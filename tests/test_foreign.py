@@ -128,8 +128,8 @@ def test_no_public_callable_swallows_arguments() -> None:
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     }
-    passing_on = {"DPO.population", "SFT.population", "tune", "replay"}
-    assert swallowing == passing_on | {"HyperparameterConfig", "DPO.to_device", "SFT.to_device"}
+    passing_on = {"DPO.population", "KTO.population", "SFT.population", "tune", "replay"}
+    assert swallowing == passing_on | {"HyperparameterConfig", "DPO.to_device", "KTO.to_device", "SFT.to_device"}
 
 
 @pytest.fixture

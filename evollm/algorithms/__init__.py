@@ -5,17 +5,21 @@ from evollm.algorithms.algorithm import ALGORITHMS, Algorithm, algorithm_named, 
 from evollm.algorithms.arguments import AgentArguments
 from evollm.algorithms.dpo import DPO
 from evollm.algorithms.dpo_settings import DPOHyperparameters
+from evollm.algorithms.kto import KTO
+from evollm.algorithms.kto_settings import KTOHyperparameters
 from evollm.algorithms.settings import AgentSettings
 from evollm.algorithms.sft import SFT
 
 __all__ = [
     "ALGORITHMS",
     "DPO",
+    "KTO",
     "SFT",
     "AgentArguments",
     "AgentSettings",
     "Algorithm",
     "DPOHyperparameters",
+    "KTOHyperparameters",
     "LLMAgent",
     "algorithm_named",
     "algorithm_of",

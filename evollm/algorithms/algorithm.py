@@ -21,6 +21,10 @@ Learn: TypeAlias = "Callable[[Sequence[Any], Batch], list[dict[str, float]]]"
 Evaluate: TypeAlias = "Callable[..., Sequence[AnyEvaluation]]"
 
 
+def _suits(agents: Sequence[Any], env: Any) -> None:
+    del agents, env
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """A tuning algorithm.
@@ -37,6 +41,7 @@ class Algorithm:
         defaults: The default values in `tune` that differ from those of the agent's constructor and of the loop.
         loop: Name of the function in `evollm.training` that runs the algorithm.
         fitnesses: The fitness functions that can be given by name.
+        check: Called with agents and gym before a run, to refuse or to warn of what does not suit each other.
     """
 
     agent: type[SavableAgent]
@@ -50,6 +55,7 @@ class Algorithm:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     loop: str = "finetune"
     fitnesses: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
+    check: Callable[[Sequence[Any], Any], None] = _suits
 
     @property
     def name(self) -> str:

@@ -186,11 +186,11 @@ def _learn_from(method: Method[A], agents: Sequence[A], batch: Batch, training: 
 def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) -> list[tuple[A, _Step]]:
     """One optimizer step of each agent; restarted without the rows whose log-probs show that they are not usable."""
     balancing = agents[0].base.load_balancing
-    objectives = _objectives(method, agents, batch, balancing)
     with ExitStack() as gradient_points:
+        for agent in agents if training else ():
+            gradient_points.enter_context(gradient_point(agent.optimizer))
+        objectives = _objectives(method, agents, batch, balancing)
         if training:
-            for agent in agents:
-                gradient_points.enter_context(gradient_point(agent.optimizer))
             policies, gradients = _backward(agents, objectives, batch, balancing)
         else:
             gradients = []

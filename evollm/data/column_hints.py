@@ -24,6 +24,7 @@ from evollm.data.shapes import (
     SECOND,
     SIDE_NAMES,
     TIE,
+    UNPAIRED,
     Kind,
     Shape,
 )
@@ -78,6 +79,8 @@ def hint_about_missing(columns: Sequence[str], kind: Kind, given: Mapping[str, s
         )
     missing = [side for side in kind.sides if side not in columns and side not in given]
     line = _suggested_mapping(columns, kind, given)
+    if kind is UNPAIRED:
+        return _hint_about_unpaired(columns, given, missing, line)
     if kind is EXAMPLE:
         if "chosen" in columns:
             return (
@@ -97,7 +100,22 @@ def hint_about_missing(columns: Sequence[str], kind: Kind, given: Mapping[str, s
     fix = f"rename its columns to {to}{line and f', or {line}'}"
     if not line and (_likely_sides(columns, EXAMPLE) or {"messages", "conversations", "text"}.intersection(columns)):
         fix = f"rows with a completion or messages are for SFTGym: algorithm: sft, or --sft; for pairs {fix}"
+        fix = f"rows with a label are for UnpairedGym: algorithm: kto; {fix}" if "label" in columns else fix
     return f"lacks {' and '.join(missing)}{hint}; {fix}"
+
+
+def _hint_about_unpaired(columns: Sequence[str], given: Mapping[str, str], missing: Sequence[str], line: str) -> str:
+    """What rows with labels lack; `missing` are the sides that they lack, `line` is a mapping that may help."""
+    if {"messages", "conversations", "output"}.intersection(columns) or {"messages", "completion"} & given.keys():
+        missing = []
+    to = "prompt, completion and label (true for a good completion, false for a bad one), or to those of pairs"
+    if missing or "label" in columns or "label" in given:
+        missing = missing or [name for name in ("prompt",) if name not in columns and name not in given]
+        lacks = " and ".join(missing) or "columns that belong together"
+        hint = _similar_columns(missing, columns, UNPAIRED.names)
+        return f"lacks {lacks}{hint}; rename its columns to {to}{line and f', or {line}'}"
+    without = "rows without labels are for SFTGym: algorithm: sft"
+    return f"lacks label; rename its columns to {to}{line and f', or {line}'}; {without}"
 
 
 def _similar_columns(missing: Sequence[str], columns: Sequence[str], known: Collection[str]) -> str:
@@ -128,6 +146,8 @@ def _suggested_mapping(columns: Sequence[str], kind: Kind, given: Mapping[str, s
     parts = [f"{role}: {name if role == 'label' else in_yaml(name)}" for role, name in {**given, **named}.items()]
     left = [name for name in free if _unused_column_that_matters([name], {**given, **before, **sides}, kind)]
     inner = ", ".join([*parts, f"ignore: [{', '.join(map(in_yaml, left))}]"] if left else parts)
+    if not inner:
+        return ""
     where = ""
     if UNKNOWN_LABEL in sides.get("label", ""):
         where = f", where {UNKNOWN_LABEL} is a column of yours that says which answer is better, by these values"
@@ -136,7 +156,7 @@ def _suggested_mapping(columns: Sequence[str], kind: Kind, given: Mapping[str, s
 
 def _likely_sides(columns: Sequence[str], kind: Kind) -> dict[str, str]:
     """The columns that look like answers, by role; for a label its whole entry of the `columns` argument."""
-    if kind is EXAMPLE:
+    if kind is not PAIR:
         found = next((name for name in ("completion", *SIDE_NAMES["completion"]) if name in columns), None)
         good = next((name for name in columns if name.strip().lower() in GOOD_OR_BAD_NAMES), None)
         label = {"label": _good_or_bad(good)} if good and found else {}
@@ -250,7 +270,7 @@ def _unused_column_that_matters(unused: Sequence[str], roles: Mapping[str, str],
             return _would_not_be_used(name, role)
         if plain in CONVERSATIONS:
             return _would_not_be_used(name, "prompt" if kind is PAIR else "messages")
-        if kind is PAIR and "label" not in roles and plain in LABELS:
+        if "chosen" in roles and "label" not in roles and plain in LABELS:
             fix = f"say columns: {{ignore: [{in_yaml(name)}]}} if chosen is the better side in all rows"
             return f"has a column {name!r} that would not be used; {fix}"
     optional = [role for role in _OPTIONAL if role not in roles and not (role == "prompt" and has_prompt)]

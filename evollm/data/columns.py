@@ -161,12 +161,14 @@ class Layout:
         roles: For each role the column that has it.
         values: For each meaning of the label the values that have it.
         unused: The columns without a role.
+        needs_label: Whether the label is a part of what is learnt, so that every value must have a meaning.
     """
 
     shape: str
     roles: Mapping[str, str]
     values: Values = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    needs_label: bool = False
 
     def meaning(self, label: object) -> str | None:
         """What a value of the label means, such as "first"; None for a value that is not known."""
@@ -215,7 +217,7 @@ def layout_of(columns: Sequence[str], kind: Kind, mapping: ColumnMapping, where:
     fix = hint_about_conflict(shape, unused, kind) or hint_about_unused(not_ignored, roles, kind)
     if fix:
         raise DataError(where, seen, fix)
-    return Layout(shape.name, roles, values, tuple(unused))
+    return Layout(shape.name, roles, values, tuple(unused), "label" in shape.needs)
 
 
 def _matches(shape: Shape, mapping: ColumnMapping, free: Collection[str]) -> bool:

@@ -23,7 +23,7 @@ class PromptPreview:
     """The prompt of one pair, to show to a person.
 
     Attributes:
-        position: Position of the pair among the kept ones.
+        position: Position of the pair, or of the first answer of a pair in two, among the kept ones.
         question: The prompt if it is text, else the text of its last message.
         turns: Role and text of each message of a conversation; empty for a prompt that is text.
     """
@@ -39,11 +39,11 @@ class DataReport:
 
     Attributes:
         name: The split, such as "train".
-        kept: Number of pairs (or SFT examples) that are used.
+        kept: Number of pairs (SFT examples, or KTO answers) that are used.
         dropped: For each reason the number of dropped rows and the first of their positions in the user's dataset.
         prompts_cut: Number of kept pairs whose prompt lost tokens on its left to fit `max_context_length`.
         previews: Prompts of some kept pairs, spread over the dataset.
-        noun: "pair", or "example" for SFT.
+        noun: "pair", "example" for SFT, or "answer" for KTO.
         warning: What is unusual about the kept rows themselves; "" if nothing is.
         noted: For each remark on what the chat template makes of kept rows, such as a text that it leaves out, the
             number of rows and the first of their positions.

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias, cast
 from evollm.data.cells import Message, Row, UnreadableCell, UnusableRowError, is_missing, without_nones
 from evollm.data.columns import ColumnMapping, Layout, layout_of, mapping_of, value_of
 from evollm.data.open_dataset import is_files, open_dataset
-from evollm.data.shapes import FIRST, GOOD, INSTRUCTION, SECOND, TIE, Kind
+from evollm.data.samples import Sample
+from evollm.data.shapes import BAD, FIRST, GOOD, INSTRUCTION, PAIR, SECOND, TIE, Kind
 from evollm.errors import DataError, EvoLLMError
 
 DroppedRows: TypeAlias = dict[str, list[int]]
@@ -122,22 +123,28 @@ def in_form(pair: TextPair | ChatPair, has_template: bool) -> TextPair | ChatPai
     return pair
 
 
+def _whole(sample: Sample) -> tuple[Sample, ...]:
+    return (sample,)
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """The format of a dataset's rows, and the parser of a row.
 
     Attributes:
-        noun: Noun for a parsed row in messages: pair or example.
+        noun: Noun for a sample in messages: pair, example or answer.
         kind: The shapes that rows may have.
         read: (position of the row, row keyed by column roles) -> the row's texts or messages. Raises
             `UnusableRowError`, or `UnusedColumnError` for a row with content in a column that would be ignored.
         mapping: The user's mapping of columns.
+        divided: A tokenised row -> its samples; by default a row is one sample.
     """
 
     noun: str
     kind: Kind
     read: Callable[[int, Row], TextPair | ChatPair]
     mapping: ColumnMapping = field(default_factory=ColumnMapping)
+    divided: Callable[[Sample], tuple[Sample, ...]] = _whole
 
     def with_columns(self, columns: object) -> RowFormat:
         """A copy with the user's mapping of columns; see `evollm.data.columns.mapping_of`.
@@ -277,7 +284,7 @@ def read_rows(dataset: object, field: str, row_format: RowFormat) -> Rows:
     files = cast("list[str]", dataset) if is_files(dataset) else None
     parts = [_read_rows(dataset, field, row_format)] if files is None else _read_files(files, field, row_format)
     rows = Rows([row for part in parts for row in part], [layout for part in parts for layout in part.layouts])
-    _take_prompts_off(rows, row_format.kind.sides)
+    _take_prompts_off(rows, row_format.kind)
     return rows
 
 
@@ -339,6 +346,10 @@ def _by_role(row: Row, layout: Layout, spoken: bool, number: int, field: str) ->
         _choose(found, layout, number, field)
     elif not is_missing(found.get("label")):
         meaning = layout.meaning(found["label"])
+        if meaning is None and layout.needs_label:
+            known = "; ".join(f"{meaning}: {', '.join(values)}" for meaning, values in layout.values.items())
+            fix = f"is neither good nor bad ({known}); correct it, or add it to columns.label.{GOOD} or {BAD}"
+            raise DataError(field, f"{layout.roles['label']} {found['label']!r} in row {number}", fix)
         found["label"] = None if meaning is None else meaning == GOOD
         found[LABELLED] = True
     return found
@@ -363,11 +374,11 @@ def _choose(row: Row, layout: Layout, number: int, field: str) -> None:
         row[REMARK] = f"{layout.roles['other_label']} for the other side than {column}"
 
 
-def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
+def _take_prompts_off(rows: Rows, kind: Kind) -> None:
     """Remove the prompt from string sides if all rows repeat their prompt; if only some do, remark on these rows."""
     repeats, loose, others = [], [], False
     for row in rows:
-        prompt, texts = row.get("prompt"), [row.get(side) for side in sides]
+        prompt, texts = row.get("prompt"), [row.get(side) for side in _sides(row, kind)]
         if any(map(is_missing, (prompt, *texts))) or any(isinstance(text, UnreadableCell) for text in texts):
             continue
         if (
@@ -384,8 +395,13 @@ def _take_prompts_off(rows: Rows, sides: Sequence[str]) -> None:
     for row in (*repeats, *loose) if others else ():
         row.setdefault(REMARK, PROMPT_TWICE)
     for row in () if others else repeats:
-        row.update({side: row[side][len(row["prompt"]) :] for side in sides})
+        row.update({side: row[side][len(row["prompt"]) :] for side in _sides(row, kind)})
         row[REMARK] = REPEATED_PROMPT
+
+
+def _sides(row: Row, kind: Kind) -> tuple[str, ...]:
+    """The sides of a row, which may be a pair among rows with labels."""
+    return PAIR.sides if "chosen" in row else kind.sides
 
 
 def _repeat_loosely(prompt: Any, texts: Sequence[Any]) -> bool:

@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a dataset is for: pairs, or single completions.
+    """What a dataset is for: pairs, single completions, or completions with labels.
 
     Attributes:
         shapes: The formats in which it may come; the first one that matches is taken.
@@ -124,6 +124,25 @@ EXAMPLE = Kind(
         Shape("messages", {"messages": "messages"}, {"repeated": ("prompt",), **_LABELLED}, _GOOD_OR_BAD),
         Shape("ShareGPT", {"messages": "conversations"}, {"repeated": ("prompt",), **_LABELLED}, _GOOD_OR_BAD),
         Shape("text", {"text": "text"}, {"label": ("label",)}, _GOOD_OR_BAD),
+    ),
+    sides=("completion",),
+    meanings=(GOOD, BAD),
+)
+
+# Rows with a label, or pairs, of which each side is a row with a label.
+UNPAIRED = Kind(
+    shapes=(
+        *(
+            Shape(
+                f"labelled {shape.name}",
+                {**shape.needs, "label": "label"},
+                {role: names for role, names in shape.takes.items() if role != "label"},
+                shape.label,
+            )
+            for shape in EXAMPLE.shapes
+            if shape.name != "text"
+        ),
+        *(shape for shape in PAIR.shapes if _SIDES.items() <= shape.needs.items()),
     ),
     sides=("completion",),
     meanings=(GOOD, BAD),

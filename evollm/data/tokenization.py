@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -67,7 +67,7 @@ def load_pairs(
         max_context_length: Most tokens of prompt + longer completion. Longer prompts are cut from the left; pairs whose
             completion does not fit are dropped. None: the tokenizer's `model_max_length`, if there is a limit.
         min_completion_length: Pairs with a completion of fewer tokens, end tokens included, are dropped.
-        row_format: Format of the rows: `PAIRS`, or `EXAMPLES`, which become samples with one completion.
+        row_format: Format of the rows: `PAIRS`, or `EXAMPLES` or `UNPAIRED`, which become samples with one completion.
         encoder_decoder: Whether to tokenise for an encoder-decoder model; see `tokenize_pairs`.
         cache_dir: Folder that keeps token ids between runs; None: no cache.
 
@@ -96,12 +96,18 @@ def load_pairs(
         dropped.setdefault(reason, []).extend(rows)
     unused = {row for rows in dropped.values() for row in rows}
     kept = [pair for pair in raw_pairs if pair.row not in unused]
+    # Labels are added here because the token cache does not hold them.
+    labels = {pair.row: pair.label for pair in kept if pair.label is not None}
+    labelled = (replace(pair, extras={LABEL: labels[pair.row]}) if pair.row in labels else pair for pair in split.pairs)
+    divided = [row_format.divided(sample) for sample in labelled]
+    samples = [sample for parts in divided for sample in parts]
+    starts = [0, *accumulate(map(len, divided))]
     places = sorted({number * len(kept) // NUM_PREVIEWS for number in range(NUM_PREVIEWS)}) if kept else []
-    previews = [PromptPreview(place, kept[place].question, kept[place].turns) for place in places]
+    previews = [PromptPreview(starts[place], kept[place].question, kept[place].turns) for place in places]
     form = form_of(kept, bool(tokenizer.chat_template))
     report = DataReport(
         name,
-        len(split.pairs),
+        len(samples),
         count_rows(dropped),
         split.prompts_cut,
         tuple(previews),
@@ -111,12 +117,8 @@ def load_pairs(
         form,
         template_hint(form, kept, given, tokenizer) if name == "train" else "",
     )
-    if split.pairs:
-        # Labels are added here because the token cache does not hold them.
-        labels = {pair.row: pair.label for pair in kept if pair.label is not None}
-        return [
-            replace(pair, extras={LABEL: labels[pair.row]}) if pair.row in labels else pair for pair in split.pairs
-        ], report
+    if samples:
+        return samples, report
     if split.shortest_overlong is None:
         raise DataError(
             argument, f"{report.num_dropped} rows", f"no usable {row_format.noun} ({report}); correct the rows"

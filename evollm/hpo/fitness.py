@@ -148,7 +148,94 @@ class LikelihoodEvaluation(_PerRow):
         return {"loss": (-self.logprobs, self.num_tokens)}
 
 
-AnyEvaluation: TypeAlias = Evaluation | LikelihoodEvaluation
+@dataclass(frozen=True, eq=False)
+class UnpairedEvaluation(_PerRow):
+    """Log-ratios of the current policy on n held-out answers with labels; they do not depend on beta or weights.
+
+    Attributes:
+        logratios: (n,) log pi - log ref of each answer, summed over its tokens, in nats.
+        desirable: (n,) 1 for a desirable answer, 0 for an undesirable one.
+
+    Raises:
+        ConfigurationError: If there is no answer, the two are not vectors of the same length, or a label is neither.
+    """
+
+    logratios: FloatArray
+    desirable: FloatArray
+
+    def __post_init__(self) -> None:
+        """Check the labels too."""
+        super().__post_init__()
+        if not np.isin(self.desirable, (0.0, 1.0)).all():
+            raise ConfigurationError("desirable", self.desirable, "must be 1 for desirable answers and 0 for others")
+
+    @property
+    def auc(self) -> float:
+        """Area under the ROC curve: the probability that a desirable answer has a larger log-ratio than another one.
+
+        Ties count half (Mann-Whitney). It is 0.5 without answers of both kinds, and NaN with a NaN among log-ratios.
+        """
+        return float(self.auc_terms.mean())
+
+    @property
+    def auc_terms(self) -> FloatArray:
+        """(n,) contribution of each answer to `auc`: the AUC plus the answer's influence on it.
+
+        An answer's placement is the share of the answers of the other kind that it is on the right side of. The
+        influence is its distance from the AUC, times n over the number of answers of its own kind: so the mean of the
+        terms is the AUC, and their standard error is that of DeLong et al. (Biometrics 1988).
+        """
+        mine = self.desirable == 1
+        if np.isnan(self.logratios).any():
+            return np.full(len(self), math.nan)
+        if mine.all() or not mine.any():
+            return np.full(len(self), TIE)
+        placements = np.empty(len(self))
+        placements[mine] = _shares_below(self.logratios[~mine], self.logratios[mine])
+        placements[~mine] = 1 - _shares_below(self.logratios[mine], self.logratios[~mine])
+        return self._influences(placements) + float(placements[mine].mean())
+
+    @property
+    def mean_margin(self) -> float:
+        """Mean log-ratio of desirable answers minus that of undesirable ones, in nats; 0 without answers of both."""
+        return float(self.margin_terms.mean())
+
+    @property
+    def margin_terms(self) -> FloatArray:
+        """(n,) contribution of each answer to `mean_margin`: the margin plus the answer's influence on it."""
+        mine = self.desirable == 1
+        if mine.all() or not mine.any():
+            return np.zeros(len(self))
+        with np.errstate(invalid="ignore"):
+            margin = float(self.logratios[mine].mean() - self.logratios[~mine].mean())
+            return self._influences(np.where(mine, self.logratios, -self.logratios)) + margin
+
+    def _influences(self, values: FloatArray) -> FloatArray:
+        """(n,) distances from the mean of the answers of the same kind, times n over their number."""
+        found = np.empty(len(self))
+        for kind in (self.desirable == 1, self.desirable == 0):
+            found[kind] = (values[kind] - values[kind].mean()) * len(self) / kind.sum()
+        return found
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The reported numbers, by name."""
+        return {"auc": self.auc, "mean_margin": self.mean_margin}
+
+    @property
+    def ratios(self) -> dict[str, tuple[FloatArray, FloatArray]]:
+        """Scores as ratios of two sums over the answers: (n,) numerators and (n,) denominators, by name."""
+        ones = np.ones(len(self))
+        return {"auc": (self.auc_terms, ones), "mean_margin": (self.margin_terms, ones)}
+
+
+def _shares_below(values: FloatArray, of: FloatArray) -> FloatArray:
+    """For each number of `of` the share of `values` below it; equal ones count half."""
+    ordered = np.sort(values)
+    return (np.searchsorted(ordered, of, "left") + np.searchsorted(ordered, of, "right")) / (2 * len(values))
+
+
+AnyEvaluation: TypeAlias = Evaluation | LikelihoodEvaluation | UnpairedEvaluation
 
 
 def as_fitness(value: object) -> Fitness:

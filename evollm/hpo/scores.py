@@ -15,7 +15,7 @@ import numpy as np
 
 from evollm.checks import nearest_name
 from evollm.errors import ConfigurationError
-from evollm.hpo.fitness import TIE, Evaluation, Fitness, FloatArray, LikelihoodEvaluation
+from evollm.hpo.fitness import TIE, Evaluation, Fitness, FloatArray, LikelihoodEvaluation, UnpairedEvaluation
 
 # Bound of |mean / std|, which is infinite for equal margins.
 MOST_STDS = 1e6
@@ -203,6 +203,24 @@ LIKELIHOOD_FITNESSES: Mapping[str, NamedFitness] = {
     "loss": NamedFitness("loss", lambda evaluation: -evaluation.loss, lambda evaluation: -loss_terms(evaluation))
 }
 """Fitness functions of a `LikelihoodEvaluation` by name. `loss`: minus the loss per token."""
+
+
+def _auc_terms(evaluation: UnpairedEvaluation) -> FloatArray:
+    return evaluation.auc_terms
+
+
+def _mean_unpaired_margin(evaluation: UnpairedEvaluation) -> float:
+    return evaluation.mean_margin
+
+
+UNPAIRED_FITNESSES: Mapping[str, NamedFitness] = {
+    one.name: one
+    for one in (
+        NamedFitness("auc", lambda evaluation: evaluation.auc, _auc_terms, _mean_unpaired_margin),
+        NamedFitness("mean_margin", _mean_unpaired_margin, lambda evaluation: evaluation.margin_terms),
+    )
+}
+"""Fitness functions of an `UnpairedEvaluation` by name. `auc`: the AUC, then the mean margin. `mean_margin`."""
 
 preference_fitness = PREFERENCE_FITNESSES["accuracy_mean_margin"]
 likelihood_fitness = LIKELIHOOD_FITNESSES["loss"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from evollm.data.samples import Completion, Sample
 from evollm.data.shapes import PAIR
 from evollm.data.token_cache import TokenizedSplit
 from evollm.data.tokenization import TOO_LONG, context_limit, shortest_context, tokenize_pairs
+from evollm.data.unpaired_rows import Balance
 from evollm.errors import ConfigurationError, DataError
 from evollm.inspection.forecast import forecast
 from evollm.inspection.result import Fit, Inspection, Lengths, RenderedRow
@@ -49,10 +51,11 @@ def inspect_data(
     """Inspect a dataset: the rows that are used, their lengths in tokens, and the tokens that enter the loss.
 
     Args:
-        data: A dataset, as `PreferenceGym` or `SFTGym` takes it.
+        data: A dataset, as `PreferenceGym`, `UnpairedGym` or `SFTGym` takes it.
         model: Name or folder of the model, whose tokenizer and configuration are read; or a tokenizer.
         split: Split of a dataset on the hub, by default `train`.
-        sft: Whether the rows are examples for SFT; None: their columns decide.
+        sft: Whether the rows are examples for SFT; None: their columns decide, and of completions with labels, which
+            KTO learns from, the labels are counted.
         max_context_length: As for the gyms.
         min_completion_length: As for the gyms.
         against: Another dataset, such as the held-out one, to count the rows that are in both.
@@ -112,6 +115,7 @@ def inspect_data(
         forecast=forecast(str(model), config, pairs, algorithm, population=population, epochs=epochs, measured=estimate)
         if isinstance(model, str | os.PathLike) and pairs
         else None,
+        balance=Balance.of([text.label for text in used]) if algorithm is algorithm_named("kto") and used else None,
     )
 
 
@@ -132,13 +136,13 @@ def _with_split(data: object, split: object) -> object:
 
 
 def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, RowFormat, Algorithm]:
-    """Read the rows for the requested algorithm, or else for DPO if they have its columns, and for SFT if not."""
+    """Read the rows for the requested algorithm, or else for the first of DPO, KTO and SFT whose columns they have."""
 
     def read(algorithm: Algorithm) -> tuple[Rows, RowFormat, Algorithm]:
         row_format = algorithm.row_format.with_columns(columns)
         return read_rows(data, field, row_format), row_format, algorithm
 
-    pairs, examples = algorithm_named("dpo"), algorithm_named("sft")
+    pairs, answers, examples = map(algorithm_named, ("dpo", "kto", "sft"))
     if sft is not None:
         return read(examples if boolean("sft", sft) else pairs)
     if hasattr(data, "__next__"):
@@ -146,6 +150,8 @@ def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, Ro
     try:
         return read(pairs)
     except ConfigurationError as error:
+        with suppress(ConfigurationError):
+            return read(answers)
         try:
             return read(examples)
         except ConfigurationError as other:

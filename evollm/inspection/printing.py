@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from evollm.data.row_report import listed
+from evollm.data.unpaired_rows import Balance
 from evollm.inspection.forecast import Forecast
 from evollm.inspection.result import Inspection, RenderedRow
 
 MOST_CHARACTERS = 600
 UNPAIRED = (
-    "Rows with a label (unpaired preferences, as for KTO): used for SFT, on the completions that are labelled good "
-    "alone; evollm learns preferences from pairs"
+    "Rows with a label (unpaired preferences): used for SFT, on the completions that are labelled good alone; KTO "
+    "(algorithm: kto) learns from all that have a prompt"
 )
 
 
@@ -63,11 +64,20 @@ def _rows_lines(inspection: Inspection) -> list[str]:
         lines.append(f"Columns not used: {', '.join(inspection.unused)}")
     if report.noun == "example" and "label" in inspection.columns:
         lines.append(UNPAIRED)
+    if inspection.balance is not None:
+        lines.append(_balance_line(inspection.balance))
     lines.append(f"{report.kept} {report.noun}{'' if report.kept == 1 else 's'} kept, {report.num_dropped} dropped")
     for reason, (count, rows) in report.dropped.items():
         lines.append(f"  {count} {reason}: {listed(count, rows)}")
     lines += [f"Warning: {warning}" for warning in report.warnings]
     return lines + ([f"  For turns of it {report.template_hint}"] if report.template_hint else [])
+
+
+def _balance_line(balance: Balance) -> str:
+    line = f"Rows with a label (unpaired preferences): for KTO, algorithm: kto; {balance}"
+    if balance.lacks_a_class:
+        return f"{line}: KTO needs both; --sft reads the completions that are labelled good alone"
+    return f"{line}; recommended are {balance.advice()}"
 
 
 def _length_table(inspection: Inspection) -> Table:

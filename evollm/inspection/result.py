@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evollm.data.row_report import DataReport
+from evollm.data.unpaired_rows import Balance
 from evollm.inspection.forecast import Forecast
 
 
@@ -84,6 +85,7 @@ class Inspection:
         rejected_longer: Share of the pairs whose rejected side is longer; None for examples.
         examples: Three rows, decoded.
         forecast: Estimated memory and time of a run; None if the model is not known.
+        balance: For answers with labels how many of them are desirable; else None.
     """
 
     report: DataReport
@@ -102,3 +104,4 @@ class Inspection:
     rejected_longer: float | None
     examples: tuple[RenderedRow, ...]
     forecast: Forecast | None
+    balance: Balance | None = None

@@ -123,6 +123,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
                         encoder_decoder=encoder_decoder,
                         cache_dir=cache_dir,
                     )
+        self._check_rows()
         _warn_of_plain_text(self.reports["train"])
         _warn_of_templates(self.reports)
         _warn_of_overlap(self._pairs, self.row_format.noun)
@@ -401,6 +402,9 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
                 f"{split}_dataset", None, f"{type(self).__name__} needs a {split}_dataset to evaluate on it"
             )
         return self._pairs[split]
+
+    def _check_rows(self) -> None:
+        """Refuse rows that cannot be learnt from together: a hook for subclasses."""
 
     @abstractmethod
     def _reward(self, numbers: NDArray[Any], pairs: Sequence[Sample]) -> float:

@@ -138,7 +138,7 @@ def _terms(merge: FinalCandidates, algorithm: Algorithm) -> Terms:
     Raises:
         ConfigurationError: The algorithm has no such score, or it has no terms.
     """
-    smooth = next((name for name in ("log_loss", "loss") if name in algorithm.fitnesses), "")
+    smooth = next((name for name in ("log_loss", "loss", "auc") if name in algorithm.fitnesses), "")
     fitness = fitness_named(merge.score or smooth, algorithm.fitnesses)
     if not isinstance(fitness, NamedFitness):
         raise ConfigurationError("merge.score", merge.score, "must be an evollm.hpo.NamedFitness, which has terms")
@@ -238,6 +238,7 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
             )
         _check_evolution(population, options, Schedule.of(options, len(env), held_out=True))
     check_base(population[0].base, env)
+    algorithm.check(population, env)
 
 
 def _check_types(population: Sequence[SavableAgent], env: DatasetGym, algorithm: Algorithm) -> None:

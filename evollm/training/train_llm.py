@@ -1,4 +1,4 @@
-"""The public functions for training: `finetune_llm_preference`, `finetune_llm_sft` and `finetune`."""
+"""The public functions for training: `finetune` and those of one algorithm each, such as `finetune_llm_sft`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
-from evollm.algorithms import ALGORITHMS, DPO, SFT, Algorithm, algorithm_of
+from evollm.algorithms import ALGORITHMS, DPO, KTO, SFT, Algorithm, algorithm_of
 from evollm.algorithms.saving import SavableAgent
 from evollm.execution.executor import ExecutorFactory
 from evollm.execution.members import DATA
 from evollm.execution.named import LOCAL
 from evollm.foreign import LOOP, LOOP_ORDER, explains
 from evollm.hpo import FinalCandidates, Guards, Mutations, Search, TournamentSelection
-from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
+from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym, UnpairedGym
 from evollm.processes import check_processes
 from evollm.runs.events import Callback
 from evollm.training.prepare import FitnessFunction, check_arguments, check_paths, prepare
@@ -215,6 +215,29 @@ def finetune_llm_sft(pop: Sequence[SFT], env: SFTGym, **arguments: Any) -> tuple
         ConfigurationError, CheckpointError, DivergedError: As `finetune_llm_preference` does.
     """
     return _finetune(ALGORITHMS["sft"], pop, env, **arguments)
+
+
+@_with_arguments_of(finetune_llm_preference, "guards")
+def finetune_llm_kto(pop: Sequence[KTO], env: UnpairedGym, **arguments: Any) -> tuple[list[KTO], list[float]]:
+    """Tune a population on answers that are labelled desirable or undesirable, and evolve the population.
+
+    Args:
+        pop: KTO agents, on one base. A list of one is an ordinary KTO run. Use the returned population afterwards.
+        env: Serves the batches; the run begins at the gym's present position.
+        **arguments: Those of `finetune_llm_preference` except `guards`. A `fitness` function takes an
+            `UnpairedEvaluation`, or is a name of `evollm.hpo.UNPAIRED_FITNESSES`: "mean_margin", or the default "auc",
+            the probability that a desirable answer has a larger log-ratio than an undesirable one.
+
+    Returns:
+        The population at the end, which may lack the fittest agent of the run, and for each agent the first component
+        of its last fitness: with the default fitness its AUC. NaN for a diverged agent, and for all agents without
+        held-out rows.
+
+    Raises:
+        ConfigurationError, CheckpointError, DivergedError: As `finetune_llm_preference` does; and a
+            `ConfigurationError` for batches of one answer with a loss that needs two.
+    """
+    return _finetune(ALGORITHMS["kto"], pop, env, **arguments)
 
 
 @_with_arguments_of(finetune_llm_preference)

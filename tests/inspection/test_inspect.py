@@ -211,21 +211,45 @@ def test_the_command_lists_what_each_column_is_and_every_column_that_is_not_used
 
 
 @pytest.mark.parametrize(
-    "rows",
+    ("rows", "flags"),
     [
-        [{"prompt": "Is it?", "completion": " yes", "label": label} for label in (True, False)],
-        [{"text": text, "label": label} for text, label in (("It is so.", 1), ("It is not.", 0))],
+        ([{"prompt": "Is it?", "completion": " yes", "label": label} for label in (True, False)], ["--sft"]),
+        ([{"text": text, "label": label} for text, label in (("It is so.", 1), ("It is not.", 0))], []),
     ],
 )
-def test_rows_of_unpaired_preferences_are_said_to_be_for_sft(
-    rows: list[Any], model_folder: Path, tmp_path: Path, capsys, monkeypatch
+def test_rows_of_unpaired_preferences_are_said_to_be_used_for_sft(
+    rows: list[Any], flags: list[str], model_folder: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert main(["inspect", str(tmp_path / "a.json"), "--model", str(model_folder)]) == 0
+    assert main(["inspect", str(tmp_path / "a.json"), "--model", str(model_folder), *flags]) == 0
     out = capsys.readouterr().out
-    assert "unpaired preferences, as for KTO): used for SFT" in out
+    assert "unpaired preferences): used for SFT" in out
     assert "1 example kept, 1 dropped\n  1 labelled as not preferred: row 1\n" in out
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (
+            (1, 1, 1, 0),
+            "3 desirable and 1 undesirable answers; recommended are either desirable_weight from 0.333 to 0.444 or "
+            "undesirable_weight from 2.25 to 3",
+        ),
+        ((True, True), "2 desirable and 0 undesirable answers: KTO needs both; --sft reads"),
+    ],
+)
+def test_labels_are_counted_and_weights_recommended(
+    labels: tuple[object, ...], said: str, model_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = [{"prompt": "Is it?", "completion": f" yes {label}", "label": label} for label in labels]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert main(["inspect", str(tmp_path / "a.json"), "--model", str(model_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Columns read: prompt, completion, label"
+    assert lines[1].startswith(f"Rows with a label (unpaired preferences): for KTO, algorithm: kto; {said}")
+    assert lines[2] == f"{len(labels)} answers kept, 0 dropped"
 
 
 @pytest.mark.parametrize(
