@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-deepspeed test-trackers docs lint types imports unit clean
+.PHONY: demo test test-deepspeed test-ray test-trackers docs lint types imports unit clean
 
 # Torch first and by itself: asked for with a range, pip may choose a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,6 +43,11 @@ unit: $(VENV)/.model
 test-deepspeed: $(VENV)/.model
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,deepspeed]"
 	$(BIN)/python -m pytest tests/distributed tests/test_tutorials.py
+
+# Apart from `make test`, for Ray's 200 MB. Clusters are on this machine.
+test-ray: $(VENV)/.model
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,ray]"
+	$(BIN)/python -m pytest tests/execution
 
 # Apart from `make test`, for the packages that they bring along. Nothing is sent anywhere.
 test-trackers: $(VENV)/.model

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from unicodedata import category
 
+from typing_extensions import Self
+
 # The largest lengths of the parts of a message, in characters: a string such as a path, another value, the fix, and the
 # reason of another library.
 _MAX_TEXT = 400
@@ -39,6 +41,10 @@ class ConfigurationError(EvoLLMError, ValueError):
         self.field = field
         self.value = value
         self.fix = fix
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, object, str]]:
+        # An exception is pickled with its message as the only argument, unless it says otherwise.
+        return type(self), (self.field, self.value, self.fix)
 
 
 def one_line(text: str) -> str:
@@ -75,6 +81,10 @@ class DivergedError(EvoLLMError):
     """Every agent of the population has a loss, gradient or fitness that is not finite."""
 
 
+class WorkerError(EvoLLMError):
+    """A worker of a run, in another process or on another machine, has failed or was lost and cannot be replaced."""
+
+
 class MissingExtraError(EvoLLMError, ImportError):
     """An optional dependency is not installed.
 
@@ -88,3 +98,7 @@ class MissingExtraError(EvoLLMError, ImportError):
         super().__init__(f'{purpose} needs the package {package}: pip install "evollm[{extra}]"')
         self.package = package
         self.extra = extra
+        self._purpose = purpose
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, str]]:
+        return type(self), (self.package, self.extra, self._purpose)

@@ -9,6 +9,7 @@ from evollm.errors import (
     DivergedError,
     EvoLLMError,
     MissingExtraError,
+    WorkerError,
 )
 from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, Search, SearchPlan, TournamentSelection
 from evollm.inspection import Inspection, inspect_data
@@ -39,6 +40,7 @@ __all__ = [
     "SearchPlan",
     "TournamentSelection",
     "TuneResult",
+    "WorkerError",
     "finetune_llm_preference",
     "finetune_llm_sft",
     "inspect_data",

@@ -57,6 +57,7 @@ def train(folder: Path, room: Any, **changes: Any) -> Path:
         "verbose": False,
         **changes,
     }
+    model = arguments.pop("model", model)
     # Drawing takes longer than all the rest.
     write.render = quick_page
     with room:

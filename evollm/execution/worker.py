@@ -212,7 +212,7 @@ class Worker:
     def keep_best(self, index: int) -> None:
         """Copy an agent as the best so far; forget the copy before, also if another worker has the agent."""
         here = any(agent.index == index for agent in self.agents)
-        self.best_so_far = _on_cpu(self.agent(index).to_folder()) if here else None
+        self.best_so_far = on_cpu(self.agent(index).to_folder()) if here else None
         self._live_best = None
 
     def combine(self, index: int, recipe: Recipe, arriving: Mapping[int, AgentFolder] = _NOBODY) -> None:
@@ -348,6 +348,7 @@ class Worker:
         state = {
             "env": self.env.state_dict(),
             "began_as": self._began_as,
+            "step": self._done,
             "engine": self._engine.state_dict(),
             "generators": global_generators(),
         }
@@ -431,7 +432,7 @@ def _fingerprint(folder: AgentFolder) -> str:
     return adapter_fingerprint(actor.config, actor.tensors)
 
 
-def _on_cpu(folder: AgentFolder) -> AgentFolder:
+def on_cpu(folder: AgentFolder) -> AgentFolder:
     """A copy with the moments on the CPU; the adapters of a folder are copies on the CPU already."""
 
     def copied(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,7 @@ from evollm.errors import ConfigurationError
 from evollm.execution.crossover import check_crossover
 from evollm.execution.executor import Combines, ExecutorFactory, check_executor
 from evollm.execution.members import check_parallel, executor_of
+from evollm.execution.named import executor_named
 from evollm.hpo import (
     Birth,
     Evaluation,
@@ -93,7 +94,10 @@ def check_arguments(
     *,
     fitness: FitnessFunction | str | None,
     callbacks: Sequence[Callback],
-    executor: ExecutorFactory,
+    executor: ExecutorFactory | str,
+    workers: int | None,
+    resources_per_worker: Mapping[str, float] | None,
+    ray_address: str | None,
     parallel: str,
     report_to: str | Sequence[str] | None,
     wb: bool,
@@ -115,10 +119,8 @@ def check_arguments(
         # Answers are sampled by the executor, whatever the algorithm.
         _check_measurable(Guards(max_kl=asked.bounds.max_kl), algorithm.evaluate, algorithm.name)
     function = check_fitness(fitness, algorithm)
-    if not callable(executor):
-        fix = "must be a class or a function from agents and gym to an evollm.execution.executor.Executor"
-        raise ConfigurationError("executor", executor, fix)
-    check_parallel(parallel, executor)
+    make_executor = executor_named(executor, workers, resources_per_worker, ray_address)
+    check_parallel(parallel, make_executor)
     listeners = list(check_callbacks(callbacks))
     boolean("verbose", verbose)
     trackers = tracker_names(report_to, wb=wb, tensorboard=tensorboard)
@@ -127,7 +129,7 @@ def check_arguments(
         writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
         listeners = [*writers, *listeners, *([Console()] if verbose else [])]
     terms = None if asked.candidates is None else _terms(asked.candidates, algorithm)
-    return RunArguments(algorithm, asked, paths, function, listeners, executor, parallel, terms)
+    return RunArguments(algorithm, asked, paths, function, listeners, make_executor, parallel, terms)
 
 
 def _terms(merge: FinalCandidates, algorithm: Algorithm) -> Terms:

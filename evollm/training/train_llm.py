@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAli
 from evollm.algorithms import ALGORITHMS, DPO, SFT, Algorithm, algorithm_of
 from evollm.algorithms.saving import SavableAgent
 from evollm.execution.executor import ExecutorFactory
-from evollm.execution.local import LocalExecutor
 from evollm.execution.members import DATA
+from evollm.execution.named import LOCAL
 from evollm.foreign import LOOP, LOOP_ORDER, explains
 from evollm.hpo import FinalCandidates, Guards, Mutations, Search, TournamentSelection
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym
@@ -61,7 +61,10 @@ def finetune_llm_preference(
     callbacks: Sequence[Callback] = (),
     accelerator: Accelerator | None = None,
     parallel: str = DATA,
-    executor: ExecutorFactory = LocalExecutor,
+    executor: ExecutorFactory | str = LOCAL,
+    workers: int | None = None,
+    resources_per_worker: Mapping[str, float] | None = None,
+    ray_address: str | None = None,
     report_to: str | Sequence[str] | None = None,
     wb: bool = False,
     tensorboard: bool = False,
@@ -131,7 +134,15 @@ def finetune_llm_preference(
             all make the same updates. "members": each has a share of the agents and trains them on whole batches by
             itself, without any traffic of gradients. "auto": members if there are at least as many as processes and
             DeepSpeed shards nothing, else data. A run may go on with another value.
-        executor: A class or function from agents and gym to an `evollm.execution.executor.Executor`.
+        executor: Where the agents are: "local", in this process; "ray", on workers of a Ray cluster, for which the base
+            must have a name or folder that every worker can load; or a class or function from agents and gym to an
+            `evollm.execution.executor.Executor`.
+        workers: With Ray, the number of workers among which the agents are divided; None: one for each agent, as far as
+            the cluster has room.
+        resources_per_worker: With Ray, what each worker needs, by Ray's names, such as `{"CPU": 2, "GPU": 0.5}`; None:
+            one CPU, and one GPU if the cluster has any.
+        ray_address: With Ray, the address of a cluster; None: the one that `ray.init` finds, or a new one on this
+            machine for this run.
         report_to: Trackers to write to as well: "tensorboard", "wandb", "trackio" or a list of these, each an extra of
             that name; "none" or None: none. A resumed run continues its run in the tracker.
         wb: The same as `report_to="wandb"`.
@@ -147,6 +158,7 @@ def finetune_llm_preference(
         ConfigurationError: An argument is invalid; raised before any training.
         CheckpointError: Every checkpoint of the run to resume is damaged, or another process writes to the folder.
         DivergedError: Every agent's loss or gradient has become NaN or infinite, and none was evaluated before.
+        WorkerError: A worker is out of memory, or was lost and cannot be replaced.
     """
     return _finetune(ALGORITHMS["dpo"], **locals())
 

@@ -37,8 +37,8 @@ _PLACES = {"checkpoint_path": CHECKPOINTS, "elite_path": ELITE}
 _PATHS = {*_ROWS, *_PLACES, "model", "tokenizer", "start_from", "archive", "cache_dir"}
 # Where tokenised rows are kept; a run works without it.
 _CACHE = "cache_dir"
-# Never taken from a run folder, which may have been moved.
-_NOT_TAKEN = frozenset({"run_dir", "resume_from_checkpoint"})
+# Never taken from a run folder, which may have been moved, or come from somebody else: a cluster gets the data.
+_NOT_TAKEN = frozenset({"run_dir", "resume_from_checkpoint", "ray_address"})
 
 
 def write_tune_arguments(run_dir: Path, arguments: Mapping[str, Any]) -> None:

@@ -170,7 +170,7 @@ A_CLASS = "must be a class or a function from agents and gym"
 @pytest.mark.parametrize(
     ("executor", "fix"),
     [
-        *[("ray", A_CLASS), (3, A_CLASS), (None, A_CLASS)],
+        *[("rey", A_CLASS), (3, A_CLASS), (None, A_CLASS)],
         (Half, "makes what lacks changed_text, members, begin, learn"),
         (lambda agents, env: agents, "makes what lacks processes, describe"),
     ],

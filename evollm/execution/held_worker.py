@@ -1,0 +1,198 @@
+"""A worker in a process of its own: made of plain data, on a base that it loads by itself, and called by name."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import platform
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from evollm.algorithms.saved_attributes import accepted_by
+from evollm.algorithms.saving import SavableAgent
+from evollm.checkpoints import AgentFolder, Population
+from evollm.errors import ConfigurationError, EvoLLMError, WorkerError, one_line
+from evollm.execution.generators import global_generators, set_global_generators
+from evollm.execution.worker import Worker, on_cpu
+from evollm.llm_envs import DatasetGym
+from evollm.version import __version__
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What workers are made of, as data that can be pickled.
+
+    Attributes:
+        kind: Class of the agents; a class of one's own has to be importable where the worker is, or be defined in the
+            script that runs.
+        arguments: Keyword arguments of its constructor for one agent, the base among them by its name or folder.
+        env: The gym, with the tokenised rows.
+        fingerprint: Digest of the weights of the base.
+        agents: For each worker its first members.
+        generators: States of the global random generators.
+    """
+
+    kind: type[SavableAgent]
+    arguments: Mapping[str, Any]
+    env: DatasetGym
+    fingerprint: str
+    agents: Sequence[Sequence[AgentFolder]]
+    generators: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, agents: Sequence[SavableAgent], env: DatasetGym, places: Sequence[int], count: int) -> Blueprint:
+        """The blueprint of workers with these agents.
+
+        Args:
+            agents: The agents, on one base.
+            env: Their gym.
+            places: The worker of each agent.
+            count: Number of workers.
+
+        Raises:
+            ConfigurationError: The agents have something that other processes cannot have.
+        """
+        first, base = agents[0], agents[0].base
+        if first.accelerator is not None:
+            fix = "workers are processes of their own, with a whole base each: leave it out"
+            raise ConfigurationError("accelerator", "Accelerator(...)", fix)
+        if not base.name:
+            fix = "each worker loads the base by itself: model.save_pretrained(folder), and pass the folder"
+            raise ConfigurationError("model", "a model without a name", fix)
+        if any(agent._mutation_hooks for agent in agents):
+            fix = "are called where the agents are, which is in other processes: use an executor in this one"
+            raise ConfigurationError("register_mutation_hook", "the agents' hooks", fix)
+        arguments: dict[str, Any] = {
+            **accepted_by(type(first), first.settings),
+            **accepted_by(type(first), first.hyperparameters),
+            "model_name": base.name,
+            "model_config": dict(base.model_config) or None,
+            "archive": None if base.archive is None else base.archive.path,
+            "lora_config": base.adapters.config(first.actor_adapter),
+            "hp_config": first.hp_config,
+        }
+        folders = [
+            [on_cpu(agent.to_folder()) for agent, where in zip(agents, places, strict=True) if where == place]
+            for place in range(count)
+        ]
+        return cls(type(first), arguments, env, base.weights_fingerprint, folders, global_generators())
+
+    def worker(self, place: int) -> Worker:
+        """The worker of a place.
+
+        Raises:
+            ConfigurationError: The base cannot be loaded here, or has other weights.
+        """
+        with warnings.catch_warnings():
+            # Where the arguments come from, all that is to be said of them has been said.
+            warnings.simplefilter("ignore")
+            like = self.kind(**self.arguments)
+        if like.base.weights_fingerprint != self.fingerprint:
+            fix = "has other weights here than where the run was started: save the model as it is there, or copy it"
+            raise ConfigurationError("model", like.base.name, fix)
+        agents = [like.clone() for _ in self.agents[place]]
+        for agent, folder in zip(agents, self.agents[place], strict=True):
+            agent.load_folder(folder, overwrite_reference_adapter=False)
+        worker = Worker(agents, self.env, like)
+        like.release()
+        set_global_generators(self.generators)
+        return worker
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call gave: a value, or an error with its traceback as text."""
+
+    value: Any = None
+    error: Exception | None = None
+    trace: str = ""
+
+    def result(self) -> Any:
+        """The value.
+
+        Raises:
+            Exception: The error.
+        """
+        if self.error is None:
+            return self.value
+        raise self.error from (None if isinstance(self.error, EvoLLMError) else WorkerError(self.trace))
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a worker is, and the versions of the packages there that the bits of a run depend on."""
+
+    machine: str
+    pid: int
+    versions: Mapping[str, str]
+
+    @classmethod
+    def present(cls) -> Home:
+        """That of this process."""
+        # evollm's version comes from the imported code, which may run without being installed.
+        versions = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
+        return cls(platform.node(), os.getpid(), {"evollm": __version__, **versions})
+
+
+class HeldWorker:
+    """A worker that is called by the names of its methods. It knows nothing that its caller was not told."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+
+    def home(self) -> Home:
+        """Where this worker is."""
+        return Home.present()
+
+    def build(self, blueprint: bytes, place: int) -> Outcome:
+        """Make the worker of a place. This is no constructor, whose time would be that of a cluster without room.
+
+        Args:
+            blueprint: A pickled `Blueprint`; only from the process that started this one.
+            place: Place of the worker.
+        """
+
+        def build() -> None:
+            found: Blueprint = pickle.loads(blueprint)
+            self._worker = found.worker(place)
+
+        return outcome(build)
+
+    def call(self, method: str, arguments: Mapping[str, Any]) -> Outcome:
+        """Call a method of the worker; agents that it returns are copied to the CPU."""
+        return outcome(lambda: _plain(getattr(self._worker, method)(**arguments)))
+
+
+def outcome(function: Callable[[], Any]) -> Outcome:
+    """What a function gives, or its error."""
+    try:
+        return Outcome(function())
+    except Exception as error:
+        return Outcome(error=_portable(error), trace=traceback.format_exc())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, AgentFolder):
+        return on_cpu(value)
+    if isinstance(value, Population):
+        return replace(value, agents=[on_cpu(agent) for agent in value.agents])
+    return {key: _plain(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its text where it cannot be pickled."""
+    where = platform.node()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        fix = "use fewer workers for each card, or a smaller micro_batch_size_per_gpu"
+        return WorkerError(f"a worker on {where} is out of memory: {fix} ({one_line(str(error))})")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return WorkerError(f"a worker on {where} failed: {type(error).__name__}: {one_line(str(error))}")
+    return error

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows
+from mortal_workers import mortal_executor
+
+from evollm import (
+    DPO,
+    Callback,
+    ConfigurationError,
+    HyperparameterConfig,
+    MissingExtraError,
+    Mutations,
+    PreferenceGym,
+    RLParameter,
+    TournamentSelection,
+    WorkerError,
+    finetune_llm_preference,
+)
+from evollm.execution.held_worker import Home, outcome
+from evollm.execution.journal import CALLS, Journal
+from evollm.execution.ray_workers import check_versions, checked_count, default_resources
+
+HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
+
+
+@pytest.fixture
+def run(model_folder, lora, tokenizer, tmp_path) -> Callable[..., list[DPO]]:
+    """Run, or resume, a population of four in a folder of that name."""
+
+    def start(name: str, *, resume: bool = False, **changes: Any) -> list[DPO]:
+        env = PreferenceGym(
+            make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4, final_dataset=make_rows(4, 20)
+        )
+        agents = DPO.population(
+            4, model_name=str(model_folder), lora_config=lora, lr=1e-3, hp_config=HP_CONFIG, max_grad_norm=1.0
+        )
+        arguments = {
+            "max_steps": 5,
+            "evo_steps": 2,
+            "checkpoint_steps": 1,
+            "verbose": False,
+            "num_sample_answers": 1,
+            "resume_from_checkpoint" if resume else "run_dir": tmp_path / name,
+            **changes,
+        }
+        if "search" not in arguments:
+            arguments["tournament"] = TournamentSelection(2, True, 4, rand_seed=3)
+            arguments["mutation"] = Mutations(0.2, 0.8, rand_seed=5)
+        return finetune_llm_preference(agents, env, **arguments)[0]
+
+    return start
+
+
+def weights(population: list[DPO]) -> list[torch.Tensor]:
+    return [torch.cat([one.detach().flatten() for one in agent.actor_parameters()]) for agent in population]
+
+
+def never(place: int, method: str) -> str:
+    return ""
+
+
+def at_random(seed: int, share: float) -> Callable[[int, str], str]:
+    """Workers die in so many of their calls, replayed ones too, before or after the call was made."""
+    rng = np.random.default_rng(seed)
+    return lambda place, method: str(rng.choice(["before", "after"])) if rng.random() < share else ""
+
+
+def lineage(folder: Path) -> list[dict[str, Any]]:
+    """Who came from whom with which values; fitnesses carry the rounding of the passes."""
+    lines = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "fitnesses"} for line in lines]
+
+
+def assert_same_bits(whole: Path, other: Path) -> None:
+    for name in ("lineage.jsonl", "metrics.jsonl"):
+        assert (other / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_run_whose_workers_die_ends_as_without_deaths_bit_for_bit(run, tmp_path) -> None:
+    here = run("here", search="successive_halving")
+    whole = run("whole", executor=mortal_executor(never), search="successive_halving")
+    made: list[Any] = []
+    with pytest.warns(UserWarning, match=r"worker \d was lost, and another one goes on"):
+        mortal = run("mortal", executor=mortal_executor(at_random(1, 0.06), made), search="successive_halving")
+    assert made[0].deaths > 2
+    assert [agent.index for agent in mortal] == [agent.index for agent in whole] == [agent.index for agent in here]
+    assert all(map(torch.equal, weights(mortal), weights(whole)))
+    assert_same_bits(tmp_path / "whole", tmp_path / "mortal")
+    assert lineage(tmp_path / "whole") == lineage(tmp_path / "here")
+    # Members of different workers share no passes, so roundings differ.
+    for one, other in zip(weights(here), weights(whole), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+class Crash(Callback):
+    def on_step(self, event) -> None:
+        if event.step == 3:
+            raise RuntimeError("the machine fell over")
+
+
+def test_a_run_whose_driver_dies_too_resumes_bit_for_bit(run, tmp_path) -> None:
+    changes = {"update_reference_each_epoch": True, "merge": True}
+    whole = run("whole", executor=mortal_executor(never), **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match="fell over"):
+            run("killed", executor=mortal_executor(at_random(2, 0.05)), callbacks=[Crash()], **changes)
+        resumed = run("killed", resume=True, executor=mortal_executor(at_random(3, 0.05)), **changes)
+    assert all(map(torch.equal, weights(resumed), weights(whole)))
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_worker_that_dies_of_a_call_is_not_replaced_for_ever(run) -> None:
+    def dies(place: int, method: str) -> str:
+        return "before" if place == 1 and method == "learn_step" else ""
+
+    with (
+        pytest.warns(UserWarning, match="worker 1 was lost"),
+        pytest.raises(WorkerError, match=r"worker 1 was lost 6 times in learn_step.*fewer workers.*was killed"),
+    ):
+        run("run", executor=mortal_executor(dies), max_steps=3)
+
+
+def test_a_journal_repeats_what_changes_a_worker_and_stays_short() -> None:
+    journal = Journal()
+    for call in ["begin", "evaluate", "members", "learn_step", "exports"]:
+        journal.note((call, {}))
+    assert [method for method, _ in journal.calls()] == ["begin", "evaluate", "learn_step"]
+    assert not journal.is_due
+    journal.note(("apply", {}))
+    assert journal.is_due
+    journal.commit("the state")  # type: ignore[arg-type]
+    assert journal.calls() == [("begin", {}), ("restore", {"saved": "the state"})]
+    for _ in range(CALLS):
+        journal.note(("learn_step", {}))
+    assert journal.is_due
+    # Candidates are in no commit.
+    journal.note(("combine", {}))
+    assert not journal.is_due
+    journal.note(("restore", {"saved": "another"}))
+    assert journal.calls() == [("begin", {}), ("restore", {"saved": "another"})]
+
+
+def test_what_workers_elsewhere_cannot_have_is_said_before_the_run(run, make_population, gym, tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"model=.*each worker loads the base by itself"):
+        finetune_llm_preference(make_population(2), gym, run_dir=tmp_path / "a", executor=mortal_executor(never))
+    for changes, text in [
+        ({"workers": 2}, r"workers=2: is a setting of executor='ray'"),
+        ({"executor": "ray", "workers": 0}, r"workers=0"),
+        ({"executor": "ray", "resources_per_worker": 2}, r"resources_per_worker=2: must be a mapping"),
+        ({"executor": "ray", "ray_address": 6379}, r"ray_address=6379"),
+    ]:
+        with pytest.raises(ConfigurationError, match=text):
+            run("b", **changes)
+    assert not (tmp_path / "b").exists()
+
+
+def test_without_ray_its_extra_is_named(run, monkeypatch) -> None:
+    monkeypatch.setattr("evollm.execution.named.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'executor=\'ray\' needs the package ray: pip install "evollm\[ray\]"'):
+        run("run", executor="ray")
+
+
+@pytest.mark.parametrize(
+    ("count", "resources", "found"),
+    [
+        (None, {"CPU": 1}, 4),
+        (None, {"CPU": 4}, 3),
+        (2, {"CPU": 4, "GPU": 0.5}, 2),
+        (10, {"GPU": 0.1}, 10),
+        (None, {}, 4),
+        (
+            4,
+            {"CPU": 4},
+            r"workers=4: each needs 4 CPU, .* room for 3 \(nodes: 8 CPU, 1 GPU, 1.0 GiB of memory; 4 CPU\)",
+        ),
+        (1, {"TPU": 1}, "each needs 1 TPU, and the cluster has room for 0"),
+        (None, {"CPU": 16}, "each needs 16 CPU"),
+        (1, {"CPU": -1}, r"resources_per_worker\.CPU=-1"),
+        (1, {"CPU": 1.5}, r"resources_per_worker\.CPU=1.5"),
+        (1, {"CPU": "2"}, r"resources_per_worker\.CPU='2'"),
+    ],
+)
+def test_a_cluster_with_too_little_room_is_refused(count, resources, found) -> None:
+    nodes = [{"CPU": 8.0, "GPU": 1.0, "node:10.0.0.1": 1.0, "memory": 2.0**30}, {"CPU": 4.0}]
+    assert default_resources(nodes) == {"CPU": 1, "GPU": 1}
+    assert default_resources(nodes[1:]) == {"CPU": 1}
+    if isinstance(found, int):
+        assert checked_count(count, 4, resources, nodes) == found
+        return
+    with pytest.raises(ConfigurationError, match=found):
+        checked_count(count, 4, resources, nodes)
+
+
+def test_a_worker_with_other_packages_is_refused() -> None:
+    here = Home.present()
+    check_versions(here, here)
+    there = Home("node7", 1, {**here.versions, "torch": "1.0"})
+    with pytest.raises(ConfigurationError, match=r"workers='node7': node7 has torch 1.0 and .*: install the same"):
+        check_versions(there, here)
+
+
+def test_errors_of_a_worker_arrive_as_they_are_or_as_text() -> None:
+    class LocalError(Exception):
+        """Cannot be pickled."""
+
+    def fails(error: Exception) -> Callable[[], None]:
+        def fail() -> None:
+            raise error
+
+        return fail
+
+    same = [ConfigurationError("lr", -1, "must be positive"), MissingExtraError("a", "b", "c"), ValueError("no")]
+    for error in same:
+        with pytest.raises(type(error)) as raised:
+            outcome(fails(error)).result()
+        assert str(raised.value) == str(error)
+    with pytest.raises(WorkerError, match=r"failed: LocalError: what\?"):
+        outcome(fails(LocalError("what?"))).result()
+    with pytest.raises(WorkerError, match=r"is out of memory: use fewer workers for each card"):
+        outcome(fails(torch.OutOfMemoryError("CUDA out of memory"))).result()

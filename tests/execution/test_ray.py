@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_rows
+
+from evollm import (
+    DPO,
+    ConfigurationError,
+    HyperparameterConfig,
+    Mutations,
+    PreferenceGym,
+    RLParameter,
+    TournamentSelection,
+    finetune_llm_preference,
+    tune,
+)
+from evollm.execution.ray_workers import RayTransport
+
+ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster with two CPUs on this machine, which all tests use."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def run(cluster, model_folder, lora, tokenizer, tmp_path) -> Callable[..., list[DPO]]:
+    """Run a population of four in a folder of that name."""
+
+    def start(name: str, before: Callable[[], object] = lambda: None, **changes: Any) -> list[DPO]:
+        env = PreferenceGym(make_rows(12), make_rows(6, 12), tokenizer, data_batch_size_per_gpu=4)
+        agents = DPO.population(
+            4, model_name=str(model_folder), lora_config=lora, lr=1e-3, hp_config=HP_CONFIG, max_grad_norm=1.0
+        )
+        before()
+        arguments = {"max_steps": 5, "evo_steps": 2, "verbose": False, "num_sample_answers": 1, **changes}
+        arguments["tournament"] = TournamentSelection(2, True, 4, rand_seed=3)
+        arguments["mutation"] = Mutations(0.2, 0.8, rand_seed=5)
+        return finetune_llm_preference(agents, env, run_dir=tmp_path / name, **arguments)[0]
+
+    return start
+
+
+def lineage(folder: Path) -> list[dict[str, Any]]:
+    """Who came from whom with which values; fitnesses carry the rounding of the passes."""
+    lines = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "fitnesses"} for line in lines]
+
+
+def weights(population: list[DPO]) -> list[torch.Tensor]:
+    return [torch.cat([one.detach().flatten() for one in agent.actor_parameters()]) for agent in population]
+
+
+def test_members_on_two_ray_workers_end_as_on_one_also_if_a_worker_is_killed_in_a_step(run, tmp_path, monkeypatch):
+    whole = run("local")
+    spread = run("spread", executor="ray", workers=2)
+    assert [agent.index for agent in spread] == [agent.index for agent in whole]
+    assert lineage(tmp_path / "spread") == lineage(tmp_path / "local")
+    # Members of different workers share no passes, so roundings differ.
+    for here, there in zip(weights(whole), weights(spread), strict=True):
+        torch.testing.assert_close(here, there, rtol=0, atol=1e-6)
+
+    send, killed = RayTransport.send, []
+
+    def send_and_kill(self: RayTransport, worker: Any, call: tuple[str, Any]) -> Any:
+        if worker.place != 1 or call[1].get("step") != 4 or killed:
+            return send(self, worker, call)
+        killed.append(self.homes()[1].pid)
+        pending = send(self, worker, call)
+        os.kill(killed[0], signal.SIGKILL)
+        return pending
+
+    monkeypatch.setattr(RayTransport, "send", send_and_kill)
+    with pytest.warns(UserWarning, match="worker 1 was lost"):
+        mortal = run("mortal", executor="ray", workers=2)
+    assert killed
+    assert all(map(torch.equal, weights(mortal), weights(spread)))
+    for name in ("lineage.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "mortal" / name).read_bytes() == (tmp_path / "spread" / name).read_bytes()
+
+
+def test_what_a_cluster_cannot_do_is_said_before_the_run(run, model_folder, tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"workers=3: each needs 1 CPU, and the cluster has room for 2"):
+        run("few", executor="ray", workers=3)
+    with pytest.raises(ConfigurationError, match=r"workers=2: worker 0, on .*, cannot begin: .*model.*"):
+        run("none", before=lambda: shutil.rmtree(model_folder), executor="ray")
+    assert not any((tmp_path / name).exists() for name in ("few", "none"))
+
+
+def test_tune_has_a_cluster_of_its_own_for_one_run(model_folder, lora, tmp_path) -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+    result = tune(
+        str(model_folder),
+        make_rows(16),
+        population=2,
+        lora_config=lora,
+        max_steps=2,
+        executor="ray",
+        workers=1,
+        resources_per_worker={"CPU": 1},
+        ray_address="local",
+        run_dir=tmp_path / "run",
+        num_sample_answers=0,
+        verbose=False,
+    )
+    assert result.best.base.name == str(model_folder)
+    assert not ray.is_initialized()
