@@ -16,7 +16,7 @@ from evollm.errors import ConfigurationError
 from evollm.execution.description import describe
 from evollm.execution.executor import Agreement, Description, Executor, ExecutorFactory
 from evollm.execution.local import LocalExecutor
-from evollm.execution.spread import Call, SpreadExecutor, first_places
+from evollm.execution.spread import FOR_MAIN, Call, SpreadExecutor, first_places
 from evollm.execution.wire import error_from_bytes, error_to_bytes, from_bytes, to_bytes
 from evollm.execution.worker import Worker
 from evollm.llm_envs import DatasetGym
@@ -131,13 +131,18 @@ class ProcessWorkers:
                 said = _VALUE + to_bytes(value) if value is not None else b""
             except Exception as error:
                 failed, said = error, _ERROR + error_to_bytes(error)
-        found: list[Any] = []
-        for rank, data in enumerate(self._processes.of_all(said)):
-            own = rank == self._processes.rank
+        large = method in FOR_MAIN
+        every = self._processes.of_all(said if failed or not large else b"")
+        for rank, data in enumerate(every):
             if data[:1] == _ERROR:
+                own = rank == self._processes.rank
                 raise failed if own and failed is not None else error_from_bytes(data[1:])
-            found.append(value if own else from_bytes(data[1:]) if data else None)
-        return found
+        if large:
+            every = self._processes.for_main(said) or [b""] * self.count
+        return [
+            value if rank == self._processes.rank else from_bytes(data[1:]) if data else None
+            for rank, data in enumerate(every)
+        ]
 
     def agents(self, places: Mapping[int, int]) -> list[Any]:
         """Live agents in every process: the own worker's, and copies of the others'."""

@@ -23,6 +23,10 @@ from evollm.runs.events import SampleAnswer, StepDone
 Call = Mapping[str, Any] | None
 
 
+# Methods whose results only the process that writes needs, since they hold all members.
+FOR_MAIN = frozenset({"saved"})
+
+
 class Workers(Protocol):
     """The workers of a run, wherever they are; all but `call` and `agents` is bookkeeping.
 
@@ -56,7 +60,8 @@ class Workers(Protocol):
             arguments: For each worker the keyword arguments, or None if it is not called.
 
         Returns:
-            What each worker returned, in the order of the workers; None of those that were not called.
+            What each worker returned, in the order of the workers; None of those that were not called, and, of a method
+            in `FOR_MAIN`, of those elsewhere, in a process that is not the main one.
 
         Raises:
             Exception: An error of a worker, in every process of `processes` alike; of several that of the first worker.
@@ -229,6 +234,10 @@ class SpreadExecutor:
     def save(self, folder: Path, state: Mapping[str, Any], arrays: Arrays) -> None:
         """Write a checkpoint, which does not depend on the number of workers; see `Executor.save`."""
         parts: list[Population] = self._call("saved")
+        main_writes(lambda: write_population(folder, self._joined(parts, state, arrays), self._base_name))
+
+    def _joined(self, parts: Sequence[Population], state: Mapping[str, Any], arrays: Arrays) -> Population:
+        """What a checkpoint has of all workers together."""
         by_index = {agent.attributes["index"]: agent for part in parts for agent in part.agents}
         known = ReferenceCache()
         for part in reversed(parts):
@@ -238,7 +247,7 @@ class SpreadExecutor:
             "places": list(self._places.values()),
             "best_place": self._best,
         }
-        saved = replace(
+        return replace(
             parts[0],
             agents=[by_index[index] for index in self._places],
             state={**state, **parts[0].state, **where},
@@ -246,7 +255,6 @@ class SpreadExecutor:
             reference_logprobs=known,
             best_so_far=next((part.best_so_far for part in parts if part.best_so_far is not None), None),
         )
-        main_writes(lambda: write_population(folder, saved, self._base_name))
 
     def load(self, folder: Path) -> None:
         """Restore a checkpoint, of any executor; see `Executor.load`."""
