@@ -374,7 +374,7 @@ class Worker:
         for agent in known[max(1, len(saved.agents)) :]:
             agent.release()
         self.agents = known[: len(saved.agents)]
-        self._spare = [] if saved.agents else known[:1]
+        self._spare = [] if saved.agents else [_without_index(known[0])]
         self.agents += [known[0].clone() for _ in saved.agents[len(self.agents) :]]
         for agent, folder in zip(self.agents, saved.agents, strict=True):
             agent.load_folder(folder, overwrite_reference_adapter=False)
