@@ -10,6 +10,7 @@ generators, lineage and metrics. A run that makes no step for a long time is stu
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import random
 import signal
@@ -140,7 +141,10 @@ def _start(run: Path, model: Path, address: str) -> subprocess.Popen[bytes]:
     run.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--run", str(run), str(model), address]
     with (run.parent / "log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        driver = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # Nobody would wait for it if this process were ended.
+    atexit.register(driver.kill)
+    return driver
 
 
 def main() -> None:

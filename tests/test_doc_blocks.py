@@ -26,6 +26,7 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ELSEWHERE = {
     "quickstart.md": "test_docs.py",
     "processes.md": "test_tutorials.py launches the same lines",
+    "ray.md": "execution/test_ray.py, which needs the extra ray",
     "from_agilerl.md": "test_agilerl_script.py",
     "from_trl.md": "test_from_trl.py",
 }

@@ -65,9 +65,7 @@ def executor_of(parallel: str, factory: ExecutorFactory, agents: Sequence[Savabl
         spreads = 1 < processes.size <= len(agents) and not sharded
         return members_executor if spreads else factory
     if sharded:
-        fix = (
-            "the base or the moments are sharded, so that all processes must compute together: take 'data'"
-        )
+        fix = "the base or the moments are sharded, so that all processes must compute together: take 'data'"
         raise ConfigurationError("parallel", parallel, fix)
     return members_executor if processes.size > 1 else factory
 

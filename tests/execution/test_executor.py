@@ -22,6 +22,7 @@ from evollm import (
     TournamentSelection,
     finetune_llm_preference,
 )
+from evollm.checkpoints import read_population
 from evollm.execution.executor import Executor
 from evollm.execution.local import LocalExecutor
 from evollm.execution.worker import Worker
@@ -103,6 +104,24 @@ def test_members_on_two_workers_end_as_on_one_and_go_on_when_killed(run, tmp_pat
     # Nothing is left but the members' adapters and their references.
     references = {agent.adapter("reference") for agent in spread}
     assert len(spread[0].base.adapters.names) == len(spread) + len(references)
+
+
+def test_a_checkpoint_has_members_go_where_they_were(make_population, gym, tmp_path) -> None:
+    def executor():
+        return TwoWorkers(make_population(3, hp_config=HP_CONFIG), copy.copy(gym))
+
+    begun, resumed = executor(), executor()
+    values = begun.members()[0].hyperparameters
+    for one in (begun, resumed):
+        one.begin([Birth(index, index, (), False, values) for index in range(3)], moving_references=False)
+    begun.apply([Birth(index, index, (), False, values) for index in (1, 0)])
+    begun.save(tmp_path / "step-000001", {"step": 1}, {})
+    resumed.load(tmp_path / "step-000001")
+    resumed.save(tmp_path / "step-000002", {"step": 1}, {})
+    for name in ("step-000001", "step-000002"):
+        assert read_population(tmp_path / name).state["places"] == [1, 0]
+    begun.close()
+    resumed.close()
 
 
 def test_candidates_are_made_of_members_of_two_workers(run, tmp_path) -> None:
