@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_rows
@@ -23,10 +24,12 @@ from evollm import (
     finetune_llm_preference,
 )
 from evollm.checkpoints import read_population
-from evollm.execution.executor import Executor
+from evollm.data.samples import Batch
+from evollm.execution.executor import FIRST_CANDIDATE, Executor
 from evollm.execution.local import LocalExecutor
+from evollm.execution.wire import from_bytes, to_bytes
 from evollm.execution.worker import Worker
-from evollm.hpo import Birth
+from evollm.hpo import Birth, Recipe
 from evollm.models import budget
 from evollm.models.engine import Engine
 from evollm.models.flops import EVALUATION, REFERENCES
@@ -172,6 +175,21 @@ def test_a_worker_takes_members_in_hands_them_over_and_begins_again_from_none(ma
         worker.close()
     # Two actors, and the reference that all share.
     assert len(base.adapters.names) == 3
+
+
+def test_other_processes_can_copy_a_candidate_of_another_rank(make_population, gym) -> None:
+    agents = make_population(2, hp_config=HP_CONFIG)
+    worker = Worker(agents, gym)
+    worker.begin(None, moving_references=False)
+    worker.learn_step(1)
+    worker.combine(FIRST_CANDIDATE, Recipe((agents[0].index, agents[1].index), "cat"))
+    candidate = worker.agent(FIRST_CANDIDATE)
+    copied = worker.copy_of(from_bytes(to_bytes(worker.export(FIRST_CANDIDATE))))
+    before, after = (one.base.adapters.config(one.actor_adapter).r for one in (agents[0], copied))
+    assert after > before
+    batch = Batch(gym.test_pairs)
+    for here, there in zip(candidate.logratios(batch), copied.logratios(batch), strict=True):
+        np.testing.assert_array_equal(here, there)
 
 
 def test_a_worker_that_is_restored_without_members_takes_in_any(make_population, gym) -> None:
