@@ -25,6 +25,11 @@ def _suits(agents: Sequence[Any], env: Any) -> None:
     del agents, env
 
 
+def _learns_alone(agent: Any) -> bool:
+    del agent
+    return False
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """A tuning algorithm.
@@ -42,6 +47,8 @@ class Algorithm:
         loop: Name of the function in `evollm.training` that runs the algorithm.
         fitnesses: The fitness functions that can be given by name.
         check: Called with agents and gym before a run, to refuse or to warn of what does not suit each other.
+        compares: Whether an agent's learning also takes a pass of it and of its reference over other answers of the
+            batch, as long as those that it learns from.
     """
 
     agent: type[SavableAgent]
@@ -56,6 +63,7 @@ class Algorithm:
     loop: str = "finetune"
     fitnesses: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
     check: Callable[[Sequence[Any], Any], None] = _suits
+    compares: Callable[[Any], bool] = _learns_alone
 
     @property
     def name(self) -> str:

@@ -230,5 +230,6 @@ register(
         evolves=("lr", "beta", "desirable_weight", "undesirable_weight"),
         loop="finetune_llm_kto",
         check=check_answers,
+        compares=lambda agent: agent.loss_type in WITH_KL,
     )
 )

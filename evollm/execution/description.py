@@ -58,16 +58,19 @@ def describe(first: SavableAgent, env: DatasetGym) -> Description:
 
 def _costs(first: SavableAgent, env: DatasetGym) -> Costs:
     """What the first agent needs for the rows of each split."""
-    flops, has_reference = first.base.flops, algorithm_of(first).has_reference
+    flops, algorithm = first.base.flops, algorithm_of(first)
+    has_reference, compares = algorithm.has_reference, algorithm.compares(first)
     splits = {"train": env.train_pairs, "test": env.test_pairs, "final": env.final_pairs}
     batches = {split: Batch(pairs) for split, pairs in splits.items()}
     reference = first.adapter(REFERENCE) if has_reference else None
     evaluation = {split: flops.of(batches[split], first.actor_adapter) for split in ("test", "final")}
     references = {split: flops.of(batch, reference) * has_reference for split, batch in batches.items()}
     return Costs(
-        training=flops.of(batches["train"], first.actor_adapter, training=True),
+        training=flops.of(batches["train"], first.actor_adapter, training=True)
+        + compares * flops.of(batches["train"], first.actor_adapter),
         evaluation=evaluation,
         references=references,
         kl=evaluation["test"] + references["test"],
         adapter=evaluation["test"] - flops.of(batches["test"], None),
+        mismatched=compares * references["train"],
     )

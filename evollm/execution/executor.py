@@ -56,6 +56,7 @@ class Costs:
         references: The reference's log-probs of each split, `train`, `test` and `final`; 0 without a reference.
         kl: Measuring `Evaluation.kl` on `test`: another pass of the agent and one of the reference.
         adapter: The share of `evaluation["test"]` that is due to the adapter and grows with its rank.
+        mismatched: The reference's log-probs of other answers that a pass over the training rows needs, anew in each.
     """
 
     training: int
@@ -63,6 +64,7 @@ class Costs:
     references: Mapping[str, int]
     kl: int = 0
     adapter: int = 0
+    mismatched: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from evollm.algorithms.agent import ACTOR
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder
-from evollm.checkpoints.lora_merge import differing_fields
 from evollm.execution.description import describe
 from evollm.execution.executor import Agreement, Description
 from evollm.execution.journal import JournaledCalls, Transport
+from evollm.execution.worker import live_copy
 from evollm.llm_envs import DatasetGym
 from evollm.processes import Processes
 
@@ -64,16 +63,8 @@ class RemoteWorkers:
         missing = [index for index in places if index not in self._live]
         folders = self._folders if missing and self._folders else self._exported(missing, places)
         for index in missing:
-            self._live[index] = self._copy_of(folders[index])
+            self._live[index] = live_copy(folders[index], self._like)
         return [self._live[index] for index in places]
-
-    def _copy_of(self, folder: AgentFolder) -> SavableAgent:
-        agent, actor = self._like.clone(), folder.adapter(ACTOR)
-        if differing_fields(agent.base.adapters.config(agent.actor_adapter), actor.config):
-            # A candidate that was combined of members may have another rank.
-            agent.replace_actor(actor)
-        agent.load_folder(folder, overwrite_reference_adapter=False)
-        return agent
 
     def _exported(self, indices: Sequence[int], places: Mapping[int, int]) -> dict[int, AgentFolder]:
         wanted = [[index for index in indices if places[index] == place] for place in range(self.count)]

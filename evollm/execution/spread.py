@@ -246,6 +246,8 @@ class SpreadExecutor:
             "workers": self._workers.count,
             "places": list(self._places.values()),
             "best_place": self._best,
+            # Each worker has measured the memory of its own device.
+            "engines": [part.state["engine"] for part in parts],
         }
         return replace(
             parts[0],
@@ -265,11 +267,13 @@ class SpreadExecutor:
         places = saved.state["places"] if same else first_places(indices, self._workers.count)
         self._best = (saved.state["best_place"] if same else 0) if saved.best_so_far is not None else None
         self._places, self._known = dict(zip(indices, places, strict=True)), None
+        engines = saved.state.get("engines") if same else None
         parts = []
         for place in self._all:
             agents = [agent for agent in saved.agents if self._places[agent.attributes["index"]] == place]
             best = saved.best_so_far if place == self._best else None
-            parts.append({"saved": replace(saved, agents=agents, best_so_far=best)})
+            state = saved.state if engines is None else {**saved.state, "engine": engines[place]}
+            parts.append({"saved": replace(saved, agents=agents, best_so_far=best, state=state)})
         self._call("restore", parts)
 
     def save_agent(self, index: int, folder: Path) -> None:

@@ -15,6 +15,7 @@ from evollm.algorithms import algorithm_of
 from evollm.algorithms.agent import ACTOR, OWN, REFERENCE
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder, Population
+from evollm.checkpoints.lora_merge import differing_fields
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.execution.answer_lengths import AnswerLengths
 from evollm.execution.carry_out import carry_out
@@ -113,9 +114,7 @@ class Worker:
     def copy_of(self, folder: AgentFolder, like: SavableAgent | None = None) -> SavableAgent:
         """A live agent on this worker's base, made of an export, that is no member; `like`: for a closed worker."""
         agents = self.agents or self._spare or ([] if like is None else [like])
-        agent = agents[0].clone()
-        agent.load_folder(folder, overwrite_reference_adapter=False)
-        return agent
+        return live_copy(folder, agents[0])
 
     def spare(self) -> SavableAgent:
         """A new agent that is no member, to make others of."""
@@ -374,7 +373,7 @@ class Worker:
         for agent in known[max(1, len(saved.agents)) :]:
             agent.release()
         self.agents = known[: len(saved.agents)]
-        self._spare = [] if saved.agents else known[:1]
+        self._spare = [] if saved.agents else [_without_index(known[0])]
         self.agents += [known[0].clone() for _ in saved.agents[len(self.agents) :]]
         for agent, folder in zip(self.agents, saved.agents, strict=True):
             agent.load_folder(folder, overwrite_reference_adapter=False)
@@ -419,6 +418,16 @@ class Worker:
         for agent in self._spare:
             agent.release()
         self._spare = []
+
+
+def live_copy(folder: AgentFolder, like: A) -> A:
+    """A new agent, made of an export, on the base of another agent."""
+    agent, actor = like.clone(), folder.adapter(ACTOR)
+    if differing_fields(agent.base.adapters.config(agent.actor_adapter), actor.config):
+        # A candidate that was combined of members may have another rank.
+        agent.replace_actor(actor)
+    agent.load_folder(folder, overwrite_reference_adapter=False)
+    return agent
 
 
 def _without_index(spare: SavableAgent) -> SavableAgent:

@@ -96,6 +96,7 @@ class Prices:
         passes = account.one_pass + (schedule.total - step) * costs.training / schedule.epoch
         epochs = passes / costs.training if costs.training else 0.0
         computed = (epochs if self.moving else min(1, epochs)) * references["train"] + references["test"]
+        computed += epochs * costs.mismatched
         return {
             "training": self.update_epochs * passes,
             "evaluation": evaluations * self.evaluation,
@@ -157,9 +158,12 @@ class Prices:
 
     def _a_step(self, step: int, learners: Sequence[Mapping[str, Value]]) -> float:
         """Operations of the step after `step`."""
-        computing = 1 if step < self.schedule.epoch else len(learners) * self.moving
+        known = step >= self.schedule.epoch
+        # References that move differ after the first epoch.
+        differing = len(learners) if known and self.moving else 1
         passes = sum(map(update_epochs, learners)) * self.costs.training
-        return (passes + computing * self.costs.references["train"]) / self.schedule.epoch
+        computed = (not known or self.moving) * self.costs.references["train"] + self.costs.mismatched
+        return (passes + differing * computed) / self.schedule.epoch
 
     def _candidates(self, members: int) -> int:
         """Most operations of the evaluations of candidates; those of members and of the best one of earlier steps."""

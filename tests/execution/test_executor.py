@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_rows
@@ -21,10 +24,12 @@ from evollm import (
     finetune_llm_preference,
 )
 from evollm.checkpoints import read_population
-from evollm.execution.executor import Executor
+from evollm.data.samples import Batch
+from evollm.execution.executor import FIRST_CANDIDATE, Executor
 from evollm.execution.local import LocalExecutor
+from evollm.execution.wire import from_bytes, to_bytes
 from evollm.execution.worker import Worker
-from evollm.hpo import Birth
+from evollm.hpo import Birth, Recipe
 from evollm.models import budget
 from evollm.models.engine import Engine
 from evollm.models.flops import EVALUATION, REFERENCES
@@ -170,6 +175,54 @@ def test_a_worker_takes_members_in_hands_them_over_and_begins_again_from_none(ma
         worker.close()
     # Two actors, and the reference that all share.
     assert len(base.adapters.names) == 3
+
+
+def test_other_processes_can_copy_a_candidate_of_another_rank(make_population, gym) -> None:
+    agents = make_population(2, hp_config=HP_CONFIG)
+    worker = Worker(agents, gym)
+    worker.begin(None, moving_references=False)
+    worker.learn_step(1)
+    worker.combine(FIRST_CANDIDATE, Recipe((agents[0].index, agents[1].index), "cat"))
+    candidate = worker.agent(FIRST_CANDIDATE)
+    copied = worker.copy_of(from_bytes(to_bytes(worker.export(FIRST_CANDIDATE))))
+    before, after = (one.base.adapters.config(one.actor_adapter).r for one in (agents[0], copied))
+    assert after > before
+    batch = Batch(gym.test_pairs)
+    for here, there in zip(candidate.logratios(batch), copied.logratios(batch), strict=True):
+        np.testing.assert_array_equal(here, there)
+
+
+def test_a_worker_that_is_restored_without_members_takes_in_any(make_population, gym) -> None:
+    agents = make_population(2, hp_config=HP_CONFIG)
+    values = agents[0].hyperparameter_values()
+    one, other = Worker(agents[:1], copy.copy(gym)), Worker(agents[1:], copy.copy(gym))
+    first = one.export(0)
+    one.begin([Birth(0, 0, (), False, values)], moving_references=False, first=first)
+    other.begin([Birth(1, 1, (), False, values)], moving_references=False, first=first)
+    saved = one.saved()
+    export = other.export(1)
+    # In the checkpoint the worker has no members; then the one comes that it had before.
+    other.restore(replace(saved, agents=[]))
+    other.apply([Birth(1, 1, (), False, values)], {1: export})
+    assert [member.index for member in other.members()] == [1]
+
+
+def test_each_worker_goes_on_with_what_it_measured_itself(make_population, gym, tmp_path) -> None:
+    def executor() -> TwoWorkers:
+        made = TwoWorkers(make_population(2, hp_config=HP_CONFIG), gym)
+        made.begin(None, moving_references=False)
+        return made
+
+    before, after = executor(), executor()
+    paths = {"paths": [], "affordable": []}
+    for number, worker in enumerate(before._workers.workers):
+        worker._engine = SimpleNamespace(state_dict={**paths, "budgets": [[True, True, True, 7 + number]]}.copy)
+    before.save(tmp_path / "step-000001", {"step": 1}, {})
+    loaded = []
+    for worker in after._workers.workers:
+        worker._engine = SimpleNamespace(load_state_dict=loaded.append)
+    after.load(tmp_path / "step-000001")
+    assert [state["budgets"][0][-1] for state in loaded] == [7, 8]
 
 
 def test_values_that_no_agent_can_have_change_nobody(make_population, gym) -> None:

@@ -160,3 +160,24 @@ def test_what_cannot_run_is_refused_before_training(make_model, tokenizer, lora,
     assert not (tmp_path / "run").exists()
     alone = KTO(actor_network=make_model(), lora_config=lora, loss_type="apo_zero_unpaired")
     finetune_llm_kto([alone], single, max_steps=1, run_dir=tmp_path / "alone", verbose=False)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_budget_of_one_run_has_the_passes_of_the_estimate_of_the_divergence(
+    make_model, tokenizer, lora, tmp_path: Path, moving
+) -> None:
+    env = UnpairedGym(answers(7), answers(2, 7), tokenizer, data_batch_size_per_gpu=4)
+    agent = KTO(actor_network=make_model(), lora_config=lora)
+    finetune_llm_kto(
+        [agent],
+        env,
+        max_steps=16,
+        budget=1.0,
+        num_sample_answers=0,
+        update_reference_each_epoch=moving,
+        run_dir=tmp_path / "run",
+        verbose=False,
+    )
+    assert agent.steps == 16
+    # A mismatched answer may be one of the rows, whose log-probs are known.
+    assert 0.9 < read_run(tmp_path / "run").spent[-1][1].runs < 1.01
