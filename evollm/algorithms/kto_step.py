@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from evollm.hpo.fitness import UnpairedEvaluation
 from evollm.models.engine import Engine, Item
 from evollm.models.flops import TRAINING
 from evollm.models.logprobs import MemberLogprobs
+from evollm.models.reference_cache import ReferenceCache
 from evollm.models.upload import upload
 
 if TYPE_CHECKING:
@@ -90,7 +92,9 @@ def learn_together(agents: Sequence[KTO], batch: Batch, *, training: bool = True
         DivergedError: An agent diverged in an earlier step.
         DataError: A reference gives a non-finite log-prob on a row, and an agent has `drop_nonfinite_rows=False`.
     """
-    return learn_by(Method(_objectives, _usable_rows), agents, batch, training=training)
+    # Mismatched answers seldom come again in another batch.
+    objectives = partial(_objectives, mismatched_references=ReferenceCache())
+    return learn_by(Method(objectives, _usable_rows), agents, batch, training=training)
 
 
 def mismatched(batch: Batch, limit: int | None = None) -> Batch:
@@ -111,7 +115,7 @@ def _with_answer(sample: Sample, answer: Completion, limit: int | None) -> Sampl
     return replace(sample, completions=(answer,), extras={})
 
 
-def kl_estimates(agents: Sequence[KTO], batch: Batch) -> list[float]:
+def kl_estimates(agents: Sequence[KTO], batch: Batch, cache: ReferenceCache) -> list[float]:
     """Each agent's estimate of its divergence from its reference (arXiv 2402.01306, section 4.2), in nats.
 
     It is the mean log-ratio of mismatched answers, and at least 0: answers that the prompt does not explain, but that
@@ -121,6 +125,7 @@ def kl_estimates(agents: Sequence[KTO], batch: Batch) -> list[float]:
     Args:
         agents: Agents of one base with equal pass options.
         batch: B answers.
+        cache: Keeps the references' log-probs of mismatched answers.
     """
     if len(batch) < FEWEST_ANSWERS or not any(agent.loss_type in WITH_KL for agent in agents):
         return [0.0] * len(agents)
@@ -131,7 +136,7 @@ def kl_estimates(agents: Sequence[KTO], batch: Batch) -> list[float]:
     options = replace(agents[0].pass_options, slot=agents[0].slot)
     items = Item.on(others, [agent.actor_adapter for agent in agents])
     policies = Engine.of(base).logprobs(items, options, TRAINING)
-    references = reference_logprobs(agents, others)
+    references = reference_logprobs(agents, others, cache=cache)
     found = []
     for agent, policy, reference in zip(agents, policies, references, strict=True):
         rows = finite_rows([reference]) if agent.loss_type in WITH_KL else []
@@ -148,8 +153,9 @@ def _usable_rows(
     return [tuple(finite_rows([found])) for found in reference_logprobs(agents, batch, reference)]
 
 
-def _objectives(agents: Sequence[KTO], batch: Batch) -> list[KTOObjective]:
-    references, estimates = reference_logprobs(agents, batch), kl_estimates(agents, batch)
+def _objectives(agents: Sequence[KTO], batch: Batch, mismatched_references: ReferenceCache) -> list[KTOObjective]:
+    references = reference_logprobs(agents, batch)
+    estimates = kl_estimates(agents, batch, mismatched_references)
     labels = torch.from_numpy(labels_of(batch) == DESIRABLE)
     return [
         KTOObjective(reference.chosen, labels, kl, agent.hyperparameters)

@@ -14,6 +14,7 @@ from evollm.errors import DataError
 from evollm.models.engine import Engine, Item
 from evollm.models.flops import REFERENCES
 from evollm.models.logprobs import CompletionSums
+from evollm.models.reference_cache import ReferenceCache
 from evollm.processes import Processes
 
 A = TypeVar("A", bound=LLMAgent)
@@ -30,7 +31,12 @@ BROKEN = "the base is broken, or numbers get too large for its type: load it ane
 
 
 def reference_logprobs(
-    agents: Sequence[LLMAgent], batch: Batch, reference: str | None = OWN, *, up_to_shorter: bool = False
+    agents: Sequence[LLMAgent],
+    batch: Batch,
+    reference: str | None = OWN,
+    *,
+    up_to_shorter: bool = False,
+    cache: ReferenceCache | None = None,
 ) -> list[CompletionSums]:
     """Log-probs of the batch's samples under each agent's reference, computed once for each reference and sample.
 
@@ -41,6 +47,7 @@ def reference_logprobs(
         batch: B samples.
         reference: Name of a frozen adapter; None: the base without adapter; by default each agent's reference.
         up_to_shorter: Whether to include the sums up to the shortest completion's length.
+        cache: What is computed is kept here; None: with the base, for good.
 
     Returns:
         (B,) float64 tensors on the CPU for each agent.
@@ -65,7 +72,8 @@ def reference_logprobs(
         again = sums_of(missing.select(finite), numbers)
         return [first.with_rows(finite, second) for first, second in zip(found, again, strict=True)]
 
-    found = base.reference_cache.get(list(distinct), batch, compute, up_to_shorter=up_to_shorter)
+    cache = base.reference_cache if cache is None else cache
+    found = cache.get(list(distinct), batch, compute, up_to_shorter=up_to_shorter)
     by_fingerprint = dict(zip(distinct, found, strict=True))
     return [by_fingerprint[fingerprint] for fingerprint in fingerprints]
 

@@ -20,6 +20,8 @@ from evollm.algorithms.unpaired_losses import UNPAIRED_LOSSES, apo_zero_unpaired
 from evollm.data.samples import LABEL, Batch, Completion, Sample
 from evollm.hpo import UnpairedEvaluation
 from evollm.models.engine import BatchSlot, Engine, PassOptions
+from evollm.models.flops import REFERENCES
+from evollm.models.reference_cache import ReferenceCache
 
 SHAPES = [(9, 5), (3, 12), (14, 1), (2, 2), (6, 11)]
 LABELS = [1.0, 0.0, 0.0, 1.0, 1.0]
@@ -152,10 +154,10 @@ def test_answers_of_a_base_with_few_positions_are_cut_for_the_divergence(make_mo
 def test_the_divergence_is_never_negative_and_that_of_one_answer_is_0() -> None:
     (agent,) = make_agents(VALUES[:1])
     agent.learn(make_batch())
-    found = [kl_estimates([agent], make_batch(seed, SHAPES[:2], LABELS[:2]))[0] for seed in range(12)]
+    found = [kl_estimates([agent], make_batch(seed, SHAPES[:2], LABELS[:2]), ReferenceCache())[0] for seed in range(12)]
     assert min(found) == 0
     assert max(found) > 0
-    assert kl_estimates([agent], make_batch(0, SHAPES[:1], LABELS[:1])) == [0.0]
+    assert kl_estimates([agent], make_batch(0, SHAPES[:1], LABELS[:1]), ReferenceCache()) == [0.0]
 
 
 def test_a_replayed_agent_has_its_slot_in_the_pass_of_the_divergence(monkeypatch) -> None:
@@ -167,19 +169,25 @@ def test_a_replayed_agent_has_its_slot_in_the_pass_of_the_divergence(monkeypatch
         return known(engine, items, options, *kind)
 
     monkeypatch.setattr(Engine, "logprobs", recorded)
-    kl_estimates([agent], make_batch())
+    kl_estimates([agent], make_batch(), ReferenceCache())
     assert slots == [BatchSlot(1, 3), None]  # of the agent, of its reference
 
 
-def test_references_are_computed_once() -> None:
-    (agent,) = make_agents(VALUES[:1])
+def test_references_are_computed_once_and_those_of_mismatched_answers_for_a_batch(monkeypatch) -> None:
+    (agent,) = make_agents([{**VALUES[0], "update_epochs": 2}])
     agents = [agent, agent.clone(index=1)]
-    batch = make_batch()
+    batch, rows, known = make_batch(), [], Engine.logprobs
+
+    def counted(engine: Engine, items: Any, options: PassOptions, *kind: str) -> Any:
+        rows.extend([len(items[0].batch)] if REFERENCES in kind else [])
+        return known(engine, items, options, *kind)
+
+    monkeypatch.setattr(Engine, "logprobs", counted)
     learn_together(agents, batch)
-    # Five answers and five mismatched ones, under one reference of both.
-    assert len(agent.base.reference_cache) == 10
     learn_together(agents, batch)
-    assert len(agent.base.reference_cache) == 10
+    # Five answers and five mismatched ones, under one reference of both; in the second batch the mismatched ones.
+    assert rows == [5, 5, 5]
+    assert len(agent.base.reference_cache) == 5
 
 
 def test_metrics_without_a_class_are_nan_and_training_false_changes_nothing() -> None:
@@ -287,16 +295,16 @@ def test_a_mismatched_answer_on_which_the_reference_is_not_finite_is_not_in_the_
     (agent,) = make_agents(VALUES[:1])
     agent.learn(make_batch())
     batch = make_batch(3)
-    whole = kl_estimates([agent], batch)[0]
+    whole = kl_estimates([agent], batch, ReferenceCache())[0]
     known = kto_step.reference_logprobs
 
-    def broken(agents: Any, others: Batch, *arguments: Any) -> Any:
-        found = known(agents, others, *arguments)
+    def broken(agents: Any, others: Batch, **arguments: Any) -> Any:
+        found = known(agents, others, **arguments)
         found[0].chosen[2] = torch.nan
         return found
 
     monkeypatch.setattr(kto_step, "reference_logprobs", broken)
-    rest = kl_estimates([agent], batch)[0]
+    rest = kl_estimates([agent], batch, ReferenceCache())[0]
     assert np.isfinite(rest)
     assert rest != whole
 
