@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evollm.data.samples import Batch, Sample
-from evollm.data.unpaired_rows import DESIRABLE, UNPAIRED, Balance
+from evollm.data.samples import Batch, IntArray, Sample
+from evollm.data.unpaired_rows import DESIRABLE, UNDESIRABLE, UNPAIRED, Balance
 from evollm.errors import DataError
 from evollm.llm_envs.dataset_gym import DatasetGym
 
@@ -70,6 +70,15 @@ class UnpairedGym(DatasetGym):
                 fix = f"{used} both: hand in rows with the other label too, or use SFTGym (algorithm: sft) for "
                 fix += "completions that are all good"
                 raise DataError(f"{split}_dataset", str(balance), fix)
+
+    def _spread(self, drawn: IntArray, pairs: Sequence[Sample]) -> IntArray:
+        """Both labels from the first two rows on, and in any larger part about as often as in all rows."""
+        labels = np.array([pairs[row].label for row in drawn])
+        places = np.empty(len(drawn))
+        for label in (DESIRABLE, UNDESIRABLE):
+            alike = np.flatnonzero(labels == label)
+            places[alike] = np.arange(len(alike)) / max(1, len(alike))
+        return drawn[np.argsort(places, kind="stable")]
 
     @property
     def balance(self) -> Balance:

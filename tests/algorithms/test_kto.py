@@ -232,6 +232,22 @@ def test_labels_that_are_exchanged_teach_the_opposite(make_model, tokenizer, lor
     assert agent.evaluate(env).auc < 0.1
 
 
+def test_a_part_of_the_rows_has_both_labels_however_rare_one_is(tokenizer) -> None:
+    """Racing compares members on few rows; without both labels everybody's AUC would be 0.5."""
+    rows = [{"prompt": f"ask {one} ", "completion": f"say {one}", "label": one == 7} for one in range(20)]
+    for seed in range(5):
+        env = UnpairedGym(make_rows(8), rows, tokenizer, seed=seed)
+        before: set[int] = set()
+        for count in (2, 4, 8, 16):
+            parts = list(env.eval_batches("test", rows=count))
+            labels = np.concatenate([batch.labels for _, batch in parts])
+            positions = {int(row) for part, _ in parts for row in part}
+            assert sorted(set(labels)) == [0.0, 1.0]
+            assert len(positions) == count
+            assert before <= positions
+            before = positions
+
+
 def test_evaluations_do_not_depend_on_what_evolves_and_a_subset_is_of_the_same_rows(
     make_model, tokenizer, lora
 ) -> None:
