@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load, save
 
-from evollm import errors
 from evollm.errors import ConfigurationError, EvoLLMError
 from evollm.models.adapters.lora_config import lora_config_from
 from evollm.models.reference_cache import ReferenceCache
@@ -127,7 +126,7 @@ def error_to_bytes(error: Exception) -> bytes:
 def error_from_bytes(data: bytes) -> Exception:
     """The exception that `error_to_bytes` was given; of a kind unknown here a RuntimeError with its name."""
     name, parts = from_bytes(data)
-    kind = getattr(errors, name, getattr(builtins, name, None))
+    kind = getattr(sys.modules[EvoLLMError.__module__], name, getattr(builtins, name, None))
     if isinstance(kind, type) and issubclass(kind, EvoLLMError | ValueError | RuntimeError | OSError | ArithmeticError):
         try:
             return kind(*parts)

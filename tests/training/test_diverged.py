@@ -81,7 +81,7 @@ RACE = {"search": Racing(first_rows=8), "evo_steps": 2}
         (3, 2, RACE),
         (15, 8, {**RACE, "budget": 3.0}),
         (5, None, {**RACE, "evaluation_interval": 3}),
-        (5, None, {**RACE, "executor": TwoWorkers}),
+        (5, 4, {**RACE, "executor": TwoWorkers}),
         (5, None, {"search": "pbt", "evo_steps": 2}),
         (5, None, {"size": 1, "evaluation_interval": 2}),
         (5, None, {"size": 1, "evaluation_interval": 2, "merge": {"factors": [0.5]}}),

@@ -175,28 +175,19 @@ class _Weights(torch.autograd.Function):
         return None, None, None, None
 
 
-# Not `torch.library.custom_op`, whose checks of each call take longer than the call.
-_LIBRARY = torch.library.Library("evollm", "DEF")
-_LIBRARY.define(
-    "routed_lora(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? factors, float alpha)"
-    " -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "routed_lora_backward(Tensor grad, Tensor x, Tensor weight, Tensor inner, Tensor down, Tensor up, Tensor? factors, "
-    "float alpha, bool needs_x) -> (Tensor, Tensor, Tensor)"
-)
-
-
+@torch.library.custom_op("evollm::routed_lora", mutates_args=())
 def _operator(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, factors: Tensor | None, alpha: float
 ) -> tuple[Tensor, Tensor]:
     return _forward(x, weight, bias, down, up, factors, alpha)
 
 
-def _operator_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@_operator.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:2], weight.shape[0]), x.new_empty(*x.shape[:2], down.shape[1])
 
 
+@torch.library.custom_op("evollm::routed_lora_backward", mutates_args=())
 def _backward_operator(
     grad: Tensor,
     x: Tensor,
@@ -216,7 +207,8 @@ def _backward_operator(
     return grad_x, torch.bmm(grad_inner.transpose(1, 2), x), _product(grad.transpose(1, 2), inner, alpha)
 
 
-def _backward_shapes(
+@_backward_operator.register_fake
+def _(
     grad: Tensor, x: Tensor, weight: Tensor, inner: Tensor, down: Tensor, up: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     return grad.new_empty(x.shape if others[-1] else 0), grad.new_empty(down.shape), grad.new_empty(up.shape)
@@ -245,8 +237,4 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
     return grad_x if needs_x else None, None, None, grad_down, grad_up, None, None
 
 
-_LIBRARY.impl("routed_lora", _operator, "CompositeExplicitAutograd")
-_LIBRARY.impl("routed_lora_backward", _backward_operator, "CompositeExplicitAutograd")
-torch.library.register_fake("evollm::routed_lora", _operator_shapes, lib=_LIBRARY)
-torch.library.register_fake("evollm::routed_lora_backward", _backward_shapes, lib=_LIBRARY)
-torch.library.register_autograd("evollm::routed_lora", _differentiate, setup_context=_save, lib=_LIBRARY)
+_operator.register_autograd(_differentiate, setup_context=_save)

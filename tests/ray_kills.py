@@ -4,7 +4,7 @@ A population of four trains on two workers of a cluster on this machine. A kille
 after a kill of its own process the run is begun again as its messages say. Compared are adapters, optimizer states,
 generators, lineage and metrics. A run that makes no step for a long time is stuck.
 
-    python tests/ray_kill_test.py --workers 50 --drivers 10
+    python tests/ray_kills.py --workers 50 --drivers 10
 """
 
 from __future__ import annotations
