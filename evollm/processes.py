@@ -108,30 +108,32 @@ class Processes:
         """Return what each process passes, in the order of the ranks; each is sent to all, an empty one to none."""
         if self.size == 1:
             return [data]
-        lengths = torch.zeros(self.size, dtype=torch.int64, device=self._device)
-        lengths[self.rank] = len(data)
-        dist.all_reduce(lengths, group=self.group)
-        return [self._sent(data, rank, length) for rank, length in enumerate(lengths.tolist())]
+        return [self._sent(data, rank, length) for rank, length in enumerate(self._lengths(data))]
 
     def for_main(self, data: bytes) -> list[bytes]:
         """Return in the main process what each process passes, in the order of the ranks; [] in the others."""
         if self.size == 1:
             return [data]
-        lengths = torch.zeros(self.size, dtype=torch.int64, device=self._device)
-        lengths[self.rank] = len(data)
-        dist.all_reduce(lengths, group=self.group)
+        lengths = self._lengths(data)
         if not self.is_main:
             if data:
                 part = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
                 dist.send(part, dst=self._source(0), group=self.group)
             return []
         found = [data]
-        for rank, length in enumerate(lengths.tolist()[1:], start=1):
+        for rank, length in enumerate(lengths[1:], start=1):
             part = torch.empty(length, dtype=torch.uint8, device=self._device)
             if length:
                 dist.recv(part, src=self._source(rank), group=self.group)
             found.append(part.cpu().numpy().tobytes())
         return found
+
+    def _lengths(self, data: bytes) -> list[int]:
+        """The number of bytes of each process, in the order of the ranks."""
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=self._device)
+        lengths[self.rank] = len(data)
+        dist.all_reduce(lengths, group=self.group)
+        return lengths.tolist()
 
     def _sent(self, data: bytes, rank: int, length: int | None = None) -> bytes:
         """The bytes of the process with this rank; `length`: their number, None: the others are told first."""
