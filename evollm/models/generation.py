@@ -1,20 +1,94 @@
-"""Greedy generation, for all members at once: the samples that a run shows, and the lengths that a guard bounds."""
+"""Answers of all members at once: samples that a run shows, lengths that a guard bounds, and what rewards score."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from transformers import LogitsProcessorList, StopStringCriteria
 
 from evollm.data.samples import IntArray
 from evollm.models.engine import Engine
+from evollm.models.sampling import KeyedSampling, uniform_numbers
 from evollm.models.shared_base import SharedBase
 
 # Most tokens of prompts and answers in one call of `generate`, whose KV cache has to fit into memory.
 _MOST_TOKENS = 16384
+
+
+class Question(NamedTuple):
+    """A prompt to be answered under an adapter.
+
+    Attributes:
+        adapter: Name of the adapter; None: the base without adapter.
+        prompt: (P,) token ids.
+        temperature: Divides the logits before a token is sampled; 0: greedy decoding.
+        key: Seeds the random numbers of this answer: integers from 0 to 2^64 - 1. The same key gives the same numbers,
+            whatever else is asked.
+    """
+
+    adapter: str | None
+    prompt: IntArray
+    temperature: float = 0.0
+    key: tuple[int, ...] = ()
+
+
+class GeneratedAnswer(NamedTuple):
+    """An answer to a question.
+
+    Attributes:
+        ids: (T,) token ids without the prompt, 1 <= T <= `max_new_tokens`, the one that ends the answer included.
+        ended: Whether the answer ended by itself, at a token or a string that ends answers, rather than at the limit.
+    """
+
+    ids: IntArray
+    ended: bool
+
+
+def answers_to(
+    base: SharedBase,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    max_new_tokens: int,
+    *,
+    top_p: float = 1.0,
+) -> list[GeneratedAnswer]:
+    """Answer questions, greedily or by sampling, with the KV cache of transformers' `generate`.
+
+    Adapters that may share a pass answer together, and so do prompts of one length. A sampled token is a function of
+    the logits before it and of one number that the question's key determines: with the same key a question has the same
+    answer alone and among others, up to the rounding of logits in batches of other shapes. The global random
+    generators are not touched. Of the base's `generation_config` its processors of logits count, such as
+    `repetition_penalty`, and what ends an answer; not its `temperature`, `top_k`, `top_p` and `num_beams`.
+
+    Args:
+        base: The shared base.
+        questions: What to answer; they may differ in adapter, prompt, temperature and key.
+        tokenizer: Its EOS ends an answer, and so does a token or string at which the base's `generation_config` stops.
+            With such strings questions are answered one by one.
+        max_new_tokens: Length limit of an answer, in tokens.
+        top_p: Sampled tokens are the most probable ones with at least this probability together.
+
+    Returns:
+        The answers, in the order of the questions.
+
+    Raises:
+        ValueError: A temperature is negative or not finite, or `top_p` not in (0, 1].
+    """
+    for number, question in enumerate(questions):
+        if not (math.isfinite(question.temperature) and question.temperature >= 0):
+            raise ValueError(f"questions[{number}].temperature={question.temperature}: must be 0 or above")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must be above 0, and at most 1")
+    found: dict[int, GeneratedAnswer] = {}
+    for rows, members in _batches(base, questions, max_new_tokens):
+        answers = _generate(base, [questions[row] for row in rows], members, tokenizer, max_new_tokens, top_p)
+        found |= zip(rows, answers, strict=True)
+    return [found[number] for number in range(len(questions))]
 
 
 def greedy_answers(
@@ -31,24 +105,25 @@ def greedy_answers(
         base: The shared base.
         adapters: Names of adapters; None: the base without adapter.
         prompts: Token ids, (P_i,) each.
-        tokenizer: Decodes the answers. An answer ends at its EOS, or at a token or string at which the base's
-            `generation_config` stops.
+        tokenizer: Decodes the answers, and ends them as in `answers_to`.
         max_new_tokens: Length limit of an answer, in tokens.
         cut_mark: Text to append to an answer that reached the limit before it ended.
 
     Returns:
         For each adapter the answers, without their prompts and without special tokens.
     """
-    ends = _ends(base, tokenizer)
-    stop_strings = tuple(_stop_strings(base))
 
-    def text_of(answer: torch.Tensor) -> str:
-        text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-        ended = len(answer) < max_new_tokens or int(answer[-1]) in ends or text.endswith(stop_strings)
-        return text if ended else f"{text}{cut_mark}"
+    def text_of(answer: GeneratedAnswer) -> str:
+        text = text_of_answer(answer, tokenizer)
+        return text if answer.ended else f"{text}{cut_mark}"
 
-    found = _generated(base, adapters, prompts, tokenizer, max_new_tokens)
+    found = _greedy(base, adapters, prompts, tokenizer, max_new_tokens)
     return [[text_of(answer) for answer in answers] for answers in found]
+
+
+def text_of_answer(answer: GeneratedAnswer, tokenizer: Any) -> str:
+    """The text of an answer, without special tokens and surrounding white space."""
+    return str(tokenizer.decode(answer.ids, skip_special_tokens=True)).strip()
 
 
 def greedy_lengths(
@@ -59,70 +134,72 @@ def greedy_lengths(
     max_new_tokens: int,
 ) -> list[list[int]]:
     """For each adapter the number of tokens of each of its `greedy_answers`, the one that ends an answer included."""
-    found = _generated(base, adapters, prompts, tokenizer, max_new_tokens)
-    return [[len(answer) for answer in answers] for answers in found]
+    found = _greedy(base, adapters, prompts, tokenizer, max_new_tokens)
+    return [[len(answer.ids) for answer in answers] for answers in found]
 
 
-def _generated(
+def _greedy(
     base: SharedBase,
     adapters: Sequence[str | None],
     prompts: Sequence[IntArray],
     tokenizer: Any,
     max_new_tokens: int,
-) -> list[list[torch.Tensor]]:
-    """For each adapter the token ids of its answers, (T,) each with T <= `max_new_tokens`, on the CPU.
-
-    Adapters that may share a pass answer together, and so do prompts of one length. Prompts of different lengths are
-    not padded to one, since no architecture has been tried with padding on the left.
-    """
-    found: list[list[Any]] = [[None] * len(prompts) for _ in adapters]
-    alike: dict[int, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        alike.setdefault(len(prompt), []).append(number)
-    for length, numbers in alike.items():
-        for members, asked in _batches(base, adapters, numbers, length + max_new_tokens):
-            ids = torch.from_numpy(np.stack([prompts[number] for number in asked]))
-            answers = _generate(base, [adapters[member] for member in members], ids, tokenizer, max_new_tokens)
-            for (member, number), answer in zip(product(members, asked), answers, strict=True):
-                found[member][number] = answer
-    return found
+) -> list[list[GeneratedAnswer]]:
+    """For each adapter its greedy answers to all prompts."""
+    questions = [Question(adapter, prompt) for adapter, prompt in product(adapters, prompts)]
+    found = answers_to(base, questions, tokenizer, max_new_tokens)
+    count = len(prompts)
+    return [found[number * count : (number + 1) * count] for number in range(len(adapters))]
 
 
 def _batches(
-    base: SharedBase, adapters: Sequence[str | None], prompts: Sequence[int], length: int
-) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """Positions of the adapters and the prompts of each call of `generate`, for sequences of up to `length` tokens."""
-    several = len(adapters) * len(prompts) > 1
+    base: SharedBase, questions: Sequence[Question], max_new_tokens: int
+) -> Iterator[tuple[list[int], list[str | None]]]:
+    """The rows of each call of `generate`, as positions of questions, and the adapters of its equal blocks of rows.
+
+    Prompts of different lengths are not padded to one, since no architecture has been tried with padding on the left.
+    """
+    alike: dict[int, dict[str | None, list[int]]] = {}
+    for number, question in enumerate(questions):
+        alike.setdefault(len(question.prompt), {}).setdefault(question.adapter, []).append(number)
+    for length, asked in alike.items():
+        for rows_of in _divided(base, asked, length + max_new_tokens):
+            # Routed blocks have equal sizes: an adapter with fewer questions answers its last one several times.
+            size = max(map(len, rows_of.values()))
+            yield [row for own in rows_of.values() for row in own + own[-1:] * (size - len(own))], list(rows_of)
+
+
+def _divided(
+    base: SharedBase, asked: Mapping[str | None, list[int]], length: int
+) -> Iterator[dict[str | None, list[int]]]:
+    """The questions of each call of `generate` by adapter, of sequences of up to `length` tokens."""
+    several = sum(map(len, asked.values())) > 1
     # A string stops its own row only, and what `generate` puts after it cannot be told from an answer.
-    paths = None if not several or _stop_strings(base) else Engine.of(base).prepare(adapters, length)
+    paths = None if not several or _stop_strings(base) else Engine.of(base).prepare(list(asked), length)
     most = max(1, _MOST_TOKENS // length) if paths and not paths.goes_alone(explicit_positions=True) else 1
-    named = [number for number, name in enumerate(adapters) if name is not None]
+    named = [name for name in asked if name is not None]
     stacked = most if paths and paths.stacking else 1
-    groups = [[number] for number, name in enumerate(adapters) if name is None]
-    groups += [named[start : start + stacked] for start in range(0, len(named), stacked)]
+    groups: list[list[str | None]] = [[None]] if None in asked else []
+    groups += [[*named[start : start + stacked]] for start in range(0, len(named), stacked)]
     for members in groups:
         count = max(1, most // len(members))
-        for start in range(0, len(prompts), count):
-            yield members, prompts[start : start + count]
+        for start in range(0, max(len(asked[name]) for name in members), count):
+            yield {name: own for name in members if (own := asked[name][start : start + count])}
 
 
 def _generate(
-    base: SharedBase, members: Sequence[str | None], ids: torch.Tensor, tokenizer: Any, max_new_tokens: int
-) -> list[torch.Tensor]:
-    """The answers of the first member to all prompts, then those of the next.
-
-    Args:
-        base: The shared base.
-        members: Names of M adapters, or [None].
-        ids: (n, P) prompts.
-        tokenizer: As of `greedy_answers`.
-        max_new_tokens: As of `greedy_answers`.
-
-    Returns:
-        M n answers, (T,) each.
-    """
-    ends = _ends(base, tokenizer)
-    rows = ids.repeat(len(members), 1).to(base.device)
+    base: SharedBase,
+    questions: Sequence[Question],
+    members: Sequence[str | None],
+    tokenizer: Any,
+    max_new_tokens: int,
+    top_p: float,
+) -> list[GeneratedAnswer]:
+    """The answers to the questions of one call of `generate`: M equal blocks, one for each member, or [None]."""
+    ends, stop_strings = _ends(base, tokenizer), _stop_strings(base)
+    rows = torch.from_numpy(np.stack([question.prompt for question in questions])).to(base.device)
+    # A decoder's output begins with its own start token, not with the prompt.
+    start = 1 if base.is_encoder_decoder else rows.shape[1]
     names = [name for name in members if name is not None]
     passing = base.routed(base.adapters.stack(names)) if len(names) > 1 else base.active(members[0])
     with passing as network, torch.no_grad():
@@ -130,6 +207,7 @@ def _generate(
             input_ids=rows,
             attention_mask=torch.ones_like(rows),
             do_sample=False,
+            num_beams=1,
             temperature=None,
             top_p=None,
             top_k=None,
@@ -138,11 +216,32 @@ def _generate(
             pad_token_id=ends[0] if ends else None,
             # `generate` needs it for stop strings.
             tokenizer=tokenizer,
+            logits_processor=_sampling(questions, max_new_tokens, top_p, start, base.device),
         )
-    # A decoder's output begins with its own start token, not with the prompt.
-    answers = output[:, 1 if base.is_encoder_decoder else ids.shape[1] :].cpu()
-    lengths = [next((n for n, token in enumerate(row, 1) if token in ends), len(row)) for row in answers.tolist()]
-    return [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
+
+    def answer_of(row: torch.Tensor) -> GeneratedAnswer:
+        answer = row[start:].tolist()
+        length = next((n for n, token in enumerate(answer, 1) if token in ends), len(answer))
+        ended = length < max_new_tokens or answer[length - 1] in ends
+        if not ended and stop_strings:
+            ended = bool(StopStringCriteria(tokenizer, stop_strings)(row[None], None))
+        return GeneratedAnswer(np.array(answer[:length], dtype=np.int64), ended)
+
+    return [answer_of(row) for row in output.cpu()]
+
+
+def _sampling(
+    questions: Sequence[Question], max_new_tokens: int, top_p: float, start: int, device: torch.device
+) -> LogitsProcessorList:
+    """What chooses the tokens of sampled rows; empty if there are none."""
+    temperatures = [float(question.temperature) for question in questions]
+    if not any(temperatures):
+        return LogitsProcessorList()
+    numbers = np.zeros((len(questions), max_new_tokens))
+    for row, question in zip(numbers, questions, strict=True):
+        if question.temperature:
+            row[:] = uniform_numbers(question.key, max_new_tokens)
+    return LogitsProcessorList([KeyedSampling(numbers, temperatures, top_p, start, device)])
 
 
 def _ends(base: SharedBase, tokenizer: Any) -> list[int]:

@@ -32,7 +32,7 @@ from evollm import (
 )
 from evollm.data.samples import Batch, Sample
 from evollm.models.engine import Engine, Item, PassOptions
-from evollm.models.generation import greedy_answers
+from evollm.models.generation import Question, answers_to, greedy_answers
 from evollm.models.layouts.encoder_decoder import EncoderDecoderLayout, LaidOutEncoderDecoder
 from evollm.models.logprobs import TokenLogprobs
 
@@ -166,6 +166,25 @@ def test_a_population_of_encoder_decoders_evolves_is_saved_and_goes_on_as_a_mode
     (answer,) = greedy_answers(best.base, [best.actor_adapter], [pair.prompt_ids], tokenizer, max_new_tokens=5)[0]
     output = merged.generate(torch.from_numpy(pair.prompt_ids)[None], max_new_tokens=5, do_sample=False)
     assert answer == tokenizer.decode(output[0], skip_special_tokens=True).strip()
+
+
+def test_a_decoder_samples_from_its_first_token_on_alone_and_among_others() -> None:
+    tokenizer = t5_tokenizer()
+    agents = [
+        DPO(actor_network=model, index=index, lora_config=LORA) for model in [make_t5(tokenizer)] for index in (0, 1)
+    ]
+    base, prompt = agents[0].base, random_batch()[0].prompt_ids
+    names = [agent.actor_adapter for agent in agents]
+    asked = [Question(name, prompt, 1.0, (number,)) for name in names for number in range(500)]
+    found = answers_to(base, asked, tokenizer, 4)
+    (alone,) = answers_to(base, asked[-1:], tokenizer, 4)
+    assert alone.ids.tolist() == found[-1].ids.tolist()
+    with base.active(names[1]) as network, torch.no_grad():
+        start = torch.tensor([[network.config.decoder_start_token_id]])
+        logits = network(input_ids=torch.from_numpy(prompt)[None], decoder_input_ids=start).logits[0, -1]
+    expected = logits.double().softmax(-1).numpy()
+    shares = np.bincount([answer.ids[0] for answer in found[500:]], minlength=len(expected)) / 500
+    assert (np.abs(shares - expected) <= 5 * np.sqrt(expected / 500) + 1 / 500).all()
 
 
 def test_an_encoder_decoder_learns_completions_and_then_preferences(tmp_path) -> None:
