@@ -1,65 +1,121 @@
-"""How fast do members answer, one after the other and together?
+"""How fast do members answer, one after the other and together, and how much more memory do they take than one?
 
     python benchmarking/generation.py
 
-Greedy answers to random prompts of one length, as a guard on their length samples them; interleaved. `--model` takes
-another model folder (default: the demo's).
+Answers to random prompts of one length, as a guard on their length or a judge samples them; interleaved. Memory is
+the peak of a process of its own, on a GPU of the allocator, without what the interpreter and its libraries take before
+the model is loaded. `--temperature 1` samples answers. `--model` takes another model folder (default: the demo's).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import resource
+import subprocess
+import sys
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from statistics import median
 
 import numpy as np
+import psutil
 import torch
 from floor import synchronise
 from synthetic import make_population
 from throughput import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
+from evollm import DPO
 from evollm.demo import demo_model
-from evollm.models.generation import greedy_lengths
+from evollm.models.generation import Question, answers_to
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Agents with prompts that all of them answer."""
+
+    agents: Sequence[DPO]
+    prompts: Sequence[np.ndarray]
+    tokenizer: object
+    tokens: int
+    temperature: float
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, members: int) -> Asked:
+        """Load the model and draw the prompts."""
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(options.device)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        agents = make_population(model, members, device=options.device)
+        # Random prompts rarely make a model end its answer, and equal lengths make the two ways comparable.
+        model.generation_config.eos_token_id, tokenizer.eos_token = None, None
+        rng = np.random.default_rng(0)
+        prompts = list(rng.integers(model.config.vocab_size, size=(options.prompts, options.prompt_tokens)))
+        return cls(agents, prompts, tokenizer, options.tokens, options.temperature)
+
+    def answer(self, groups: Sequence[Sequence[DPO]]) -> float:
+        """Seconds in which each group of agents answers all prompts, one group after the other."""
+        synchronise(self.agents[0].device)
+        started = time.perf_counter()
+        for group in groups:
+            questions = [
+                Question(agent.actor_adapter, prompt, self.temperature, (row,))
+                for agent in group
+                for row, prompt in enumerate(self.prompts)
+            ]
+            found = answers_to(self.agents[0].base, questions, self.tokenizer, self.tokens)
+            assert all(len(one.ids) == self.tokens for one in found)
+        synchronise(self.agents[0].device)
+        return time.perf_counter() - started
 
 
 def main() -> None:
-    """Time both ways and print tokens a second."""
+    """Time both ways, measure memory in processes of their own, and print tokens a second and ratios."""
     options = _parse()
     warnings.simplefilter("ignore")
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
-    folder = options.model or str(demo_model())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).to(options.device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    agents = make_population(model, options.members, device=options.device)
-    base, adapters = agents[0].base, [agent.actor_adapter for agent in agents]
-    # Random prompts rarely make a model end its answer, and equal lengths make the two ways comparable.
-    model.generation_config.eos_token_id, tokenizer.eos_token = None, None
-    rng = np.random.default_rng(0)
-    prompts = list(rng.integers(model.config.vocab_size, size=(options.prompts, options.prompt_tokens)))
-
-    def seconds(groups: list[list[str]]) -> float:
-        synchronise(agents[0].device)
-        started = time.perf_counter()
-        for group in groups:
-            for lengths in greedy_lengths(base, group, prompts, tokenizer, options.tokens):
-                assert lengths == [options.tokens] * len(prompts)
-        synchronise(agents[0].device)
-        return time.perf_counter() - started
-
-    ways = {"one by one": [[adapter] for adapter in adapters], "together": [adapters]}
-    seconds([adapters])  # the probe
+    if options.measure:
+        print(json.dumps(peak(options)))
+        return
+    asked = Asked.of(options, options.members)
+    ways = {"one by one": [[agent] for agent in asked.agents], "together": [asked.agents]}
+    asked.answer([asked.agents])  # the probe
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.repeats):
         for name, groups in ways.items():
-            taken[name].append(seconds(groups))
+            taken[name].append(asked.answer(groups))
+    dtype = asked.agents[0].base.network.dtype
+    how = f"sampled at temperature {options.temperature:g}" if options.temperature else "greedy"
+    print(f"{machine()}, {date.today()}, {dtype}, {options.members} members, {options.prompts} prompts, {how}")
     count = options.members * options.prompts * options.tokens
-    print(f"{machine()}, {date.today()}, {model.dtype}, {options.members} members, {options.prompts} prompts")
     for name, times in taken.items():
         print(f"{name:>12}: {count / median(times):.0f} tokens/s")
     print(f"{median(taken['one by one']) / median(taken['together']):.2f} times as fast together")
+    one, many = (_peak_elsewhere(members) for members in (1, options.members))
+    print(f"peak of 1 member {one:.0f} MiB, of {options.members} together {many:.0f} MiB: {many / one:.2f} times")
+
+
+def peak(options: argparse.Namespace) -> float:
+    """Peak MiB of this process when its members answer together."""
+    before = psutil.Process().memory_info().rss / MIB
+    asked = Asked.of(options, options.measure)
+    asked.answer([asked.agents])
+    if asked.agents[0].base.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB - before
+
+
+def _peak_elsewhere(members: int) -> float:
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(members)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(json.loads(output.splitlines()[-1]))
 
 
 def _parse() -> argparse.Namespace:
@@ -69,11 +125,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    return parser.parse_args()
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.model = options.model or str(demo_model())
+    return options
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from evollm.errors import (
     MissingExtraError,
     WorkerError,
 )
-from evollm.hpo import HyperparameterConfig, Mutations, RLParameter, Search, SearchPlan, TournamentSelection
+from evollm.hpo import HyperparameterConfig, Judge, Mutations, RLParameter, Search, SearchPlan, TournamentSelection
 from evollm.inspection import Inspection, inspect_data
 from evollm.llm_envs import PreferenceGym, SFTGym, UnpairedGym
 from evollm.models import PolicyArchive, load_policy_archive
@@ -30,6 +30,7 @@ __all__ = [
     "EvoLLMError",
     "HyperparameterConfig",
     "Inspection",
+    "Judge",
     "MissingExtraError",
     "Mutations",
     "PolicyArchive",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evollm.data.rows import ChatPair, Rows, TextPair, in_form
 from evollm.data.samples import Sample
@@ -50,6 +50,8 @@ class DataReport:
         form: `chat` if all kept rows go through the chat template, `text` if none does, else `mixed`; "" without rows.
         template_hint: For rows of form `text` that look like questions and answers, how to pass them through the
             tokenizer's chat template; "" otherwise, and without a template.
+        prompts: Of a held-out split the prompt of each pair, example or answer, as its row has it: a string, or a list
+            of messages.
     """
 
     name: str
@@ -62,6 +64,7 @@ class DataReport:
     noted: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     form: str = ""
     template_hint: str = ""
+    prompts: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def num_dropped(self) -> int:

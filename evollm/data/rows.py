@@ -58,6 +58,11 @@ class TextPair:
         return self.prompt.strip()
 
     @property
+    def asked(self) -> str:
+        """The prompt as the row has it."""
+        return self.prompt
+
+    @property
     def turns(self) -> tuple[tuple[str, str], ...]:
         """Empty, since a plain text has no roles."""
         return ()
@@ -98,6 +103,11 @@ class ChatPair:
     def question(self) -> str:
         """The text of the prompt's last message, without surrounding whitespace."""
         return str(self.prompt[-1].get("content", "")).strip()
+
+    @property
+    def asked(self) -> str | list[Message]:
+        """The prompt as the row has it: a string if it has no messages."""
+        return list(self.prompt) if self.plain is None else self.plain.prompt
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:

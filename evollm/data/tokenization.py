@@ -116,6 +116,7 @@ def load_pairs(
         count_rows(split.noted),
         form,
         template_hint(form, kept, given, tokenizer) if name == "train" else "",
+        () if name == "train" else tuple(pair.asked for pair, parts in zip(kept, divided, strict=True) for _ in parts),
     )
     if samples:
         return samples, report

@@ -47,7 +47,7 @@ class AnswerLengths:
             rows: The rows of the evaluations, None: all.
             asked: How many prompts are answered, and where answers are cut.
         """
-        answered = self._evaluated(split, rows)[: asked.prompts]
+        answered = evaluated_positions(self._base, self._env, split, rows)[: asked.prompts]
         own, theirs = self._lengths([actor for actor, _ in adapters], split, answered, asked), []
         for _, reference in adapters:
             known = self._known.setdefault((split, reference, asked.max_new_tokens), {})
@@ -67,12 +67,13 @@ class AnswerLengths:
         prompts = [self._env.evaluation_pairs(split)[position].prompt_ids for position in positions]
         return greedy_lengths(self._base, adapters, prompts, self._env.tokenizer, asked.max_new_tokens)
 
-    def _evaluated(self, split: str, rows: int | None) -> list[int]:
-        """Positions in a split of the rows of the last evaluation, which was on so many, without those left out."""
-        left_out = self._base.reference_cache.left_out
-        return sorted(
-            int(position)
-            for positions, batch in self._env.eval_batches(split, rows=rows)
-            for position, key in zip(positions, batch.keys(), strict=True)
-            if (split, key) not in left_out
-        )
+
+def evaluated_positions(base: SharedBase, env: DatasetGym, split: str, rows: int | None) -> list[int]:
+    """Positions in a split of the rows of the last evaluation, which was on so many, without those left out."""
+    left_out = base.reference_cache.left_out
+    return sorted(
+        int(position)
+        for positions, batch in env.eval_batches(split, rows=rows)
+        for position, key in zip(positions, batch.keys(), strict=True)
+        if (split, key) not in left_out
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evollm.errors import ConfigurationError, DivergedError
-from evollm.hpo import AnswerSampling, AnyEvaluation, Birth, HyperparameterConfig, Recipe
+from evollm.hpo import AnswerPair, AnswerSampling, AnyEvaluation, Birth, HyperparameterConfig, Recipe
 from evollm.hpo.hyperparameters import to_lower
 from evollm.runs.events import SampleAnswer, StepDone
 
@@ -278,6 +278,25 @@ class Combines(Executor, Protocol):
 
     def discard(self, indices: Sequence[int]) -> None:
         """Free candidates."""
+
+
+class Judges(Executor, Protocol):
+    """An executor that can also generate answers to be judged, which the option `judge` of a run needs."""
+
+    def compared_answers(
+        self, split: str, indices: Sequence[int], asked: AnswerSampling, *, rows: int | None = None
+    ) -> dict[int, list[AnswerPair]]:
+        """Generate answers of members, and of the reference that each member's scores are relative to.
+
+        Args:
+            split: `test` or `final`, which these members have just been evaluated on.
+            indices: The members.
+            asked: What is generated.
+            rows: The rows of that evaluation; None: all.
+
+        Returns:
+            For each member the answers to the first prompts of the evaluated rows, in the order of the rows.
+        """
 
 
 # Makes an executor from checked agents and a checked gym.

@@ -15,7 +15,7 @@ from evollm.errors import ConfigurationError
 from evollm.execution.executor import BEST_SO_FAR, Agreement, Arrays, Description, Member
 from evollm.execution.placement import placed
 from evollm.execution.worker import Learnt
-from evollm.hpo import AnswerSampling, AnyEvaluation, Birth, Recipe
+from evollm.hpo import AnswerPair, AnswerSampling, AnyEvaluation, Birth, Recipe
 from evollm.models.reference_cache import ReferenceCache
 from evollm.runs.events import SampleAnswer, StepDone
 
@@ -162,6 +162,14 @@ class SpreadExecutor:
         }
         wanted = self._places if indices is None else indices
         return {index: found[index] for index in wanted if index in found}
+
+    def compared_answers(
+        self, split: str, indices: Sequence[int], asked: AnswerSampling, *, rows: int | None = None
+    ) -> dict[int, list[AnswerPair]]:
+        """The answers of members and of their references; see `Judges.compared_answers`."""
+        arguments = {"split": split, "indices": indices, "asked": asked, "rows": rows}
+        found = self._call("compared_answers", [arguments] * self._workers.count)
+        return {index: one for part in found for index, one in part.items()}
 
     def keep_best(self, index: int) -> None:
         """Copy a member as the best so far; see `Executor.keep_best`."""

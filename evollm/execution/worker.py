@@ -19,11 +19,12 @@ from evollm.checkpoints.lora_merge import differing_fields
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.execution.answer_lengths import AnswerLengths
 from evollm.execution.carry_out import carry_out
+from evollm.execution.compared_answers import ComparedAnswers
 from evollm.execution.crossover import crossed
 from evollm.execution.description import describe
 from evollm.execution.executor import BEST_SO_FAR, Description, Member
 from evollm.execution.generators import global_generators, set_global_generators
-from evollm.hpo import AnswerSampling, AnyEvaluation, Birth, Recipe
+from evollm.hpo import AnswerPair, AnswerSampling, AnyEvaluation, Birth, Recipe
 from evollm.llm_envs import DatasetGym
 from evollm.models import AdapterShares
 from evollm.models.adapters.combining import combined, scaled
@@ -87,6 +88,7 @@ class Worker:
         self.best_so_far: AgentFolder | None = None
         self._live_best: SavableAgent | None = None
         self._answer_lengths = AnswerLengths(self.base, env)
+        self._compared_answers = ComparedAnswers(self.base, env)
         # Agents that were made of members after the last step, by index.
         self._candidates: dict[int, SavableAgent] = {}
 
@@ -185,13 +187,7 @@ class Worker:
     ) -> dict[int, AnyEvaluation]:
         """Evaluate this worker's agents on a split, ignoring `indices` of other workers; see `Executor.evaluate`."""
         going = [agent.index for agent in self.agents if not agent.diverged]
-        wanted = going if indices is None else indices
-        present = (
-            {agent.index for agent in self.agents}
-            | self._candidates.keys()
-            | ({BEST_SO_FAR} if self.best_so_far is not None else set())
-        )
-        here = [index for index in wanted if index in present]
+        here = self._present(going if indices is None else indices)
         if not here:
             return {}
         asked = ({"kl": True} if kl else {}) | ({} if rows is None else {"rows": rows})
@@ -201,6 +197,20 @@ class Worker:
             adapters = [(agent.actor_adapter, self._reference_of(agent)) for agent in agents]
             found = self._answer_lengths.added(found, adapters, split, rows, answers)
         return dict(zip(here, found, strict=True))
+
+    def compared_answers(
+        self, split: str, indices: Sequence[int], asked: AnswerSampling, *, rows: int | None = None
+    ) -> dict[int, list[AnswerPair]]:
+        """The answers of this worker's agents and of their references; see `Judges.compared_answers`."""
+        here = self._present(indices)
+        adapters = [(agent.actor_adapter, self._reference_of(agent)) for agent in map(self.agent, here)]
+        return dict(zip(here, self._compared_answers.of(adapters, split, rows, asked), strict=True)) if here else {}
+
+    def _present(self, indices: Sequence[int]) -> list[int]:
+        """Those of the indices that this worker's agents have, the copy of the best one and candidates included."""
+        best = {BEST_SO_FAR} if self.best_so_far is not None else set()
+        present = {agent.index for agent in self.agents} | self._candidates.keys() | best
+        return [index for index in indices if index in present]
 
     def _reference_of(self, agent: SavableAgent) -> str | None:
         """The adapter that an agent's scores are relative to; None: the base without adapter."""

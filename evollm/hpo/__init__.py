@@ -15,6 +15,7 @@ from evollm.hpo.fitness import (
 from evollm.hpo.grid_search import GridSearch
 from evollm.hpo.guards import AnswerSampling, Guards, guards_of
 from evollm.hpo.hyperparameters import HyperparameterConfig, RLParameter
+from evollm.hpo.judge import AnswerPair, Judge, judge_of
 from evollm.hpo.lineage import Birth, EvolutionPlan, ancestry
 from evollm.hpo.multi_frequency_pbt import MultiFrequencyPBT
 from evollm.hpo.mutation import Mutation, Mutations, format_value, mutate
@@ -50,6 +51,7 @@ __all__ = [
     "PREFERENCE_FITNESSES",
     "STRATEGIES",
     "UNPAIRED_FITNESSES",
+    "AnswerPair",
     "AnswerSampling",
     "AnyEvaluation",
     "Birth",
@@ -60,6 +62,7 @@ __all__ = [
     "GridSearch",
     "Guards",
     "HyperparameterConfig",
+    "Judge",
     "LikelihoodEvaluation",
     "MultiFrequencyPBT",
     "Mutation",
@@ -90,6 +93,7 @@ __all__ = [
     "growing_subsets",
     "guards_of",
     "is_finite",
+    "judge_of",
     "likelihood_fitness",
     "log_loss_terms",
     "margin_over_std",

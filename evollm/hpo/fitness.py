@@ -45,6 +45,44 @@ class _PerRow:
         """Number of held-out rows."""
         return len(getattr(self, fields(self)[0].name))
 
+    @property
+    def win_rate(self) -> float:
+        """Share of the answered prompts at which a judge prefers the policy's answer to the reference's; a tie is half.
+
+        Raises:
+            ConfigurationError: It was not measured.
+        """
+        rates = self._win_rates
+        if rates is None:
+            raise ConfigurationError("judge", None, "a win rate is measured only with one: give judge=...")
+        return float(rates[np.isfinite(rates)].mean())
+
+    @property
+    def win_terms(self) -> FloatArray:
+        """(n,) contribution of each row to `win_rate`, whose mean it is; a row whose prompt was not answered has it."""
+        rate, rates = self.win_rate, self._win_rates
+        assert rates is not None
+        known = np.isfinite(rates)
+        return np.where(known, rate + (np.where(known, rates, rate) - rate) * len(rates) / known.sum(), rate)
+
+    @property
+    def _win_rates(self) -> FloatArray | None:
+        found: FloatArray | None = getattr(self, "win_rates", None)
+        return found
+
+    @property
+    def _judged_scores(self) -> dict[str, float]:
+        """The win rate by its name, if it was measured."""
+        return {} if self._win_rates is None else {"win_rate": self.win_rate}
+
+    @property
+    def _judged_ratios(self) -> dict[str, tuple[FloatArray, FloatArray]]:
+        """The same as a ratio of two sums over the m answered prompts."""
+        if self._win_rates is None:
+            return {}
+        known = self._win_rates[np.isfinite(self._win_rates)]
+        return {"win_rate": (known, np.ones(len(known)))}
+
     def equals(self, other: _PerRow) -> bool:
         """Say whether all numbers of two evaluations are equal; NaN equals NaN."""
         mine, theirs = ({k: v for k, v in vars(one).items() if v is not None} for one in (self, other))
@@ -64,6 +102,8 @@ class Evaluation(_PerRow):
         answer_lengths: (n,) tokens of greedy answers to the first prompts, their end included; NaN for the others, and
             None if no answers were sampled.
         reference_lengths: (n,) the same of the reference's answers.
+        win_rates: (n,) how often a judge prefers the policy's answer to a prompt to the reference's, in [0, 1]; NaN for
+            prompts that were not answered, and None without a judge.
 
     Raises:
         ConfigurationError: If there is no pair, or they are not vectors of the same length.
@@ -74,6 +114,7 @@ class Evaluation(_PerRow):
     kl: FloatArray | None = None
     answer_lengths: FloatArray | None = None
     reference_lengths: FloatArray | None = None
+    win_rates: FloatArray | None = None
 
     @property
     def margins(self) -> FloatArray:
@@ -102,13 +143,14 @@ class Evaluation(_PerRow):
     @property
     def scores(self) -> dict[str, float]:
         """The reported numbers, by name."""
-        return {"accuracy": self.accuracy, "mean_margin": self.mean_margin}
+        return {"accuracy": self.accuracy, "mean_margin": self.mean_margin, **self._judged_scores}
 
     @property
     def ratios(self) -> dict[str, tuple[FloatArray, FloatArray]]:
         """Scores as ratios of two sums over the pairs: (n,) numerators and (n,) denominators, by name."""
         ones = np.ones(len(self))
-        return {"accuracy": (np.heaviside(self.margins, TIE), ones), "mean_margin": (self.margins, ones)}
+        own = {"accuracy": (np.heaviside(self.margins, TIE), ones), "mean_margin": (self.margins, ones)}
+        return {**own, **self._judged_ratios}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +160,7 @@ class LikelihoodEvaluation(_PerRow):
     Attributes:
         logprobs: (n,) log pi of each completion, summed over its tokens, in nats.
         num_tokens: (n,) tokens of each completion, the end-of-sequence token included.
+        win_rates: As of `Evaluation`, against the base without adapter.
 
     Raises:
         ConfigurationError: If there is no example, or the two are not vectors of the same length.
@@ -125,6 +168,7 @@ class LikelihoodEvaluation(_PerRow):
 
     logprobs: FloatArray
     num_tokens: FloatArray
+    win_rates: FloatArray | None = None
 
     @property
     def loss(self) -> float:
@@ -140,12 +184,12 @@ class LikelihoodEvaluation(_PerRow):
     @property
     def scores(self) -> dict[str, float]:
         """The reported numbers, by name."""
-        return {"loss": self.loss, "perplexity": self.perplexity}
+        return {"loss": self.loss, "perplexity": self.perplexity, **self._judged_scores}
 
     @property
     def ratios(self) -> dict[str, tuple[FloatArray, FloatArray]]:
         """Scores as ratios of two sums over the examples: (n,) numerators and (n,) denominators, by name."""
-        return {"loss": (-self.logprobs, self.num_tokens)}
+        return {"loss": (-self.logprobs, self.num_tokens), **self._judged_ratios}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +199,7 @@ class UnpairedEvaluation(_PerRow):
     Attributes:
         logratios: (n,) log pi - log ref of each answer, summed over its tokens, in nats.
         desirable: (n,) 1 for a desirable answer, 0 for an undesirable one.
+        win_rates: As of `Evaluation`.
 
     Raises:
         ConfigurationError: If there is no answer, the two are not vectors of the same length, or a label is neither.
@@ -162,6 +207,7 @@ class UnpairedEvaluation(_PerRow):
 
     logratios: FloatArray
     desirable: FloatArray
+    win_rates: FloatArray | None = None
 
     def __post_init__(self) -> None:
         """Check the labels too."""
@@ -220,13 +266,13 @@ class UnpairedEvaluation(_PerRow):
     @property
     def scores(self) -> dict[str, float]:
         """The reported numbers, by name."""
-        return {"auc": self.auc, "mean_margin": self.mean_margin}
+        return {"auc": self.auc, "mean_margin": self.mean_margin, **self._judged_scores}
 
     @property
     def ratios(self) -> dict[str, tuple[FloatArray, FloatArray]]:
         """Scores as ratios of two sums over the answers: (n,) numerators and (n,) denominators, by name."""
         ones = np.ones(len(self))
-        return {"auc": (self.auc_terms, ones), "mean_margin": (self.margin_terms, ones)}
+        return {"auc": (self.auc_terms, ones), "mean_margin": (self.margin_terms, ones), **self._judged_ratios}
 
 
 def _shares_below(values: FloatArray, of: FloatArray) -> FloatArray:

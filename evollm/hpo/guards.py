@@ -27,15 +27,21 @@ _SAMPLING = ("answer_prompts", "answer_tokens")
 
 @dataclass(frozen=True)
 class AnswerSampling:
-    """Which answers an evaluation samples, all by greedy decoding.
+    """Which answers an evaluation generates.
 
     Attributes:
         prompts: The first so many prompts of the evaluated rows are answered.
         max_new_tokens: Answers are cut at this many tokens.
+        temperature: Divides the logits before a token is sampled; 0: greedy decoding.
+        top_p: Sampled tokens are the most probable ones with at least this probability together.
+        seed: Seeds the random numbers of sampled answers, together with the position of the row.
     """
 
     prompts: int
     max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
 
 
 @dataclass(frozen=True)
@@ -49,27 +55,32 @@ class Guards:
             in nats per completion. Measuring it makes an evaluation two to three times as expensive.
         max_answer_length_ratio: Largest mean length of an agent's greedy answers, divided by that of the reference's
             answers to the same prompts. Preference tuning exploits length (Park et al. 2024, arXiv 2403.19159), which
-            log-probs of given completions do not show. Every evaluation generates the answers, one after the other.
+            log-probs of given completions do not show. Every evaluation generates the answers.
+        min_win_rate: Smallest `win_rate`, the share of prompts at which a judge prefers the agent's answer to the
+            reference's. It needs a `judge`, whose settings say which prompts are answered.
         answer_prompts: The first so many prompts of the evaluated rows are answered for this.
         answer_tokens: Answers, also the reference's, are cut at this many tokens.
 
     Raises:
-        ConfigurationError: A bound is no finite number, `max_answer_length_ratio` is not above 0, or one of the last
-            two is not a whole number above 0 or has no effect.
+        ConfigurationError: A bound is no finite number, `max_answer_length_ratio` is not above 0, `min_win_rate` not in
+            (0, 1], or one of the last two is not a whole number above 0 or has no effect.
     """
 
     min_chosen_logratio: float | None = None
     max_kl: float | None = None
     max_answer_length_ratio: float | None = None
+    min_win_rate: float | None = None
     answer_prompts: int = 16
     answer_tokens: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("min_chosen_logratio", "max_kl", "max_answer_length_ratio"):
+        for name in ("min_chosen_logratio", "max_kl", "max_answer_length_ratio", "min_win_rate"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, finite_number(f"guards.{name}", getattr(self, name)))
         if self.max_answer_length_ratio is not None:
             positive_number("guards.max_answer_length_ratio", self.max_answer_length_ratio)
+        if self.min_win_rate is not None and not 0 < self.min_win_rate <= 1:
+            raise ConfigurationError("guards.min_win_rate", self.min_win_rate, "must be above 0, and at most 1")
         for field in fields(self):
             if field.name in _SAMPLING:
                 value = whole_number(f"guards.{field.name}", getattr(self, field.name), 1)
@@ -119,6 +130,8 @@ class Guards:
             found.append((self.max_kl, math.nan if evaluation.kl is None else _mean(evaluation.kl)))
         if self.max_answer_length_ratio is not None:
             found.append((self.max_answer_length_ratio, evaluation.answer_length_ratio))
+        if self.min_win_rate is not None:
+            found.append((-self.min_win_rate, -evaluation.win_rate))
         return found
 
     def guarded(self, fitness: Fitness, evaluation: Evaluation) -> Fitness:

@@ -162,6 +162,15 @@ class NamedFitness:
         return (first,) if self.tie_break is None else (first, self.tie_break(evaluation))
 
 
+def _win_rate(evaluation: Any) -> float:
+    return float(evaluation.win_rate)
+
+
+def _win_terms(evaluation: Any) -> FloatArray:
+    terms: FloatArray = evaluation.win_terms
+    return terms
+
+
 def _accuracy(evaluation: Evaluation) -> float:
     return evaluation.accuracy
 
@@ -191,18 +200,24 @@ PREFERENCE_FITNESSES: Mapping[str, NamedFitness] = {
         ),
         NamedFitness("margin_over_std", _margin_over_std, lambda evaluation: margin_over_std_terms(evaluation.margins)),
         NamedFitness("mean_margin", _mean_margin, lambda evaluation: evaluation.margins),
+        NamedFitness("win_rate", _win_rate, _win_terms, _margin_over_std),
     )
 }
 """Fitness functions of an `Evaluation` by name; where scores are equal, the last part of the text decides.
 
 `accuracy`: the accuracy, then mean / std of the margins. `accuracy_mean_margin`: the accuracy, then the mean margin.
 `log_loss`: minus `scale_free_log_loss`, then mean / std. `margin_over_std`. `mean_margin`, which is not scale-free.
+`win_rate`: a judge's preference for the agent's answers over the reference's, then mean / std.
 """
 
 LIKELIHOOD_FITNESSES: Mapping[str, NamedFitness] = {
-    "loss": NamedFitness("loss", lambda evaluation: -evaluation.loss, lambda evaluation: -loss_terms(evaluation))
+    "loss": NamedFitness("loss", lambda evaluation: -evaluation.loss, lambda evaluation: -loss_terms(evaluation)),
+    "win_rate": NamedFitness("win_rate", _win_rate, _win_terms, lambda evaluation: -evaluation.loss),
 }
-"""Fitness functions of a `LikelihoodEvaluation` by name. `loss`: minus the loss per token."""
+"""Fitness functions of a `LikelihoodEvaluation` by name. `loss`: minus the loss per token.
+
+`win_rate`: that of a judge, then minus the loss.
+"""
 
 
 def _auc_terms(evaluation: UnpairedEvaluation) -> FloatArray:
@@ -218,9 +233,13 @@ UNPAIRED_FITNESSES: Mapping[str, NamedFitness] = {
     for one in (
         NamedFitness("auc", lambda evaluation: evaluation.auc, _auc_terms, _mean_unpaired_margin),
         NamedFitness("mean_margin", _mean_unpaired_margin, lambda evaluation: evaluation.margin_terms),
+        NamedFitness("win_rate", _win_rate, _win_terms, lambda evaluation: evaluation.auc),
     )
 }
-"""Fitness functions of an `UnpairedEvaluation` by name. `auc`: the AUC, then the mean margin. `mean_margin`."""
+"""Fitness functions of an `UnpairedEvaluation` by name. `auc`: the AUC, then the mean margin. `mean_margin`.
+
+`win_rate`: that of a judge, then the AUC.
+"""
 
 preference_fitness = PREFERENCE_FITNESSES["accuracy_mean_margin"]
 likelihood_fitness = LIKELIHOOD_FITNESSES["loss"]

@@ -116,7 +116,7 @@ def ratio_interval(numerators: FloatArray, denominators: FloatArray) -> Interval
 
 
 def score_interval(evaluation: AnyEvaluation, score: str) -> Interval:
-    """Return a score with its interval: Wilson's for the accuracy, else the normal one.
+    """Return a score with its interval: Wilson's for the accuracy and the win rate, else the normal one.
 
     Args:
         evaluation: The evaluation, row by row.
@@ -126,7 +126,7 @@ def score_interval(evaluation: AnyEvaluation, score: str) -> Interval:
         ConfigurationError: The evaluation has no such score.
     """
     numerators, denominators = _ratio(evaluation, score)
-    if score == "accuracy":
+    if score in ("accuracy", "win_rate"):
         share = float(numerators.mean())
         # If every pair ties, the model equals its reference, and other pairs would tie as well.
         ties = bool((numerators == TIE).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ from evollm.errors import ConfigurationError
 from evollm.hpo import (
     FinalCandidates,
     Guards,
+    Judge,
     Mutations,
     Search,
     TournamentSearch,
     TournamentSelection,
     final_candidates_of,
     guards_of,
+    judge_of,
     search_of,
 )
 from evollm.hpo.search_checks import describe_search
@@ -48,6 +50,7 @@ class RunOptions:
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0
     merge: FinalCandidates | Mapping[str, Any] | bool | None = None
+    judge: Judge | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -70,9 +73,17 @@ class RunOptions:
             object.__setattr__(self, "search", search_of(self.search))
         if self.guards is not None:
             object.__setattr__(self, "guards", guards_of(self.guards))
+        self._check_judge()
         object.__setattr__(self, "merge", final_candidates_of(self.merge))
         if self.evo_steps is not None and not self.evolves:
             raise ConfigurationError("evo_steps", self.evo_steps, "needs a tournament and a mutation, or a search")
+
+    def _check_judge(self) -> None:
+        if self.judge is not None:
+            object.__setattr__(self, "judge", judge_of(self.judge))
+        elif self.bounds.min_win_rate is not None:
+            fix = "needs a judge, which compares answers: give judge=..., or leave this out"
+            raise ConfigurationError("guards.min_win_rate", self.bounds.min_win_rate, fix)
 
     def _check_numbers(self) -> None:
         counts = ("num_epochs", "max_steps", "max_member_steps", "evo_steps", "evaluation_interval", "keep_last")
@@ -107,6 +118,11 @@ class RunOptions:
         """The candidates after the last step; None: there are none."""
         return self.merge if isinstance(self.merge, FinalCandidates) else None
 
+    @property
+    def judging(self) -> Judge | None:
+        """The judge of answers; None: there is none."""
+        return self.judge if isinstance(self.judge, Judge) else None
+
     def strategy(self) -> Search | None:
         """The search of the run; None if there is none."""
         if self.tournament is not None and self.mutation is not None:
@@ -114,8 +130,8 @@ class RunOptions:
         return None if self.search is None else search_of(self.search)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, without what is not asked for: search, guards, limits, merge."""
-        left_out = {"search", "guards", "merge", *(() if self.early_stopping_patience else _EARLY_STOPPING)}
+        """Return the fields as JSON values, without what is not asked for: search, guards, limits, merge, judge."""
+        left_out = {"search", "guards", "merge", "judge", *(() if self.early_stopping_patience else _EARLY_STOPPING)}
         left_out |= {name for name in _LIMITS if getattr(self, name) is None}
         asked = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         if self.tournament is not None and self.mutation is not None:
@@ -126,4 +142,6 @@ class RunOptions:
             asked["guards"] = self.guards.to_dict()
         if self.candidates is not None:
             asked["merge"] = self.candidates.to_dict()
+        if self.judging is not None:
+            asked["judge"] = self.judging.to_dict()
         return asked

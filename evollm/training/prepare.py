@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 
 from evollm.algorithms import Algorithm
@@ -16,10 +17,12 @@ from evollm.algorithms.settings import check_evolution
 from evollm.checks import boolean
 from evollm.errors import ConfigurationError
 from evollm.execution.crossover import check_crossover
-from evollm.execution.executor import Combines, ExecutorFactory, check_executor
+from evollm.execution.executor import Combines, Executor, ExecutorFactory, check_executor
+from evollm.execution.judged import JudgedExecutor, first_row
 from evollm.execution.members import check_parallel, executor_of
 from evollm.execution.named import executor_named
 from evollm.hpo import (
+    AnyEvaluation,
     Birth,
     Evaluation,
     FinalCandidates,
@@ -30,6 +33,7 @@ from evollm.hpo import (
     as_fitness,
     fitness_named,
 )
+from evollm.hpo.fitness import TIE
 from evollm.llm_envs import DatasetGym
 from evollm.models.adapters.combining import check_combinable
 from evollm.processes import Processes
@@ -118,7 +122,13 @@ def check_arguments(
     if asked.bounds.max_kl is not None:
         # Answers are sampled by the executor, whatever the algorithm.
         _check_measurable(Guards(max_kl=asked.bounds.max_kl), algorithm.evaluate, algorithm.name)
-    function = check_fitness(fitness, algorithm)
+    trial = algorithm.trial
+    if asked.judging is not None:
+        if "win_rates" not in {one.name for one in fields(trial)}:
+            fix = f"needs evaluations with win_rates, which {algorithm.name} does not have: leave it out"
+            raise ConfigurationError("judge", asked.judging.name, fix)
+        trial = replace(trial, win_rates=np.full(len(trial), TIE))
+    function = check_fitness(fitness, algorithm, trial)
     make_executor = executor_named(executor, workers, resources_per_worker, ray_address)
     check_parallel(parallel, make_executor)
     listeners = list(check_callbacks(callbacks))
@@ -128,11 +138,11 @@ def check_arguments(
         # Trackers start before the run folder is written: a failed start leaves no folder that blocks the next run.
         writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
         listeners = [*writers, *listeners, *([Console()] if verbose else [])]
-    terms = None if asked.candidates is None else _terms(asked.candidates, algorithm)
+    terms = None if asked.candidates is None else _terms(asked.candidates, algorithm, trial)
     return RunArguments(algorithm, asked, paths, function, listeners, make_executor, parallel, terms)
 
 
-def _terms(merge: FinalCandidates, algorithm: Algorithm) -> Terms:
+def _terms(merge: FinalCandidates, algorithm: Algorithm, trial: AnyEvaluation) -> Terms:
     """The terms of the score by which candidates are compared.
 
     Raises:
@@ -142,6 +152,7 @@ def _terms(merge: FinalCandidates, algorithm: Algorithm) -> Terms:
     fitness = fitness_named(merge.score or smooth, algorithm.fitnesses)
     if not isinstance(fitness, NamedFitness):
         raise ConfigurationError("merge.score", merge.score, "must be an evollm.hpo.NamedFitness, which has terms")
+    fitness.terms(trial)
     return fitness.terms
 
 
@@ -159,6 +170,8 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
     check_executor(executor)
     _check_measurable(arguments.options.bounds, executor.evaluate, type(executor).__name__)
     contest, options = None, arguments.options
+    if options.judging is not None:
+        executor = cast(Executor, JudgedExecutor(executor, options.judging, first_row(env)))
     if options.candidates is not None and arguments.terms is not None:
         if not all(callable(getattr(executor, name, None)) for name in ("combine", "discard")):
             fix = "cannot make candidates of agents (evollm.execution.executor.Combines): leave merge out"
@@ -167,21 +180,21 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
     return Run(executor, options, arguments.paths, arguments.fitness, arguments.callbacks, contest)
 
 
-def check_fitness(fitness: object, algorithm: Algorithm) -> FitnessFunction:
+def check_fitness(fitness: object, algorithm: Algorithm, trial: AnyEvaluation | None = None) -> FitnessFunction:
     """Return a fitness function: that of a name, or the algorithm's for None.
 
-    It is called with the evaluation of an untuned agent, before any training.
+    It is called with the evaluation of an untuned agent, before any training; by default the algorithm's `trial`.
 
     Raises:
         ConfigurationError: The fitness is neither a function nor a known name, or returns something else than numbers.
     """
     if isinstance(fitness, str):
-        return fitness_named(fitness, algorithm.fitnesses)
+        fitness = fitness_named(fitness, algorithm.fitnesses)
     function = algorithm.fitness if fitness is None else fitness
     if not callable(function):
         fix = "must be a function from an Evaluation to a number or a tuple of them, or the name of one"
         raise ConfigurationError("fitness", fitness, fix)
-    as_fitness(function(algorithm.trial))
+    as_fitness(function(algorithm.trial if trial is None else trial))
     return function
 
 
@@ -221,11 +234,12 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
         raise ConfigurationError(
             "update_reference_each_epoch", True, "the reference is the base itself: use_separate_reference_adapter=True"
         )
-    if options.guards is not None and not env.test_pairs:
-        raise ConfigurationError("test_dataset", None, "guards need held-out rows: pass a test_dataset to the gym")
+    needing = {"guards need": options.guards, "merge needs": options.candidates, "a judge needs": options.judging}
+    for who, asked in needing.items():
+        if asked is not None and not env.test_pairs:
+            fix = f"{who} held-out rows: pass a test_dataset to the gym"
+            raise ConfigurationError("test_dataset", None, fix)
     if options.candidates is not None:
-        if not env.test_pairs:
-            raise ConfigurationError("test_dataset", None, "merge needs held-out rows: pass a test_dataset to the gym")
         actors = [agent.actor_adapter for agent in population]
         check_combinable(population[0].base, actors, options.candidates.combinations)
     if options.early_stopping_patience is not None and not env.test_pairs:

@@ -14,7 +14,7 @@ from evollm.execution.executor import ExecutorFactory
 from evollm.execution.members import DATA
 from evollm.execution.named import LOCAL
 from evollm.foreign import LOOP, LOOP_ORDER, explains
-from evollm.hpo import FinalCandidates, Guards, Mutations, Search, TournamentSelection
+from evollm.hpo import FinalCandidates, Guards, Judge, Mutations, Search, TournamentSelection
 from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym, UnpairedGym
 from evollm.processes import check_processes
 from evollm.runs.events import Callback
@@ -49,6 +49,7 @@ def finetune_llm_preference(
     early_stopping_patience: int | None = None,
     early_stopping_threshold: float = 0.0,
     merge: FinalCandidates | Mapping[str, Any] | bool | None = None,
+    judge: Judge | Callable[..., Any] | None = None,
     update_reference_each_epoch: bool = False,
     run_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
@@ -101,7 +102,8 @@ def finetune_llm_preference(
             a name of `evollm.hpo.STRATEGIES`, such as "asha". The population may then grow and shrink.
         fitness: Maps an `Evaluation` to a number or a tuple of numbers; larger is better. Or a name of
             `evollm.hpo.PREFERENCE_FITNESSES`: "accuracy", "log_loss", "margin_over_std", "mean_margin" or the default
-            "accuracy_mean_margin", the preference accuracy, then the mean margin. None of them contains beta.
+            "accuracy_mean_margin", the preference accuracy, then the mean margin. None of them contains beta. With a
+            `judge` also "win_rate".
         guards: Bounds that come before the fitness, as `evollm.hpo.Guards` or a mapping of its fields, such as
             `{"min_chosen_logratio": -3.0}`: an agent that breaks one is behind every agent that breaks none.
         early_stopping_patience: Stop after this many evaluations in a row in which no agent has improved the best
@@ -113,6 +115,9 @@ def finetune_llm_preference(
             that is better than the best agent by a paired test on the held-out rows: True, or
             `evollm.hpo.FinalCandidates` or a mapping of its fields, such as {"finalists": 3, "factors": [1.5]}. None:
             the best agent wins.
+        judge: Compares answers that the agents generate to held-out prompts with the reference's answers: an
+            `evollm.hpo.Judge`, or a function for it, `judge(prompts, first, second)` or a reward function
+            `reward(prompts, completions)`. Every evaluation then has a win rate. None: no answers are generated for it.
         update_reference_each_epoch: Make each agent's actor its reference after every epoch but the last. Scores stay
             relative to the first agent's reference at the start.
         run_dir: Run folder, by default a new folder in `evollm-runs`.

@@ -1,0 +1,235 @@
+"""Judges of answers: the share of prompts at which an agent's answer is preferred to the reference's.
+
+A judge may prefer whatever stands first (Zheng et al. 2023, arXiv 2306.05685, section 3.4), so each comparison is asked
+a second time with the answers swapped, and the two are averaged: one that always prefers the first answer gives 0.5.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from textwrap import shorten
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from evollm.checks import finite_number, positive_number, whole_number
+from evollm.errors import ConfigurationError
+from evollm.hpo.fitness import TIE, FloatArray
+from evollm.hpo.guards import AnswerSampling
+
+# (prompts, first, second) -> preferences for the first answers, or (prompts, completions) -> rewards; lists of equal
+# lengths, by name.
+JudgeFunction: TypeAlias = Callable[..., Sequence[Any]]
+
+# Most characters of a prompt that a message quotes.
+_QUOTED = 60
+_COMPARES, _SCORES = frozenset({"first", "second"}), frozenset({"completions"})
+_KINDS = "must be a function with the arguments prompts, first and second, or with prompts and completions"
+_TRIAL = ("An answer.", "Another answer.")
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """An agent's answer to a held-out prompt, and the reference's; plain data.
+
+    Attributes:
+        row: Position of the row in the user's dataset.
+        prompt: The prompt as the row has it: a string, or a list of messages.
+        own: The agent's answer, without special tokens.
+        reference: The reference's answer.
+    """
+
+    row: int
+    prompt: Any
+    own: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Compares agents' answers to held-out prompts with the reference's answers.
+
+    Args:
+        function: Compares or scores answers; called with lists of n, by name. One with the arguments `prompts`, `first`
+            and `second` returns n preferences: 1 where the first answer is better, 0 where the second is, 0.5 for a
+            tie, or anything between. It is asked about each pair of answers in both orders. One with `prompts` and
+            `completions`, as the reward functions of TRL, returns n rewards, and the answer with the larger one wins.
+            Prompts, which it need not take, are as the rows have them: strings, or lists of messages; answers are
+            strings.
+        prompts: The first so many prompts of the evaluated rows are answered at each evaluation.
+        max_new_tokens: Answers, also the reference's, are cut at this many tokens.
+        temperature: 0: greedy decoding; above 0, answers are sampled.
+        top_p: As of transformers, for sampled answers.
+        seed: Seeds sampled answers, together with the row: all agents and the reference have the same random numbers,
+            at every evaluation.
+
+    Raises:
+        ConfigurationError: The function takes other arguments, or a number is out of range.
+    """
+
+    function: JudgeFunction
+    prompts: int = 64
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _taken_by(self.function)
+        for name, least in (("prompts", 1), ("max_new_tokens", 1), ("seed", 0)):
+            object.__setattr__(self, name, whole_number(f"judge.{name}", getattr(self, name), least))
+        temperature = finite_number("judge.temperature", self.temperature)
+        if temperature < 0:
+            raise ConfigurationError("judge.temperature", temperature, "must be at least 0")
+        top_p = positive_number("judge.top_p", self.top_p)
+        if top_p > 1:
+            raise ConfigurationError("judge.top_p", top_p, "must be at most 1")
+        if top_p < 1 and not temperature:
+            fix = "has an effect only on sampled answers: give a temperature too, or leave this out"
+            raise ConfigurationError("judge.top_p", top_p, fix)
+        object.__setattr__(self, "temperature", float(temperature))
+        object.__setattr__(self, "top_p", float(top_p))
+
+    @property
+    def name(self) -> str:
+        """The function's name, for messages and records."""
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    @property
+    def sampling(self) -> AnswerSampling:
+        """The answers that are generated."""
+        return AnswerSampling(self.prompts, self.max_new_tokens, self.temperature, self.top_p, self.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values, the function by its name."""
+        return {"function": self.name, **vars(self.sampling)}
+
+    def win_rates(self, pairs: Sequence[AnswerPair]) -> FloatArray:
+        """How often each agent's answer is preferred to the reference's, in one call of the function.
+
+        Args:
+            pairs: n answers, each with that of the reference. Equal answers are a tie, and not judged.
+
+        Returns:
+            (n,) numbers in [0, 1].
+
+        Raises:
+            ConfigurationError: The function raises, or returns something else than the right numbers. The message names
+                the function, and the row and first words of a prompt.
+        """
+        found = np.full(len(pairs), TIE)
+        differing = [number for number, pair in enumerate(pairs) if pair.own != pair.reference]
+        if differing:
+            asked = [pairs[number] for number in differing]
+            compares = _taken_by(self.function)[0] == _COMPARES
+            found[differing] = self._compared(asked) if compares else self._scored(asked)
+        return found
+
+    def try_out(self, row: int, prompt: Any) -> None:
+        """Judge two made-up answers to a prompt.
+
+        Raises:
+            ConfigurationError: As of `win_rates`.
+        """
+        self.win_rates([AnswerPair(row, prompt, *_TRIAL)])
+
+    def _compared(self, pairs: Sequence[AnswerPair]) -> FloatArray:
+        """The means of both orders, of a function that compares."""
+        asked = [*((pair, pair.own, pair.reference) for pair in pairs)]
+        asked += [(pair, pair.reference, pair.own) for pair in pairs]
+        found = self._asked(asked, ("first", "second"), largest=1.0)
+        count = len(pairs)
+        return np.asarray((found[:count] + 1 - found[count:]) / 2)
+
+    def _scored(self, pairs: Sequence[AnswerPair]) -> FloatArray:
+        """1, 0.5 and 0 by the rewards of both answers, of a function that scores; each answer is scored once."""
+        texts = {(pair.row, text): pair for pair in pairs for text in (pair.own, pair.reference)}
+        rewards = self._asked([(pair, text) for (_, text), pair in texts.items()], ("completions",), largest=math.inf)
+        of = dict(zip(texts, rewards, strict=True))
+        margins = np.array([of[pair.row, pair.own] - of[pair.row, pair.reference] for pair in pairs])
+        return np.asarray(np.heaviside(margins, TIE))
+
+    def _asked(self, asked: Sequence[tuple[Any, ...]], names: Sequence[str], largest: float) -> FloatArray:
+        """The function's numbers (n,), for n pairs each with the texts of these arguments."""
+        try:
+            given = self._call(asked, names)
+        except Exception as error:  # Whatever the user's function raises.
+            what = f"{self.name} raised {type(error).__name__}: {error}"
+            raise _error(what, self._culprit(asked, names), "correct it") from error
+        values = _as_list(given)
+        if values is None or len(values) != len(asked):
+            shown = type(given).__name__ if values is None else f"{len(values)} values"
+            fix = "must return a list with a number for each"
+            raise _error(f"{self.name} returned {shown} for {len(asked)} questions", asked[0][0], fix)
+        numbers = [_number(value) for value in values]
+        within = f"from 0 to {largest:.0f}" if math.isfinite(largest) else "that is finite"
+        for number, value, (pair, *_) in zip(numbers, values, asked, strict=True):
+            if not math.isfinite(number) or (math.isfinite(largest) and not 0 <= number <= largest):
+                raise _error(f"{self.name} returned {value!r}", pair, f"must return a number {within} for each")
+        return np.array(numbers)
+
+    def _call(self, asked: Sequence[tuple[Any, ...]], names: Sequence[str]) -> Any:
+        pairs, *texts = zip(*asked, strict=True)
+        lists = {name: list(column) for name, column in zip(names, texts, strict=True)}
+        if _taken_by(self.function)[1]:
+            lists["prompts"] = [pair.prompt for pair in pairs]
+        return self.function(**lists)
+
+    def _culprit(self, asked: Sequence[tuple[Any, ...]], names: Sequence[str]) -> AnswerPair:
+        """The first pair at which the function raises by itself; else the first pair."""
+        for one in asked:
+            try:
+                self._call([one], names)
+            except Exception:  # Whatever the user's function raises.
+                return one[0]  # type: ignore[no-any-return]
+        return asked[0][0]  # type: ignore[no-any-return]
+
+
+def judge_of(value: object) -> Judge:
+    """Return `value`, or the judge with this function and the default settings.
+
+    Raises:
+        ConfigurationError: It is neither a `Judge` nor a suitable function.
+    """
+    return value if isinstance(value, Judge) else Judge(value)  # type: ignore[arg-type]
+
+
+def _taken_by(function: object) -> tuple[frozenset[str], bool]:
+    """`_COMPARES` or `_SCORES`, by the names of a function's arguments, and whether it takes prompts too."""
+    if not callable(function):
+        raise ConfigurationError("judge", function, _KINDS)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        raise ConfigurationError("judge", function, f"{_KINDS}, and those of this one cannot be read") from None
+    names = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    takes_more = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    required = {one.name for one in parameters if one.name in names and one.default is one.empty}
+    for kind in (_COMPARES, _SCORES):
+        if kind <= names and required <= kind | {"prompts"}:
+            return kind, takes_more or "prompts" in names
+    raise ConfigurationError("judge", function, f"{_KINDS}, and this one takes {', '.join(sorted(names)) or 'none'}")
+
+
+def _as_list(given: Any) -> list[Any] | None:
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        return None
+    try:
+        return list(given)
+    except TypeError:  # a tensor or an array without dimensions
+        return None
+
+
+def _number(value: Any) -> float:
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value
+    return float(plain) if isinstance(plain, Real) else math.nan
+
+
+def _error(what: str, pair: AnswerPair, fix: str) -> ConfigurationError:
+    last = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1].get("content", "") if pair.prompt else ""
+    words = shorten(str(last), _QUOTED, placeholder=" ...")
+    return ConfigurationError("judge", what, f"on row {pair.row}, {words!r}: {fix}")
