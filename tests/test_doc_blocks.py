@@ -107,6 +107,7 @@ PAGES: dict[str, Callable[[Namespace], None]] = {
     "search.md": lambda _: None,
     "stages.md": lambda _: None,
     "tracking.md": lambda _: None,
+    "win_rate.md": lambda _: None,
 }
 
 

@@ -24,7 +24,7 @@ from evollm.data.samples import Batch
 from evollm.errors import DataError
 from evollm.foreign import ACTION, AGENT, explains
 from evollm.hpo.fitness import Evaluation
-from evollm.hpo.scores import PREFERENCE_FITNESSES
+from evollm.hpo.scores import PREFERENCE_FITNESSES, WIN_RATE
 from evollm.llm_envs import PreferenceGym
 from evollm.llm_envs.observations import as_action, batch_of
 from evollm.models.logprobs import CompletionSums
@@ -244,7 +244,7 @@ register(
         learn=learn_together,
         evaluate=evaluate_together,
         fitness=PREFERENCE_FITNESSES["accuracy_mean_margin"],
-        fitnesses=PREFERENCE_FITNESSES,
+        fitnesses={**PREFERENCE_FITNESSES, WIN_RATE.name: WIN_RATE},
         trial=Evaluation(np.zeros(2), np.zeros(2)),
         has_reference=True,
         evolves=("lr", "beta", "nll_alpha"),

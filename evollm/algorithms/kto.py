@@ -25,7 +25,7 @@ from evollm.data.unpaired_rows import DESIRABLE, UNDESIRABLE
 from evollm.errors import ConfigurationError, DataError
 from evollm.foreign import ACTION, AGENT, explains
 from evollm.hpo.fitness import UnpairedEvaluation
-from evollm.hpo.scores import UNPAIRED_FITNESSES
+from evollm.hpo.scores import UNPAIRED_FITNESSES, WIN_RATE
 from evollm.llm_envs import UnpairedGym
 from evollm.llm_envs.observations import as_action, batch_of
 from evollm.runs.words import Score, Words
@@ -224,7 +224,7 @@ register(
         learn=learn_together,
         evaluate=evaluate_together,
         fitness=UNPAIRED_FITNESSES["auc"],
-        fitnesses=UNPAIRED_FITNESSES,
+        fitnesses={**UNPAIRED_FITNESSES, WIN_RATE.name: WIN_RATE},
         trial=UnpairedEvaluation(np.zeros(2), np.array([1.0, 0.0])),
         has_reference=True,
         evolves=("lr", "beta", "desirable_weight", "undesirable_weight"),

@@ -19,7 +19,7 @@ from evollm.checks import boolean
 from evollm.data.samples import Batch
 from evollm.foreign import ACTION, SFT_AGENT, explains
 from evollm.hpo.fitness import LikelihoodEvaluation
-from evollm.hpo.scores import LIKELIHOOD_FITNESSES
+from evollm.hpo.scores import LIKELIHOOD_FITNESSES, WIN_RATE
 from evollm.llm_envs import SFTGym
 from evollm.llm_envs.observations import as_action
 from evollm.runs.words import Score, Words
@@ -141,7 +141,7 @@ register(
         learn=learn_together,
         evaluate=lambda agents, env, split, reference, *, rows=None: evaluate_together(agents, env, split, rows=rows),
         fitness=LIKELIHOOD_FITNESSES["loss"],
-        fitnesses=LIKELIHOOD_FITNESSES,
+        fitnesses={**LIKELIHOOD_FITNESSES, WIN_RATE.name: WIN_RATE},
         trial=LikelihoodEvaluation(-np.ones(2), np.ones(2)),
         has_reference=False,
         loop="finetune_llm_sft",

@@ -15,7 +15,15 @@ import numpy as np
 
 from evollm.checks import nearest_name
 from evollm.errors import ConfigurationError
-from evollm.hpo.fitness import TIE, Evaluation, Fitness, FloatArray, LikelihoodEvaluation, UnpairedEvaluation
+from evollm.hpo.fitness import (
+    TIE,
+    AnyEvaluation,
+    Evaluation,
+    Fitness,
+    FloatArray,
+    LikelihoodEvaluation,
+    UnpairedEvaluation,
+)
 
 # Bound of |mean / std|, which is infinite for equal margins.
 MOST_STDS = 1e6
@@ -162,15 +170,6 @@ class NamedFitness:
         return (first,) if self.tie_break is None else (first, self.tie_break(evaluation))
 
 
-def _win_rate(evaluation: Any) -> float:
-    return float(evaluation.win_rate)
-
-
-def _win_terms(evaluation: Any) -> FloatArray:
-    terms: FloatArray = evaluation.win_terms
-    return terms
-
-
 def _accuracy(evaluation: Evaluation) -> float:
     return evaluation.accuracy
 
@@ -200,24 +199,18 @@ PREFERENCE_FITNESSES: Mapping[str, NamedFitness] = {
         ),
         NamedFitness("margin_over_std", _margin_over_std, lambda evaluation: margin_over_std_terms(evaluation.margins)),
         NamedFitness("mean_margin", _mean_margin, lambda evaluation: evaluation.margins),
-        NamedFitness("win_rate", _win_rate, _win_terms, _margin_over_std),
     )
 }
 """Fitness functions of an `Evaluation` by name; where scores are equal, the last part of the text decides.
 
 `accuracy`: the accuracy, then mean / std of the margins. `accuracy_mean_margin`: the accuracy, then the mean margin.
 `log_loss`: minus `scale_free_log_loss`, then mean / std. `margin_over_std`. `mean_margin`, which is not scale-free.
-`win_rate`: a judge's preference for the agent's answers over the reference's, then mean / std.
 """
 
 LIKELIHOOD_FITNESSES: Mapping[str, NamedFitness] = {
-    "loss": NamedFitness("loss", lambda evaluation: -evaluation.loss, lambda evaluation: -loss_terms(evaluation)),
-    "win_rate": NamedFitness("win_rate", _win_rate, _win_terms, lambda evaluation: -evaluation.loss),
+    "loss": NamedFitness("loss", lambda evaluation: -evaluation.loss, lambda evaluation: -loss_terms(evaluation))
 }
-"""Fitness functions of a `LikelihoodEvaluation` by name. `loss`: minus the loss per token.
-
-`win_rate`: that of a judge, then minus the loss.
-"""
+"""Fitness functions of a `LikelihoodEvaluation` by name. `loss`: minus the loss per token."""
 
 
 def _auc_terms(evaluation: UnpairedEvaluation) -> FloatArray:
@@ -233,13 +226,27 @@ UNPAIRED_FITNESSES: Mapping[str, NamedFitness] = {
     for one in (
         NamedFitness("auc", lambda evaluation: evaluation.auc, _auc_terms, _mean_unpaired_margin),
         NamedFitness("mean_margin", _mean_unpaired_margin, lambda evaluation: evaluation.margin_terms),
-        NamedFitness("win_rate", _win_rate, _win_terms, lambda evaluation: evaluation.auc),
     )
 }
-"""Fitness functions of an `UnpairedEvaluation` by name. `auc`: the AUC, then the mean margin. `mean_margin`.
+"""Fitness functions of an `UnpairedEvaluation` by name. `auc`: the AUC, then the mean margin. `mean_margin`."""
 
-`win_rate`: that of a judge, then the AUC.
-"""
+
+def _win_rate(evaluation: AnyEvaluation) -> float:
+    return evaluation.win_rate
+
+
+def _win_terms(evaluation: AnyEvaluation) -> FloatArray:
+    return evaluation.win_terms
+
+
+def _between_equal_win_rates(evaluation: AnyEvaluation) -> float:
+    if isinstance(evaluation, Evaluation):
+        return _margin_over_std(evaluation)
+    return evaluation.auc if isinstance(evaluation, UnpairedEvaluation) else -evaluation.loss
+
+
+WIN_RATE = NamedFitness("win_rate", _win_rate, _win_terms, _between_equal_win_rates)
+"""The win rate of any evaluation that has one; then mean / std of the margins, the AUC, or minus the loss."""
 
 preference_fitness = PREFERENCE_FITNESSES["accuracy_mean_margin"]
 likelihood_fitness = LIKELIHOOD_FITNESSES["loss"]

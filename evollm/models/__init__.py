@@ -12,7 +12,8 @@
 - `load_balancing`, `loss_scaling`: the loss of routers, and backward passes in float16
 - `probe`, `rounding`, `fast_paths`: trials that compare faster ways with the model's own forward pass
 - `budget`, `pass_budgets`, `slow_settings`: what follows the free memory, and warnings about slow settings
-- `fingerprints`, `generation`: digests of adapters and bases, and greedy answers
+- `fingerprints`: digests of adapters and bases
+- `generation`, `sampling`: answers of all members at once, greedy or sampled with a key for each answer
 """
 
 from evollm.models.adapters.adapter import AdapterState

@@ -124,3 +124,13 @@ def test_rounding_shows_the_floor_and_what_swapped_adapters_would_do(run, model_
     floor, bound, swapped = (float(value) for value in line[2:5])
     assert 0 < floor < bound < swapped
     assert line[5:] == ["shared_prompt,", "tiled_head,", "stacking"]
+
+
+def test_generation_times_members_together_and_one_by_one_and_measures_memory(run, model_folder) -> None:
+    sizes = ["--members", 2, "--prompts", 2, "--prompt-tokens", 4, "--tokens", 3, "--repeats", 1, "--threads", 1]
+    output = run("generation.py", "--model", model_folder, "--temperature", 1, *sizes)
+    machine, one_by_one, together, times, peaks = output.splitlines()
+    assert machine.endswith("torch.float32, 2 members, 2 prompts, sampled at temperature 1")
+    assert all(line.endswith(" tokens/s") for line in (one_by_one, together))
+    assert times.endswith(" times as fast together")
+    assert peaks.startswith("peak of 1 member ")

@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from evollm import ConfigurationError
-from evollm.hpo import AnswerPair, Evaluation, Guards, Judge, LikelihoodEvaluation, UnpairedEvaluation, judge_of
-from evollm.hpo.scores import LIKELIHOOD_FITNESSES, PREFERENCE_FITNESSES, UNPAIRED_FITNESSES
+from evollm.hpo import (
+    WIN_RATE,
+    AnswerPair,
+    Evaluation,
+    Guards,
+    Judge,
+    LikelihoodEvaluation,
+    UnpairedEvaluation,
+    judge_of,
+)
 from evollm.report.statistics import paired_difference, score_interval, wilson
 
 PAIRS = [
@@ -110,24 +118,16 @@ def test_what_is_no_judge_is_refused() -> None:
 RATES = [1.0, 0.5, math.nan, 0.0, 1.0, math.nan]
 
 
-@pytest.mark.parametrize(
-    ("kind", "known"),
-    [
-        (Evaluation, PREFERENCE_FITNESSES),
-        (LikelihoodEvaluation, LIKELIHOOD_FITNESSES),
-        (UnpairedEvaluation, UNPAIRED_FITNESSES),
-    ],
-)
-def test_a_win_rate_is_a_score_with_terms_and_an_interval_over_the_answered_prompts(kind, known) -> None:
+@pytest.mark.parametrize("kind", [Evaluation, LikelihoodEvaluation, UnpairedEvaluation])
+def test_a_win_rate_is_a_score_with_terms_and_an_interval_over_the_answered_prompts(kind) -> None:
     vectors = np.arange(6.0), np.array([1.0, 0, 1, 0, 1, 0])
     first, second = (
         kind(*vectors, win_rates=RATES),
         kind(*vectors, win_rates=np.full(6, 0.5) + 0 * np.array(RATES)),
     )
-    fitness = known["win_rate"]
-    assert first.win_rate == first.scores["win_rate"] == fitness(first)[0] == 0.625
-    assert len(fitness(first)) == 2
-    terms = fitness.terms(first)
+    assert first.win_rate == first.scores["win_rate"] == WIN_RATE(first)[0] == 0.625
+    assert len(WIN_RATE(first)) == 2
+    terms = WIN_RATE.terms(first)
     assert terms.mean() == pytest.approx(0.625)
     # The variance of the mean of all rows' terms is that of the mean over the answered ones.
     answered = np.array([1.0, 0.5, 0.0, 1.0])
@@ -139,7 +139,7 @@ def test_a_win_rate_is_a_score_with_terms_and_an_interval_over_the_answered_prom
     assert "win_rate" not in without.scores
     assert "win_rate" not in without.ratios
     with pytest.raises(ConfigurationError, match="judge=None: a win rate is measured only with one"):
-        fitness(without)
+        WIN_RATE(without)
 
 
 def test_a_bound_on_the_win_rate_comes_before_the_fitness() -> None:
