@@ -99,6 +99,17 @@ def test_sft_then_dpo_runs_three_stages_each_from_the_one_before(warm_python, sm
         assert all(torch.equal(tensor, actor[name]) for name, tensor in reference.items())
 
 
+def test_own_answers_make_the_pairs_of_rounds_each_from_the_one_before(tutorial, tmp_path) -> None:
+    output = tutorial("own_answers", "--rounds=2", "--tokens=6")
+    assert re.findall(r"^Round (\d): [1-8] pairs of answers of its own\.$", output, re.MULTILINE) == ["1", "2"]
+    rounds = tmp_path / "here/own-answers"
+    actor, reference = (
+        load_file(rounds / folder / "elite" / role / "adapter_model.safetensors")
+        for folder, role in (("round-1", "actor"), ("round-2", "reference"))
+    )
+    assert all(torch.equal(tensor, actor[name]) for name, tensor in reference.items())
+
+
 def test_first_run_shows_losses_and_files(tutorial, small, tmp_path) -> None:
     output = tutorial("first_run", "--steps=2")
     assert "Held-out accuracy on 4 selection pairs: 0.500 ->" in output

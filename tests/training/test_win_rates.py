@@ -25,7 +25,8 @@ from evollm.algorithms import KTO
 from evollm.execution.executor import Agreement
 from evollm.execution.judged import JudgedExecutor
 from evollm.execution.local import LocalExecutor
-from evollm.hpo import Judge
+from evollm.execution.wire import from_bytes, to_bytes
+from evollm.hpo import AnswerPair, Judge
 from evollm.models.generation import greedy_answers
 from evollm.report import write_report
 from evollm.runs.evaluations import read_evaluations
@@ -179,6 +180,9 @@ def test_the_main_process_alone_judges_and_its_errors_are_everyones(gym, make_po
         raise AssertionError("called in a process that is not the main one")
 
     executor = LocalExecutor(make_population(1), gym)
+    # Processes exchange answers as plain data.
+    pair = AnswerPair(1, [{"role": "user", "content": "Hello"}], "Hi", "")
+    assert from_bytes(to_bytes({0: [pair]})) == {0: [pair]}
     second: Agreement = Second([{"value": None}, {"value": [0.25, 1.0]}, {"error": ["judge", "broken", "correct it"]}])
     executor.processes = second
     judged = JudgedExecutor(executor, Judge(never, prompts=2, max_new_tokens=2), (0, "Hello"))
