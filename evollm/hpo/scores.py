@@ -15,7 +15,16 @@ import numpy as np
 
 from evollm.checks import nearest_name
 from evollm.errors import ConfigurationError
-from evollm.hpo.fitness import TIE, Evaluation, Fitness, FloatArray, LikelihoodEvaluation, UnpairedEvaluation
+from evollm.hpo.fitness import (
+    TIE,
+    AnyEvaluation,
+    Evaluation,
+    Fitness,
+    FloatArray,
+    LikelihoodEvaluation,
+    RewardEvaluation,
+    UnpairedEvaluation,
+)
 
 # Bound of |mean / std|, which is infinite for equal margins.
 MOST_STDS = 1e6
@@ -221,6 +230,19 @@ UNPAIRED_FITNESSES: Mapping[str, NamedFitness] = {
     )
 }
 """Fitness functions of an `UnpairedEvaluation` by name. `auc`: the AUC, then the mean margin. `mean_margin`."""
+
+REWARD_FITNESSES: Mapping[str, NamedFitness] = {
+    "reward": NamedFitness("reward", lambda evaluation: evaluation.reward, lambda evaluation: evaluation.rewards)
+}
+"""Fitness functions of a `RewardEvaluation` by name. `reward`: the mean reward."""
+
+RACED: Mapping[type[AnyEvaluation], NamedFitness] = {
+    Evaluation: PREFERENCE_FITNESSES["margin_over_std"],
+    LikelihoodEvaluation: LIKELIHOOD_FITNESSES["loss"],
+    UnpairedEvaluation: UNPAIRED_FITNESSES["auc"],
+    RewardEvaluation: REWARD_FITNESSES["reward"],
+}
+"""The types of evaluations, each with the score that a race tests the differences of."""
 
 preference_fitness = PREFERENCE_FITNESSES["accuracy_mean_margin"]
 likelihood_fitness = LIKELIHOOD_FITNESSES["loss"]
