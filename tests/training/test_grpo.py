@@ -68,20 +68,25 @@ def make(make_model, lora) -> Any:
     return make
 
 
-def test_the_reward_of_a_rule_rises(make, env, tmp_path: Path) -> None:
-    agents = make(lr=5e-2, group_size=8, max_completion_length=4, beta=0.0)
+def vowels(completions: list[str]) -> list[int]:
+    return [completion.count("e") + completion.count("a") for completion in completions]
+
+
+def test_the_reward_of_a_rule_rises(make, tokenizer, tmp_path: Path) -> None:
+    env = RewardGym(prompts(6), prompts(3, 6), tokenizer, vowels, data_batch_size_per_gpu=3)
+    agents = make(lr=2e-2, group_size=16, max_completion_length=4, beta=0.0)
     before = agents[0].evaluate(env).reward
     (agent,), (fitness,) = finetune_llm_reasoning(
         agents, env, max_steps=16, evaluation_interval=16, run_dir=tmp_path / "run", **QUIET
     )
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward"] for line in lines if line["kind"] == "step"]
-    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 2
-    assert fitness > before
+    assert np.mean(rewards[-4:]) > 2 * np.mean(rewards[:4])
+    assert fitness > before + 0.5
     record = read_run(tmp_path / "run")
     assert record.config["algorithm"] == "GRPO"
     assert record.config["data"]["noun"] == "prompt"
-    assert {"reward_std", "kl", "clip_ratio/region_mean", "completions/mean_length", "rewards/brevity/mean"} <= lines[
+    assert {"reward_std", "kl", "clip_ratio/region_mean", "completions/mean_length", "rewards/vowels/mean"} <= lines[
         1
     ].keys()
     assert agent.steps == 16
