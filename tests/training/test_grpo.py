@@ -73,11 +73,13 @@ def vowels(completions: list[str]) -> list[int]:
 
 
 def test_the_reward_of_a_rule_rises(make, tokenizer, tmp_path: Path) -> None:
-    env = RewardGym(prompts(6), prompts(3, 6), tokenizer, vowels, data_batch_size_per_gpu=2)
-    agents = make(lr=3e-2, group_size=12, max_completion_length=3, beta=0.0)
+    # Of one length, so that one call answers them.
+    rows = [{"prompt": f"Question {number}:"} for number in range(9)]
+    env = RewardGym(rows[:6], rows[6:], tokenizer, vowels, data_batch_size_per_gpu=3)
+    agents = make(lr=2e-2, group_size=16, max_completion_length=4, beta=0.0)
     before = agents[0].evaluate(env).reward
     (agent,), (fitness,) = finetune_llm_reasoning(
-        agents, env, max_steps=12, evaluation_interval=12, run_dir=tmp_path / "run", **QUIET
+        agents, env, max_steps=16, evaluation_interval=16, run_dir=tmp_path / "run", **QUIET
     )
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward"] for line in lines if line["kind"] == "step"]
@@ -89,7 +91,7 @@ def test_the_reward_of_a_rule_rises(make, tokenizer, tmp_path: Path) -> None:
     assert {"reward_std", "kl", "clip_ratio/region_mean", "completions/mean_length", "rewards/vowels/mean"} <= lines[
         1
     ].keys()
-    assert agent.steps == 12
+    assert agent.steps == 16
     # Log-probs of answers, which never come again, are not kept.
     assert not agent.base.reference_cache._entries
 
