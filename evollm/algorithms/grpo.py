@@ -81,6 +81,8 @@ class GRPO(EvolvableAlgorithm):
         max_completion_length: Most tokens of an answer.
         mask_truncated_completions: Whether answers that were cut at that length are left out of the loss. Their
             rewards are in the group's mean in any case.
+        use_bias_correction_kl: Multiply the estimated divergence by the probability ratio, as DeepSeek-V3.2 (arXiv
+            2512.02556) and TRL do: its gradient is then that of the divergence. False: the estimate alone, as in GRPO.
         evaluation_answers: Answers to each held-out prompt.
         evaluation_temperature: Temperature of these; 0: greedy. It is not evolved, so that scores can be compared.
         max_grad_norm: Largest 2-norm of the gradient; a larger gradient is scaled down to this norm.
@@ -105,6 +107,7 @@ class GRPO(EvolvableAlgorithm):
     scale_rewards = Setting[str]()
     max_completion_length = Setting[int]()
     mask_truncated_completions = Setting[bool]()
+    use_bias_correction_kl = Setting[bool]()
     evaluation_answers = Setting[int]()
     evaluation_temperature = Setting[float]()
     use_separate_reference_adapter = Setting[bool]()
@@ -127,6 +130,7 @@ class GRPO(EvolvableAlgorithm):
         scale_rewards: str = "group",
         max_completion_length: int = 256,
         mask_truncated_completions: bool = False,
+        use_bias_correction_kl: bool = True,
         evaluation_answers: int = 1,
         evaluation_temperature: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -146,6 +150,7 @@ class GRPO(EvolvableAlgorithm):
             scale_rewards=scale_rewards,
             max_completion_length=max_completion_length,
             mask_truncated_completions=mask_truncated_completions,
+            use_bias_correction_kl=use_bias_correction_kl,
             evaluation_answers=evaluation_answers,
             evaluation_temperature=evaluation_temperature,
             max_grad_norm=max_grad_norm,
@@ -179,7 +184,8 @@ class GRPO(EvolvableAlgorithm):
 
         With the probability ratio r of a token to the policy that gave the answer and the advantage A of the answer,
         the loss of a token is -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), plus beta times the estimate
-        exp(d) - d - 1 of the divergence from the reference, where d is the reference's log-prob minus the policy's.
+        exp(d) - d - 1 of the divergence from the reference, where d is the reference's log-prob minus the policy's, and
+        times r with `use_bias_correction_kl`.
         `loss_type` says how tokens are weighted, over the whole optimizer batch whatever the micro-batch. A batch of
         more prompts than `batch_size` makes several optimizer steps, as `update_epochs` does.
 

@@ -51,6 +51,7 @@ class GRPOSettings(AgentSettings):
     scale_rewards: str = "group"
     max_completion_length: int = 256
     mask_truncated_completions: bool = False
+    use_bias_correction_kl: bool = True
     evaluation_answers: int = 1
     evaluation_temperature: float = 0.0
 
@@ -63,7 +64,8 @@ class GRPOSettings(AgentSettings):
                 hint = f"; the nearest is {nearest!r}" if nearest else ""
                 raise ConfigurationError(name, value, f"must be one of {', '.join(known)}{hint}")
         object.__setattr__(self, "max_completion_length", _count("max_completion_length", self.max_completion_length))
-        boolean("mask_truncated_completions", self.mask_truncated_completions)
+        for name in ("mask_truncated_completions", "use_bias_correction_kl"):
+            boolean(name, getattr(self, name))
         object.__setattr__(self, "evaluation_answers", _count("evaluation_answers", self.evaluation_answers))
         temperature = float(finite_number("evaluation_temperature", self.evaluation_temperature))
         object.__setattr__(self, "evaluation_temperature", temperature)

@@ -37,12 +37,14 @@ class GRPOObjective:
         counts: For each prompt (G,) tokens of each answer that count: 0 of a truncated one that does not.
         weights: For each prompt (G,) the weight of each token of an answer in the loss.
         values: The agent's hyperparameters.
+        corrects: Whether the estimated divergence is multiplied by the probability ratio.
     """
 
     samples: Sequence[Sample]
     counts: Sequence[FloatArray]
     weights: Sequence[FloatArray]
     values: GRPOHyperparameters
+    corrects: bool
     whole_batch: ClassVar[bool] = False
 
     @classmethod
@@ -57,7 +59,7 @@ class GRPOObjective:
             np.concatenate(counts) > 0, weigh(np.concatenate(counts), settings.max_completion_length), 0.0
         )
         ends = np.cumsum([len(own) for own in counts])[:-1]
-        return cls(list(batch), counts, np.split(weights, ends), values)
+        return cls(list(batch), counts, np.split(weights, ends), values, settings.use_bias_correction_kl)
 
     @property
     def weight(self) -> int:
@@ -70,7 +72,7 @@ class GRPOObjective:
         advantages, weights, old, reference = self._known(rows, policy)
         losses = clipped_surrogate(logprobs, old, advantages, values.epsilon, values.epsilon_high)
         if reference is not None:
-            losses = losses + values.beta * divergence_estimates(logprobs, reference)
+            losses = losses + values.beta * self._divergences(logprobs, old, reference)
         return (weights * losses).sum()
 
     def metrics(self, policy: MemberLogprobs) -> dict[str, float]:
@@ -97,6 +99,10 @@ class GRPOObjective:
         old = known[2] if has_old else logprobs.detach()
         return known[0], known[1], old, known[-1] if has_reference else None
 
+    def _divergences(self, logprobs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
+        found = divergence_estimates(logprobs, reference)
+        return found * (logprobs - old).exp() if self.corrects else found
+
     def _of_tokens(self, policy: MemberLogprobs) -> dict[str, float]:
         """Means over the tokens that count, by TRL's names."""
         logprobs, values = policy.values.detach(), self.values
@@ -107,7 +113,7 @@ class GRPOObjective:
         ratios = (logprobs - old).exp()
         low = (ratios < 1 - values.epsilon) & (advantages < 0)
         high = (ratios > 1 + values.epsilon_high) & (advantages > 0)
-        kl = torch.zeros_like(logprobs) if reference is None else divergence_estimates(logprobs, reference)
+        kl = torch.zeros_like(logprobs) if reference is None else self._divergences(logprobs, old, reference)
         columns = torch.stack([kl, low.to(kl), high.to(kl), (low | high).to(kl)])
         # Not times the mask: a token that does not count may have an infinite divergence.
         means = torch.where(mask > 0, columns, 0.0).sum(dim=1) / mask.sum().clamp(min=1)

@@ -22,7 +22,7 @@ SHAPES = [(9, 5, 1, 7), (3, 12, 4, 4), (6, 2, 11, 3)]
 REWARDS = [(1.0, 0.0, 0.5), (2.0, 2.0, 2.0), (-1.0, 0.25, 3.0)]
 MOST = 12
 VALUES: list[dict[str, Any]] = [
-    {"loss_type": "grpo", "beta": 0.3},
+    {"loss_type": "grpo", "beta": 0.3, "use_bias_correction_kl": False},
     {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "temperature": 0.7},
     {"loss_type": "dapo", "epsilon": 0.05, "epsilon_high": 0.08, "beta": 0.1, "temperature": 1.6},
     {"loss_type": "dapo", "scale_rewards": "batch", "mask_truncated_completions": True},
@@ -99,7 +99,8 @@ def plain_loss(agent: GRPO, batch: Batch, old: list[list[Tensor]], reference: li
     losses = -torch.min(ratio * advantages, clipped * advantages)
     if agent.beta:
         apart = table([one for own in reference for one in own]) - logprobs
-        losses = losses + agent.beta * (torch.exp(apart) - apart - 1)
+        weight = ratio if agent.use_bias_correction_kl else 1.0
+        losses = losses + agent.beta * weight * (torch.exp(apart) - apart - 1)
     if agent.loss_type == "grpo":
         return ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
     if agent.loss_type == "dr_grpo":
