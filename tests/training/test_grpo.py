@@ -46,6 +46,11 @@ def prompts(count: int, skip: int = 0) -> list[dict[str, Any]]:
     return [{"prompt": row["prompt"], "name": row["chosen"]} for row in make_rows(count, skip)]
 
 
+def of_one_length(count: int, skip: int = 0) -> list[dict[str, Any]]:
+    """Prompts that are answered in one call."""
+    return [{"prompt": f"Question {number:02}:", "name": str(number)} for number in range(skip, skip + count)]
+
+
 def brevity(completions: list[str], name: list[str]) -> list[float]:
     """Short answers are better; the rows' other column is there."""
     assert len(name) == len(completions)
@@ -73,9 +78,7 @@ def vowels(completions: list[str]) -> list[int]:
 
 
 def test_the_reward_of_a_rule_rises(make, tokenizer, tmp_path: Path) -> None:
-    # Of one length, so that one call answers them.
-    rows = [{"prompt": f"Question {number}:"} for number in range(9)]
-    env = RewardGym(rows[:6], rows[6:], tokenizer, vowels, data_batch_size_per_gpu=3)
+    env = RewardGym(of_one_length(6), of_one_length(3, 6), tokenizer, vowels, data_batch_size_per_gpu=3)
     agents = make(lr=2e-2, group_size=16, max_completion_length=4, beta=0.0)
     before = agents[0].evaluate(env).reward
     (agent,), (fitness,) = finetune_llm_reasoning(
@@ -125,8 +128,8 @@ class Stop(Callback):
 def tuned(make_model: Any, tokenizer: Any, lora: Any, **changes: Any) -> Any:
     arguments: dict[str, Any] = {
         "tokenizer": tokenizer,
-        "test_data": prompts(3, 6),
-        "final_data": prompts(3, 9),
+        "test_data": of_one_length(3, 6),
+        "final_data": of_one_length(3, 9),
         "algorithm": "grpo",
         "reward_functions": brevity,
         "population": 2,
@@ -135,12 +138,12 @@ def tuned(make_model: Any, tokenizer: Any, lora: Any, **changes: Any) -> Any:
         "checkpoint_steps": 2,
         "data_batch_size_per_gpu": 3,
         "group_size": 3,
-        "max_completion_length": 6,
+        "max_completion_length": 4,
         "lr": 1e-2,
         "lora_config": lora,
         **QUIET,
     }
-    return tune(make_model(), prompts(6), **{**arguments, **changes})
+    return tune(make_model(), of_one_length(6), **{**arguments, **changes})
 
 
 def test_tune_evolves_it_and_a_run_that_was_interrupted_goes_on_bit_for_bit(
