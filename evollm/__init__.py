@@ -1,4 +1,4 @@
-"""evollm: tune language models with a population of SFT, DPO or KTO agents on one shared base.
+"""evollm: tune language models with a population of SFT, DPO, KTO or GRPO agents on one shared base.
 
 Importing this package is quick: torch, transformers and others are imported when the first public name is used.
 """
@@ -13,6 +13,7 @@ from evollm.quiet import KERNEL, hold_back
 if TYPE_CHECKING:
     from evollm.public import (
         DPO,
+        GRPO,
         KTO,
         SFT,
         Callback,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         PolicyArchive,
         PreferenceGym,
         ReplayResult,
+        RewardGym,
         RLParameter,
         Search,
         SearchPlan,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         WorkerError,
         finetune_llm_kto,
         finetune_llm_preference,
+        finetune_llm_reasoning,
         finetune_llm_sft,
         inspect_data,
         load_policy_archive,
@@ -53,6 +56,7 @@ from evollm.version import __version__ as __version__
 
 __all__ = [
     "DPO",
+    "GRPO",
     "KTO",
     "SFT",
     "Callback",
@@ -70,6 +74,7 @@ __all__ = [
     "PreferenceGym",
     "RLParameter",
     "ReplayResult",
+    "RewardGym",
     "SFTGym",
     "Search",
     "SearchPlan",
@@ -79,6 +84,7 @@ __all__ = [
     "WorkerError",
     "finetune_llm_kto",
     "finetune_llm_preference",
+    "finetune_llm_reasoning",
     "finetune_llm_sft",
     "inspect_data",
     "load_policy_archive",

@@ -1,6 +1,6 @@
 """The public names of `evollm`; this module takes seconds to import, and `evollm` imports it at the first use."""
 
-from evollm.algorithms import DPO, KTO, SFT
+from evollm.algorithms import DPO, GRPO, KTO, SFT
 from evollm.checkpoints import save_llm_checkpoint, save_merged_model, save_policy_archive
 from evollm.errors import (
     CheckpointError,
@@ -13,13 +13,20 @@ from evollm.errors import (
 )
 from evollm.hpo import HyperparameterConfig, Judge, Mutations, RLParameter, Search, SearchPlan, TournamentSelection
 from evollm.inspection import Inspection, inspect_data
-from evollm.llm_envs import PreferenceGym, SFTGym, UnpairedGym
+from evollm.llm_envs import PreferenceGym, RewardGym, SFTGym, UnpairedGym
 from evollm.models import PolicyArchive, load_policy_archive
-from evollm.training import Callback, finetune_llm_kto, finetune_llm_preference, finetune_llm_sft
+from evollm.training import (
+    Callback,
+    finetune_llm_kto,
+    finetune_llm_preference,
+    finetune_llm_reasoning,
+    finetune_llm_sft,
+)
 from evollm.tuning import ReplayResult, TuneResult, replay, tune
 
 __all__ = [
     "DPO",
+    "GRPO",
     "KTO",
     "SFT",
     "Callback",
@@ -37,6 +44,7 @@ __all__ = [
     "PreferenceGym",
     "RLParameter",
     "ReplayResult",
+    "RewardGym",
     "SFTGym",
     "Search",
     "SearchPlan",
@@ -46,6 +54,7 @@ __all__ = [
     "WorkerError",
     "finetune_llm_kto",
     "finetune_llm_preference",
+    "finetune_llm_reasoning",
     "finetune_llm_sft",
     "inspect_data",
     "load_policy_archive",

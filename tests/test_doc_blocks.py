@@ -96,11 +96,20 @@ def write_ratings(namespace: Namespace) -> None:
         Path(f"{name}.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
 
 
+def write_questions(namespace: Namespace) -> None:
+    """Files of prompts with the right answers."""
+    del namespace
+    for name, rows in (("questions", make_rows(6)), ("test-questions", make_rows(4, 6))):
+        asked = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in rows]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+
+
 PAGES: dict[str, Callable[[Namespace], None]] = {
     "add_a_strategy.md": lambda _: None,
     "add_an_executor.md": take_two_workers,
     "checkpoints.md": run_before,
     "data.md": lambda _: None,
+    "grpo.md": write_questions,
     "kto.md": write_ratings,
     "losses.md": lambda _: None,
     "models.md": make_t5,

@@ -110,6 +110,14 @@ def test_own_answers_make_the_pairs_of_rounds_each_from_the_one_before(tutorial,
     assert all(torch.equal(tensor, actor[name]) for name, tensor in reference.items())
 
 
+def test_sft_dpo_grpo_hands_on_the_actor_and_rewards_answers(warm_python, small, tmp_path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
+    sizes = [f"--model={small['model']}", "--steps=2", "--tokens=6", f"--preferences={tmp_path / 'pairs.jsonl'}"]
+    output = run([warm_python, str(ROOT / "tutorials/sft_dpo_grpo.py"), *sizes], tmp_path / "here")
+    assert "stage 3 begins at stage 2's actor: True" in output
+    assert "Held-out mean reward on 8 selection prompts" in output
+
+
 def test_first_run_shows_losses_and_files(tutorial, small, tmp_path) -> None:
     output = tutorial("first_run", "--steps=2")
     assert "Held-out accuracy on 4 selection pairs: 0.500 ->" in output

@@ -21,6 +21,9 @@ Learn: TypeAlias = "Callable[[Sequence[Any], Batch], list[dict[str, float]]]"
 Evaluate: TypeAlias = "Callable[..., Sequence[AnyEvaluation]]"
 
 
+Collect: TypeAlias = "Callable[[Sequence[Any], Batch, Any], Sequence[Batch]]"
+
+
 def _suits(agents: Sequence[Any], env: Any) -> None:
     del agents, env
 
@@ -49,6 +52,9 @@ class Algorithm:
         check: Called with agents and gym before a run, to refuse or to warn of what does not suit each other.
         compares: Whether an agent's learning also takes a pass of it and of its reference over other answers of the
             batch, as long as those that it learns from.
+        collect: From agents of one base, the gym's batch that it has just served, and the gym, to the batch that each
+            agent learns from in place of the gym's, where that is its own answers. Agents learn one after the other
+            then. None: all learn from the gym's batch.
     """
 
     agent: type[SavableAgent]
@@ -64,6 +70,7 @@ class Algorithm:
     fitnesses: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
     check: Callable[[Sequence[Any], Any], None] = _suits
     compares: Callable[[Any], bool] = _learns_alone
+    collect: Collect | None = None
 
     @property
     def name(self) -> str:

@@ -52,12 +52,14 @@ def batch_for(base: SharedBase, experiences: Batch | Mapping[str, Any]) -> Batch
     """The batch in `experiences`, a batch or an observation, checked against the base.
 
     Raises:
-        DataError: `experiences` is neither, is empty, has ids beyond the base's vocabulary, or a text longer than the
-            base's positions.
+        DataError: `experiences` is neither, is empty, has a prompt without completions, ids beyond the base's
+            vocabulary, or a text longer than the base's positions.
     """
     batch = batch_of(experiences)
     if not len(batch):
         raise DataError("experiences", "no row", "pass a batch with at least one")
+    if not all(sample.completions for sample in batch):
+        raise DataError("experiences", "a prompt without completion", "there is nothing to learn from or to score")
     smallest, largest = min(sample.id_range[0] for sample in batch), max(sample.id_range[1] for sample in batch)
     vocabulary = base.num_embeddings
     if smallest < 0 or largest >= vocabulary:

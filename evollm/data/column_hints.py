@@ -104,6 +104,13 @@ def hint_about_missing(columns: Sequence[str], kind: Kind, given: Mapping[str, s
     return f"lacks {' and '.join(missing)}{hint}; {fix}"
 
 
+def hint_about_missing_prompt(columns: Sequence[str]) -> str:
+    """What a dataset of prompts alone lacks; `columns` are those that have no role and are not ignored."""
+    alias = next((name for name in INPUT_NAMES["prompt"] if name in columns), None)
+    mapping = f", or say columns: {{prompt: {in_yaml(alias)}}}" if alias else ""
+    return f"lacks prompt; rename the column of the prompts{mapping}"
+
+
 def _hint_about_unpaired(columns: Sequence[str], given: Mapping[str, str], missing: Sequence[str], line: str) -> str:
     """What rows with labels lack; `missing` are the sides that they lack, `line` is a mapping that may help."""
     if {"messages", "conversations", "output"}.intersection(columns) or {"messages", "completion"} & given.keys():

@@ -14,10 +14,11 @@ from evollm.data.cells import is_missing
 from evollm.data.column_hints import (
     hint_about_conflict,
     hint_about_missing,
+    hint_about_missing_prompt,
     hint_about_unused,
     nearest_column,
 )
-from evollm.data.shapes import FIRST, INSTRUCTION, SECOND, Kind, Shape, Values
+from evollm.data.shapes import FIRST, IMAGES, INSTRUCTION, PROMPT, SECOND, Kind, Shape, Values
 from evollm.errors import ConfigurationError, DataError
 
 IGNORE = "ignore"
@@ -198,7 +199,8 @@ def layout_of(columns: Sequence[str], kind: Kind, mapping: ColumnMapping, where:
     free = [name for name in names if name not in {*mapping.roles.values(), *mapping.ignore}]
     shape = next((shape for shape in kind.shapes if _matches(shape, mapping, free)), None)
     if shape is None:
-        raise DataError(where, seen, hint_about_missing(free, kind, mapping.roles))
+        hint = hint_about_missing_prompt(free) if kind is PROMPT else hint_about_missing(free, kind, mapping.roles)
+        raise DataError(where, seen, hint)
     roles = {role: mapping.roles.get(role) or name for role, name in shape.needs.items()}
     for role, candidates in shape.takes.items():
         found = mapping.roles.get(role) or next((name for name in candidates if name in free), None)
@@ -213,7 +215,7 @@ def layout_of(columns: Sequence[str], kind: Kind, mapping: ColumnMapping, where:
         fix = f"which value of {roles['label']!r} means what? columns: {{label: {{column: {roles['label']}, ...}}}}"
         raise DataError(where, seen, fix)
     unused = [name for name in names if name not in roles.values()]
-    not_ignored = [name for name in unused if name in free]
+    not_ignored = [name for name in unused if name in free and (not kind.keeps_others or name in IMAGES)]
     fix = hint_about_conflict(shape, unused, kind) or hint_about_unused(not_ignored, roles, kind)
     if fix:
         raise DataError(where, seen, fix)

@@ -27,6 +27,8 @@ REPEATED_PROMPT = "the prompt repeated in front of their sides, from which it wa
 PROMPT_TWICE = "the prompt repeated in front of their sides, as other rows have not, so that it is there twice"
 # Keys that a row may have in addition to the roles of its columns.
 SPOKEN, REMARK, LABELLED = "spoken", "remark", "labelled"
+# The key of a mapping of the columns without a role, of rows that keep them.
+OTHERS = "others"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class TextPair:
         label: The label of a single completion, for algorithms that learn from labels; None: no label.
         scored: For each completion the spans of the assistant's turns if the completion has other turns too, else None;
             empty: no completion has other turns.
+        others: Values of the row's columns without a role, by name, if rows keep them.
     """
 
     row: int
@@ -51,6 +54,7 @@ class TextPair:
     scored: tuple[Spans | None, ...] = ()
     remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
     label: float | None = field(default=None, kw_only=True)
+    others: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
 
     @property
     def question(self) -> str:
@@ -86,6 +90,7 @@ class ChatPair:
         template_kwargs: Further arguments of the chat template, such as `enable_thinking`.
         remarks: Irregularities of the row, for the report.
         label: Like `TextPair.label`.
+        others: Like `TextPair.others`.
         plain: For a row of strings the pair as text, used for a tokenizer without a chat template; else None.
     """
 
@@ -97,6 +102,7 @@ class ChatPair:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
     label: float | None = field(default=None, kw_only=True)
+    others: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
     plain: TextPair | None = field(default=None, compare=False, kw_only=True)
 
     @property
@@ -294,7 +300,8 @@ def read_rows(dataset: object, field: str, row_format: RowFormat) -> Rows:
     files = cast("list[str]", dataset) if is_files(dataset) else None
     parts = [_read_rows(dataset, field, row_format)] if files is None else _read_files(files, field, row_format)
     rows = Rows([row for part in parts for row in part], [layout for part in parts for layout in part.layouts])
-    _take_prompts_off(rows, row_format.kind)
+    if row_format.kind.sides:
+        _take_prompts_off(rows, row_format.kind)
     return rows
 
 
@@ -302,21 +309,26 @@ def _read_rows(source: object, field: str, row_format: RowFormat) -> Rows:
     dataset = _opened(source, field) if isinstance(source, str | os.PathLike) else source
     known = _columns_of(dataset, field)
     layout = None if known is None else row_format.layout(known, field)
-    names = row_format.names if layout is None else list(layout.roles.values())
+    keeps = row_format.kind.keeps_others
+    names = list(known or ()) if keeps else row_format.names if layout is None else list(layout.roles.values())
     seen: dict[str, None] = {}
     rows: list[Row] = []
     for number, row in enumerate(_guarded(dataset, names, field, row_format.noun)):
         if not isinstance(row, Mapping):
-            wanted = " and ".join(row_format.kind.sides)
+            wanted = " and ".join(row_format.kind.sides or ("prompt",))
             fix = f"each row must be a mapping with columns such as {wanted}"
             raise DataError(field, f"row {number} is a {type(row).__name__}", fix)
         seen.update(dict.fromkeys(row))
-        rows.append({name: row[name] for name in names if name in row})
+        rows.append(dict(row) if keeps else {name: row[name] for name in names if name in row})
     if not rows:
         raise DataError(field, _describe(source), f"has no rows; hand in at least one {row_format.noun}")
     layout = layout or row_format.layout(seen, field)
     spoken = row_format.mapping.spoken
-    return Rows([_by_role(row, layout, spoken, number, field) for number, row in enumerate(rows)], [layout])
+    found = Rows([_by_role(row, layout, spoken, number, field) for number, row in enumerate(rows)], [layout])
+    others = [name for name in layout.unused if name not in row_format.mapping.ignore] if keeps else []
+    for by_role, row in zip(found, rows, strict=True) if keeps else ():
+        by_role[OTHERS] = {name: row.get(name) for name in others}
+    return found
 
 
 def _is_filled(value: object) -> bool:

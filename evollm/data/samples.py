@@ -51,14 +51,16 @@ class Completion:
 class Sample:
     """A prompt and k completions: one in an SFT example; the chosen, then the rejected one in a preference pair.
 
+    A prompt that is still to be answered has none.
+
     Attributes:
         prompt_ids: (P,) token ids, at least one.
-        completions: The k completions, at least one.
+        completions: The k completions.
         row: Position of the sample's row in the user's dataset; None if the sample is from no dataset.
         extras: Further data for an objective, by name, such as a `label` of a single completion.
 
     Raises:
-        DataError: The prompt or a completion has no token, or there is no completion.
+        DataError: The prompt or a completion has no token.
     """
 
     prompt_ids: IntArray
@@ -67,9 +69,9 @@ class Sample:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not len(self.prompt_ids) or not self.completions or not all(map(len, self.completions)):
+        if not len(self.prompt_ids) or not all(map(len, self.completions)):
             sizes = len(self.prompt_ids), *map(len, self.completions)
-            raise DataError("sample", sizes, "must have a prompt and completions of at least one token each")
+            raise DataError("sample", sizes, "must have a prompt of at least one token, and no completion without any")
 
     @classmethod
     def of(cls, prompt_ids: IntArray, *completion_ids: IntArray, row: int | None = None) -> Sample:
@@ -110,7 +112,7 @@ class Sample:
     @property
     def longest_sequence(self) -> int:
         """Number of tokens in the longest sequence prompt + completion."""
-        return len(self.prompt_ids) + max(map(len, self.completions))
+        return len(self.prompt_ids) + max(map(len, self.completions), default=0)
 
     @property
     def num_scored(self) -> tuple[int, ...]:
@@ -195,8 +197,8 @@ class Batch:
 
     @property
     def chosen_lengths(self) -> IntArray:
-        """(B,) number of tokens in each sample's first completion."""
-        return _integers(len(sample.completions[0]) for sample in self.samples)
+        """(B,) number of tokens in each sample's first completion; 0 if there is none."""
+        return _integers(sum(map(len, sample.completions[:1])) for sample in self.samples)
 
     @property
     def rejected_lengths(self) -> IntArray:

@@ -52,17 +52,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a dataset is for: pairs, single completions, or completions with labels.
+    """What a dataset is for: pairs, single completions, completions with labels, or prompts alone.
 
     Attributes:
         shapes: The formats in which it may come; the first one that matches is taken.
         sides: The roles of the columns that are learnt.
         meanings: What a label may mean.
+        keeps_others: Whether rows keep the columns that have no role.
     """
 
     shapes: tuple[Shape, ...]
     sides: tuple[str, ...]
     meanings: tuple[str, ...]
+    keeps_others: bool = False
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -146,6 +148,17 @@ UNPAIRED = Kind(
     ),
     sides=("completion",),
     meanings=(GOOD, BAD),
+)
+
+# Prompts that are still to be answered; what scores the answers may need any other column.
+PROMPT = Kind(
+    shapes=(
+        Shape("prompts", {"prompt": "prompt"}, _GIVEN),
+        Shape("instructions", {"prompt": INSTRUCTION}, {**_ALPACA, **_GIVEN}),
+    ),
+    sides=(),
+    meanings=(),
+    keeps_others=True,
 )
 
 # --------------------------------------------------------------------------- other names, for messages about columns

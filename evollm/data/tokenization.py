@@ -263,7 +263,7 @@ def _as_text(
             yield pair
             continue
         try:
-            chat = _as_written(pair, tokenizer)
+            chat = as_written(pair, tokenizer)
             found = check_rendered(pair, chat, template)
         except UnusableRowError as unusable:
             split.drop(str(unusable), pair.row)
@@ -275,7 +275,7 @@ def _as_text(
         yield chat.apart() if encoder_decoder else chat
 
 
-def _as_written(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedChat:
+def as_written(pair: ChatPair, tokenizer: PreTrainedTokenizerBase) -> RenderedChat:
     """The row as rendered by the chat template; `UnusableRowError` if rendering fails."""
     try:
         chat = render_chat(pair, tokenizer)

@@ -16,6 +16,7 @@ from evollm.algorithms.agent import ACTOR, OWN, REFERENCE
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder, Population
 from evollm.checkpoints.lora_merge import differing_fields
+from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.execution.answer_lengths import AnswerLengths
 from evollm.execution.carry_out import carry_out
@@ -172,9 +173,20 @@ class Worker:
         batch = self.env.next_batch()
         ahead = rows_at_a_time(self.base.device.type, len(batch)) - len(batch)
         with self.base.reference_cache.expecting(self.env.upcoming(ahead)):
-            metrics = learn_all(self.agents, batch)
+            metrics = self._learn(batch)
         self._done = step
         return StepDone(step, self.env.num_epochs, metrics, self._engine.attention)
+
+    def _learn(self, batch: Batch) -> dict[int, dict[str, float]]:
+        """The metrics of agents that learn from the gym's batch, or each from what is collected for it."""
+        collect = self._algorithm.collect
+        going = [agent for agent in self.agents if not agent.diverged]
+        if collect is None or not going:
+            return learn_all(self.agents, batch)
+        found: dict[int, dict[str, float]] = {}
+        for agent, own in zip(going, collect(going, batch, self.env), strict=True):
+            found |= learn_all([agent], own)
+        return found
 
     def evaluate(
         self,

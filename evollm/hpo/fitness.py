@@ -23,7 +23,7 @@ TIE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class _PerRow:
+class RowEvaluation:
     """An evaluation whose fields are read-only float64 vectors, one number for each held-out row."""
 
     def __post_init__(self) -> None:
@@ -83,14 +83,14 @@ class _PerRow:
         known = self._win_rates[np.isfinite(self._win_rates)]
         return {"win_rate": (known, np.ones(len(known)))}
 
-    def equals(self, other: _PerRow) -> bool:
+    def equals(self, other: RowEvaluation) -> bool:
         """Say whether all numbers of two evaluations are equal; NaN equals NaN."""
         mine, theirs = ({k: v for k, v in vars(one).items() if v is not None} for one in (self, other))
         return mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k], equal_nan=True) for k in mine)
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation(_PerRow):
+class Evaluation(RowEvaluation):
     """Log-ratios of the current policy on n held-out pairs; they do not depend on beta.
 
     Attributes:
@@ -154,7 +154,7 @@ class Evaluation(_PerRow):
 
 
 @dataclass(frozen=True, eq=False)
-class LikelihoodEvaluation(_PerRow):
+class LikelihoodEvaluation(RowEvaluation):
     """Log-likelihoods of the current policy on n held-out examples.
 
     Attributes:
@@ -193,7 +193,7 @@ class LikelihoodEvaluation(_PerRow):
 
 
 @dataclass(frozen=True, eq=False)
-class UnpairedEvaluation(_PerRow):
+class UnpairedEvaluation(RowEvaluation):
     """Log-ratios of the current policy on n held-out answers with labels; they do not depend on beta or weights.
 
     Attributes:
@@ -281,7 +281,47 @@ def _shares_below(values: FloatArray, of: FloatArray) -> FloatArray:
     return (np.searchsorted(ordered, of, "left") + np.searchsorted(ordered, of, "right")) / (2 * len(values))
 
 
-AnyEvaluation: TypeAlias = Evaluation | LikelihoodEvaluation | UnpairedEvaluation
+@dataclass(frozen=True, eq=False)
+class RewardEvaluation(RowEvaluation):
+    """Rewards of the current policy's answers to n held-out prompts.
+
+    Attributes:
+        rewards: (n,) mean reward of the answers to each prompt.
+        lengths: (n,) mean number of tokens of these answers, their end included.
+        win_rates: As of `Evaluation`.
+
+    Raises:
+        ConfigurationError: If there is no prompt, or they are not vectors of the same length.
+    """
+
+    rewards: FloatArray
+    lengths: FloatArray
+    win_rates: FloatArray | None = None
+
+    @property
+    def reward(self) -> float:
+        """Mean reward; NaN if one is NaN."""
+        with np.errstate(invalid="ignore"):  # inf - inf
+            return float(self.rewards.mean())
+
+    @property
+    def mean_length(self) -> float:
+        """Mean number of tokens of an answer."""
+        return float(self.lengths.mean())
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The reported numbers, by name."""
+        return {"reward": self.reward, "mean_length": self.mean_length, **self._judged_scores}
+
+    @property
+    def ratios(self) -> dict[str, tuple[FloatArray, FloatArray]]:
+        """Scores as ratios of two sums over the prompts: (n,) numerators and (n,) denominators, by name."""
+        ones = np.ones(len(self))
+        return {"reward": (self.rewards, ones), "mean_length": (self.lengths, ones), **self._judged_ratios}
+
+
+AnyEvaluation: TypeAlias = Evaluation | LikelihoodEvaluation | UnpairedEvaluation | RewardEvaluation
 
 
 def as_fitness(value: object) -> Fitness:

@@ -18,11 +18,11 @@ import numpy as np
 
 from evollm.checks import finite_number, optional_whole_number, whole_number
 from evollm.errors import ConfigurationError
-from evollm.hpo.fitness import AnyEvaluation, Evaluation, FloatArray, UnpairedEvaluation
+from evollm.hpo.fitness import AnyEvaluation, FloatArray
 from evollm.hpo.hyperparameters import HyperparameterConfig, Value
 from evollm.hpo.lineage import Birth
 from evollm.hpo.racing import survivors
-from evollm.hpo.scores import LIKELIHOOD_FITNESSES, PREFERENCE_FITNESSES
+from evollm.hpo.scores import raced
 from evollm.hpo.search import (
     Result,
     SearchBudget,
@@ -209,9 +209,5 @@ def spread(founders: Sequence[Birth], config: HyperparameterConfig | None, count
 
 
 def terms_of(evaluation: AnyEvaluation) -> FloatArray:
-    """(n,) contributions of rows to the score of the test: mean / std of the margins, the AUC, or the loss."""
-    if isinstance(evaluation, UnpairedEvaluation):
-        return evaluation.auc_terms
-    if isinstance(evaluation, Evaluation):
-        return PREFERENCE_FITNESSES["margin_over_std"].terms(evaluation)
-    return LIKELIHOOD_FITNESSES["loss"].terms(evaluation)
+    """(n,) contributions of rows to the score of the test, that of `RACED`."""
+    return raced(evaluation).terms(evaluation)

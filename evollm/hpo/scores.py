@@ -22,6 +22,7 @@ from evollm.hpo.fitness import (
     Fitness,
     FloatArray,
     LikelihoodEvaluation,
+    RewardEvaluation,
     UnpairedEvaluation,
 )
 
@@ -230,6 +231,19 @@ UNPAIRED_FITNESSES: Mapping[str, NamedFitness] = {
 }
 """Fitness functions of an `UnpairedEvaluation` by name. `auc`: the AUC, then the mean margin. `mean_margin`."""
 
+REWARD_FITNESSES: Mapping[str, NamedFitness] = {
+    "reward": NamedFitness("reward", lambda evaluation: evaluation.reward, lambda evaluation: evaluation.rewards)
+}
+"""Fitness functions of a `RewardEvaluation` by name. `reward`: the mean reward."""
+
+RACED: Mapping[type[AnyEvaluation], NamedFitness] = {
+    Evaluation: PREFERENCE_FITNESSES["margin_over_std"],
+    LikelihoodEvaluation: LIKELIHOOD_FITNESSES["loss"],
+    UnpairedEvaluation: UNPAIRED_FITNESSES["auc"],
+    RewardEvaluation: REWARD_FITNESSES["reward"],
+}
+"""The types of evaluations, each with the score that a race tests the differences of."""
+
 
 def _win_rate(evaluation: AnyEvaluation) -> float:
     return evaluation.win_rate
@@ -239,14 +253,13 @@ def _win_terms(evaluation: AnyEvaluation) -> FloatArray:
     return evaluation.win_terms
 
 
-def _between_equal_win_rates(evaluation: AnyEvaluation) -> float:
-    if isinstance(evaluation, Evaluation):
-        return _margin_over_std(evaluation)
-    return evaluation.auc if isinstance(evaluation, UnpairedEvaluation) else -evaluation.loss
+def raced(evaluation: AnyEvaluation) -> NamedFitness:
+    """The score of `RACED` for an evaluation."""
+    return next(score for kind, score in RACED.items() if isinstance(evaluation, kind))
 
 
-WIN_RATE = NamedFitness("win_rate", _win_rate, _win_terms, _between_equal_win_rates)
-"""The win rate of any evaluation that has one; then mean / std of the margins, the AUC, or minus the loss."""
+WIN_RATE = NamedFitness("win_rate", _win_rate, _win_terms, lambda evaluation: raced(evaluation).score(evaluation))
+"""The win rate of any evaluation that has one; then its score of `RACED`."""
 
 preference_fitness = PREFERENCE_FITNESSES["accuracy_mean_margin"]
 likelihood_fitness = LIKELIHOOD_FITNESSES["loss"]

@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -75,6 +75,8 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     row_format: RowFormat
     largest_action: ClassVar[float] = np.inf
+    # Reads and tokenises a split: a hook for subclasses.
+    _load: ClassVar[Callable[..., tuple[list[Sample], DataReport]]] = staticmethod(load_pairs)
 
     metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium declares it so
 
@@ -113,7 +115,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
             self._pairs[split] = []
             if dataset is not None or split == "train":
                 with clock.at(self.written_at):
-                    self._pairs[split], self.reports[split] = load_pairs(
+                    self._pairs[split], self.reports[split] = type(self)._load(
                         dataset,
                         tokenizer,
                         name=split,

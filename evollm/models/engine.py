@@ -80,6 +80,8 @@ class PassOptions:
         balancing: The auxiliary loss of routers, for which each sample's expert loads are returned too; None: no loads.
         reference: Empty, or one adapter, None for the base without adapter: instead of log-probs the passes then give
             divergences from this reference.
+        temperature: Divides the logits before their log-probs are taken, so that these are of the distribution that
+            answers were sampled from.
     """
 
     token_budget: int | None = None
@@ -89,6 +91,7 @@ class PassOptions:
     slot: BatchSlot | None = None
     balancing: LoadBalancing | None = None
     reference: tuple[str | None, ...] = ()
+    temperature: float = 1.0
 
 
 class Engine:
@@ -282,6 +285,7 @@ class Engine:
                 slotted,
                 stacking=stack is not None,
                 reference=options.reference,
+                temperature=options.temperature,
                 stack=stack,
             )
             taken: list[TokenLogprobs] = []

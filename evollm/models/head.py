@@ -35,8 +35,10 @@ def extra_bytes(device: torch.device) -> int:
     return _PEAK * (tile_bytes(device) - TILE_BYTES)
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Log softmax(hidden W^T + bias) at the targets.
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log softmax((hidden W^T + bias) / temperature) at the targets.
 
     Logits are computed tile by tile. If `hidden` requires a gradient, the forward pass also computes the gradient of
     each log-prob with respect to its hidden state, W[y] - sum_v p_v W[v], and the backward pass only scales it: logits
@@ -47,11 +49,12 @@ def token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
         weight: (V, D) of the head.
         bias: (V,) or None.
         targets: (n,) token ids.
+        temperature: Divides the logits.
 
     Returns:
         (n,) log-probs, at least in float32.
     """
-    result = _TokenLogprobs.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    result = _TokenLogprobs.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result
 
@@ -90,7 +93,9 @@ def _tiles(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         differentiable = ctx.needs_input_grad[0]
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -99,6 +104,8 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows in _tiles(hidden, weight):
             # (n, V) logits, which become p - onehot(y) if differentiable.
             tile = linear(hidden[rows], weight, bias)
+            if temperature != 1:
+                tile = tile.div_(temperature)
             if takes_kernel(tile):
                 log_softmax_rows(tile, targets[rows], logprobs[rows], overwrite=differentiable)
             else:
@@ -108,12 +115,14 @@ class _TokenLogprobs(torch.autograd.Function):
         if differentiable:
             ctx.save_for_backward(gradient)
             ctx.dtype = hidden.dtype
+            ctx.temperature = temperature
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * -grad_outputs[0].unsqueeze(1)).to(ctx.dtype), None, None, None
+        scale = -grad_outputs[0] if ctx.temperature == 1 else -grad_outputs[0] / ctx.temperature
+        return (gradient * scale.unsqueeze(1)).to(ctx.dtype), None, None, None, None
 
 
 def _log_softmax_rows(logits: Tensor, targets: Tensor, logprobs: Tensor, overwrite: bool) -> Tensor:

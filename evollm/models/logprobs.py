@@ -274,9 +274,11 @@ def joined(parts: Sequence[TokenLogprobs], rows: Sequence[Sequence[int]]) -> Tok
 # ------------------------------------------------------------------------------------------------- from a network
 
 
-def token_logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log softmax(logits) at the targets, (..., T, V) and (..., T) -> (..., T), at least in float32."""
+def token_logprobs_of(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log softmax(logits / temperature) at the targets, (..., T, V) and (..., T) -> (..., T), at least in float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits = logits / temperature
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
 

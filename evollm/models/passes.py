@@ -13,7 +13,7 @@ from evollm.models.adapters.stack import Stack
 from evollm.models.layouts import LaidOut, Layout
 from evollm.models.load_balancing import LoadBalancing, recorded, row_loads
 from evollm.models.logprobs import TokenLogprobs
-from evollm.models.readings import LOGPROBS, DivergenceReading, RecordedStates
+from evollm.models.readings import LOGPROBS, DivergenceReading, LogprobReading, RecordedStates
 from evollm.models.shared_base import SharedBase
 from evollm.processes import Processes
 
@@ -30,6 +30,7 @@ class FewSamples:
         members: The members' adapters.
         stacking: Whether LoRA layers are routed, so that several members may share a pass.
         reference: See above.
+        temperature: Divides the logits before their log-probs are taken.
         stack: The weights of the members, without None; left out, it is made here.
     """
 
@@ -42,6 +43,7 @@ class FewSamples:
         *,
         stacking: bool,
         reference: Sequence[str | None] = (),
+        temperature: float = 1.0,
         stack: Stack | None = None,
     ) -> None:
         self._base = base
@@ -52,6 +54,7 @@ class FewSamples:
         if stacking and names:
             self._stack = base.adapters.stack(names) if stack is None else stack
         self._reference = reference
+        self._logprobs = LOGPROBS if temperature == 1 else LogprobReading(temperature)
         self.laid: LaidOut = layout.lay_out(batch, [*members, *reference])
 
     @property
@@ -93,7 +96,7 @@ class FewSamples:
             balancing: The auxiliary loss of routers, for which expert loads are returned too; None: no loads.
         """
         laid, names = self.laid, [self._members[number] for number in numbers]
-        reading = self._divergences() if self._reference else LOGPROBS
+        reading = self._divergences() if self._reference else self._logprobs
         stack = stack or self.stack_of(numbers)
         with self._network(names, stack, recompute=recompute, whole=balancing is not None) as network:
             if balancing is None:

@@ -21,15 +21,22 @@ class Reading(Protocol):
 
 
 class LogprobReading:
-    """The log-probs of the tokens."""
+    """The log-probs of the tokens.
+
+    Args:
+        temperature: Divides the logits.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        self._temperature = temperature
 
     def of_hidden(self, hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         """(n,) log-probs, differentiable."""
-        return token_logprobs(hidden, head.weight, head.bias, targets)
+        return token_logprobs(hidden, head.weight, head.bias, targets, self._temperature)
 
     def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(...) log-probs, differentiable."""
-        return token_logprobs_of(logits, targets)
+        return token_logprobs_of(logits, targets, self._temperature)
 
 
 LOGPROBS = LogprobReading()

@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from evollm.errors import CheckpointError
-from evollm.hpo.fitness import AnyEvaluation, Evaluation, LikelihoodEvaluation, UnpairedEvaluation
+from evollm.hpo.fitness import AnyEvaluation, Evaluation
+from evollm.hpo.scores import RACED
 from evollm.own_files import read_bytes
 
 # The names of the two vectors of each type of evaluation; further ones are optional.
 VECTORS: dict[type[AnyEvaluation], tuple[str, str]] = {
-    kind: (fields(kind)[0].name, fields(kind)[1].name)
-    for kind in (Evaluation, LikelihoodEvaluation, UnpairedEvaluation)
+    kind: (fields(kind)[0].name, fields(kind)[1].name) for kind in RACED
 }
 
 

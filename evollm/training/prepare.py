@@ -49,6 +49,8 @@ from evollm.training.schedule import Schedule
 A = TypeVar("A", bound=SavableAgent)
 # Maps an evaluation, whose type depends on the algorithm, to a number or a tuple of numbers.
 FitnessFunction = Callable[[Any], object]
+# Scores that tell candidates of `merge` apart best, whatever the algorithm.
+_SMOOTH = ("log_loss", "loss", "auc")
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,16 @@ def check_arguments(
     """Check the arguments of a run; `options` are the fields of `RunOptions`.
 
     Raises:
-        ConfigurationError: An argument is invalid.
+        ConfigurationError: An argument is invalid, or means nothing for the algorithm.
         MissingExtraError: A tracker is not installed.
     """
     asked = RunOptions(**{"update_reference_each_epoch": False, "guards": None, **options})
     if asked.guards is not None and not isinstance(algorithm.trial, Evaluation):
         fix = f"need the log-ratios of pairs, which {algorithm.name} does not evaluate: leave them out"
         raise ConfigurationError("guards", asked.guards, fix)
+    if asked.budget is not None and algorithm.collect is not None:
+        fix = f"cannot be planned for {algorithm.name}, whose batches are not known before: give max_member_steps"
+        raise ConfigurationError("budget", asked.budget, fix)
     if asked.bounds.max_kl is not None:
         # Answers are sampled by the executor, whatever the algorithm.
         _check_measurable(Guards(max_kl=asked.bounds.max_kl), algorithm.evaluate, algorithm.name)
@@ -148,7 +153,7 @@ def _terms(merge: FinalCandidates, algorithm: Algorithm, trial: AnyEvaluation) -
     Raises:
         ConfigurationError: The algorithm has no such score, or it has no terms.
     """
-    smooth = next((name for name in ("log_loss", "loss", "auc") if name in algorithm.fitnesses), "")
+    smooth = next((name for name in (*_SMOOTH, *algorithm.fitnesses) if name in algorithm.fitnesses), "")
     fitness = fitness_named(merge.score or smooth, algorithm.fitnesses)
     if not isinstance(fitness, NamedFitness):
         raise ConfigurationError("merge.score", merge.score, "must be an evollm.hpo.NamedFitness, which has terms")

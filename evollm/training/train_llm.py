@@ -8,14 +8,14 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
-from evollm.algorithms import ALGORITHMS, DPO, KTO, SFT, Algorithm, algorithm_of
+from evollm.algorithms import ALGORITHMS, DPO, GRPO, KTO, SFT, Algorithm, algorithm_of
 from evollm.algorithms.saving import SavableAgent
 from evollm.execution.executor import ExecutorFactory
 from evollm.execution.members import DATA
 from evollm.execution.named import LOCAL
 from evollm.foreign import LOOP, LOOP_ORDER, explains
 from evollm.hpo import FinalCandidates, Guards, Judge, Mutations, Search, TournamentSelection
-from evollm.llm_envs import DatasetGym, PreferenceGym, SFTGym, UnpairedGym
+from evollm.llm_envs import DatasetGym, PreferenceGym, RewardGym, SFTGym, UnpairedGym
 from evollm.processes import check_processes
 from evollm.runs.events import Callback
 from evollm.training.prepare import FitnessFunction, check_arguments, check_paths, prepare
@@ -243,6 +243,33 @@ def finetune_llm_kto(pop: Sequence[KTO], env: UnpairedGym, **arguments: Any) -> 
             `ConfigurationError` for batches of one answer with a loss that needs two.
     """
     return _finetune(ALGORITHMS["kto"], pop, env, **arguments)
+
+
+@_with_arguments_of(finetune_llm_preference, "guards")
+def finetune_llm_reasoning(pop: Sequence[GRPO], env: RewardGym, **arguments: Any) -> tuple[list[GRPO], list[float]]:
+    """Tune a population on rewards of its own answers, and evolve the population.
+
+    In each step every agent answers the same prompts with the same random numbers, and learns from its own answers, one
+    agent after the other. A run that is resumed samples the answers that it would have sampled.
+
+    Args:
+        pop: GRPO agents, on one base. A list of one is an ordinary GRPO run. Use the returned population afterwards.
+        env: Serves the prompts and scores the answers; the run begins at the gym's present position.
+        **arguments: Those of `finetune_llm_preference` except `guards`; a `budget` is refused, since what answers that
+            are still to be sampled will cost is not known: give `max_member_steps`. A `fitness` function takes a
+            `RewardEvaluation`; the default, "reward", is the mean reward of the answers to the held-out prompts, greedy
+            unless the agents' settings say otherwise.
+
+    Returns:
+        The population at the end, which may lack the fittest agent of the run, and for each agent the first component
+        of its last fitness: with the default fitness its mean reward. NaN for a diverged agent, for one with a
+        held-out reward that is NaN, and for all agents without held-out rows.
+
+    Raises:
+        ConfigurationError, CheckpointError, DivergedError: As `finetune_llm_preference` does; and a
+            `ConfigurationError` that names the reward function that fails, and the prompt.
+    """
+    return _finetune(ALGORITHMS["grpo"], pop, env, **arguments)
 
 
 @_with_arguments_of(finetune_llm_preference)

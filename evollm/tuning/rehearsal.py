@@ -38,6 +38,8 @@ def rehearse(setup: Setup) -> str:
         CheckpointError: No checkpoint of the run to resume can be read.
         ConfigurationError: The run to resume began with other settings.
     """
+    if setup.algorithm.collect is not None:
+        return f"time: not measured, since {setup.algorithm.name} learns from answers that are still to be sampled"
     run = setup.run
     run.begin()
     if run.paths.resumes:

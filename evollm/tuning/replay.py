@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from evollm.algorithms import algorithm_named
+from evollm.algorithms import Algorithm, algorithm_named
 from evollm.algorithms.agent import ACTOR
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import newest_population, read_population
@@ -223,13 +223,14 @@ def replay(
         **handed_in: Further arguments of `tune` that the run folder does not hold: `model`, `tokenizer`, `test_data`...
 
     Raises:
-        ConfigurationError: `run` is no run folder, the run was begun by a script and `agents` or `env` is missing, or
-            agents or gym differ from those of the run.
+        ConfigurationError: `run` is no run folder, or of agents that learn from their own answers; the run was begun by
+            a script and `agents` or `env` is missing, or agents or gym differ from those of the run.
         CheckpointError: The run has not ended, or its files are damaged.
     """
     record = read_run(run, rows=False)
     if record.ended is None:
         raise CheckpointError(f"{record.path}: the run has not ended; go on with it first: {resume_of(run)}")
+    algorithm = _replayable(record)
     script = Script.of(record)
     if data is not None:
         handed_in["data"] = data
@@ -273,9 +274,22 @@ def replay(
     population = [agent] if script.family is None else script.family.population(agents)
     options |= {"run_dir": run_dir, "resume_from_checkpoint": resume_from_checkpoint, "verbose": verbose}
     options["executor"] = script.executor
-    tuned, _ = loop_of(algorithm_named(config["algorithm"].lower()))(population, env, **options)
+    tuned, _ = loop_of(algorithm)(population, env, **options)
     agent, reason = tuned[0], stretched or _why_no_elite(elite, record)
     return ReplayResult(agent, restorer.run_dir, script.schedule, None if reason else _is_exact(agent, elite), reason)
+
+
+def _replayable(record: RunRecord) -> Algorithm:
+    """The algorithm of a run.
+
+    Raises:
+        ConfigurationError: Its agents learn from what they sample.
+    """
+    algorithm = algorithm_named(record.config["algorithm"].lower())
+    if algorithm.collect is not None:
+        fix = f"is of {algorithm.name}: answers that one agent samples alone may be others than those in the run"
+        raise ConfigurationError("run", str(record.path), fix)
+    return algorithm
 
 
 def _place(run: str | os.PathLike[str], name: str, given: str | os.PathLike[str] | None) -> Path:

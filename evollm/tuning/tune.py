@@ -83,7 +83,8 @@ def tune(
             by prompt, so that no prompt is in two splits; the same `seed` gives the same split. False: none.
         final_data: Rows for the final score, which select no agent. None: another tenth, held out likewise; with one
             agent, no rows, since `test_data` then selects no agent. False: none.
-        algorithm: `dpo`, `sft` for rows with one completion instead of two, or `kto` for rows with one and a label.
+        algorithm: `dpo`, `sft` for rows with one completion instead of two, `kto` for rows with one and a label,
+            or `grpo` for prompts, with `reward_functions` that score the answers.
         population: Number of agents; 1 is an ordinary run without a search.
         generations: Most generations, by default 4 of a race and else 8, with a decision of the search between each
             two; all have the same length but the last. With `evo_steps`, the run has `generations` x `evo_steps` steps.

@@ -1,0 +1,223 @@
+"""Reward functions: plain Python that gives each answer a number."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from textwrap import shorten
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evollm.checks import finite_number, positive_number
+from evollm.data.prompt_rows import ASKED, COLUMNS
+from evollm.data.samples import Sample
+from evollm.errors import ConfigurationError
+
+# (prompts, completions, **columns) -> a number for each completion, or None where the function says nothing of it.
+RewardFunction: TypeAlias = Callable[..., Sequence[Any]]
+# Most characters of a prompt that a message quotes.
+_QUOTED = 60
+_FIX = "must be a function, a list of functions, or a mapping of names to functions"
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Reward functions with their weights.
+
+    Attributes:
+        functions: The functions by name.
+        weights: A weight for each function, in their order.
+        timeout: Most seconds of a call; None: no limit.
+    """
+
+    functions: Mapping[str, RewardFunction]
+    weights: tuple[float, ...]
+    timeout: float | None = None
+
+    @classmethod
+    def of(cls, functions: object, weights: object = None, timeout: object = None) -> Rewards:
+        """Check a user's arguments; see `evollm.llm_envs.RewardGym`.
+
+        Raises:
+            ConfigurationError: An argument is invalid.
+        """
+        named = _named(functions)
+        return cls(
+            named,
+            _weights_of(weights, list(named)),
+            None if timeout is None else float(positive_number("reward_timeout", timeout)),
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the functions."""
+        return tuple(self.functions)
+
+    def of_answers(self, prompts: Sequence[Sample], answers: Sequence[str]) -> NDArray[np.float64]:
+        """What each function says of each answer, in one call of each function.
+
+        Args:
+            prompts: For each answer its prompt, a sample of `RewardGym`.
+            answers: n texts.
+
+        Returns:
+            (n, F) numbers, which may be NaN or infinite; 0 for None.
+
+        Raises:
+            ConfigurationError: A function raises, takes longer than `timeout`, or returns something else than n
+                numbers. The message names the function, and the row and the first words of a prompt.
+        """
+        columns = [self._column(name, prompts, answers) for name in self.functions]
+        return np.stack(columns, axis=1)
+
+    def total(self, found: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The weighted sums (n,) of what `of_answers` gave, (n, F)."""
+        with np.errstate(invalid="ignore"):
+            total: NDArray[np.float64] = (found * np.array(self.weights)).sum(axis=1)
+        return total
+
+    def try_out(self, prompt: Sample) -> None:
+        """Call every function once on a prompt, with an empty answer and one with words.
+
+        Raises:
+            ConfigurationError: As of `of_answers`.
+        """
+        self.of_answers([prompt, prompt], ["", "An answer."])
+
+    def _column(self, name: str, prompts: Sequence[Sample], answers: Sequence[str]) -> NDArray[np.float64]:
+        function = self.functions[name]
+        try:
+            given = self._called(function, prompts, answers)
+        except TimeoutError:
+            what = f"{name} has not returned within reward_timeout={self.timeout:g} s"
+            raise _error(what, prompts[0], "let it stop by itself, or give it more time") from None
+        except Exception as error:
+            culprit = self._culprit(function, prompts, answers)
+            raise _error(f"{name} raised {type(error).__name__}: {error}", culprit, "correct it") from error
+        values = _as_list(given)
+        if values is None or len(values) != len(answers):
+            shown = type(given).__name__ if values is None else f"{len(values)} values"
+            what = f"{name} returned {shown} for {len(answers)} completions"
+            raise _error(what, prompts[0], "must return a list with a number for each")
+        return np.array([_number(name, value, prompt) for value, prompt in zip(values, prompts, strict=True)])
+
+    def _called(self, function: RewardFunction, prompts: Sequence[Sample], answers: Sequence[str]) -> Any:
+        columns = dict.fromkeys(column for sample in prompts for column in sample.extras.get(COLUMNS, {}))
+        handed: dict[str, Any] = {
+            name: [sample.extras.get(COLUMNS, {}).get(name) for sample in prompts] for name in columns
+        }
+        handed |= {"prompts": [sample.extras.get(ASKED) for sample in prompts], "completions": list(answers)}
+        taken = _taken_by(function, handed)
+        return function(**taken) if self.timeout is None else _within(self.timeout, lambda: function(**taken))
+
+    def _culprit(self, function: RewardFunction, prompts: Sequence[Sample], answers: Sequence[str]) -> Sample:
+        """The first prompt on whose answer alone the function raises too; else the first prompt."""
+        for prompt, answer in zip(prompts, answers, strict=True):
+            try:
+                self._called(function, [prompt], [answer])
+            except Exception:  # Whatever the user's function raises.
+                return prompt
+        return prompts[0]
+
+
+def _named(functions: object) -> dict[str, RewardFunction]:
+    if isinstance(functions, str):
+        fix = f"{_FIX}, not the name of one: call evollm from Python"
+        raise ConfigurationError("reward_functions", functions, fix)
+    if callable(functions):
+        functions = [functions]
+    if isinstance(functions, Mapping):
+        named = {str(name): one for name, one in functions.items()}
+    elif isinstance(functions, Sequence):
+        names = [getattr(one, "__name__", type(one).__name__) for one in functions]
+        named = dict(zip(names, functions, strict=True))
+        if len(named) < len(names):
+            fix = "have equal names: give a mapping of names to functions"
+            raise ConfigurationError("reward_functions", names, fix)
+    else:
+        raise ConfigurationError("reward_functions", functions, _FIX)
+    if not named or not all(callable(one) for one in named.values()):
+        raise ConfigurationError("reward_functions", functions, _FIX)
+    return named
+
+
+def _weights_of(weights: object, names: Sequence[str]) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0,) * len(names)
+    fix = f"must have a number for each of {list(names)}"
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names):
+            raise ConfigurationError("reward_weights", dict(weights), fix)
+        weights = [weights[name] for name in names]
+    if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != len(names):
+        raise ConfigurationError("reward_weights", weights, fix)
+    return tuple(float(finite_number("reward_weights", weight)) for weight in weights)
+
+
+def _taken_by(function: RewardFunction, handed: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a function's signature takes; all of them if it has none to read."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return dict(handed)
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return dict(handed)
+    return {name: value for name, value in handed.items() if name in parameters}
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of a call in a thread of its own.
+
+    Raises:
+        TimeoutError: It takes longer; the thread is left behind, since Python cannot end it.
+    """
+    found: list[Any] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError
+    if raised:
+        if isinstance(raised[0], TimeoutError):
+            raise RuntimeError(f"TimeoutError: {raised[0]}") from raised[0]
+        raise raised[0]
+    return found[0]
+
+
+def _as_list(given: Any) -> list[Any] | None:
+    if isinstance(given, str | bytes | Mapping):
+        return None
+    try:
+        return list(given)
+    except TypeError:
+        return None
+
+
+def _number(name: str, value: Any, prompt: Sample) -> float:
+    """A value as a number; 0 for None, with which a function says nothing of an answer."""
+    if value is None:
+        return 0.0
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(plain, Real):
+        raise _error(f"{name} returned {value!r}", prompt, "must return a number for each completion")
+    return float(plain)
+
+
+def _error(what: str, prompt: Sample, fix: str) -> ConfigurationError:
+    asked = prompt.extras.get(ASKED)
+    text = asked if isinstance(asked, str) else str(asked[-1].get("content", "")) if asked else ""
+    words = shorten(text, _QUOTED, placeholder=" ...")
+    return ConfigurationError("reward_functions", what, f"on row {prompt.row}, {words!r}: {fix}")

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from tokenizers_for_tests import CHATML, make_tokenizer
+
+from evollm import ConfigurationError, DataError, RewardGym
+from evollm.data.prompt_rows import ASKED, COLUMNS
+from evollm.data.tokenization import prompt_ids
+
+ROWS = [{"prompt": f"Question {number}:", "answer": str(number), "level": number % 2} for number in range(5)]
+TURNS = [{"role": "user", "content": "what is the answer?"}]
+
+
+def brevity(completions: list[str], **columns: Any) -> list[float]:
+    return [-float(len(completion)) for completion in completions]
+
+
+def right(prompts: list[Any], completions: list[str], answer: list[str]) -> list[bool]:
+    return [one in completion for one, completion in zip(answer, completions, strict=True)]
+
+
+def make_env(tokenizer: Any, functions: Any = brevity, rows: Any = ROWS, **more: Any) -> RewardGym:
+    return RewardGym(rows, None, tokenizer, functions, data_batch_size_per_gpu=3, **more)
+
+
+def test_prompts_are_served_with_the_other_columns_of_their_rows(tokenizer) -> None:
+    env = make_env(tokenizer)
+    assert len(env) == 2
+    batch = env.next_batch()
+    for sample in batch:
+        row = ROWS[sample.row]
+        assert sample.completions == ()
+        assert sample.extras == {ASKED: row["prompt"], COLUMNS: {"answer": row["answer"], "level": row["level"]}}
+        assert sample.prompt_ids.tolist() == prompt_ids(row["prompt"], tokenizer).tolist()
+    others = [{**row, "answer": "other"} for row in ROWS]
+    assert make_env(tokenizer, rows=others).fingerprint != env.fingerprint
+
+
+def test_chat_prompts_are_written_for_an_answer_and_functions_get_messages() -> None:
+    seen: list[Any] = []
+
+    def watching(prompts: list[Any], completions: list[str]) -> list[float]:
+        seen.extend(prompts)
+        return [0.0] * len(completions)
+
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    env = make_env(tokenizer, watching, [{"prompt": TURNS}, {"prompt": TURNS * 2}])
+    text = tokenizer.decode(env.train_pairs[0].prompt_ids)
+    assert text == "<|im_start|>user\nwhat is the answer?<|im_end|>\n<|im_start|>assistant\n"
+    assert seen[0] == TURNS
+    asked = make_env(tokenizer, watching, [{"question": "what is the answer?"}], columns={"instruction": "question"})
+    assert asked.train_pairs[0].prompt_ids.tolist() == env.train_pairs[0].prompt_ids.tolist()
+    with pytest.warns(UserWarning, match="do not go through the chat template"):
+        make_env(tokenizer, watching, [{"prompt": "what?"}])
+
+
+def test_rows_that_cannot_be_asked_are_counted_and_a_missing_column_is_named(tokenizer) -> None:
+    rows = [*ROWS, {"prompt": " "}, {"prompt": None}, {"prompt": [{"role": "assistant", "content": "yes"}]}]
+    report = make_env(make_tokenizer(chat_template=CHATML), rows=[{"prompt": TURNS}, *rows[5:]]).reports["train"]
+    assert (report.kept, report.num_dropped) == (1, 3)
+    with pytest.raises(DataError, match=r"lacks prompt; .*columns: \{prompt: question\}"):
+        make_env(tokenizer, rows=[{"question": "a"}])
+    cut = make_env(tokenizer, max_context_length=4)
+    assert cut.longest_sequence == 4
+    assert cut.reports["train"].prompts_cut == 5
+
+
+def test_it_is_a_gymnasium_environment_whose_reward_is_the_mean_of_its_functions(tokenizer) -> None:
+    env = make_env(tokenizer, {"short": brevity, "right": right}, reward_weights={"short": 0.5, "right": 2.0})
+    check_env(env, skip_render_check=True)
+    observation, _ = env.reset(seed=3)
+    assert observation.keys() == {"input_ids", "prompt_lengths"}
+    batch = [env.train_pairs[row] for row in np.random.default_rng([3, 0]).permutation(5)[:3]]
+    texts = [[str(sample.row), "yes"] for sample in batch]
+    action = np.full((3, 2, 9), -1)
+    for row, own in enumerate(texts):
+        for place, text in enumerate(own):
+            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, 5]
+            action[row, place, : len(ids)] = ids
+    _, reward, ended, _, _ = env.step(action)
+    points = [[-0.5 + 2.0, -1.5 + 2.0 * (str(sample.row) in "yes")] for sample in batch]
+    assert reward == pytest.approx(np.mean(points))
+    assert not ended
+    with pytest.raises(ConfigurationError, match=r"pass token ids \(3, G, T\)"):
+        env.step(np.zeros(3))
+
+
+def test_a_function_that_fails_is_named_with_the_prompt_before_any_training(tokenizer) -> None:
+    def wrong(completions: list[str]) -> list[float]:
+        return [1.0 / len(completion) for completion in completions]
+
+    with pytest.raises(ConfigurationError, match=r"wrong raised ZeroDivisionError: .* on row 0, 'Question 0:'"):
+        make_env(tokenizer, wrong)
+    for given, message in (
+        (lambda completions: 1.0, r"returned float for 2 completions"),
+        (lambda completions: [1.0], r"returned 1 values for 2 completions"),
+        (lambda completions: "ab", r"returned str for 2 completions"),
+        (lambda completions: [1.0, "2"], r"returned '2'.*a number for each"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            make_env(tokenizer, {"mine": given})
+
+
+def test_the_prompt_on_which_a_function_raises_is_found(tokenizer) -> None:
+    def picky(prompts: list[str], completions: list[str], level: list[int]) -> list[float]:
+        if "Question 3:" in prompts:
+            raise KeyError("no entry")
+        return [0.0] * len(completions)
+
+    env = make_env(tokenizer, picky)
+    with pytest.raises(ConfigurationError, match=r"picky raised KeyError: 'no entry'.* on row 3, 'Question 3:'"):
+        env.rewards.of_answers(env.train_pairs, ["a"] * 5)
+
+
+def test_a_function_that_does_not_return_in_time_is_named(tokenizer) -> None:
+    never = threading.Event()
+
+    def slow(completions: list[str]) -> list[float]:
+        never.wait()
+        return [0.0] * len(completions)
+
+    with pytest.raises(ConfigurationError, match=r"slow has not returned within reward_timeout=0.05 s.*row 0"):
+        make_env(tokenizer, slow, reward_timeout=0.05)
+    never.set()
+    assert make_env(tokenizer, reward_timeout=60).rewards.timeout == 60
+
+
+def test_none_says_nothing_and_numbers_may_be_of_any_type(tokenizer) -> None:
+    env = make_env(tokenizer, [lambda completions: [None, True, np.float32(0.5)][: len(completions)]])
+    assert env.rewards.of_answers(env.train_pairs[:3], ["a"] * 3).tolist() == [[0.0], [1.0], [0.5]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"functions": "module:function"}, "not the name of one: call evollm from Python"),
+        ({"functions": []}, "must be a function"),
+        ({"functions": {"a": 3}}, "must be a function"),
+        ({"functions": [brevity, brevity]}, "have equal names"),
+        ({"reward_weights": [1.0, 2.0]}, r"reward_weights=\[1.0, 2.0\]: must have a number for each of"),
+        ({"reward_weights": {"other": 1.0}}, "must have a number for each of"),
+        ({"reward_timeout": 0}, "reward_timeout=0"),
+    ],
+)
+def test_functions_weights_and_times_that_make_no_sense_are_refused(tokenizer, arguments, message) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make_env(tokenizer, **arguments)
