@@ -99,8 +99,7 @@ def load_prompts(
         except UnusableRowError as unusable:
             dropped.setdefault(str(unusable), []).append(pair.row)
             continue
-        prompt = list(asked.prompt) if isinstance(asked, ChatPair) else asked.prompt
-        sample = Sample(ids, (), pair.row, {ASKED: prompt, COLUMNS: dict(pair.others)})
+        sample = Sample(ids, (), pair.row, {ASKED: pair.asked, COLUMNS: dict(pair.others)})
         if limit is not None and len(ids) > limit:
             sample = cut_prompt(sample, len(ids) - limit, tokenizer.bos_token_id)
             num_cut += 1
@@ -139,4 +138,5 @@ def _report(
         PROMPTS.noun,
         warning_about(kept),
         form=form_of(kept, has_template),
+        prompts=tuple(pair.asked for pair in kept),
     )

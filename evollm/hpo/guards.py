@@ -16,13 +16,14 @@ import numpy as np
 
 from evollm.checks import finite_number, positive_number, whole_number
 from evollm.errors import ConfigurationError
-from evollm.hpo.fitness import AnyEvaluation, Evaluation, Fitness, FloatArray
+from evollm.hpo.fitness import AnyEvaluation, Fitness, FloatArray
 from evollm.names import check_known
 
 # The first component of the fitness of an agent that breaks a guard: below every score, and finite, since a fitness
 # that is not finite means that the agent has diverged.
 BROKEN = -1e9
 _SAMPLING = ("answer_prompts", "answer_tokens")
+_OF_PAIRS = ("min_chosen_logratio", "max_kl", "max_answer_length_ratio")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Guards:
                     raise ConfigurationError(f"guards.{field.name}", value, fix)
 
     @property
+    def of_pairs(self) -> tuple[str, ...]:
+        """Names of the bounds that are set and need the `Evaluation` of pairs; a win rate every evaluation can have."""
+        return tuple(name for name in _OF_PAIRS if getattr(self, name) is not None)
+
+    @property
     def measurements(self) -> dict[str, Any]:
         """Keyword arguments of `Executor.evaluate` that the bounds need; often none, so that any executor will do."""
         found: dict[str, Any] = {} if self.max_kl is None else {"kl": True}
@@ -110,7 +116,7 @@ class Guards:
             f"have {reference:.0f} tokens, and all are cut at guards.answer_tokens={self.answer_tokens}; raise that"
         )
 
-    def excess(self, evaluation: Evaluation) -> float:
+    def excess(self, evaluation: AnyEvaluation) -> float:
         """How far an agent is beyond its bounds: the sum of its excesses, each divided by the size of the bound.
 
         Returns:
@@ -121,7 +127,7 @@ class Guards:
             total += math.nan if math.isnan(drift) else max(0.0, drift - bound) / (abs(bound) or 1.0)
         return total
 
-    def _measured(self, evaluation: Evaluation) -> list[tuple[float, float]]:
+    def _measured(self, evaluation: Any) -> list[tuple[float, float]]:
         """Upper bounds that are set, each with what must not exceed it."""
         found = []
         if self.min_chosen_logratio is not None:
@@ -134,7 +140,7 @@ class Guards:
             found.append((-self.min_win_rate, -evaluation.win_rate))
         return found
 
-    def guarded(self, fitness: Fitness, evaluation: Evaluation) -> Fitness:
+    def guarded(self, fitness: Fitness, evaluation: AnyEvaluation) -> Fitness:
         """Return the fitness itself if all bounds hold, else one below it: (-1e9, minus the excess, *fitness)."""
         excess = self.excess(evaluation)
         return fitness if excess == 0 else (BROKEN, -excess, *fitness)

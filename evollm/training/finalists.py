@@ -103,9 +103,9 @@ class Contest:
 
     def _compare(self, evaluation: AnyEvaluation, alone: AnyEvaluation) -> Comparison:
         found = compare_pairwise(self._terms(evaluation), self._terms(alone))
-        if self._guards.excess(evaluation) != 0:  # type: ignore[arg-type]
+        if self._guards.excess(evaluation) != 0:
             return Comparison(found.difference, float("nan"))
-        if self._guards.excess(alone) != 0:  # type: ignore[arg-type]
+        if self._guards.excess(alone) != 0:
             # No score makes up for a bound that the best agent breaks and the candidate holds.
             return Comparison(found.difference, 0.0)
         return found

@@ -118,9 +118,9 @@ def check_arguments(
         MissingExtraError: A tracker is not installed.
     """
     asked = RunOptions(**{"update_reference_each_epoch": False, "guards": None, **options})
-    if asked.guards is not None and not isinstance(algorithm.trial, Evaluation):
+    if asked.bounds.of_pairs and not isinstance(algorithm.trial, Evaluation):
         fix = f"need the log-ratios of pairs, which {algorithm.name} does not evaluate: leave them out"
-        raise ConfigurationError("guards", asked.guards, fix)
+        raise ConfigurationError("guards", ", ".join(asked.bounds.of_pairs), fix)
     if asked.budget is not None and algorithm.collect is not None:
         fix = f"cannot be planned for {algorithm.name}, whose batches are not known before: give max_member_steps"
         raise ConfigurationError("budget", asked.budget, fix)
