@@ -301,3 +301,19 @@ def test_a_member_that_is_cloned_answers_as_its_parent_did(make, env) -> None:
         assert one.extras[ROLLOUT].rewards.tolist() == other.extras[ROLLOUT].rewards.tolist()
     assert agent.learn(mine)["loss"] == child.learn(theirs)["loss"]
     assert actor_bits(agent) == actor_bits(child)
+
+
+def test_a_judge_compares_the_answers_of_agents_that_learn_from_rewards(make, env, tmp_path: Path) -> None:
+    asked = []
+
+    def first_is_best(prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
+        asked.extend(prompts)
+        return [1.0] * len(first)
+
+    *_, (fitness,) = finetune_llm_reasoning(
+        make(), env, max_steps=1, judge=first_is_best, fitness="win_rate", run_dir=tmp_path / "run", **QUIET
+    )
+    assert fitness == 0.5
+    assert set(asked) <= {row["prompt"] for row in prompts(12)}
+    evaluation = read_run(tmp_path / "run").evaluations[-1]
+    assert {"reward", "win_rate"} <= evaluation.scores.keys()
