@@ -18,7 +18,7 @@ from evollm.errors import ConfigurationError
 from evollm.execution.crossover import check_crossover
 from evollm.execution.executor import Combines, ExecutorFactory, check_executor
 from evollm.execution.members import check_parallel, executor_of
-from evollm.execution.named import executor_named
+from evollm.execution.named import RAY, executor_named
 from evollm.hpo import (
     Birth,
     Evaluation,
@@ -119,6 +119,9 @@ def check_arguments(
         # Answers are sampled by the executor, whatever the algorithm.
         _check_measurable(Guards(max_kl=asked.bounds.max_kl), algorithm.evaluate, algorithm.name)
     function = check_fitness(fitness, algorithm)
+    if executor == RAY and processes.size > 1:
+        fix = "starts its workers by itself: start one process, without torchrun or accelerate launch"
+        raise ConfigurationError("executor", RAY, fix)
     make_executor = executor_named(executor, workers, resources_per_worker, ray_address)
     check_parallel(parallel, make_executor)
     listeners = list(check_callbacks(callbacks))

@@ -121,7 +121,7 @@ class Run:
             try:
                 self._check_going()
                 self._ends_by_limit()
-                with StopSignals() as stop:
+                with StopSignals(told=self.processes.is_main) as stop:
                     self._start()
                     while self.step < self.schedule.total and not self._stopped:
                         self._advance(stop)
