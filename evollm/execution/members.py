@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evollm.algorithms.agent import ACTOR
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import nearest_name
 from evollm.errors import ConfigurationError
+from evollm.execution.alike import check_alike
 from evollm.execution.description import describe
 from evollm.execution.executor import Agreement, Description, Executor, ExecutorFactory
 from evollm.execution.local import LocalExecutor
@@ -21,7 +21,6 @@ from evollm.execution.wire import error_from_bytes, error_to_bytes, from_bytes, 
 from evollm.execution.worker import Worker
 from evollm.llm_envs import DatasetGym
 from evollm.models.engine import Engine
-from evollm.models.fingerprints import adapter_fingerprint
 from evollm.processes import Processes, uses_deepspeed
 
 DATA, MEMBERS, AUTO = "data", "members", "auto"
@@ -57,17 +56,30 @@ def executor_of(parallel: str, factory: ExecutorFactory, agents: Sequence[Savabl
     Raises:
         ConfigurationError: Members cannot be divided because the base or the moments are sharded.
     """
-    if parallel == DATA or factory is not LocalExecutor:
+    if factory is not LocalExecutor:
         return factory
-    sharded = any(agent.base.is_sharded or uses_deepspeed(agent.accelerator) for agent in agents)
     processes = Processes.present()
+    together = data_executor if processes.size > 1 else factory
+    if parallel == DATA:
+        return together
+    sharded = any(agent.base.is_sharded or uses_deepspeed(agent.accelerator) for agent in agents)
     if parallel == AUTO:
         spreads = 1 < processes.size <= len(agents) and not sharded
-        return members_executor if spreads else factory
+        return members_executor if spreads else together
     if sharded:
         fix = "the base or the moments are sharded, so that all processes must compute together: take 'data'"
         raise ConfigurationError("parallel", parallel, fix)
-    return members_executor if processes.size > 1 else factory
+    return members_executor if processes.size > 1 else together
+
+
+def data_executor(agents: Sequence[SavableAgent], env: DatasetGym) -> Executor:
+    """The executor with all agents in this process; agents and rows must be those of all other processes.
+
+    Raises:
+        ConfigurationError: The processes have other agents or other data.
+    """
+    check_alike(Processes.present(), agents, env, describe(agents[0], env))
+    return LocalExecutor(agents, env)
 
 
 def members_executor(agents: Sequence[SavableAgent], env: DatasetGym) -> Executor:
@@ -90,7 +102,7 @@ class ProcessWorkers:
         self._processes = Processes.present()
         self.processes: Agreement = self._processes
         self._described = describe(agents[0], env)
-        _check_alike(self._processes, agents, env, self._described)
+        check_alike(self._processes, agents, env, self._described)
         self._given = {agent.index: agent for agent in agents}
         places = first_places(list(self._given), self.count)
         own = [agent for agent, place in zip(agents, places, strict=True) if place == self._processes.rank]
@@ -165,34 +177,3 @@ class ProcessWorkers:
 
 
 _VALUE, _ERROR = b"v", b"e"
-
-
-def _check_alike(processes: Processes, agents: Sequence[SavableAgent], env: DatasetGym, described: Description) -> None:
-    """Refuse other agents, another base or other data than those of the main process, in all processes alike.
-
-    Raises:
-        ConfigurationError: A process has others.
-    """
-    config = described.config
-    adapters = [agent.base.adapters.export(agent.actor_adapter) for agent in agents]
-    own = {
-        "pop": [
-            [agent.index, agent.hyperparameter_values(), adapter_fingerprint(adapter.config, adapter.tensors)]
-            for agent, adapter in zip(agents, adapters, strict=True)
-        ],
-        "actor_network": [config["base_fingerprint"], config["base_dtype"]],
-        "env": [env.fingerprint, env.batch_size, env.state_dict()],
-        "settings": config["settings"],
-    }
-    what = {
-        "pop": f"has other agents (indices, hyperparameters or {ACTOR} adapters)",
-        "actor_network": "has another base",
-        "env": "has other rows, another order of them or another batch size",
-        "settings": "has other settings of its agents",
-    }
-    every = [from_bytes(data) for data in processes.of_all(to_bytes(own))]
-    for rank, theirs in enumerate(every):
-        for field, said in theirs.items():
-            if said != every[0][field]:
-                fix = f"{what[field]} than process 0: make them from the same files, arguments and seeds in all"
-                raise ConfigurationError(field, f"process {rank}", fix)
