@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import AnswerSampling, AnyEvaluation, Birth, HyperparameterConfig, Recipe
 from evollm.hpo.hyperparameters import to_lower
-from evollm.runs.events import SampleAnswer, StepDone
+from evollm.runs.events import Placed, SampleAnswer, StepDone, WorkerLoss
 
 Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
 # The index by which `evaluate`, `save_agent`, `answers` and `agent` name the copy that `keep_best` made.
@@ -278,6 +278,13 @@ class Combines(Executor, Protocol):
 
     def discard(self, indices: Sequence[int]) -> None:
         """Free candidates."""
+
+
+class Spreads(Executor, Protocol):
+    """An executor that also says on which workers the members are, for the records of a run."""
+
+    def whereabouts(self) -> list[Placed | WorkerLoss]:
+        """Return what is new since the last call, in order."""
 
 
 # Makes an executor from checked agents and a checked gym.

@@ -6,6 +6,8 @@ and makes the same decisions, for which they exchange metrics, evaluations and t
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,17 +18,17 @@ from evollm.execution.alike import check_alike
 from evollm.execution.description import describe
 from evollm.execution.executor import Agreement, Description, Executor, ExecutorFactory
 from evollm.execution.local import LocalExecutor
-from evollm.execution.spread import FOR_MAIN, Call, SpreadExecutor, first_places
+from evollm.execution.spread import SpreadExecutor, first_places
 from evollm.execution.wire import error_from_bytes, error_to_bytes, from_bytes, to_bytes
 from evollm.execution.worker import Worker
+from evollm.execution.workers import CHANGING, FOR_MAIN, Call
 from evollm.llm_envs import DatasetGym
 from evollm.models.engine import Engine
 from evollm.processes import Processes, uses_deepspeed
+from evollm.runs.events import WorkerHome
 
 DATA, MEMBERS, AUTO = "data", "members", "auto"
 PARALLEL = (DATA, MEMBERS, AUTO)
-# After these calls live agents of other processes are not what they were.
-_CHANGING = frozenset({"begin", "learn_step", "apply", "note_scores", "restore"})
 
 
 def check_parallel(parallel: object, executor: ExecutorFactory) -> str:
@@ -88,7 +90,7 @@ def members_executor(agents: Sequence[SavableAgent], env: DatasetGym) -> Executo
 
 
 class ProcessWorkers:
-    """One worker in each process; see `evollm.execution.spread.Workers`.
+    """One worker in each process; see `evollm.execution.workers.Workers`.
 
     Args:
         agents: All agents, the same in every process. When the run begins, those of other processes are released.
@@ -103,6 +105,8 @@ class ProcessWorkers:
         self.processes: Agreement = self._processes
         self._described = describe(agents[0], env)
         check_alike(self._processes, agents, env, self._described)
+        said = self._processes.of_all(to_bytes([platform.node(), os.getpid()]))
+        self._homes = [WorkerHome(rank, *from_bytes(data)) for rank, data in enumerate(said)]
         self._given = {agent.index: agent for agent in agents}
         places = first_places(list(self._given), self.count)
         own = [agent for agent, place in zip(agents, places, strict=True) if place == self._processes.rank]
@@ -132,7 +136,7 @@ class ProcessWorkers:
 
     def call(self, method: str, arguments: Sequence[Call]) -> list[Any]:
         """Call a method of the own worker; what it returns, or its error, is sent to all processes."""
-        if method in _CHANGING:
+        if method in CHANGING:
             self._live.clear()
         given = arguments[self._processes.rank]
         value, said, failed = None, b"", None
@@ -166,6 +170,10 @@ class ProcessWorkers:
                 here = place == self._processes.rank
                 self._live[index] = self._worker.agent(index) if here else self._worker.copy_of(folder, self._like)
         return [self._live[index] for index in places]
+
+    def homes(self) -> list[WorkerHome]:
+        """Where the processes are."""
+        return self._homes
 
     def close(self) -> None:
         """Close the own worker."""
