@@ -44,6 +44,14 @@ def of_launch() -> dict[str, Any]:
     return {"accelerator": Accelerator(kwargs_handlers=gloo) if deepspeed else Accelerator(True, kwargs_handlers=gloo)}
 
 
+def leave() -> None:
+    """Close the connections to the other processes, when all have done their part."""
+    import torch.distributed as dist
+
+    if launched() > 1 and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def check_launch(command: str, *, together: bool) -> None:
     """Refuse a command in several processes that do not carry it out together.
 

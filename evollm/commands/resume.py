@@ -6,7 +6,7 @@ import argparse
 
 from evollm.commands.arguments import add_run, trusts
 from evollm.commands.ending import print_ending
-from evollm.commands.launch import is_main, launched, of_launch
+from evollm.commands.launch import is_main, launched, leave, of_launch
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.config import override
 from evollm.errors import ConfigurationError
@@ -51,6 +51,7 @@ def _run(options: argparse.Namespace) -> None:
         arguments = {name: value for name, value in arguments.items() if name not in LENGTHS}
     config = override({**arguments, **_same_batch(options.run_dir)}, options.overrides)
     result = tune(**{**config, **launch}, resume_from_checkpoint=options.run_dir)
+    leave()
     if is_main():
         print_ending(result.run_dir, result.report, trusts(config))
 

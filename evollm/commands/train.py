@@ -6,7 +6,7 @@ import argparse
 
 from evollm.commands.arguments import add_config, config_of, trusts
 from evollm.commands.ending import print_ending
-from evollm.commands.launch import is_main, of_launch
+from evollm.commands.launch import is_main, leave, of_launch
 from evollm.commands.parsing import Subparsers, add_command
 
 
@@ -32,5 +32,6 @@ def _run(options: argparse.Namespace) -> None:
     from evollm.tuning import tune
 
     result = tune(**{**config, **launch})
+    leave()
     if is_main():
         print_ending(result.run_dir, result.report, trusts(config))
