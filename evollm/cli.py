@@ -5,10 +5,11 @@ Nothing that is slow to import is imported here: help, versions and mistakes are
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,11 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except KeyboardInterrupt as stopped:
         # Also while a command imports torch. A run that is interrupted puts the command that resumes it into `stopped`.
-        print(": ".join(filter(None, ("evollm: interrupted", str(stopped)))), file=sys.stderr)
+        from evollm.commands.launch import is_main  # noqa: PLC0415
+
+        if is_main():
+            print(": ".join(filter(None, ("evollm: interrupted", str(stopped)))), file=sys.stderr)
         return INTERRUPTED
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    from evollm.commands.launch import check_launch, is_main, say_error  # noqa: PLC0415
     from evollm.commands.remarks import own_warnings_only  # noqa: PLC0415 - main() must be there before Ctrl-C
     from evollm.errors import EvoLLMError, one_line  # noqa: PLC0415
     from evollm.pace import progress_told  # noqa: PLC0415
@@ -42,22 +47,31 @@ def _run(arguments: Sequence[str] | None) -> int:
     _survive_any_text()
     try:
         try:
-            options = _parsed(arguments)
-            with own_warnings_only(), progress_told():
+            with contextlib.nullcontext() if is_main() else _silent():
+                options = _parsed(arguments)
+            check_launch(options.command, together=options.together)
+            with own_warnings_only(), progress_told(is_main()):
                 options.run(options)
         finally:
             sys.stdout.flush()
     except EvoLLMError as error:
-        print(f"evollm: {one_line(str(error))}", file=sys.stderr)
+        say_error(f"evollm: {one_line(str(error))}")
         return 1
     except BrokenPipeError:
         _give_up_output()
         return UNREAD
     except OSError as error:
-        print(f"evollm: {_described(error)}", file=sys.stderr)
+        say_error(f"evollm: {_described(error)}")
         _give_up_output()
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Print nothing inside the block: the main process of a launch has the same to say."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -41,6 +41,19 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+class Unfit:
+    """A fitness function that fails, once training has begun."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.calls = rank, 0
+
+    def __call__(self, evaluation: Any) -> float:
+        self.calls += 1
+        if self.calls > 1:
+            raise KeyError(f"no fitness of process {self.rank}")
+        return 0.0
+
+
 def main() -> None:
     """Train, or resume, each of the runs, then try what cannot work."""
     torch.set_num_threads(1)
@@ -51,9 +64,11 @@ def main() -> None:
     held: dict[str, Any] = {name: train(folder, name, max_steps, accelerator) for name in RUNS}
     held["refused"] = [
         refused(folder, accelerator, rows=13 + rank),
+        refused(folder, accelerator, rows=13 + rank, parallel="data"),
         refused(folder, accelerator, lr=1e-3 * (1 + rank)),
         refused(folder, accelerator, parallel="member"),
     ]
+    held["unfit"] = refused(folder / "unfit", accelerator, fitness=Unfit(rank))
     learn_step = Worker.learn_step
 
     def fall_over(worker: Worker, step: int) -> Any:

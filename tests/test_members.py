@@ -14,10 +14,10 @@ from peft import LoraConfig
 from two_workers import TwoWorkers
 
 from evollm.checkpoints import read_population
-from evollm.errors import ConfigurationError, DivergedError
+from evollm.errors import ConfigurationError, DivergedError, MissingExtraError
 from evollm.execution.executor import Member
 from evollm.execution.local import LocalExecutor
-from evollm.execution.members import check_parallel, executor_of, members_executor
+from evollm.execution.members import check_parallel, data_executor, executor_of, members_executor
 from evollm.execution.wire import error_from_bytes, error_to_bytes, from_bytes, to_bytes
 from evollm.processes import Processes
 
@@ -84,14 +84,18 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_two(spread, launch,
 def test_what_differs_between_processes_is_named_in_all_of_them(spread) -> None:
     _, (first, second) = spread
     assert first["refused"] == second["refused"]
-    rows, agents, unknown = first["refused"]
-    assert rows.startswith("ConfigurationError: env='process 1': has other rows")
+    rows, together, agents, unknown = first["refused"]
+    for error in (rows, together):
+        assert error.startswith("ConfigurationError: env='process 1': has other rows")
     assert agents.startswith("ConfigurationError: pop='process 1': has other agents")
     assert unknown.startswith("ConfigurationError: parallel='member': must be one of 'data', 'members', 'auto'")
 
 
 def test_an_error_of_one_process_ends_all(spread) -> None:
     _, (first, second) = spread
+    # The main process judges for all.
+    assert first["unfit"] == "KeyError: 'no fitness of process 0'"
+    assert second["unfit"] == f"EvoLLMError: the fitness function has failed in the main process: {first['unfit']}"
     assert first["failed"] == second["failed"] == "RuntimeError: the card fell off"
 
 
@@ -103,14 +107,15 @@ def test_members_are_divided_where_they_can_be() -> None:
 
     # One process divides nothing.
     assert executor_of("members", LocalExecutor, agents(4)) is LocalExecutor
+    assert executor_of("data", LocalExecutor, agents(4)) is LocalExecutor
     with Processes(0, 4).bound():
         assert executor_of("members", LocalExecutor, agents(2)) is members_executor
-        assert executor_of("data", LocalExecutor, agents(4)) is LocalExecutor
+        assert executor_of("data", LocalExecutor, agents(4)) is data_executor
         assert executor_of("auto", LocalExecutor, agents(4)) is members_executor
-        assert executor_of("auto", LocalExecutor, agents(3)) is LocalExecutor
+        assert executor_of("auto", LocalExecutor, agents(3)) is data_executor
         assert executor_of("auto", TwoWorkers, agents(4)) is TwoWorkers
         for unfit in (agents(4, sharded=True), agents(4, zero=True)):
-            assert executor_of("auto", LocalExecutor, unfit) is LocalExecutor
+            assert executor_of("auto", LocalExecutor, unfit) is data_executor
             with pytest.raises(ConfigurationError, match="parallel='members': the base or the moments are sharded"):
                 executor_of("members", LocalExecutor, unfit)
     with pytest.raises(ConfigurationError, match="parallel='members': the given executor decides"):
@@ -136,10 +141,24 @@ def test_plain_data_comes_back_as_it_was() -> None:
         assert torch.equal(here, there)
     with pytest.raises(TypeError, match="object is no plain data"):
         to_bytes([object()])
-    for error in (ConfigurationError("lr", 2, "lower it"), OSError("full")):
-        assert str(error_from_bytes(error_to_bytes(error))) == str(error)
-    assert type(error_from_bytes(error_to_bytes(DivergedError("all")))) is DivergedError
-    assert str(error_from_bytes(error_to_bytes(StopIteration("x")))) == "StopIteration: x"
+
+
+class LocalError(Exception):
+    """Known nowhere else."""
+
+
+def test_errors_of_other_processes_keep_their_kind_and_text() -> None:
+    same = [
+        *(ConfigurationError("lr", 2, "lower it"), ConfigurationError("pop", [object], "x"), DivergedError("all")),
+        *(MissingExtraError("ray", "ray", "executor='ray'"), torch.OutOfMemoryError("CUDA out of memory")),
+        *(KeyError("fitness"), PermissionError(13, "Permission denied", "run"), OSError("full"), MemoryError()),
+    ]
+    for error in same:
+        found = error_from_bytes(error_to_bytes(error))
+        assert (type(found), str(found)) == (type(error), str(error))
+    for error in (StopIteration("x"), LocalError("x")):
+        found = error_from_bytes(error_to_bytes(error))
+        assert (type(found), str(found)) == (RuntimeError, f"{type(error).__name__}: x")
 
 
 def test_a_checkpoint_says_who_was_where(spread) -> None:

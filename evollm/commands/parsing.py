@@ -12,7 +12,14 @@ Command: TypeAlias = Callable[[argparse.Namespace], None]
 
 
 def add_command(
-    commands: Subparsers, name: str, run: Command, *, help: str, description: str, example: str
+    commands: Subparsers,
+    name: str,
+    run: Command,
+    *,
+    help: str,
+    description: str,
+    example: str,
+    together: bool = False,
 ) -> argparse.ArgumentParser:
     """Add a command to the parser.
 
@@ -23,6 +30,7 @@ def add_command(
         help: One line for `evollm --help`.
         description: What it does, for its own `--help`.
         example: A command line; the names of files in it are the user's.
+        together: Whether several processes, as torchrun starts them, carry it out together.
 
     Returns:
         The command's parser, to add arguments to.
@@ -34,5 +42,5 @@ def add_command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=name, together=together)
     return parser

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from evollm.commands.launch import is_main
 from evollm.errors import one_line
 
 _VERBOSITY = "TRANSFORMERS_VERBOSITY"
@@ -34,8 +35,11 @@ def own_warnings_only() -> Iterator[None]:
 
 
 def _show(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning, in place of `warnings.showwarning`, if evollm's code gave it or the user asked for all."""
-    if sys.warnoptions or _issuer().partition(".")[0] == "evollm":
+    """Print a warning, in place of `warnings.showwarning`, if evollm's code gave it or the user asked for all.
+
+    Of processes that were launched together the main one prints: all do the same.
+    """
+    if is_main() and (sys.warnoptions or _issuer().partition(".")[0] == "evollm"):
         print(f"evollm: warning: {one_line(str(message))}", file=sys.stderr)
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from evollm.commands.arguments import add_run, trusts
 from evollm.commands.ending import print_ending
+from evollm.commands.launch import is_main, launched, leave, of_launch
 from evollm.commands.parsing import Subparsers, add_command
 from evollm.config import override
 from evollm.errors import ConfigurationError
@@ -24,6 +25,7 @@ def add_to(commands: Subparsers) -> None:
         description="Go on with an interrupted run from its newest whole checkpoint; it ends with the same bits. Works "
         "for runs of\ntrain, demo, and evollm.tune with names of model and data.",
         example="evollm resume evollm-runs/20261121-101500-000000",
+        together=True,
     )
     add_run(parser)
     parser.add_argument(
@@ -35,6 +37,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    launch = of_launch()
     given = override({}, options.overrides)
     if "resume_from_checkpoint" in given:
         fix = f"leave it out: the run to resume is {options.run_dir}"
@@ -46,6 +49,16 @@ def _run(options: argparse.Namespace) -> None:
     # A length that is given stands for all that the run had: the shortest of several would end the run.
     if any(given.get(name) is not None for name in LENGTHS):
         arguments = {name: value for name, value in arguments.items() if name not in LENGTHS}
-    config = override(arguments, options.overrides)
-    result = tune(**config, resume_from_checkpoint=options.run_dir)
-    print_ending(result.run_dir, result.report, trusts(config))
+    config = override({**arguments, **_same_batch(options.run_dir)}, options.overrides)
+    result = tune(**{**config, **launch}, resume_from_checkpoint=options.run_dir)
+    leave()
+    if is_main():
+        print_ending(result.run_dir, result.report, trusts(config))
+
+
+def _same_batch(run_dir: str) -> dict[str, int]:
+    """The rows of a batch for each of the present processes, with which a batch has as many as the run began with."""
+    from evollm.runs import read_config
+
+    rows, rest = divmod(read_config(run_dir)["data"]["batch_size"], launched())
+    return {} if rest else {"data_batch_size_per_gpu": rows}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from evollm.errors import ConfigurationError, DivergedError
 from evollm.hpo import AnswerPair, AnswerSampling, AnyEvaluation, Birth, HyperparameterConfig, Recipe
 from evollm.hpo.hyperparameters import to_lower
-from evollm.runs.events import SampleAnswer, StepDone
+from evollm.runs.events import Placed, SampleAnswer, StepDone, WorkerLoss
 
 Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
 # The index by which `evaluate`, `save_agent`, `answers` and `agent` name the copy that `keep_best` made.
@@ -297,6 +297,13 @@ class Judges(Executor, Protocol):
         Returns:
             For each member the answers to the first prompts of the evaluated rows, in the order of the rows.
         """
+
+
+class Spreads(Executor, Protocol):
+    """An executor that also says on which workers the members are, for the records of a run."""
+
+    def whereabouts(self) -> list[Placed | WorkerLoss]:
+        """Return what is new since the last call, in order."""
 
 
 # Makes an executor from checked agents and a checked gym.

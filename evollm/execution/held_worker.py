@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import platform
@@ -141,10 +142,17 @@ class Home:
 
 
 class HeldWorker:
-    """A worker that is called by the names of its methods. It knows nothing that its caller was not told."""
+    """Workers that are called by their places and the names of their methods; they know what their caller has told.
+
+    There is one, and for a while another one beside it, on a base of its own, if that has no other process any more.
+    Each finds the global random generators as it has left them.
+    """
 
     def __init__(self) -> None:
-        self._worker: Worker | None = None
+        self._workers: dict[int, Worker] = {}
+        # The place of the last call, and the generators of the others.
+        self._present: int | None = None
+        self._generators: dict[int, Mapping[str, Any]] = {}
 
     def home(self) -> Home:
         """Where this worker is."""
@@ -159,14 +167,39 @@ class HeldWorker:
         """
 
         def build() -> None:
+            self._turn_to(place)
             found: Blueprint = pickle.loads(blueprint)
-            self._worker = found.worker(place)
+            self._workers[place] = found.worker(place)
 
         return outcome(build)
 
-    def call(self, method: str, arguments: Mapping[str, Any]) -> Outcome:
-        """Call a method of the worker; agents that it returns are copied to the CPU."""
-        return outcome(lambda: _plain(getattr(self._worker, method)(**arguments)))
+    def call(self, place: int, method: str, arguments: Mapping[str, Any]) -> Outcome:
+        """Call a method of the worker of a place; agents that it returns are copied to the CPU."""
+
+        def call() -> Any:
+            self._turn_to(place)
+            return _plain(getattr(self._workers[place], method)(**arguments))
+
+        return outcome(call)
+
+    def dismiss(self, place: int) -> None:
+        """Forget the worker of a place, whose members are elsewhere."""
+        worker = self._workers.pop(place, None)
+        self._generators.pop(place, None)
+        if worker is not None:
+            worker.close()
+        del worker
+        # A base lies in cycles.
+        gc.collect()
+
+    def _turn_to(self, place: int) -> None:
+        if place == self._present:
+            return
+        if self._present in self._workers:
+            self._generators[self._present] = global_generators()
+        if place in self._generators:
+            set_global_generators(self._generators.pop(place))
+        self._present = place
 
 
 def outcome(function: Callable[[], Any]) -> Outcome:

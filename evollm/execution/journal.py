@@ -8,12 +8,15 @@ once, so that only a journal repeats calls.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
 from evollm.checkpoints import Population
 from evollm.errors import WorkerError, brief
+from evollm.runs.events import WorkerHome, WorkerLoss
 
 # The name of a method of a worker, and its keyword arguments.
 Call: TypeAlias = tuple[str, Mapping[str, Any]]
@@ -31,6 +34,10 @@ class WorkerLost(Exception):  # noqa: N818 - an error only if no other worker ca
     """A worker is gone: its process was killed, or its machine."""
 
 
+class NoRoomError(WorkerError):
+    """No room was found for a worker in time."""
+
+
 class Transport(Protocol):
     """Makes workers at places 0, 1, ... and calls them, wherever they are."""
 
@@ -45,8 +52,18 @@ class Transport(Protocol):
 
         Raises:
             WorkerLost: It was lost meanwhile.
+            NoRoomError: There is no place where it could be.
             EvoLLMError: None can be made.
         """
+
+    def lodge(self, place: int, host: Any) -> Any:
+        """As `start`, but in the process of the worker `host`, beside it."""
+
+    def where(self, worker: Any) -> tuple[str, int]:
+        """The machine of a worker that is made, and the number of its process there."""
+
+    def dismiss(self, worker: Any) -> None:
+        """End a worker that holds nothing any more; `host` of a lodged one is left alone."""
 
     def send(self, worker: Any, call: Call) -> Any:
         """Begin a call, which is made at most once; return what `receive` knows it by."""
@@ -102,6 +119,9 @@ class Journal:
 class JournaledCalls:
     """Calls workers, and replaces those that are lost.
 
+    Each worker has a place. One that is lost and finds no room any more is lodged in the process of another one, so
+    that nothing is lost with it; its members should leave it then, and it be retired.
+
     Args:
         transport: Makes and calls the workers.
         count: Number of workers.
@@ -112,18 +132,51 @@ class JournaledCalls:
 
     def __init__(self, transport: Transport, count: int) -> None:
         self._transport = transport
-        self._journals = [Journal() for _ in range(count)]
-        self._workers = [transport.start(place) for place in range(count)]
-        # Whether no call has failed, nor was one broken off.
+        # By place; the places of retired workers are missing.
+        self._journals = {place: Journal() for place in range(count)}
+        self._workers = {place: transport.start(place) for place in range(count)}
+        self._homes: dict[int, WorkerHome] = {}
+        # Places whose worker is in the process of another one, and the place of that.
+        self._lodged: dict[int, int] = {}
+        # Losses since they were asked for, and whether no call has failed, nor was one broken off.
+        self._losses: list[WorkerLoss] = []
         self.intact = True
-        for place, worker in enumerate(self._workers):
+        for place, worker in self._workers.items():
             try:
-                transport.wait(worker)
+                self._made(place, worker)
             except WorkerLost as error:
                 self._repeated(place, None, error)
+            except NoRoomError as error:
+                raise WorkerError(f"{error}. Free some, or use fewer workers") from error
+
+    @property
+    def places(self) -> list[int]:
+        """The places of the present workers, in their order."""
+        return list(self._workers)
+
+    @property
+    def lodged(self) -> list[int]:
+        """The places of workers without a process of their own."""
+        return list(self._lodged)
+
+    def homes(self) -> list[WorkerHome]:
+        """Where the present workers are."""
+        return [self._homes[place] for place in self._workers]
+
+    def losses(self) -> list[WorkerLoss]:
+        """The losses since the last call; their steps are 0."""
+        found, self._losses = self._losses, []
+        return found
+
+    def retire(self, places: Sequence[int]) -> None:
+        """End workers that hold nothing any more."""
+        for place in places:
+            self._transport.dismiss(self._workers.pop(place))
+            self._lodged.pop(place, None)
+            del self._journals[place]
 
     def call(self, method: str, arguments: Sequence[Mapping[str, Any] | None]) -> list[Any]:
-        """Call a method of each worker at the same time; see `evollm.execution.spread.Workers.call`.
+        """Call a method of each worker at the same time; see `evollm.execution.workers.Workers.call`.
 
         Raises:
             WorkerError: A worker was lost and cannot be replaced.
@@ -131,10 +184,13 @@ class JournaledCalls:
         """
         self.intact = False
         calls: list[Call | None] = [None if own is None else (method, own) for own in arguments]
-        pending = [call and self._transport.send(self._workers[place], call) for place, call in enumerate(calls)]
+        places = self.places
+        pending = [
+            call and self._transport.send(self._workers[place], call) for place, call in zip(places, calls, strict=True)
+        ]
         results: list[Any] = []
         errors: list[Exception] = []
-        for place, (one, call) in enumerate(zip(pending, calls, strict=True)):
+        for place, one, call in zip(places, pending, calls, strict=True):
             try:
                 results.append(call and self._received(place, one, call))
             except Exception as error:
@@ -152,11 +208,11 @@ class JournaledCalls:
 
     def _commit(self) -> None:
         """Commit the workers whose journals are due; a worker's state is its own, so that others need not be."""
-        due = [journal.is_due for journal in self._journals]
+        due = [journal.is_due for journal in self._journals.values()]
         if not any(due):
             return
         found = self.call("saved", [{} if one else None for one in due])
-        for journal, saved in zip(self._journals, found, strict=True):
+        for journal, saved in zip(self._journals.values(), found, strict=True):
             if saved is not None:
                 journal.commit(saved)
 
@@ -166,26 +222,82 @@ class JournaledCalls:
         except WorkerLost as error:
             return self._repeated(place, call, error)
 
+    def _made(self, place: int, worker: Any) -> Any:
+        """Wait until a worker is made, and note it."""
+        self._workers[place] = worker
+        self._transport.wait(worker)
+        self._homes[place] = WorkerHome(place, *self._transport.where(worker))
+        return worker
+
     def _repeated(self, place: int, call: Call | None, error: WorkerLost) -> Any:
         """Put a new worker at a place, let it do what the lost one did, and return what the last call gives."""
+        began, home, first = time.monotonic(), self._homes.get(place, WorkerHome(place, "", 0)), _reason(error)
         for _ in range(LOSSES):
-            why = brief(str(error)) or "nobody knows why"
             warnings.warn(
-                f"worker {place} was lost, and another one goes on from its last commit, with the same result: {why}",
+                f"worker {place} was lost, and another one goes on from its last commit, with the same result: "
+                f"{_reason(error)}",
                 UserWarning,
                 stacklevel=4,
             )
             try:
-                worker = self._workers[place] = self._transport.start(place)
-                self._transport.wait(worker)
+                worker = self._anew(place)
                 result = None
                 for one in [*self._journals[place].calls(), *([call] if call else [])]:
                     result = self._transport.receive(self._transport.send(worker, one))
-                return result
             except WorkerLost as again:
                 error = again
+            else:
+                seconds, replaced = time.monotonic() - began, place not in self._lodged
+                self._losses.append(WorkerLoss(0, home, seconds, first, replaced))
+                return result
         raise WorkerError(
             f"worker {place} was lost {LOSSES + 1} times {f'in {call[0]}' if call else 'as it began'}. If its memory "
             "is short, use fewer workers on a machine, or a smaller micro_batch_size_per_gpu; the run resumes from its "
             f"last checkpoint. The last time: {brief(str(error))}"
         ) from error
+
+    def _anew(self, place: int) -> Any:
+        """A new worker for a place, where there is room for one, else in the process of another one.
+
+        Raises:
+            WorkerLost: It was lost, too.
+            WorkerError: There is neither room for it nor another worker.
+        """
+        if place not in self._lodged:
+            try:
+                return self._made(place, self._transport.start(place))
+            except NoRoomError as error:
+                hosts = self._hosts(place)
+                if not hosts:
+                    raise _no_worker_left(error) from error
+                warnings.warn(
+                    f"{error}: its members go on with the {len(hosts)} other worker{'s' if len(hosts) > 1 else ''}, "
+                    "from its last commit. Who shares passes changes, and with it roundings",
+                    UserWarning,
+                    stacklevel=5,
+                )
+        for host in self._hosts(place):
+            self._lodged[place] = host
+            with suppress(WorkerLost):
+                return self._made(place, self._transport.lodge(place, self._workers[host]))
+        # The others have been lost meanwhile, and left their room.
+        self._lodged.pop(place, None)
+        try:
+            return self._made(place, self._transport.start(place))
+        except NoRoomError as error:
+            raise _no_worker_left(error) from error
+
+    def _hosts(self, place: int) -> list[int]:
+        """Places of the other workers that have processes of their own, those with the fewest lodgers first."""
+        lodgers = list(self._lodged.values())
+        others = [one for one in self._workers if one != place and one not in self._lodged]
+        return sorted(others, key=lodgers.count)
+
+
+def _no_worker_left(error: NoRoomError) -> WorkerError:
+    fix = "the run resumes from its last checkpoint, on as many workers as there are then"
+    return WorkerError(f"no worker is left: {error}; {fix}")
+
+
+def _reason(error: WorkerLost) -> str:
+    return brief(str(error)) or "nobody knows why"

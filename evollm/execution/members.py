@@ -6,28 +6,29 @@ and makes the same decisions, for which they exchange metrics, evaluations and t
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evollm.algorithms.agent import ACTOR
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import nearest_name
 from evollm.errors import ConfigurationError
+from evollm.execution.alike import check_alike
 from evollm.execution.description import describe
 from evollm.execution.executor import Agreement, Description, Executor, ExecutorFactory
 from evollm.execution.local import LocalExecutor
-from evollm.execution.spread import FOR_MAIN, Call, SpreadExecutor, first_places
+from evollm.execution.spread import SpreadExecutor, first_places
 from evollm.execution.wire import error_from_bytes, error_to_bytes, from_bytes, to_bytes
 from evollm.execution.worker import Worker
+from evollm.execution.workers import CHANGING, FOR_MAIN, Call
 from evollm.llm_envs import DatasetGym
 from evollm.models.engine import Engine
-from evollm.models.fingerprints import adapter_fingerprint
 from evollm.processes import Processes, uses_deepspeed
+from evollm.runs.events import WorkerHome
 
 DATA, MEMBERS, AUTO = "data", "members", "auto"
 PARALLEL = (DATA, MEMBERS, AUTO)
-# After these calls live agents of other processes are not what they were.
-_CHANGING = frozenset({"begin", "learn_step", "apply", "note_scores", "restore"})
 
 
 def check_parallel(parallel: object, executor: ExecutorFactory) -> str:
@@ -57,17 +58,30 @@ def executor_of(parallel: str, factory: ExecutorFactory, agents: Sequence[Savabl
     Raises:
         ConfigurationError: Members cannot be divided because the base or the moments are sharded.
     """
-    if parallel == DATA or factory is not LocalExecutor:
+    if factory is not LocalExecutor:
         return factory
-    sharded = any(agent.base.is_sharded or uses_deepspeed(agent.accelerator) for agent in agents)
     processes = Processes.present()
+    together = data_executor if processes.size > 1 else factory
+    if parallel == DATA:
+        return together
+    sharded = any(agent.base.is_sharded or uses_deepspeed(agent.accelerator) for agent in agents)
     if parallel == AUTO:
         spreads = 1 < processes.size <= len(agents) and not sharded
-        return members_executor if spreads else factory
+        return members_executor if spreads else together
     if sharded:
         fix = "the base or the moments are sharded, so that all processes must compute together: take 'data'"
         raise ConfigurationError("parallel", parallel, fix)
-    return members_executor if processes.size > 1 else factory
+    return members_executor if processes.size > 1 else together
+
+
+def data_executor(agents: Sequence[SavableAgent], env: DatasetGym) -> Executor:
+    """The executor with all agents in this process; agents and rows must be those of all other processes.
+
+    Raises:
+        ConfigurationError: The processes have other agents or other data.
+    """
+    check_alike(Processes.present(), agents, env, describe(agents[0], env))
+    return LocalExecutor(agents, env)
 
 
 def members_executor(agents: Sequence[SavableAgent], env: DatasetGym) -> Executor:
@@ -76,7 +90,7 @@ def members_executor(agents: Sequence[SavableAgent], env: DatasetGym) -> Executo
 
 
 class ProcessWorkers:
-    """One worker in each process; see `evollm.execution.spread.Workers`.
+    """One worker in each process; see `evollm.execution.workers.Workers`.
 
     Args:
         agents: All agents, the same in every process. When the run begins, those of other processes are released.
@@ -90,7 +104,9 @@ class ProcessWorkers:
         self._processes = Processes.present()
         self.processes: Agreement = self._processes
         self._described = describe(agents[0], env)
-        _check_alike(self._processes, agents, env, self._described)
+        check_alike(self._processes, agents, env, self._described)
+        said = self._processes.of_all(to_bytes([platform.node(), os.getpid()]))
+        self._homes = [WorkerHome(rank, *from_bytes(data)) for rank, data in enumerate(said)]
         self._given = {agent.index: agent for agent in agents}
         places = first_places(list(self._given), self.count)
         own = [agent for agent, place in zip(agents, places, strict=True) if place == self._processes.rank]
@@ -120,7 +136,7 @@ class ProcessWorkers:
 
     def call(self, method: str, arguments: Sequence[Call]) -> list[Any]:
         """Call a method of the own worker; what it returns, or its error, is sent to all processes."""
-        if method in _CHANGING:
+        if method in CHANGING:
             self._live.clear()
         given = arguments[self._processes.rank]
         value, said, failed = None, b"", None
@@ -155,6 +171,10 @@ class ProcessWorkers:
                 self._live[index] = self._worker.agent(index) if here else self._worker.copy_of(folder, self._like)
         return [self._live[index] for index in places]
 
+    def homes(self) -> list[WorkerHome]:
+        """Where the processes are."""
+        return self._homes
+
     def close(self) -> None:
         """Close the own worker."""
         if not self._worker.agents:
@@ -165,34 +185,3 @@ class ProcessWorkers:
 
 
 _VALUE, _ERROR = b"v", b"e"
-
-
-def _check_alike(processes: Processes, agents: Sequence[SavableAgent], env: DatasetGym, described: Description) -> None:
-    """Refuse other agents, another base or other data than those of the main process, in all processes alike.
-
-    Raises:
-        ConfigurationError: A process has others.
-    """
-    config = described.config
-    adapters = [agent.base.adapters.export(agent.actor_adapter) for agent in agents]
-    own = {
-        "pop": [
-            [agent.index, agent.hyperparameter_values(), adapter_fingerprint(adapter.config, adapter.tensors)]
-            for agent, adapter in zip(agents, adapters, strict=True)
-        ],
-        "actor_network": [config["base_fingerprint"], config["base_dtype"]],
-        "env": [env.fingerprint, env.batch_size, env.state_dict()],
-        "settings": config["settings"],
-    }
-    what = {
-        "pop": f"has other agents (indices, hyperparameters or {ACTOR} adapters)",
-        "actor_network": "has another base",
-        "env": "has other rows, another order of them or another batch size",
-        "settings": "has other settings of its agents",
-    }
-    every = [from_bytes(data) for data in processes.of_all(to_bytes(own))]
-    for rank, theirs in enumerate(every):
-        for field, said in theirs.items():
-            if said != every[0][field]:
-                fix = f"{what[field]} than process 0: make them from the same files, arguments and seeds in all"
-                raise ConfigurationError(field, f"process {rank}", fix)

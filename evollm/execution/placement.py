@@ -8,7 +8,11 @@ from evollm.hpo import Birth
 
 
 def placed(
-    births: Sequence[Birth], holders: Mapping[int, int], count: int, stopped: Collection[int] = frozenset()
+    births: Sequence[Birth],
+    holders: Mapping[int, int],
+    count: int,
+    stopped: Collection[int] = frozenset(),
+    closed: Collection[int] = frozenset(),
 ) -> list[int]:
     """Divide the members of a plan among workers, so that little moves and all have about as many.
 
@@ -21,11 +25,13 @@ def placed(
         holders: The worker of each present member, by index.
         count: The number of workers, numbered from 0.
         stopped: Indices of members that learn no more: kept ones stay where they are, and don't count.
+        closed: Workers that take no members, not all of them; their members leave.
 
     Returns:
         The worker of each birth, in the order of the births.
     """
     homes = [None if birth.parent is None else holders.get(birth.parent) for birth in births]
+    homes = [None if home in closed else home for home in homes]
     kept = [birth.parent == birth.index for birth in births]
     found: dict[int, int] = {}
     for number, (birth, home) in enumerate(zip(births, homes, strict=True)):
@@ -37,10 +43,11 @@ def placed(
         home = homes[number]
         if home is not None:
             wishes[home].append(number)
-    least, more = divmod(len(going), count)
+    taking = [place for place in range(count) if place not in closed]
+    least, more = divmod(len(going), len(taking))
     # The places above the least number go to the workers that most members want to stay with.
-    by_wish = sorted(range(count), key=lambda place: -len(wishes[place]))
-    room = [least] * count
+    by_wish = sorted(taking, key=lambda place: -len(wishes[place]))
+    room = [least if place in taking else 0 for place in range(count)]
     for place in by_wish[:more]:
         room[place] += 1
     learners = [wishing[: room[place]] for place, wishing in enumerate(wishes)]

@@ -19,13 +19,15 @@ from typing import Any
 from evollm.algorithms.saving import SavableAgent
 from evollm.errors import ConfigurationError, EvoLLMError, MissingExtraError, WorkerError, brief
 from evollm.execution.held_worker import Blueprint, HeldWorker, Home, Outcome
-from evollm.execution.journal import Call, WorkerLost
+from evollm.execution.journal import Call, NoRoomError, WorkerLost
 from evollm.execution.remote_workers import RemoteWorkers
 from evollm.execution.spread import SpreadExecutor, first_places
 from evollm.llm_envs import DatasetGym
 
 # Seconds in which a cluster must find a place for a worker and start its process; loading the base is not included.
 PATIENCE = 300.0
+# The same for the place of a lost worker, for which the others wait.
+PATIENCE_AGAIN = 60.0
 # As Ray names them; all other names are the cluster's own.
 CPU, GPU, MEMORY = "CPU", "GPU", "memory"
 
@@ -52,6 +54,7 @@ class RayTransport:
         self._blueprint: Any = None
         self._count = 0
         self._actors: dict[int, Any] = {}
+        self._homes: dict[int, Home] = {}
         # An executor that is dropped before its run begins is not closed by the run.
         self._end = weakref.finalize(self, _end, ray, connected, self._actors)
         errors = ray.exceptions
@@ -90,24 +93,38 @@ class RayTransport:
             fix = f"agents and gym cannot be sent to another process: {brief(str(error))}"
             raise ConfigurationError("executor", "ray", fix) from error
 
-    def start(self, place: int) -> Any:
+    def start(self, place: int) -> _Starting:
         """Start an actor, which then loads its base; see `Transport.start`."""
         if place in self._actors:
             # It may have been unreachable only.
             self._ray.kill(self._actors.pop(place))
         actor = self._actors[place] = self._actor.options(**options_of(self._resources)).remote()
+        return self._built(place, actor)
+
+    def lodge(self, place: int, host: _Starting) -> _Starting:
+        """Let an actor make the worker of a place beside its own; see `Transport.lodge`."""
+        if place in self._actors:
+            self._ray.kill(self._actors.pop(place))
+        return self._built(place, host.actor)
+
+    def _built(self, place: int, actor: Any) -> _Starting:
         return _Starting(place, actor, actor.home.remote(), actor.build.remote(self._blueprint, place))
 
     def wait(self, worker: _Starting) -> None:
         """Wait until an actor has its base; see `Transport.wait`."""
+        # A lodged worker has room, and its host may have a long call to end.
+        patience = self._patience if worker.place not in self._homes else min(self._patience, PATIENCE_AGAIN)
+        lodged = worker.actor is not self._actors.get(worker.place)
         try:
-            home: Home = self._received(worker.home, timeout=self._patience)
+            home: Home = self._received(worker.home, timeout=None if lodged else patience)
         except self._ray.exceptions.GetTimeoutError:
-            raise WorkerError(
-                f"worker {worker.place} has found no room in the cluster for {self._patience:.0f} s: it needs "
-                f"{_words(self._resources)}, and {_words(self._ray.available_resources())} are free. Free some, or use "
-                "fewer workers; a run that had begun resumes from its last checkpoint"
+            # It must not begin, and take room, later.
+            self._ray.kill(self._actors.pop(worker.place))
+            raise NoRoomError(
+                f"worker {worker.place} has found no room in the cluster for {patience:.0f} s (it needs "
+                f"{_words(self._resources)}, and free is {_words(self._ray.available_resources())})"
             ) from None
+        self._homes[worker.place] = home
         check_versions(home, Home.present())
         try:
             self.receive(worker.built)
@@ -117,7 +134,7 @@ class RayTransport:
 
     def send(self, worker: _Starting, call: Call) -> Any:
         """Begin a call; see `Transport.send`."""
-        return worker.actor.call.remote(*call)
+        return worker.actor.call.remote(worker.place, *call)
 
     def receive(self, pending: Any) -> Any:
         """Wait for a call; see `Transport.receive`."""
@@ -136,9 +153,17 @@ class RayTransport:
             # Errors of the worker itself are in its answers, so this one is in what was sent.
             raise WorkerError(f"what was sent to a worker cannot be read there: {_last_line(error)}") from error
 
-    def homes(self) -> list[Home]:
-        """Where the workers are, in their order."""
-        return [self._received(self._actors[place].home.remote()) for place in sorted(self._actors)]
+    def where(self, worker: _Starting) -> tuple[str, int]:
+        """The machine and the process of a worker; see `Transport.where`."""
+        home = self._homes[worker.place]
+        return home.machine, home.pid
+
+    def dismiss(self, worker: _Starting) -> None:
+        """End a worker; see `Transport.dismiss`."""
+        if worker.place in self._actors:
+            self._ray.kill(self._actors.pop(worker.place))
+        else:
+            worker.actor.dismiss.remote(worker.place)
 
     def close(self) -> None:
         """End all actors, and the cluster if it was started for them."""

@@ -12,15 +12,14 @@ from evollm.execution.description import describe
 from evollm.execution.executor import Agreement, Description
 from evollm.execution.journal import JournaledCalls, Transport
 from evollm.execution.worker import live_copy
+from evollm.execution.workers import CHANGING
 from evollm.llm_envs import DatasetGym
 from evollm.processes import Processes
-
-# Methods after which agents are others than before.
-_CHANGES = frozenset({"begin", "restore", "apply", "learn_step", "keep_best", "combine", "note_scores"})
+from evollm.runs.events import WorkerHome, WorkerLoss
 
 
 class RemoteWorkers:
-    """`evollm.execution.spread.Workers` over a transport: the workers are elsewhere, and replaced if they are lost.
+    """`evollm.execution.workers.Workers` over a transport: the workers are elsewhere, and replaced if they are lost.
 
     Live agents are copies on the base of the agents that the run was given, which itself computes nothing.
 
@@ -33,7 +32,6 @@ class RemoteWorkers:
 
     def __init__(self, agents: Sequence[SavableAgent], env: DatasetGym, transport: Transport, count: int) -> None:
         self.processes: Agreement = Processes()
-        self.count = count
         self._like = agents[0]
         self._env = env
         self._transport = transport
@@ -42,6 +40,30 @@ class RemoteWorkers:
         self._live: dict[int, SavableAgent] = {}
         self._folders: dict[int, AgentFolder] = {}
         self._members: list[Any] | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of present workers."""
+        return len(self._calls.places)
+
+    @property
+    def lost(self) -> list[int]:
+        """See `LosableWorkers.lost`."""
+        places = self._calls.places
+        return [places.index(place) for place in self._calls.lodged]
+
+    def retire(self, numbers: Sequence[int]) -> None:
+        """See `LosableWorkers.retire`."""
+        places = self._calls.places
+        self._calls.retire([places[number] for number in numbers])
+
+    def homes(self) -> list[WorkerHome]:
+        """Where the workers are."""
+        return self._calls.homes()
+
+    def losses(self) -> list[WorkerLoss]:
+        """See `LosableWorkers.losses`."""
+        return self._calls.losses()
 
     def describe(self) -> Description:
         """Describe the population and its data."""
@@ -54,7 +76,7 @@ class RemoteWorkers:
         """Call a method of the workers; see `JournaledCalls.call`."""
         if method == "members" and self._members is not None:
             return self._members
-        if method in _CHANGES:
+        if method in CHANGING:
             self._live.clear()
         return self._calls.call(method, arguments)
 

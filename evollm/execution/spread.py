@@ -3,81 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from evollm.checkpoints import AgentFolder, Population, read_population, write_population
 from evollm.checkpoints.agent import write_agent_folder
 from evollm.checkpoints.export import main_writes
 from evollm.errors import ConfigurationError
-from evollm.execution.executor import BEST_SO_FAR, Agreement, Arrays, Description, Member
+from evollm.execution.executor import BEST_SO_FAR, Arrays, Description, Member
 from evollm.execution.placement import placed
 from evollm.execution.worker import Learnt
+from evollm.execution.workers import Call, LosableWorkers, Workers
 from evollm.hpo import AnswerPair, AnswerSampling, AnyEvaluation, Birth, Recipe
 from evollm.models.reference_cache import ReferenceCache
-from evollm.runs.events import SampleAnswer, StepDone
-
-# Keyword arguments of a worker's method; None: the method is not called.
-Call = Mapping[str, Any] | None
-
-
-# Methods whose results only the process that writes needs, since they hold all members.
-FOR_MAIN = frozenset({"saved"})
-
-
-class Workers(Protocol):
-    """The workers of a run, wherever they are; all but `call` and `agents` is bookkeeping.
-
-    A worker is an `evollm.execution.worker.Worker`. Those of a new run hold the agents by `first_places`; one without
-    members is made with `like`, any of the agents.
-
-    Attributes:
-        processes: How the processes agree in which the run itself is: one process, or all that make the same decisions.
-    """
-
-    processes: Agreement
-
-    @property
-    def count(self) -> int:
-        """The number of workers."""
-
-    def describe(self) -> Description:
-        """The description of the whole population and its data, before the run begins."""
-
-    def open(self) -> None:
-        """Called once when the run begins, before the first call of `Worker.begin`."""
-
-    def call(self, method: str, arguments: Sequence[Call]) -> list[Any]:
-        """Call a method of the workers, each with its own keyword arguments.
-
-        What is given and returned is plain data: numbers, texts, lists, mappings, tensors, NumPy arrays, dataclasses of
-        these, LoRA configurations and reference caches.
-
-        Args:
-            method: Name of a method of `Worker`.
-            arguments: For each worker the keyword arguments, or None if it is not called.
-
-        Returns:
-            What each worker returned, in the order of the workers; None of those that were not called, and, of a method
-            in `FOR_MAIN`, of those elsewhere, in a process that is not the main one.
-
-        Raises:
-            Exception: An error of a worker, in every process of `processes` alike; of several that of the first worker.
-        """
-
-    def agents(self, places: Mapping[int, int]) -> list[Any]:
-        """Live agents for the caller of the run, in the process that calls, in every process of `processes`.
-
-        It is called until the members change, and after `close`, too; the same index gives the same agent then.
-
-        Args:
-            places: The worker that holds each agent, by index.
-        """
-
-    def close(self) -> None:
-        """Close every worker (`Worker.close`). Also called after an error, when other processes may be gone."""
+from evollm.runs.events import Placed, SampleAnswer, StepDone, WorkerLoss
 
 
 def first_places(indices: Sequence[int], count: int) -> list[int]:
@@ -96,6 +37,7 @@ class SpreadExecutor:
     def __init__(self, workers: Workers, indices: Sequence[int]) -> None:
         self.processes = workers.processes
         self._workers = workers
+        self._losable = workers if isinstance(workers, LosableWorkers) else None
         self._described = workers.describe()
         # The worker of each member, in the order of the members, and of each candidate.
         self._places = dict(zip(indices, first_places(indices, workers.count), strict=True))
@@ -106,6 +48,10 @@ class SpreadExecutor:
         self._known: dict[int, Member] | None = None
         # Operations of steps that the run has not asked for yet.
         self._spent: Counter[str] = Counter()
+        # The next step, and what the run has not been told yet of who is where.
+        self._next = 1
+        self._news: list[Placed | WorkerLoss] = []
+        self._placed: Placed | None = None
 
     def describe(self) -> Description:
         """Describe the population and the data; see `Executor.describe`."""
@@ -127,6 +73,7 @@ class SpreadExecutor:
         shared = {"moving_references": moving_references, "first": next(iter(first.values()))}
         if births is None:
             self._call("begin", [{"births": None, **shared}] * self._workers.count)
+            self._note_places()
             return
         self._ask(0, "check", births=births)
         parts, places = self._divided(births)
@@ -134,16 +81,21 @@ class SpreadExecutor:
         arguments = [{"births": part, "arriving": arriving, **shared} for part, arriving, _ in parts]
         self._call("begin", arguments)
         self._places, self._known = places, None
+        self._note_places()
 
     def learn(self, done: int, until: int) -> Iterator[StepDone]:
         """Learn step by step; see `Executor.learn`."""
         for step in range(done + 1, until + 1):
+            self._next = step
+            self._leave_lost()
             learnt: list[Learnt] = self._call("learn_step", [{"step": step}] * self._workers.count)
             self._known = {one.index: one for part in learnt for one in part.members}
             for part in learnt:
                 self._spent.update(part.spent)
             found = {index: metrics for part in learnt for index, metrics in part.done.metrics.items()}
             metrics = {index: found[index] for index in self._places if index in found}
+            self._note_losses()
+            self._next = step + 1
             yield replace(learnt[0].done, metrics=metrics)
 
     def evaluate(
@@ -210,17 +162,55 @@ class SpreadExecutor:
             raise ConfigurationError("population", list(self._places), fix)
         # On one worker, before any changes: whether an agent can have these values does not depend on the worker.
         self._ask(0, "check", births=births)
-        parts, places = self._divided(births)
+        self._change(births)
+
+    def _change(self, births: Sequence[Birth]) -> None:
+        """Let the workers carry out a plan; none of its members is with a worker that is lost for good."""
+        lost = [] if self._losable is None else list(self._losable.lost)
+        parts, self._places = self._divided(births, closed=lost)
         names = ("births", "arriving", "second_parents")
         self._call("apply", [dict(zip(names, part, strict=True)) for part in parts])
-        self._places, self._known = places, None
+        self._known = None
+        if self._losable is not None and lost:
+            stay = [place for place in self._all if place not in lost]
+            if self._best in lost:
+                self._ask(stay[0], "hold_best", folder=self._exports([BEST_SO_FAR])[BEST_SO_FAR])
+                self._best = stay[0]
+            self._losable.retire(lost)
+            self._places = {index: stay.index(place) for index, place in self._places.items()}
+            self._best = None if self._best is None else stay.index(self._best)
+        self._note_places()
+
+    def _leave_lost(self) -> None:
+        """Divide the members of workers that are lost for good among the others, as they are."""
+        if self._losable is not None and self._losable.lost:
+            self._change([Birth(one.index, one.index, (), False, one.hyperparameters) for one in self.members()])
+
+    def whereabouts(self) -> list[Placed | WorkerLoss]:
+        """Return what is new of who is where; see `Spreads.whereabouts`."""
+        self._note_losses()
+        found, self._news = self._news, []
+        return found
+
+    def _note_places(self) -> None:
+        homes = self._workers.homes()
+        here = [[index for index, place in self._places.items() if place == one] for one in self._all]
+        if self._placed is None or (self._placed.homes, self._placed.members) != (homes, here):
+            self._placed = Placed(self._next, homes, here)
+            self._news.append(self._placed)
+
+    def _note_losses(self) -> None:
+        losses = [] if self._losable is None else self._losable.losses()
+        if losses:
+            self._news += [replace(loss, step=self._next) for loss in losses]
+            self._note_places()
 
     def _divided(
-        self, births: Sequence[Birth]
+        self, births: Sequence[Birth], closed: Collection[int] = frozenset()
     ) -> tuple[list[tuple[list[Birth], dict[int, AgentFolder], dict[int, AgentFolder]]], dict[int, int]]:
         """For each worker its births and the exports of parents and second parents elsewhere; and all new places."""
         stopped = {member.index for member in self.members() if member.diverged}
-        found = placed(births, self._places, self._workers.count, stopped)
+        found = placed(births, self._places, self._workers.count, stopped, closed)
         sent = [
             [
                 (birth.index, parent)
@@ -275,6 +265,7 @@ class SpreadExecutor:
         places = saved.state["places"] if same else first_places(indices, self._workers.count)
         self._best = (saved.state["best_place"] if same else 0) if saved.best_so_far is not None else None
         self._places, self._known = dict(zip(indices, places, strict=True)), None
+        self._next = int(saved.state.get("step", 0)) + 1
         engines = saved.state.get("engines") if same else None
         parts = []
         for place in self._all:
@@ -283,6 +274,9 @@ class SpreadExecutor:
             state = saved.state if engines is None else {**saved.state, "engine": engines[place]}
             parts.append({"saved": replace(saved, agents=agents, best_so_far=best, state=state)})
         self._call("restore", parts)
+        self._news.clear()
+        self._placed = None
+        self._note_places()
 
     def save_agent(self, index: int, folder: Path) -> None:
         """Write one agent; see `Executor.save_agent`."""

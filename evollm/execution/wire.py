@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load, save
 
-from evollm.errors import ConfigurationError, EvoLLMError
+from evollm.errors import EvoLLMError
 from evollm.models.adapters.lora_config import lora_config_from
 from evollm.models.reference_cache import ReferenceCache
 
@@ -115,21 +116,38 @@ _KINDS = {
 
 
 def error_to_bytes(error: Exception) -> bytes:
-    """An exception as bytes."""
-    parts: list[Any] = [str(error)]
-    if isinstance(error, ConfigurationError):
-        value = error.value if isinstance(error.value, bool | int | float | str | None) else repr(error.value)
-        parts = [error.field, value, error.fix]
-    return to_bytes([type(error).__name__, parts])
+    """An exception as bytes: its kind, its arguments and its text."""
+    # What it is made anew with where it is pickled.
+    reduced = error.__reduce__()
+    arguments = reduced[1] if isinstance(reduced, tuple) else ()
+    return to_bytes([type(error).__name__, [_argument(one) for one in arguments], str(error)])
 
 
 def error_from_bytes(data: bytes) -> Exception:
     """The exception that `error_to_bytes` was given; of a kind unknown here a RuntimeError with its name."""
-    name, parts = from_bytes(data)
-    kind = getattr(sys.modules[EvoLLMError.__module__], name, getattr(builtins, name, None))
-    if isinstance(kind, type) and issubclass(kind, EvoLLMError | ValueError | RuntimeError | OSError | ArithmeticError):
-        try:
-            return kind(*parts)
-        except TypeError:  # An error with arguments of its own.
-            pass
-    return RuntimeError(f"{name}: {parts[0]}")
+    name, arguments, text = from_bytes(data)
+    kind = ({**vars(builtins), **_KINDS_OF_TORCH, **vars(sys.modules[EvoLLMError.__module__])}).get(name)
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _NO_ERRORS):
+        with suppress(Exception):  # One with arguments of its own, which are no plain data.
+            found = kind(*(_Shown(one[0]) if isinstance(one, list) else one for one in arguments))
+            if str(found) == text:
+                return found
+    return RuntimeError(f"{name}: {text}")
+
+
+_KINDS_OF_TORCH = {"OutOfMemoryError": torch.OutOfMemoryError}
+# Exceptions that say something else where they are raised.
+_NO_ERRORS = (StopIteration, StopAsyncIteration, Warning)
+
+
+class _Shown(str):
+    """The `repr` of what is no plain data, as the value of a ConfigurationError, which shows values by their `repr`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _argument(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str | None) else [repr(value)]

@@ -236,6 +236,10 @@ class Worker:
         self.best_so_far = on_cpu(self.agent(index).to_folder()) if here else None
         self._live_best = None
 
+    def hold_best(self, folder: AgentFolder) -> None:
+        """Hold the copy of the best agent so far, which another worker has held."""
+        self.best_so_far, self._live_best = on_cpu(folder), None
+
     def combine(self, index: int, recipe: Recipe, arriving: Mapping[int, AgentFolder] = _NOBODY) -> None:
         """Make a candidate of members; see `Combines.combine`.
 

@@ -18,6 +18,7 @@ from evollm.report.score_figures import final_pictures, held_out_pictures, last_
 from evollm.report.statistics import RESAMPLES
 from evollm.report.style import Picture, drawing
 from evollm.report.training_figures import resource_pictures, time_spent, training_pictures
+from evollm.report.where import where_it_ran
 from evollm.runs.events import Candidate
 from evollm.runs.record import CUT, RunRecord
 
@@ -58,6 +59,7 @@ def render(record: RunRecord) -> tuple[str, list[Picture]]:
         held_out=held_out,
         training=training,
         resources=resources,
+        where=where_it_ran(record),
         data=record.config["data"]["reports"],
         settings=_settings(record.config),
     )

@@ -105,6 +105,55 @@ class Evolved:
 
 
 @dataclass(frozen=True)
+class WorkerHome:
+    """Where a worker is.
+
+    Attributes:
+        worker: Number of the worker, for people; it keeps it as long as the run goes on.
+        machine: Name of the machine.
+        process: Number of the process on it.
+    """
+
+    worker: int
+    machine: str
+    process: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The members of a run over several workers are divided among them.
+
+    Attributes:
+        step: The first step for which they are where they are.
+        homes: The workers.
+        members: Indices of the members of each worker.
+    """
+
+    step: int
+    homes: Sequence[WorkerHome]
+    members: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class WorkerLoss:
+    """A worker was lost, and what it held goes on elsewhere.
+
+    Attributes:
+        step: The step that was being done, or was to come next.
+        home: Where the worker was.
+        seconds: Seconds that the run has waited until another one had done again what was lost.
+        why: What is known of the reason.
+        replaced: Whether another process has taken its place; else other workers take in its members.
+    """
+
+    step: int
+    home: WorkerHome
+    seconds: float
+    why: str
+    replaced: bool
+
+
+@dataclass(frozen=True)
 class Checkpointed:
     """The population has been saved.
 
@@ -237,6 +286,12 @@ class Callback:
 
     def on_evolution(self, event: Evolved) -> None:
         """The population has been replaced by the next generation."""
+
+    def on_placement(self, event: Placed) -> None:
+        """The members are on other workers than before; only of a run over several of them."""
+
+    def on_loss(self, event: WorkerLoss) -> None:
+        """A worker was lost, and its members go on."""
 
     def on_checkpoint(self, event: Checkpointed) -> None:
         """The population has been saved."""

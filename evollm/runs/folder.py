@@ -12,6 +12,8 @@ METRICS = "metrics.jsonl"
 LINEAGE = "lineage.jsonl"
 TIMING = "timing.jsonl"
 SPENT = "spent.jsonl"
+# Of a run over several workers: who was where.
+WORKERS = "workers.jsonl"
 EVALUATIONS = "evaluations"
 FINAL = "final.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -20,7 +22,7 @@ ELITE = "elite"
 TUNE_ARGUMENTS = "tune.json"
 
 # All files and folders that a run writes.
-RUN_FILES = (CONFIG, METRICS, LINEAGE, TIMING, SPENT, EVALUATIONS, FINAL, CHECKPOINTS, ELITE, TUNE_ARGUMENTS)
+RUN_FILES = (CONFIG, METRICS, LINEAGE, TIMING, SPENT, WORKERS, EVALUATIONS, FINAL, CHECKPOINTS, ELITE, TUNE_ARGUMENTS)
 
 # The deepest folder of a run is this many levels below it: checkpoints/step-000003/agent-0/actor.
 _DEPTH = 4

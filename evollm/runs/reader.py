@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,8 +18,8 @@ from evollm.errors import CheckpointError, ConfigurationError, EvoLLMError
 from evollm.hpo import AnyEvaluation
 from evollm.own_files import inside, read_bytes
 from evollm.runs.evaluations import read_evaluations
-from evollm.runs.events import Candidate, SampleAnswer
-from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, SPENT, TIMING, no_run
+from evollm.runs.events import Candidate, Placed, SampleAnswer, WorkerHome, WorkerLoss
+from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, METRICS, SPENT, TIMING, WORKERS, no_run
 from evollm.runs.lineage import read_lineage
 from evollm.runs.lines import read_lines
 from evollm.runs.record import Ended, RunRecord, Scored, StepLine, Timing
@@ -103,7 +104,7 @@ def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord
     config = read_config(run_dir)
     folder = usable_path("run_dir", run_dir)
     metrics, words = read_lines(inside(folder, METRICS)), Words.from_dict(config["words"])
-    timing, spent = inside(folder, TIMING), inside(folder, SPENT)
+    timing, spent, workers = (inside(folder, name) for name in (TIMING, SPENT, WORKERS))
     try:
         evaluations = _read(metrics, "evaluation", partial(_evaluation, words))
         ended = _read(metrics, "end", partial(_end, words))[-1:]
@@ -124,6 +125,7 @@ def read_run(run_dir: str | os.PathLike[str], *, rows: bool = True) -> RunRecord
             spent=_convert(read_lines(spent), lambda line: (int(line["step"]), Spent.from_dict(line)))
             if spent.exists()
             else [],
+            **(_workers(read_lines(workers)) if workers.exists() else {}),
         )
         _check_agents(record)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -240,3 +242,25 @@ def _timing(line: Mapping[str, Any]) -> Timing:
     return Timing(
         str(line["kind"]), int(line["step"]), float(line["seconds"]), int(line["resident_bytes"]), peak and int(peak)
     )
+
+
+def _workers(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a `RunRecord` on workers."""
+    placed = _convert([line for line in lines if line["kind"] == "members"], _placed)
+    return {"placements": placed, "losses": _convert([line for line in lines if line["kind"] == "loss"], _loss)}
+
+
+def _home(line: Mapping[str, Any]) -> WorkerHome:
+    return WorkerHome(int(line["worker"]), str(line["machine"]), int(line["process"]))
+
+
+def _placed(line: Mapping[str, Any]) -> Placed:
+    workers = line["workers"]
+    return Placed(int(line["step"]), list(map(_home, workers)), [list(map(int, one["members"])) for one in workers])
+
+
+def _loss(line: Mapping[str, Any]) -> WorkerLoss:
+    replaced, seconds = bool(line["replaced"]), float(line["seconds"])
+    if not math.isfinite(seconds):
+        raise ValueError("no number of seconds")
+    return WorkerLoss(int(line["step"]), _home(line), seconds, str(line["why"]), replaced)

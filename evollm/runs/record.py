@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evollm.hpo import AnyEvaluation, Birth, Fitness, Recipe, is_finite
-from evollm.runs.events import Candidate, Evolved, SampleAnswer
+from evollm.runs.events import Candidate, Evolved, Placed, SampleAnswer, WorkerLoss
 from evollm.runs.lineage import HyperparameterSchedule, Lineage
 from evollm.runs.spent import Spent
 from evollm.runs.words import Words
@@ -134,6 +134,8 @@ class RunRecord:
         ended: The end of the run, None if the run has not ended.
         timings: Time and memory of each event, in their order; empty if they were not recorded.
         spent: The step and what the run had spent, at each evaluation and at the end; empty if it was not recorded.
+        placements: Which worker held which members from which step on; empty of a run in one place.
+        losses: The workers that were lost.
     """
 
     path: Path
@@ -145,6 +147,8 @@ class RunRecord:
     ended: Ended | None
     timings: Sequence[Timing] = field(repr=False)
     spent: Sequence[tuple[int, Spent]] = field(default=(), repr=False)
+    placements: Sequence[Placed] = field(default=(), repr=False)
+    losses: Sequence[WorkerLoss] = ()
 
     @property
     def founders(self) -> Sequence[Birth]:

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from evollm.runs.events import (
     Checkpointed,
     Evaluated,
     Evolved,
+    Placed,
     RunEnded,
     RunStarted,
     StepDone,
+    WorkerLoss,
 )
-from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, SPENT, TIMING
+from evollm.runs.folder import CONFIG, EVALUATIONS, FINAL, LINEAGE, METRICS, SPENT, TIMING, WORKERS
 from evollm.runs.lines import RecordFiles, read_lines, strict
 
 _EVALUATION_FILE = re.compile(r"step-(\d{6,})\.safetensors")
@@ -38,7 +41,9 @@ class RunFolder(Callback):
     line for each generation. NaN and infinities are written as the strings "nan", "inf" and "-inf". Each evaluation has
     a file `evaluations/step-000003.safetensors` with the numbers of every agent and held-out row, and
     `final.safetensors` has those of the final scores: `before`, `after` and `runner_up`. `timing.jsonl` has, for each
-    event, the seconds since the event before and the memory; only this file differs between two equal runs.
+    event, the seconds since the event before and the memory; only this file differs between two equal runs, and
+    `workers.jsonl`, which a run over several workers has: where these are, which members they hold from which step on
+    (`members`), and which were lost at what cost (`loss`).
     `spent.jsonl` has, for each evaluation and for the end, what the run has spent so far; see `Spent`.
 
     Args:
@@ -70,6 +75,8 @@ class RunFolder(Callback):
                 del lines[-1:]
         for name, lines in kept.items():
             self._records.start(name, lines)
+        if (workers := inside(folder, WORKERS)).exists():
+            self._records.start(WORKERS, _lines_until(workers, event.step))
         self._evaluated = event.step, _saved_evaluations(folder, event.step)
         founders = {"kind": "founders", "births": [birth.to_dict() for birth in event.founders]}
         self._records.start(LINEAGE, [founders, *map(_evolution_line, event.evolutions)])
@@ -110,6 +117,18 @@ class RunFolder(Callback):
         """Write the plan."""
         self._files.append(LINEAGE, **_evolution_line(event))
         self._time("evolution", event.step)
+
+    def on_placement(self, event: Placed) -> None:
+        """Write which worker holds which members."""
+        workers = [
+            {**asdict(home), "members": list(members)} for home, members in zip(event.homes, event.members, strict=True)
+        ]
+        self._files.append(WORKERS, kind="members", step=event.step, workers=workers)
+
+    def on_loss(self, event: WorkerLoss) -> None:
+        """Write what has happened, and what it has cost."""
+        cost = {"seconds": round(event.seconds, 6), "why": event.why, "replaced": event.replaced}
+        self._files.append(WORKERS, kind="loss", step=event.step, **asdict(event.home), **cost)
 
     def on_checkpoint(self, event: Checkpointed) -> None:
         """Flush the records to disk, since a run that resumes from this checkpoint continues them."""

@@ -20,7 +20,7 @@ from evollm.execution.crossover import check_crossover
 from evollm.execution.executor import Combines, Executor, ExecutorFactory, check_executor
 from evollm.execution.judged import JudgedExecutor, first_row
 from evollm.execution.members import check_parallel, executor_of
-from evollm.execution.named import executor_named
+from evollm.execution.named import RAY, executor_named
 from evollm.hpo import (
     AnyEvaluation,
     Birth,
@@ -134,6 +134,9 @@ def check_arguments(
             raise ConfigurationError("judge", asked.judging.name, fix)
         trial = replace(trial, win_rates=np.full(len(trial), TIE))
     function = check_fitness(fitness, algorithm, trial)
+    if executor == RAY and processes.size > 1:
+        fix = "starts its workers by itself: start one process, without torchrun or accelerate launch"
+        raise ConfigurationError("executor", RAY, fix)
     make_executor = executor_named(executor, workers, resources_per_worker, ray_address)
     check_parallel(parallel, make_executor)
     listeners = list(check_callbacks(callbacks))

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 from evollm.errors import ConfigurationError, DataError, DivergedError
-from evollm.execution.executor import Executor, check_going
+from evollm.execution.executor import Executor, Spreads, check_going
 from evollm.hpo import Birth, EvolutionPlan, NamedFitness, SearchPlan, SearchStart, is_finite
 from evollm.hpo.search_checks import check_plan, check_start
-from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evolved, RunStarted, StepDone
+from evollm.runs.events import BaselineScored, Callback, Checkpointed, Evolved, Placed, RunStarted, StepDone
 from evollm.training.early_stopping import out_of_patience
 from evollm.training.ending import best_of, close_callbacks, end, final_split
 from evollm.training.finalists import Contest
@@ -121,7 +121,7 @@ class Run:
             try:
                 self._check_going()
                 self._ends_by_limit()
-                with StopSignals() as stop:
+                with StopSignals(told=self.processes.is_main) as stop:
                     self._start()
                     while self.step < self.schedule.total and not self._stopped:
                         self._advance(stop)
@@ -132,6 +132,7 @@ class Run:
                     self.progress.account.add(self.executor.spent(), final=True)
                     spent = self._prices.spent(self.progress.account, self.step)
                     ended = replace(ended, stopped=self._stopped, spent=spent)
+                    self._tell_whereabouts()
                     self._tell("on_end", ended)
                     self.best = self.executor.agent(best)
             except KeyboardInterrupt:
@@ -200,6 +201,7 @@ class Run:
             )
         except OSError as error:
             raise ConfigurationError("run_dir", str(self.paths.run_dir), f"cannot be written: {error}") from error
+        self._tell_whereabouts()
         split = final_split(self.rows)
         if self.step == 0 and split:
             first = self.progress.births[0].index
@@ -286,6 +288,7 @@ class Run:
         self._check_going()
         learners = [member for member in members if member.index in done.metrics]
         self.progress.account.add_step(self.executor.spent(), learners)
+        self._tell_whereabouts()
         self._tell("on_step", done)
         nothing_yet = all(member.num_tokens == 0 for member in members)
         if nothing_yet and self.step == min(self.schedule.epoch, self.schedule.total, PATIENCE):
@@ -345,6 +348,7 @@ class Run:
         progress.evolutions.append((self.step, evolution))
         progress.due = Decision.of(plan, self.step)
         self._tell("on_evolution", Evolved(self.step, evolution))
+        self._tell_whereabouts()
 
     def _of_main(self, plan: SearchPlan) -> SearchPlan:
         """The plan of the main process: a user's own search may give other plans in other processes."""
@@ -360,6 +364,13 @@ class Run:
         arrays, keep_last = self.progress.arrays(), self.options.keep_last
         if save_checkpoint(self.executor, folder, state, arrays, keep_last) and self.processes.is_main:
             self._tell("on_checkpoint", Checkpointed(self.step, folder))
+
+    def _tell_whereabouts(self) -> None:
+        """Announce which workers hold the members and which were lost, if the executor has several workers."""
+        if not hasattr(self.executor, "whereabouts"):
+            return
+        for event in cast(Spreads, self.executor).whereabouts():
+            self._tell("on_placement" if isinstance(event, Placed) else "on_loss", event)
 
     def _how_to_go_on(self) -> str:
         return how_to_go_on(self.paths, trust_remote_code=self._trusts)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from evollm.errors import EvoLLMError
 from evollm.execution.executor import Executor
 from evollm.hpo import AnyEvaluation, Fitness, as_fitness
 from evollm.runs.events import Evaluated
@@ -49,10 +50,32 @@ class Scorer:
         account.add(self._executor.spent())
         for remark in filter(None, {bounds.remark(one) for one in evaluations.values()}):
             warnings.warn(remark, UserWarning, stacklevel=2)
-        found = {str(index): bounds.guarded(as_fitness(self._fitness(one)), one) for index, one in evaluations.items()}
-        # The main process's values count: a user's fitness function may give other values in other processes.
-        decided = self._executor.processes.from_main(found)
-        return evaluations, {int(index): tuple(fitness) for index, fitness in decided.items()}
+        return evaluations, self._fitnesses(evaluations)
+
+    def _fitnesses(self, evaluations: Mapping[int, Any]) -> dict[int, Fitness]:
+        """The fitnesses by the main process: a user's function may give others in other processes, or fail there alone.
+
+        Raises:
+            Exception: The function has failed; in other processes than the main one an `EvoLLMError` with its text.
+        """
+        processes = self._executor.processes
+        said: dict[str, Any] = {}
+        failed: Exception | None = None
+        if processes.is_main:
+            try:
+                bounded = {
+                    index: self._options.bounds.guarded(as_fitness(self._fitness(one)), one)
+                    for index, one in evaluations.items()
+                }
+                said["fitnesses"] = {str(index): fitness for index, fitness in bounded.items()}
+            except Exception as error:
+                failed, said["error"] = error, f"{type(error).__name__}: {error}"
+        said = processes.from_main(said)
+        if failed is not None:
+            raise failed
+        if "error" in said:
+            raise EvoLLMError(f"the fitness function has failed in the main process: {said['error']}")
+        return {int(index): tuple(fitness) for index, fitness in said["fitnesses"].items()}
 
     def score_all(self, progress: Progress, rows: int | None) -> Mapping[int, AnyEvaluation]:
         """Evaluate all members that have not diverged, and record the fitness of every member; see `score`."""

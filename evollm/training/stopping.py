@@ -16,11 +16,15 @@ class StopSignals:
 
     Python handles signals in the main thread only, so in any other thread no signal is recorded.
 
+    Args:
+        told: Whether to print that the run will stop.
+
     Attributes:
         received: Number of the signal, None if there was none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, told: bool = True) -> None:
+        self._told = told
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -40,7 +44,8 @@ class StopSignals:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-        print("evollm: saving after this step, then stopping; once more stops at once", file=sys.stderr, flush=True)
+        if self._told:
+            print("evollm: saving after this step, then stopping; once more stops at once", file=sys.stderr, flush=True)
 
     def stop(self, number: int, going_on: str = "") -> None:
         """End the program as the signal would have ended it.

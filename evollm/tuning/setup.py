@@ -65,6 +65,8 @@ SPREAD = 5.0
 GENERATIONS = 8
 # An upper bound far above useful population sizes, since every agent takes memory.
 MOST_AGENTS = 4096
+# Mutations take these as in AgileRL, and have no use for them; they are settings of agents and gym.
+_NOT_OF_SEARCH = frozenset({"accelerator", "device"})
 NUM_EPOCHS = 2
 SEED = 42
 _AS_GIVEN = {
@@ -370,7 +372,7 @@ def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[
 def _default_search(given: Settings) -> str:
     """The name of the search without `search`: that whose settings are given, the first of several; else `SEARCH`."""
     own = {name: strategy_parameters(strategy).keys() & given.keys() for name, strategy in STRATEGIES.items()}
-    own = {name: settings - {"rand_seed"} for name, settings in own.items()}
+    own = {name: settings - {"rand_seed", *_NOT_OF_SEARCH} for name, settings in own.items()}
     return SEARCH if own[SEARCH] or not any(own.values()) else next(name for name in own if own[name])
 
 
@@ -391,7 +393,7 @@ def _check_search_settings(search: object, given: Settings) -> None:
     """
     wanted = strategy_parameters(strategy_of(search)) if isinstance(search, str) else {}
     for other, strategy in STRATEGIES.items():
-        for setting in (strategy_parameters(strategy).keys() & given.keys()) - wanted.keys():
+        for setting in (strategy_parameters(strategy).keys() & given.keys()) - wanted.keys() - _NOT_OF_SEARCH:
             fix = f"is a setting of search={other!r}, which is not the one that is asked for: leave it out"
             raise ConfigurationError(setting, given[setting], fix)
 

@@ -113,7 +113,7 @@ def tune(
         **settings,
     )
     # Loading rows may be slow too, so progress is shown from here.
-    with progress_told(request.settings.get("verbose", True)):
+    with progress_told(request.settings.get("verbose", True) and Processes.launched().is_main):
         setup = set_up(request)
     return _run(request, setup)
 
@@ -172,7 +172,8 @@ def _resolved(request: Request, setup: Setup) -> dict[str, Any]:
     if loaded is not None and not names_dtype(request.settings.get("model_config")):
         # The measurements behind dtype="auto" may differ on another machine, so the chosen dtype is recorded.
         asked["dtype"] = loaded
-    not_kept = ("run_dir", "resume_from_checkpoint", "generations")
+    # A run goes on with other processes, too.
+    not_kept = ("run_dir", "resume_from_checkpoint", "generations", "accelerator")
     return {name: value for name, value in asked.items() if name not in not_kept}
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from evollm import (
 from evollm.execution.held_worker import Home, outcome
 from evollm.execution.journal import CALLS, Journal
 from evollm.execution.ray_workers import check_versions, checked_count, default_resources
+from evollm.runs import read_run
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
 
@@ -98,6 +100,77 @@ def test_a_run_whose_workers_die_ends_as_without_deaths_bit_for_bit(run, tmp_pat
     assert lineage(tmp_path / "whole") == lineage(tmp_path / "here")
     # Members of different workers share no passes, so roundings differ.
     for one, other in zip(weights(here), weights(whole), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+class Once:
+    """Workers die once each, after a call of a method: (place, method) and which of its calls; place None: any."""
+
+    def __init__(self, *deaths: tuple[int | None, str, int]) -> None:
+        self.deaths = {(place, method): number for place, method, number in deaths}
+        self.calls: Counter[tuple[int | None, str]] = Counter()
+        self.died: set[int] = set()
+
+    def __call__(self, place: int, method: str) -> str:
+        dies = False
+        for one in ((place, method), (None, method)):
+            self.calls[one] += 1
+            dies = dies or self.deaths.get(one) == self.calls[one]
+        self.died |= {place} if dies else set()
+        return "after" if dies else ""
+
+
+@pytest.mark.filterwarnings("ignore:worker . was lost")
+@pytest.mark.parametrize(
+    ("deaths", "count", "moves"),
+    [
+        # The lodger of worker 0 is lost with it, and both go to worker 2.
+        ([(1, "evaluate", 2), (0, "note_scores", 1)], 3, True),
+        # Candidates are made when no step is left: nobody moves, and all bits are the same.
+        ([(None, "combine", 1)], 2, False),
+    ],
+)
+def test_members_of_a_worker_that_finds_no_room_go_on_with_the_others(run, tmp_path, deaths, count, moves) -> None:
+    changes: dict[str, Any] = {} if moves else {"merge": {"finalists": 3, "greedy": True}, "max_steps": 3}
+    whole = run("whole", executor=mortal_executor(never, count=count), **changes)
+    made: list[Any] = []
+    dies = Once(*deaths)
+    with pytest.warns(UserWarning, match="has found no room: its members go on with the"):
+        fewer = run("fewer", executor=mortal_executor(dies, made, count, room=0), **changes)
+    assert [agent.index for agent in fewer] == [agent.index for agent in whole]
+    assert lineage(tmp_path / "fewer") == lineage(tmp_path / "whole")
+    for one, other in zip(weights(whole), weights(fewer), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6 if moves else 0)
+    record = read_run(tmp_path / "fewer")
+    assert {loss.home.worker for loss in record.losses if not loss.replaced} == dies.died
+    ends = {home.worker for home in record.placements[-1].homes}
+    assert ends | set(made[0].dismissed) == set(range(count))
+    assert len(ends) == count - len(made[0].dismissed)
+    assert bool(made[0].dismissed) == moves
+    assert set(made[0].dismissed) <= dies.died
+    # A plan after a loss at the same step comes last.
+    last = {placed.step: placed for placed in record.placements if placed.step <= record.last_step}
+    for placed in last.values():
+        assert sorted(index for members in placed.members for index in members) == sorted(
+            {line.agent for line in record.steps if line.step == placed.step}
+        )
+    # Nothing but the records of workers and times tells of it.
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name for path in (tmp_path / "fewer").iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore:worker . was lost")
+def test_a_run_without_a_worker_ends_with_an_error_and_is_resumed(run, tmp_path) -> None:
+    whole = run("whole", executor=mortal_executor(never))
+    dies = Once((1, "learn_step", 2), (0, "learn_step", 5))
+    with (
+        pytest.warns(UserWarning, match="its members go on with the 1 other worker, from its last commit"),
+        pytest.raises(WorkerError, match=r"no worker is left: worker 0 has found no room; the run resumes from its"),
+    ):
+        run("fewer", executor=mortal_executor(dies, room=0))
+    resumed = run("fewer", resume=True, executor=mortal_executor(never, count=3))
+    assert lineage(tmp_path / "fewer") == lineage(tmp_path / "whole")
+    for one, other in zip(weights(whole), weights(resumed), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 

@@ -42,6 +42,15 @@ def test_members_that_learn_no_more_stay_and_do_not_count() -> None:
     assert placed([child(4, 1), kept(0)], holders, 2, stopped={1}) == [1, 0]
 
 
+def test_members_leave_a_closed_worker_and_the_others_stay() -> None:
+    holders = {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2}
+    births = [kept(index) for index in holders]
+    assert placed(births, holders, 3, closed={1}) == [0, 0, 2, 0, 2, 2]
+    # Those that learn no more leave, too.
+    assert placed(births, holders, 3, stopped={1, 4, 5}, closed={1}) == [0, 2, 2, 0, 0, 2]
+    assert placed([kept(0), kept(3)], holders, 2, closed={0}) == [1, 1]
+
+
 def test_any_plan_is_balanced_and_moves_as_few_as_a_balance_allows() -> None:
     random = Random(0)
     for _ in range(300):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import make_rows
@@ -23,9 +24,13 @@ from evollm import (
     finetune_llm_preference,
     tune,
 )
+from evollm.cli import main
+from evollm.execution import ray_workers
 from evollm.execution.ray_workers import RayTransport
+from evollm.runs import read_run
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
 
 
@@ -38,7 +43,47 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(cluster, model_folder, lora, tokenizer, tmp_path) -> Callable[..., list[DPO]]:
+def in_time() -> Iterator[None]:
+    """Ends a test that hangs."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError("five minutes have gone by")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def two_machines(in_time) -> Iterator[Callable[[int], bool]]:
+    """A cluster of two nodes with a CPU each, on this machine; ends the second one if a process is there."""
+    if ray.is_initialized():
+        ray.shutdown()
+    # A machine that is gone is missed after a second.
+    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 5}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": health}
+    machines = Cluster(initialize_head=True, head_node_args=head)
+    second = machines.add_node(num_cpus=1)
+    machines.wait_for_nodes()
+    ray.init(address=machines.address, log_to_driver=False, logging_level="ERROR")
+
+    ((raylet,),) = [found for kind, found in second.all_processes.items() if kind == "raylet"]
+
+    def stop_with(process: int) -> bool:
+        found = {child.pid for child in psutil.Process(raylet.process.pid).children(recursive=True)}
+        if process in found:
+            machines.remove_node(second, allow_graceful=False)
+        return process in found
+
+    yield stop_with
+    ray.shutdown()
+    machines.shutdown()
+
+
+@pytest.fixture
+def run(model_folder, lora, tokenizer, tmp_path) -> Callable[..., list[DPO]]:
     """Run a population of four in a folder of that name."""
 
     def start(name: str, before: Callable[[], object] = lambda: None, **changes: Any) -> list[DPO]:
@@ -65,7 +110,9 @@ def weights(population: list[DPO]) -> list[torch.Tensor]:
     return [torch.cat([one.detach().flatten() for one in agent.actor_parameters()]) for agent in population]
 
 
-def test_members_on_two_ray_workers_end_as_on_one_also_if_a_worker_is_killed_in_a_step(run, tmp_path, monkeypatch):
+def test_members_on_two_ray_workers_end_as_on_one_also_if_a_worker_is_killed_in_a_step(
+    cluster, run, tmp_path, monkeypatch
+) -> None:
     whole = run("local")
     spread = run("spread", executor="ray", workers=2)
     assert [agent.index for agent in spread] == [agent.index for agent in whole]
@@ -79,7 +126,7 @@ def test_members_on_two_ray_workers_end_as_on_one_also_if_a_worker_is_killed_in_
     def send_and_kill(self: RayTransport, worker: Any, call: tuple[str, Any]) -> Any:
         if worker.place != 1 or call[1].get("step") != 4 or killed:
             return send(self, worker, call)
-        killed.append(self.homes()[1].pid)
+        killed.append(self.where(worker)[1])
         pending = send(self, worker, call)
         os.kill(killed[0], signal.SIGKILL)
         return pending
@@ -93,7 +140,7 @@ def test_members_on_two_ray_workers_end_as_on_one_also_if_a_worker_is_killed_in_
         assert (tmp_path / "mortal" / name).read_bytes() == (tmp_path / "spread" / name).read_bytes()
 
 
-def test_what_a_cluster_cannot_do_is_said_before_the_run(run, model_folder, tmp_path) -> None:
+def test_what_a_cluster_cannot_do_is_said_before_the_run(cluster, run, model_folder, tmp_path) -> None:
     with pytest.raises(ConfigurationError, match=r"workers=3: each needs 1 CPU, and the cluster has room for 2"):
         run("few", executor="ray", workers=3)
     with pytest.raises(ConfigurationError, match=r"workers=2: worker 0, on .*, cannot begin: .*model.*"):
@@ -120,3 +167,70 @@ def test_tune_has_a_cluster_of_its_own_for_one_run(model_folder, lora, tmp_path)
     )
     assert result.best.base.name == str(model_folder)
     assert not ray.is_initialized()
+
+
+CONFIG = """
+data: rows.jsonl
+population: 2
+generations: 2
+num_epochs: 1
+data_batch_size_per_gpu: 8
+lr: 1e-4
+lora_config:
+  r: 2
+  target_modules: [q_proj]
+num_sample_answers: 0
+"""
+
+
+def test_the_command_line_trains_on_ray_and_goes_on(model_folder, tmp_path, monkeypatch, capsys) -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+    Path("run.yaml").write_text(CONFIG)
+    command = ["train", "run.yaml", f"model={model_folder}"]
+    assert main([*command, "run_dir=here"]) == 0
+    on_ray = ["executor=ray", "workers=2", "resources_per_worker.CPU=1", "ray_address=local"]
+    assert main([*command, "run_dir=there", *on_ray]) == 0
+    assert lineage(tmp_path / "there") == lineage(tmp_path / "here")
+    assert not ray.is_initialized()
+    assert main(["resume", "there", "num_epochs=2", "ray_address=local"]) == 0
+    record = read_run("there")
+    assert len(record.steps) > len(read_run("here").steps)
+    assert [home.worker for home in record.placements[-1].homes] == [0, 1]
+    assert "evollm: " not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:worker . was lost")
+def test_a_machine_that_is_gone_in_the_middle_of_a_run_changes_nothing_but_roundings(
+    two_machines, run, tmp_path, monkeypatch
+) -> None:
+    whole = run("whole", executor="ray", workers=2)
+    monkeypatch.setattr(ray_workers, "PATIENCE_AGAIN", 3.0)
+    send, gone = RayTransport.send, set()
+
+    def send_and_stop(self: RayTransport, worker: Any, call: tuple[str, Any]) -> Any:
+        pending = send(self, worker, call)
+        process = self.where(worker)[1]
+        if call[1].get("step") == 4 and not gone and two_machines(process):
+            gone.add(process)
+        return pending
+
+    monkeypatch.setattr(RayTransport, "send", send_and_stop)
+    with pytest.warns(UserWarning, match=r"has found no room .*: its members go on with the 1 other worker"):
+        fewer = run("fewer", executor="ray", workers=2)
+    assert [agent.index for agent in fewer] == [agent.index for agent in whole]
+    assert lineage(tmp_path / "fewer") == lineage(tmp_path / "whole")
+    for one, other in zip(weights(whole), weights(fewer), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    before, after = (
+        [line for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 4]
+        for name in ("whole", "fewer")
+    )
+    assert before == after
+    record = read_run(tmp_path / "fewer")
+    (loss,) = record.losses
+    assert (loss.step, loss.replaced) == (4, False)
+    assert gone == {loss.home.process}
+    assert [len(placed.homes) for placed in record.placements] == [2, 2, 2, 1]

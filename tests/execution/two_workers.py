@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 
 from evollm.execution.spread import SpreadExecutor, first_places
 from evollm.execution.worker import Worker
 from evollm.processes import Processes
+from evollm.runs.events import WorkerHome
 
 
 class TwoInOneProcess:
-    """What `SpreadExecutor` needs of workers; see `evollm.execution.spread.Workers`."""
+    """What `SpreadExecutor` needs of workers; see `evollm.execution.workers.Workers`."""
 
     count = 2
 
@@ -36,6 +38,9 @@ class TwoInOneProcess:
     def agents(self, places):
         # Elsewhere: `call("exports", ...)`, and `load_folder` on agents of the caller's own base.
         return [self.workers[place].agent(index) for index, place in places.items()]
+
+    def homes(self):
+        return [WorkerHome(place, "here", os.getpid()) for place in (0, 1)]
 
     def close(self):
         for worker in self.workers:

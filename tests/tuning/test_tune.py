@@ -123,7 +123,7 @@ def test_a_search_by_its_name_takes_its_settings_and_is_known_to_the_folder(tune
     ("settings", "name"),
     [
         ({}, "Racing"),
-        ({"rand_seed": 3}, "Racing"),
+        ({"rand_seed": 3, "device": "cpu"}, "Racing"),
         ({"error_rate": 0.1}, "Racing"),
         ({"tournament_size": 2}, None),
         ({"quantile_fraction": 0.3}, "PopulationBasedTraining"),
