@@ -21,6 +21,10 @@ from evollm import DPO, SFT, PreferenceGym, SFTGym
 torch.set_num_threads(1)
 # So have the programs that tests start, beside the other workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests write and remove some 80,000 small files, with an fsync of most: in memory where there is room.
+MEMORY, ROOM = Path("/dev/shm"), 4 << 30
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 WARM_PYTHON = pytest.StashKey[str]()
 HERE = Path(__file__).parent
 
