@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from quick_page import quick_page
 from tokenizers_for_tests import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from warm_python import install
@@ -36,6 +37,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     shutil.rmtree(Path(session.config.stash[WARM_PYTHON]).parent)
+
+
+@pytest.fixture
+def drawn_reports() -> None:
+    """Reports are drawn as for users, which takes longer than the small runs of the tests."""
+
+
+@pytest.fixture(autouse=True)
+def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with a page that is drawn at once, unless `drawn_reports` is asked for."""
+    if "drawn_reports" not in request.fixturenames:
+        monkeypatch.setattr("evollm.report.write.render", quick_page)
 
 
 @pytest.fixture(scope="session")

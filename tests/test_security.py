@@ -278,6 +278,7 @@ def _spoil_texts(words: dict[str, Any]) -> dict[str, Any]:
     return _spoil(words, EVIL) | {"tags": words["tags"], "scores": scores, "curves": curves}
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_no_text_of_a_run_is_markup_in_its_report(folder) -> None:
     clean = _Tags()
     assert run("report") == 0
@@ -310,6 +311,7 @@ def test_no_text_of_a_run_is_markup_in_its_report(folder) -> None:
     assert "49" not in page.split("{{ 7*7 }}")[0][-20:]
 
 
+@pytest.mark.usefixtures("drawn_reports")
 @pytest.mark.parametrize("name", ["x/../../../N", "../../precious/N", EVIL, "", "a b", "\\g<99>", "x\0y"])
 def test_no_name_of_a_hyperparameter_is_a_path_or_markup(folder, name: str) -> None:
     for file in ("lineage.jsonl", "metrics.jsonl"):
@@ -444,10 +446,10 @@ def test_nothing_of_the_users_is_replaced_beside_an_export(folder) -> None:
 def test_a_report_replaces_only_reports(folder) -> None:
     assert main(["report", "run", "--output", "precious/page.html"]) == 1
     Path("run/report").mkdir()
-    Path("run/report/family-tree.png").write_text("my picture")
+    Path("run/report/held-out-accuracy.png").write_text("my picture")
     assert run("report") == 1
-    assert Path("run/report/family-tree.png").read_text() == "my picture"
-    Path("run/report/family-tree.png").unlink()
+    assert Path("run/report/held-out-accuracy.png").read_text() == "my picture"
+    Path("run/report/held-out-accuracy.png").unlink()
     assert run("report") == run("report") == 0
 
 
