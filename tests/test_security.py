@@ -44,6 +44,7 @@ def template(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("security")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("evollm.report.write.render", quick_page)
         tokenizer = chatml_tokenizer()
         shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
