@@ -161,7 +161,7 @@ def test_ctrl_c_and_sigterm_save_and_stop(run, whole, tmp_path, number, raised) 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, whole, tmp_path) -> None:
     with pytest.raises(RuntimeError):
         run("crashed", callbacks=[StopAt(6, crash)])
-    file = next((tmp_path / "crashed/checkpoints/step-000005").rglob("actor/adapter_model.safetensors"))
+    file = next((tmp_path / "crashed/checkpoints/step-000005").glob("agent-*/actor/adapter_model.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
