@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from quick_page import quick_page
 from tokenizers_for_tests import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from warm_python import install
@@ -21,6 +22,10 @@ from evollm import DPO, SFT, PreferenceGym, SFTGym
 torch.set_num_threads(1)
 # So have the programs that tests start, beside the other workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests write and remove some 80,000 small files, with an fsync of most: in memory where there is room.
+MEMORY, ROOM = Path("/dev/shm"), 4 << 30
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 WARM_PYTHON = pytest.StashKey[str]()
 HERE = Path(__file__).parent
 
@@ -32,6 +37,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     shutil.rmtree(Path(session.config.stash[WARM_PYTHON]).parent)
+
+
+@pytest.fixture
+def drawn_reports() -> None:
+    """Reports are drawn as for users, which takes longer than the small runs of the tests."""
+
+
+@pytest.fixture(autouse=True)
+def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with a page that is drawn at once, unless `drawn_reports` is asked for."""
+    if "drawn_reports" not in request.fixturenames:
+        monkeypatch.setattr("evollm.report.write.render", quick_page)
 
 
 @pytest.fixture(scope="session")

@@ -14,16 +14,19 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from conftest import make_rows
 from parallel_run import make_small_model
+from quick_page import quick_page
 from snapshots import actor_bits
 from tokenizers_for_tests import make_tokenizer
 
 from evollm import tune
+from evollm.report import write
 
 
 def main() -> None:
     """Tune, and let each process write what it was given."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    write.render = quick_page
     folder, max_steps = Path(sys.argv[1]), int(sys.argv[2])
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     result = tune(

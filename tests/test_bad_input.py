@@ -104,7 +104,7 @@ MISTAKES = {
     "data: https://huggingface.co/datasets/a/b": "data=...: is an address: write a/b, its name on the hub",
     "data: https://a.b/c.jsonl": "data=...: is an address: download the file, and pass its path",
     "data: hub/name": "data='hub/name': is no file here and not in the cache of datasets...: give a file...",
-    "data: {train: pairs.jsonl}": "data={...}: must be the path of a file; the others are test_data and final_data",
+    "data: {train: pairs.jsonl}": "data={...}: must be the path of a file; the others are test_data and final_data...",
     "data: 3": "data=3: must be rows, the path of a file, or a list of paths",
     "data: examples.jsonl": "data=...: lacks chosen and rejected; rows with a completion or messages are for "
     "SFTGym: algorithm: sft, or --sft...",

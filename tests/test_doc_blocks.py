@@ -104,11 +104,18 @@ def write_questions(namespace: Namespace) -> None:
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
 
 
+def write_sets(namespace: Namespace) -> None:
+    """Files of two sets."""
+    del namespace
+    for name, skip in (("helpful", 0), ("harmless", 50)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(6, skip)))
+
+
 PAGES: dict[str, Callable[[Namespace], None]] = {
     "add_a_strategy.md": lambda _: None,
     "add_an_executor.md": take_two_workers,
     "checkpoints.md": run_before,
-    "data.md": lambda _: None,
+    "data.md": write_sets,
     "grpo.md": write_questions,
     "kto.md": write_ratings,
     "losses.md": lambda _: None,

@@ -303,7 +303,7 @@ def _with_junk(rng: random.Random, good: dict[str, Any], names: tuple[str, ...])
 
 def gym_case(rng: random.Random, shop: Workshop) -> Case:
     names = ("train_dataset", "test_dataset", "tokenizer", "data_batch_size_per_gpu", "accelerator")
-    names += ("max_context_length", "min_completion_length", "seed", "final_dataset")
+    names += ("max_context_length", "min_completion_length", "seed", "final_dataset", "dataset_weights")
     gym, rows = rng.choice([(PreferenceGym, make_rows(3)), (SFTGym, make_examples(3))])
     good = {"train_dataset": rows, "test_dataset": None, "tokenizer": shop.tokenizer}
     arguments = _with_junk(rng, good, names)

@@ -44,6 +44,7 @@ def template(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("security")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("evollm.report.write.render", quick_page)
         tokenizer = chatml_tokenizer()
         shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
@@ -278,6 +279,7 @@ def _spoil_texts(words: dict[str, Any]) -> dict[str, Any]:
     return _spoil(words, EVIL) | {"tags": words["tags"], "scores": scores, "curves": curves}
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_no_text_of_a_run_is_markup_in_its_report(folder) -> None:
     clean = _Tags()
     assert run("report") == 0
@@ -310,6 +312,7 @@ def test_no_text_of_a_run_is_markup_in_its_report(folder) -> None:
     assert "49" not in page.split("{{ 7*7 }}")[0][-20:]
 
 
+@pytest.mark.usefixtures("drawn_reports")
 @pytest.mark.parametrize("name", ["x/../../../N", "../../precious/N", EVIL, "", "a b", "\\g<99>", "x\0y"])
 def test_no_name_of_a_hyperparameter_is_a_path_or_markup(folder, name: str) -> None:
     for file in ("lineage.jsonl", "metrics.jsonl"):
@@ -444,10 +447,10 @@ def test_nothing_of_the_users_is_replaced_beside_an_export(folder) -> None:
 def test_a_report_replaces_only_reports(folder) -> None:
     assert main(["report", "run", "--output", "precious/page.html"]) == 1
     Path("run/report").mkdir()
-    Path("run/report/family-tree.png").write_text("my picture")
+    Path("run/report/held-out-accuracy.png").write_text("my picture")
     assert run("report") == 1
-    assert Path("run/report/family-tree.png").read_text() == "my picture"
-    Path("run/report/family-tree.png").unlink()
+    assert Path("run/report/held-out-accuracy.png").read_text() == "my picture"
+    Path("run/report/held-out-accuracy.png").unlink()
     assert run("report") == run("report") == 0
 
 

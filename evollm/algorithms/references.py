@@ -111,9 +111,17 @@ def leave_out(agents: Sequence[LLMAgent], batch: Batch) -> None:
 
 
 def _named(batch: Batch) -> str:
-    """The rows of a batch in words: the split and positions in the user's dataset."""
+    """The rows of a batch in words: the split, the set if there are several, and positions in the user's dataset."""
     assert batch.rows is not None
-    numbers = sorted(batch.rows)
+    rows_of: dict[str, list[int]] = {}
+    for sample, row in zip(batch, batch.rows, strict=True):
+        rows_of.setdefault(sample.set_name, []).append(row)
+    return "; ".join(
+        f"{batch.split_name} {_numbered(sorted(rows))}{f' of {name}' if name else ''}" for name, rows in rows_of.items()
+    )
+
+
+def _numbered(numbers: Sequence[int]) -> str:
     listed = ", ".join(map(str, numbers[:MOST_NAMED]))
     more = f", ... ({len(numbers)} in all)" if len(numbers) > MOST_NAMED else ""
-    return f"{batch.split_name} {'row' if len(numbers) == 1 else 'rows'} {listed}{more}"
+    return f"{'row' if len(numbers) == 1 else 'rows'} {listed}{more}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from evollm.data.rows import ChatPair, Rows, TextPair, in_form
@@ -52,6 +53,7 @@ class DataReport:
             tokenizer's chat template; "" otherwise, and without a template.
         prompts: Of a held-out split the prompt of each pair, example or answer, as its row has it: a string, or a list
             of messages.
+        sets: The reports of the sets that the split is made of, by their names; empty for one dataset.
     """
 
     name: str
@@ -65,6 +67,31 @@ class DataReport:
     form: str = ""
     template_hint: str = ""
     prompts: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    sets: Mapping[str, DataReport] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, name: str, sets: Mapping[str, DataReport]) -> DataReport:
+        """The report of a split made of several sets, one after the other; what is said of rows names their set."""
+        reports = sets.values()
+        starts = accumulate((report.kept for report in reports), initial=0)
+        return cls(
+            name,
+            sum(report.kept for report in reports),
+            {f"{reason}, in {one}": rows for one, report in sets.items() for reason, rows in report.dropped.items()},
+            sum(report.prompts_cut for report in reports),
+            tuple(
+                replace(preview, position=start + preview.position)
+                for start, report in zip(starts, reports, strict=False)
+                for preview in report.previews
+            ),
+            next(iter(reports)).noun,
+            "; ".join(f"in {one} {report.warning}" for one, report in sets.items() if report.warning),
+            {f"{remark}, in {one}": rows for one, report in sets.items() for remark, rows in report.noted.items()},
+            "mixed" if len(forms := {report.form for report in reports} - {""}) > 1 else "".join(forms),
+            next((report.template_hint for report in reports if report.template_hint), ""),
+            tuple(prompt for report in reports for prompt in report.prompts),
+            dict(sets),
+        )
 
     @property
     def num_dropped(self) -> int:
@@ -73,6 +100,8 @@ class DataReport:
 
     def __str__(self) -> str:
         parts = [f"{_counted(self.kept, self.noun)} kept"]
+        if self.sets:
+            parts[0] += f" ({', '.join(f'{report.kept} of {name}' for name, report in self.sets.items())})"
         if self.dropped:
             reasons = "; ".join(
                 f"{count} {reason}: {listed(count, rows)}" for reason, (count, rows) in self.dropped.items()

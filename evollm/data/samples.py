@@ -58,6 +58,7 @@ class Sample:
         completions: The k completions.
         row: Position of the sample's row in the user's dataset; None if the sample is from no dataset.
         extras: Further data for an objective, by name, such as a `label` of a single completion.
+        set_name: Name of the row's set, in whose dataset `row` is its position, where there are several; "" otherwise.
 
     Raises:
         DataError: The prompt or a completion has no token.
@@ -67,6 +68,7 @@ class Sample:
     completions: tuple[Completion, ...]
     row: int | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
+    set_name: str = ""
 
     def __post_init__(self) -> None:
         if not len(self.prompt_ids) or not all(map(len, self.completions)):

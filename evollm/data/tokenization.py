@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, islice
@@ -57,6 +57,7 @@ def load_pairs(
     row_format: RowFormat = PAIRS,
     encoder_decoder: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
+    set_name: str = "",
 ) -> tuple[list[Sample], DataReport]:
     """Turn a dataset of preference pairs, or of examples, into token ids.
 
@@ -70,6 +71,7 @@ def load_pairs(
         row_format: Format of the rows: `PAIRS`, or `EXAMPLES` or `UNPAIRED`, which become samples with one completion.
         encoder_decoder: Whether to tokenise for an encoder-decoder model; see `tokenize_pairs`.
         cache_dir: Folder that keeps token ids between runs; None: no cache.
+        set_name: Name of the set, for one of several; messages name it too.
 
     Returns:
         The samples in the dataset's order, and a report of dropped rows and cut prompts.
@@ -80,7 +82,7 @@ def load_pairs(
     """
     max_context_length = optional_whole_number("max_context_length", max_context_length, 2)
     min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1)
-    argument = f"{name}_dataset"
+    argument = f"{name}_dataset.{set_name}" if set_name else f"{name}_dataset"
     limit = context_limit(tokenizer) if max_context_length is None else max_context_length
     given = read_rows(dataset, argument, row_format)
     raw_pairs, dropped = read_dataset(given, argument, row_format)
@@ -106,7 +108,7 @@ def load_pairs(
     previews = [PromptPreview(starts[place], kept[place].question, kept[place].turns) for place in places]
     form = form_of(kept, bool(tokenizer.chat_template))
     report = DataReport(
-        name,
+        f"{name}, {set_name}" if set_name else name,
         len(samples),
         count_rows(dropped),
         split.prompts_cut,
@@ -131,6 +133,28 @@ def load_pairs(
         f"no {row_format.noun} of {argument} fits into this length{origin}: {report}; the shortest that would do for "
         f"one of them is {split.shortest_overlong}",
     )
+
+
+def load_sets(
+    sets: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, *, name: str, **settings: Any
+) -> tuple[list[Sample], DataReport]:
+    """Turn several sets of rows into token ids, each as `load_pairs` does.
+
+    Args:
+        sets: The dataset of each set by its name.
+        tokenizer: The model's tokenizer.
+        name: Name of the split.
+        **settings: Further arguments of `load_pairs`.
+
+    Returns:
+        The samples of one set after the other, each with its position in its own dataset, and a report with those of
+        the sets.
+    """
+    samples, reports = [], {}
+    for set_name, dataset in sets.items():
+        found, reports[set_name] = load_pairs(dataset, tokenizer, name=name, set_name=set_name, **settings)
+        samples += [replace(sample, set_name=set_name) for sample in found]
+    return samples, DataReport.joined(name, reports)
 
 
 def tokenize_pairs(

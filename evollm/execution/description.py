@@ -40,6 +40,7 @@ def describe(first: SavableAgent, env: DatasetGym) -> Description:
             "digests": env.digests,
             "written_at": env.written_at.isoformat(),
             "position": env.state_dict(),
+            **({"sets": env.sets} if env.sets else {}),
         },
         # evollm's version comes from the imported code, which may run without being installed.
         "versions": {"evollm": __version__}
@@ -60,7 +61,8 @@ def _costs(first: SavableAgent, env: DatasetGym) -> Costs:
     """What the first agent needs for the rows of each split."""
     flops, algorithm = first.base.flops, algorithm_of(first)
     has_reference, compares = algorithm.has_reference, algorithm.compares(first)
-    splits = {"train": env.train_pairs, "test": env.test_pairs, "final": env.final_pairs}
+    # Of an epoch, since a set may be repeated, or have rows that come in later epochs.
+    splits = {"train": env.epoch_pairs(0), "test": env.test_pairs, "final": env.final_pairs}
     batches = {split: Batch(pairs) for split, pairs in splits.items()}
     reference = first.adapter(REFERENCE) if has_reference else None
     evaluation = {split: flops.of(batches[split], first.actor_adapter) for split in ("test", "final")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from abc import abstractmethod
@@ -23,10 +24,11 @@ from typing_extensions import Self
 
 from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.data import clock
+from evollm.data.mixing import FIELD, Weights, check_sets, checked_weights, mixed_order, shares
 from evollm.data.row_report import DataReport, count_seen
 from evollm.data.rows import RowFormat
 from evollm.data.samples import Batch, IntArray, Sample
-from evollm.data.tokenization import load_pairs
+from evollm.data.tokenization import load_pairs, load_sets
 from evollm.errors import ConfigurationError
 from evollm.foreign import GYM, RESET, RESET_ORDER, explains
 from evollm.llm_envs.observations import Observation, ObservationShape
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 Info: TypeAlias = dict[str, Any]
 FloatArray: TypeAlias = NDArray[np.float32]
+# Of a dataset, the tokenizer and settings.
+Load: TypeAlias = Callable[..., tuple[list[Sample], DataReport]]
 
 SPLITS = ("train", "test", "final")
 NO_PAIRS = Batch(())
@@ -65,10 +69,12 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     The subclasses document arguments, further attributes and errors.
     The order of epoch e is `np.random.default_rng([seed, e]).permutation(n)`, so seed, epoch and index determine the
-    position.
+    position. With `dataset_weights` it is [`evollm.data.mixing.mixed_order`][].
 
     Attributes:
         row_format: Format of the rows of the datasets.
+        sets: With `dataset_weights`, for each set its `weight`, its `rows` and how many of them an epoch has, `drawn`;
+            otherwise empty.
         largest_action: Upper bound of the numbers in an action.
         largest_id: The largest token id in any split.
     """
@@ -76,7 +82,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
     row_format: RowFormat
     largest_action: ClassVar[float] = np.inf
     # Reads and tokenises a split: a hook for subclasses.
-    _load: ClassVar[Callable[..., tuple[list[Sample], DataReport]]] = staticmethod(load_pairs)
+    _load: ClassVar[Load] = staticmethod(load_pairs)
 
     metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium declares it so
 
@@ -97,6 +103,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         cache_dir: str | os.PathLike[str] | None = None,
         columns: Mapping[str, Any] | None = None,
         written_at: datetime | str | None = None,
+        dataset_weights: Mapping[str, float] | None = None,
     ) -> None:
         processes = check_processes(accelerator)
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
@@ -111,12 +118,17 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         self.reports: dict[str, DataReport] = {}
         self._pairs: dict[str, list[Sample]] = {}
         self.written_at = clock.given_moment("written_at", written_at)
+        weights = checked_weights(dataset_weights)
+        if weights is not None:
+            check_sets("train_dataset", train_dataset, weights)
         for split, dataset in zip(SPLITS, (train_dataset, test_dataset, final_dataset), strict=True):
             self._pairs[split] = []
             if dataset is not None or split == "train":
                 with clock.at(self.written_at):
-                    self._pairs[split], self.reports[split] = type(self)._load(
+                    self._pairs[split], self.reports[split] = _loaded(
+                        type(self)._load,
                         dataset,
+                        weights,
                         tokenizer,
                         name=split,
                         max_context_length=max_context_length,
@@ -125,6 +137,13 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
                         encoder_decoder=encoder_decoder,
                         cache_dir=cache_dir,
                     )
+        self.sets: dict[str, dict[str, float]] = {}
+        if weights is not None:
+            sizes = {name: report.kept for name, report in self.reports["train"].sets.items()}
+            drawn = shares(sizes, weights)
+            self.sets = {
+                name: {"weight": weights[name], "rows": size, "drawn": drawn[name]} for name, size in sizes.items()
+            }
         self._check_rows()
         _warn_of_plain_text(self.reports["train"])
         _warn_of_templates(self.reports)
@@ -170,8 +189,10 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the keys of all pairs in their order: token ids, masks of scored tokens, extras."""
+        """Digest of the sets and of the keys of all pairs in their order: token ids, masks of scored tokens, extras."""
         digest = hashlib.blake2b(digest_size=16)
+        if self.sets:
+            digest.update(json.dumps(self.sets).encode())
         for split, pairs in self._pairs.items():
             digest.update(f"{split} {len(pairs)}".encode())
             for pair in pairs:
@@ -202,10 +223,15 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
                 if number >= len(then) or then[number] != _digest_of(share):
                     text = str(self.tokenizer.decode(share[0].token_ids[:_SHOWN_TOKENS]))
                     many = f"one of {len(share)} {self.row_format.noun} from" if len(share) > 1 else "that of"
-                    return f"{split}: the first other text is {many} row {share[0].row}, which now begins {text!r}"
+                    where = f"row {share[0].row}" + (f" of {share[0].set_name}" if share[0].set_name else "")
+                    return f"{split}: the first other text is {many} {where}, which now begins {text!r}"
             if len(then) > len(_shares(pairs)):
                 return f"{split}: there are fewer {self.row_format.noun} than then, {len(pairs)}"
-        return "the number of rows in a split"
+        return f"the sets or {FIELD}" if self.sets else "the number of rows in a split"
+
+    def epoch_pairs(self, epoch: int) -> list[Sample]:
+        """The training pairs of an epoch in their order; those of all epochs are the same without `dataset_weights`."""
+        return [self.train_pairs[row] for row in self._training_order(epoch)]
 
     @property
     def num_epochs(self) -> int:
@@ -376,8 +402,13 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
 
     def _order(self, epoch: int) -> IntArray:
         """Positions, in the served split, of the pairs of an epoch."""
-        count = len(self._pairs[self._split])
-        return _epoch_order(self.seed, epoch, count) if self._evaluation is None else np.arange(count)
+        return self._training_order(epoch) if self._evaluation is None else np.arange(len(self.test_pairs))
+
+    def _training_order(self, epoch: int) -> IntArray:
+        if not self.sets:
+            return _epoch_order(self.seed, epoch, len(self.train_pairs))
+        sizes, drawn = (tuple(int(one[key]) for one in self.sets.values()) for key in ("rows", "drawn"))
+        return mixed_order(self.seed, epoch, sizes, drawn)
 
     def _serve(self, awaiting_action: bool) -> Batch:
         position = self._position
@@ -427,6 +458,15 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         if numbers.dtype.kind not in "iuf" or numbers.shape != (self.batch_size,):
             raise ConfigurationError("action", f"{numbers.dtype} of shape {numbers.shape}", fix)
         return numbers
+
+
+def _loaded(
+    load: Load, dataset: object, weights: Weights | None, tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> tuple[list[Sample], DataReport]:
+    """The samples of a split and their report; with weights a mapping of names of sets is loaded as sets."""
+    if weights is not None and isinstance(dataset, Mapping) and dataset.keys() <= weights.keys():
+        return load_sets(dataset, tokenizer, **settings)
+    return load(dataset, tokenizer, **settings)
 
 
 @lru_cache(maxsize=4)

@@ -43,6 +43,9 @@ class SFTGym(DatasetGym):
             recognised; None: the columns' names decide. See [`evollm.data.columns.mapping_of`][].
         written_at: The time that a chat template writes, as a datetime or in ISO 8601; None: now. A resumed run needs
             the time in its `config.json`.
+        dataset_weights: With several sets to train on, `train_dataset={"a": rows, "b": rows}`, the weight of each,
+            `{"a": 3, "b": 1}`: an epoch has as many rows as the sets together, of each set in proportion to its weight.
+            See [`evollm.data.mixing.mixed_order`][]. The other datasets may be such sets too, whose rows are all used.
 
     Attributes:
         tokenizer, seed, data_batch_size_per_gpu: As given; `reset(seed=...)` sets another seed.

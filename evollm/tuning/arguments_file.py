@@ -19,6 +19,7 @@ from peft import LoraConfig
 from evollm.algorithms.agent import DEFAULT_LORA
 from evollm.checks import expanded, located, usable_path
 from evollm.command_line import command, place, setting
+from evollm.data.mixing import FIELD
 from evollm.data.open_dataset import is_files
 from evollm.errors import CheckpointError, ConfigurationError
 from evollm.hpo import FinalCandidates, HyperparameterConfig
@@ -48,8 +49,9 @@ def write_tune_arguments(run_dir: Path, arguments: Mapping[str, Any]) -> None:
     `read_tune_arguments` takes, so that no `token` is.
     """
     settings, objects = {}, []
+    has_sets = arguments.get(FIELD) is not None
     for name, value in arguments.items():
-        plain = _recorded(name, value)
+        plain = _recorded_sets(value) if has_sets and name in _ROWS else _recorded(name, value)
         if plain is not _NOT_PLAIN:
             settings[name] = plain
         if plain is _NOT_PLAIN or (name == "model_config" and isinstance(value, Mapping) and _lost(value)):
@@ -216,6 +218,14 @@ def _lost(model_config: Mapping[str, Any]) -> set[str]:
 
 
 _NOT_PLAIN = object()
+
+
+def _recorded_sets(value: Any) -> Any:
+    """Sets of rows by their names, or rows, as `_recorded` gives them."""
+    if not isinstance(value, Mapping):
+        return _recorded("data", value)
+    sets = {name: _recorded("data", rows) for name, rows in value.items()}
+    return _NOT_PLAIN if any(rows is _NOT_PLAIN for rows in sets.values()) else sets
 
 
 def _recorded(name: str, value: Any) -> Any:

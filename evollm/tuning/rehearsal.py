@@ -140,7 +140,7 @@ def _cut(spans: Sequence[Span], member_steps: int) -> list[Span]:
 def _passes(setup: Setup, spans: Sequence[Span]) -> float:
     """Tokens that members learn from, plus forward-only tokens weighted by the relative cost of a forward pass."""
     env, schedule = setup.env, setup.schedule
-    train, test, final = (_tokens(pairs) for pairs in (env.train_pairs, env.test_pairs, env.final_pairs))
+    train, test, final = (_tokens(pairs) for pairs in (env.epoch_pairs(0), env.test_pairs, env.final_pairs))
     learnt = train * sum(span.members * span.steps for span in spans) / schedule.epoch
     evaluations, step = 0.0, schedule.total - sum(span.steps for span in spans)
     for span in spans:

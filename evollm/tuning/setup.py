@@ -20,6 +20,7 @@ from evollm.checkpoints.atomic import check_unlocked
 from evollm.checkpoints.find import check_is_base, find_agent
 from evollm.checks import optional_whole_number, whole_number
 from evollm.data import clock
+from evollm.data.mixing import FIELD, check_sets, checked_weights
 from evollm.errors import ConfigurationError
 from evollm.hpo import (
     STRATEGIES,
@@ -53,7 +54,7 @@ from evollm.tuning.parameters import (
     strategy_parameters,
     taken_by,
 )
-from evollm.tuning.splits import hold_out
+from evollm.tuning.splits import hold_out, hold_out_of_sets
 
 # Defaults of `tune` that differ from the agents' defaults, for every algorithm; see `Algorithm.defaults` for others.
 DEFAULTS: Settings = {"lr": 1e-4, "max_grad_norm": 1.0}
@@ -104,12 +105,13 @@ class Request:
             fix = "must be a hub name, a folder, or a loaded language model of transformers without adapters"
             raise ConfigurationError("model", self.model, fix)
         check_is_base("model", self.model)
-        _check_rows("data", self.data, "must be rows, the path of a file, or a list of paths")
+        sets = self.settings.get(FIELD) is not None
+        _check_rows("data", self.data, "must be rows, the path of a file, or a list of paths", sets)
         for name in ("test_data", "final_data"):
             value = getattr(self, name)
             if value is not False:
                 fix = "must be rows, the path of a file, null for a tenth of data's rows, or false for none"
-                _check_rows(name, value, fix)
+                _check_rows(name, value, fix, sets)
         whole_number("population", self.population, 1)
         if self.population > MOST_AGENTS:
             raise ConfigurationError("population", self.population, f"must be at most {MOST_AGENTS}")
@@ -130,13 +132,18 @@ class Request:
         return algorithm_named(self.algorithm)
 
 
-def _check_rows(name: str, value: object, fix: str) -> None:
-    """Refuse a value that can be neither rows nor a file."""
+def _check_rows(name: str, value: object, fix: str, sets: bool) -> None:
+    """Refuse a value that can be neither rows nor a file; with `sets`, each of a mapping's."""
+    if sets and isinstance(value, Mapping):
+        for key, rows in value.items():
+            _check_rows(f"{name}.{key}", rows, "must be rows, the path of a file, or a list of paths", False)
+        return
     is_word = name != "data" and isinstance(value, str) and value.lower() in ("no", "none", "off", "yes", "on")
     if is_word or isinstance(value, bool | int | float):
         raise ConfigurationError(name, value, fix)
     if isinstance(value, Mapping) and value and all(isinstance(path, str | os.PathLike) for path in value.values()):
-        raise ConfigurationError(name, value, "must be the path of a file; the others are test_data and final_data")
+        fix = f"must be the path of a file; the others are test_data and final_data, and several sets need {FIELD}"
+        raise ConfigurationError(name, value, fix)
 
 
 # Settings that have an effect only with more than one agent.
@@ -279,7 +286,11 @@ def make_env(request: Request, settings: Settings) -> DatasetGym:
     splits = {name: rows for name, rows in given.items() if rows is not None and rows is not False}
     if wanted:
         row_format = algorithm.row_format.with_columns(settings.get("columns"))
-        divided = hold_out(data, row_format, len(wanted), settings["seed"])
+        weights = checked_weights(settings.get(FIELD))
+        if weights is not None:
+            check_sets("data", data, weights)
+        held_out = hold_out if weights is None else hold_out_of_sets
+        divided = held_out(data, row_format, len(wanted), settings["seed"])
         data, splits = divided.train, splits | dict(zip(wanted, divided.parts, strict=True))
     arguments = {"test_dataset": None, **splits, **taken_by(algorithm.gym, settings)}
     if "encoder_decoder" not in arguments:
@@ -296,7 +307,8 @@ def _as_given(names: Mapping[str, str] = MappingProxyType(_AS_GIVEN)) -> Iterato
     try:
         yield
     except ConfigurationError as error:
-        raise type(error)(names.get(error.field, error.field), error.value, error.fix) from error.__cause__
+        field, dot, inner = error.field.partition(".")
+        raise type(error)(f"{names.get(field, field)}{dot}{inner}", error.value, error.fix) from error.__cause__
 
 
 def make_agents(request: Request, settings: Settings, env: DatasetGym) -> list[SavableAgent]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from evollm.data.rows import ChatPair, RowFormat, Rows, TextPair, read_each, read_rows
@@ -29,6 +29,19 @@ class Splits:
     parts: Sequence[Rows]
 
 
+@dataclass(frozen=True)
+class SetSplits:
+    """The rows of several datasets, divided; each row keeps its position in its dataset.
+
+    Attributes:
+        train: The rows to learn from, by the names of the sets.
+        parts: The held-out splits, each by the names of the sets that have rows in it.
+    """
+
+    train: Mapping[str, Rows]
+    parts: Sequence[Mapping[str, Rows]]
+
+
 def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> Splits:
     """Hold out rows by prompt.
 
@@ -46,10 +59,46 @@ def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> S
         DataError: The dataset cannot be read, or has too few prompts to divide.
     """
     rows = read_rows(dataset, "data", row_format)
+    taken = _taken(list(_prompts(rows, "data", row_format)), row_format.noun, parts, seed)
+    apart = {place for places in taken for place in places}
+    return Splits(rows.part([place for place in range(len(rows)) if place not in apart]), [*map(rows.part, taken)])
+
+
+def hold_out_of_sets(sets: Mapping[str, object], row_format: RowFormat, parts: int, seed: int) -> SetSplits:
+    """Hold out rows of several datasets by prompt, as `hold_out` does from all rows together, whatever their weights.
+
+    Raises:
+        DataError: A dataset cannot be read, or there are too few prompts to divide.
+    """
+    read = {name: read_rows(dataset, f"data.{name}", row_format) for name, dataset in sets.items()}
+    prompts = [prompt for name, rows in read.items() for prompt in _prompts(rows, f"data.{name}", row_format)]
+    held_out = [set(places) for places in _taken(prompts, row_format.noun, parts, seed)]
+    apart = {place for places in held_out for place in places}
+    train: dict[str, Rows] = {}
+    found: list[dict[str, Rows]] = [{} for _ in held_out]
+    start = 0
+    for name, rows in read.items():
+        numbers = range(start, start + len(rows))
+        start += len(rows)
+        train[name] = rows.part([place - numbers.start for place in numbers if place not in apart])
+        for part, places in zip(found, held_out, strict=True):
+            own = [place - numbers.start for place in numbers if place in places]
+            if own:
+                part[name] = rows.part(own)
+    return SetSplits(train, found)
+
+
+def _prompts(rows: Rows, field: str, row_format: RowFormat) -> Iterator[str | None]:
+    """The key of each row's prompt; None for unusable rows."""
+    return (None if isinstance(pair, str) else _prompt(pair) for _, pair in read_each(rows, field, row_format))
+
+
+def _taken(prompts: Sequence[str | None], noun: str, parts: int, seed: int) -> list[list[int]]:
+    """The places of the rows of each held-out split, in order, from each row's prompt."""
     by_prompt: dict[str, list[int]] = {}
-    for place, (_, pair) in enumerate(read_each(rows, "data", row_format)):
-        if not isinstance(pair, str):
-            by_prompt.setdefault(_prompt(pair), []).append(place)
+    for place, prompt in enumerate(prompts):
+        if prompt is not None:
+            by_prompt.setdefault(prompt, []).append(place)
     usable = sum(map(len, by_prompt.values()))
     size = min(max(round(SHARE * usable), FEWEST), MOST)
     digests = {prompt: hashlib.blake2b(f"{seed} {prompt}".encode()).digest() for prompt in by_prompt}
@@ -59,15 +108,12 @@ def hold_out(dataset: object, row_format: RowFormat, parts: int, seed: int) -> S
         while waiting and len(taken) < size:
             taken.extend(waiting.pop(0))
     if sum(map(len, waiting)) < usable / 2 or any(len(taken) < size for taken in held_out):
-        noun = row_format.noun
         fix = (
             f"are too few to set {parts} x {size} {noun}s apart by prompt: hand in more, or test_data and final_data "
             "of your own, or false for a score that you do without (evolution needs test_data)"
         )
         raise DataError("data", f"{usable} usable {noun}s with {len(by_prompt)} prompts", fix)
-    apart = {number for taken in held_out for number in taken}
-    train = rows.part([place for place in range(len(rows)) if place not in apart])
-    return Splits(train, [rows.part(sorted(taken)) for taken in held_out])
+    return [sorted(taken) for taken in held_out]
 
 
 def _prompt(pair: TextPair | ChatPair) -> str:

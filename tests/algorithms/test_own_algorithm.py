@@ -249,6 +249,7 @@ def tuned(make_model: Any, tokenizer: Any, lora: Any, run_dir: Path, **changes: 
     return tune(make_model(), answers(6), **{**arguments, **changes})
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_tune_evolves_it_and_a_run_that_was_interrupted_goes_on_bit_for_bit(
     make_model, tokenizer, lora, tmp_path
 ) -> None:

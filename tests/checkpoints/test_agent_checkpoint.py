@@ -29,6 +29,7 @@ from evollm import (
 from evollm.checkpoints import replace_folder
 from evollm.checkpoints.atomic import MANIFEST, seal
 from evollm.models import completion_logprobs
+from evollm.models.adapters.lora_config import write_lora_config
 
 
 @pytest.fixture
@@ -511,15 +512,15 @@ def test_attributes_of_something_else_are_refused(trained, tmp_path) -> None:
 
 
 def test_an_adapter_configuration_is_the_same_in_every_process(tmp_path) -> None:
+    """Sets of names have another order in each."""
     code = (
         "import sys; from pathlib import Path; from peft import LoraConfig; "
         "from evollm.models.adapters.lora_config import write_lora_config; "
         "names = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj']; "
         "write_lora_config(LoraConfig(target_modules=names, exclude_modules=names[:2]), Path(sys.argv[1]), 'base')"
     )
-    found = set()
-    for seed in ("0", "3"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)
-        found.add((tmp_path / "adapter_config.json").read_text())
-    assert len(found) == 1
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONHASHSEED": "0"}, check=True)
+    found = (tmp_path / "adapter_config.json").read_text()
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    write_lora_config(LoraConfig(target_modules=names, exclude_modules=names[:2]), tmp_path, "base")
+    assert (tmp_path / "adapter_config.json").read_text() == found

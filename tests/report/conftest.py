@@ -16,3 +16,8 @@ def evolved(tokenizer, tmp_path_factory) -> Path:
 def alone(tokenizer, tmp_path_factory) -> Path:
     """The folder of a run of one SFT agent without final examples; to be read only."""
     return tune_alone(tokenizer, tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.fixture(autouse=True)
+def quick_reports() -> None:
+    """Here they are drawn."""

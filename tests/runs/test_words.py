@@ -47,6 +47,7 @@ def test_what_reads_and_shows_a_run_names_no_algorithm() -> None:
             assert not re.search(r"\b(dpo|sft)\b", path.read_text(encoding="utf-8"), re.IGNORECASE), path
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_the_report_speaks_in_the_words_of_the_run(run) -> None:
     accuracy = replace(DPO.words.scores[0], label="hit <b>rate</b>", unit="share of $x$", smaller_is_better=True)
     words = replace(DPO.words, name="KTO", noun="verdict", scores=(accuracy, *DPO.words.scores[1:]), on_scores="Read!")
@@ -101,6 +102,7 @@ def test_words_that_could_do_harm_are_refused(run, change) -> None:
         read_config(run)
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_a_score_that_no_evaluation_has_is_an_error_of_evollm(run) -> None:
     put(run, asdict(replace(DPO.words, scores=(Score("joy", "joy"),))))
     with pytest.raises(CheckpointError, match="joy"):

@@ -50,6 +50,7 @@ def logprobs_of(agent: Any) -> torch.Tensor:
         return all_logprobs(network)
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_the_winner_is_the_result_the_elite_and_in_the_records(tune, make_model, tmp_path) -> None:
     result = tune(merge=STRETCHED)
     ended = read_run(result.run_dir).ended

@@ -110,6 +110,7 @@ def tuned(make_model: Any, tokenizer: Any, lora: Any, **changes: Any) -> Any:
     return tune(make_model(), answers(6), **{**arguments, **changes})
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_tune_evolves_what_kto_has_and_an_interrupted_run_and_a_replay_have_its_bits(
     make_model, tokenizer, lora, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_rows
@@ -79,10 +80,24 @@ def end(folder: Path, population: list[DPO]) -> dict[str, object]:
     }
 
 
+@pytest.fixture(scope="module")
+def known_ends() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def whole(run, tmp_path, known_ends) -> dict[str, object]:
+    """What a run ends with that nothing interrupts; it is made once."""
+    if not known_ends:
+        known_ends.update(end(tmp_path / "whole", run("whole")))
+    return known_ends
+
+
 @pytest.mark.parametrize("updates_reference", [False, True])
 def test_a_resumed_run_ends_with_the_bits_of_one_never_interrupted(run, tmp_path, updates_reference) -> None:
     changes = {"update_reference_each_epoch": updates_reference}
-    whole = end(tmp_path / "whole", run("whole", **changes))
+    population = run("whole", **changes)
+    whole, adapters = end(tmp_path / "whole", population), len(population[0].base.adapters.names)
     for step in (1, 2, 4, 7):
         name = f"crashed-{step}"
         with pytest.raises(RuntimeError):
@@ -90,8 +105,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_interrupted(run, tmp_path
         population = run(name, resume=True, **changes)
         assert end(tmp_path / name, population) == whole
         # The references that the new process made for its founders are gone again.
-        again = run("again-" + name, **changes)
-        assert len(population[0].base.adapters.names) == len(again[0].base.adapters.names)
+        assert len(population[0].base.adapters.names) == adapters
 
 
 @pytest.mark.parametrize("ended", [3, 4])
@@ -135,8 +149,7 @@ def test_a_killed_run_ends_as_if_it_had_never_been_killed(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_ctrl_c_and_sigterm_save_and_stop(run, tmp_path, number, raised) -> None:
-    whole = end(tmp_path / "whole", run("whole"))
+def test_ctrl_c_and_sigterm_save_and_stop(run, whole, tmp_path, number, raised) -> None:
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(raised):
         run("stopped", checkpoint_steps=0, callbacks=[StopAt(3, lambda: os.kill(os.getpid(), number))])
@@ -145,11 +158,10 @@ def test_ctrl_c_and_sigterm_save_and_stop(run, tmp_path, number, raised) -> None
     assert end(tmp_path / "stopped", run("stopped", resume=True, checkpoint_steps=0)) == whole
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, tmp_path) -> None:
-    whole = end(tmp_path / "whole", run("whole"))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, whole, tmp_path) -> None:
     with pytest.raises(RuntimeError):
         run("crashed", callbacks=[StopAt(6, crash)])
-    file = next((tmp_path / "crashed/checkpoints/step-000005").rglob("actor/adapter_model.safetensors"))
+    file = next((tmp_path / "crashed/checkpoints/step-000005").glob("agent-*/actor/adapter_model.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
@@ -158,8 +170,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, tmp_path
     assert end(tmp_path / "crashed", population) == whole
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, tmp_path, monkeypatch) -> None:
-    whole = end(tmp_path / "whole", run("whole"))
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, whole, tmp_path, monkeypatch) -> None:
     write, full = local_module.write_population, {"now": False}
 
     def write_unless_full(*args) -> None:
@@ -174,8 +185,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, tmp_path, monkeypat
     assert sorted(path.name for path in (tmp_path / "full/checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(run, tmp_path) -> None:
-    whole = end(tmp_path / "whole", run("whole"))
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(run, whole, tmp_path) -> None:
     with pytest.raises(RuntimeError):
         run("early", callbacks=[StopAt(1, crash)])
     with pytest.warns(UserWarning, match="holds no checkpoint: it starts anew"):
@@ -211,20 +221,18 @@ def test_a_run_folder_has_one_writer(run, tmp_path) -> None:
     run("run", callbacks=[StopAt(2, second)], max_steps=3)
 
 
-def test_a_run_checkpoints_before_it_evolves(run, tmp_path, monkeypatch) -> None:
-    whole = end(tmp_path / "whole", run("whole"))
+def test_a_run_checkpoints_before_it_evolves(run, whole, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(TournamentSearch, "tell", lambda *_: crash())
         with pytest.raises(RuntimeError):
             run("crashed")
     saved = [path.name for path in (tmp_path / "crashed/checkpoints").iterdir()]
-    evolves_first = json.loads((tmp_path / "whole/lineage.jsonl").read_text().splitlines()[1])["step"]
+    evolves_first = json.loads(whole["lineage"].splitlines()[1])["step"]
     assert f"step-{evolves_first:06d}" in saved
     assert end(tmp_path / "crashed", run("crashed", resume=True)) == whole
 
 
-def test_a_run_that_did_not_get_to_its_first_step_is_begun_again(run, tmp_path) -> None:
-    whole = end(tmp_path / "whole", run("whole"))
+def test_a_run_that_did_not_get_to_its_first_step_is_begun_again(run, whole, tmp_path) -> None:
     with pytest.raises(RuntimeError):
         run("early", callbacks=[StopAtStart()])
     assert (tmp_path / "early/config.json").exists()

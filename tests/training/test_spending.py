@@ -127,6 +127,7 @@ def test_without_a_reference_none_is_counted(make_sft, sft_gym, tmp_path) -> Non
     assert spent.runs == 1
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_what_was_spent_is_said_and_returned(make_model, tokenizer, tmp_path) -> None:
     printed = io.StringIO()
     console = Console(rich.console.Console(file=printed, width=200, emoji=False))
