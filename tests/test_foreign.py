@@ -128,8 +128,9 @@ def test_no_public_callable_swallows_arguments() -> None:
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     }
-    passing_on = {"DPO.population", "KTO.population", "SFT.population", "tune", "replay"}
-    assert swallowing == passing_on | {"HyperparameterConfig", "DPO.to_device", "KTO.to_device", "SFT.to_device"}
+    agents = {"DPO", "GRPO", "KTO", "SFT"}
+    passing_on = {"tune", "replay", *(f"{agent}.population" for agent in agents)}
+    assert swallowing == passing_on | {"HyperparameterConfig", *(f"{agent}.to_device" for agent in agents)}
 
 
 @pytest.fixture
