@@ -146,6 +146,7 @@ def tuned(make_model: Any, tokenizer: Any, lora: Any, **changes: Any) -> Any:
     return tune(make_model(), of_one_length(6), **{**arguments, **changes})
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_tune_evolves_it_and_a_run_that_was_interrupted_goes_on_bit_for_bit(
     make_model, tokenizer, lora, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def run(make_population, tokenizer, tmp_path):
     return start
 
 
+@pytest.mark.usefixtures("drawn_reports")
 def test_win_rates_are_those_of_the_answers_and_can_be_the_fitness(run, tmp_path) -> None:
     env, population, fitnesses = run("run", fitness="win_rate")
     base = population[0].base
