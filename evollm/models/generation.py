@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,24 @@ from evollm.models.shared_base import SharedBase
 
 # Most tokens of prompts and answers in one call of `generate`, whose KV cache has to fit into memory.
 _MOST_TOKENS = 16384
+# The settings of transformers' `GenerationConfig` that change logits, with the values by which they do not.
+_NEUTRAL: Mapping[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+    "watermarking_config": None,
+    "renormalize_logits": False,
+    "remove_invalid_values": False,
+}
 
 
 class Question(NamedTuple):
@@ -62,8 +81,9 @@ def answers_to(
     Adapters that may share a pass answer together, and so do prompts of one length. A sampled token is a function of
     the logits before it and of one number that the question's key determines: with the same key a question has the same
     answer alone and among others, up to the rounding of logits in batches of other shapes. The global random
-    generators are not touched. Of the base's `generation_config` its processors of logits count, such as
-    `repetition_penalty`, and what ends an answer; not its `temperature`, `top_k`, `top_p` and `num_beams`.
+    generators are not touched. Of the base's `generation_config` counts what ends an answer; not its `temperature`,
+    `top_k`, `top_p` and `num_beams`. What changes logits, such as `repetition_penalty`, counts for greedy answers
+    alone: sampled ones have the probabilities that the engine's log-probs say.
 
     Args:
         base: The shared base.
@@ -158,11 +178,13 @@ def _batches(
     """The rows of each call of `generate`, as positions of questions, and the adapters of its equal blocks of rows.
 
     Prompts of different lengths are not padded to one, since no architecture has been tried with padding on the left.
+    Greedy and sampled answers are not mixed, since the settings of the former do not count for the latter.
     """
-    alike: dict[int, dict[str | None, list[int]]] = {}
+    alike: dict[tuple[int, bool], dict[str | None, list[int]]] = {}
     for number, question in enumerate(questions):
-        alike.setdefault(len(question.prompt), {}).setdefault(question.adapter, []).append(number)
-    for length, asked in alike.items():
+        kind = len(question.prompt), question.temperature > 0
+        alike.setdefault(kind, {}).setdefault(question.adapter, []).append(number)
+    for (length, _), asked in alike.items():
         for rows_of in _divided(base, asked, length + max_new_tokens):
             # Routed blocks have equal sizes: an adapter with fewer questions answers its last one several times.
             size = max(map(len, rows_of.values()))
@@ -202,7 +224,8 @@ def _generate(
     start = 1 if base.is_encoder_decoder else rows.shape[1]
     names = [name for name in members if name is not None]
     passing = base.routed(base.adapters.stack(names)) if len(names) > 1 else base.active(members[0])
-    with passing as network, torch.no_grad():
+    sampled = questions[0].temperature > 0
+    with passing as network, torch.no_grad(), _unchanged_logits(base) if sampled else nullcontext():
         output = cast(Any, network).generate(
             input_ids=rows,
             attention_mask=torch.ones_like(rows),
@@ -216,7 +239,7 @@ def _generate(
             pad_token_id=ends[0] if ends else None,
             # `generate` needs it for stop strings.
             tokenizer=tokenizer,
-            logits_processor=_sampling(questions, max_new_tokens, top_p, start, base.device),
+            logits_processor=_sampling(questions, max_new_tokens, top_p, start, base.device) if sampled else None,
         )
 
     def answer_of(row: torch.Tensor) -> GeneratedAnswer:
@@ -230,17 +253,26 @@ def _generate(
     return [answer_of(row) for row in output.cpu()]
 
 
+@contextmanager
+def _unchanged_logits(base: SharedBase) -> Iterator[None]:
+    """Without the settings of the base's `generation_config` that change logits."""
+    config = base.network.generation_config
+    before = {name: getattr(config, name) for name in _NEUTRAL if hasattr(config, name)}
+    for name in before:
+        setattr(config, name, _NEUTRAL[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
 def _sampling(
     questions: Sequence[Question], max_new_tokens: int, top_p: float, start: int, device: torch.device
 ) -> LogitsProcessorList:
-    """What chooses the tokens of sampled rows; empty if there are none."""
+    """What chooses the tokens of sampled answers."""
+    numbers = np.stack([uniform_numbers(question.key, max_new_tokens) for question in questions])
     temperatures = [float(question.temperature) for question in questions]
-    if not any(temperatures):
-        return LogitsProcessorList()
-    numbers = np.zeros((len(questions), max_new_tokens))
-    for row, question in zip(numbers, questions, strict=True):
-        if question.temperature:
-            row[:] = uniform_numbers(question.key, max_new_tokens)
     return LogitsProcessorList([KeyedSampling(numbers, temperatures, top_p, start, device)])
 
 

@@ -51,11 +51,11 @@ def chosen_tokens(scores: Tensor, numbers: Tensor, temperatures: Tensor, top_p: 
 
 
 class KeyedSampling(LogitsProcessor):
-    """Leaves one token to the rows of a greedy search that are sampled, and all tokens to the others.
+    """Leaves one token to each row of a greedy search, so that the search samples.
 
     Args:
         numbers: (n, T) one number in [0, 1) for each row and token to come.
-        temperatures: (n,) the rows' temperatures; 0: the row stays greedy.
+        temperatures: (n,) the rows' temperatures, above 0.
         top_p: See `chosen_tokens`.
         start: Length of the sequences before the first token to come.
         device: Where the scores are.
@@ -72,15 +72,12 @@ class KeyedSampling(LogitsProcessor):
         # MPS has no float64.
         self._device = torch.device("cpu") if device.type == "mps" else device
         self._numbers = torch.from_numpy(numbers).to(self._device)
-        own = torch.tensor(temperatures, dtype=torch.float64, device=self._device)
-        self._sampled = own > 0
-        self._temperatures = own.where(self._sampled, 1.0)
+        self._temperatures = torch.tensor(temperatures, dtype=torch.float64, device=self._device)
         self._top_p = top_p
         self._start = start
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores (n, V), where those of all tokens but the chosen one are -inf in sampled rows."""
+        """Scores (n, V), -inf for all tokens but the chosen one of each row."""
         numbers = self._numbers[:, input_ids.shape[1] - self._start]
         tokens = chosen_tokens(scores.to(self._device), numbers, self._temperatures, self._top_p).to(scores.device)
-        only = torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
-        return only.where(self._sampled.to(scores.device)[:, None], scores)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)

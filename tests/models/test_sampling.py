@@ -148,6 +148,28 @@ def test_answers_end_at_tokens_strings_and_the_limit(base, tokenizer) -> None:
         assert string in tokenizer.decode(answer.ids)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 3.0},
+        {"suppress_tokens": [*range(5, 40)]},
+        {"min_new_tokens": 6, "no_repeat_ngram_size": 1},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_that_change_logits_count_for_greedy_answers_alone(base, tokenizer, settings) -> None:
+    asked = asked_of(base)
+    before = answers_to(base, asked, tokenizer, LIMIT)
+    config = base.network.generation_config
+    for name, value in settings.items():
+        setattr(config, name, value)
+    after = answers_to(base, asked, tokenizer, LIMIT)
+    is_same = [same(*both) for both in zip(before, after, strict=True)]
+    assert all(kept for kept, question in zip(is_same, asked, strict=True) if question.temperature)
+    assert not all(kept for kept, question in zip(is_same, asked, strict=True) if not question.temperature)
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 1.0), (float("nan"), 1.0), (1.0, 0.0), (1.0, 1.5)])
 def test_impossible_settings_are_refused(base, tokenizer, temperature: float, top_p: float) -> None:
     with pytest.raises(ValueError, match="temperature=" if top_p == 1 else "top_p="):
