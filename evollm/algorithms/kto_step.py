@@ -100,12 +100,20 @@ def learn_together(agents: Sequence[KTO], batch: Batch, *, training: bool = True
 def mismatched(batch: Batch, limit: int | None = None) -> Batch:
     """Each prompt with the answer of the row before, the first one with that of the last row.
 
+    A copy of the row itself, of a set that is repeated, is passed over for the row before that.
+
     Args:
         batch: B answers.
         limit: Most tokens of prompt and answer, which are cut at their end; None: no limit.
     """
-    others = [_with_answer(sample, batch[row - 1].completions[0], limit) for row, sample in enumerate(batch)]
+    others = [_with_answer(sample, _before(batch, row).completions[0], limit) for row, sample in enumerate(batch)]
     return replace(batch, samples=others)
+
+
+def _before(batch: Batch, row: int) -> Sample:
+    """The nearest sample before a row, in a circle, that is no copy of it; the row before if all are copies."""
+    steps = range(1, len(batch))
+    return next((found for step in steps if (found := batch[row - step]).key != batch[row].key), batch[row - 1])
 
 
 def _with_answer(sample: Sample, answer: Completion, limit: int | None) -> Sample:

@@ -65,8 +65,8 @@ UNPAIRED = RowFormat("answer", UNPAIRED_SHAPES, _to_unpaired, divided=_divided)
 class Balance:
     """How many answers are desirable and undesirable."""
 
-    desirable: int
-    undesirable: int
+    desirable: float
+    undesirable: float
 
     @classmethod
     def of(cls, labels: Sequence[float | None]) -> Balance:
@@ -99,4 +99,4 @@ class Balance:
         )
 
     def __str__(self) -> str:
-        return f"{self.desirable} desirable and {self.undesirable} undesirable answers"
+        return f"{round(self.desirable)} desirable and {round(self.undesirable)} undesirable answers"

@@ -37,21 +37,28 @@ class ComparedAnswers:
             rows: The rows of that evaluation, None: all.
             asked: What is generated.
         """
-        positions = evaluated_positions(self._base, self._env, split, rows)[: asked.prompts]
         samples, prompts = self._env.evaluation_pairs(split), self._env.reports[split].prompts
+        evaluated = evaluated_positions(self._base, self._env, split, rows)
+        # A prompt of several rows is answered once: what is said of it again would not be independent.
+        first: dict[bytes, tuple[int, int]] = {}
+        for place, position in enumerate(evaluated):
+            first.setdefault(samples[position].prompt_ids.tobytes(), (place, position))
+        chosen = list(first.values())[: asked.prompts]
+        positions = [position for _, position in chosen]
         own, theirs = self._answers([actor for actor, _ in adapters], split, positions, asked), []
         for _, reference in adapters:
             known = self._known.setdefault((split, reference, asked), {})
             if new := [position for position in positions if position not in known]:
                 known |= zip(new, self._answers([reference], split, new, asked)[0], strict=True)
             theirs.append([known[position] for position in positions])
-        return [
-            [
-                AnswerPair(_row(samples[position].row), prompts[position], *answers)
-                for position, *answers in zip(positions, mine, other, strict=True)
-            ]
-            for mine, other in zip(own, theirs, strict=True)
-        ]
+
+        def pair_of(number: int, mine: str, other: str) -> AnswerPair:
+            place, position = chosen[number]
+            sample = samples[position]
+            return AnswerPair(_row(sample.row), prompts[position], mine, other, place, sample.set_name)
+
+        numbers = range(len(chosen))
+        return [list(map(pair_of, numbers, mine, other)) for mine, other in zip(own, theirs, strict=True)]
 
     def _answers(
         self, adapters: Sequence[str | None], split: str, positions: Sequence[int], asked: AnswerSampling

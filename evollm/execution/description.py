@@ -40,7 +40,7 @@ def describe(first: SavableAgent, env: DatasetGym) -> Description:
             "digests": env.digests,
             "written_at": env.written_at.isoformat(),
             "position": env.state_dict(),
-            **({"sets": env.sets} if env.sets else {}),
+            **env.own_settings,
         },
         # evollm's version comes from the imported code, which may run without being installed.
         "versions": {"evollm": __version__}

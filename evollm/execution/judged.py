@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from inspect import signature
 from typing import Any
 
 import numpy as np
 
+from evollm.by_main import computed_by_main
 from evollm.errors import ConfigurationError
 from evollm.execution.executor import Agreement, Description, Executor
 from evollm.hpo import AnyEvaluation, Judge
-from evollm.hpo.fitness import FloatArray
 from evollm.runs.words import Score
 
 WIN_RATE = Score("win_rate", "win rate", "share of prompts", is_share=True, in_full="win rate against the reference")
@@ -40,7 +40,7 @@ class JudgedExecutor:
         self._executor: Any = executor
         self._judge = judge
         self._measures = signature(executor.evaluate).parameters
-        _in_main(self.processes, lambda: judge.try_out(*first))
+        computed_by_main(self.processes, lambda: judge.try_out(*first), judge.name)
 
     def __getattr__(self, name: str) -> Any:
         """What is not of this class is the other executor's."""
@@ -69,12 +69,13 @@ class JudgedExecutor:
             return {}
         answers = self._executor.compared_answers(split, list(found), self._judge.sampling, rows=rows)
         pairs = [pair for index in found for pair in answers[index]]
-        rates = _in_main(self.processes, lambda: self._judge.win_rates(pairs).tolist())
+        rates = computed_by_main(self.processes, lambda: self._judge.win_rates(pairs).tolist(), self._judge.name)
         judged, start = {}, 0
         for index, evaluation in found.items():
-            own = rates[start : start + len(answers[index])]
-            start += len(own)
-            judged[index] = replace(evaluation, win_rates=_padded(own, len(evaluation)))
+            own, start = rates[start : start + len(answers[index])], start + len(answers[index])
+            known = np.full(len(evaluation), np.nan)
+            known[[pair.place for pair in answers[index]]] = own
+            judged[index] = replace(evaluation, win_rates=known)
         return judged
 
 
@@ -82,23 +83,3 @@ def first_row(env: Any) -> tuple[int, Any]:
     """Row and prompt of the first held-out row of a gym."""
     row = env.test_pairs[0].row
     return -1 if row is None else row, env.reports["test"].prompts[0]
-
-
-def _padded(rates: Sequence[float], count: int) -> FloatArray:
-    return np.array([*rates, *[np.nan] * (count - len(rates))])
-
-
-def _in_main(processes: Agreement, compute: Callable[[], Any]) -> Any:
-    """What the main process computes, as JSON values, in every process; an error of it too."""
-    found: dict[str, Any] = {}
-    if processes.is_main:
-        try:
-            found = {"value": compute()}
-        except ConfigurationError as error:
-            if processes.size == 1:
-                raise
-            found = {"error": [error.field, str(error.value), error.fix]}
-    found = processes.from_main(found)
-    if "error" in found:
-        raise ConfigurationError(*found["error"])
-    return found["value"]

@@ -6,6 +6,7 @@ a second time with the answers swapped, and the two are averaged: one that alway
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,12 +42,16 @@ class AnswerPair:
         prompt: The prompt as the row has it: a string, or a list of messages.
         own: The agent's answer, without special tokens.
         reference: The reference's answer.
+        place: Position of the prompt among the rows of the evaluation.
+        set_name: Name of the row's set, where there are several.
     """
 
     row: int
     prompt: Any
     own: str
     reference: str
+    place: int = 0
+    set_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,10 +152,13 @@ class Judge:
 
     def _scored(self, pairs: Sequence[AnswerPair]) -> FloatArray:
         """1, 0.5 and 0 by the rewards of both answers, of a function that scores; each answer is scored once."""
-        texts = {(pair.row, text): pair for pair in pairs for text in (pair.own, pair.reference)}
+        asked = [repr(pair.prompt) for pair in pairs]
+        both = zip(asked, pairs, strict=True)
+        texts = {(prompt, text): pair for prompt, pair in both for text in (pair.own, pair.reference)}
         rewards = self._asked([(pair, text) for (_, text), pair in texts.items()], ("completions",), largest=math.inf)
         of = dict(zip(texts, rewards, strict=True))
-        margins = np.array([of[pair.row, pair.own] - of[pair.row, pair.reference] for pair in pairs])
+        both = zip(asked, pairs, strict=True)
+        margins = np.array([of[prompt, pair.own] - of[prompt, pair.reference] for prompt, pair in both])
         return np.asarray(np.heaviside(margins, TIE))
 
     def _asked(self, asked: Sequence[tuple[Any, ...]], names: Sequence[str], largest: float) -> FloatArray:
@@ -176,7 +184,8 @@ class Judge:
         pairs, *texts = zip(*asked, strict=True)
         lists = {name: list(column) for name, column in zip(names, texts, strict=True)}
         if _taken_by(self.function)[1]:
-            lists["prompts"] = [pair.prompt for pair in pairs]
+            # Copies, since a function may change what it is given.
+            lists["prompts"] = [copy.deepcopy(pair.prompt) for pair in pairs]
         return self.function(**lists)
 
     def _culprit(self, asked: Sequence[tuple[Any, ...]], names: Sequence[str]) -> AnswerPair:
@@ -232,4 +241,5 @@ def _number(value: Any) -> float:
 def _error(what: str, pair: AnswerPair, fix: str) -> ConfigurationError:
     last = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1].get("content", "") if pair.prompt else ""
     words = shorten(str(last), _QUOTED, placeholder=" ...")
-    return ConfigurationError("judge", what, f"on row {pair.row}, {words!r}: {fix}")
+    where = f"row {pair.row}" + (f" of {pair.set_name}" if pair.set_name else "")
+    return ConfigurationError("judge", what, f"on {where}, {words!r}: {fix}")

@@ -234,6 +234,11 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         return [self.train_pairs[row] for row in self._training_order(epoch)]
 
     @property
+    def own_settings(self) -> dict[str, Any]:
+        """Settings of this kind of gym that a resumed run must share, as JSON values."""
+        return {"sets": self.sets} if self.sets else {}
+
+    @property
     def num_epochs(self) -> int:
         """Completed training epochs; the current epoch counts after its last batch (and after that batch's `step`)."""
         position = self._training

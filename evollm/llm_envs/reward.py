@@ -65,7 +65,8 @@ class RewardGym(DatasetGym):
         tokenizer: The model's tokenizer.
         reward_functions: A function, a list of functions, or a mapping of names to functions.
         data_batch_size_per_gpu: Prompts in a batch for each process; B is this number times the number of processes.
-        accelerator: An `accelerate.Accelerator`, or None. Every process calls the functions.
+        accelerator: An `accelerate.Accelerator`, or None. Of processes that divide batches the main one calls the
+            functions.
         max_context_length: Most tokens of a prompt; longer ones are cut from the left. None: the tokenizer's maximum.
         seed: Seed of the order, and of the random numbers with which answers are sampled.
         reward_weights: A number for each function, as a list or by name: the reward of an answer is the weighted sum.
@@ -134,6 +135,11 @@ class RewardGym(DatasetGym):
         # gymnasium's annotation of the base class says that actions are numbers per row.
         self.action_space = spaces.Box(-1, largest_id, shape, np.int64)  # type: ignore[arg-type]
         self.rewards.try_out(self.train_pairs[0])
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The reward functions by name, with their weights; what they do cannot be compared."""
+        return {**super().own_settings, "rewards": dict(zip(self.rewards.names, self.rewards.weights, strict=True))}
 
     def text_of(self, answer: IntArray) -> str:
         """The text of an answer's token ids (T,), without special tokens, as reward functions get it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from evollm.by_main import computed_by_main
 from evollm.checks import finite_number, positive_number
 from evollm.data.prompt_rows import ASKED, COLUMNS
 from evollm.data.samples import Sample
 from evollm.errors import ConfigurationError
+from evollm.processes import Processes
 
 # (prompts, completions, **columns) -> a number for each completion, or None where the function says nothing of it.
 RewardFunction: TypeAlias = Callable[..., Sequence[Any]]
@@ -59,7 +62,7 @@ class Rewards:
         return tuple(self.functions)
 
     def of_answers(self, prompts: Sequence[Sample], answers: Sequence[str]) -> NDArray[np.float64]:
-        """What each function says of each answer, in one call of each function.
+        """What each function says of each answer, in one call of each function in the main process.
 
         Args:
             prompts: For each answer its prompt, a sample of `RewardGym`.
@@ -72,13 +75,21 @@ class Rewards:
             ConfigurationError: A function raises, takes longer than `timeout`, or returns something else than n
                 numbers. The message names the function, and the row and the first words of a prompt.
         """
-        columns = [self._column(name, prompts, answers) for name in self.functions]
-        return np.stack(columns, axis=1)
+        columns = computed_by_main(
+            Processes.present(),
+            lambda: [self._column(name, prompts, answers).tolist() for name in self.functions],
+            "a reward function",
+        )
+        by_answer: NDArray[np.float64] = np.array(columns, dtype=np.float64).T
+        return by_answer
 
     def total(self, found: NDArray[np.float64]) -> NDArray[np.float64]:
         """The weighted sums (n,) of what `of_answers` gave, (n, F)."""
+        weights = np.array(self.weights)
+        # A function with a weight of 0 is watched, and may say NaN.
+        counts = weights != 0
         with np.errstate(invalid="ignore"):
-            total: NDArray[np.float64] = (found * np.array(self.weights)).sum(axis=1)
+            total: NDArray[np.float64] = (found[:, counts] * weights[counts]).sum(axis=1)
         return total
 
     def try_out(self, prompt: Sample) -> None:
@@ -108,10 +119,12 @@ class Rewards:
 
     def _called(self, function: RewardFunction, prompts: Sequence[Sample], answers: Sequence[str]) -> Any:
         columns = dict.fromkeys(column for sample in prompts for column in sample.extras.get(COLUMNS, {}))
+        # Copies, since a function may change what it is given.
         handed: dict[str, Any] = {
-            name: [sample.extras.get(COLUMNS, {}).get(name) for sample in prompts] for name in columns
+            name: [copy.deepcopy(sample.extras.get(COLUMNS, {}).get(name)) for sample in prompts] for name in columns
         }
-        handed |= {"prompts": [sample.extras.get(ASKED) for sample in prompts], "completions": list(answers)}
+        asked = [copy.deepcopy(sample.extras.get(ASKED)) for sample in prompts]
+        handed |= {"prompts": asked, "completions": list(answers)}
         taken = _taken_by(function, handed)
         return function(**taken) if self.timeout is None else _within(self.timeout, lambda: function(**taken))
 

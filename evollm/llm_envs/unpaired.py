@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,8 +86,13 @@ class UnpairedGym(DatasetGym):
 
     @property
     def balance(self) -> Balance:
-        """How many of the answers of the first epoch are desirable."""
-        return Balance.of([pair.label for pair in self.epoch_pairs(0)])
+        """How many of an epoch's answers are desirable, with weighted sets on average over the epochs."""
+        sizes = Counter(pair.set_name for pair in self.train_pairs)
+        found = dict.fromkeys((DESIRABLE, UNDESIRABLE), 0.0)
+        for pair in self.train_pairs:
+            share = self.sets[pair.set_name]["drawn"] / sizes[pair.set_name] if self.sets else 1.0
+            found[DESIRABLE if pair.label == DESIRABLE else UNDESIRABLE] += share
+        return Balance(found[DESIRABLE], found[UNDESIRABLE])
 
     def _reward(self, numbers: NDArray[Any], pairs: Sequence[Sample]) -> float:
         labels = Batch(pairs).labels

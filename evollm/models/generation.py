@@ -31,6 +31,8 @@ _NEUTRAL: Mapping[str, Any] = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
     "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
     "exponential_decay_length_penalty": None,
     "guidance_scale": None,
     "watermarking_config": None,

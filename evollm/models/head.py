@@ -105,7 +105,8 @@ class _TokenLogprobs(torch.autograd.Function):
             # (n, V) logits, which become p - onehot(y) if differentiable.
             tile = linear(hidden[rows], weight, bias)
             if temperature != 1:
-                tile = tile.div_(temperature)
+                # In half precision the quotient would be rounded, and not be that of the logits that are sampled from.
+                tile = tile.to(wide).div_(temperature)
             if takes_kernel(tile):
                 log_softmax_rows(tile, targets[rows], logprobs[rows], overwrite=differentiable)
             else:

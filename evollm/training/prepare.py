@@ -206,6 +206,18 @@ def check_fitness(fitness: object, algorithm: Algorithm, trial: AnyEvaluation | 
     return function
 
 
+def _check_room_for_judged(agent: SavableAgent, env: DatasetGym, options: RunOptions) -> None:
+    """Refuse answers for a judge that do not fit into the base's positions."""
+    limit = agent.base.max_positions
+    if options.judging is None or limit is None or agent.base.is_encoder_decoder:
+        return
+    longest = max((len(pair.prompt_ids) for pair in (*env.test_pairs, *env.final_pairs)), default=0)
+    most = options.judging.max_new_tokens
+    if longest + most > limit:
+        fix = f"and the longest prompt, of {longest} tokens, do not fit into the base's {limit} positions: lower it"
+        raise ConfigurationError("judge.max_new_tokens", most, fix)
+
+
 def _check_measurable(guards: Guards, evaluate: Callable[..., object], owner: str) -> None:
     """Refuse a bound on the KL or on answers where `evaluate` cannot measure them."""
     for name in guards.measurements.keys() - inspect.signature(evaluate).parameters.keys():
@@ -232,6 +244,7 @@ def check_run(population: Sequence[SavableAgent], env: DatasetGym, options: RunO
         ConfigurationError: The population, the environment and the options do not fit together.
     """
     _check_types(population, env, algorithm)
+    _check_room_for_judged(population[0], env, options)
     if len({id(agent.base) for agent in population}) > 1:
         names = sorted({agent.base.name for agent in population})
         raise ConfigurationError("pop", names, "agents of different bases: build all on one, with DPO.population")

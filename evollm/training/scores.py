@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evollm.errors import EvoLLMError
+from evollm.by_main import computed_by_main
 from evollm.execution.executor import Executor
 from evollm.hpo import AnyEvaluation, Fitness, as_fitness
 from evollm.runs.events import Evaluated
@@ -58,24 +58,15 @@ class Scorer:
         Raises:
             Exception: The function has failed; in other processes than the main one an `EvoLLMError` with its text.
         """
-        processes = self._executor.processes
-        said: dict[str, Any] = {}
-        failed: Exception | None = None
-        if processes.is_main:
-            try:
-                bounded = {
-                    index: self._options.bounds.guarded(as_fitness(self._fitness(one)), one)
-                    for index, one in evaluations.items()
-                }
-                said["fitnesses"] = {str(index): fitness for index, fitness in bounded.items()}
-            except Exception as error:
-                failed, said["error"] = error, f"{type(error).__name__}: {error}"
-        said = processes.from_main(said)
-        if failed is not None:
-            raise failed
-        if "error" in said:
-            raise EvoLLMError(f"the fitness function has failed in the main process: {said['error']}")
-        return {int(index): tuple(fitness) for index, fitness in said["fitnesses"].items()}
+        bounds = self._options.bounds
+
+        def compute() -> dict[str, Fitness]:
+            return {
+                str(index): bounds.guarded(as_fitness(self._fitness(one)), one) for index, one in evaluations.items()
+            }
+
+        found = computed_by_main(self._executor.processes, compute, "the fitness function")
+        return {int(index): tuple(fitness) for index, fitness in found.items()}
 
     def score_all(self, progress: Progress, rows: int | None) -> Mapping[int, AnyEvaluation]:
         """Evaluate all members that have not diverged, and record the fitness of every member; see `score`."""

@@ -85,6 +85,9 @@ def hold_out_of_sets(sets: Mapping[str, object], row_format: RowFormat, parts: i
             own = [place - numbers.start for place in numbers if place in places]
             if own:
                 part[name] = rows.part(own)
+        if len(rows) and not len(train[name]):
+            fix = "were all held out, and none is left to learn from: add rows to the set, or give test_data"
+            raise DataError(f"data.{name}", f"{len(rows)} rows", fix)
     return SetSplits(train, found)
 
 

@@ -145,6 +145,14 @@ def test_a_mismatched_answer_is_that_of_the_row_before_and_ends_at_the_limit() -
     assert cut.mask.tolist() == [False, True]
 
 
+def test_a_mismatched_answer_is_not_that_of_a_copy_of_the_row() -> None:
+    first, second, third = make_batch().samples[:3]
+    others = mismatched(Batch([first, second, second, third, first]))
+    answers = [sample.completions[0] for sample in (third, first, first, second, third)]
+    assert [one.completions[0] for one in others] == answers
+    assert mismatched(Batch([first, first]))[0].completions[0] is first.completions[0]
+
+
 def test_answers_of_a_base_with_few_positions_are_cut_for_the_divergence(make_model, lora) -> None:
     agent = KTO(actor_network=make_model(max_position_embeddings=16), lora_config=lora)
     learnt = agent.learn(make_batch(shapes=[(12, 4), (2, 14), (15, 1), (3, 3), (4, 12)]))

@@ -149,3 +149,25 @@ def test_a_bound_on_the_win_rate_comes_before_the_fitness() -> None:
     for bound in (0, 1.5, "half"):
         with pytest.raises(ConfigurationError, match=r"guards\.min_win_rate="):
             Guards(min_win_rate=bound)
+
+
+def test_rows_of_several_sets_have_their_own_prompts_however_they_are_numbered() -> None:
+    def echoes(prompts, completions):
+        return [float(completion in prompt) for prompt, completion in zip(prompts, completions, strict=True)]
+
+    pairs = [AnswerPair(0, "one", "one", "two", 0, "a"), AnswerPair(0, "two", "one", "two", 1, "b")]
+    assert Judge(echoes).win_rates(pairs).tolist() == [1.0, 0.0]
+    with pytest.raises(ConfigurationError, match="on row 0 of b, 'two'"):
+        Judge(lambda completions: [0.0] * 2 + [math.nan] * (len(completions) - 2)).win_rates(pairs)
+
+
+def test_a_judge_that_changes_its_prompts_changes_nothing() -> None:
+    def grows(prompts, first, second):
+        for prompt in prompts:
+            prompt.append({"role": "assistant", "content": "more"})
+        return [float(len(prompt) == 2) for prompt in prompts]
+
+    prompt = [{"role": "user", "content": "Which?"}]
+    pair = AnswerPair(0, prompt, "a", "b")
+    assert Judge(grows).win_rates([pair, pair]).tolist() == Judge(grows).win_rates([pair]).tolist() * 2
+    assert len(prompt) == 1

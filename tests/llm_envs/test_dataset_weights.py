@@ -11,10 +11,11 @@ import pytest
 from conftest import make_examples, make_rows
 
 import evollm
-from evollm import ConfigurationError, DataError, PreferenceGym, SFTGym, UnpairedGym, replay
+from evollm import KTO, ConfigurationError, DataError, PreferenceGym, SFTGym, UnpairedGym, finetune_llm_kto, replay
 from evollm.cli import main
 from evollm.data import Batch
 from evollm.runs import read_run
+from evollm.tuning.splits import hold_out_of_sets
 
 WEIGHTS = {"helpful": 1, "harmless": 3}
 
@@ -211,3 +212,27 @@ def test_several_files_without_weights_are_refused_with_what_is_missing(make_mod
         evollm.tune(make_model(), {"a": "a.jsonl", "b": "b.jsonl"}, tokenizer=tokenizer)
     with pytest.raises(ConfigurationError, match=r"data.b=3: must be rows"):
         evollm.tune(make_model(), {"a": "a.jsonl", "b": 3}, tokenizer=tokenizer, dataset_weights={"a": 1, "b": 1})
+
+
+def test_labels_are_counted_over_the_epochs_in_which_a_small_set_comes(tokenizer, make_model, lora, tmp_path) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in make_rows(48)]
+    mixed = [{**row, "label": number % 2 == 0} for number, row in enumerate(rows[40:])]
+    data, weights = {"good": rows[:40], "mixed": mixed}, {"good": 40, "mixed": 1}
+    env = UnpairedGym(data, None, tokenizer, data_batch_size_per_gpu=8, dataset_weights=weights)
+    assert env.sets["mixed"]["drawn"] == 1
+    assert (env.balance.desirable, env.balance.undesirable) == pytest.approx((47.5, 0.5))
+    agent = KTO(actor_network=make_model(), lora_config=lora)
+    with pytest.warns(UserWarning, match="far from balance"):
+        finetune_llm_kto([agent], env, max_steps=1, verbose=False, run_dir=tmp_path / "run")
+
+
+def test_a_set_of_which_all_rows_are_held_out_is_named(tokenizer) -> None:
+    big, tiny = make_rows(60), make_rows(1, 60)
+    found = []
+    for seed in range(20):
+        try:
+            hold_out_of_sets({"big": big, "tiny": tiny}, PreferenceGym.row_format, 2, seed)
+        except DataError as error:
+            found.append(str(error))
+    assert found
+    assert all("data.tiny='1 rows': were all held out" in one for one in found)

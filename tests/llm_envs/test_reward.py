@@ -150,3 +150,54 @@ def test_none_says_nothing_and_numbers_may_be_of_any_type(tokenizer) -> None:
 def test_functions_weights_and_times_that_make_no_sense_are_refused(tokenizer, arguments, message) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make_env(tokenizer, **arguments)
+
+
+def test_a_function_that_changes_what_it_is_given_changes_nothing() -> None:
+    seen: list[list[int]] = []
+
+    def grows(prompts: list[Any], completions: list[str], notes: list[list[int]]) -> list[float]:
+        seen.append([len(prompt) + len(note) for prompt, note in zip(prompts, notes, strict=True)])
+        for prompt, note in zip(prompts, notes, strict=True):
+            prompt.append({"role": "assistant", "content": "more"})
+            note.append(1)
+        return [0.0] * len(completions)
+
+    env = make_env(make_tokenizer(chat_template=CHATML), grows, [{"prompt": TURNS, "notes": [1, 2]}])
+    prompt = env.train_pairs[0]
+    env.rewards.of_answers([prompt] * 3, ["a", "b", "c"])
+    assert seen == [[3, 3], [3, 3, 3]]
+    assert prompt.extras[ASKED] == TURNS
+    assert prompt.extras[COLUMNS] == {"notes": [1, 2]}
+
+
+def test_a_function_that_is_only_watched_may_say_anything(tokenizer) -> None:
+    def watched(completions: list[str]) -> list[float]:
+        return [float("nan"), float("-inf")] * (len(completions) // 2)
+
+    env = make_env(tokenizer, {"brevity": brevity, "watched": watched}, reward_weights=[2.0, 0.0])
+    prompts = env.train_pairs[:1] * 2
+    found = env.rewards.of_answers(prompts, ["abc", "abcd"])
+    assert env.rewards.total(found).tolist() == [-6.0, -8.0]
+    assert not np.isfinite(found[:, 1]).any()
+
+
+def test_the_main_process_alone_is_asked_for_rewards(tokenizer, monkeypatch) -> None:
+    class Second:
+        size, is_main = 2, False
+
+        def from_main(self, value: Any) -> Any:
+            assert value == {}
+            return {"value": [[1.0, float("nan")]]}
+
+    calls: list[int] = []
+
+    def counted(completions: list[str]) -> list[float]:
+        calls.append(len(completions))
+        return [0.0] * len(completions)
+
+    env = make_env(tokenizer, counted)
+    monkeypatch.setattr("evollm.llm_envs.rewards.Processes.present", Second)
+    found = env.rewards.of_answers(env.train_pairs[:2], ["a", "b"])
+    assert found[0, 0] == 1
+    assert np.isnan(found[1, 0])
+    assert calls == [2]

@@ -58,6 +58,16 @@ def test_log_probs_of_a_bfloat16_head_are_float32() -> None:
 
 
 @pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("temperature", [0.6, 1.3])
+def test_log_probs_of_a_bfloat16_head_at_a_temperature_are_those_of_its_logits(temperature: float) -> None:
+    hidden, weight, _, targets = inputs(torch.bfloat16)
+    found = token_logprobs(8 * hidden, weight, None, targets, temperature=temperature)
+    logits = torch.nn.functional.linear(8 * hidden, weight).double() / temperature
+    expected = logits.log_softmax(dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.usefixtures("device")
 def test_nothing_is_kept_for_a_gradient_that_nobody_wants() -> None:
     hidden, weight, _, targets = inputs()
     with torch.no_grad():

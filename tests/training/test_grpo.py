@@ -17,6 +17,7 @@ from evollm import (
     Callback,
     ConfigurationError,
     HyperparameterConfig,
+    Judge,
     Mutations,
     PreferenceGym,
     RewardGym,
@@ -312,9 +313,35 @@ def test_a_judge_compares_the_answers_of_agents_that_learn_from_rewards(make, en
         return [1.0] * len(first)
 
     *_, (fitness,) = finetune_llm_reasoning(
-        make(), env, max_steps=1, judge=first_is_best, fitness="win_rate", run_dir=tmp_path / "run", **QUIET
+        make(),
+        env,
+        max_steps=1,
+        judge=Judge(first_is_best, max_new_tokens=4),
+        fitness="win_rate",
+        run_dir=tmp_path / "run",
+        **QUIET,
     )
     assert fitness == 0.5
     assert set(asked) <= {row["prompt"] for row in prompts(12)}
     evaluation = read_run(tmp_path / "run").evaluations[-1]
     assert {"reward", "win_rate"} <= evaluation.scores.keys()
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights"),
+    [({"vowels": vowels, "other": vowels}, [0, 1]), ({"vowels": vowels, "more": vowels}, [1, 0])],
+)
+def test_a_run_goes_on_with_the_rewards_that_it_began_with(make, tokenizer, tmp_path, functions, weights) -> None:
+    def gym(functions: Any, weights: Any) -> RewardGym:
+        return RewardGym(prompts(4), None, tokenizer, functions, data_batch_size_per_gpu=2, reward_weights=weights)
+
+    def go(env: RewardGym, steps: int, **more: Any) -> Any:
+        agents = make(group_size=2, max_completion_length=2, beta=0.0)
+        return finetune_llm_reasoning(agents, env, max_steps=steps, checkpoint_steps=1, **more, **QUIET)
+
+    first = {"vowels": vowels, "other": vowels}
+    go(gym(first, [1, 0]), 1, run_dir=tmp_path / "run")
+    with pytest.raises(ConfigurationError, match=r"data\.rewards"):
+        go(gym(functions, weights), 2, resume_from_checkpoint=tmp_path / "run")
+    (agent,), _ = go(gym(first, [1, 0]), 2, resume_from_checkpoint=tmp_path / "run")
+    assert agent.steps == 2

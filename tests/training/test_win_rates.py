@@ -26,7 +26,7 @@ from evollm.execution.executor import Agreement
 from evollm.execution.judged import JudgedExecutor
 from evollm.execution.local import LocalExecutor
 from evollm.execution.wire import from_bytes, to_bytes
-from evollm.hpo import AnswerPair, Judge
+from evollm.hpo import AnswerPair, AnswerSampling, Judge
 from evollm.models.generation import greedy_answers
 from evollm.report import write_report
 from evollm.runs.evaluations import read_evaluations
@@ -138,7 +138,7 @@ def test_what_cannot_be_judged_is_refused_before_training(run, tmp_path, make_po
         raise ValueError("no such model")
 
     with pytest.raises(ConfigurationError, match=r"fails raised ValueError: no such model.*on row 0, 'Question 50"):
-        run("fails", judge=fails)
+        run("fails", judge=Judge(fails, max_new_tokens=4))
     with pytest.raises(ConfigurationError, match=r"judge=None: a win rate is measured only with one"):
         run("without", judge=None, fitness="win_rate")
     with pytest.raises(ConfigurationError, match=r"judge=None"):
@@ -184,7 +184,9 @@ def test_the_main_process_alone_judges_and_its_errors_are_everyones(gym, make_po
     # Processes exchange answers as plain data.
     pair = AnswerPair(1, [{"role": "user", "content": "Hello"}], "Hi", "")
     assert from_bytes(to_bytes({0: [pair]})) == {0: [pair]}
-    second: Agreement = Second([{"value": None}, {"value": [0.25, 1.0]}, {"error": ["judge", "broken", "correct it"]}])
+    second: Agreement = Second(
+        [{"value": None}, {"value": [0.25, 1.0]}, {"refused": ["judge", "broken", "correct it"]}]
+    )
     executor.processes = second
     judged = JudgedExecutor(executor, Judge(never, prompts=2, max_new_tokens=2), (0, "Hello"))
     assert judged.evaluate("test")[0].win_rates[:2].tolist() == [0.25, 1.0]
@@ -207,3 +209,21 @@ def test_completions_and_labelled_answers_are_judged_against_the_base(
     agents = KTO.population(2, actor_network=make_model(), lora_config=lora, lr=1e-2)
     _, fitnesses = finetune_llm_kto(agents, unpaired, max_steps=2, run_dir=tmp_path / "kto", **settings)
     assert all(0 <= fitness <= 1 for fitness in fitnesses)
+
+
+def test_a_prompt_of_several_rows_is_judged_once_in_its_place(make_model, lora, tokenizer) -> None:
+    pairs = make_rows(4)
+    env = UnpairedGym(make_rows(4, 8), [*pairs, *pairs[:2]], tokenizer, data_batch_size_per_gpu=4)
+    agent = KTO(actor_network=make_model(), lora_config=lora, lr=1e-2)
+    executor = LocalExecutor([agent], env)
+    found = executor.compared_answers("test", [0], AnswerSampling(16, 3))[0]
+    # Each pair is two answers, and the last two pairs are the first ones again.
+    assert [pair.place for pair in found] == [0, 2, 4, 6]
+    judged = JudgedExecutor(executor, Judge(first_is_better, max_new_tokens=3), (0, "Hello")).evaluate("test")[0]
+    assert np.flatnonzero(np.isfinite(judged.win_rates)).tolist() == [0, 2, 4, 6]
+    assert judged.win_rate == 0.5
+
+
+def test_answers_that_do_not_fit_into_the_positions_are_refused_before_training(run) -> None:
+    with pytest.raises(ConfigurationError, match=r"judge\.max_new_tokens=5000: .* do not fit into the base's"):
+        run("long", judge=Judge(digits, max_new_tokens=5000))
