@@ -152,6 +152,7 @@ def test_answers_end_at_tokens_strings_and_the_limit(base, tokenizer) -> None:
     "settings",
     [
         {"repetition_penalty": 3.0},
+        {"forced_eos_token_id": 9},
         {"suppress_tokens": [*range(5, 40)]},
         {"min_new_tokens": 6, "no_repeat_ngram_size": 1},
     ],
