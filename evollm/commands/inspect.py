@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from evollm.commands.parsing import Subparsers, add_command
+from evollm.commands.parsing import OWN, Subparsers, add_command
 
 
 def add_to(commands: Subparsers) -> None:
@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> None:
     from evollm.errors import DataError
     from evollm.inspection import inspect_data, print_inspection
 
-    arguments = {name: value for name, value in vars(options).items() if name != "run"}
+    arguments = {name: value for name, value in vars(options).items() if name not in OWN}
     files = arguments.pop("data")
     if arguments["columns"] is not None:
         arguments["columns"] = parse_config(arguments["columns"], "--columns")

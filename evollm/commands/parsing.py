@@ -9,6 +9,8 @@ from typing import TypeAlias
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 AddCommand: TypeAlias = Callable[[Subparsers], None]
 Command: TypeAlias = Callable[[argparse.Namespace], None]
+# What a parsed command line holds beside the command's arguments.
+OWN = frozenset({"run", "command", "together"})
 
 
 def add_command(
