@@ -139,7 +139,7 @@ def test_samples_of_which_one_goes_on_are_not_the_same() -> None:
     assert len(keys) == 4
 
 
-@pytest.mark.parametrize("sizes", [(0, 3), (3,), (3, 0), (3, 2, 0)])
+@pytest.mark.parametrize("sizes", [(0, 3), (0,), (3, 0), (3, 2, 0)])
 def test_a_sample_without_a_prompt_or_with_an_empty_completion_is_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="at least one token"):
         Sample.of(*map(np.arange, sizes))

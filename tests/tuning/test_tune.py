@@ -237,7 +237,7 @@ def test_an_unknown_name_raises_with_the_nearest_known_one(tune, name, nearest) 
         ({"lr": True}, "lr=True: must be a number"),
         ({"num_epochs": 1.5}, "num_epochs=1.5: must be a whole number or null"),
         ({"population": 0}, "population=0: must be a whole number of at least 1"),
-        ({"algorithm": "ppo"}, "algorithm='ppo': must be one of dpo, kto, sft"),
+        ({"algorithm": "ppo"}, "algorithm='ppo': must be one of dpo, grpo, kto, sft"),
         ({"hp_config": {"lr": [1e-3]}}, r"hp_config.lr=\[0.001\]: must be"),
         ({"hp_config": {"lr": {"min": 1e-3, "max": 1e-4}}}, "hp_config.lr.min=0.001: must be below"),
         ({"hp_config": {"lr": {"minimum": 1}}}, "minimum.*nearest known one is 'min'"),
