@@ -89,9 +89,9 @@ class UnpairedGym(DatasetGym):
         """How many of an epoch's answers are desirable, with weighted sets on average over the epochs."""
         sizes = Counter(pair.set_name for pair in self.train_pairs)
         found = dict.fromkeys((DESIRABLE, UNDESIRABLE), 0.0)
-        for pair in self.train_pairs:
-            share = self.sets[pair.set_name]["drawn"] / sizes[pair.set_name] if self.sets else 1.0
-            found[DESIRABLE if pair.label == DESIRABLE else UNDESIRABLE] += share
+        for (name, label), count in Counter((pair.set_name, pair.label) for pair in self.train_pairs).items():
+            drawn = self.sets[name]["drawn"] if self.sets else sizes[name]
+            found[DESIRABLE if label == DESIRABLE else UNDESIRABLE] += count * drawn / sizes[name]
         return Balance(found[DESIRABLE], found[UNDESIRABLE])
 
     def _reward(self, numbers: NDArray[Any], pairs: Sequence[Sample]) -> float:
