@@ -9,10 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from textwrap import shorten
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,13 +19,12 @@ from evollm.checks import finite_number, positive_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import TIE, FloatArray
 from evollm.hpo.guards import AnswerSampling
+from evollm.user_functions import as_list, as_number, first_failing, first_words
 
 # (prompts, first, second) -> preferences for the first answers, or (prompts, completions) -> rewards; lists of equal
 # lengths, by name.
 JudgeFunction: TypeAlias = Callable[..., Sequence[Any]]
 
-# Most characters of a prompt that a message quotes.
-_QUOTED = 60
 _COMPARES, _SCORES = frozenset({"first", "second"}), frozenset({"completions"})
 _KINDS = "must be a function with the arguments prompts, first and second, or with prompts and completions"
 _TRIAL = ("An answer.", "Another answer.")
@@ -167,13 +164,14 @@ class Judge:
             given = self._call(asked, names)
         except Exception as error:  # Whatever the user's function raises.
             what = f"{self.name} raised {type(error).__name__}: {error}"
-            raise _error(what, self._culprit(asked, names), "correct it") from error
-        values = _as_list(given)
+            culprit = first_failing(asked, lambda one: self._call([one], names))
+            raise _error(what, culprit[0], "correct it") from error
+        values = as_list(given)
         if values is None or len(values) != len(asked):
             shown = type(given).__name__ if values is None else f"{len(values)} values"
             fix = "must return a list with a number for each"
             raise _error(f"{self.name} returned {shown} for {len(asked)} questions", asked[0][0], fix)
-        numbers = [_number(value) for value in values]
+        numbers = [math.nan if (number := as_number(value)) is None else number for value in values]
         within = f"from 0 to {largest:.0f}" if math.isfinite(largest) else "that is finite"
         for number, value, (pair, *_) in zip(numbers, values, asked, strict=True):
             if not math.isfinite(number) or (math.isfinite(largest) and not 0 <= number <= largest):
@@ -187,15 +185,6 @@ class Judge:
             # Copies, since a function may change what it is given.
             lists["prompts"] = [copy.deepcopy(pair.prompt) for pair in pairs]
         return self.function(**lists)
-
-    def _culprit(self, asked: Sequence[tuple[Any, ...]], names: Sequence[str]) -> AnswerPair:
-        """The first pair at which the function raises by itself; else the first pair."""
-        for one in asked:
-            try:
-                self._call([one], names)
-            except Exception:  # Whatever the user's function raises.
-                return one[0]  # type: ignore[no-any-return]
-        return asked[0][0]  # type: ignore[no-any-return]
 
 
 def judge_of(value: object) -> Judge:
@@ -224,22 +213,7 @@ def _taken_by(function: object) -> tuple[frozenset[str], bool]:
     raise ConfigurationError("judge", function, f"{_KINDS}, and this one takes {', '.join(sorted(names)) or 'none'}")
 
 
-def _as_list(given: Any) -> list[Any] | None:
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        return None
-    try:
-        return list(given)
-    except TypeError:  # a tensor or an array without dimensions
-        return None
-
-
-def _number(value: Any) -> float:
-    plain = value.item() if getattr(value, "ndim", None) == 0 else value
-    return float(plain) if isinstance(plain, Real) else math.nan
-
-
 def _error(what: str, pair: AnswerPair, fix: str) -> ConfigurationError:
-    last = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1].get("content", "") if pair.prompt else ""
-    words = shorten(str(last), _QUOTED, placeholder=" ...")
+    words = first_words(pair.prompt)
     where = f"row {pair.row}" + (f" of {pair.set_name}" if pair.set_name else "")
     return ConfigurationError("judge", what, f"on {where}, {words!r}: {fix}")

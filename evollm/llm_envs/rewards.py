@@ -7,8 +7,6 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from textwrap import shorten
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,11 +18,10 @@ from evollm.data.prompt_rows import ASKED, COLUMNS
 from evollm.data.samples import Sample
 from evollm.errors import ConfigurationError
 from evollm.processes import Processes
+from evollm.user_functions import as_list, as_number, first_failing, first_words
 
 # (prompts, completions, **columns) -> a number for each completion, or None where the function says nothing of it.
 RewardFunction: TypeAlias = Callable[..., Sequence[Any]]
-# Most characters of a prompt that a message quotes.
-_QUOTED = 60
 _FIX = "must be a function, a list of functions, or a mapping of names to functions"
 
 
@@ -108,9 +105,10 @@ class Rewards:
             what = f"{name} has not returned within reward_timeout={self.timeout:g} s"
             raise _error(what, prompts[0], "let it stop by itself, or give it more time") from None
         except Exception as error:
-            culprit = self._culprit(function, prompts, answers)
+            asked = list(zip(prompts, answers, strict=True))
+            culprit, _ = first_failing(asked, lambda one: self._called(function, one[:1], one[1:]))
             raise _error(f"{name} raised {type(error).__name__}: {error}", culprit, "correct it") from error
-        values = _as_list(given)
+        values = as_list(given)
         if values is None or len(values) != len(answers):
             shown = type(given).__name__ if values is None else f"{len(values)} values"
             what = f"{name} returned {shown} for {len(answers)} completions"
@@ -127,15 +125,6 @@ class Rewards:
         handed |= {"prompts": asked, "completions": list(answers)}
         taken = _taken_by(function, handed)
         return function(**taken) if self.timeout is None else _within(self.timeout, lambda: function(**taken))
-
-    def _culprit(self, function: RewardFunction, prompts: Sequence[Sample], answers: Sequence[str]) -> Sample:
-        """The first prompt on whose answer alone the function raises too; else the first prompt."""
-        for prompt, answer in zip(prompts, answers, strict=True):
-            try:
-                self._called(function, [prompt], [answer])
-            except Exception:  # Whatever the user's function raises.
-                return prompt
-        return prompts[0]
 
 
 def _named(functions: object) -> dict[str, RewardFunction]:
@@ -210,27 +199,16 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def _as_list(given: Any) -> list[Any] | None:
-    if isinstance(given, str | bytes | Mapping):
-        return None
-    try:
-        return list(given)
-    except TypeError:
-        return None
-
-
 def _number(name: str, value: Any, prompt: Sample) -> float:
     """A value as a number; 0 for None, with which a function says nothing of an answer."""
     if value is None:
         return 0.0
-    plain = value.item() if getattr(value, "ndim", None) == 0 else value
-    if not isinstance(plain, Real):
+    number = as_number(value)
+    if number is None:
         raise _error(f"{name} returned {value!r}", prompt, "must return a number for each completion")
-    return float(plain)
+    return number
 
 
 def _error(what: str, prompt: Sample, fix: str) -> ConfigurationError:
-    asked = prompt.extras.get(ASKED)
-    text = asked if isinstance(asked, str) else str(asked[-1].get("content", "")) if asked else ""
-    words = shorten(text, _QUOTED, placeholder=" ...")
+    words = first_words(prompt.extras.get(ASKED))
     return ConfigurationError("reward_functions", what, f"on row {prompt.row}, {words!r}: {fix}")
