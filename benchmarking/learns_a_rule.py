@@ -57,9 +57,8 @@ def main() -> int:
 
 def by_kto(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[Any, Any, Callable[[], int], str]:
     """A KTO agent, its gym, and its training."""
-    env = UnpairedGym(
-        demo_pairs("train"), demo_pairs("selection"), tokenizer, data_batch_size_per_gpu=options.batch_size
-    )
+    held_out = demo_pairs("selection")[: options.held_out]
+    env = UnpairedGym(demo_pairs("train"), held_out, tokenizer, data_batch_size_per_gpu=options.batch_size)
     agent = KTO(actor_network=model, lr=options.lr, seed=options.seed)
 
     def learn() -> int:
@@ -76,6 +75,7 @@ def by_grpo(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[An
         return [-len(tokenizer(text)["input_ids"]) / options.tokens for text in completions]
 
     prompts, held_out = ([{"prompt": row["prompt"]} for row in demo_pairs(split)] for split in ("train", "selection"))
+    held_out = held_out[: options.held_out]
     batch_size = max(1, options.batch_size // GROUP)
     env = RewardGym(prompts, held_out, tokenizer, shortness, data_batch_size_per_gpu=batch_size)
     agent = GRPO(
@@ -104,6 +104,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="model folder or name (default: the demo's)")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=8, help="answers in a step")
+    parser.add_argument("--held-out", type=int, default=24, help="prompts that are answered before and after")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
