@@ -39,7 +39,8 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     agent, env, learn, noun = LEARNERS[options.algorithm](model, tokenizer, options)
-    prompts = [pair.prompt_ids for pair in env.test_pairs]
+    # Both sides of a pair are rows of their own for KTO.
+    prompts = list({tuple(row.prompt_ids): row.prompt_ids for row in env.test_pairs}.values())
 
     def reward() -> float:
         """The mean reward of greedy answers to the held-out prompts."""
