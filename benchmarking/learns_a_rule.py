@@ -1,12 +1,13 @@
-"""Do KTO and GRPO learn what a rule rewards? The demo's model, the rule "short answers", prompts held out.
+"""Do KTO and GRPO learn what a rule rewards? The demo's model, prompts held out.
 
     python benchmarking/learns_a_rule.py kto
     python benchmarking/learns_a_rule.py grpo
 
-The reward of an answer is minus its number of tokens over the limit of `--tokens`, so between -1 and 0. KTO sees the
-sides of the demo's pairs, the shorter ones as desirable answers; GRPO answers the same prompts itself and sees rewards
-alone. Printed are the mean reward of greedy answers to held-out prompts before and after, answers learnt from, and the
-wall time. Exits with 1 when the held-out reward has not risen.
+KTO learns "short answers": the reward is minus the number of tokens over their limit, and it sees the sides of the
+demo's pairs, the shorter ones as desirable. GRPO learns "short words": the reward is minus the mean number of letters in
+a word, and it answers the same prompts itself and sees rewards alone. (The model's own answers nearly all reach a limit
+of tokens that a CPU has time for, and equal rewards teach nothing.) Printed are the mean reward of greedy answers to
+held-out prompts before and after, answers learnt from, and the wall time. Exits with 1 when the reward has not risen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from throughput import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,10 +26,10 @@ from transformers.utils import logging as transformers_logging
 
 from evollm import GRPO, KTO, RewardGym, UnpairedGym, finetune_llm_kto, finetune_llm_reasoning
 from evollm.demo import demo_model, demo_pairs
-from evollm.models.generation import greedy_lengths
+from evollm.models.generation import greedy_answers, greedy_lengths
 
 # Answers to a prompt.
-GROUP = 4
+GROUP = 8
 
 
 def main() -> int:
@@ -38,14 +40,16 @@ def main() -> int:
     folder = options.model or str(demo_model())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    agent, env, learn, noun = LEARNERS[options.algorithm](model, tokenizer, options)
+    (agent, env, learn, noun), reward_of = (
+        LEARNERS[options.algorithm](model, tokenizer, options),
+        RULES[options.algorithm],
+    )
     # Both sides of a pair are rows of their own for KTO.
     prompts = list({tuple(row.prompt_ids): row.prompt_ids for row in env.test_pairs}.values())
 
     def reward() -> float:
         """The mean reward of greedy answers to the held-out prompts."""
-        lengths = greedy_lengths(agent.base, [agent.actor_adapter], prompts, tokenizer, options.tokens)[0]
-        return -sum(lengths) / len(lengths) / options.tokens
+        return reward_of(agent, prompts, tokenizer, options.tokens)
 
     before, start = reward(), time.perf_counter()
     answers = learn()
@@ -71,14 +75,10 @@ def by_kto(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[Any
 
 def by_grpo(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[Any, Any, Callable[[], int], str]:
     """A GRPO agent, its gym, and its training."""
-
-    def shortness(completions: list[str]) -> list[float]:
-        return [-len(tokenizer(text)["input_ids"]) / options.tokens for text in completions]
-
     prompts, held_out = ([{"prompt": row["prompt"]} for row in demo_pairs(split)] for split in ("train", "selection"))
     held_out = held_out[: options.held_out]
     batch_size = max(1, options.batch_size // GROUP)
-    env = RewardGym(prompts, held_out, tokenizer, shortness, data_batch_size_per_gpu=batch_size)
+    env = RewardGym(prompts, held_out, tokenizer, short_words, data_batch_size_per_gpu=batch_size)
     agent = GRPO(
         actor_network=model,
         lr=options.lr,
@@ -95,7 +95,23 @@ def by_grpo(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[An
     return agent, env, learn, f"own answers, {GROUP} to a prompt,"
 
 
+def short_words(completions: list[str]) -> list[float]:
+    """Minus the mean number of letters of a word of each text."""
+    return [-float(np.mean([len(word) for word in text.split()] or [0.0])) for text in completions]
+
+
+def shortness(agent: Any, prompts: Sequence[Any], tokenizer: Any, tokens: int) -> float:
+    """Minus the mean number of tokens of the answers, over their limit."""
+    return -float(np.mean(greedy_lengths(agent.base, [agent.actor_adapter], prompts, tokenizer, tokens)[0])) / tokens
+
+
+def shortness_of_words(agent: Any, prompts: Sequence[Any], tokenizer: Any, tokens: int) -> float:
+    """The mean of `short_words` over the answers."""
+    return float(np.mean(short_words(greedy_answers(agent.base, [agent.actor_adapter], prompts, tokenizer, tokens)[0])))
+
+
 LEARNERS = {"kto": by_kto, "grpo": by_grpo}
+RULES = {"kto": shortness, "grpo": shortness_of_words}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -104,12 +120,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("algorithm", choices=LEARNERS)
     parser.add_argument("--model", help="model folder or name (default: the demo's)")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=8, help="answers in a step")
+    parser.add_argument("--batch-size", type=int, help="answers in a step (default: 8 of KTO, 32 of GRPO)")
     parser.add_argument("--held-out", type=int, default=24, help="prompts that are answered before and after")
-    parser.add_argument("--tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--tokens", type=int, help="longest answer (default: 64 of KTO, 16 of GRPO)")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    by_default = {"kto": (8, 64), "grpo": (32, 16)}[options.algorithm]
+    options.batch_size, options.tokens = options.batch_size or by_default[0], options.tokens or by_default[1]
+    return options
 
 
 if __name__ == "__main__":
