@@ -4,7 +4,7 @@
     python benchmarking/learns_a_rule.py grpo
 
 KTO learns "short answers": the reward is minus the number of tokens over their limit, and it sees the sides of the
-demo's pairs, the shorter ones as desirable. GRPO learns "short words": the reward is minus the mean number of letters in
+demo's pairs, the shorter ones as desirable. GRPO learns "short words": the reward is minus the mean letters in
 a word, and it answers the same prompts itself and sees rewards alone. (The model's own answers nearly all reach a limit
 of tokens that a CPU has time for, and equal rewards teach nothing.) Printed are the mean reward of greedy answers to
 held-out prompts before and after, answers learnt from, and the wall time. Exits with 1 when the reward has not risen.
