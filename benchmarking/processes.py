@@ -1,11 +1,11 @@
-"""What do several processes save, with members divided among them, and with batches?
+"""What do several processes save, with members divided among them, with batches, and with both?
 
     python benchmarking/processes.py
 
 A population on a random Llama learns from the demo's pairs, with a tournament in the middle, in 1, 2 and 4 processes of
 one thread each, in turns. Printed are seconds of a run from its first step to its end, the median over the rounds, and
-the times of one process divided by that. With more processes than cores they only take turns, so that the ratio shows
-what the division costs.
+the times of one process divided by that. "members by 2" is two processes for each share of the members. With more
+processes than cores they only take turns, so that the ratio shows what the division costs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from evollm import (
 )
 from evollm.demo import demo_model, demo_pairs
 
-WAYS = ((1, "members"), (2, "members"), (2, "data"), (4, "members"))
+# Processes, what they divide, and how many hold members together.
+WAYS = ((1, "members", 1), (2, "members", 1), (2, "data", 1), (4, "members", 1), (4, "members", 2))
 TIMEOUT = 1800
 
 
@@ -51,21 +52,34 @@ def main() -> None:
     if options.parallel:
         _train(options)
         return
-    seconds: dict[tuple[int, str], list[float]] = {way: [] for way in WAYS}
+    seconds: dict[tuple[int, str, int], list[float]] = {way: [] for way in WAYS}
     for number in range(options.rounds):
-        for processes, parallel in WAYS:
-            print(f"round {number + 1} of {options.rounds}: {processes} processes, {parallel} ...", flush=True)
-            seconds[processes, parallel].append(_launch(processes, parallel, options))
-    alone = median(seconds[1, "members"])
+        for way in WAYS:
+            print(f"round {number + 1} of {options.rounds}: {way[0]} processes, {_divided(*way[1:])} ...", flush=True)
+            seconds[way].append(_launch(*way, options))
+    alone = median(seconds[1, "members", 1])
     print(f"\n{machine()}, {date.today()}; {options.members} members, {options.steps} steps")
-    print(f"{'processes':>10}  {'divided':<10}{'seconds':>9}{'times one':>11}")
-    for (processes, parallel), found in seconds.items():
-        print(f"{processes:>10}  {parallel:<10}{median(found):>9.1f}{alone / median(found):>11.2f}")
+    print(f"{'processes':>10}  {'divided':<14}{'seconds':>9}{'times one':>11}")
+    for (processes, *how), found in seconds.items():
+        print(f"{processes:>10}  {_divided(*how):<14}{median(found):>9.1f}{alone / median(found):>11.2f}")
 
 
-def _launch(processes: int, parallel: str, options: argparse.Namespace) -> float:
+def _divided(parallel: str, together: int) -> str:
+    return parallel if together == 1 else f"{parallel} by {together}"
+
+
+def _launch(processes: int, parallel: str, together: int, options: argparse.Namespace) -> float:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
-    command += ["--parallel", parallel, "--members", str(options.members), "--steps", str(options.steps)]
+    command += [
+        "--parallel",
+        parallel,
+        "--together",
+        str(together),
+        "--members",
+        str(options.members),
+        "--steps",
+        str(options.steps),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -118,6 +132,7 @@ def _train(options: argparse.Namespace) -> None:
         verbose=False,
         accelerator=accelerator,
         parallel=options.parallel,
+        processes_per_worker=options.together,
         callbacks=[clock],
     )
     if accelerator.is_main_process:
@@ -130,6 +145,7 @@ def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parallel", help=argparse.SUPPRESS)
+    parser.add_argument("--together", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -3,8 +3,9 @@
 In data parallelism every process has the base, all adapters and all optimizers, unless DeepSpeed or FSDP shards them,
 and gets the same batches. It computes a share of the pairs; log-probs and gradients are all-reduced, and all later
 computations are the same in each process. The traffic is small: nearly all of it is one all-reduce of an adapter's
-gradients for each agent and step. A sharded base adds the gathering of each layer for each pass. Where each process has
-members of its own instead (`evollm.execution.members`), a worker computes inside `Processes.bound`, as one process.
+gradients for each agent and step. A sharded base adds the gathering of each layer for each pass. Where processes have
+members of their own instead (`evollm.execution.members`), a worker computes inside `Processes.bound`: as one process,
+or as the processes of a group, which divide the batches of their members.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -61,6 +63,28 @@ class Processes:
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
+
+    def in_groups(self, size: int) -> Processes:
+        """The group of this process, of groups of consecutive ranks; each of all launched processes must call this.
+
+        The groups of a size are made once, since each holds connections.
+
+        Args:
+            size: Processes in a group, a divisor of all.
+        """
+        if size == 1:
+            return Processes()
+        if size == self.size:
+            return self
+        every = dist.group.WORLD
+        assert every is not None
+        key = every, size
+        if key not in _GROUPS:
+            # With the timeout that the user gave all processes, not that of the backend.
+            timeout: timedelta = every._get_backend(self._device).options._timeout
+            group, _ = dist.new_subgroups(size, timeout=timeout)
+            _GROUPS[key] = Processes(self.rank % size, size, group)
+        return _GROUPS[key]
 
     @contextmanager
     def bound(self) -> Iterator[None]:
@@ -165,6 +189,16 @@ class Processes:
 
 # The innermost block of `bound` counts.
 _BOUND: list[Processes] = []
+# The group of this process by the process group of all and the number of processes in a group.
+_GROUPS: dict[tuple[Any, int], Processes] = {}
+
+
+def launch_store(prefix: str) -> Any:
+    """The launcher's store of connected processes, which works while some have failed; keys begin with a prefix."""
+    # Not exported, and the only store that is still there when the main process has ended.
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # noqa: PLC0415
+
+    return PrefixStore(prefix, _get_default_store())
 
 
 def uses_deepspeed(accelerator: Any) -> bool:

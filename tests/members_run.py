@@ -131,7 +131,16 @@ def train(
         ],
         "scores": scores,
         "adapters": len(population[0].base.adapters.names),
+        "share": share_of_layers(population[0].base),
     }
+
+
+def share_of_layers(base: Any) -> float:
+    """The share of the layers' own weights that this process holds."""
+    own = [one for layer in base.layers.modules for name, one in layer.named_parameters() if ".lora_" not in name]
+    held = getattr(base.layers.gathered, "__self__", None)
+    shards = own if held is None else held.shards
+    return sum(one.numel() for one in shards) / sum(one.numel() for one in own)
 
 
 def refused(folder: Path, accelerator: Accelerator, **changes: Any) -> str:

@@ -98,7 +98,6 @@ def _store() -> Any:
 
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    # Not exported, and the only store that is still there when the main process has ended.
-    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+    from evollm.processes import launch_store
 
-    return PrefixStore("evollm", _get_default_store())
+    return launch_store("evollm")

@@ -34,7 +34,8 @@ class ShardedLayers:
     """
 
     def __init__(self, layers: Sequence[nn.Module], device: torch.device, ignored: set[nn.Parameter]) -> None:
-        mesh = init_device_mesh(device.type, (Processes.present().size,))
+        self._device, self._processes = device, Processes.present()
+        mesh = _mesh_of(self._processes, device)
         self._units = {id(layer): _Unit.of(layer, mesh, device, ignored) for layer in layers}
 
     @property
@@ -53,6 +54,25 @@ class ShardedLayers:
         finally:
             for unit in units:
                 unit.empty()
+
+    def regroup(self, processes: Processes) -> None:
+        """Shard the layers over the processes of a group, one layer after the other.
+
+        Args:
+            processes: Those of this process's group; all processes that hold a share by now must call this.
+        """
+        if processes.group is self._processes.group:
+            return
+        mesh = _mesh_of(processes, self._device)
+        for key, unit in self._units.items():
+            self._units[key] = unit.over(mesh, self._device)
+        self._processes = processes
+
+
+def _mesh_of(processes: Processes, device: torch.device) -> DeviceMesh:
+    if processes.group is None:
+        return init_device_mesh(device.type, (processes.size,))
+    return DeviceMesh.from_group(processes.group, device.type)
 
 
 def shard_layers(model: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> ShardedLayers:
@@ -149,6 +169,15 @@ class _Unit:
         unit = cls(module, slots)
         unit.empty()
         return unit
+
+    def over(self, mesh: DeviceMesh, device: torch.device) -> _Unit:
+        """The same layer, sharded over other processes."""
+        self.fill()
+        weights = {id(slot.parameters[slot.name]) for slot in self.slots}
+        layer = cast(_Uncalled, self.module).layer
+        # What stayed whole, and the adapters that the layer has by now.
+        ignored = {one for one in layer.parameters() if id(one) not in weights}
+        return _Unit.of(layer, mesh, device, ignored)
 
     @torch.no_grad()
     def fill(self) -> None:

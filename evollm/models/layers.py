@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from evollm.processes import Processes
+
 ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 
@@ -54,6 +56,7 @@ class LayerStack:
         fan_out: See `FanOut`; None: all rows run through all layers.
         gathered: Context manager in which layers of a sharded base have all their weights; None: the base is not
             sharded.
+        regroup: Shards a sharded base over other processes; None: the base is not sharded, or only over all.
         routed_from: Index of the first layer with adapters of the rows that the present forward pass routes; None: no
             rows are routed. Compiled code is for routed rows and for training: other passes, above all those of the
             probe, are too various to compile.
@@ -65,6 +68,7 @@ class LayerStack:
         self.fan_out: FanOut | None = None
         self.routed_from: int | None = None
         self.gathered: Callable[[Sequence[nn.Module]], AbstractContextManager[Any]] | None = None
+        self.regroup: Callable[[Processes], None] | None = None
         self.modules = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._forwards = [_LayerForward(layer, index, self) for index, layer in enumerate(self.modules)]
 

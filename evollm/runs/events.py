@@ -111,7 +111,7 @@ class WorkerHome:
     Attributes:
         worker: Number of the worker, for people; it keeps it as long as the run goes on.
         machine: Name of the machine.
-        process: Number of the process on it.
+        process: Number of the process on it; of the first one, if several hold the worker together.
     """
 
     worker: int

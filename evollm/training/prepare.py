@@ -19,7 +19,7 @@ from evollm.errors import ConfigurationError
 from evollm.execution.crossover import check_crossover
 from evollm.execution.executor import Combines, Executor, ExecutorFactory, check_executor
 from evollm.execution.judged import JudgedExecutor, first_row
-from evollm.execution.members import check_parallel, executor_of
+from evollm.execution.members import check_parallel, check_processes_per_worker, executor_of
 from evollm.execution.named import RAY, executor_named
 from evollm.hpo import (
     AnyEvaluation,
@@ -65,6 +65,7 @@ class RunArguments:
         callbacks: Called with every event, in this order.
         executor: Makes the executor of the agents and the gym.
         parallel: What several processes divide, if the executor is the default one.
+        processes_per_worker: Processes that hold members together.
         terms: The terms of the score by which candidates of `merge` are compared; None without `merge`.
     """
 
@@ -75,6 +76,7 @@ class RunArguments:
     callbacks: Sequence[Callback]
     executor: ExecutorFactory
     parallel: str
+    processes_per_worker: int
     terms: Terms | None = None
 
 
@@ -105,6 +107,7 @@ def check_arguments(
     resources_per_worker: Mapping[str, float] | None,
     ray_address: str | None,
     parallel: str,
+    processes_per_worker: int,
     report_to: str | Sequence[str] | None,
     wb: bool,
     tensorboard: bool,
@@ -139,6 +142,7 @@ def check_arguments(
         raise ConfigurationError("executor", RAY, fix)
     make_executor = executor_named(executor, workers, resources_per_worker, ray_address)
     check_parallel(parallel, make_executor)
+    size = check_processes_per_worker(processes_per_worker, parallel, processes.size)
     listeners = list(check_callbacks(callbacks))
     boolean("verbose", verbose)
     trackers = tracker_names(report_to, wb=wb, tensorboard=tensorboard)
@@ -147,7 +151,7 @@ def check_arguments(
         writers = [*(TRACKERS[name]() for name in trackers), RunFolder(torch.cuda.max_memory_allocated)]
         listeners = [*writers, *listeners, *([Console()] if verbose else [])]
     terms = None if asked.candidates is None else _terms(asked.candidates, algorithm, trial)
-    return RunArguments(algorithm, asked, paths, function, listeners, make_executor, parallel, terms)
+    return RunArguments(algorithm, asked, paths, function, listeners, make_executor, parallel, size, terms)
 
 
 def _terms(merge: FinalCandidates, algorithm: Algorithm, trial: AnyEvaluation) -> Terms:
@@ -174,7 +178,7 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
     total = Schedule.of(arguments.options, len(env), held_out=bool(env.test_pairs)).total
     for agent in pop:
         agent.num_training_steps = total
-    executor = executor_of(arguments.parallel, arguments.executor, pop)(pop, env)
+    executor = executor_of(arguments.parallel, arguments.executor, pop, arguments.processes_per_worker)(pop, env)
     check_executor(executor)
     _check_measurable(arguments.options.bounds, executor.evaluate, type(executor).__name__)
     contest, options = None, arguments.options

@@ -62,6 +62,7 @@ def finetune_llm_preference(
     callbacks: Sequence[Callback] = (),
     accelerator: Accelerator | None = None,
     parallel: str = DATA,
+    processes_per_worker: int = 1,
     executor: ExecutorFactory | str = LOCAL,
     workers: int | None = None,
     resources_per_worker: Mapping[str, float] | None = None,
@@ -139,6 +140,9 @@ def finetune_llm_preference(
             all make the same updates. "members": each has a share of the agents and trains them on whole batches by
             itself, without any traffic of gradients. "auto": members if there are at least as many as processes and
             nothing is sharded (DeepSpeed, FSDP), else data. A run may go on with another value.
+        processes_per_worker: With `parallel="members"`, how many processes, of consecutive ranks, have a share of the
+            agents together: they divide the batches of these agents, and a base that FSDP shards is sharded over them.
+            It divides the number of processes. A run may go on with another value.
         executor: Where the agents are: "local", in this process; "ray", on workers of a Ray cluster, for which the base
             must have a name or folder that every worker can load; or a class or function from agents and gym to an
             `evollm.execution.executor.Executor`.

@@ -199,7 +199,8 @@ def _shard_by_fsdp(base: SharedBase, device: torch.device) -> None:
     if base.adapters.names:
         fix = "the base has agents that were built without FSDP: give them all the same accelerator"
         raise ConfigurationError("accelerator", "Accelerator(fsdp_plugin=...)", fix)
-    base.layers.gathered = shard_layers(base.network, base.layers.modules, device).gathered
+    sharded = shard_layers(base.network, base.layers.modules, device)
+    base.layers.gathered, base.layers.regroup = sharded.gathered, sharded.regroup
 
 
 def _shards_base(accelerator: Accelerator | None) -> bool:
