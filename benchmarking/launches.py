@@ -68,6 +68,7 @@ _UPDATES = "evollm/algorithms/"
 _INNERMOST = {
     "evollm/models/passes.py": "forward",
     "evollm/models/engine.py": "loss",
+    "evollm/models/runner.py": "loss",
     "evollm/models/logprobs.py": "loss",
     "evollm/algorithms/dpo_step.py": "loss",
     "evollm/algorithms/losses.py": "loss",

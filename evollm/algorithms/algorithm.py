@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from evollm.llm_envs import DatasetGym
 
 Learn: TypeAlias = "Callable[[Sequence[Any], Batch], list[dict[str, float]]]"
+LearnEach: TypeAlias = "Callable[[Sequence[Any], Sequence[Batch]], list[dict[str, float]]]"
 # Of agents, environment, split, and the reference adapter of log-ratios (see `DPO.evaluate`).
 # One with a keyword argument `kl` can measure `Evaluation.kl`, one with `rows` can evaluate on a subset.
 Evaluate: TypeAlias = "Callable[..., Sequence[AnyEvaluation]]"
@@ -53,8 +54,9 @@ class Algorithm:
         compares: Whether an agent's learning also takes a pass of it and of its reference over other answers of the
             batch, as long as those that it learns from.
         collect: From agents of one base, the gym's batch that it has just served, and the gym, to the batch that each
-            agent learns from in place of the gym's, where that is its own answers. Agents learn one after the other
-            then. None: all learn from the gym's batch.
+            agent learns from in place of the gym's, where that is its own answers. None: all learn from the gym's.
+        learn_each: Updates several agents of one base, each on its batch of `collect`, in shared passes. None: `learn`
+            is called for one agent after the other.
     """
 
     agent: type[SavableAgent]
@@ -71,6 +73,7 @@ class Algorithm:
     check: Callable[[Sequence[Any], Any], None] = _suits
     compares: Callable[[Any], bool] = _learns_alone
     collect: Collect | None = None
+    learn_each: LearnEach | None = None
 
     @property
     def name(self) -> str:

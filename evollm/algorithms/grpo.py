@@ -14,7 +14,7 @@ from evollm.algorithms.agilerl import EvolvableAlgorithm
 from evollm.algorithms.algorithm import Algorithm, register
 from evollm.algorithms.arguments import AgentArguments
 from evollm.algorithms.grpo_settings import GRPOHyperparameters, GRPOSettings
-from evollm.algorithms.grpo_step import learn_together
+from evollm.algorithms.grpo_step import learn_each, learn_together
 from evollm.algorithms.input_checks import batch_for, check_base, check_gym
 from evollm.algorithms.rollouts import ROLLOUT, collect, evaluate_together
 from evollm.algorithms.settings import Evolvable, Setting
@@ -270,5 +270,6 @@ register(
         loop="finetune_llm_reasoning",
         check=check_answers,
         collect=collect,
+        learn_each=learn_each,
     )
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from evollm.algorithms.grpo_settings import GRPOHyperparameters, GRPOSettings
 from evollm.algorithms.policy_losses import TOKEN_WEIGHTS, FloatArray, clipped_surrogate, divergence_estimates
 from evollm.algorithms.references import Rows
 from evollm.algorithms.rollouts import ROLLOUT, Rollout, rollout_of
-from evollm.algorithms.step import Method, learn_by
+from evollm.algorithms.step import Method, learn_each_by
 from evollm.data.samples import Batch, Sample
-from evollm.models.engine import Engine, Item
+from evollm.models.engine import Engine, Item, PassOptions
 from evollm.models.flops import TRAINING
 from evollm.models.logprobs import MemberLogprobs, Pieces
 from evollm.models.upload import upload
@@ -149,16 +149,47 @@ def _of_rewards(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def learn_together(agents: Sequence[GRPO], batch: Batch, *, training: bool = True) -> list[dict[str, float]]:
-    """Update each agent's actor on the same answers, one agent after the other; see `GRPO.learn`."""
-    return [_learn(agent, batch, training) for agent in agents]
+    """Update each agent's actor on the same answers; see `GRPO.learn`."""
+    return learn_each(agents, [batch] * len(agents), training=training)
 
 
-def _learn(agent: GRPO, batch: Batch, training: bool) -> dict[str, float]:
-    usable = [row for row, sample in enumerate(batch) if rollout_of(sample).is_usable]
-    if not usable:
-        return _no_step(agent, batch, training)
-    known = _with_known(agent, batch.select(usable), training)
-    return learn_by(Method(_objectives, _all_rows), [agent], known, training=training)[0]
+def learn_each(agents: Sequence[GRPO], batches: Sequence[Batch], *, training: bool = True) -> list[dict[str, float]]:
+    """Update each agent's actor on answers of its own, in passes that the agents share.
+
+    Agents of one temperature share passes, if their batch sizes and epochs are equal, too.
+
+    Args:
+        agents: Agents of one base.
+        batches: For each agent prompts with their answers.
+        training: False computes the metrics and changes nothing.
+
+    Returns:
+        The metrics of `GRPO.learn` for each agent.
+
+    Raises:
+        DivergedError: An agent diverged in an earlier step.
+    """
+    asked = [_Asked(agent, _usable(batch)) for agent, batch in zip(agents, batches, strict=True)]
+    learning = [one for one in asked if len(one.batch)]
+    known = _with_known(learning, training)
+    method, learners = Method(_objectives, _all_rows), [one.agent for one in learning]
+    learnt = iter(learn_each_by(method, learners, known, training=training))
+    return [
+        next(learnt) if len(one.batch) else _no_step(one.agent, batch, training)
+        for one, batch in zip(asked, batches, strict=True)
+    ]
+
+
+class _Asked(NamedTuple):
+    """An agent and the prompts that it learns from."""
+
+    agent: GRPO
+    batch: Batch
+
+
+def _usable(batch: Batch) -> Batch:
+    """The prompts whose rewards are all finite."""
+    return batch.select([row for row, sample in enumerate(batch) if rollout_of(sample).is_usable])
 
 
 def _objectives(agents: Sequence[GRPO], batch: Batch) -> list[GRPOObjective]:
@@ -183,29 +214,50 @@ def _no_step(agent: GRPO, batch: Batch, training: bool) -> dict[str, float]:
     return {**unknown, "learning_rate": rate, "grad_norm": 0.0, "num_tokens": float(agent.num_tokens)}
 
 
-def _with_known(agent: GRPO, batch: Batch, training: bool) -> Batch:
-    """The batch with the log-probs that are computed once, before the first optimizer step on it; known ones stay."""
+def _with_known(asked: Sequence[_Asked], training: bool) -> list[Batch]:
+    """The batches with the log-probs that are computed once, before the first optimizer step; known ones stay."""
+    old = _logprobs([(one, one.agent.actor_adapter) for one in asked if training and _needs_old(one)])
+    reference = _logprobs([(one, one.agent.adapter(REFERENCE)) for one in asked if one.agent.beta > 0])
+    found = []
+    for agent, batch in asked:
+        samples = []
+        for row, sample in enumerate(batch):
+            rollout: Rollout = replace(
+                rollout_of(sample),
+                old=old[id(agent)][row] if id(agent) in old else rollout_of(sample).old,
+                reference=reference[id(agent)][row] if id(agent) in reference else None,
+            )
+            samples.append(replace(sample, extras={ROLLOUT: rollout}))
+        found.append(replace(batch, samples=samples))
+    return found
+
+
+def _needs_old(asked: _Asked) -> bool:
+    """Whether there are several optimizer steps on the same answers, whose policies differ."""
+    agent, batch = asked
     several = len(batch) > agent.batch_size or agent.update_epochs > 1
-    several = several and any(rollout_of(sample).old is None for sample in batch)
-    old = _logprobs(agent, batch, agent.actor_adapter) if training and several else None
-    reference = _logprobs(agent, batch, agent.adapter(REFERENCE)) if agent.beta > 0 else None
-    samples = []
-    for row, sample in enumerate(batch):
-        rollout: Rollout = replace(
-            rollout_of(sample),
-            old=rollout_of(sample).old if old is None else old[row],
-            reference=None if reference is None else reference[row],
-        )
-        samples.append(replace(sample, extras={ROLLOUT: rollout}))
-    return replace(batch, samples=samples)
+    return several and any(rollout_of(sample).old is None for sample in batch)
 
 
-def _logprobs(agent: GRPO, batch: Batch, adapter: str | None) -> list[tuple[Tensor, ...]]:
-    """For each sample the log-probs of its answers' tokens. They are not kept: no answer comes again."""
-    options = replace(agent.pass_options, slot=None)
-    (found,) = Engine.of(agent.base).logprobs(Item.on(batch, [adapter]), options, TRAINING)
-    by_piece = dict(_pieces(found.pieces, found.values))
-    return [tuple(by_piece[row, place] for place in range(len(sample.completions))) for row, sample in enumerate(batch)]
+def _logprobs(asked: Sequence[tuple[_Asked, str | None]]) -> dict[int, list[tuple[Tensor, ...]]]:
+    """For each agent and sample the log-probs of its answers' tokens under an adapter.
+
+    They are not kept: no answer comes again. Agents of one temperature share passes.
+    """
+    found: dict[int, list[tuple[Tensor, ...]]] = {}
+    kinds: dict[PassOptions, list[tuple[_Asked, str | None]]] = {}
+    for one, adapter in asked:
+        kinds.setdefault(replace(one.agent.pass_options, slot=None), []).append((one, adapter))
+    for options, together in kinds.items():
+        items = [Item(adapter, one.batch) for one, adapter in together]
+        logprobs = Engine.of(together[0][0].agent.base).logprobs(items, options, TRAINING)
+        for (one, _), own in zip(together, logprobs, strict=True):
+            by_piece = dict(_pieces(own.pieces, own.values))
+            found[id(one.agent)] = [
+                tuple(by_piece[row, place] for place in range(len(sample.completions)))
+                for row, sample in enumerate(one.batch)
+            ]
+    return found
 
 
 def _pieces(pieces: Pieces, values: Tensor) -> Iterable[tuple[tuple[int, int], Tensor]]:

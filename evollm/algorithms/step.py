@@ -1,6 +1,7 @@
 """Optimizer steps for several agents of one algorithm on one base at once.
 
-Agents that share a batch share forward and backward passes; loss, clipping and optimizer are separate for each agent.
+Agents share forward and backward passes, whether they learn from one batch or each from its own; loss, clipping and
+optimizer are separate for each agent.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -86,12 +88,25 @@ class Method(Generic[A]):
     """The training method of an algorithm.
 
     Attributes:
-        objectives: (agents that step together, their batch) -> the objective of each agent.
+        objectives: (agents that share a batch, the batch) -> the objective of each agent.
         usable_rows: Gives the rows of a batch on which each agent can be trained.
     """
 
     objectives: Callable[[Sequence[A], Batch], Sequence[Objective]]
     usable_rows: Judge[A]
+
+
+@dataclass(frozen=True)
+class _Share(Generic[A]):
+    """Agents that learn from the same rows.
+
+    Attributes:
+        agents: The agents, at least one.
+        batch: The rows.
+    """
+
+    agents: Sequence[A]
+    batch: Batch
 
 
 class _Step(NamedTuple):
@@ -103,7 +118,21 @@ class _Step(NamedTuple):
 
 
 def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: bool) -> list[dict[str, float]]:
-    """Update each agent's actor on the same batch.
+    """Update each agent's actor on the same batch; see `learn_each_by`.
+
+    Args:
+        method: The agents' objectives and usable rows.
+        agents: Agents of one base.
+        batch: B samples.
+        training: False computes the metrics and changes nothing.
+    """
+    return learn_each_by(method, agents, [batch] * len(agents), training=training)
+
+
+def learn_each_by(
+    method: Method[A], agents: Sequence[A], batches: Sequence[Batch], *, training: bool
+) -> list[dict[str, float]]:
+    """Update each agent's actor on its batch; agents whose batch is the same object share it.
 
     Rows on which an agent cannot be trained are removed from their optimizer batch. An optimizer batch without any
     other row makes no step.
@@ -111,7 +140,7 @@ def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: 
     Args:
         method: The agents' objectives and usable rows.
         agents: Agents of one base.
-        batch: B pairs.
+        batches: For each agent at least one sample.
         training: False computes the metrics and changes nothing.
 
     Returns:
@@ -130,23 +159,47 @@ def learn_by(method: Method[A], agents: Sequence[A], batch: Batch, *, training: 
         raise DivergedError(
             f"agents {diverged} have diverged: they learn no more; go on from a checkpoint, with a lower {lower}"
         )
-    if batch.rows is None:
-        batch = Batch([replace(sample, row=row) for row, sample in enumerate(batch)], "batch")
+    numbered = {id(batch): _numbered(batch) for batch in batches}
+    batch_of = {id(agent): numbered[id(batch)] for agent, batch in zip(agents, batches, strict=True)}
     for agent in agents if training else ():
         agent.check_schedule()
     steps: dict[int, list[_Step]] = {id(agent): [] for agent in agents}
     for together in alike(agents):
-        first = together[0]
-        for part in list(batch.split(first.batch_size)) * (first.update_epochs if training else 1):
-            going = [agent for agent in together if not (training and agent.diverged)]
+        for shares in _optimizer_batches(together, [batch_of[id(agent)] for agent in together], training):
+            going = [
+                _Share(own, share.batch)
+                for share in shares
+                if (own := [agent for agent in share.agents if not (training and agent.diverged)])
+            ]
             if not going:
                 break
-            for agent, step in _learn_from(method, going, part, training):
+            for agent, step in _learn_from(method, going, training):
                 steps[id(agent)].append(step)
                 agent.num_tokens += step.num_tokens if training else 0
     for agent in agents if training else ():
         agent.count_step()
     return [{**_mean_metrics(steps[id(agent)]), "num_tokens": float(agent.num_tokens)} for agent in agents]
+
+
+def _numbered(batch: Batch) -> Batch:
+    """The batch with a row number for each sample."""
+    if batch.rows is not None:
+        return batch
+    return Batch([replace(sample, row=row) for row, sample in enumerate(batch)], "batch")
+
+
+def _optimizer_batches(agents: Sequence[A], batches: Sequence[Batch], training: bool) -> Iterator[list[_Share[A]]]:
+    """The optimizer batches of alike agents, in order; agents with smaller batches are missing from the last ones."""
+    sharing: dict[int, tuple[list[A], Batch]] = {}
+    for agent, batch in zip(agents, batches, strict=True):
+        sharing.setdefault(id(batch), ([], batch))[0].append(agent)
+    first = agents[0]
+    parts = [
+        [_Share(own, part) for part in batch.split(first.batch_size)] * (first.update_epochs if training else 1)
+        for own, batch in sharing.values()
+    ]
+    for shares in zip_longest(*parts):
+        yield [share for share in shares if share is not None]
 
 
 def alike(agents: Sequence[A]) -> Iterator[list[A]]:
@@ -163,56 +216,75 @@ def policy_logprobs(
     """Log-probs of the batch's samples under each agent's actor, with expert loads if `balancing` is given."""
     found: dict[int, MemberLogprobs] = {}
     for together in alike(agents):
-        items = Item.on(batch, [agent.actor_adapter for agent in together])
-        options = replace(together[0].pass_options, balancing=balancing)
-        policies = Engine.of(together[0].base).logprobs(items, options)
+        policies = _logprobs(together, [batch] * len(together), balancing)
         found |= {id(agent): policy for agent, policy in zip(together, policies, strict=True)}
     return [found[id(agent)] for agent in agents]
 
 
-def _learn_from(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) -> list[tuple[A, _Step]]:
+def _learn_from(method: Method[A], shares: Sequence[_Share[A]], training: bool) -> list[tuple[A, _Step]]:
     """One optimizer step of each agent on the rows that are usable for the agent."""
-    sharing: dict[Rows, list[A]] = {}
-    for agent, usable in zip(agents, method.usable_rows(agents, batch, ()), strict=True):
-        sharing.setdefault(usable, []).append(agent)
+    ready: list[_Share[A]] = []
     found: list[tuple[A, _Step]] = []
-    for rows, sharers in sharing.items():
-        if len(rows) < len(batch):
-            leave_out(sharers, batch.select(other_rows(rows, len(batch))))
-        found += _step(method, sharers, batch.select(rows), training) if rows else _no_step(method, sharers, batch)
-    return found
+    for share in shares:
+        agents, batch = share.agents, share.batch
+        sharing: dict[Rows, list[A]] = {}
+        for agent, usable in zip(agents, method.usable_rows(agents, batch, ()), strict=True):
+            sharing.setdefault(usable, []).append(agent)
+        for rows, sharers in sharing.items():
+            if len(rows) < len(batch):
+                leave_out(sharers, batch.select(other_rows(rows, len(batch))))
+            if rows:
+                ready.append(_Share(sharers, batch.select(rows)))
+            else:
+                found += _no_step(method, sharers, batch)
+    return found + (_step(method, ready, training) if ready else [])
 
 
-def _step(method: Method[A], agents: Sequence[A], batch: Batch, training: bool) -> list[tuple[A, _Step]]:
+def _step(method: Method[A], shares: Sequence[_Share[A]], training: bool) -> list[tuple[A, _Step]]:
     """One optimizer step of each agent; restarted without the rows whose log-probs show that they are not usable."""
+    agents = [agent for share in shares for agent in share.agents]
+    batches = [share.batch for share in shares for _ in share.agents]
     balancing = agents[0].base.load_balancing
     with ExitStack() as gradient_points:
         for agent in agents if training else ():
             gradient_points.enter_context(gradient_point(agent.optimizer))
-        objectives = _objectives(method, agents, batch, balancing)
+        objectives = [
+            objective for share in shares for objective in _objectives(method, share.agents, share.batch, balancing)
+        ]
         if training:
-            policies, gradients = _backward(agents, objectives, batch, balancing)
+            policies, gradients = _backward(agents, objectives, batches, balancing)
         else:
-            gradients = []
-            policies = policy_logprobs(agents, batch, balancing)
-        suspects = other_rows(finite_rows([policy.sums() for policy in policies]), len(batch))
-        if suspects and any(len(rows) < len(batch) for rows in method.usable_rows(agents, batch, suspects)):
+            policies, gradients = _logprobs(agents, batches, balancing), []
+        if _shows_unusable_rows(method, shares, policies):
             gradient_points.close()
-            return _learn_from(method, agents, batch, training)
-        num_tokens, results = int(batch.num_tokens.sum()), []
-        norms = [0.0] * len(agents)
+            return _learn_from(method, shares, training)
+        results, norms = [], [0.0] * len(agents)
         if training:
             clipped = [clip_gradient(own, agent.max_grad_norm) for agent, own in zip(agents, gradients, strict=True)]
             # One copy to the CPU for all agents, because a copy waits for the device.
             norms = torch.stack(clipped).tolist()
-        for agent, objective, policy, norm in zip(agents, objectives, policies, norms, strict=True):
+        found = zip(agents, batches, objectives, policies, norms, strict=True)
+        for agent, batch, objective, policy, norm in found:
             metrics = {**objective.metrics(policy), "learning_rate": _rate_of(agent), "grad_norm": norm}
             if training:
                 _apply_gradient(agent, metrics)
-            results.append((agent, _Step(objective.weight, metrics, num_tokens)))
+            results.append((agent, _Step(objective.weight, metrics, int(batch.num_tokens.sum()))))
     for gradient in (one for own in gradients for one in own):
         gradient.zero_()
     return results
+
+
+def _shows_unusable_rows(method: Method[A], shares: Sequence[_Share[A]], policies: Sequence[MemberLogprobs]) -> bool:
+    """Whether log-probs of actors, in the order of all agents, show that some rows are not usable."""
+    left = iter(policies)
+    # Judged all, since what is known of one batch's rows is needed when the step is made again.
+    found = []
+    for share in shares:
+        own = [next(left).sums() for _ in share.agents]
+        suspects = other_rows(finite_rows(own), len(share.batch))
+        usable = method.usable_rows(share.agents, share.batch, suspects) if suspects else []
+        found.append(any(len(rows) < len(share.batch) for rows in usable))
+    return any(found)
 
 
 def _objectives(
@@ -221,6 +293,15 @@ def _objectives(
     """The objective of each agent, with the auxiliary loss of routers if the base's configuration enables it."""
     objectives = method.objectives(agents, batch)
     return objectives if balancing is None else [Balanced(objective, balancing) for objective in objectives]
+
+
+def _logprobs(
+    agents: Sequence[LLMAgent], batches: Sequence[Batch], balancing: LoadBalancing | None
+) -> list[MemberLogprobs]:
+    """The log-probs of alike agents, each on its batch."""
+    options = replace(agents[0].pass_options, balancing=balancing)
+    items = [Item(agent.actor_adapter, batch) for agent, batch in zip(agents, batches, strict=True)]
+    return Engine.of(agents[0].base).logprobs(items, options)
 
 
 def _no_step(method: Method[A], agents: Sequence[A], batch: Batch) -> list[tuple[A, _Step]]:
@@ -243,7 +324,7 @@ def _no_step(method: Method[A], agents: Sequence[A], batch: Batch) -> list[tuple
 def _backward(
     agents: Sequence[LLMAgent],
     objectives: Sequence[Objective],
-    batch: Batch,
+    batches: Sequence[Batch],
     balancing: LoadBalancing | None,
 ) -> tuple[list[MemberLogprobs], list[list[Tensor]]]:
     """The log-probs and the gradient, (P,) for each device, of each agent's actor."""
@@ -251,7 +332,7 @@ def _backward(
     # and reference passes do not use the slot.
     engine = Engine.of(agents[0].base)
     options = replace(agents[0].pass_options, slot=agents[0].slot, balancing=balancing)
-    items = Item.on(batch, [agent.actor_adapter for agent in agents])
+    items = [Item(agent.actor_adapter, batch) for agent, batch in zip(agents, batches, strict=True)]
 
     by_rows: dict[int, Objective | Linearised] = dict(enumerate(objectives))
     whole = [number for number, objective in by_rows.items() if objectives[number].whole_batch]

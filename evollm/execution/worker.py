@@ -183,8 +183,12 @@ class Worker:
         going = [agent for agent in self.agents if not agent.diverged]
         if collect is None or not going:
             return learn_all(self.agents, batch)
+        batches = collect(going, batch, self.env)
+        if self._algorithm.learn_each is not None and all(agent.slot is None for agent in going):
+            learnt = self._algorithm.learn_each(going, batches)
+            return {agent.index: metrics for agent, metrics in zip(going, learnt, strict=True)}
         found: dict[int, dict[str, float]] = {}
-        for agent, own in zip(going, collect(going, batch, self.env), strict=True):
+        for agent, own in zip(going, batches, strict=True):
             found |= learn_all([agent], own)
         return found
 

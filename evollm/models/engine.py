@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,83 +15,25 @@ from peft import LoraConfig
 
 from evollm.data.samples import Batch
 from evollm.errors import CheckpointError, ConfigurationError
-from evollm.models.adapters.stack import Stack
+from evollm.models.blocks import of_rows
 from evollm.models.budget import count_saved_bytes
 from evollm.models.exchange import from_all_processes
 from evollm.models.fast_paths import FastPaths
 from evollm.models.flops import EVALUATION, TRAINING
-from evollm.models.layouts import Layout, layout_for, longest_sequence
-from evollm.models.load_balancing import LoadBalancing
-from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, joined, of_all_members, pieces_of
-from evollm.models.loss_scaling import Gradients, PlainGradients, ScaledBackward, StackedGradients
+from evollm.models.items import BatchSlot, Item, ItemLoss, PassOptions
+from evollm.models.layouts import PackedLayout, layout_for, longest_sequence
+from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, pieces_of
 from evollm.models.pass_budgets import PassBudgets
 from evollm.models.passes import FewSamples
 from evollm.models.probe import probe, probed_length
+from evollm.models.runner import Plan, Runner
 from evollm.models.shared_base import SharedBase
 from evollm.models.slow_settings import slow_dtype
 from evollm.processes import Processes
 
-# (positions of items, rows of their batch, log-probs of these rows under the items' adapters) -> the sum of the
-# items' losses on these rows.
-ItemLoss = Callable[[Sequence[int], Sequence[int], TokenLogprobs], torch.Tensor]
+__all__ = ["BatchSlot", "Engine", "Item", "ItemLoss", "PassOptions"]
 
 _ATTRIBUTE = "_evollm_engine"
-
-
-class Item(NamedTuple):
-    """A member's adapter, None for the base without adapter, and a batch of samples to compute log-probs of."""
-
-    adapter: str | None
-    batch: Batch
-
-    @classmethod
-    def on(cls, batch: Batch, adapters: Iterable[str | None]) -> list[Item]:
-        """One item for each adapter, all with the same batch."""
-        return [cls(adapter, batch) for adapter in adapters]
-
-
-@dataclass(frozen=True)
-class BatchSlot:
-    """The position of a member among the members of a step, to replay the member alone in passes of the same shapes.
-
-    The bits of a result depend on the shapes of the pass.
-
-    Attributes:
-        place: The member's position, from 0.
-        of: Number of members in the step.
-    """
-
-    place: int
-    of: int
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """Options of the passes through the base, the same for all members of a call.
-
-    Attributes:
-        token_budget: Most tokens in a pass, over all its members; a longer sample has a pass of its own. None: chosen
-            from the device and its free memory.
-        max_pairs: Most samples of one member in a pass; None: no bound.
-        explicit_positions: Whether position ids are passed; without them completions cannot share their prompt.
-        gradient_checkpointing: Recompute activations in the backward pass. None: only if memory is too short for them.
-        slot: For a single member: passes hold `slot.of` copies of the member, and the result is that of the copy at
-            `slot.place`. None: each member once.
-        balancing: The auxiliary loss of routers, for which each sample's expert loads are returned too; None: no loads.
-        reference: Empty, or one adapter, None for the base without adapter: instead of log-probs the passes then give
-            divergences from this reference.
-        temperature: Divides the logits before their log-probs are taken, so that these are of the distribution that
-            answers were sampled from.
-    """
-
-    token_budget: int | None = None
-    max_pairs: int | None = None
-    explicit_positions: bool = True
-    gradient_checkpointing: bool | None = False
-    slot: BatchSlot | None = None
-    balancing: LoadBalancing | None = None
-    reference: tuple[str | None, ...] = ()
-    temperature: float = 1.0
 
 
 class Engine:
@@ -126,7 +68,8 @@ class Engine:
         """The log-probs of each item's scored tokens under its adapter.
 
         Items whose batch is the same object share the batch's layout and passes, and the layers below the first
-        adapter. Different batches are computed one after the other.
+        adapter. Items that have batches of their own share passes in blocks, one for each adapter; on an
+        encoder-decoder or a sharded base, or where the probe finds that to be wrong, they go one after the other.
 
         Args:
             items: Adapters and their samples.
@@ -192,32 +135,66 @@ class Engine:
     def _run(
         self, items: Sequence[Item], options: PassOptions, kind: str, loss: ItemLoss | None
     ) -> list[MemberLogprobs]:
-        """The log-probs of all items; items with the same batch share passes."""
-        found: dict[int, MemberLogprobs] = {}
+        """The log-probs of all items, in passes that they share."""
         sharing: dict[int, list[int]] = {}
         for number, item in enumerate(items):
             sharing.setdefault(id(item.batch), []).append(number)
+            passes = [item.adapter, *options.reference]
+            self.base.flops.add(kind, item.batch, passes, training=loss is not None)
+        found: dict[int, MemberLogprobs] = {}
+        own = [numbers[0] for numbers in sharing.values() if len(numbers) == 1]
+        if len(own) > 1 and not options.reference and options.slot is None and not self.base.is_sharded:
+            # The processes of a sharded base must make passes with the same members.
+            found |= self._run_own(items, own, options, loss)
         for numbers in sharing.values():
-            members, batch = [items[number].adapter for number in numbers], items[numbers[0]].batch
-            own = None if loss is None else partial(_of_items, loss, numbers)
-            passes = [*members, *options.reference * len(members)]
-            self.base.flops.add(kind, batch, passes, training=loss is not None)
-            found |= zip(numbers, self._run_batch(batch, members, options, own).members, strict=True)
+            if numbers[0] not in found:
+                members, batch = [items[number].adapter for number in numbers], items[numbers[0]].batch
+                its = None if loss is None else partial(_of_items, loss, numbers)
+                found |= zip(numbers, self._run_batch(batch, members, options, its).members, strict=True)
         return [found[number] for number in range(len(items))]
+
+    def _run_own(
+        self, items: Sequence[Item], numbers: Sequence[int], options: PassOptions, loss: ItemLoss | None
+    ) -> dict[int, MemberLogprobs]:
+        """The log-probs of those items, of which each has a batch of its own; {} if they cannot share passes."""
+        batches = [items[number].batch for number in numbers]
+        ends = np.cumsum([len(batch) for batch in batches]).tolist()
+        rows_of = [range(end - len(batch), end) for end, batch in zip(ends, batches, strict=True)]
+        whole = Batch([sample for batch in batches for sample in batch], batches[0].split_name)
+        owned: dict[str | None, list[int]] = {}
+        for number, rows in zip(numbers, rows_of, strict=True):
+            owned.setdefault(items[number].adapter, []).extend(rows)
+        if len(owned) == 1 and loss is None:
+            found = self._run_batch(whole, [*owned], options, None)
+        elif None in owned or (loss is not None and len(owned) < len(numbers)):
+            return {}
+        else:
+            plan = self._plan(whole, [*owned], options, training=loss is not None)
+            if not (plan.paths.stacking and plan.paths.own_samples and isinstance(plan.layout, PackedLayout)):
+                return {}
+            starts = [rows.start for rows in rows_of]
+            its = None if loss is None else partial(_of_own, loss, numbers, starts)
+            found = self._carry_out(plan, [*owned], whole, its, [*owned.values()])
+        return {number: of_rows(found, rows).of(0) for number, rows in zip(numbers, rows_of, strict=True)}
 
     def _run_batch(
         self, batch: Batch, members: Sequence[str | None], options: PassOptions, loss: ItemLoss | None
     ) -> TokenLogprobs:
-        """The log-probs of a batch whose samples are split over the processes; every process gets all results."""
+        """The log-probs of a batch that these members share."""
+        plan = self._plan(batch, members, options, training=loss is not None)
+        return self._carry_out(plan, members, batch, loss)
+
+    def _plan(self, batch: Batch, members: Sequence[str | None], options: PassOptions, *, training: bool) -> Plan:
+        """How members go through the base with these samples."""
         self.base.adapters.release_lost()
         self.say([slow_dtype(self.base.device.type, self.base.network.dtype)])
         paths = self.prepare([*members, *options.reference], longest_sequence(self.base, batch))
-        if loss is not None and self.base.adapters.have_hooks([name for name in members if name is not None]):
+        if training and self.base.adapters.have_hooks([name for name in members if name is not None]):
             # Routed layers compute gradients of rows, of which autograd knows nothing.
             self.say(["members go one by one: their parameters have hooks"])
             paths = replace(paths, stacking=False)
         layout = layout_for(self.base, paths, explicit_positions=options.explicit_positions)
-        if loss is not None and layout.own_attention:
+        if training and layout.own_attention:
             self._check_own_attention()
 
         def saved(recompute: bool) -> float:
@@ -235,110 +212,41 @@ class Engine:
             options.gradient_checkpointing, saved, tiled=tiled, token_budget=options.token_budget, longest=longest
         )
         self.say([remark])
-        options = replace(options, gradient_checkpointing=recompute)
-        budget = options.token_budget or self.budgets.budget(
-            saved, training=loss is not None, recompute=recompute, tiled=tiled
-        )
-        slotted = [name for name in members if name is not None] * (options.slot or BatchSlot(0, 1)).of
-        stack = self.base.adapters.stack(slotted) if paths.stacking and slotted else None
-        run = partial(self._run_rows, batch, members, options, layout, stack, budget, loss)
-        processes = Processes.present()
-        with nullcontext() if stack is None or loss is None else stack.training():
-            if processes.size == 1:
-                whole = run(range(len(batch)))
-                assert whole is not None
-                return whole
-            own = processes.share(len(batch))
-            part = run(own) if own or self.base.is_sharded else None
-        dtype = torch.promote_types(self.base.network.dtype, torch.float32)
-        nothing = torch.zeros(len(members), int(sum(piece.length for piece in pieces_of(batch))), dtype=dtype)
-        return from_all_processes(part, own, batch, nothing.to(self.base.device), options.balancing)
+        budget = options.token_budget or self.budgets.budget(saved, training=training, recompute=recompute, tiled=tiled)
+        return Plan(paths, layout, replace(options, gradient_checkpointing=recompute), budget)
 
-    def _run_rows(
+    def _carry_out(
         self,
+        plan: Plan,
+        members: Sequence[str | None],
         batch: Batch,
-        members: Sequence[str | None],
-        options: PassOptions,
-        layout: Layout,
-        stack: Stack | None,
-        budget: int,
         loss: ItemLoss | None,
-        own: Sequence[int],
-    ) -> TokenLogprobs | None:
-        """The log-probs of these rows of the batch; None without rows."""
-        groups: list[list[int]] = []
-        if own:
-            divided = layout.groups(batch.select(own), budget, options.max_pairs)
-            groups = [[own[row] for row in rows] for rows in divided]
-        slot = options.slot or BatchSlot(0, 1)
-        slotted = [*members] * slot.of
-        fillers = 0
-        if self.base.is_sharded:
-            # A pass gathers weight shards from all processes, so a process with fewer passes runs passes of weight 0.
-            fillers = Processes.present().largest(len(groups)) - len(groups)
-        parts: list[list[TokenLogprobs]] = []
-        for rows, weight in [*((rows, 1) for rows in groups), *[([0], 0)] * fillers]:
-            few = FewSamples(
-                self.base,
-                layout,
-                batch.select(rows),
-                slotted,
-                stacking=stack is not None,
-                reference=options.reference,
-                temperature=options.temperature,
-                stack=stack,
-            )
-            taken: list[TokenLogprobs] = []
-            for numbers in few.passes(budget):
-                # With a slot only the pass that contains the slot's place is computed.
-                taking = numbers if options.slot is None else [0] if slot.place in numbers else []
-                if not taking:
-                    continue
-                trained = [members[number] for number in taking]
-                found = None if loss is None else partial(_weighted, loss, taking, rows, weight)
-                place = None if options.slot is None else list(numbers).index(slot.place)
-                taken.append(self._pass(few, numbers, options, place, trained, found))
-                self.attention = few.attention
-            if weight:
-                parts.append(taken)
-        # Copied to the CPU after all passes are queued, because a copy waits for the device.
-        return joined([of_all_members(taken) for taken in parts], groups) if groups else None
-
-    def _pass(
-        self,
-        few: FewSamples,
-        numbers: Sequence[int],
-        options: PassOptions,
-        place: int | None,
-        members: Sequence[str | None],
-        loss: Callable[[TokenLogprobs], torch.Tensor] | None,
+        owned: Sequence[Sequence[int]] = (),
     ) -> TokenLogprobs:
-        """The log-probs of one pass's members; a loss also adds gradients to the `grad` of their parameters."""
-        scaled, stack = None, few.stack_of(numbers)
-        if loss is not None and self.base.network.dtype == torch.float16:
-            names = [name for name in members if name is not None]
-            if stack is None:
-                gradients: Gradients = PlainGradients([self.base.adapters.rows(name) for name in names])
-            else:
-                gradients = StackedGradients(stack, range(len(names)) if place is None else [place])
-            scaled = ScaledBackward(gradients)
-        again = True
-        while again:
-            recompute = bool(options.gradient_checkpointing)
-            with few.forward(numbers, stack=stack, recompute=recompute, balancing=options.balancing) as found:
-                taken = found if place is None else found.like([one[place : place + 1] for one in found.tensors])
-                # Inside the block, since the backward pass recomputes checkpointed layers.
-                again = scaled is not None and loss is not None and scaled.attempt(loss, taken)
-                if scaled is None and loss is not None:
-                    loss(taken).backward()
-            if self.base.is_sharded and scaled is not None:
-                again = bool(Processes.present().largest(again))
-            results = taken.like([tensor.detach() for tensor in taken.tensors])
-            # Free the autograd graph before the next forward pass builds another.
-            del found, taken
-        if scaled is not None:
-            scaled.accumulate()
-        return results
+        """The log-probs of a batch whose samples are split over the processes; every process gets all results.
+
+        Args:
+            plan: How members go through the base.
+            members: The members.
+            batch: The samples.
+            loss: The loss of members on rows of the batch.
+            owned: The rows of each member; empty: every member has all rows.
+        """
+        slotted = [name for name in members if name is not None] * (plan.options.slot or BatchSlot(0, 1)).of
+        stack = self.base.adapters.stack(slotted) if plan.paths.stacking and slotted else None
+        runner, processes = Runner(self.base, plan, stack), Processes.present()
+        run = partial(runner.of_each, batch, owned, loss) if owned else partial(runner.of_members, batch, members, loss)
+        own = range(len(batch)) if processes.size == 1 else processes.share(len(batch))
+        with nullcontext() if stack is None or loss is None else stack.training():
+            found = run(own) if own or self.base.is_sharded else None
+        self.attention = runner.attention or self.attention
+        if processes.size == 1:
+            assert found is not None
+            return found
+        dtype = torch.promote_types(self.base.network.dtype, torch.float32)
+        num_tokens = int(sum(piece.length for piece in pieces_of(batch)))
+        nothing = torch.zeros(1 if owned else len(members), num_tokens, dtype=dtype)
+        return from_all_processes(found, own, batch, nothing.to(self.base.device), plan.options.balancing)
 
     def begin(self, adapter: str) -> None:
         """Forget fast paths, budgets and operations of earlier runs on this base, on which no run must depend.
@@ -397,10 +305,17 @@ def _of_items(
     return loss([items[member] for member in members], rows, found)
 
 
-def _weighted(
-    loss: ItemLoss, members: Sequence[int], rows: Sequence[int], weight: int, found: TokenLogprobs
+def _of_own(
+    loss: ItemLoss,
+    items: Sequence[int],
+    starts: Sequence[int],
+    members: Sequence[int],
+    rows: Sequence[int],
+    found: TokenLogprobs,
 ) -> torch.Tensor:
-    return loss(members, rows, found) * weight
+    """`loss` of one member, with its rows in the batch of all items turned into rows of its own batch."""
+    (member,) = members
+    return loss([items[member]], [row - starts[member] for row in rows], found)
 
 
 def _read_paths(state: Any) -> dict[tuple[str, int], FastPaths]:

@@ -8,6 +8,8 @@ from typing import Any
 
 # JSON types of the fields; the others are boolean.
 _TYPES: Mapping[str, tuple[type, ...]] = {"longest": (int,), "floor": (int, float), "reasons": (list,)}
+# Absent from older checkpoints, whose runs took no such path.
+_LATER = {"own_samples": False}
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class FastPaths:
         explicit_positions: Padded batches of several sequences, with position ids.
         implicit_positions: Padded batches of several sequences, without position ids.
         floor: Difference of a completion's log-prob that rounding alone makes, in nats; see `evollm.models.rounding`.
+        own_samples: Several adapters in one forward pass, each with samples of its own.
     """
 
     shared_prompt: bool = True
@@ -33,6 +36,7 @@ class FastPaths:
     explicit_positions: bool = True
     implicit_positions: bool = True
     floor: float = 0.0
+    own_samples: bool = True
 
     def goes_alone(self, explicit_positions: bool) -> bool:
         """Whether each sequence needs a forward pass of its own, since no batch of several gives right log-probs.
@@ -55,6 +59,8 @@ class FastPaths:
             ValueError: Keys or types of values are others.
         """
         names = {part.name for part in fields(cls)}
+        if isinstance(data, Mapping):
+            data = {**_LATER, **data}
         if not isinstance(data, Mapping) or data.keys() != names:
             raise ValueError(f"fast paths have {sorted(names)}, not {data!r}")
         # Not by isinstance, since a bool is an int as well.
@@ -75,4 +81,5 @@ class FastPaths:
             explicit_positions=self.explicit_positions and other.explicit_positions,
             implicit_positions=self.implicit_positions and other.implicit_positions,
             floor=max(self.floor, other.floor),
+            own_samples=self.own_samples and other.own_samples,
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from evollm.data.samples import Batch
@@ -32,6 +33,8 @@ class FewSamples:
         reference: See above.
         temperature: Divides the logits before their log-probs are taken.
         stack: The weights of the members, without None; left out, it is made here.
+        counts: Where each member has samples of its own: the number of consecutive samples of each, for one pass of all
+            members in a `PackedLayout` with the same counts. Its log-probs are divided by `blocks.parts_of`.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class FewSamples:
         reference: Sequence[str | None] = (),
         temperature: float = 1.0,
         stack: Stack | None = None,
+        counts: Sequence[int] = (),
     ) -> None:
         self._base = base
+        self._counts = list(counts)
         self._num_rows = len(batch)
         self._members = members
         self._stacking = stacking
@@ -104,7 +109,10 @@ class FewSamples:
                 return
             with recorded(network) as calls:
                 values = laid.read(network, len(names), reading)
-            loads = row_loads(calls, laid.spans(), self._num_rows, len(names), balancing.per_token)
+            copies = 1 if self._counts else len(names)
+            loads = row_loads(calls, laid.spans(), self._num_rows, copies, balancing.per_token)
+            if self._counts:
+                loads = pad_sequence(loads[0].split(self._counts), batch_first=True)
             yield TokenLogprobs(values, laid.pieces, loads)
 
     def _divergences(self) -> DivergenceReading:

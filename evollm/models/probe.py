@@ -15,10 +15,12 @@ from torch import Tensor
 from evollm.data.samples import Batch, IntArray, Sample
 from evollm.errors import ConfigurationError
 from evollm.models.adapters.targets import bypassed_layers_refused
+from evollm.models.blocks import parts_of
 from evollm.models.fast_paths import FastPaths
 from evollm.models.flops import PROBE
-from evollm.models.layouts import Layout, layout_for, lone_layout
+from evollm.models.layouts import Layout, PackedLayout, layout_for, lone_layout
 from evollm.models.logprobs import TokenLogprobs
+from evollm.models.passes import FewSamples
 from evollm.models.rounding import rounded_otherwise
 from evollm.models.shared_base import SharedBase
 
@@ -88,7 +90,7 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
             # Training will use padded batches, whose rows may have very different lengths.
             explicit, implicit, reasons = _padded_batches(base, members[0], uneven, own[:2], bounds[:2])
             trial.reasons += reasons
-        stacking = False
+        stacking = own_samples = False
         if not base.adapters.can_stack(members):
             trial.reasons.append(
                 "members go one by one (its adapters are not plain LoRA on linear layers of one device)"
@@ -96,14 +98,23 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
         elif apart <= _APART * BOUND * floor:
             trial.reasons.append("members go one by one (adapters with random weights hardly change its log-probs)")
         elif shared:
+            other = _own(base, members[1], short)
             # Two passes: the second one finds the state that the first one left where members fan out.
             stacking = trial.agrees(
                 "members go one by one",
                 lambda: torch.cat(packed_sums(base, members, short, tiled_head=tiled, routed=True, passes=2)),
-                torch.cat([own[1:], _own(base, members[1], short)]),
+                torch.cat([own[1:], other]),
                 bounds[1:].repeat(2),
             )
-    return FastPaths(shared, tiled, stacking, longest, tuple(trial.reasons), explicit, implicit, floor)
+            # The block of the second member is the shorter one, and filled up.
+            counts = len(short) - 1, 1
+            own_samples = stacking and trial.agrees(
+                "members with samples of their own go one by one",
+                lambda: _sums_of_own(base, members, short, counts, tiled_head=tiled),
+                torch.cat([own[1:-1], other[-1:]]),
+                bounds[1:],
+            )
+    return FastPaths(shared, tiled, stacking, longest, tuple(trial.reasons), explicit, implicit, floor, own_samples)
 
 
 def _padded_batches(
@@ -254,6 +265,18 @@ def _sums(
             values = laid.read(network, len(members))
         found = torch.stack(TokenLogprobs(values, laid.pieces).sums, dim=2)  # (M, B, k)
     return list(found)
+
+
+def _sums_of_own(
+    base: SharedBase, members: tuple[str, ...], batch: Batch, counts: tuple[int, ...], *, tiled_head: bool
+) -> Tensor:
+    """(B, 2) sums, for each member of as many consecutive pairs as it has, in one pass."""
+    layout = PackedLayout(base, tiled_head, counts)
+    stack = base.adapters.stack(members)
+    few = FewSamples(base, layout, batch, members, stacking=True, stack=stack, counts=counts)
+    base.flops.add(PROBE, batch, members[:1])
+    with few.forward(range(len(members))) as found:
+        return torch.cat([torch.stack(part.sums, dim=2)[0] for part in parts_of(found, counts)])
 
 
 def _usual_ids(base: SharedBase) -> IntArray:

@@ -13,9 +13,11 @@ from snapshots import actor_bits
 from torch import Tensor
 
 from evollm import GRPO, SFT, ConfigurationError, DataError
+from evollm.algorithms.grpo_step import learn_each, learn_together
 from evollm.algorithms.policy_losses import TOKEN_WEIGHTS, clipped_surrogate, divergence_estimates, group_advantages
 from evollm.algorithms.rollouts import ROLLOUT, Rollout
 from evollm.data.samples import Batch, Completion, Sample
+from evollm.models.runner import Runner
 
 # Prompt, then the answers of a group.
 SHAPES = [(9, 5, 1, 7), (3, 12, 4, 4), (6, 2, 11, 3)]
@@ -175,6 +177,78 @@ def test_equal_rewards_teach_nothing_and_a_reward_that_is_not_finite_leaves_out_
     assert np.isnan(metrics["reward"])
     assert agent.steps == 2
     assert actor_bits(agent) == actor_bits(alone)
+
+
+# Of one member each, beside what all have in common.
+MEMBERS: list[dict[str, Any]] = [
+    {"lr": 1e-2, "beta": 0.2},
+    {"lr": 3e-3, "beta": 0.0, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    {"lr": 2e-2, "beta": 0.05, "loss_type": "grpo", "temperature": 1.5},
+    {"lr": 1e-2, "beta": 0.5, "loss_type": "bnpo", "epsilon": 0.05},
+]
+
+
+def make_members(**shared: Any) -> tuple[list[GRPO], list[Batch]]:
+    """Members of one base with answers of their own: other tokens, lengths, numbers of answers and of prompts."""
+    model = make_family("llama")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    fixed = {"max_completion_length": MOST, "actor_network": model, "lora_config": lora, **shared}
+    agents = [GRPO(index=index, seed=index, **own, **fixed) for index, own in enumerate(MEMBERS)]
+    batches = [make_batch(agent, seed) for seed, agent in enumerate(agents)]
+    # A reward of member 0 is not finite, member 1 has but one prompt, and member 3 two answers to each.
+    batches[0] = make_batch(agents[0], 0, [REWARDS[0], (np.nan, 0.0, 1.0), REWARDS[2]])
+    batches[1] = batches[1].select([2])
+    batches[3] = Batch([cut(sample, 2) for sample in batches[3]], "train")
+    return agents, batches
+
+
+def cut(sample: Sample, size: int) -> Sample:
+    """A sample with the first answers alone."""
+    own = sample.extras[ROLLOUT]
+    parts = {name: getattr(own, name)[:size] for name in ("rewards", "by_function", "advantages", "ended")}
+    return replace(sample, completions=sample.completions[:size], extras={ROLLOUT: replace(own, **parts)})
+
+
+@pytest.mark.parametrize("values", [{}, {"batch_size": 2, "update_epochs": 2, "micro_batch_size_per_gpu": 1}])
+def test_members_learn_from_answers_of_their_own_in_shared_passes_as_one_after_the_other(monkeypatch, values) -> None:
+    passes: list[int] = []
+    original = Runner._pass
+
+    def record(self: Runner, few: Any, numbers: Sequence[int], *others: Any) -> Any:
+        passes.append(len(numbers))
+        return original(self, few, numbers, *others)
+
+    monkeypatch.setattr(Runner, "_pass", record)
+    (agents, batches), (twins, _) = make_members(**values), make_members(**values)
+    found, expected = [], []
+    for _ in range(3):
+        found += learn_each(agents, batches)
+    together = [*passes]
+    passes.clear()
+    for _ in range(3):
+        expected += [learn_together([twin], batch)[0] for twin, batch in zip(twins, batches, strict=True)]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=0, abs=1e-10)
+    mine, theirs = ([one.detach() for each in some for one in each.actor_parameters()] for some in (agents, twins))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    assert max(together) > 1
+    assert len(together) < len(passes)
+    # Member 0 learnt from two prompts, member 1 from one.
+    assert [metrics["num_tokens"] > 0 for metrics in found] == [True] * 12
+
+
+def test_a_member_that_diverges_in_a_shared_pass_harms_nobody_else() -> None:
+    results = []
+    for broken in (False, True):
+        agents, batches = make_members()
+        learn_each(agents, batches)
+        if broken:
+            with torch.no_grad():
+                agents[1].actor_parameters()[0].fill_(float("nan"))
+        learn_each(agents, batches)
+        assert [agent.diverged for agent in agents] == [False, broken, False, False]
+        results.append([actor_bits(agent) for agent in agents if agent.index != 1])
+    assert results[0] == results[1]
 
 
 def test_losses_by_hand() -> None:

@@ -14,7 +14,7 @@ from evollm.models.layouts.packed import PackedLayout
 from evollm.models.layouts.plain import PlainLayout, completion_logprobs, lone_logprobs
 from evollm.models.shared_base import SharedBase
 
-__all__ = ["LaidOut", "Layout", "completion_logprobs", "layout_for", "lone_layout", "longest_sequence"]
+__all__ = ["LaidOut", "Layout", "PackedLayout", "completion_logprobs", "layout_for", "lone_layout", "longest_sequence"]
 
 
 def layout_for(base: SharedBase, paths: FastPaths, *, explicit_positions: bool = True) -> Layout:
