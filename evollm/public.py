@@ -14,7 +14,7 @@ from evollm.errors import (
 from evollm.hpo import HyperparameterConfig, Judge, Mutations, RLParameter, Search, SearchPlan, TournamentSelection
 from evollm.inspection import Inspection, inspect_data
 from evollm.llm_envs import PreferenceGym, RewardGym, SFTGym, UnpairedGym
-from evollm.models import PolicyArchive, load_policy_archive
+from evollm.models import PolicyArchive, RewardModel, load_policy_archive
 from evollm.training import (
     Callback,
     finetune_llm_kto,
@@ -45,6 +45,7 @@ __all__ = [
     "RLParameter",
     "ReplayResult",
     "RewardGym",
+    "RewardModel",
     "SFTGym",
     "Search",
     "SearchPlan",

@@ -13,8 +13,8 @@ import torch
 from conftest import make_examples, make_rows
 from documented import blocks
 from safetensors.torch import load_file
-from tokenizers_for_tests import make_tokenizer, t5_tokenizer
-from transformers import T5Config, T5ForConditionalGeneration
+from tokenizers_for_tests import CHATML, make_tokenizer, t5_tokenizer
+from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 from two_workers import TwoWorkers
 
 import evollm
@@ -97,8 +97,11 @@ def write_ratings(namespace: Namespace) -> None:
 
 
 def write_questions(namespace: Namespace) -> None:
-    """Files of prompts with the right answers."""
-    del namespace
+    """Files of prompts with the right answers, and a reward model."""
+    reader = make_tokenizer(chat_template=CHATML, pad_token="<unk>")
+    settings = {**namespace["model"].config.to_dict(), "num_labels": 1, "pad_token_id": reader.pad_token_id}
+    LlamaForSequenceClassification(LlamaConfig(**settings)).save_pretrained("reward-model")
+    reader.save_pretrained("reward-model")
     for name, rows in (("questions", make_rows(6)), ("test-questions", make_rows(4, 6))):
         asked = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in rows]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))

@@ -27,6 +27,12 @@ def add_to(commands: Subparsers) -> None:
     parser.add_argument("--model", required=True, help="name or folder of the model, or of its tokenizer alone")
     parser.add_argument("--split", help="split of a dataset on the hub (default: train)")
     parser.add_argument("--sft", action="store_true", default=None, help="examples (default: what the columns say)")
+    parser.add_argument("--grpo", action="store_true", help="prompts alone, which GRPO answers")
+    parser.add_argument(
+        "--dataset-weights",
+        metavar="YAML",
+        help='weights of several sets, "{a: 3, b: 1}", which are given as name=data: inspect a=a.jsonl b=b.jsonl ...',
+    )
     parser.add_argument(
         "--columns", metavar="YAML", help='which column is what, such as "{prompt: question, ignore: [context]}"'
     )
@@ -47,7 +53,28 @@ def _run(options: argparse.Namespace) -> None:
     files = arguments.pop("data")
     if arguments["columns"] is not None:
         arguments["columns"] = parse_config(arguments["columns"], "--columns")
-    inspection = inspect_data(files if len(files) > 1 else files[0], arguments.pop("model"), **arguments)
+    data = files if len(files) > 1 else files[0]
+    if arguments["dataset_weights"] is not None:
+        arguments["dataset_weights"] = parse_config(arguments["dataset_weights"], "--dataset-weights")
+        data = _sets(files)
+    inspection = inspect_data(data, arguments.pop("model"), **arguments)
     print_inspection(inspection)
     if not inspection.report.kept:
         raise DataError("data", files[0] if len(files) == 1 else files, "no row can be used: see the reasons above")
+    for name, one in inspection.sets.items():
+        if not one.rows:
+            raise DataError(f"data.{name}", data[name], "no row can be used: see the reasons above")
+
+
+def _sets(files: list[str]) -> dict[str, str]:
+    """The sets that are given as name=data."""
+    from evollm.errors import ConfigurationError
+
+    named = [file.partition("=") for file in files]
+    for name, sign, data in named:
+        if not (name and sign and data):
+            raise ConfigurationError("data", name or sign, "with --dataset-weights write name=data for each set")
+    sets = {name: data for name, _, data in named}
+    if len(sets) < len(files):
+        raise ConfigurationError("data", files, "has a name twice: give each set one of its own")
+    return sets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from evollm.data.row_report import DataReport, PromptPreview, count_rows, form_o
 from evollm.data.rows import OTHERS, ChatPair, DroppedRows, RowFormat, TextPair, in_form, read_dataset, read_rows
 from evollm.data.samples import IntArray, Sample
 from evollm.data.shapes import PROMPT
+from evollm.data.token_cache import TokenizedSplit
 from evollm.data.tokenization import NO_PROMPT, NUM_PREVIEWS, as_written, context_limit, cut_prompt, prompt_ids
 from evollm.errors import DataError
 
@@ -89,28 +90,38 @@ def load_prompts(
     has_template = bool(tokenizer.chat_template)
     rows = read_rows(dataset, argument, row_format)
     given, dropped = read_dataset(rows, argument, row_format)
+    whole = tokenize_prompts(given, tokenizer, encoder_decoder=encoder_decoder)
+    for reason, numbers in whole.dropped.items():
+        dropped.setdefault(reason, []).extend(numbers)
+    unused = {row for numbers in whole.dropped.values() for row in numbers}
+    kept = [pair for pair in given if pair.row not in unused]
     samples: list[Sample] = []
-    kept: list[TextPair | ChatPair] = []
     num_cut = 0
-    for pair in given:
-        asked = in_form(pair, has_template)
-        try:
-            ids = _ids_of(asked, tokenizer, encoder_decoder)
-        except UnusableRowError as unusable:
-            dropped.setdefault(str(unusable), []).append(pair.row)
-            continue
-        sample = Sample(ids, (), pair.row, {ASKED: pair.asked, COLUMNS: dict(pair.others)})
-        if limit is not None and len(ids) > limit:
-            sample = cut_prompt(sample, len(ids) - limit, tokenizer.bos_token_id)
-            num_cut += 1
-        samples.append(sample)
-        kept.append(pair)
+    for sample in whole.pairs:
+        excess = 0 if limit is None else max(0, len(sample.prompt_ids) - limit)
+        samples.append(cut_prompt(sample, excess, tokenizer.bos_token_id) if excess else sample)
+        num_cut += bool(excess)
     report = _report(name, kept, dropped, num_cut, has_template)
     if samples and name == "train":
         report = replace(report, template_hint=template_hint(report.form, kept, rows, tokenizer))
     if not samples:
         raise DataError(argument, f"{report.num_dropped} rows", f"no usable prompt ({report}); correct the rows")
     return samples, report
+
+
+def tokenize_prompts(
+    prompts: Sequence[TextPair | ChatPair], tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False
+) -> TokenizedSplit:
+    """Tokenise prompts, which are not cut; see `load_prompts`."""
+    split, has_template = TokenizedSplit(), bool(tokenizer.chat_template)
+    for pair in prompts:
+        try:
+            ids = _ids_of(in_form(pair, has_template), tokenizer, encoder_decoder)
+        except UnusableRowError as unusable:
+            split.drop(str(unusable), pair.row)
+            continue
+        split.pairs.append(Sample(ids, (), pair.row, {ASKED: pair.asked, COLUMNS: dict(pair.others)}))
+    return split
 
 
 def _ids_of(pair: TextPair | ChatPair, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> IntArray:

@@ -199,7 +199,10 @@ def judge_of(value: object) -> Judge:
 def _taken_by(function: object) -> tuple[frozenset[str], bool]:
     """`_COMPARES` or `_SCORES`, by the names of a function's arguments, and whether it takes prompts too."""
     if not callable(function):
-        raise ConfigurationError("judge", function, _KINDS)
+        hint = (
+            f"; if this is the name of a reward model, RewardModel({function!r})" if isinstance(function, str) else ""
+        )
+        raise ConfigurationError("judge", function, _KINDS + hint)
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

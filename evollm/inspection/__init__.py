@@ -5,6 +5,6 @@ from __future__ import annotations
 from evollm.inspection.forecast import Forecast
 from evollm.inspection.inspect import inspect_data
 from evollm.inspection.printing import print_inspection
-from evollm.inspection.result import Fit, Inspection, Lengths, RenderedRow
+from evollm.inspection.result import Fit, Inspection, Lengths, RenderedRow, SetShare
 
-__all__ = ["Fit", "Forecast", "Inspection", "Lengths", "RenderedRow", "inspect_data", "print_inspection"]
+__all__ = ["Fit", "Forecast", "Inspection", "Lengths", "RenderedRow", "SetShare", "inspect_data", "print_inspection"]

@@ -62,6 +62,7 @@ def forecast(
     population: int,
     epochs: int,
     measured: bool,
+    epoch_tokens: int | None = None,
 ) -> Forecast | None:
     """Estimate a run's memory and time; None if the model has no configuration, or is not a language model.
 
@@ -73,6 +74,7 @@ def forecast(
         population: Number of agents.
         epochs: Number of epochs.
         measured: Whether to load the weights and time a step of one agent; otherwise `Forecast.seconds` is None.
+        epoch_tokens: Tokens of an epoch; None: those of all rows.
 
     Raises:
         ConfigurationError: `measured` is True, and the model cannot be loaded.
@@ -97,7 +99,7 @@ def forecast(
     if measured:
         per_token, saved_per_token = _measure(network, pairs, algorithm)
         passes = population * epochs + (REFERENCE_SHARE if algorithm.has_reference else 0)
-        seconds = per_token * sum(pair.num_tokens for pair in pairs) * passes
+        seconds = per_token * (epoch_tokens or sum(pair.num_tokens for pair in pairs)) * passes
     # The default token budget of a CPU; a row above the budget gets a pass of its own.
     budget = tokens_in_flight(tokens_that_fit(free_bytes, saved_per_token), "cpu", training=True)
     activations = int(saved_per_token * max(budget, longest))

@@ -1,29 +1,26 @@
-"""Reads a dataset as a gym does, and collects columns, dropped rows, lengths and repetitions."""
+"""Inspects a dataset: columns, dropped rows, lengths and repetitions."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evollm.algorithms import Algorithm, algorithm_named
+from evollm.algorithms import algorithm_named
 from evollm.checks import boolean, optional_whole_number, whole_number
-from evollm.data.row_report import DataReport, count_rows, count_seen, form_of, template_hint, warning_about
-from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Rows, TextPair, read_dataset, read_rows
+from evollm.data.mixing import shares
+from evollm.data.row_report import count_seen
+from evollm.data.rows import RowFormat
 from evollm.data.samples import Completion, Sample
-from evollm.data.shapes import PAIR
-from evollm.data.token_cache import TokenizedSplit
-from evollm.data.tokenization import TOO_LONG, context_limit, shortest_context, tokenize_pairs
+from evollm.data.shapes import PAIR, PROMPT
 from evollm.data.unpaired_rows import Balance
-from evollm.errors import ConfigurationError, DataError
+from evollm.errors import ConfigurationError
 from evollm.inspection.forecast import forecast
-from evollm.inspection.result import Fit, Inspection, Lengths, RenderedRow
+from evollm.inspection.reading import Read, Reader, read_data
+from evollm.inspection.result import Inspection, Lengths, RenderedRow, SetShare
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.loading.pretrained import find_config, load_tokenizer
 
@@ -47,11 +44,13 @@ def inspect_data(
     epochs: int = 1,
     estimate: bool = False,
     columns: Mapping[str, Any] | None = None,
+    grpo: bool = False,
+    dataset_weights: Mapping[str, float] | None = None,
 ) -> Inspection:
     """Inspect a dataset: the rows that are used, their lengths in tokens, and the tokens that enter the loss.
 
     Args:
-        data: A dataset, as `PreferenceGym`, `UnpairedGym` or `SFTGym` takes it.
+        data: A dataset, as `PreferenceGym`, `UnpairedGym`, `SFTGym` or `RewardGym` takes it.
         model: Name or folder of the model, whose tokenizer and configuration are read; or a tokenizer.
         split: Split of a dataset on the hub, by default `train`.
         sft: Whether the rows are examples for SFT; None: their columns decide, and of completions with labels, which
@@ -63,60 +62,106 @@ def inspect_data(
         epochs: Epochs of that run.
         estimate: Whether to load the model's weights and time a step of one agent, to estimate the run's time.
         columns: As for the gyms.
+        grpo: Whether the rows are prompts alone, which GRPO answers. There is no estimate then: what a run takes are
+            its answers.
+        dataset_weights: As for the gyms, for `data={"a": rows, "b": rows}`: the shares of the sets are counted, and the
+            time is that of epochs as the weights make them.
 
     Raises:
         ConfigurationError: An argument is invalid, or the model's tokenizer cannot be loaded.
-        DataError: The dataset cannot be read, lacks a column or has no row.
+        DataError: A dataset cannot be read, lacks a column or has no row.
     """
     boolean("estimate", estimate)
+    if boolean("grpo", grpo):
+        _check_prompts(sft, min_completion_length, estimate, dataset_weights)
+    if split is not None and dataset_weights is not None:
+        raise ConfigurationError("split", split, "is for one dataset: write it behind the name of each, org/name:split")
     max_context_length = optional_whole_number("max_context_length", max_context_length, 2)
     min_completion_length = optional_whole_number("min_completion_length", min_completion_length, 1) or 1
     population, epochs = whole_number("population", population, 1), whole_number("epochs", epochs, 1)
     tokenizer = _tokenizer(model)
     config = find_config(model) if isinstance(model, str | os.PathLike) else None
-    tokenize = partial(
-        tokenize_pairs,
-        tokenizer=tokenizer,
-        min_completion_length=min_completion_length,
-        encoder_decoder=is_encoder_decoder(config),
+    reader = Reader(tokenizer, max_context_length, min_completion_length, is_encoder_decoder(config))
+    read, row_format, algorithm = read_data(
+        _with_split(data, split), reader, sft=sft, grpo=grpo, columns=columns, weights=dataset_weights
     )
-    rows, row_format, algorithm = _rows(_with_split(data, split), "data", sft, columns)
-    raw, dropped = read_dataset(rows, "data", row_format)
-    whole = tokenize(raw)
-    others = None
-    if against is not None:
-        others = tokenize(read_dataset(against, "against", row_format)[0]).pairs
-    unused = {row for rows in whole.dropped.values() for row in rows}
-    texts = [text for text in raw if text.row not in unused]
-    bos_id = tokenizer.bos_token_id
-    limit = context_limit(tokenizer) if max_context_length is None else max_context_length
-    kept = [n for n, pair in enumerate(whole.pairs) if limit is None or shortest_context(pair, bos_id) <= limit]
-    used = [texts[n] for n in kept]
-    form = form_of(used, bool(tokenizer.chat_template))
-    report = _report(whole, dropped, texts, set(kept), row_format, _fit(whole.pairs, limit, bos_id))
-    report = replace(report, form=form, template_hint=template_hint(form, used, rows, tokenizer))
-    pairs = [whole.pairs[n] for n in kept]
+    others = None if against is None else reader.samples(against, "against", row_format)
+    pairs, limit = read.pairs, reader.limit
+    sets = _sets(read, dataset_weights or {})
     chosen_longer, rejected_longer = _longer_sides(pairs, row_format)
-    roles = {role: column for layout in rows.layouts for role, column in layout.roles.items()}
+    num_tokens = sum(pair.num_tokens for pair in pairs)
+    is_foreseen = isinstance(model, str | os.PathLike) and pairs and not grpo
     return Inspection(
-        report=report,
-        columns=roles,
-        unused=tuple(dict.fromkeys(name for layout in rows.layouts for name in layout.unused)),
+        report=read.report,
+        columns={role: column for layout in read.layouts for role, column in layout.roles.items()},
+        unused=tuple(dict.fromkeys(name for layout in read.layouts for name in layout.unused)),
         lengths=_lengths(pairs, row_format),
-        num_tokens=sum(pair.num_tokens for pair in pairs),
-        prompt_share=sum(len(pair.prompt_ids) for pair in pairs) / max(1, sum(pair.num_tokens for pair in pairs)),
+        num_tokens=num_tokens,
+        prompt_share=sum(len(pair.prompt_ids) for pair in pairs) / max(1, num_tokens),
         limit=limit,
-        fits=tuple(_fit(whole.pairs, usual, bos_id) for usual in sorted({*USUAL_LIMITS, *([limit] if limit else [])})),
+        fits=tuple(reader.fit(read.whole, one) for one in sorted({*USUAL_LIMITS, *([limit] if limit else [])})),
         **_repetitions(pairs),
         overlap=None if others is None else count_seen(pairs, others),
         chosen_longer=chosen_longer,
         rejected_longer=rejected_longer,
-        examples=_rendered(pairs, [text.row for text in used], tokenizer),
-        forecast=forecast(str(model), config, pairs, algorithm, population=population, epochs=epochs, measured=estimate)
-        if isinstance(model, str | os.PathLike) and pairs
+        examples=_rendered(pairs, tokenizer),
+        forecast=forecast(
+            str(model),
+            config,
+            pairs,
+            algorithm,
+            population=population,
+            epochs=epochs,
+            measured=estimate,
+            epoch_tokens=round(sum(one.epoch_tokens for one in sets.values())) if sets else None,
+        )
+        if is_foreseen
         else None,
-        balance=Balance.of([text.label for text in used]) if algorithm is algorithm_named("kto") and used else None,
+        balance=_balance(read, sets) if algorithm is algorithm_named("kto") and pairs else None,
+        sets=sets,
     )
+
+
+def _check_prompts(sft: object, min_completion_length: object, estimate: bool, weights: object) -> None:
+    """Refuse arguments that say nothing of prompts alone."""
+    reasons = {
+        "sft": (sft, "examples have completions, and prompts alone have none: leave out sft or grpo"),
+        "min_completion_length": (min_completion_length, "prompts alone have no completion: leave it out"),
+        "estimate": (estimate or None, "what GRPO takes is known from its answers alone: run a few steps (max_steps)"),
+        "dataset_weights": (weights, "RewardGym has one set of prompts: leave it out"),
+    }
+    for name, (value, fix) in reasons.items():
+        if value is not None:
+            raise ConfigurationError(name, value, fix)
+
+
+def _balance(read: Read, sets: Mapping[str, SetShare]) -> Balance:
+    """How many of the labels are desirable; of several sets in an epoch, on average over epochs."""
+    if not any(one.drawn for one in sets.values()):
+        return Balance.of(read.labels)
+    desirable = undesirable = 0.0
+    for name, one in sets.items():
+        found = Balance.of(read.by_set[name].labels)
+        desirable += found.desirable * one.drawn / one.rows
+        undesirable += found.undesirable * one.drawn / one.rows
+    return Balance(desirable, undesirable)
+
+
+def _sets(read: Read, weights: Mapping[str, float]) -> dict[str, SetShare]:
+    """The share of each of several sets."""
+    sizes = {name: len(one.pairs) for name, one in read.by_set.items()}
+    # A set without a row is a finding: the epoch of the others would be another one.
+    drawn = shares(sizes, dict(weights)) if sizes and all(sizes.values()) else dict.fromkeys(sizes, 0)
+    return {
+        name: SetShare(
+            weight=float(weights[name]),
+            rows=sizes[name],
+            num_dropped=one.report.num_dropped,
+            drawn=drawn[name],
+            num_tokens=sum(pair.num_tokens for pair in one.pairs),
+        )
+        for name, one in read.by_set.items()
+    }
 
 
 def _tokenizer(model: Any) -> PreTrainedTokenizerBase:
@@ -135,68 +180,11 @@ def _with_split(data: object, split: object) -> object:
     return f"{data}:{split}"
 
 
-def _rows(data: Any, field: str, sft: object, columns: object) -> tuple[Rows, RowFormat, Algorithm]:
-    """Read the rows for the requested algorithm, or else for the first of DPO, KTO and SFT whose columns they have."""
-
-    def read(algorithm: Algorithm) -> tuple[Rows, RowFormat, Algorithm]:
-        row_format = algorithm.row_format.with_columns(columns)
-        return read_rows(data, field, row_format), row_format, algorithm
-
-    pairs, answers, examples = map(algorithm_named, ("dpo", "kto", "sft"))
-    if sft is not None:
-        return read(examples if boolean("sft", sft) else pairs)
-    if hasattr(data, "__next__"):
-        data = list(data)  # an iterator could not be read for both algorithms
-    try:
-        return read(pairs)
-    except ConfigurationError as error:
-        with suppress(ConfigurationError):
-            return read(answers)
-        try:
-            return read(examples)
-        except ConfigurationError as other:
-            # Raise the error of the format for which the data, or the column mapping, was meant.
-            is_sft = "SFTGym" in str(error) or (isinstance(other, DataError) and not isinstance(error, DataError))
-            raise (other if is_sft else error) from None
-
-
-def _report(
-    whole: TokenizedSplit,
-    dropped: DroppedRows,
-    texts: Sequence[TextPair | ChatPair],
-    kept: set[int],
-    row_format: RowFormat,
-    fit: Fit,
-) -> DataReport:
-    reasons = {reason: list(rows) for reason, rows in dropped.items()}
-    too_long = [text.row for n, text in enumerate(texts) if n not in kept]
-    for reason, rows in {**whole.dropped, **({TOO_LONG: too_long} if too_long else {})}.items():
-        reasons.setdefault(reason, []).extend(rows)
-    used = [text for n, text in enumerate(texts) if n in kept]
-    numbers = {text.row for text in used}
-    noted = {remark: left for remark, rows in whole.noted.items() if (left := [row for row in rows if row in numbers])}
-    return DataReport(
-        "data",
-        len(used),
-        count_rows(reasons),
-        fit.prompts_cut,
-        noun=row_format.noun,
-        warning=warning_about(used),
-        noted=count_rows(noted),
-    )
-
-
-def _fit(pairs: Sequence[Sample], limit: int | None, bos_id: int | None) -> Fit:
-    if limit is None:
-        return Fit(0, 0, 0)
-    long = [pair for pair in pairs if pair.longest_sequence > limit]
-    too_long = sum(shortest_context(pair, bos_id) > limit for pair in long)
-    return Fit(limit, len(long) - too_long, too_long)
-
-
 def _lengths(pairs: Sequence[Sample], row_format: RowFormat) -> dict[str, Lengths]:
     if not pairs:
         return {}
+    if row_format.kind is PROMPT:
+        return {"prompt": Lengths.of([len(pair.prompt_ids) for pair in pairs])}
     chosen = [len(pair.chosen_ids) for pair in pairs]
     if row_format.kind is PAIR:
         sides = {"chosen": chosen, "rejected": [len(pair.rejected_ids) for pair in pairs]}
@@ -213,7 +201,8 @@ def _repetitions(pairs: Sequence[Sample]) -> dict[str, int]:
     counts = {"duplicates": 0, "repeated_prompts": 0, "contradictions": 0}
     for pair in pairs:
         prompt, *sides = (ids.tobytes() for ids in (pair.prompt_ids, *(side.ids for side in pair.completions)))
-        counts["duplicates"] += (prompt, *sides) in seen
+        # Prompts alone may differ in what the reward functions get.
+        counts["duplicates"] += bool(sides) and (prompt, *sides) in seen
         counts["contradictions"] += len(sides) > 1 and (prompt, *sides[::-1]) in seen
         counts["repeated_prompts"] += prompt in prompts
         prompts.add(prompt)
@@ -229,20 +218,21 @@ def _longer_sides(pairs: Sequence[Sample], row_format: RowFormat) -> tuple[float
     return float((excess > 0).mean()), float((excess < 0).mean())
 
 
-def _rendered(
-    pairs: Sequence[Sample], rows: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> tuple[RenderedRow, ...]:
+def _rendered(pairs: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> tuple[RenderedRow, ...]:
     """Decode a few rows, evenly spaced over the dataset."""
     places = sorted({number * len(pairs) // NUM_RENDERED for number in range(NUM_RENDERED)}) if pairs else []
-    return tuple(
-        RenderedRow(
-            row=rows[place],
-            prompt=str(tokenizer.decode(pairs[place].prompt_ids)),
-            chosen=_side(pairs[place].completions[0], tokenizer),
-            rejected=next((_side(side, tokenizer) for side in pairs[place].completions[1:]), None),
-            num_scored=sum(pairs[place].num_scored),
-        )
-        for place in places
+    return tuple(_rendered_row(pairs[place], tokenizer) for place in places)
+
+
+def _rendered_row(pair: Sample, tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
+    chosen, rejected, *_ = *(_side(side, tokenizer) for side in pair.completions), None, None
+    return RenderedRow(
+        row=-1 if pair.row is None else pair.row,
+        prompt=str(tokenizer.decode(pair.prompt_ids)),
+        chosen=chosen,
+        rejected=rejected,
+        num_scored=sum(pair.num_scored),
+        set_name=pair.set_name,
     )
 
 

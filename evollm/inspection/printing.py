@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import rich.console
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -9,15 +11,21 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from evollm.data.prompt_rows import PROMPTS
 from evollm.data.row_report import listed
 from evollm.data.unpaired_rows import Balance
 from evollm.inspection.forecast import Forecast
-from evollm.inspection.result import Inspection, RenderedRow
+from evollm.inspection.result import Inspection, RenderedRow, SetShare
 
 MOST_CHARACTERS = 600
 UNPAIRED = (
     "Rows with a label (unpaired preferences): used for SFT, on the completions that are labelled good alone; KTO "
     "(algorithm: kto) learns from all that have a prompt"
+)
+
+NO_FORECAST = (
+    "\nNo estimate: what GRPO takes depends on its answers, group_size of them to a prompt, each of up to "
+    "max_completion_length tokens"
 )
 
 
@@ -34,15 +42,10 @@ def print_inspection(inspection: Inspection, console: rich.console.Console | Non
     if not report.kept:
         return
     say(_length_table(inspection))
-    say(
-        f"{inspection.num_tokens} tokens, of which {inspection.prompt_share:.0%} are prompts"
-        + (", which are computed once for both sides" if inspection.chosen_longer is not None else "")
-    )
-    if inspection.limit is None:
-        say("No max_context_length: no prompt is cut")
-    for fit in inspection.fits:
-        holds = " (this one holds)" if fit.limit == inspection.limit else ""
-        say(f"  at max_context_length {fit.limit}: {fit.prompts_cut} prompts cut, {fit.too_long} too long{holds}")
+    if inspection.sets:
+        say(_set_table(inspection.sets))
+    for line in _token_lines(inspection):
+        say(line)
     say("\n" + _repetition_line(inspection))
     if inspection.chosen_longer is not None:
         say(
@@ -53,6 +56,8 @@ def print_inspection(inspection: Inspection, console: rich.console.Console | Non
         _say_example(console, example)
     if inspection.forecast is not None:
         say("\n" + _forecast_lines(inspection.forecast))
+    elif _is_prompts(inspection):
+        say(NO_FORECAST)
 
 
 def _rows_lines(inspection: Inspection) -> list[str]:
@@ -61,7 +66,8 @@ def _rows_lines(inspection: Inspection) -> list[str]:
     read = ", ".join(name if name == role else f"{name} as {role}" for role, name in inspection.columns.items())
     lines = [f"Columns read: {read}"]
     if inspection.unused:
-        lines.append(f"Columns not used: {', '.join(inspection.unused)}")
+        what = "Columns for the reward functions" if _is_prompts(inspection) else "Columns not used"
+        lines.append(f"{what}: {', '.join(inspection.unused)}")
     if report.noun == "example" and "label" in inspection.columns:
         lines.append(UNPAIRED)
     if inspection.balance is not None:
@@ -71,6 +77,42 @@ def _rows_lines(inspection: Inspection) -> list[str]:
         lines.append(f"  {count} {reason}: {listed(count, rows)}")
     lines += [f"Warning: {warning}" for warning in report.warnings]
     return lines + ([f"  For turns of it {report.template_hint}"] if report.template_hint else [])
+
+
+def _is_prompts(inspection: Inspection) -> bool:
+    return inspection.report.noun == PROMPTS.noun
+
+
+def _set_table(sets: Mapping[str, SetShare]) -> Table:
+    table = Table(title="\nsets", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("", "weight", "rows", "dropped", "rows in an epoch", "share", "share of tokens", "times each row"):
+        table.add_column(name, justify="right" if name else "left")
+    rows, tokens = sum(one.drawn for one in sets.values()), sum(one.epoch_tokens for one in sets.values())
+    for name, one in sets.items():
+        counts = escape(name), f"{one.weight:g}", str(one.rows), str(one.num_dropped)
+        if not rows:
+            table.add_row(*counts, "", "", "", "")
+            continue
+        shares = f"{one.drawn / rows:.1%}", f"{one.epoch_tokens / tokens:.1%}"
+        table.add_row(*counts, str(one.drawn), *shares, f"{one.drawn / one.rows:.2f}")
+    return table
+
+
+def _token_lines(inspection: Inspection) -> list[str]:
+    """The tokens of all rows, and what lengths would do to them."""
+    said = f"{inspection.num_tokens} tokens"
+    if _is_prompts(inspection):
+        said += " of prompts"
+    else:
+        said += f", of which {inspection.prompt_share:.0%} are prompts"
+    lines = [said + (", which are computed once for both sides" if inspection.chosen_longer is not None else "")]
+    if inspection.limit is None:
+        lines.append("No max_context_length: no prompt is cut")
+    for fit in inspection.fits:
+        holds = " (this one holds)" if fit.limit == inspection.limit else ""
+        too_long = "" if _is_prompts(inspection) else f", {fit.too_long} too long"
+        lines.append(f"  at max_context_length {fit.limit}: {fit.prompts_cut} prompts cut{too_long}{holds}")
+    return lines
 
 
 def _balance_line(balance: Balance) -> str:
@@ -91,7 +133,11 @@ def _length_table(inspection: Inspection) -> Table:
 
 
 def _repetition_line(inspection: Inspection) -> str:
-    line = f"{inspection.duplicates} are repetitions, {inspection.repeated_prompts} have a prompt that was there before"
+    if _is_prompts(inspection):
+        line = f"{inspection.repeated_prompts} are a prompt that was there before"
+    else:
+        line = f"{inspection.duplicates} are repetitions"
+        line += f", {inspection.repeated_prompts} have a prompt that was there before"
     if inspection.contradictions:
         line += f", {inspection.contradictions} prefer the other way round what an earlier one says"
     if inspection.overlap is not None:
@@ -100,7 +146,12 @@ def _repetition_line(inspection: Inspection) -> str:
 
 
 def _say_example(console: rich.console.Console, example: RenderedRow) -> None:
-    console.print(f"\n[bold]row {example.row}[/bold], {example.num_scored} tokens between the bars are scored")
+    row = f"row {example.row}" + (f" of {escape(example.set_name)}" if example.set_name else "")
+    if example.chosen is None:
+        console.print(f"\n[bold]{row}[/bold], as it is answered")
+        console.print(Padding(Text(_shortened(example.prompt)), (0, 0, 0, 4)), highlight=False)
+    else:
+        console.print(f"\n[bold]{row}[/bold], {example.num_scored} tokens between the bars are scored")
     for label, side in (("chosen", example.chosen), ("rejected", example.rejected)):
         if side is None:
             continue

@@ -129,7 +129,7 @@ class Rewards:
 
 def _named(functions: object) -> dict[str, RewardFunction]:
     if isinstance(functions, str):
-        fix = f"{_FIX}, not the name of one: call evollm from Python"
+        fix = f"{_FIX}; if this is the name of a reward model, RewardModel({functions!r})"
         raise ConfigurationError("reward_functions", functions, fix)
     if callable(functions):
         functions = [functions]

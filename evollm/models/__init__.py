@@ -14,6 +14,7 @@
 - `budget`, `pass_budgets`, `slow_settings`: what follows the free memory, and warnings about slow settings
 - `fingerprints`: digests of adapters and bases
 - `generation`, `sampling`: answers of all members at once, greedy or sampled with a key for each answer
+- `reward_model`: a sequence classifier that scores answers, as a reward function or a judge
 """
 
 from evollm.models.adapters.adapter import AdapterState
@@ -23,6 +24,7 @@ from evollm.models.loading.base_source import load_policy_archive
 from evollm.models.loading.policy_archive import PolicyArchive
 from evollm.models.loading.pretrained import load_base_model
 from evollm.models.reference_cache import ReferenceCache
+from evollm.models.reward_model import RewardModel
 from evollm.models.shared_base import SharedBase
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "AdapterState",
     "PolicyArchive",
     "ReferenceCache",
+    "RewardModel",
     "SharedBase",
     "completion_logprobs",
     "load_base_model",

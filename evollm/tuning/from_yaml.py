@@ -1,4 +1,4 @@
-"""`hp_config`, `lora_config` and `model_config` from plain data, such as a YAML file holds."""
+"""`hp_config`, `lora_config`, `model_config` and others from plain data, such as a YAML file holds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from evollm.hpo import HyperparameterConfig, RLParameter
 from evollm.models.loading.precision import SHORT_TYPES
 from evollm.names import BOUND_ALIASES, LORA_ALIASES, check_known
 from evollm.tuning.parameters import Settings, check_types
+from evollm.tuning.reward_models import judge_of, reward_functions_of
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ _KINDS = {"int": int, "float": float}
 
 
 def as_objects(settings: Mapping[str, Any]) -> Settings:
-    """The settings with mappings of `hp_config`, `lora_config` and `model_config` turned into objects.
+    """The settings with mappings of `hp_config` and the like, and names of reward models, turned into objects.
 
     Raises:
         ConfigurationError: A mapping has an unknown or an impossible entry.
@@ -155,4 +156,6 @@ _CONVERTERS: dict[str, Callable[[object], Any]] = {
     "hp_config": hp_config_of,
     "lora_config": lora_config_of,
     "model_config": model_config_of,
+    "judge": judge_of,
+    "reward_functions": reward_functions_of,
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from conftest import make_examples, make_rows
@@ -12,7 +13,7 @@ from families import RELATIVE
 from tokenizers_for_tests import chatml_tokenizer, make_tokenizer, t5_tokenizer
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from evollm import DPO, DataError, PreferenceGym, SFTGym, inspect_data
+from evollm import DPO, DataError, PreferenceGym, RewardGym, SFTGym, UnpairedGym, inspect_data
 from evollm.cli import main
 from evollm.errors import ConfigurationError
 from evollm.inspection import Fit, Lengths, RenderedRow
@@ -309,3 +310,113 @@ def test_the_command_says_in_a_line_what_is_wrong(tmp_path: Path, capsys) -> Non
     assert main(["inspect", str(tmp_path / "broken.jsonl"), "--model", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("evollm: ")
+
+
+def test_prompts_alone_are_counted_as_their_gym_counts_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows: list[Any] = [{"prompt": f"Question {number % 5}:" + " please" * number, "answer": "a"} for number in range(9)]
+    rows += [rows[0] | {"answer": "b"}, {"prompt": " "}, {"prompt": None}]
+    found = inspect_data(rows, tokenizer, grpo=True, max_context_length=9, against=rows[:2])
+    gym = RewardGym(rows, None, tokenizer, lambda completions: [0] * len(completions), max_context_length=9)
+    report = gym.reports["train"]
+    assert (found.report.noun, found.report.kept, found.report.dropped) == ("prompt", 10, report.dropped)
+    assert found.report.prompts_cut == report.prompts_cut > 0
+    (fit,) = [fit for fit in found.fits if fit.limit == 9]
+    assert fit == Fit(9, report.prompts_cut, 0)
+    whole = RewardGym(rows, None, tokenizer, lambda completions: [0] * len(completions))
+    assert list(found.lengths) == ["prompt"]
+    assert found.num_tokens == sum(len(prompt.prompt_ids) for prompt in whole.train_pairs)
+    assert (found.duplicates, found.repeated_prompts, found.overlap) == (0, 1, 2)
+    assert found.unused == ("answer",)
+    assert (found.examples[0].chosen, found.examples[0].num_scored) == (None, 0)
+
+
+def test_shares_of_sets_are_those_of_the_gym_and_the_time_is_that_of_its_epochs(
+    make_model, tokenizer, tmp_path
+) -> None:
+    sets = {"helpful": [*make_rows(12), row("a", " b", " b")], "harmless": make_rows(6, 100)}
+    weights = {"helpful": 1, "harmless": 3}
+    found = inspect_data(sets, tokenizer, dataset_weights=weights, against=make_rows(2))
+    gym = PreferenceGym(sets, None, tokenizer, dataset_weights=weights)
+    shown = {name: {"weight": one.weight, "rows": one.rows, "drawn": one.drawn} for name, one in found.sets.items()}
+    assert shown == gym.sets
+    assert found.report.dropped == gym.reports["train"].dropped
+    assert {name: one.num_dropped for name, one in found.sets.items()} == {"helpful": 1, "harmless": 0}
+    assert (found.report.kept, found.overlap) == (18, 2)
+    assert [one.set_name for one in found.examples] == ["helpful", "helpful", "harmless"]
+    # An average over epochs, of which each has other rows.
+    epochs = [sum(pair.num_tokens for pair in gym.epoch_pairs(epoch)) for epoch in range(12)]
+    assert sum(one.epoch_tokens for one in found.sets.values()) == pytest.approx(np.mean(epochs))
+    labelled = {
+        name: [
+            {"prompt": one["prompt"], "completion": one["chosen"], "label": number % place == 0}
+            for number, one in enumerate(rows)
+        ]
+        for place, (name, rows) in enumerate((("helpful", make_rows(12)), ("harmless", make_rows(6, 100))), 2)
+    }
+    answers = UnpairedGym(labelled, None, tokenizer, dataset_weights=weights)
+    assert inspect_data(labelled, tokenizer, dataset_weights=weights).balance == answers.balance
+    empty = inspect_data({**sets, "empty": [row("a", " b", " b")]}, tokenizer, dataset_weights={**weights, "empty": 1})
+    assert [one.drawn for one in empty.sets.values()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grpo": True, "sft": True}, "sft=True: examples have completions"),
+        ({"grpo": True, "min_completion_length": 2}, "min_completion_length=2: prompts alone have no completion"),
+        ({"grpo": True, "estimate": True}, "estimate=True: what GRPO takes is known from its answers"),
+        ({"grpo": True, "dataset_weights": {"a": 1}}, "dataset_weights=.*RewardGym has one set"),
+        ({"grpo": "yes"}, "grpo='yes': must be True or False"),
+        ({"data": [{"prompt": "a", "answer": "b"}]}, "are read with --grpo"),
+        ({"dataset_weights": {"a": 1}}, "data='list': with dataset_weights it must map names to rows"),
+        ({"data": {"a": make_rows(2)}, "dataset_weights": {"b": 1}}, "dataset_weights.b=1.0: is the weight of no set"),
+        ({"data": {"a": make_rows(2)}, "dataset_weights": {"a": 0}}, "dataset_weights.a=0: must be a number above 0"),
+        ({"data": {"a": "x/y"}, "dataset_weights": {"a": 1}, "split": "test"}, "split='test': is for one dataset"),
+        (
+            {"data": {"a": make_rows(2), "b": make_examples(2)}, "dataset_weights": {"a": 1, "b": 1}},
+            r"data\.b=.*lacks",
+        ),
+    ],
+)
+def test_what_says_nothing_of_prompts_or_sets_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        inspect_data(**{"data": make_rows(2), "model": make_tokenizer(), **arguments})
+
+
+def test_the_command_reads_prompts_and_sets(model_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (
+        ("asked", [{"prompt": "Is it?", "answer": "yes"}] * 2),
+        ("a", make_rows(6)),
+        ("b", make_rows(2, 100)),
+        ("none", [row("a", " b", " b")]),
+    ):
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["inspect", "--model", str(model_folder)]
+    assert main([*command, "asked.jsonl", "--grpo"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "Columns read: prompt\nColumns for the reward functions: answer\n2 prompts kept, 0 dropped",
+        "tokens of prompts\n",
+        "at max_context_length 256: 0 prompts cut\n",
+        "1 are a prompt that was there before",
+        "row 0, as it is answered\n    <s>Is it?",
+        "No estimate: what GRPO takes depends on its answers",
+    ):
+        assert line in out
+    weights = ["--dataset-weights", "{a: 1, b: 3}"]
+    assert main([*command, "a=a.jsonl", "b=b.jsonl", *weights]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line.split() for line in out.splitlines() if line.split()[:2] == ["b", "3"]]
+    assert line[:6] == ["b", "3", "2", "0", "6", "75.0%"]
+    assert line[-1] == "3.00"
+    assert "8 pairs kept, 0 dropped" in out
+    assert "row 0 of a, " in out
+    for files, message in (
+        (["a.jsonl", "b=b.jsonl"], "data='a.jsonl': with --dataset-weights write name=data"),
+        (["a=a.jsonl", "a=b.jsonl"], "has a name twice"),
+        (["a=a.jsonl", "b=none.jsonl"], "data.b='none.jsonl': no row can be used"),
+    ):
+        assert main([*command, *files, *weights]) == 1
+        assert message in capsys.readouterr().err

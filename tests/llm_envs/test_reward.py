@@ -138,7 +138,7 @@ def test_none_says_nothing_and_numbers_may_be_of_any_type(tokenizer) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"functions": "module:function"}, "not the name of one: call evollm from Python"),
+        ({"functions": "module:function"}, r"if this is the name of a reward model, RewardModel\('module:function'\)"),
         ({"functions": []}, "must be a function"),
         ({"functions": {"a": 3}}, "must be a function"),
         ({"functions": [brevity, brevity]}, "have equal names"),

@@ -243,7 +243,7 @@ def test_what_cannot_run_is_refused_before_training(make, env, make_model, token
         finetune_llm_reasoning(make(), env, guards={"max_kl": 1.0})
     with pytest.raises(ConfigurationError, match="is no RewardGym, which finetune_llm_reasoning needs"):
         finetune_llm_reasoning(make(), SFTGym(make_examples(4), None, tokenizer), run_dir=folder)
-    with pytest.raises(ConfigurationError, match="not the name of one: call evollm from Python"):
+    with pytest.raises(ConfigurationError, match="names no reward model; other functions are Python: call evollm"):
         tuned(make_model, tokenizer, lora, reward_functions="rewards:brevity")
     assert not folder.exists()
     told = validate(

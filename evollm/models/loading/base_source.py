@@ -86,6 +86,15 @@ def usable_device(
     if device is None:
         # A network that is no model of transformers is refused by `check_plain_model`.
         return _device_of(network) if isinstance(network, PreTrainedModel) else default_device()
+    return checked_device(device)
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device itself.
+
+    Raises:
+        ConfigurationError: It is not available.
+    """
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

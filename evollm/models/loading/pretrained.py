@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -178,14 +179,34 @@ def load_base_model(name: str, model_config: Mapping[str, Any] | None = None) ->
     return _load(name, arguments)
 
 
-def _load(name: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of a hub name, a folder or a GGUF file, with all weights from its files."""
+def load_classifier(name: str, model_config: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """Load a sequence classifier by hub name or folder, with the arguments and errors of `load_base_model`."""
+    arguments = {"trust_remote_code": False, **(model_config or {})}
+    return _load(expanded(name), arguments, lambda _: AutoModelForSequenceClassification, "sequence classifier")
+
+
+def _load(
+    name: str,
+    arguments: Mapping[str, Any],
+    class_of: Callable[[Any], Any] = auto_class,
+    noun: str = "language model",
+) -> PreTrainedModel:
+    """The model of a hub name, a folder or a GGUF file, with all weights from its files.
+
+    Args:
+        name: The name.
+        arguments: Keyword arguments for `from_pretrained`.
+        class_of: The class that loads a model of a configuration.
+        noun: What the class loads, for messages.
+    """
     _check_folder("model_name", name)
     with quiet(), hub_or_cache(name) as no_hub:
-        return _loaded(name, arguments, no_hub)
+        return _loaded(name, arguments, no_hub, class_of, noun)
 
 
-def _loaded(name: str, arguments: Mapping[str, Any], no_hub: str | None) -> PreTrainedModel:
+def _loaded(
+    name: str, arguments: Mapping[str, Any], no_hub: str | None, class_of: Callable[[Any], Any], noun: str
+) -> PreTrainedModel:
     try:
         config = arguments.get("config")
         if config is None:
@@ -195,7 +216,7 @@ def _loaded(name: str, arguments: Mapping[str, Any], no_hub: str | None) -> PreT
             # An unknown name may be that of a kernel on the hub, which is foreign code.
             fix = f"asks for attn_implementation={asked!r}: read what that runs, then pass it in model_config"
             raise ConfigurationError("model_name", name, fix)
-        model, loading = auto_class(config).from_pretrained(name, **arguments, output_loading_info=True)
+        model, loading = class_of(config).from_pretrained(name, **arguments, output_loading_info=True)
     except pickle.UnpicklingError:
         # The message of torch is left out: it says how to unpickle the file nevertheless.
         fix = "its weights are a pickle that holds more than tensors, and was not run: take a model with safetensors"
@@ -210,7 +231,7 @@ def _loaded(name: str, arguments: Mapping[str, Any], no_hub: str | None) -> PreT
             fix = "comes with code of its own, which was not run: read it, then pass trust_remote_code=True"
             raise ConfigurationError("model_name", name, f"cannot be loaded: it {fix} in model_config") from error
         check_arguments(arguments, error)
-        reason = f"cannot be loaded as a language model: {type(error).__name__}: {error}"
+        reason = f"cannot be loaded as a {noun}: {type(error).__name__}: {error}"
         raise ConfigurationError("model_name", name, reason) from error
     missing = sorted(loading["missing_keys"])
     if missing:
