@@ -64,10 +64,9 @@ def launch(warm_python: str) -> Callable[..., list[dict[str, Any]]]:
         folder: Path,
         max_steps: int = 6,
         script: Path = HERE / "parallel_run.py",
-        python: str = warm_python,
     ) -> list[dict[str, Any]]:
         """Run a script; returns what each process held at the end."""
-        command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [*command, str(script), str(folder), str(max_steps)],

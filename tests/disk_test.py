@@ -25,7 +25,7 @@ from typing import Any
 
 from faults import broken, fail
 from kill_test import count_operations
-from small_run import digest, train
+from small_run import LIBRARIES, digest, train
 
 from evollm import EvoLLMError
 from evollm.checkpoints.steps import newest_population
@@ -61,7 +61,7 @@ class Trials:
 
     def __init__(self, folder: Path) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["evollm", "transformers.models.llama.modeling_llama"])
+        self.context.set_forkserver_preload(LIBRARIES)
         total = self.context.Value("i", 0)
         process = self.context.Process(target=count_operations, args=(folder / "counted" / "run", total), kwargs=SHORT)
         process.start()

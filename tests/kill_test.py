@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import broken, die
-from small_run import digest, train
+from small_run import LIBRARIES, digest, train
 
 AIMS = ("moment", "first", "any", "last")
 # File operations at the beginning of a run, before its first checkpoint is there, and at its end.
@@ -72,12 +72,13 @@ def kill_and_compare(kills: int, folder: Path, seed: int = 0) -> Result:
     """Kill runs until there were so many kills."""
     rng = random.Random(seed)
     context = multiprocessing.get_context("forkserver")
-    # What takes long to import; the process that forks finds no modules of the tests.
-    context.set_forkserver_preload(["evollm", "transformers.models.llama.modeling_llama"])
+    # The process that forks finds no modules of the tests.
+    context.set_forkserver_preload(LIBRARIES)
     total = context.Value("i", 0)
-    _finish(context.Process(target=count_operations, args=(folder / "warm-up" / "run", total)))
+    # By then it has imported them.
+    _finish(context.Process(target=int))
     start = time.perf_counter()
-    _finish(context.Process(target=train_and_die, args=(folder / "whole" / "run", None)))
+    _finish(context.Process(target=count_operations, args=(folder / "whole" / "run", total)))
     duration = time.perf_counter() - start
     expected = digest(folder / "whole" / "run")
     result = Result()

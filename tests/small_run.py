@@ -21,6 +21,8 @@ from evollm.checkpoints import newest_population, read_population
 from evollm.report import write
 
 STEPS = 8
+# What takes long to import, for a process from which runs are forked.
+LIBRARIES = ["evollm.public", "matplotlib.figure", "pytest", "transformers.models.llama.modeling_llama"]
 
 
 def train(folder: Path, room: Any, **changes: Any) -> Path:

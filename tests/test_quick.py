@@ -62,15 +62,18 @@ def test_ctrl_c_while_a_command_imports_is_one_line() -> None:
     assert (done.stdout, done.stderr) == ("", "evollm: interrupted\n")
 
 
-def test_every_name_of_evollm_is_found_when_it_is_asked_for() -> None:
+def test_every_name_of_evollm_is_found_when_it_is_asked_for(warm_python) -> None:
     assert evollm.__all__ == public.__all__
     assert set(evollm.__all__) <= set(dir(evollm))
+    # Others' packages are there; evollm is not.
+    of_evollm = "[name for name in sys.modules if name.partition('.')[0] == 'evollm']"
+    forget = f"import sys\nfor name in {of_evollm}:\n    del sys.modules[name]\n"
     for program in (
         "import evollm; print(evollm.training.train_llm, evollm.models.quantised, evollm.DPO, evollm.tune.__name__); "
         "print([getattr(evollm, name) for name in dir(evollm)])",
         "from evollm import *; print(DPO, tune, ConfigurationError)",
     ):
-        done = python(program)
+        done = python(forget + program, executable=warm_python)
         assert done.returncode == 0, done.stderr
         assert done.stdout
     assert not hasattr(evollm, "no_such_name")

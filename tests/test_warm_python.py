@@ -55,3 +55,24 @@ def test_what_it_raises_is_told_and_what_stops_its_caller_stops_it(warm_python) 
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == -signal.SIGTERM
+
+
+FILES_OF_ITS_OWN = """
+import os, transformers
+pipes = [os.pipe() for _ in range(20)]
+transformers.logging.get_logger("transformers.told").warning("of the program")
+for reading, writing in pipes:
+    os.set_blocking(reading, False)
+    try:
+        print(os.read(reading, 100))
+    except BlockingIOError:
+        pass
+"""
+
+
+def test_what_libraries_say_goes_to_its_stderr_and_into_none_of_its_files(warm_python) -> None:
+    """Their handlers are bound to files of the process that imported them, whose numbers may be others' here."""
+    done = subprocess.run(
+        [warm_python, "-c", FILES_OF_ITS_OWN], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (done.stdout, done.stderr) == ("", "[transformers] of the program\n")

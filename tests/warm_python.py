@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import importlib
 import json
+import logging
 import os
 import runpy
 import signal
@@ -73,9 +74,11 @@ def _serve(listening: socket.socket, alive: socket.socket, executable: str) -> N
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nothing, number)
-    kept = sorted({listening.fileno(), alive.fileno()})
-    for first, last in zip([2, *kept], [*kept, 1 << 16], strict=True):
-        os.closerange(first + 1, last)
+    # Not closed: a program's own files and sockets would get their numbers, which objects from before the fork still
+    # write to, such as the handlers of libraries' logs, and close.
+    kept = {0, 1, 2, nothing, listening.fileno(), alive.fileno()}
+    for number in {int(name) for name in os.listdir("/dev/fd")} - kept:
+        os.dup2(nothing, number, inheritable=False)
     threading.Thread(target=_end_with, args=[alive], daemon=True).start()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -139,6 +142,10 @@ def _run(arguments: list[str]) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+    for logger in (logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)):
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)
     # What pytest has put there, and what was found in it.
     sys.path[:] = [place for place in sys.path if not _of_the_tests(place)]
     for name, module in list(sys.modules.items()):

@@ -154,10 +154,10 @@ def test_a_call_that_is_made_again_loses_nothing_of_the_first(tmp_path) -> None:
 import sys
 from gpu_quarter_hour import main
 if __name__ == "__main__":
-    main(["call", "3", "--toy", "--seconds", "0", "--out", sys.argv[1], "--keep", sys.argv[1]])
-"""
     for _ in range(2):
-        assert run(program, tmp_path).returncode == 0
+        main(["call", "3", "--toy", "--seconds", "0", "--out", sys.argv[1], "--keep", sys.argv[1]])
+"""
+    assert run(program, tmp_path).returncode == 0
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["call-3-again-1.jsonl", "call-3.jsonl"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ from evollm import DPO, ConfigurationError
 from evollm.distributed.fsdp_base import shard_layers
 from evollm.distributed.fsdp_settings import check_fsdp
 
-# Launched by a plain Python: in processes that `warm_python` forks gloo has hung under FSDP.
 SCRIPT = Path(__file__).with_name("fsdp_run.py")
 
 
@@ -28,8 +26,8 @@ SCRIPT = Path(__file__).with_name("fsdp_run.py")
 def runs(launch, tmp_path_factory) -> tuple[Path, dict, list[dict]]:
     """The folder of the runs, and what one process and two processes held."""
     folder = tmp_path_factory.mktemp("fsdp")
-    (one,) = launch(1, folder / "one", script=SCRIPT, python=sys.executable)
-    return folder, one, launch(2, folder / "two", script=SCRIPT, python=sys.executable)
+    (one,) = launch(1, folder / "one", script=SCRIPT)
+    return folder, one, launch(2, folder / "two", script=SCRIPT)
 
 
 def test_fsdp_ends_with_the_adapters_the_losses_and_the_lineage_of_one_process(runs) -> None:
@@ -74,7 +72,7 @@ def test_one_process_goes_on_from_what_two_saved_under_fsdp_and_the_other_way_ro
     assert next_loss(loaded) == pytest.approx(one["loss"], abs=1e-6)
     for process in two:
         assert process["loss of one's"] == pytest.approx(one["loss"], abs=1e-6)
-    launch(2, tmp_path / "run", max_steps=3, script=SCRIPT, python=sys.executable)
+    launch(2, tmp_path / "run", max_steps=3, script=SCRIPT)
     (resumed,) = launch(1, tmp_path / "run")
     for mine, theirs in zip(one["actors"], resumed["actors"], strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
