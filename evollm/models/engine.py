@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from evollm.models.layouts import Layout, layout_for, longest_sequence
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, joined, of_all_members, pieces_of
 from evollm.models.loss_scaling import Gradients, PlainGradients, ScaledBackward, StackedGradients
+from evollm.models.padding import PromptPadding
 from evollm.models.pass_budgets import PassBudgets
 from evollm.models.passes import FewSamples
 from evollm.models.probe import probe, probed_length
@@ -101,6 +102,7 @@ class Engine:
         base: The base.
         paths: The fast paths that the probe confirmed, by settings of the LoRA configuration and probed length.
         budgets: Token budgets of the passes.
+        padding: Whether prompts of different lengths are answered together.
         attention: The attention implementation of the latest pass, in words; "" before the first pass.
     """
 
@@ -108,6 +110,7 @@ class Engine:
         self.base = base
         self.paths: dict[tuple[str, int], FastPaths] = {}
         self.budgets = PassBudgets(base)
+        self.padding = PromptPadding(base)
         self.attention = ""
         self._said: set[str] = set()
         self._without_adapter: tuple[str, LoraConfig] | None = None
@@ -171,16 +174,9 @@ class Engine:
 
     def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:
         """The fast paths of these members for sequences of up to `length` tokens; a new configuration is probed."""
-        configs = {
-            self.base.adapters.settings(name): self.base.adapters.config(name) for name in members if name is not None
-        }
-        if None in members:
-            # The probe of the base without adapter needs some adapter too; a base always has one.
-            settings, config = self._without_adapter or self._settings_of(self.base.adapters.names[0])
-            configs.setdefault(settings, config)
         longest = probed_length(self.base, length)
         found = FastPaths(longest=longest)
-        for settings, config in configs.items():
+        for settings, config in self._configs(members).items():
             # Keyed by this length, not the longest length so far: bits must not depend on earlier calls.
             known = self.paths.get((settings, longest))
             if known is None:
@@ -188,6 +184,34 @@ class Engine:
                 self.say(known.reasons)
             found = found & known
         return found
+
+    def pads_prompts(self, members: Sequence[str | None], length: int) -> bool:
+        """Whether prompts of different lengths may be padded to be answered together by these members.
+
+        Args:
+            members: The members' adapters.
+            length: Tokens of the longest prompt and its answer.
+        """
+        paths = self.prepare(members, length)
+        reasons = [
+            self.padding.reason(
+                settings, config, paths.longest, stacking=self.paths.get((settings, paths.longest), paths).stacking
+            )
+            for settings, config in self._configs(members).items()
+        ]
+        self.say(reasons)
+        return not any(reasons)
+
+    def _configs(self, members: Sequence[str | None]) -> dict[str, LoraConfig]:
+        """The LoRA configurations with which these members are probed, by their settings."""
+        configs = {
+            self.base.adapters.settings(name): self.base.adapters.config(name) for name in members if name is not None
+        }
+        if None in members:
+            # The probe of the base without adapter needs some adapter too; a base always has one.
+            settings, config = self._without_adapter or self._settings_of(self.base.adapters.names[0])
+            configs.setdefault(settings, config)
+        return configs
 
     def _run(
         self, items: Sequence[Item], options: PassOptions, kind: str, loss: ItemLoss | None
@@ -348,13 +372,14 @@ class Engine:
         """
         self.paths.clear()
         self.budgets.clear()
+        self.padding.reasons.clear()
         self.base.flops.take()
         self._without_adapter = self._settings_of(adapter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Fast paths, default budgets and affordable tokens found so far, as JSON: a run's bits depend on all three."""
+        """Fast paths, paddings, budgets and affordable tokens found so far, as JSON: a run's bits depend on all."""
         paths = [{"settings": settings, **paths.to_dict()} for (settings, _), paths in self.paths.items()]
-        return {"paths": paths, **self.budgets.state_dict()}
+        return {"paths": paths, "padding": self.padding.state_dict(), **self.budgets.state_dict()}
 
     def load_state_dict(self, state: object) -> None:
         """Restore the output of `state_dict`, without a new probe or measurement of memory.
@@ -364,11 +389,14 @@ class Engine:
         """
         try:
             paths, budgets = _read_paths(state), PassBudgets.from_state(self.base, state)
+            # Absent from older checkpoints.
+            padding = PromptPadding.from_state(self.base, cast(Any, state).get("padding", []))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"what the checkpoint says of the fast paths is damaged: {error}") from error
-        self.paths, self.budgets = paths, budgets
+        self.paths, self.budgets, self.padding = paths, budgets, padding
         for known in paths.values():
             self.say(known.reasons)
+        self.say([*padding.reasons.values()])
 
     def _check_own_attention(self) -> None:
         """Raise `ConfigurationError` if the model's own attention has no backward pass on this device."""
