@@ -38,6 +38,7 @@ from evollm import DPO
 from evollm.demo import demo_model
 from evollm.models.engine import Engine
 from evollm.models.generation import Question, answers_to
+from evollm.models.padding import PADDED
 
 MIB = 2**20
 
@@ -86,11 +87,11 @@ class Asked:
 def unpadded(agents: Sequence[DPO]) -> Iterator[None]:
     """Inside the block only prompts of one length are answered together."""
     engine = Engine.of(agents[0].base)
-    engine.pads_prompts = lambda members, length: False  # type: ignore[method-assign]
+    engine.answers = lambda way, members, length: way != PADDED  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del engine.pads_prompts
+        del engine.answers
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from evollm.models.layouts import Layout, layout_for, longest_sequence
 from evollm.models.load_balancing import LoadBalancing
 from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, joined, of_all_members, pieces_of
 from evollm.models.loss_scaling import Gradients, PlainGradients, ScaledBackward, StackedGradients
-from evollm.models.padding import PromptPadding
+from evollm.models.padding import AnswerWays
 from evollm.models.pass_budgets import PassBudgets
 from evollm.models.passes import FewSamples
 from evollm.models.probe import probe, probed_length
@@ -102,7 +102,7 @@ class Engine:
         base: The base.
         paths: The fast paths that the probe confirmed, by settings of the LoRA configuration and probed length.
         budgets: Token budgets of the passes.
-        padding: Whether prompts of different lengths are answered together.
+        ways: Whether several prompts are answered in one call of `generate`.
         attention: The attention implementation of the latest pass, in words; "" before the first pass.
     """
 
@@ -110,7 +110,7 @@ class Engine:
         self.base = base
         self.paths: dict[tuple[str, int], FastPaths] = {}
         self.budgets = PassBudgets(base)
-        self.padding = PromptPadding(base)
+        self.ways = AnswerWays(base)
         self.attention = ""
         self._said: set[str] = set()
         self._without_adapter: tuple[str, LoraConfig] | None = None
@@ -185,17 +185,18 @@ class Engine:
             found = found & known
         return found
 
-    def pads_prompts(self, members: Sequence[str | None], length: int) -> bool:
-        """Whether prompts of different lengths may be padded to be answered together by these members.
+    def answers(self, way: str, members: Sequence[str | None], length: int) -> bool:
+        """Whether these members may answer several prompts in one call of `generate`; a new configuration is tried.
 
         Args:
+            way: `PADDED` or `TOGETHER` of `evollm.models.padding`.
             members: The members' adapters.
             length: Tokens of the longest prompt and its answer.
         """
         paths = self.prepare(members, length)
         reasons = [
-            self.padding.reason(
-                settings, config, paths.longest, stacking=self.paths.get((settings, paths.longest), paths).stacking
+            self.ways.reason(
+                way, settings, config, paths.longest, stacking=self.paths.get((settings, paths.longest), paths).stacking
             )
             for settings, config in self._configs(members).items()
         ]
@@ -372,14 +373,14 @@ class Engine:
         """
         self.paths.clear()
         self.budgets.clear()
-        self.padding.reasons.clear()
+        self.ways.reasons.clear()
         self.base.flops.take()
         self._without_adapter = self._settings_of(adapter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Fast paths, paddings, budgets and affordable tokens found so far, as JSON: a run's bits depend on all."""
+        """Fast paths, ways to answer, budgets and affordable tokens so far, as JSON: a run's bits depend on all."""
         paths = [{"settings": settings, **paths.to_dict()} for (settings, _), paths in self.paths.items()]
-        return {"paths": paths, "padding": self.padding.state_dict(), **self.budgets.state_dict()}
+        return {"paths": paths, "answers": self.ways.state_dict(), **self.budgets.state_dict()}
 
     def load_state_dict(self, state: object) -> None:
         """Restore the output of `state_dict`, without a new probe or measurement of memory.
@@ -390,13 +391,13 @@ class Engine:
         try:
             paths, budgets = _read_paths(state), PassBudgets.from_state(self.base, state)
             # Absent from older checkpoints.
-            padding = PromptPadding.from_state(self.base, cast(Any, state).get("padding", []))
+            ways = AnswerWays.from_state(self.base, cast(Any, state).get("answers", []))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"what the checkpoint says of the fast paths is damaged: {error}") from error
-        self.paths, self.budgets, self.padding = paths, budgets, padding
+        self.paths, self.budgets, self.ways = paths, budgets, ways
         for known in paths.values():
             self.say(known.reasons)
-        self.say([*padding.reasons.values()])
+        self.say([*ways.reasons.values()])
 
     def _check_own_attention(self) -> None:
         """Raise `ConfigurationError` if the model's own attention has no backward pass on this device."""

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, StopStringCriteria
 from evollm.data.samples import IntArray
 from evollm.models.calls import ALONE, Room, divided, step_tokens
 from evollm.models.engine import Engine
-from evollm.models.padding import Columns, greedy_search
+from evollm.models.padding import PADDED, TOGETHER, Columns, greedy_search
 from evollm.models.sampling import KeyedSampling, uniform_numbers
 from evollm.models.shared_base import SharedBase
 
@@ -96,8 +96,8 @@ def answers_to(
 ) -> list[GeneratedAnswer]:
     """Answer questions, greedily or by sampling, with the KV cache of transformers' `generate`.
 
-    Adapters that may share a pass answer together, and so do prompts of one length, and of different lengths where a
-    trial has shown that padding is right for this base: see `evollm.models.padding`. A sampled token is a function of
+    Adapters that may share a pass answer together, and so do prompts, of one length or padded, where a trial has found
+    that to be right for this base: see `evollm.models.padding`. A sampled token is a function of
     the logits before it and of one number that the question's key determines: with the same key a question has the same
     answer alone and among others, up to the rounding of logits in batches of other shapes. The global random
     generators are not touched. Of the base's `generation_config` counts what ends an answer; not its `temperature`,
@@ -226,8 +226,10 @@ def _room(
     paths = engine.prepare(list(asked), longest)
     if paths.goes_alone(explicit_positions=True):
         return ALONE
-    pads = len(own) > 1 and (sampled or not _reads_padding(base)) and engine.pads_prompts(list(asked), longest)
-    return Room(_MOST_TOKENS, step_tokens(base.device.type) * max_new_tokens if pads else 0, paths.stacking)
+    may_pad = len(own) > 1 and (sampled or not _reads_padding(base))
+    if may_pad and engine.answers(PADDED, list(asked), longest):
+        return Room(_MOST_TOKENS, step_tokens(base.device.type) * max_new_tokens, paths.stacking)
+    return Room(_MOST_TOKENS, 0, paths.stacking) if engine.answers(TOGETHER, list(asked), longest) else ALONE
 
 
 def _generate(

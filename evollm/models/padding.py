@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one call of `generate`, padded where a trial has found that to be right.
+"""Several prompts in one call of `generate`, padded if their lengths differ, where a trial has found that to be right.
 
 Decoders are padded on the left, since their answers follow the last column; the prompts of an encoder on the right. The
 trial is `generate` itself with tokens that are forced on it, so that it covers what `generate` does: the mask, position
@@ -24,7 +24,9 @@ from evollm.models.probe import BOUND, Trial, floor_of_long, make_differ, own_su
 from evollm.models.sampling import only_tokens
 from evollm.models.shared_base import SharedBase
 
-_OTHERWISE = "only prompts of one length are answered together"
+# Ways to answer several prompts in one call, each with what is done where its trial fails.
+PADDED, TOGETHER = "padded", "together"
+_OTHERWISE = {PADDED: "only prompts of one length are answered together", TOGETHER: "prompts are answered one by one"}
 
 
 class Columns(NamedTuple):
@@ -72,59 +74,61 @@ def greedy_search(network: Any, columns: Columns, **settings: Any) -> Any:
 
 
 @dataclass
-class PromptPadding:
-    """Whether prompts may be padded, tried once for each LoRA configuration and length.
+class AnswerWays:
+    """Whether several prompts may share a call, tried once for each way, LoRA configuration and length.
 
     Attributes:
         base: The base.
-        reasons: Why not, "" if they may be, by settings of the LoRA configuration and probed length.
+        reasons: Why not, "" if they may, by way (`PADDED`, `TOGETHER`), settings of the LoRA configuration and probed
+            length.
     """
 
     base: SharedBase
-    reasons: dict[tuple[str, int], str] = field(default_factory=dict)
+    reasons: dict[tuple[str, str, int], str] = field(default_factory=dict)
 
-    def reason(self, settings: str, config: LoraConfig, longest: int, *, stacking: bool) -> str:
-        """Why prompts may not be padded, "" if they may be; the arguments are those of `probe_padding`."""
-        known = self.reasons.get((settings, longest))
-        if known is None:
-            self.reasons[settings, longest] = known = probe_padding(self.base, config, longest, stacking=stacking)
-        return known
+    def reason(self, way: str, settings: str, config: LoraConfig, longest: int, *, stacking: bool) -> str:
+        """Why prompts may not share a call, "" if they may.
+
+        Args:
+            way: `PADDED`: prompts of different lengths; `TOGETHER`: of one length.
+            settings: Settings of the LoRA configuration.
+            config: Configuration of the members' adapters.
+            longest: Tokens of the longest sequence, prompt and answer.
+            stacking: Whether members share passes.
+        """
+        key = way, settings, longest
+        if key not in self.reasons:
+            trial = _padded if way == PADDED else _together
+            self.reasons[key] = trial(self.base, config, longest, stacking=stacking)
+        return self.reasons[key]
 
     def state_dict(self) -> list[list[Any]]:
         """All verdicts so far, as JSON."""
-        return [[settings, longest, reason] for (settings, longest), reason in self.reasons.items()]
+        return [[*key, reason] for key, reason in self.reasons.items()]
 
     @classmethod
-    def from_state(cls, base: SharedBase, state: Any) -> PromptPadding:
+    def from_state(cls, base: SharedBase, state: Any) -> AnswerWays:
         """The verdicts in an output of `state_dict`.
 
         Raises:
             TypeError, ValueError: `state` is not an output of `state_dict`.
         """
         found = cls(base)
-        for settings, longest, reason in state:
-            if not isinstance(settings, str) or type(longest) is not int or not isinstance(reason, str):
-                raise ValueError(f"{[settings, longest, reason]!r} does not say whether prompts may be padded")
-            found.reasons[settings, longest] = reason
+        for way, settings, longest, reason in state:
+            texts = isinstance(settings, str) and isinstance(reason, str)
+            if way not in _OTHERWISE or type(longest) is not int or not texts:
+                raise ValueError(f"{[way, settings, longest, reason]!r} does not say how prompts are answered")
+            found.reasons[way, settings, longest] = reason
         return found
 
 
 @torch.no_grad()
-def probe_padding(base: SharedBase, config: LoraConfig, longest: int, *, stacking: bool) -> str:
+def _padded(base: SharedBase, config: LoraConfig, longest: int, *, stacking: bool) -> str:
     """Compare padded calls of `generate` with the model's own forward pass, on random tokens and adapters.
 
     One call has a long prompt, another one that is a quarter shorter and a very short one, so that padding is within
     and beyond attention windows, and there is more of it than in any call for answers. Another call has short prompts
     of two members in one pass.
-
-    Args:
-        base: The base, for which `evollm.models.probe` has found out the rest.
-        config: Configuration of the members' adapters.
-        longest: Tokens of the longest sequence, prompt and answer, for which the result holds.
-        stacking: Whether members share passes.
-
-    Returns:
-        Why prompts of different lengths must not share a call; "" if they may.
     """
     long, *few = random_pairs(base, longest)
     cut = replace(long, prompt_ids=long.prompt_ids[len(long.prompt_ids) // 4 :])
@@ -135,12 +139,29 @@ def probe_padding(base: SharedBase, config: LoraConfig, longest: int, *, stackin
         own = own_sums(base, members[0], uneven)
         long_floor = max(floor, floor_of_long(base, members[0], long, own[0, 0]))
         bounds = BOUND * torch.tensor([long_floor, long_floor, floor])
-        right = trial.agrees(_OTHERWISE, lambda: _answered(base, members[:1], uneven), own, bounds)
+        right = trial.agrees(_OTHERWISE[PADDED], lambda: _answered(base, members[:1], uneven), own, bounds)
         if right and stacking:
-            every = torch.cat([own_sums(base, member, short) for member in members])
-            bounds = torch.full((len(every),), BOUND * floor)
-            trial.agrees(_OTHERWISE, lambda: _answered(base, members, short), every, bounds)
+            _agree(trial, PADDED, base, members, short, BOUND * floor)
     return "".join(trial.reasons)
+
+
+@torch.no_grad()
+def _together(base: SharedBase, config: LoraConfig, longest: int, *, stacking: bool) -> str:
+    """Compare a call of `generate` for short prompts of one length, as `_padded` does."""
+    few, trial = random_pairs(base, longest)[1:], Trial()
+    length = sorted(len(pair.prompt_ids) for pair in few)[-2]
+    longer = [pair for pair in few if len(pair.prompt_ids) >= length]
+    even = Batch([replace(pair, prompt_ids=pair.prompt_ids[-length:]) for pair in longer])
+    with random_adapters(base, config) as members:
+        floor, _ = make_differ(base, members, Batch(few))
+        _agree(trial, TOGETHER, base, members if stacking else members[:1], even, BOUND * floor)
+    return "".join(trial.reasons)
+
+
+def _agree(trial: Trial, way: str, base: SharedBase, members: Sequence[str], batch: Batch, bound: float) -> None:
+    """Compare a call of `generate` for a batch of each member."""
+    own = torch.cat([own_sums(base, member, batch) for member in members])
+    trial.agrees(_OTHERWISE[way], lambda: _answered(base, members, batch), own, torch.full((len(own),), bound))
 
 
 def _answered(base: SharedBase, members: Sequence[str], batch: Batch) -> Tensor:

@@ -12,26 +12,22 @@ import torch
 from families import ROTARY, VOCABULARY, make_family
 from members import make_agents
 from models.test_engine import TARGETS
-from transformers import AutoModelForCausalLM, FalconConfig, JambaConfig, MixtralConfig, RwkvConfig
+from transformers import AutoModelForCausalLM, JambaConfig, RwkvConfig
 
 from evollm import DPO
 from evollm.models.calls import ALONE, Room, divided
 from evollm.models.engine import Engine
 from evollm.models.generation import Question, answers_to
-from evollm.models.padding import PromptPadding
+from evollm.models.padding import PADDED, AnswerWays
 
 HYBRID: dict[str, Any] = {name: value for name, value in ROTARY.items() if name != "head_dim"}
 OTHERS = {
-    "mixtral": lambda: MixtralConfig(**ROTARY, num_local_experts=4),
-    "falcon-alibi": lambda: FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
-    ),
     "jamba": lambda: JambaConfig(**HYBRID, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1, num_experts=4),
     "rwkv": lambda: RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, context_length=256),
 }
-MODULES: dict[str, Any] = {**TARGETS, "falcon-alibi": "all-linear", "rwkv": ["key", "value"]}
+MODULES: dict[str, Any] = {**TARGETS, "t5": ["q", "v"], "rwkv": ["key", "value"]}
 NO_END = SimpleNamespace(eos_token_id=None)
-LIMIT = 10
+LIMIT = 8
 
 
 def make_model(name: str) -> Any:
@@ -47,7 +43,7 @@ def make_model(name: str) -> Any:
     return model
 
 
-def asked_of(agents: list[DPO], lengths: tuple[int, ...] = (3, 30, 9, 41, 2, 9)) -> list[Question]:
+def asked_of(agents: list[DPO], lengths: tuple[int, ...] = (3, 30, 9, 41)) -> list[Question]:
     """Greedy questions and samples of the base and of each agent, which are not asked the same."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(5, VOCABULARY, size=size) for size in lengths]
@@ -79,9 +75,7 @@ def alone(agents: list[DPO], asked: list[Question]) -> list[Any]:
     return [answers_to(agents[0].base, [question], NO_END, LIMIT)[0].ids.tolist() for question in asked]
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gemma3", "gpt2", "t5", "bart", "mixtral", "falcon-alibi", "jamba"]
-)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "t5", "jamba"])
 def test_prompts_of_different_lengths_answer_together_what_each_answers_alone(family: str, monkeypatch) -> None:
     agents = make_agents(make_model(family), [{"rank": 4, "alpha": 8}, {"rank": 2, "alpha": 16}], MODULES.get(family))
     asked = asked_of(agents)
@@ -89,27 +83,16 @@ def test_prompts_of_different_lengths_answer_together_what_each_answers_alone(fa
         warnings.filterwarnings("ignore", message="(?!.*only prompts of one length)")
         found, calls = answers(agents, asked, monkeypatch)
     assert found == alone(agents, asked)
-    assert len({tuple(ids) for ids in found}) > len(asked) / 2
+    assert len({tuple(ids) for ids in found}) > len(asked) / 4
     # Greedy and sampled, of the base and of the members, which share a pass or not.
     assert len(calls) <= 6
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_model_that_reads_padding_answers_one_length_at_a_time(monkeypatch) -> None:
-    agents = make_agents(make_model("rwkv"), [{"rank": 4, "alpha": 8}], MODULES["rwkv"])
-    asked = asked_of(agents)
-    with pytest.warns(UserWarning, match="only prompts of one length are answered together"):
-        found, calls = answers(agents, asked, monkeypatch)
-    assert found == alone(agents, asked)
-    assert {width for _, width in calls} == {2, 3, 9, 30, 41}
+def with_fault(model: Any, fault: str) -> Any:
+    """A model's `forward` with a fault.
 
-
-@pytest.mark.parametrize(
-    ("family", "fault"), [("llama", "mask"), ("llama", "cache"), ("gpt2", "positions"), ("t5", "mask")]
-)
-def test_a_fault_with_padding_is_found(family: str, fault: str, monkeypatch) -> None:
-    """The mask ignored, positions counted from the first column, and padding seen by the passes of one token alone."""
-    model = make_family(family)
+    The mask is ignored, always or in the passes of one token; or positions are counted from the first column.
+    """
     own = model.forward
 
     def forward(*args: Any, **inputs: Any) -> Any:
@@ -122,17 +105,47 @@ def test_a_fault_with_padding_is_found(family: str, fault: str, monkeypatch) -> 
             inputs["position_ids"] = torch.arange(mask.shape[1] - count, mask.shape[1]).expand(len(mask), -1)
         return own(*args, **inputs)
 
+    return forward
+
+
+@pytest.mark.parametrize(("family", "fault"), [("llama", "mask"), ("llama", "cache"), ("t5", "mask")])
+def test_a_fault_with_padding_is_found(family: str, fault: str, monkeypatch) -> None:
+    model = make_family(family)
     agents = make_agents(model, [{"rank": 4, "alpha": 8}], MODULES.get(family))
     names, engine = [agents[0].actor_adapter], Engine.of(agents[0].base)
     engine.prepare(names, 40)
-    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(model, "forward", with_fault(model, fault))
     with pytest.warns(UserWarning, match="only prompts of one length are answered together"):
-        assert not engine.pads_prompts(names, 40)
+        assert not engine.answers(PADDED, names, 40)
     monkeypatch.undo()
     # Kept, as every verdict is for the rest of a run.
-    assert not engine.pads_prompts(names, 40)
+    assert not engine.answers(PADDED, names, 40)
     engine.begin(names[0])
-    assert engine.pads_prompts(names, 40)
+    assert engine.answers(PADDED, names, 40)
+
+
+def test_a_model_that_counts_padding_answers_one_length_at_a_time(monkeypatch) -> None:
+    model = make_family("gpt2")
+    agents = make_agents(model, [{"rank": 4, "alpha": 8}, {"rank": 4, "alpha": 16}], MODULES["gpt2"])
+    asked = asked_of(agents)
+    Engine.of(agents[0].base).prepare([agent.actor_adapter for agent in agents], 41 + LIMIT)
+    monkeypatch.setattr(model, "forward", with_fault(model, "positions"))
+    with pytest.warns(UserWarning, match="only prompts of one length are answered together"):
+        found, calls = answers(agents, asked, monkeypatch)
+    assert found == alone(agents, asked)
+    assert {width for _, width in calls} == {3, 9, 30, 41}
+    assert {rows for rows, _ in calls} == {1, 2}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_model_whose_batches_answer_wrongly_answers_one_prompt_at_a_time(monkeypatch) -> None:
+    """RWKV's state of several sequences is wrong from the second token on, whatever the lengths of their prompts."""
+    agents = make_agents(make_model("rwkv"), [{"rank": 4, "alpha": 8}], MODULES["rwkv"])
+    asked = asked_of(agents, (9, 9))
+    with pytest.warns(UserWarning, match="prompts are answered one by one"):
+        found, calls = answers(agents, asked, monkeypatch)
+    assert found == alone(agents, asked)
+    assert {rows for rows, _ in calls} == {1}
 
 
 def test_wrong_adapters_of_rows_are_found(monkeypatch) -> None:
@@ -143,12 +156,12 @@ def test_wrong_adapters_of_rows_are_found(monkeypatch) -> None:
     stack = agents[0].base.adapters.stack
     monkeypatch.setattr(agents[0].base, "routed", lambda members: routed(stack(members.names[::-1])))
     with pytest.warns(UserWarning, match="only prompts of one length are answered together"):
-        assert not engine.pads_prompts(names, 40)
+        assert not engine.answers(PADDED, names, 40)
 
 
 @pytest.mark.parametrize(
     ("settings", "pads"),
-    [({}, True), ({"repetition_penalty": 5.0}, True), ({"no_repeat_ngram_size": 2}, False), ({"min_length": 9}, False)],
+    [({"repetition_penalty": 5.0}, True), ({"no_repeat_ngram_size": 2}, False), ({"min_length": 9}, False)],
 )
 def test_settings_that_look_at_prompts_do_not_see_padding(settings, pads: bool, monkeypatch) -> None:
     agents = make_agents(make_family("llama"), [{"rank": 4, "alpha": 8}])
@@ -165,19 +178,20 @@ def test_answers_with_ends_are_the_same_and_verdicts_are_kept(monkeypatch) -> No
     agents[0].base.network.generation_config.eos_token_id = list(range(0, VOCABULARY, 9))
     found, _ = answers(agents, asked, monkeypatch)
     assert found == alone(agents, asked)
-    assert len({*map(len, found)}) > 3
+    assert len({*map(len, found)}) > 2
     # With the verdict that a checkpoint holds, whatever a new trial would say.
     state = engine.state_dict()
-    (verdict,) = state["padding"]
-    assert verdict[1:] == [64, ""]
+    (verdict,) = state["answers"]
+    assert verdict[0] == PADDED
+    assert verdict[2:] == [64, ""]
     with pytest.warns(UserWarning, match="once found"):
-        engine.load_state_dict({**state, "padding": [[*verdict[:2], "only prompts of one length (once found)"]]})
+        engine.load_state_dict({**state, "answers": [[*verdict[:3], "only prompts of one length (once found)"]]})
     found, calls = answers(agents, asked, monkeypatch)
     assert found == alone(agents, asked)
-    assert {width for _, width in calls} == {2, 3, 9, 30, 41}
-    for damaged in (1, [1], [["", "64", ""]], [[1, 64, ""]], [["", 64, True]]):
+    assert {width for _, width in calls} == {3, 9, 30, 41}
+    for damaged in (1, [1], [["", "", 64, ""]], [[PADDED, 1, 64, ""]], [[PADDED, "", "64", ""]], [[PADDED, "", 64, 1]]):
         with pytest.raises((TypeError, ValueError)):
-            PromptPadding.from_state(agents[0].base, damaged)
+            AnswerWays.from_state(agents[0].base, damaged)
 
 
 def rows_of(room: Room, asked: dict[str, list[int]], lengths: list[int]) -> list[dict[str, list[int]]]:

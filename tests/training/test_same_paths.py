@@ -167,8 +167,8 @@ DAMAGES = {
     "a short budget": lambda state: state["engine"]["budgets"][0].pop(),
     "text for a budget": lambda state: state["engine"].update(budgets=["abcd"]),
     "text for room": lambda state: state["engine"]["affordable"][0].__setitem__(1, "much"),
-    "a number for a padding": lambda state: state["engine"].update(padding=[1]),
-    "text for a padded length": lambda state: state["engine"].update(padding=[["", "64", ""]]),
+    "a number for a way": lambda state: state["engine"].update(answers=[1]),
+    "text for its length": lambda state: state["engine"].update(answers=[["padded", "", "64", ""]]),
     "null for budgets": lambda state: state["engine"].update(budgets=None),
 }
 
