@@ -1,10 +1,13 @@
 """How fast do members answer, one after the other and together, and how much more memory do they take than one?
 
     python benchmarking/generation.py
+    python benchmarking/generation.py --prompts 16 --prompt-tokens-spread 48
 
-Answers to random prompts of one length, as a guard on their length or a judge samples them; interleaved. Memory is
-the peak of a process of its own, on a GPU of the allocator, without what the interpreter and its libraries take before
-the model is loaded. `--temperature 1` samples answers. `--model` takes another model folder (default: the demo's).
+Answers to random prompts of one length, as a guard on their length or a judge samples them; interleaved. With a spread
+their lengths differ by up to that many tokens to each side, as real ones do, and a third way has members together
+without padding: prompts of one length at a time. Memory is the peak of a process of its own, on a GPU of the allocator,
+without what the interpreter and its libraries take before the model is loaded. `--temperature 1` samples answers.
+`--model` takes another model folder (default: the demo's).
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from statistics import median
@@ -32,7 +36,9 @@ from transformers.utils import logging as transformers_logging
 
 from evollm import DPO
 from evollm.demo import demo_model
+from evollm.models.engine import Engine
 from evollm.models.generation import Question, answers_to
+from evollm.models.padding import PADDED
 
 MIB = 2**20
 
@@ -56,7 +62,9 @@ class Asked:
         # Random prompts rarely make a model end its answer, and equal lengths make the two ways comparable.
         model.generation_config.eos_token_id, tokenizer.eos_token = None, None
         rng = np.random.default_rng(0)
-        prompts = list(rng.integers(model.config.vocab_size, size=(options.prompts, options.prompt_tokens)))
+        spread = options.prompt_tokens_spread
+        lengths = options.prompt_tokens + rng.integers(-spread, spread, size=options.prompts, endpoint=True)
+        prompts = [rng.integers(model.config.vocab_size, size=max(1, length)) for length in lengths]
         return cls(agents, prompts, tokenizer, options.tokens, options.temperature)
 
     def answer(self, groups: Sequence[Sequence[DPO]]) -> float:
@@ -75,6 +83,17 @@ class Asked:
         return time.perf_counter() - started
 
 
+@contextmanager
+def unpadded(agents: Sequence[DPO]) -> Iterator[None]:
+    """Inside the block only prompts of one length are answered together."""
+    engine = Engine.of(agents[0].base)
+    engine.answers = lambda way, members, length: way != PADDED  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del engine.answers
+
+
 def main() -> None:
     """Time both ways, measure memory in processes of their own, and print tokens a second and ratios."""
     options = _parse()
@@ -86,18 +105,27 @@ def main() -> None:
         return
     asked = Asked.of(options, options.members)
     ways = {"one by one": [[agent] for agent in asked.agents], "together": [asked.agents]}
-    asked.answer([asked.agents])  # the probe
+    if options.prompt_tokens_spread:
+        ways["unpadded"] = [asked.agents]
+    started = time.perf_counter()
+    asked.answer([asked.agents])
+    first = time.perf_counter() - started
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.repeats):
         for name, groups in ways.items():
-            taken[name].append(asked.answer(groups))
+            with unpadded(asked.agents) if name == "unpadded" else nullcontext():
+                taken[name].append(asked.answer(groups))
     dtype = asked.agents[0].base.network.dtype
     how = f"sampled at temperature {options.temperature:g}" if options.temperature else "greedy"
     print(f"{machine()}, {date.today()}, {dtype}, {options.members} members, {options.prompts} prompts, {how}")
+    print(f"prompts of {', '.join(str(len(prompt)) for prompt in asked.prompts)} tokens, answers of {options.tokens}")
     count = options.members * options.prompts * options.tokens
     for name, times in taken.items():
         print(f"{name:>12}: {count / median(times):.0f} tokens/s")
     print(f"{median(taken['one by one']) / median(taken['together']):.2f} times as fast together")
+    if "unpadded" in taken:
+        print(f"{median(taken['unpadded']) / median(taken['together']):.2f} times as fast as unpadded")
+    print(f"the probes, once: {first - median(taken['together']):.1f} s")
     one, many = (_peak_elsewhere(members) for members in (1, options.members))
     print(f"peak of 1 member {one:.0f} MiB, of {options.members} together {many:.0f} MiB: {many / one:.2f} times")
 
@@ -124,6 +152,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens-spread", type=int, default=0, help="0: prompts of one length")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--repeats", type=int, default=3)

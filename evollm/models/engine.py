@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from evollm.models.flops import EVALUATION, TRAINING
 from evollm.models.items import BatchSlot, Item, ItemLoss, PassOptions
 from evollm.models.layouts import PackedLayout, layout_for, longest_sequence
 from evollm.models.logprobs import MemberLogprobs, TokenLogprobs, pieces_of
+from evollm.models.padding import AnswerWays
 from evollm.models.pass_budgets import PassBudgets
 from evollm.models.passes import FewSamples
 from evollm.models.probe import probe, probed_length
@@ -43,6 +44,7 @@ class Engine:
         base: The base.
         paths: The fast paths that the probe confirmed, by settings of the LoRA configuration and probed length.
         budgets: Token budgets of the passes.
+        ways: Whether several prompts are answered in one call of `generate`.
         attention: The attention implementation of the latest pass, in words; "" before the first pass.
     """
 
@@ -50,6 +52,7 @@ class Engine:
         self.base = base
         self.paths: dict[tuple[str, int], FastPaths] = {}
         self.budgets = PassBudgets(base)
+        self.ways = AnswerWays(base)
         self.attention = ""
         self._said: set[str] = set()
         self._without_adapter: tuple[str, LoraConfig] | None = None
@@ -114,16 +117,9 @@ class Engine:
 
     def prepare(self, members: Sequence[str | None], length: int) -> FastPaths:
         """The fast paths of these members for sequences of up to `length` tokens; a new configuration is probed."""
-        configs = {
-            self.base.adapters.settings(name): self.base.adapters.config(name) for name in members if name is not None
-        }
-        if None in members:
-            # The probe of the base without adapter needs some adapter too; a base always has one.
-            settings, config = self._without_adapter or self._settings_of(self.base.adapters.names[0])
-            configs.setdefault(settings, config)
         longest = probed_length(self.base, length)
         found = FastPaths(longest=longest)
-        for settings, config in configs.items():
+        for settings, config in self._configs(members).items():
             # Keyed by this length, not the longest length so far: bits must not depend on earlier calls.
             known = self.paths.get((settings, longest))
             if known is None:
@@ -131,6 +127,35 @@ class Engine:
                 self.say(known.reasons)
             found = found & known
         return found
+
+    def answers(self, way: str, members: Sequence[str | None], length: int) -> bool:
+        """Whether these members may answer several prompts in one call of `generate`; a new configuration is tried.
+
+        Args:
+            way: `PADDED` or `TOGETHER` of `evollm.models.padding`.
+            members: The members' adapters.
+            length: Tokens of the longest prompt and its answer.
+        """
+        paths = self.prepare(members, length)
+        reasons = [
+            self.ways.reason(
+                way, settings, config, paths.longest, stacking=self.paths.get((settings, paths.longest), paths).stacking
+            )
+            for settings, config in self._configs(members).items()
+        ]
+        self.say(reasons)
+        return not any(reasons)
+
+    def _configs(self, members: Sequence[str | None]) -> dict[str, LoraConfig]:
+        """The LoRA configurations with which these members are probed, by their settings."""
+        configs = {
+            self.base.adapters.settings(name): self.base.adapters.config(name) for name in members if name is not None
+        }
+        if None in members:
+            # The probe of the base without adapter needs some adapter too; a base always has one.
+            settings, config = self._without_adapter or self._settings_of(self.base.adapters.names[0])
+            configs.setdefault(settings, config)
+        return configs
 
     def _run(
         self, items: Sequence[Item], options: PassOptions, kind: str, loss: ItemLoss | None
@@ -256,13 +281,14 @@ class Engine:
         """
         self.paths.clear()
         self.budgets.clear()
+        self.ways.reasons.clear()
         self.base.flops.take()
         self._without_adapter = self._settings_of(adapter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Fast paths, default budgets and affordable tokens found so far, as JSON: a run's bits depend on all three."""
+        """Fast paths, ways to answer, budgets and affordable tokens so far, as JSON: a run's bits depend on all."""
         paths = [{"settings": settings, **paths.to_dict()} for (settings, _), paths in self.paths.items()]
-        return {"paths": paths, **self.budgets.state_dict()}
+        return {"paths": paths, "answers": self.ways.state_dict(), **self.budgets.state_dict()}
 
     def load_state_dict(self, state: object) -> None:
         """Restore the output of `state_dict`, without a new probe or measurement of memory.
@@ -272,11 +298,14 @@ class Engine:
         """
         try:
             paths, budgets = _read_paths(state), PassBudgets.from_state(self.base, state)
+            # Absent from older checkpoints.
+            ways = AnswerWays.from_state(self.base, cast(Any, state).get("answers", []))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"what the checkpoint says of the fast paths is damaged: {error}") from error
-        self.paths, self.budgets = paths, budgets
+        self.paths, self.budgets, self.ways = paths, budgets, ways
         for known in paths.values():
             self.say(known.reasons)
+        self.say([*ways.reasons.values()])
 
     def _check_own_attention(self) -> None:
         """Raise `ConfigurationError` if the model's own attention has no backward pass on this device."""

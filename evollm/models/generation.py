@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import LogitsProcessorList, StopStringCriteria
 
 from evollm.data.samples import IntArray
+from evollm.models.calls import ALONE, Room, divided, step_tokens
 from evollm.models.engine import Engine
+from evollm.models.padding import PADDED, TOGETHER, Columns, greedy_search
 from evollm.models.sampling import KeyedSampling, uniform_numbers
 from evollm.models.shared_base import SharedBase
 
@@ -39,6 +41,20 @@ _NEUTRAL: Mapping[str, Any] = {
     "renormalize_logits": False,
     "remove_invalid_values": False,
 }
+# Those that look at a prompt's tokens or count them, and take padding for a part of it. Not the penalties of
+# repetition, which ask which tokens there are: padding adds none.
+_OF_PROMPTS = (
+    "no_repeat_ngram_size",
+    "min_length",
+    "bad_words_ids",
+    "sequence_bias",
+    "forced_bos_token_id",
+    "guidance_scale",
+    "watermarking_config",
+    "encoder_no_repeat_ngram_size",
+)
+# Those of an encoder-decoder model, whose prompt is not among the decoder's tokens.
+_OF_ENCODED_PROMPTS = ("guidance_scale", "encoder_no_repeat_ngram_size")
 
 
 class Question(NamedTuple):
@@ -80,7 +96,8 @@ def answers_to(
 ) -> list[GeneratedAnswer]:
     """Answer questions, greedily or by sampling, with the KV cache of transformers' `generate`.
 
-    Adapters that may share a pass answer together, and so do prompts of one length. A sampled token is a function of
+    Adapters that may share a pass answer together, and so do prompts, of one length or padded, where a trial has found
+    that to be right for this base: see `evollm.models.padding`. A sampled token is a function of
     the logits before it and of one number that the question's key determines: with the same key a question has the same
     answer alone and among others, up to the rounding of logits in batches of other shapes. The global random
     generators are not touched. Of the base's `generation_config` counts what ends an answer; not its `temperature`,
@@ -179,36 +196,40 @@ def _batches(
 ) -> Iterator[tuple[list[int], list[str | None]]]:
     """The rows of each call of `generate`, as positions of questions, and the adapters of its equal blocks of rows.
 
-    Prompts of different lengths are not padded to one, since no architecture has been tried with padding on the left.
     Greedy and sampled answers are not mixed, since the settings of the former do not count for the latter.
     """
-    alike: dict[tuple[int, bool], dict[str | None, list[int]]] = {}
+    alike: dict[bool, dict[str | None, list[int]]] = {}
     for number, question in enumerate(questions):
-        kind = len(question.prompt), question.temperature > 0
-        alike.setdefault(kind, {}).setdefault(question.adapter, []).append(number)
-    for (length, _), asked in alike.items():
-        for rows_of in _divided(base, asked, length + max_new_tokens):
-            # Routed blocks have equal sizes: an adapter with fewer questions answers its last one several times.
-            size = max(map(len, rows_of.values()))
-            yield [row for own in rows_of.values() for row in own + own[-1:] * (size - len(own))], list(rows_of)
+        alike.setdefault(question.temperature > 0, {}).setdefault(question.adapter, []).append(number)
+    lengths = [len(question.prompt) for question in questions]
+    for sampled, asked in alike.items():
+        room = _room(base, asked, lengths, max_new_tokens, sampled)
+        # Rows without adapter are not routed.
+        without: dict[str | None, list[int]] = {name: own for name, own in asked.items() if name is None}
+        routed: dict[str | None, list[int]] = {name: own for name, own in asked.items() if name is not None}
+        for group in (without, routed):
+            for rows_of in divided(group, lengths, max_new_tokens, room):
+                # Routed blocks have equal sizes: an adapter with fewer questions answers its last one several times.
+                size = max(map(len, rows_of.values()))
+                yield [row for own in rows_of.values() for row in own + own[-1:] * (size - len(own))], list(rows_of)
 
 
-def _divided(
-    base: SharedBase, asked: Mapping[str | None, list[int]], length: int
-) -> Iterator[dict[str | None, list[int]]]:
-    """The questions of each call of `generate` by adapter, of sequences of up to `length` tokens."""
-    several = sum(map(len, asked.values())) > 1
+def _room(
+    base: SharedBase, asked: Mapping[str | None, list[int]], lengths: Sequence[int], max_new_tokens: int, sampled: bool
+) -> Room:
+    """What a call of `generate` may have, for questions by adapter."""
+    own = {lengths[row] for rows in asked.values() for row in rows}
     # A string stops its own row only, and what `generate` puts after it cannot be told from an answer.
-    paths = None if not several or _stop_strings(base) else Engine.of(base).prepare(list(asked), length)
-    most = max(1, _MOST_TOKENS // length) if paths and not paths.goes_alone(explicit_positions=True) else 1
-    named = [name for name in asked if name is not None]
-    stacked = most if paths and paths.stacking else 1
-    groups: list[list[str | None]] = [[None]] if None in asked else []
-    groups += [[*named[start : start + stacked]] for start in range(0, len(named), stacked)]
-    for members in groups:
-        count = max(1, most // len(members))
-        for start in range(0, max(len(asked[name]) for name in members), count):
-            yield {name: own for name in members if (own := asked[name][start : start + count])}
+    if sum(map(len, asked.values())) == 1 or _stop_strings(base):
+        return ALONE
+    engine, longest = Engine.of(base), max(own) + max_new_tokens
+    paths = engine.prepare(list(asked), longest)
+    if paths.goes_alone(explicit_positions=True):
+        return ALONE
+    may_pad = len(own) > 1 and (sampled or not _reads_padding(base))
+    if may_pad and engine.answers(PADDED, list(asked), longest):
+        return Room(_MOST_TOKENS, step_tokens(base.device.type) * max_new_tokens, paths.stacking)
+    return Room(_MOST_TOKENS, 0, paths.stacking) if engine.answers(TOGETHER, list(asked), longest) else ALONE
 
 
 def _generate(
@@ -221,31 +242,25 @@ def _generate(
 ) -> list[GeneratedAnswer]:
     """The answers to the questions of one call of `generate`: M equal blocks, one for each member, or [None]."""
     ends, stop_strings = _ends(base, tokenizer), _stop_strings(base)
-    rows = torch.from_numpy(np.stack([question.prompt for question in questions])).to(base.device)
-    # A decoder's output begins with its own start token, not with the prompt.
-    start = 1 if base.is_encoder_decoder else rows.shape[1]
+    columns = Columns.of(base, [question.prompt for question in questions])
     names = [name for name in members if name is not None]
     passing = base.routed(base.adapters.stack(names)) if len(names) > 1 else base.active(members[0])
     sampled = questions[0].temperature > 0
+    chooses = _sampling(questions, max_new_tokens, top_p, columns.start, base.device) if sampled else None
     with passing as network, torch.no_grad(), _unchanged_logits(base) if sampled else nullcontext():
-        output = cast(Any, network).generate(
-            input_ids=rows,
-            attention_mask=torch.ones_like(rows),
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+        output = greedy_search(
+            network,
+            columns,
             max_new_tokens=max_new_tokens,
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else None,
             # `generate` needs it for stop strings.
             tokenizer=tokenizer,
-            logits_processor=_sampling(questions, max_new_tokens, top_p, start, base.device) if sampled else None,
+            logits_processor=chooses,
         )
 
     def answer_of(row: torch.Tensor) -> GeneratedAnswer:
-        answer = row[start:].tolist()
+        answer = row[columns.start :].tolist()
         length = next((n for n, token in enumerate(answer, 1) if token in ends), len(answer))
         ended = length < max_new_tokens or answer[length - 1] in ends
         if not ended and stop_strings:
@@ -253,6 +268,13 @@ def _generate(
         return GeneratedAnswer(np.array(answer[:length], dtype=np.int64), ended)
 
     return [answer_of(row) for row in output.cpu()]
+
+
+def _reads_padding(base: SharedBase) -> bool:
+    """Whether a setting of the base's `generation_config` would take padding for a part of prompts."""
+    config = base.network.generation_config
+    names = _OF_ENCODED_PROMPTS if base.is_encoder_decoder else _OF_PROMPTS
+    return any(getattr(config, name, None) not in (None, _NEUTRAL[name]) for name in names)
 
 
 @contextmanager

@@ -65,14 +65,14 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
     every, uneven, short = (Batch(part) for part in (pairs, pairs[:2], pairs[1:]))
     with random_adapters(base, config) as members:
         floor, apart = make_differ(base, members, short)
-        first = _own(base, members[0], short.select([0]))
+        first = own_sums(base, members[0], short.select([0]))
         with bypassed_layers_refused(base.network, members[0]):
-            own = _own(base, members[0], every)
+            own = own_sums(base, members[0], every)
         floors = torch.full((len(own),), floor)
-        floors[0] = max(floor, _floor_of_long(base, members[0], pairs[0], own[0, 0]))
+        floors[0] = max(floor, floor_of_long(base, members[0], pairs[0], own[0, 0]))
         bounds = BOUND * floors
         _refuse_memory(base, first, own[1:2], bounds[1:2])
-        trial = _Trial()
+        trial = Trial()
         explicit, implicit, reasons = _padded_batches(base, members[0], short, own[1:], bounds[1:])
         tiled = trial.agrees(
             "all logits are computed at once",
@@ -98,7 +98,7 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
         elif apart <= _APART * BOUND * floor:
             trial.reasons.append("members go one by one (adapters with random weights hardly change its log-probs)")
         elif shared:
-            other = _own(base, members[1], short)
+            other = own_sums(base, members[1], short)
             # Two passes: the second one finds the state that the first one left where members fan out.
             stacking = trial.agrees(
                 "members go one by one",
@@ -121,7 +121,7 @@ def _padded_batches(
     base: SharedBase, member: str, batch: Batch, expected: Tensor, bounds: Tensor
 ) -> tuple[bool, bool, list[str]]:
     """Whether padded batches are right with position ids, whether without, and the reasons for a slower path."""
-    with_ids, without = _Trial(), _Trial()
+    with_ids, without = Trial(), Trial()
     explicit = with_ids.agrees(
         "position ids are not passed to it",
         lambda: _padded(base, member, batch, explicit_positions=True),
@@ -155,7 +155,7 @@ def _refuse_memory(base: SharedBase, before: Tensor, after: Tensor, bounds: Tens
 
 
 @dataclass
-class _Trial:
+class Trial:
     """Compares log-probs, and collects the reasons why paths are not used.
 
     Attributes:
@@ -212,14 +212,14 @@ def make_differ(base: SharedBase, members: Sequence[str], batch: Batch) -> tuple
     return found[0]
 
 
-def _floor_of_long(base: SharedBase, member: str, pair: Sample, expected: Tensor) -> float:
+def floor_of_long(base: SharedBase, member: str, pair: Sample, expected: Tensor) -> float:
     """The rounding floor of a long sequence, prompt and chosen side, whose log-prob is `expected`."""
     alone = Batch([replace(pair, completions=pair.completions[:1])])
     with rounded_otherwise(base, [member], seed=0):
-        return float((_own(base, member, alone)[0, 0] - expected).abs())
+        return float((own_sums(base, member, alone)[0, 0] - expected).abs())
 
 
-def _own(base: SharedBase, adapter: str, batch: Batch) -> Tensor:
+def own_sums(base: SharedBase, adapter: str, batch: Batch) -> Tensor:
     """(B, 2) sums by the model's own forward pass, one sequence at a time, from token ids only."""
     return _sums(base, lone_layout(base), (adapter,), batch)[0]
 

@@ -50,6 +50,11 @@ def chosen_tokens(scores: Tensor, numbers: Tensor, temperatures: Tensor, top_p: 
     return found.clamp(max=scores.shape[1] - 1)
 
 
+def only_tokens(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Scores like those given, (n, V), that leave one token (n,) to each row: -inf for all others."""
+    return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
 class KeyedSampling(LogitsProcessor):
     """Leaves one token to each row of a greedy search, so that the search samples.
 
@@ -80,4 +85,4 @@ class KeyedSampling(LogitsProcessor):
         """Scores (n, V), -inf for all tokens but the chosen one of each row."""
         numbers = self._numbers[:, input_ids.shape[1] - self._start]
         tokens = chosen_tokens(scores.to(self._device), numbers, self._temperatures, self._top_p).to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+        return only_tokens(scores, tokens)

@@ -128,9 +128,13 @@ def test_rounding_shows_the_floor_and_what_swapped_adapters_would_do(run, model_
 
 def test_generation_times_members_together_and_one_by_one_and_measures_memory(run, model_folder) -> None:
     sizes = ["--members", 2, "--prompts", 2, "--prompt-tokens", 4, "--tokens", 3, "--repeats", 1, "--threads", 1]
+    sizes += ["--prompt-tokens-spread", 3]
     output = run("generation.py", "--model", model_folder, "--temperature", 1, *sizes)
-    machine, one_by_one, together, times, peaks = output.splitlines()
+    machine, lengths, one_by_one, together, unpadded, times, times_padded, probes, peaks = output.splitlines()
     assert machine.endswith("torch.float32, 2 members, 2 prompts, sampled at temperature 1")
-    assert all(line.endswith(" tokens/s") for line in (one_by_one, together))
+    assert lengths.endswith(" tokens, answers of 3")
+    assert all(line.endswith(" tokens/s") for line in (one_by_one, together, unpadded))
     assert times.endswith(" times as fast together")
+    assert times_padded.endswith(" times as fast as unpadded")
+    assert probes.startswith("the probes, once: ")
     assert peaks.startswith("peak of 1 member ")

@@ -167,6 +167,8 @@ DAMAGES = {
     "a short budget": lambda state: state["engine"]["budgets"][0].pop(),
     "text for a budget": lambda state: state["engine"].update(budgets=["abcd"]),
     "text for room": lambda state: state["engine"]["affordable"][0].__setitem__(1, "much"),
+    "a number for a way": lambda state: state["engine"].update(answers=[1]),
+    "text for its length": lambda state: state["engine"].update(answers=[["padded", "", "64", ""]]),
     "null for budgets": lambda state: state["engine"].update(budgets=None),
 }
 
