@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ import torch
 from evollm.algorithms.saved_attributes import accepted_by
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints import AgentFolder, Population
-from evollm.errors import ConfigurationError, EvoLLMError, WorkerError, one_line
+from evollm.errors import ConfigurationError, EvoLLMError, WorkerError, brief, one_line
 from evollm.execution.generators import global_generators, set_global_generators
 from evollm.execution.worker import Worker, on_cpu
 from evollm.llm_envs import DatasetGym
 from evollm.version import __version__
+
+_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ class Blueprint:
         """The worker of a place.
 
         Raises:
-            ConfigurationError: The base cannot be loaded here, or has other weights.
+            ConfigurationError: The base cannot be loaded here, or has other weights; or a user's function fails here.
         """
+        self.env.try_out()
         with warnings.catch_warnings():
             # Where the arguments come from, all that is to be said of them has been said.
             warnings.simplefilter("ignore")
@@ -108,18 +112,21 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call gave: a value, or an error with its traceback as text."""
+    """What a call gave: a value, or an error with its traceback as text; and the warnings of evollm in it."""
 
     value: Any = None
     error: Exception | None = None
     trace: str = ""
+    told: Sequence[str] = ()
 
     def result(self) -> Any:
-        """The value.
+        """The value. What a worker warns of is warned of here, since nobody reads what its process writes.
 
         Raises:
             Exception: The error.
         """
+        for text in self.told:
+            warnings.warn(text, UserWarning, stacklevel=2)
         if self.error is None:
             return self.value
         raise self.error from (None if isinstance(self.error, EvoLLMError) else WorkerError(self.trace))
@@ -153,6 +160,7 @@ class HeldWorker:
         # The place of the last call, and the generators of the others.
         self._present: int | None = None
         self._generators: dict[int, Mapping[str, Any]] = {}
+        self._told: set[str] = set()
 
     def home(self) -> Home:
         """Where this worker is."""
@@ -168,8 +176,7 @@ class HeldWorker:
 
         def build() -> None:
             self._turn_to(place)
-            found: Blueprint = pickle.loads(blueprint)
-            self._workers[place] = found.worker(place)
+            self._workers[place] = _unpickled(blueprint).worker(place)
 
         return outcome(build)
 
@@ -180,7 +187,13 @@ class HeldWorker:
             self._turn_to(place)
             return _plain(getattr(self._workers[place], method)(**arguments))
 
-        return outcome(call)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = outcome(call)
+        told = [str(one.message) for one in caught if _is_own(one)]
+        new = [text for text in dict.fromkeys(told) if text not in self._told]
+        self._told.update(new)
+        return replace(found, told=new)
 
     def dismiss(self, place: int) -> None:
         """Forget the worker of a place, whose members are elsewhere."""
@@ -208,6 +221,21 @@ def outcome(function: Callable[[], Any]) -> Outcome:
         return Outcome(function())
     except Exception as error:
         return Outcome(error=_portable(error), trace=traceback.format_exc())
+
+
+def _unpickled(blueprint: bytes) -> Blueprint:
+    try:
+        found: Blueprint = pickle.loads(blueprint)
+    except Exception as error:  # Whatever importing a user's module raises.
+        reason = brief(f"{type(error).__name__}: {error}")
+        fix = f"cannot be made in another process ({reason}): define what they use in the script that runs, or in a "
+        raise ConfigurationError("env", "gym and agents", f"{fix}module that is installed there, too") from error
+    return found
+
+
+def _is_own(warning: warnings.WarningMessage) -> bool:
+    """Whether evollm has warned a user; other libraries have their own ways to be silenced."""
+    return issubclass(warning.category, UserWarning) and Path(warning.filename).is_relative_to(_PACKAGE)
 
 
 def _plain(value: Any) -> Any:

@@ -249,6 +249,13 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         """Batches in an epoch of the training pairs; in `eval_mode`, of the `test_dataset` pairs."""
         return self._num_batches(self._split)
 
+    def try_out(self) -> None:
+        """Call users' functions once, in a process that will call them; gyms that have some do.
+
+        Raises:
+            ConfigurationError: One of them fails.
+        """
+
     # ----------------------------------------------------------------------------------------------- gymnasium's API
 
     @explains(RESET, RESET_ORDER)

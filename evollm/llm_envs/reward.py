@@ -57,7 +57,8 @@ class RewardGym(DatasetGym):
     without special tokens, and every further column of the rows as a list, such as a column `answer`. It gets those of
     them that its signature takes, and returns a number for each completion; None says nothing of a completion and
     counts as 0.
-    Before any training every function is called with the first prompt and two made-up answers, one of them empty.
+    Before any training every function is called with the first prompt and two made-up answers, one of them empty. Where
+    members are divided among processes or workers, each of these calls its own function for its own members' answers.
 
     Args:
         train_dataset: Prompts to learn from; see [`evollm.data.prompt_rows.load_prompts`][] for what may be passed.
@@ -134,6 +135,10 @@ class RewardGym(DatasetGym):
         shape = self.batch_size, _USUAL_ANSWERS, _USUAL_TOKENS
         # gymnasium's annotation of the base class says that actions are numbers per row.
         self.action_space = spaces.Box(-1, largest_id, shape, np.int64)  # type: ignore[arg-type]
+        self.try_out()
+
+    def try_out(self) -> None:
+        """Call every reward function once; see `DatasetGym.try_out`."""
         self.rewards.try_out(self.train_pairs[0])
 
     @property

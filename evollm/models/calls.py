@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 # For how many tokens of a prompt a pass takes as long as for a token of each of a few answers, where mostly weights
-# are read. Measured for SmolLM2-135M on two cores; on a GPU a guess.
+# are read. Guesses: they decide how much is padded, not what is answered.
 _STEP_TOKENS = {"cpu": 16}
 _STEP_TOKENS_OTHERWISE = 128
 

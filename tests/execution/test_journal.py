@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_rows
 from mortal_workers import mortal_executor
+from own_answers import population
 
 from evollm import (
     DPO,
@@ -30,6 +31,7 @@ from evollm.execution.held_worker import Home, outcome
 from evollm.execution.journal import CALLS, Journal
 from evollm.execution.ray_workers import check_versions, checked_count, default_resources
 from evollm.runs import read_run
+from evollm.training import finetune
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
 
@@ -101,6 +103,49 @@ def test_a_run_whose_workers_die_ends_as_without_deaths_bit_for_bit(run, tmp_pat
     # Members of different workers share no passes, so roundings differ.
     for one, other in zip(weights(here), weights(whole), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "kto"])
+def test_members_that_learn_from_own_or_unpaired_answers_end_on_mortal_workers_as_here(
+    algorithm, model_folder, lora, tokenizer, tmp_path
+) -> None:
+    """What a lost worker was rewarded for is asked again: a reward is a function of its arguments."""
+
+    def run(name: str, **changes: Any) -> list[Any]:
+        agents, env = population(algorithm, model_folder, lora, tokenizer)
+        search = {"tournament": TournamentSelection(2, True, 4, rand_seed=3), "mutation": Mutations(0.2, rand_seed=5)}
+        arguments = {"max_steps": 4, "evo_steps": 2, "verbose": False, "num_sample_answers": 0, **search, **changes}
+        return finetune(agents, env, run_dir=tmp_path / name, **arguments)[0]
+
+    here, whole = run("here"), run("whole", executor=mortal_executor(never))
+    with pytest.warns(UserWarning, match=r"worker 1 was lost"):
+        mortal = run("mortal", executor=mortal_executor(Once((1, "learn_step", 2), (1, "evaluate", 2))))
+    assert all(map(torch.equal, weights(mortal), weights(whole)))
+    assert_same_bits(tmp_path / "whole", tmp_path / "mortal")
+    assert lineage(tmp_path / "whole") == lineage(tmp_path / "here")
+    for one, other in zip(weights(here), weights(whole), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def not_always_a_number(completions: list[str]) -> list[float]:
+    """Not for the answers to the first prompt of a worker's first member."""
+    return [float("nan") if number < 3 else float(-len(one)) for number, one in enumerate(completions)]
+
+
+def test_what_a_worker_warns_of_is_warned_of_where_the_run_is(model_folder, lora, tokenizer, tmp_path) -> None:
+    agents, env = population("grpo", model_folder, lora, tokenizer, not_always_a_number)
+    with pytest.warns(UserWarning, match=r"left out for agent \d: its answers to row") as told:
+        finetune(
+            agents,
+            env,
+            max_steps=2,
+            executor=mortal_executor(never),
+            run_dir=tmp_path / "run",
+            num_sample_answers=0,
+            verbose=False,
+        )
+    # Once by each worker.
+    assert len([one for one in told if "left out" in str(one.message)]) == 2
 
 
 class Once:

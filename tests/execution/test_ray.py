@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import psutil
 import pytest
 import torch
 from conftest import make_rows
+from own_answers import population
 
 from evollm import (
     DPO,
@@ -28,6 +31,7 @@ from evollm.cli import main
 from evollm.execution import ray_workers
 from evollm.execution.ray_workers import RayTransport
 from evollm.runs import read_run
+from evollm.training import finetune
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 Cluster = pytest.importorskip("ray.cluster_utils").Cluster
@@ -138,6 +142,59 @@ def test_members_on_two_ray_workers_end_as_on_one_also_if_a_worker_is_killed_in_
     assert all(map(torch.equal, weights(mortal), weights(spread)))
     for name in ("lineage.jsonl", "metrics.jsonl"):
         assert (tmp_path / "mortal" / name).read_bytes() == (tmp_path / "spread" / name).read_bytes()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "kto"])
+def test_members_that_learn_from_own_or_unpaired_answers_end_on_ray_as_here(
+    cluster, algorithm, model_folder, lora, tokenizer, tmp_path
+) -> None:
+    # By itself in this file: a worker cannot import a module of the tests.
+    def shortness(completions: list[str]) -> list[float]:
+        return [-float(len(completion)) for completion in completions]
+
+    def train(name: str, **changes: Any) -> list[Any]:
+        agents, env = population(algorithm, model_folder, lora, tokenizer, shortness)
+        search = {"tournament": TournamentSelection(2, True, 4, rand_seed=3), "mutation": Mutations(0.2, rand_seed=5)}
+        arguments = {"max_steps": 4, "evo_steps": 2, "verbose": False, "num_sample_answers": 0, **search, **changes}
+        return finetune(agents, env, run_dir=tmp_path / name, **arguments)[0]
+
+    here, there = train("here"), train("there", executor="ray", workers=2)
+    assert lineage(tmp_path / "there") == lineage(tmp_path / "here")
+    for one, other in zip(weights(here), weights(there), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("here", "there")
+    ]
+    scores = [{line["kind"]: line for line in found} for found in lines]
+    if algorithm == "grpo":
+        assert scores[0]["step"]["reward"] == scores[1]["step"]["reward"]
+
+
+def test_reward_functions_that_workers_cannot_call_are_refused_before_the_run(
+    cluster, model_folder, lora, tokenizer, tmp_path, monkeypatch
+) -> None:
+    here = os.getpid()
+
+    def at_home(completions: list[str]) -> list[float]:
+        if os.getpid() != here:
+            raise RuntimeError("no key of the judge")
+        return [0.0] * len(completions)
+
+    elsewhere = types.ModuleType("module_of_the_user")
+    exec("def reward(completions):\n    return [0.0] * len(completions)", elsewhere.__dict__)
+    monkeypatch.setitem(sys.modules, "module_of_the_user", elsewhere)
+    for reward, said in [
+        (
+            at_home,
+            r"worker 0, on .*, cannot begin: reward_functions=.*at_home raised RuntimeError: no key of the judge",
+        ),
+        (elsewhere.reward, r"cannot begin: env=.*No module named 'module_of_the_user'.*installed there"),
+    ]:
+        agents, env = population("grpo", model_folder, lora, tokenizer, reward)
+        with pytest.raises(ConfigurationError, match=said):
+            finetune(agents, env, max_steps=2, executor="ray", workers=2, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_cluster_cannot_do_is_said_before_the_run(cluster, run, model_folder, tmp_path) -> None:

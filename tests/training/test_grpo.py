@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_examples, make_rows
 from snapshots import actor_bits
+from stage_kills import STEPS, killed_ends
 
 from evollm import (
     DPO,
@@ -345,3 +346,10 @@ def test_a_run_goes_on_with_the_rewards_that_it_began_with(make, tokenizer, tmp_
         go(gym(functions, weights), 2, resume_from_checkpoint=tmp_path / "run")
     (agent,), _ = go(gym(first, [1, 0]), 2, resume_from_checkpoint=tmp_path / "run")
     assert agent.steps == 2
+
+
+def test_sft_dpo_and_grpo_that_are_killed_in_the_middle_of_steps_end_bit_for_bit_as_never_killed(tmp_path) -> None:
+    """Adapters, moments, metrics and lineage; killed while an agent learns, samples a token or is scored."""
+    whole, killed, newest = killed_ends(tmp_path)
+    assert killed == whole
+    assert all("step-000000" < name < f"step-{STEPS:06}" for name in newest), newest
