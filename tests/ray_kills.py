@@ -31,6 +31,8 @@ STEPS = 240
 PAUSES = (0.5, 20.0)
 # Seconds without a step or a kill after which a run is stuck.
 PATIENCE = 180.0
+# Kills without a step in between. A worker that is lost six times in one call ends a run, as it would for want of memory.
+MOST_WITHOUT_A_STEP = 4
 # Kills in a run of workers and of its own process.
 OF_WORKERS, OF_DRIVERS = 10, 2
 
@@ -93,33 +95,34 @@ def kill_and_compare(of_workers: int, of_drivers: int, folder: Path, rng: random
     expected = digest(whole, STEPS)
     result = Result()
     while result.workers < of_workers or result.drivers < of_drivers:
-        _one_run(folder / f"killed-{result.runs}" / "run", model, address, result, rng)
-        result.runs += 1
-        run = folder / f"killed-{result.runs - 1}" / "run"
-        if (run / "tune.json").exists() and not (result.stuck or result.failed):
+        run = folder / f"killed-{result.runs}" / "run"
+        if _one_run(run, model, address, result, rng):
             result.mismatches += digest(run, STEPS) != expected
+        result.runs += 1
         print(result, flush=True)
     ray.shutdown()
     return result
 
 
-def _one_run(run: Path, model: Path, address: str, result: Result, rng: random.Random) -> None:
+def _one_run(run: Path, model: Path, address: str, result: Result, rng: random.Random) -> bool:
+    """Whether the run has come to its end."""
     driver = _start(run, model, address)
     kills = ["worker"] * OF_WORKERS + ["driver"] * OF_DRIVERS
     rng.shuffle(kills)
-    size, moved, next_kill = 0, time.monotonic(), time.monotonic() + rng.uniform(*PAUSES)
+    size, moved, next_kill, without_a_step = 0, time.monotonic(), time.monotonic() + rng.uniform(*PAUSES), 0
     while driver.poll() is None:
         time.sleep(0.02)
         metrics = run / "metrics.jsonl"
         grown = metrics.stat().st_size if metrics.exists() else 0
         if grown != size:
-            size, moved = grown, time.monotonic()
+            size, moved, without_a_step = grown, time.monotonic(), 0
         if time.monotonic() - moved > PATIENCE:
             result.stuck += 1
             driver.kill()
             driver.wait()
-            return
-        alive = workers() if kills and time.monotonic() >= next_kill else []
+            return False
+        may_kill = kills and time.monotonic() >= next_kill and without_a_step < MOST_WITHOUT_A_STEP
+        alive = workers() if may_kill else []
         if not alive:
             continue
         if kills.pop() == "worker":
@@ -132,9 +135,11 @@ def _one_run(run: Path, model: Path, address: str, result: Result, rng: random.R
             result.drivers += 1
             driver = _start(run, model, address)
         moved, next_kill = time.monotonic(), time.monotonic() + rng.uniform(*PAUSES)
+        without_a_step += 1
     if driver.returncode != 0:
         result.failed += 1
         print((run.parent / "log").read_text()[-2000:])
+    return driver.returncode == 0
 
 
 def _start(run: Path, model: Path, address: str) -> subprocess.Popen[bytes]:
