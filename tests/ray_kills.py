@@ -31,7 +31,7 @@ STEPS = 240
 PAUSES = (0.5, 20.0)
 # Seconds without a step or a kill after which a run is stuck.
 PATIENCE = 180.0
-# Kills without a step in between. A worker that is lost six times in one call ends a run, as it would for want of memory.
+# Kills without a step in between. A worker that is lost six times in one call ends a run, as for want of memory.
 MOST_WITHOUT_A_STEP = 4
 # Kills in a run of workers and of its own process.
 OF_WORKERS, OF_DRIVERS = 10, 2
