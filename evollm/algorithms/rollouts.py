@@ -70,7 +70,8 @@ def collect(agents: Sequence[GRPO], batch: Batch, env: RewardGym) -> list[Batch]
 
     The random numbers of an answer are a function of the gym's seed, the epoch, the row and the number of the answer,
     and not of the agent: agents that are equal give equal answers, and differences between agents are not those of
-    their luck. All answers of all agents are given to the reward functions in one call.
+    their luck. Of several sets, whose rows may come twice in an epoch, the place in the epoch counts for the row. All
+    answers of all agents are given to the reward functions in one call.
 
     Args:
         agents: Agents of one base.
@@ -81,11 +82,13 @@ def collect(agents: Sequence[GRPO], batch: Batch, env: RewardGym) -> list[Batch]
         For each agent the batch that it learns from: samples whose completions are the answers and whose `extras` have
         a `Rollout`.
     """
-    epoch = int(env.state_dict()["epoch"])
+    state = env.state_dict()
+    epoch, index = int(state["epoch"]), int(state["index"])
+    rows = [(index, place) if env.sets else (sample.row or 0,) for place, sample in enumerate(batch)]
     asked = [
-        (place, sample, number)
+        (place, sample, row, number)
         for place, agent in enumerate(agents)
-        for sample in batch
+        for sample, row in zip(batch, rows, strict=True)
         for number in range(agent.group_size)
     ]
     questions = [
@@ -93,12 +96,12 @@ def collect(agents: Sequence[GRPO], batch: Batch, env: RewardGym) -> list[Batch]
             agents[place].actor_adapter,
             sample.prompt_ids,
             agents[place].temperature,
-            (_TRAINING, env.seed, epoch, sample.row or 0, number),
+            (_TRAINING, env.seed, epoch, *row, number),
         )
-        for place, sample, number in asked
+        for place, sample, row, number in asked
     ]
     answers = answers_to(agents[0].base, questions, env.tokenizer, agents[0].max_completion_length)
-    found = env.rewards.of_answers([sample for _, sample, _ in asked], [env.text_of(one.ids) for one in answers])
+    found = env.rewards.of_answers([sample for _, sample, *_ in asked], [env.text_of(one.ids) for one in answers])
     batches, start = [], 0
     for agent in agents:
         end = start + len(batch) * agent.group_size

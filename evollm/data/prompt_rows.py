@@ -57,6 +57,7 @@ def load_prompts(
     max_context_length: int | None = None,
     row_format: RowFormat = PROMPTS,
     encoder_decoder: bool = False,
+    set_name: str = "",
     **of_completions: Any,
 ) -> tuple[list[Sample], DataReport]:
     """Turn a dataset of prompts into token ids.
@@ -74,6 +75,7 @@ def load_prompts(
             `model_max_length`, if there is a limit.
         row_format: `PROMPTS`, with a mapping of columns.
         encoder_decoder: Whether to tokenise for an encoder-decoder model.
+        set_name: Name of the set, for one of several; messages name it too.
         **of_completions: Options of `load_pairs` that say nothing of prompts.
 
     Returns:
@@ -86,7 +88,7 @@ def load_prompts(
     """
     del of_completions
     limit = optional_whole_number("max_context_length", max_context_length, 2) or context_limit(tokenizer)
-    argument = f"{name}_dataset"
+    argument = f"{name}_dataset.{set_name}" if set_name else f"{name}_dataset"
     has_template = bool(tokenizer.chat_template)
     rows = read_rows(dataset, argument, row_format)
     given, dropped = read_dataset(rows, argument, row_format)
@@ -101,7 +103,7 @@ def load_prompts(
         excess = 0 if limit is None else max(0, len(sample.prompt_ids) - limit)
         samples.append(cut_prompt(sample, excess, tokenizer.bos_token_id) if excess else sample)
         num_cut += bool(excess)
-    report = _report(name, kept, dropped, num_cut, has_template)
+    report = _report(f"{name}, {set_name}" if set_name else name, kept, dropped, num_cut, has_template)
     if samples and name == "train":
         report = replace(report, template_hint=template_hint(report.form, kept, rows, tokenizer))
     if not samples:

@@ -136,15 +136,21 @@ def load_pairs(
 
 
 def load_sets(
-    sets: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, *, name: str, **settings: Any
+    load: Callable[..., tuple[list[Sample], DataReport]],
+    sets: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    **settings: Any,
 ) -> tuple[list[Sample], DataReport]:
-    """Turn several sets of rows into token ids, each as `load_pairs` does.
+    """Turn several sets of rows into token ids.
 
     Args:
+        load: Turns one set into token ids, as `load_pairs` does.
         sets: The dataset of each set by its name.
         tokenizer: The model's tokenizer.
         name: Name of the split.
-        **settings: Further arguments of `load_pairs`.
+        **settings: Further arguments of `load`.
 
     Returns:
         The samples of one set after the other, each with its position in its own dataset, and a report with those of
@@ -152,7 +158,7 @@ def load_sets(
     """
     samples, reports = [], {}
     for set_name, dataset in sets.items():
-        found, reports[set_name] = load_pairs(dataset, tokenizer, name=name, set_name=set_name, **settings)
+        found, reports[set_name] = load(dataset, tokenizer, name=name, set_name=set_name, **settings)
         samples += [replace(sample, set_name=set_name) for sample in found]
     return samples, DataReport.joined(name, reports)
 

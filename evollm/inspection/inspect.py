@@ -73,7 +73,7 @@ def inspect_data(
     """
     boolean("estimate", estimate)
     if boolean("grpo", grpo):
-        _check_prompts(sft, min_completion_length, estimate, dataset_weights)
+        _check_prompts(sft, min_completion_length, estimate)
     if split is not None and dataset_weights is not None:
         raise ConfigurationError("split", split, "is for one dataset: write it behind the name of each, org/name:split")
     max_context_length = optional_whole_number("max_context_length", max_context_length, 2)
@@ -122,13 +122,12 @@ def inspect_data(
     )
 
 
-def _check_prompts(sft: object, min_completion_length: object, estimate: bool, weights: object) -> None:
+def _check_prompts(sft: object, min_completion_length: object, estimate: bool) -> None:
     """Refuse arguments that say nothing of prompts alone."""
     reasons = {
         "sft": (sft, "examples have completions, and prompts alone have none: leave out sft or grpo"),
         "min_completion_length": (min_completion_length, "prompts alone have no completion: leave it out"),
         "estimate": (estimate or None, "what GRPO takes is known from its answers alone: run a few steps (max_steps)"),
-        "dataset_weights": (weights, "RewardGym has one set of prompts: leave it out"),
     }
     for name, (value, fix) in reasons.items():
         if value is not None:

@@ -477,7 +477,7 @@ def _loaded(
 ) -> tuple[list[Sample], DataReport]:
     """The samples of a split and their report; with weights a mapping of names of sets is loaded as sets."""
     if weights is not None and isinstance(dataset, Mapping) and dataset.keys() <= weights.keys():
-        return load_sets(dataset, tokenizer, **settings)
+        return load_sets(load, dataset, tokenizer, **settings)
     return load(dataset, tokenizer, **settings)
 
 

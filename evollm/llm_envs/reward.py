@@ -79,6 +79,8 @@ class RewardGym(DatasetGym):
             None: the columns' names decide. See [`evollm.data.columns.mapping_of`][].
         written_at: The time that a chat template writes, as a datetime or in ISO 8601; None: now. A resumed run needs
             the time in its `config.json`.
+        dataset_weights: As for [`evollm.llm_envs.PreferenceGym`][]. All sets have the same reward functions, which may
+            tell them apart by a column.
 
     Attributes:
         tokenizer, seed, data_batch_size_per_gpu: As given; `reset(seed=...)` sets another seed.
@@ -114,6 +116,7 @@ class RewardGym(DatasetGym):
         encoder_decoder: bool = False,
         columns: Mapping[str, Any] | None = None,
         written_at: datetime | str | None = None,
+        dataset_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.rewards = Rewards.of(reward_functions, reward_weights, reward_timeout)
         super().__init__(
@@ -128,6 +131,7 @@ class RewardGym(DatasetGym):
             encoder_decoder=encoder_decoder,
             columns=columns,
             written_at=written_at,
+            dataset_weights=dataset_weights,
         )
         largest_id = max(len(tokenizer) - 1, self.largest_id)
         self._shape = PromptShape(self._shape.num_rows, self._shape.row_length)

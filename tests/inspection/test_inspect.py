@@ -365,7 +365,6 @@ def test_shares_of_sets_are_those_of_the_gym_and_the_time_is_that_of_its_epochs(
         ({"grpo": True, "sft": True}, "sft=True: examples have completions"),
         ({"grpo": True, "min_completion_length": 2}, "min_completion_length=2: prompts alone have no completion"),
         ({"grpo": True, "estimate": True}, "estimate=True: what GRPO takes is known from its answers"),
-        ({"grpo": True, "dataset_weights": {"a": 1}}, "dataset_weights=.*RewardGym has one set"),
         ({"grpo": "yes"}, "grpo='yes': must be True or False"),
         ({"data": [{"prompt": "a", "answer": "b"}]}, "are read with --grpo"),
         ({"dataset_weights": {"a": 1}}, "data='list': with dataset_weights it must map names to rows"),

@@ -11,7 +11,19 @@ import pytest
 from conftest import make_examples, make_rows
 
 import evollm
-from evollm import KTO, ConfigurationError, DataError, PreferenceGym, SFTGym, UnpairedGym, finetune_llm_kto, replay
+from evollm import (
+    GRPO,
+    KTO,
+    ConfigurationError,
+    DataError,
+    PreferenceGym,
+    RewardGym,
+    SFTGym,
+    UnpairedGym,
+    finetune_llm_kto,
+    replay,
+)
+from evollm.algorithms.rollouts import collect
 from evollm.cli import main
 from evollm.data import Batch
 from evollm.runs import read_run
@@ -236,3 +248,29 @@ def test_a_set_of_which_all_rows_are_held_out_is_named(tokenizer) -> None:
             found.append(str(error))
     assert found
     assert all("data.tiny='1 rows': were all held out" in one for one in found)
+
+
+def test_prompts_of_several_sets_are_answered_anew_each_time_they_come(tokenizer, make_model) -> None:
+    prompts = {name: [{"prompt": f"{name} {number}"} for number in range(2)] for name in ("a", "b")}
+
+    def zero(completions: list[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+    env = RewardGym(prompts, None, tokenizer, zero, data_batch_size_per_gpu=4, dataset_weights={"a": 3, "b": 1})
+    assert env.sets["a"] == {"weight": 3.0, "rows": 2, "drawn": 3}
+    agent = GRPO(actor_network=make_model(), group_size=2, max_completion_length=8)
+    batch = env.next_batch()
+    (learnt,) = collect([agent], batch, env)
+    (same,) = collect([agent], batch, env)
+    answers = [[tuple(one.ids) for one in sample.completions] for sample in learnt]
+    assert answers == [[tuple(one.ids) for one in sample.completions] for sample in same]
+    twice = [
+        own for sample, own in zip(batch, answers, strict=True) if (sample.set_name, sample.row) == repeated(batch)
+    ]
+    assert len(twice) == 2
+    assert twice[0] != twice[1]
+
+
+def repeated(batch: Batch) -> tuple[str, int | None]:
+    """The row that comes twice."""
+    return Counter((sample.set_name, sample.row) for sample in batch).most_common(1)[0][0]
