@@ -126,6 +126,16 @@ def test_rounding_shows_the_floor_and_what_swapped_adapters_would_do(run, model_
     assert line[5:] == ["shared_prompt,", "tiled_head,", "stacking"]
 
 
+def test_grpo_steps_times_members_together_and_one_by_one_and_measures_memory(run, model_folder) -> None:
+    sizes = ["--members", 2, "--answers", 2, "--prompt-tokens", 4, "--tokens", 3, "--repeats", 1, "--threads", 1]
+    output = run("grpo_steps.py", "--model", model_folder, *sizes)
+    _, sizes_of_it, one_by_one, together, times, peaks = output.splitlines()
+    assert sizes_of_it.startswith("2 prompts x 2 answers, ")
+    assert all(line.endswith(" s a step of all members") for line in (one_by_one, together))
+    assert times.endswith(" times as fast together")
+    assert peaks.startswith("peak of 1 member ")
+
+
 def test_generation_times_members_together_and_one_by_one_and_measures_memory(run, model_folder) -> None:
     sizes = ["--members", 2, "--prompts", 2, "--prompt-tokens", 4, "--tokens", 3, "--repeats", 1, "--threads", 1]
     sizes += ["--prompt-tokens-spread", 3]
