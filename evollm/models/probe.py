@@ -106,13 +106,17 @@ def probe(base: SharedBase, config: LoraConfig, longest: int) -> FastPaths:
                 torch.cat([own[1:], other]),
                 bounds[1:].repeat(2),
             )
-            # The block of the second member is the shorter one, and filled up.
+            # Blocks are those of a packed row. That of the second member is the shorter one, and filled up.
             counts = len(short) - 1, 1
-            own_samples = stacking and trial.agrees(
-                "members with samples of their own go one by one",
-                lambda: _sums_of_own(base, members, short, counts, tiled_head=tiled),
-                torch.cat([own[1:-1], other[-1:]]),
-                bounds[1:],
+            own_samples = (
+                stacking
+                and not base.is_encoder_decoder
+                and trial.agrees(
+                    "members with samples of their own go one by one",
+                    lambda: _sums_of_own(base, members, short, counts, tiled_head=tiled),
+                    torch.cat([own[1:-1], other[-1:]]),
+                    bounds[1:],
+                )
             )
     return FastPaths(shared, tiled, stacking, longest, tuple(trial.reasons), explicit, implicit, floor, own_samples)
 
