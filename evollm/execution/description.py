@@ -54,6 +54,8 @@ def describe(first: SavableAgent, env: DatasetGym) -> Description:
     trusts = bool(base.model_config.get("trust_remote_code"))
     takes_rows = "rows" in signature(algorithm_of(first).evaluate).parameters
     why = f"{REASON}: {BROKEN}"
+    if algorithm_of(first).collect is not None:
+        why = f"rewards are NaN or infinite: correct the reward functions; or {why}"
     return Description(config, rows, len(env), _costs(first, env), first.hp_config, trusts, why, takes_rows)
 
 

@@ -17,6 +17,7 @@ from evollm import (
     SFT,
     Callback,
     ConfigurationError,
+    DataError,
     HyperparameterConfig,
     Judge,
     Mutations,
@@ -219,6 +220,18 @@ def test_rewards_that_are_not_finite_harm_one_member_alone(make, tokenizer, tmp_
     assert 24 in calls
     (still,) = trained(lambda completions: [1.0] * len(completions), 1, "constant")
     assert still.steps == 2
+
+
+def test_rewards_of_which_none_is_finite_are_named_at_the_end_of_the_first_epoch(make, tokenizer, tmp_path) -> None:
+    def never(completions: list[str]) -> list[float]:
+        return [math.nan] * len(completions)
+
+    env = RewardGym(prompts(3), None, tokenizer, never, data_batch_size_per_gpu=3)
+    with (
+        pytest.warns(UserWarning, match="left out for agent 0"),
+        pytest.raises(DataError, match=r"rewards are NaN or infinite: correct the reward functions"),
+    ):
+        finetune_llm_reasoning(make(), env, max_steps=2, run_dir=tmp_path / "run", **QUIET)
 
 
 def test_a_function_that_fails_in_a_run_says_where(make, tokenizer, tmp_path: Path) -> None:
