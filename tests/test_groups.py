@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,9 +33,9 @@ def grouped(launch, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def sharded(launch, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
-    """The same under FSDP2; by a plain Python, since in processes that `warm_python` forks gloo has hung under it."""
+    """The same under FSDP2."""
     folder = tmp_path_factory.mktemp("groups") / "sharded"
-    return folder, launch(4, folder, STEPS, script=SCRIPT, python=sys.executable)
+    return folder, launch(4, folder, STEPS, script=SCRIPT)
 
 
 @pytest.fixture(scope="module")
