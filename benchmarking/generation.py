@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +26,7 @@ import numpy as np
 import psutil
 import torch
 from floor import synchronise
+from peaks import MIB, peak_elsewhere, peak_mib
 from synthetic import make_population
 from throughput import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,8 +37,6 @@ from evollm.demo import demo_model
 from evollm.models.engine import Engine
 from evollm.models.generation import Question, answers_to
 from evollm.models.padding import PADDED
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ def main() -> None:
     if "unpadded" in taken:
         print(f"{median(taken['unpadded']) / median(taken['together']):.2f} times as fast as unpadded")
     print(f"the probes, once: {first - median(taken['together']):.1f} s")
-    one, many = (_peak_elsewhere(members) for members in (1, options.members))
+    one, many = (peak_elsewhere(members) for members in (1, options.members))
     print(f"peak of 1 member {one:.0f} MiB, of {options.members} together {many:.0f} MiB: {many / one:.2f} times")
 
 
@@ -135,15 +131,7 @@ def peak(options: argparse.Namespace) -> float:
     before = psutil.Process().memory_info().rss / MIB
     asked = Asked.of(options, options.measure)
     asked.answer([asked.agents])
-    if asked.agents[0].base.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB - before
-
-
-def _peak_elsewhere(members: int) -> float:
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(members)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(json.loads(output.splitlines()[-1]))
+    return peak_mib(asked.agents[0].base.device.type, before)
 
 
 def _parse() -> argparse.Namespace:

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -26,6 +23,7 @@ import numpy as np
 import psutil
 import torch
 from floor import synchronise
+from peaks import MIB, peak_elsewhere, peak_mib
 from throughput import machine
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -36,8 +34,6 @@ from evollm.algorithms.policy_losses import group_advantages
 from evollm.algorithms.rollouts import ROLLOUT, Rollout
 from evollm.data.samples import Batch, Completion, Sample
 from evollm.demo import demo_model
-
-MIB = 2**20
 
 
 def make_agents(options: argparse.Namespace, members: int) -> list[GRPO]:
@@ -100,7 +96,7 @@ def main() -> None:
     for name, times in taken.items():
         print(f"{name:>12}: {median(times):.3f} s a step of all members")
     print(f"{median(taken['one by one']) / median(taken['together']):.2f} times as fast together")
-    one, many = (_peak_elsewhere(members) for members in (1, options.members))
+    one, many = (peak_elsewhere(members) for members in (1, options.members))
     print(f"peak of 1 member {one:.0f} MiB, of {options.members} together {many:.0f} MiB: {many / one:.2f} times")
 
 
@@ -112,15 +108,7 @@ def peak(options: argparse.Namespace) -> float:
     batches = [answers_of(member, options, vocabulary) for member in range(options.measure)]
     for _ in range(2):
         learn([range(options.measure)], agents, batches)
-    if agents[0].base.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB - before
-
-
-def _peak_elsewhere(members: int) -> float:
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(members)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(json.loads(output.splitlines()[-1]))
+    return peak_mib(agents[0].base.device.type, before)
 
 
 def _parse() -> argparse.Namespace:
