@@ -9,19 +9,21 @@
    `template_check` looks for texts that the template has left out.
 5. `tokenization` encodes text, adds BOS and EOS to strings, cuts long prompts and drops what does not fit;
    `token_cache` keeps the ids between runs.
-6. `row_report` counts what became of the rows.
+6. `row_report` counts what became of the rows, `split_warnings` says what is odd between splits, and `digests` what has
+   changed since a run began.
 
-`tokenization.load_pairs` does all of it, for one split.
+`loading.load_pairs` does all of it, for one split.
 """
 
 from __future__ import annotations
 
 from evollm.data.completion_rows import read_examples
+from evollm.data.loading import load_pairs
 from evollm.data.preference_rows import read_pairs
 from evollm.data.row_report import DataReport
 from evollm.data.rows import ChatPair, TextPair
 from evollm.data.samples import Batch, Completion, Sample
-from evollm.data.tokenization import load_pairs, tokenize_pairs
+from evollm.data.tokenization import tokenize_pairs
 
 __all__ = [
     "Batch",

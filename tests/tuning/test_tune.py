@@ -22,9 +22,9 @@ from evollm.algorithms import ALGORITHMS
 from evollm.algorithms.agent import DEFAULT_LORA
 from evollm.cli import main
 from evollm.data.completion_rows import EXAMPLES
+from evollm.data.loading import load_pairs
 from evollm.data.preference_rows import PAIRS
 from evollm.data.rows import Rows
-from evollm.data.tokenization import load_pairs
 from evollm.errors import MissingExtraError
 from evollm.hpo import PREFERENCE_FITNESSES, STRATEGIES, ancestry
 from evollm.hpo.scores import margin_over_std
