@@ -14,8 +14,9 @@ import numpy as np
 
 from evollm.data.cells import EMPTY_COMPLETION, UnusableRowError, require_unicode
 from evollm.data.chat_template import RenderedChat, render_chat, template_source
+from evollm.data.pairs import ChatPair, Spans, TextPair, in_form
 from evollm.data.preference_rows import SAME_COMPLETIONS, shared_length
-from evollm.data.rows import ChatPair, DroppedRows, Spans, TextPair, in_form
+from evollm.data.rows import DroppedRows
 from evollm.data.samples import BoolArray, IntArray, Sample
 from evollm.data.template_check import QUESTION_SCORED, check_rendered
 from evollm.data.token_cache import TokenizedSplit, cached
