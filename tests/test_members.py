@@ -22,7 +22,8 @@ from evollm.execution.wire import error_from_bytes, error_to_bytes, from_bytes, 
 from evollm.processes import Processes
 
 SCRIPT = Path(__file__).with_name("members_run.py")
-STEPS = 6
+OWN_ANSWERS = SCRIPT.with_name("own_answers_run.py")
+STEPS, OWN_STEPS = 6, 5
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -165,3 +166,18 @@ def test_a_checkpoint_says_who_was_where(spread) -> None:
     folder, _ = spread
     state = read_population(folder / "pb2" / "checkpoints" / "step-000006").state
     assert (state["workers"], sorted(state["places"])) == (2, [0, 0, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def own_answers(launch, tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two processes held and was told that train GRPO and KTO."""
+    return launch(2, tmp_path_factory.mktemp("own_answers"), OWN_STEPS, script=OWN_ANSWERS)
+
+
+def test_a_reward_function_that_fails_in_another_process_is_refused_before_the_run(own_answers) -> None:
+    first, second = own_answers
+    assert first["function"] == second["function"]
+    assert first["function"].startswith(
+        'ConfigurationError: reward_functions="works_in_the_main_process raised ModuleNotFoundError: No module named '
+        "'judging'\": in process 1, which calls it for its members, on row "
+    )

@@ -43,3 +43,26 @@ def check_alike(processes: Processes, agents: Sequence[SavableAgent], env: Datas
             if said != every[0][field]:
                 fix = f"{what[field]} than process 0: make them from the same files, arguments and seeds in all"
                 raise ConfigurationError(field, f"process {rank}", fix)
+
+
+def check_functions(processes: Processes, env: DatasetGym, group: Processes) -> None:
+    """Refuse users' functions that fail where they are called, which is in each group of processes, in all alike.
+
+    Args:
+        processes: All processes.
+        env: The gym with the functions.
+        group: The processes that hold members together with this one.
+
+    Raises:
+        ConfigurationError: A function fails in a process.
+    """
+    said = b""
+    try:
+        with group.bound():
+            env.try_out()
+    except ConfigurationError as error:
+        said = to_bytes([error.field, str(error.value), error.fix])
+    for rank, failed in enumerate(processes.of_all(said)):
+        if failed:
+            field, value, fix = from_bytes(failed)
+            raise ConfigurationError(field, value, f"in process {rank}, which calls it for its members, {fix}")
