@@ -1,4 +1,4 @@
-"""Train GRPO and KTO in two processes, and try what cannot work there.
+"""Train GRPO and KTO in two processes that divide batches or members, and try what must not differ between them.
 
 torchrun --nproc_per_node 2 tests/own_answers_run.py FOLDER MAX_STEPS
 """
@@ -30,7 +30,7 @@ def brevity(completions: list[str]) -> list[float]:
 
 
 def main() -> None:
-    """Note what is said to a run that cannot work."""
+    """Note what is said to runs that cannot work."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
@@ -44,6 +44,14 @@ def main() -> None:
 
     held: dict[str, Any] = {
         "function": refused(folder, steps, accelerator, works_in_the_main_process),
+        "weights": [
+            refused(folder, steps, accelerator, weight=1.0 + rank),
+            refused(folder, steps, accelerator, weight=1.0 + rank, parallel="data"),
+        ],
+        "options": [
+            refused(folder, steps, accelerator, checkpoint_steps=1 + rank),
+            refused(folder, steps, accelerator, parallel=("data", "members")[rank]),
+        ],
     }
     (folder / f"held-{rank}.json").write_text(json.dumps(held))
 

@@ -181,3 +181,14 @@ def test_a_reward_function_that_fails_in_another_process_is_refused_before_the_r
         'ConfigurationError: reward_functions="works_in_the_main_process raised ModuleNotFoundError: No module named '
         "'judging'\": in process 1, which calls it for its members, on row "
     )
+
+
+def test_reward_functions_and_options_that_differ_between_processes_are_named(own_answers) -> None:
+    first, second = own_answers
+    assert (first["weights"], first["options"]) == (second["weights"], second["options"])
+    for error in first["weights"]:
+        assert error.startswith("ConfigurationError: env.own_settings='process 1': has other settings of the gym, such")
+    assert first["options"] == [
+        "ConfigurationError: checkpoint_steps=2: in process 1, and 1 in process 0: give all the same",
+        "ConfigurationError: parallel='members': in process 1, and 'data' in process 0: give all the same",
+    ]
