@@ -20,6 +20,8 @@ from peft import LoraConfig
 from tokenizers_for_tests import make_tokenizer
 
 from evollm import GRPO, KTO, RewardGym, UnpairedGym
+from evollm.algorithms import rollouts
+from evollm.models.generation import GeneratedAnswer, answers_to
 from evollm.training import finetune
 
 ROWS_IN_A_BATCH = 4
@@ -29,8 +31,14 @@ def brevity(completions: list[str]) -> list[float]:
     return [-float(len(completion)) for completion in completions]
 
 
+def on_another_device(base: Any, questions: Any, *arguments: Any, **options: Any) -> list[GeneratedAnswer]:
+    """Answers that begin as others do, and end sooner."""
+    found = answers_to(base, questions, *arguments, **options)
+    return [GeneratedAnswer(answer.ids[:1], ended=False) for answer in found]
+
+
 def main() -> None:
-    """Note what is said to runs that cannot work."""
+    """Train, and note what was said to runs that cannot work."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
@@ -52,7 +60,11 @@ def main() -> None:
             refused(folder, steps, accelerator, checkpoint_steps=1 + rank),
             refused(folder, steps, accelerator, parallel=("data", "members")[rank]),
         ],
+        "kto": train(folder, "kto", steps, accelerator),
     }
+    if rank:
+        rollouts.answers_to = on_another_device
+    held["grpo"] = train(folder, "grpo", steps, accelerator)
     (folder / f"held-{rank}.json").write_text(json.dumps(held))
 
 

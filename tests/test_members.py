@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from members_run import RUNS, train
+from own_answers_run import train as train_own_answers
 from peft import LoraConfig
 from two_workers import TwoWorkers
 
@@ -192,3 +193,12 @@ def test_reward_functions_and_options_that_differ_between_processes_are_named(ow
         "ConfigurationError: checkpoint_steps=2: in process 1, and 1 in process 0: give all the same",
         "ConfigurationError: parallel='members': in process 1, and 'data' in process 0: give all the same",
     ]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "kto"])
+def test_unequal_shares_of_a_batch_teach_what_the_batch_does_in_one_process(own_answers, tmp_path, algorithm) -> None:
+    # In GRPO the other process samples other answers, as on another device.
+    first, second = own_answers
+    assert first[algorithm] == second[algorithm]
+    one = train_own_answers(tmp_path, algorithm, OWN_STEPS)
+    np.testing.assert_allclose(one, first[algorithm], rtol=0, atol=1e-6)
