@@ -21,10 +21,17 @@ from tokenizers_for_tests import make_tokenizer
 
 from evollm import GRPO, KTO, RewardGym, UnpairedGym
 from evollm.algorithms import rollouts
+from evollm.execution import description
+from evollm.execution.worker import Worker
+from evollm.models.flops import PROBE
 from evollm.models.generation import GeneratedAnswer, answers_to
 from evollm.training import finetune
+from evollm.version import __version__
 
 ROWS_IN_A_BATCH = 4
+# Some steps of those that are asked for.
+BUDGET = 1.2
+spent = Worker.spent
 
 
 def brevity(completions: list[str]) -> list[float]:
@@ -35,6 +42,12 @@ def on_another_device(base: Any, questions: Any, *arguments: Any, **options: Any
     """Answers that begin as others do, and end sooner."""
     found = answers_to(base, questions, *arguments, **options)
     return [GeneratedAnswer(answer.ids[:1], ended=False) for answer in found]
+
+
+def with_more_probes(worker: Worker) -> dict[str, int]:
+    """What is spent where the probe takes longer."""
+    found = spent(worker)
+    return {**found, PROBE: found.get(PROBE, 0) + 2 * sum(found.values())}
 
 
 def main() -> None:
@@ -60,8 +73,13 @@ def main() -> None:
             refused(folder, steps, accelerator, checkpoint_steps=1 + rank),
             refused(folder, steps, accelerator, parallel=("data", "members")[rank]),
         ],
-        "kto": train(folder, "kto", steps, accelerator),
     }
+    description.__version__ = f"0.0.{rank}"
+    held["packages"] = refused(folder, steps, accelerator)
+    description.__version__ = __version__
+    if rank:
+        Worker.spent = with_more_probes
+    held["kto"] = train(folder, "kto", steps, accelerator, budget=BUDGET)
     if rank:
         rollouts.answers_to = on_another_device
     held["grpo"] = train(folder, "grpo", steps, accelerator)
@@ -99,9 +117,8 @@ def train(
         ]
         env = UnpairedGym(answers[:15], answers[15:], tokenizer, **size)
         agents = KTO.population(2, **shared)
-    agents, _ = finetune(
-        agents, env, max_steps=steps, run_dir=folder / algorithm, verbose=False, accelerator=accelerator, **changes
-    )
+    given = {"run_dir": folder / algorithm, **changes}
+    agents, _ = finetune(agents, env, max_steps=steps, verbose=False, accelerator=accelerator, **given)
     return [[float(value) for p in agent.actor_parameters() for value in p.detach().flatten()] for agent in agents]
 
 

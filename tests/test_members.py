@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from members_run import RUNS, train
+from own_answers_run import BUDGET
 from own_answers_run import train as train_own_answers
 from peft import LoraConfig
 from two_workers import TwoWorkers
@@ -189,6 +190,7 @@ def test_reward_functions_and_options_that_differ_between_processes_are_named(ow
     assert (first["weights"], first["options"]) == (second["weights"], second["options"])
     for error in first["weights"]:
         assert error.startswith("ConfigurationError: env.own_settings='process 1': has other settings of the gym, such")
+    assert first["packages"].startswith("ConfigurationError: versions='process 1': has other packages than process 0")
     assert first["options"] == [
         "ConfigurationError: checkpoint_steps=2: in process 1, and 1 in process 0: give all the same",
         "ConfigurationError: parallel='members': in process 1, and 'data' in process 0: give all the same",
@@ -197,8 +199,8 @@ def test_reward_functions_and_options_that_differ_between_processes_are_named(ow
 
 @pytest.mark.parametrize("algorithm", ["grpo", "kto"])
 def test_unequal_shares_of_a_batch_teach_what_the_batch_does_in_one_process(own_answers, tmp_path, algorithm) -> None:
-    # In GRPO the other process samples other answers, as on another device.
+    # In GRPO the other process samples other answers, as on another device; in KTO it spends more on its probe.
     first, second = own_answers
     assert first[algorithm] == second[algorithm]
-    one = train_own_answers(tmp_path, algorithm, OWN_STEPS)
+    one = train_own_answers(tmp_path, algorithm, OWN_STEPS, **({"budget": BUDGET} if algorithm == "kto" else {}))
     np.testing.assert_allclose(one, first[algorithm], rtol=0, atol=1e-6)
