@@ -79,7 +79,9 @@ def main() -> None:
     description.__version__ = __version__
     if rank:
         Worker.spent = with_more_probes
-    held["kto"] = train(folder, "kto", steps, accelerator, budget=BUDGET)
+    # Another process need not be told of the folder.
+    changes = {"run_dir": None} if rank else {}
+    held["kto"] = train(folder, "kto", steps, accelerator, budget=BUDGET, **changes)
     if rank:
         rollouts.answers_to = on_another_device
     held["grpo"] = train(folder, "grpo", steps, accelerator)

@@ -90,9 +90,10 @@ def check_paths(
         ConfigurationError: A path cannot be written, or holds files that would be lost.
         CheckpointError: The settings of the run to resume are damaged.
     """
+    # Named after the time, which differs a little between processes. All take part, also one that was given a folder.
+    new = processes.from_main(str(new_run_dir()))
     if run_dir is None and resume_from_checkpoint is None:
-        # A new folder is named after the time, which differs a little between processes.
-        run_dir = processes.from_main(str(new_run_dir()))
+        run_dir = new
     return RunPaths.of(run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
 
 
