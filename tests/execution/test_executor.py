@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows
-from two_workers import TwoWorkers
+from two_workers import TwoInOneProcess, TwoWorkers
 
 from evollm import (
     DPO,
@@ -27,6 +27,7 @@ from evollm.checkpoints import read_population
 from evollm.data.samples import Batch
 from evollm.execution.executor import FIRST_CANDIDATE, Executor
 from evollm.execution.local import LocalExecutor
+from evollm.execution.spread import SpreadExecutor
 from evollm.execution.wire import from_bytes, to_bytes
 from evollm.execution.worker import Worker
 from evollm.hpo import Birth, Recipe
@@ -248,6 +249,22 @@ class Half(Executor):
 
 
 A_CLASS = "must be a class or a function from agents and gym"
+
+
+def test_first_members_that_no_agent_can_be_are_refused_before_agents_are_released(make_population, gym) -> None:
+    opened = []
+
+    class Watched(TwoInOneProcess):
+        def open(self):
+            opened.append(True)
+
+    agents = make_population(2, hp_config=HP_CONFIG)
+    executor = SpreadExecutor(Watched(agents, gym), [0, 1])
+    births = [Birth(agent.index, agent.index, (), False, {"lr": -1.0, "beta": 0.1}) for agent in agents]
+    with pytest.raises(ConfigurationError, match=r"lr=-1\.0"):
+        executor.begin(births, moving_references=False)
+    assert not opened
+    executor.close()
 
 
 @pytest.mark.parametrize(
