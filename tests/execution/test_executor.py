@@ -35,6 +35,7 @@ from evollm.models import budget
 from evollm.models.engine import Engine
 from evollm.models.flops import EVALUATION, REFERENCES
 from evollm.processes import Processes
+from evollm.report.where import where_it_ran
 from evollm.runs import read_run
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
@@ -108,6 +109,15 @@ def test_members_on_two_workers_end_as_on_one_and_go_on_when_killed(run, tmp_pat
     # Nothing is left but the members' adapters and their references.
     references = {agent.adapter("reference") for agent in spread}
     assert len(spread[0].base.adapters.names) == len(spread) + len(references)
+
+
+def test_a_run_that_goes_on_in_one_process_says_so(run, tmp_path) -> None:
+    run("run", executor=TwoWorkers, max_steps=3)
+    run("run", resume=True, max_steps=5)
+    found = where_it_ran(read_run(tmp_path / "run"))
+    assert found is not None
+    assert found["text"].endswith("In steps 4 to 5 all members were in one process.")
+    assert all(row["held"].endswith("to 3)") or row["held"].endswith("(step 3)") for row in found["rows"])
 
 
 def test_a_checkpoint_has_members_go_where_they_were(make_population, gym, tmp_path) -> None:
@@ -241,16 +251,6 @@ def test_values_that_no_agent_can_have_change_nobody(make_population, gym) -> No
         executor.close()
 
 
-class Half(Executor):
-    def __init__(self, agents, env) -> None:
-        self.processes = Processes()
-
-    def describe(self) -> None: ...
-
-
-A_CLASS = "must be a class or a function from agents and gym"
-
-
 def test_first_members_that_no_agent_can_be_are_refused_before_agents_are_released(make_population, gym) -> None:
     opened = []
 
@@ -265,6 +265,16 @@ def test_first_members_that_no_agent_can_be_are_refused_before_agents_are_releas
         executor.begin(births, moving_references=False)
     assert not opened
     executor.close()
+
+
+class Half(Executor):
+    def __init__(self, agents, env) -> None:
+        self.processes = Processes()
+
+    def describe(self) -> None: ...
+
+
+A_CLASS = "must be a class or a function from agents and gym"
 
 
 @pytest.mark.parametrize(
