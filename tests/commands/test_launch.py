@@ -15,6 +15,8 @@ from evollm.cli import main
 from evollm.commands import launch
 from evollm.processes import Processes
 from evollm.runs import read_run
+from evollm.commands.remarks import own_warnings_only
+from evollm.commands.resume import elsewhere
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "evollm")
 CONFIG = """
@@ -74,6 +76,18 @@ def test_train_runs_in_processes_of_a_launcher_and_the_main_one_speaks(together)
 
 def test_what_is_wrong_is_said_once(together) -> None:
     done = together("train", "run.yaml", "parallel=members", "lr=-1", "run_dir=run")
+def test_a_run_in_processes_goes_on_with_workers_and_the_other_way_round() -> None:
+    processes = {"lr": 1, "parallel": "members", "processes_per_worker": 2}
+    workers = {"lr": 1, "executor": "ray", "workers": 3, "resources_per_worker": {"CPU": 1}}
+    assert elsewhere(processes, {"executor": "ray", "workers": 2}) == {"lr": 1}
+    assert elsewhere(workers, {"parallel": "members"}) == {"lr": 1}
+    # As it was, or with another number.
+    assert elsewhere(processes, {"num_epochs": 2}) == elsewhere(processes, {"executor": "local"}) == processes
+    assert elsewhere(workers, {"workers": 2}) == workers
+    # What contradicts itself is refused later.
+    assert elsewhere(processes, {"executor": "ray", "parallel": "members"}) == {"lr": 1, "parallel": "members"}
+
+
     assert done.returncode != 0
     (line,) = own_lines(done.stderr)
     assert line.startswith("evollm: lr=-1: ")
