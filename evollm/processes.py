@@ -193,6 +193,11 @@ _BOUND: list[Processes] = []
 _GROUPS: dict[tuple[Any, int], Processes] = {}
 
 
+def has_own_members() -> bool:
+    """Whether this process computes inside `Processes.bound`, with members that other processes do not have."""
+    return bool(_BOUND)
+
+
 def launch_store(prefix: str) -> Any:
     """The launcher's store of connected processes, which works while some have failed; keys begin with a prefix."""
     # Not exported, and the only store that is still there when the main process has ended.

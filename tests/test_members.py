@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from members_run import RUNS, train
+from own_answers_run import BUDGET
+from own_answers_run import train as train_own_answers
 from peft import LoraConfig
 from two_workers import TwoWorkers
 
@@ -22,7 +24,8 @@ from evollm.execution.wire import error_from_bytes, error_to_bytes, from_bytes, 
 from evollm.processes import Processes
 
 SCRIPT = Path(__file__).with_name("members_run.py")
-STEPS = 6
+OWN_ANSWERS = SCRIPT.with_name("own_answers_run.py")
+STEPS, OWN_STEPS = 6, 5
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -165,3 +168,39 @@ def test_a_checkpoint_says_who_was_where(spread) -> None:
     folder, _ = spread
     state = read_population(folder / "pb2" / "checkpoints" / "step-000006").state
     assert (state["workers"], sorted(state["places"])) == (2, [0, 0, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def own_answers(launch, tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two processes held and was told that train GRPO and KTO."""
+    return launch(2, tmp_path_factory.mktemp("own_answers"), OWN_STEPS, script=OWN_ANSWERS)
+
+
+def test_a_reward_function_that_fails_in_another_process_is_refused_before_the_run(own_answers) -> None:
+    first, second = own_answers
+    assert first["function"] == second["function"]
+    assert first["function"].startswith(
+        'ConfigurationError: reward_functions="works_in_the_main_process raised ModuleNotFoundError: No module named '
+        "'judging'\": in process 1, which calls it for its members, on row "
+    )
+
+
+def test_reward_functions_and_options_that_differ_between_processes_are_named(own_answers) -> None:
+    first, second = own_answers
+    assert (first["weights"], first["options"]) == (second["weights"], second["options"])
+    for error in first["weights"]:
+        assert error.startswith("ConfigurationError: env.own_settings='process 1': has other settings of the gym, such")
+    assert first["packages"].startswith("ConfigurationError: versions='process 1': has other packages than process 0")
+    assert first["options"] == [
+        "ConfigurationError: checkpoint_steps=2: in process 1, and 1 in process 0: give all the same",
+        "ConfigurationError: parallel='members': in process 1, and 'data' in process 0: give all the same",
+    ]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "kto"])
+def test_unequal_shares_of_a_batch_teach_what_the_batch_does_in_one_process(own_answers, tmp_path, algorithm) -> None:
+    # In GRPO the other process samples other answers, as on another device; in KTO it spends more on its probe.
+    first, second = own_answers
+    assert first[algorithm] == second[algorithm]
+    one = train_own_answers(tmp_path, algorithm, OWN_STEPS, **({"budget": BUDGET} if algorithm == "kto" else {}))
+    np.testing.assert_allclose(one, first[algorithm], rtol=0, atol=1e-6)

@@ -100,7 +100,7 @@ def collect(agents: Sequence[GRPO], batch: Batch, env: RewardGym) -> list[Batch]
         )
         for place, sample, row, number in asked
     ]
-    answers = answers_to(agents[0].base, questions, env.tokenizer, agents[0].max_completion_length)
+    answers = _answers_of_main(agents[0], questions, env)
     found = env.rewards.of_answers([sample for _, sample, *_ in asked], [env.text_of(one.ids) for one in answers])
     batches, start = [], 0
     for agent in agents:
@@ -108,6 +108,20 @@ def collect(agents: Sequence[GRPO], batch: Batch, env: RewardGym) -> list[Batch]
         batches.append(_collected(agent, batch, answers[start:end], found[start:end], env))
         start = end
     return batches
+
+
+def _answers_of_main(first: GRPO, questions: Sequence[Question], env: RewardGym) -> list[GeneratedAnswer]:
+    """The main process's answers, in every process that learns from them or scores them.
+
+    On another device, whose last bits differ, another process may sample others: it would learn from its own answers by
+    the rewards of the main process's.
+    """
+    own = answers_to(first.base, questions, env.tokenizer, first.max_completion_length)
+    processes = Processes.present()
+    if processes.size == 1:
+        return own
+    told = processes.from_main([[one.ids.tolist(), one.ended] for one in own])
+    return [GeneratedAnswer(np.array(ids, dtype=np.int64), ended) for ids, ended in told]
 
 
 def _collected(
@@ -167,7 +181,7 @@ def evaluate_together(
         )
         for agent, position, number in asked
     ]
-    answers = answers_to(first.base, questions, env.tokenizer, first.max_completion_length)
+    answers = _answers_of_main(first, questions, env)
     texts = [env.text_of(one.ids) for one in answers]
     found = env.rewards.total(env.rewards.of_answers([prompts[position] for _, position, _ in asked], texts))
     shape = len(agents), len(chosen), len(numbers)

@@ -90,6 +90,22 @@ def say_error(text: str) -> None:
         store.set(str(rank()), text)
 
 
+def say_warning(text: str) -> None:
+    """Print a warning to standard error, and what several processes say alike only once.
+
+    The main process prints its own: all do the same. But where processes have members of their own, what is said of
+    these is said by nobody else, and is printed by the first process that says it.
+    """
+    processes = sys.modules.get("evollm.processes")
+    if processes is not None and processes.has_own_members():
+        store = _store()
+        if store is not None and store.add(text, 1) > 1:
+            return
+    elif not is_main():
+        return
+    print(text if is_main() else f"{text} (process {rank()})", file=sys.stderr, flush=True)
+
+
 def _store() -> Any:
     """What connected processes tell each other texts by, while some of them may have failed; None before they are."""
     if launched() == 1 or "torch" not in sys.modules:

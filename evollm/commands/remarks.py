@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from evollm.commands.launch import is_main
+from evollm.commands.launch import say_warning
 from evollm.errors import one_line
 
 _VERBOSITY = "TRANSFORMERS_VERBOSITY"
@@ -35,12 +35,9 @@ def own_warnings_only() -> Iterator[None]:
 
 
 def _show(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning, in place of `warnings.showwarning`, if evollm's code gave it or the user asked for all.
-
-    Of processes that were launched together the main one prints: all do the same.
-    """
-    if is_main() and (sys.warnoptions or _issuer().partition(".")[0] == "evollm"):
-        print(f"evollm: warning: {one_line(str(message))}", file=sys.stderr)
+    """Print a warning, in place of `warnings.showwarning`, if evollm's code gave it or the user asked for all."""
+    if sys.warnoptions or _issuer().partition(".")[0] == "evollm":
+        say_warning(f"evollm: warning: {one_line(str(message))}")
 
 
 def _issuer() -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from evollm.commands.arguments import add_run, trusts
 from evollm.commands.ending import print_ending
@@ -13,6 +15,8 @@ from evollm.errors import ConfigurationError
 
 # Arguments that each say how long a run is.
 LENGTHS = ("num_epochs", "max_steps", "generations")
+# Arguments that say where members are, of which there is one kind.
+IN_PROCESSES, OF_WORKERS = ("parallel", "processes_per_worker"), ("executor", "workers", "resources_per_worker")
 
 
 def add_to(commands: Subparsers) -> None:
@@ -49,11 +53,22 @@ def _run(options: argparse.Namespace) -> None:
     # A length that is given stands for all that the run had: the shortest of several would end the run.
     if any(given.get(name) is not None for name in LENGTHS):
         arguments = {name: value for name, value in arguments.items() if name not in LENGTHS}
+    arguments = elsewhere(arguments, given)
     config = override({**arguments, **_same_batch(options.run_dir)}, options.overrides)
     result = tune(**{**config, **launch}, resume_from_checkpoint=options.run_dir)
     leave()
     if is_main():
         print_ending(result.run_dir, result.report, trusts(config))
+
+
+def elsewhere(arguments: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a run, without those of workers if it goes on in processes, and the other way round."""
+    left_out: set[str] = set()
+    if any(given.get(name) is not None for name in IN_PROCESSES):
+        left_out |= {*OF_WORKERS} - given.keys()
+    if given.get("executor") not in (None, "local"):
+        left_out |= {*IN_PROCESSES} - given.keys()
+    return {name: value for name, value in arguments.items() if name not in left_out}
 
 
 def _same_batch(run_dir: str) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from evollm.algorithms.agent import ACTOR
 from evollm.algorithms.saving import SavableAgent
@@ -15,7 +16,7 @@ from evollm.processes import Processes
 
 
 def check_alike(processes: Processes, agents: Sequence[SavableAgent], env: DatasetGym, described: Description) -> None:
-    """Refuse other agents, another base or other data than those of the main process, in all processes alike.
+    """Refuse other agents, another base, other data or packages than those of the main process, in all processes alike.
 
     Raises:
         ConfigurationError: A process has others.
@@ -29,17 +30,64 @@ def check_alike(processes: Processes, agents: Sequence[SavableAgent], env: Datas
         ],
         "actor_network": [config["base_fingerprint"], config["base_dtype"]],
         "env": [env.fingerprint, env.batch_size, env.state_dict()],
+        "env.own_settings": env.own_settings,
         "settings": config["settings"],
+        "versions": [f"{name} {found}" for name, found in config["versions"].items() if name != "python"],
     }
+    same = "make them from the same files, arguments and seeds in all"
     what = {
-        "pop": f"has other agents (indices, hyperparameters or {ACTOR} adapters)",
-        "actor_network": "has another base",
-        "env": "has other rows, another order of them or another batch size",
-        "settings": "has other settings of its agents",
+        "pop": f"has other agents (indices, hyperparameters or {ACTOR} adapters) than process 0: {same}",
+        "actor_network": f"has another base than process 0: {same}",
+        "env": f"has other rows, another order of them or another batch size than process 0: {same}",
+        "env.own_settings": f"has other settings of the gym, such as reward weights, than process 0: {same}",
+        "settings": f"has other settings of its agents than process 0: {same}",
+        "versions": "has other packages than process 0: install the same in all",
     }
     every = [from_bytes(data) for data in processes.of_all(to_bytes(own))]
     for rank, theirs in enumerate(every):
         for field, said in theirs.items():
             if said != every[0][field]:
-                fix = f"{what[field]} than process 0: make them from the same files, arguments and seeds in all"
-                raise ConfigurationError(field, f"process {rank}", fix)
+                raise ConfigurationError(field, f"process {rank}", what[field])
+
+
+def check_same_options(processes: Processes, options: Mapping[str, Any]) -> None:
+    """Refuse options that differ between processes, which would wait for each other in vain, in all processes alike.
+
+    Args:
+        processes: All processes.
+        options: Values by the names of arguments, as JSON.
+
+    Raises:
+        ConfigurationError: One has another value than in the main process.
+    """
+    every = [from_bytes(data) for data in processes.of_all(to_bytes(options))]
+    for rank, theirs in enumerate(every):
+        for name in [*every[0], *theirs]:
+            first, value = every[0].get(name), theirs.get(name)
+            if value != first:
+                raise ConfigurationError(
+                    name, value, f"in process {rank}, and {first!r} in process 0: give all the same"
+                )
+
+
+def check_functions(processes: Processes, env: DatasetGym, group: Processes) -> None:
+    """Refuse users' functions that fail where they are called, which is in each group of processes, in all alike.
+
+    Args:
+        processes: All processes.
+        env: The gym with the functions.
+        group: The processes that hold members together with this one.
+
+    Raises:
+        ConfigurationError: A function fails in a process.
+    """
+    said = b""
+    try:
+        with group.bound():
+            env.try_out()
+    except ConfigurationError as error:
+        said = to_bytes([error.field, str(error.value), error.fix])
+    for rank, failed in enumerate(processes.of_all(said)):
+        if failed:
+            field, value, fix = from_bytes(failed)
+            raise ConfigurationError(field, value, f"in process {rank}, which calls it for its members, {fix}")

@@ -23,6 +23,14 @@ class LocalExecutor(Worker):
         super().__init__(agents, env)
         self.processes: Agreement = Processes.present()
 
+    def spent(self) -> dict[str, int]:
+        """The operations of the main process, which another device may differ from; see `Executor.spent`.
+
+        Limits depend on them, and all processes have to end at the same step.
+        """
+        found: dict[str, int] = self.processes.from_main(super().spent())
+        return found
+
     def save(self, folder: Path, state: Mapping[str, Any], arrays: Arrays) -> None:
         """Write a checkpoint; see `Executor.save`."""
         # Every process must call `saved`, because each may hold a shard of the state.

@@ -24,7 +24,7 @@ from typing import Any
 from evollm.algorithms.saving import SavableAgent
 from evollm.checks import nearest_name, whole_number
 from evollm.errors import ConfigurationError
-from evollm.execution.alike import check_alike
+from evollm.execution.alike import check_alike, check_functions
 from evollm.execution.arrivals import Arrivals
 from evollm.execution.description import describe
 from evollm.execution.executor import Agreement, Description, Executor, ExecutorFactory
@@ -148,7 +148,8 @@ class ProcessWorkers:
         processes_per_worker: Processes that hold a worker together, a divisor of their number.
 
     Raises:
-        ConfigurationError: The processes have other agents or other data.
+        ConfigurationError: The processes have other agents or other data, or a user's function fails in one that calls
+            it for its members.
     """
 
     def __init__(self, agents: Sequence[SavableAgent], env: DatasetGym, processes_per_worker: int = 1) -> None:
@@ -160,6 +161,7 @@ class ProcessWorkers:
         said = self._processes.of_all(to_bytes([platform.node(), os.getpid()]))
         self._homes = [WorkerHome(place, *from_bytes(data)) for place, data in enumerate(self._of_workers(said))]
         self._group = self._processes.in_groups(processes_per_worker)
+        check_functions(self._processes, env, self._group)
         self._arrivals = self._new_arrivals()
         self._given = {agent.index: agent for agent in agents}
         places = first_places(list(self._given), self.count)

@@ -68,6 +68,9 @@ class SpreadExecutor:
 
     def begin(self, births: Sequence[Birth] | None, *, moving_references: bool) -> None:
         """Begin a run; see `Executor.begin`."""
+        if births is not None:
+            # Before anything is released.
+            self._ask(0, "check", births=births)
         self._workers.open()
         first = self._exports([next(iter(self._places))])
         shared = {"moving_references": moving_references, "first": next(iter(first.values()))}
@@ -75,7 +78,6 @@ class SpreadExecutor:
             self._call("begin", [{"births": None, **shared}] * self._workers.count)
             self._note_places()
             return
-        self._ask(0, "check", births=births)
         parts, places = self._divided(births)
         # Only children by crossover have second parents, and the first members have none.
         arguments = [{"births": part, "arriving": arriving, **shared} for part, arriving, _ in parts]

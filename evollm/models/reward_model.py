@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evollm.checks import boolean, optional_whole_number, whole_number
+from evollm.checks import boolean, located, optional_whole_number, whole_number
 from evollm.data.chat_template import render_chat
 from evollm.data.pairs import ChatPair
 from evollm.data.tokenization import context_limit
@@ -111,8 +111,10 @@ class RewardModel:
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker of a cluster loads the weights by itself.
-        return {**vars(self), "_network": None if self._is_by_name else self._network}
+        # A worker of a cluster loads the weights by itself, and is in another folder.
+        if not self._is_by_name:
+            return vars(self)
+        return {**vars(self), "_network": None, "_name": located(self._name)}
 
     @property
     def network(self) -> PreTrainedModel:

@@ -76,7 +76,9 @@ class RunFolder(Callback):
         for name, lines in kept.items():
             self._records.start(name, lines)
         if (workers := inside(folder, WORKERS)).exists():
-            self._records.start(WORKERS, _lines_until(workers, event.step))
+            # Nobody is there any more. A run that goes on in one process says nothing of workers.
+            none = {"kind": "members", "step": event.step + 1, "workers": []}
+            self._records.start(WORKERS, [*_lines_until(workers, event.step), none])
         self._evaluated = event.step, _saved_evaluations(folder, event.step)
         founders = {"kind": "founders", "births": [birth.to_dict() for birth in event.founders]}
         self._records.start(LINEAGE, [founders, *map(_evolution_line, event.evolutions)])

@@ -16,6 +16,7 @@ from evollm.algorithms.saving import SavableAgent
 from evollm.algorithms.settings import check_evolution
 from evollm.checks import boolean
 from evollm.errors import ConfigurationError
+from evollm.execution.alike import check_same_options
 from evollm.execution.crossover import check_crossover
 from evollm.execution.executor import Combines, Executor, ExecutorFactory, check_executor
 from evollm.execution.judged import JudgedExecutor, first_row
@@ -89,9 +90,10 @@ def check_paths(
         ConfigurationError: A path cannot be written, or holds files that would be lost.
         CheckpointError: The settings of the run to resume are damaged.
     """
+    # Named after the time, which differs a little between processes. All take part, also one that was given a folder.
+    new = processes.from_main(str(new_run_dir()))
     if run_dir is None and resume_from_checkpoint is None:
-        # A new folder is named after the time, which differs a little between processes.
-        run_dir = processes.from_main(str(new_run_dir()))
+        run_dir = new
     return RunPaths.of(run_dir, checkpoint_path, elite_path, resume_from_checkpoint)
 
 
@@ -175,6 +177,7 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
         ConfigurationError: Agents, gym and arguments do not fit together.
     """
     check_run(pop, env, arguments.options, arguments.algorithm)
+    _check_same(arguments)
     total = Schedule.of(arguments.options, len(env), held_out=bool(env.test_pairs)).total
     for agent in pop:
         agent.num_training_steps = total
@@ -190,6 +193,19 @@ def prepare(pop: Sequence[A], env: DatasetGym, arguments: RunArguments) -> Run:
             raise ConfigurationError("executor", type(executor).__name__, fix)
         contest = Contest(cast(Combines, executor), options.candidates, arguments.terms, options.bounds)
     return Run(executor, options, arguments.paths, arguments.fitness, arguments.callbacks, contest)
+
+
+def _check_same(arguments: RunArguments) -> None:
+    """Refuse arguments that differ between processes, but for those of the search, whose plans the main process makes.
+
+    Raises:
+        ConfigurationError: An argument differs.
+    """
+    options, search = arguments.options.to_dict(), arguments.options.strategy()
+    same = {name: value for name, value in options.items() if name not in ("tournament", "mutation", "search")}
+    same |= {"parallel": arguments.parallel, "processes_per_worker": arguments.processes_per_worker}
+    same |= {"search": search and type(search).__name__, "resume_from_checkpoint": arguments.paths.resumes}
+    check_same_options(Processes.present(), same)
 
 
 def check_fitness(fitness: object, algorithm: Algorithm, trial: AnyEvaluation | None = None) -> FitnessFunction:

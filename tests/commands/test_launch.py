@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from command_runs import SHORT
 from evollm.checkpoints import read_population
 from evollm.cli import main
 from evollm.commands import launch
+from evollm.commands.remarks import own_warnings_only
+from evollm.commands.resume import elsewhere
 from evollm.processes import Processes
 from evollm.runs import read_run
 
@@ -72,6 +76,18 @@ def test_train_runs_in_processes_of_a_launcher_and_the_main_one_speaks(together)
     assert len(read_run("run-members").steps) > len(steps)
 
 
+def test_a_run_in_processes_goes_on_with_workers_and_the_other_way_round() -> None:
+    processes = {"lr": 1, "parallel": "members", "processes_per_worker": 2}
+    workers = {"lr": 1, "executor": "ray", "workers": 3, "resources_per_worker": {"CPU": 1}}
+    assert elsewhere(processes, {"executor": "ray", "workers": 2}) == {"lr": 1}
+    assert elsewhere(workers, {"parallel": "members"}) == {"lr": 1}
+    # As it was, or with another number.
+    assert elsewhere(processes, {"num_epochs": 2}) == elsewhere(processes, {"executor": "local"}) == processes
+    assert elsewhere(workers, {"workers": 2}) == workers
+    # What contradicts itself is refused later.
+    assert elsewhere(processes, {"executor": "ray", "parallel": "members"}) == {"lr": 1, "parallel": "members"}
+
+
 def test_what_is_wrong_is_said_once(together) -> None:
     done = together("train", "run.yaml", "parallel=members", "lr=-1", "run_dir=run")
     assert done.returncode != 0
@@ -104,6 +120,27 @@ def test_an_error_of_one_process_alone_is_said_by_it(monkeypatch, capsys) -> Non
         monkeypatch.setenv("RANK", rank)
         launch.say_error(text)
         assert capsys.readouterr().err == said
+
+
+def test_a_warning_of_members_of_another_process_is_said_by_it_and_what_all_say_once(monkeypatch, capsys) -> None:
+    store = dist.HashStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launch, "_store", lambda: store)
+
+    def said_in(rank: str, text: str, processes: Processes) -> str:
+        monkeypatch.setenv("RANK", rank)
+        with own_warnings_only(), processes.bound() if processes.size == 1 else nullcontext():
+            warnings.simplefilter("always")
+            # As a module of evollm does.
+            exec("import warnings; warnings.warn(text)", {"__name__": "evollm.execution.worker", "text": text})
+        return capsys.readouterr().err
+
+    alone, together = Processes(), Processes(1, 2)
+    assert said_in("1", "agent 3 is left out", alone) == "evollm: warning: agent 3 is left out (process 1)\n"
+    assert said_in("1", "members go one by one", alone) == "evollm: warning: members go one by one (process 1)\n"
+    assert said_in("0", "members go one by one", alone) == ""
+    assert said_in("0", "rows overlap", together) == "evollm: warning: rows overlap\n"
+    assert said_in("1", "rows overlap", together) == ""
 
 
 def test_ray_is_started_by_one_process(workplace, monkeypatch, capsys) -> None:

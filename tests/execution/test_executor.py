@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows
-from two_workers import TwoWorkers
+from two_workers import TwoInOneProcess, TwoWorkers
 
 from evollm import (
     DPO,
@@ -27,6 +27,7 @@ from evollm.checkpoints import read_population
 from evollm.data.samples import Batch
 from evollm.execution.executor import FIRST_CANDIDATE, Executor
 from evollm.execution.local import LocalExecutor
+from evollm.execution.spread import SpreadExecutor
 from evollm.execution.wire import from_bytes, to_bytes
 from evollm.execution.worker import Worker
 from evollm.hpo import Birth, Recipe
@@ -34,6 +35,7 @@ from evollm.models import budget
 from evollm.models.engine import Engine
 from evollm.models.flops import EVALUATION, REFERENCES
 from evollm.processes import Processes
+from evollm.report.where import where_it_ran
 from evollm.runs import read_run
 
 HP_CONFIG = HyperparameterConfig(lr=RLParameter(1e-4, 1e-2), beta=RLParameter(0.05, 0.5))
@@ -107,6 +109,15 @@ def test_members_on_two_workers_end_as_on_one_and_go_on_when_killed(run, tmp_pat
     # Nothing is left but the members' adapters and their references.
     references = {agent.adapter("reference") for agent in spread}
     assert len(spread[0].base.adapters.names) == len(spread) + len(references)
+
+
+def test_a_run_that_goes_on_in_one_process_says_so(run, tmp_path) -> None:
+    run("run", executor=TwoWorkers, max_steps=3)
+    run("run", resume=True, max_steps=5)
+    found = where_it_ran(read_run(tmp_path / "run"))
+    assert found is not None
+    assert found["text"].endswith("In steps 4 to 5 all members were in one process.")
+    assert all(row["held"].endswith("to 3)") or row["held"].endswith("(step 3)") for row in found["rows"])
 
 
 def test_a_checkpoint_has_members_go_where_they_were(make_population, gym, tmp_path) -> None:
@@ -238,6 +249,22 @@ def test_values_that_no_agent_can_have_change_nobody(make_population, gym) -> No
             executor.apply([Birth.fresh(4, values), Birth.fresh(5, {**values, "lr": -1.0})])
         assert executor.members() == before
         executor.close()
+
+
+def test_first_members_that_no_agent_can_be_are_refused_before_agents_are_released(make_population, gym) -> None:
+    opened = []
+
+    class Watched(TwoInOneProcess):
+        def open(self):
+            opened.append(True)
+
+    agents = make_population(2, hp_config=HP_CONFIG)
+    executor = SpreadExecutor(Watched(agents, gym), [0, 1])
+    births = [Birth(agent.index, agent.index, (), False, {"lr": -1.0, "beta": 0.1}) for agent in agents]
+    with pytest.raises(ConfigurationError, match=r"lr=-1\.0"):
+        executor.begin(births, moving_references=False)
+    assert not opened
+    executor.close()
 
 
 class Half(Executor):

@@ -164,10 +164,12 @@ def test_what_is_no_reward_model_is_refused_before_it_is_loaded(make_model, read
         RewardModel(folder, tokenizer=plain)([TURNS], ["yes"])
 
 
-def test_a_copy_for_another_process_has_no_weights_of_a_named_model(folder) -> None:
+def test_a_copy_for_another_process_has_no_weights_of_a_named_model_and_needs_no_folder(folder, monkeypatch) -> None:
     rewards = RewardModel(folder, as_turns=False)
     found = rewards(PROMPTS, ["yes"] * 3)
-    sent = pickle.dumps(rewards)
+    monkeypatch.chdir(Path(folder).parent)
+    sent = pickle.dumps(RewardModel(Path(folder).name, as_turns=False))
+    monkeypatch.chdir("/")
     assert len(sent) < sum(weights.nbytes for weights in rewards.network.parameters())
     assert pickle.loads(sent)(PROMPTS, ["yes"] * 3) == found
 
