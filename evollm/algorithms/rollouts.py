@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evollm.algorithms.policy_losses import FloatArray, group_advantages
+from evollm.algorithms.vllm_answers import vllm_answers_to
 from evollm.data.samples import Batch, Completion, Sample
 from evollm.hpo.fitness import RewardEvaluation
 from evollm.models.flops import EVALUATION, TRAINING
@@ -100,7 +101,7 @@ def collect(agents: Sequence[GRPO], batch: Batch, env: RewardGym) -> list[Batch]
         )
         for place, sample, row, number in asked
     ]
-    answers = _answers_of_main(agents[0], questions, env)
+    answers = _sampled(agents[0], questions, env)
     found = env.rewards.of_answers([sample for _, sample, *_ in asked], [env.text_of(one.ids) for one in answers])
     batches, start = [], 0
     for agent in agents:
@@ -108,6 +109,20 @@ def collect(agents: Sequence[GRPO], batch: Batch, env: RewardGym) -> list[Batch]
         batches.append(_collected(agent, batch, answers[start:end], found[start:end], env))
         start = end
     return batches
+
+
+def _sampled(agent: GRPO, questions: Sequence[Question], env: RewardGym) -> list[GeneratedAnswer]:
+    """The answers to learn from, by transformers or vLLM; those that agents are compared by are transformers'."""
+    if not agent.use_vllm:
+        return _answers_of_main(agent, questions, env)
+    return vllm_answers_to(
+        agent.base,
+        questions,
+        env.tokenizer,
+        agent.max_completion_length,
+        longest=env.longest_sequence + agent.max_completion_length,
+        gpu_memory_utilization=agent.vllm_gpu_memory_utilization,
+    )
 
 
 def _answers_of_main(first: GRPO, questions: Sequence[Question], env: RewardGym) -> list[GeneratedAnswer]:

@@ -25,7 +25,10 @@ _LARGEST_SEED = 2**63 - 1
 # For a check that does not depend on the number of steps.
 _SOME_STEPS = 1000
 # Settings that the config.json of older runs does not have.
-_ADDED = {field.name for kind in (OptimizerSettings, LearningRateSchedule) for field in fields(kind)}
+_ADDED = {field.name for kind in (OptimizerSettings, LearningRateSchedule) for field in fields(kind)} | {
+    "use_vllm",
+    "vllm_gpu_memory_utilization",
+}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -70,7 +73,7 @@ class AgentSettings(OptimizerSettings, LearningRateSchedule):
         self.factor(hyperparameters.lr, 0, num_training_steps=_SOME_STEPS)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name; those of schedule and optimizer only if given, so that older runs can be resumed."""
+        """The fields by name; those of `_ADDED` only if given, so that older runs can be resumed."""
         asked = asdict(self)
         return {
             field.name: asked[field.name]

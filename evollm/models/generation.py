@@ -220,7 +220,7 @@ def _room(
     """What a call of `generate` may have, for questions by adapter."""
     own = {lengths[row] for rows in asked.values() for row in rows}
     # A string stops its own row only, and what `generate` puts after it cannot be told from an answer.
-    if sum(map(len, asked.values())) == 1 or _stop_strings(base):
+    if sum(map(len, asked.values())) == 1 or stop_strings(base):
         return ALONE
     engine, longest = Engine.of(base), max(own) + max_new_tokens
     paths = engine.prepare(list(asked), longest)
@@ -241,7 +241,7 @@ def _generate(
     top_p: float,
 ) -> list[GeneratedAnswer]:
     """The answers to the questions of one call of `generate`: M equal blocks, one for each member, or [None]."""
-    ends, stop_strings = _ends(base, tokenizer), _stop_strings(base)
+    ends, strings = ending_tokens(base, tokenizer), stop_strings(base)
     columns = Columns.of(base, [question.prompt for question in questions])
     names = [name for name in members if name is not None]
     passing = base.routed(base.adapters.stack(names)) if len(names) > 1 else base.active(members[0])
@@ -263,8 +263,8 @@ def _generate(
         answer = row[columns.start :].tolist()
         length = next((n for n, token in enumerate(answer, 1) if token in ends), len(answer))
         ended = length < max_new_tokens or answer[length - 1] in ends
-        if not ended and stop_strings:
-            ended = bool(StopStringCriteria(tokenizer, stop_strings)(row[None], None))
+        if not ended and strings:
+            ended = bool(StopStringCriteria(tokenizer, strings)(row[None], None))
         return GeneratedAnswer(np.array(answer[:length], dtype=np.int64), ended)
 
     return [answer_of(row) for row in output.cpu()]
@@ -300,13 +300,13 @@ def _sampling(
     return LogitsProcessorList([KeyedSampling(numbers, temperatures, top_p, start, device)])
 
 
-def _ends(base: SharedBase, tokenizer: Any) -> list[int]:
+def ending_tokens(base: SharedBase, tokenizer: Any) -> list[int]:
     """Ids of the tokens that end an answer, the tokenizer's EOS first."""
     listed = _as_list(getattr(base.network.generation_config, "eos_token_id", None))
     return list(dict.fromkeys(int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None))
 
 
-def _stop_strings(base: SharedBase) -> list[str]:
+def stop_strings(base: SharedBase) -> list[str]:
     """Strings that end an answer."""
     return _as_list(getattr(base.network.generation_config, "stop_strings", None))
 

@@ -18,10 +18,18 @@ def uniform_numbers(key: Sequence[int], count: int) -> NDArray[np.float64]:
         key: Integers from 0 to 2^64 - 1. Keys of other lengths or with other integers give independent numbers.
         count: How many.
     """
+    return np.random.Generator(np.random.Philox(_sequence(key))).random(count)
+
+
+def seed_of(key: Sequence[int]) -> int:
+    """A seed from 0 to 2^63 - 1 that is a function of the key, for samplers that have their own random numbers."""
+    return int(_sequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _sequence(key: Sequence[int]) -> np.random.SeedSequence:
     # `SeedSequence` takes 32 bits at a time and takes zeros at the end for nothing.
     words = np.array(key, dtype=np.uint64).view(np.uint32)
-    seed = np.random.SeedSequence([len(key), *words.tolist()])
-    return np.random.Generator(np.random.Philox(seed)).random(count)
+    return np.random.SeedSequence([len(key), *words.tolist()])
 
 
 def chosen_tokens(scores: Tensor, numbers: Tensor, temperatures: Tensor, top_p: float) -> Tensor:
