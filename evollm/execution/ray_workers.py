@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import socket
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from evollm.llm_envs import DatasetGym
 PATIENCE = 300.0
 # The same for the place of a lost worker, for which the others wait.
 PATIENCE_AGAIN = 60.0
+# Seconds in which the machine of an address must answer.
+ANSWER = 20.0
 # As Ray names them; all other names are the cluster's own.
 CPU, GPU, MEMORY = "CPU", "GPU", "memory"
 
@@ -204,11 +207,23 @@ def connect(ray: Any, address: str | None) -> bool:
     if ray.is_initialized():
         return False
     try:
+        _reach(address)
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         fix = f"Ray cannot be reached or started there: {brief(str(error))}"
         raise ConfigurationError("ray_address", address, fix) from error
     return True
+
+
+def _reach(address: str | None) -> None:
+    """Connect to the port of an address, where Ray itself would try again for minutes without a word.
+
+    Raises:
+        OSError: Nobody answers there.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
 
 
 def default_resources(nodes: list[Mapping[str, float]]) -> Mapping[str, float]:

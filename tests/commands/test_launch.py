@@ -144,7 +144,7 @@ def test_a_warning_of_members_of_another_process_is_said_by_it_and_what_all_say_
 
 
 def test_ray_is_started_by_one_process(workplace, monkeypatch, capsys) -> None:
-
     monkeypatch.setattr(Processes, "launched", classmethod(lambda cls: cls(0, 2)))
+    monkeypatch.setattr(Processes, "from_main", lambda self, value: value)
     assert main(["train", "--recipe", "population", "data=strings.jsonl", *SHORT, "run_dir=run", "executor=ray"]) == 1
     assert "executor='ray': starts its workers by itself" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from evollm import (
 )
 from evollm.execution.held_worker import Home, outcome
 from evollm.execution.journal import CALLS, Journal
-from evollm.execution.ray_workers import check_versions, checked_count, default_resources
+from evollm.execution.ray_workers import check_versions, checked_count, connect, default_resources
 from evollm.runs import read_run
 from evollm.training import finetune
 
@@ -346,3 +348,17 @@ def test_errors_of_a_worker_arrive_as_they_are_or_as_text() -> None:
         outcome(fails(LocalError("what?"))).result()
     with pytest.raises(WorkerError, match=r"is out of memory: use fewer workers for each card"):
         outcome(fails(torch.OutOfMemoryError("CUDA out of memory"))).result()
+
+
+def test_an_address_at_which_nobody_answers_is_refused_at_once() -> None:
+    # Ray's own retries last minutes.
+    ray = SimpleNamespace(is_initialized=lambda: False, init=lambda **_: pytest.fail("Ray was asked to connect"))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        for given in (address, f"ray://{address}"):
+            with pytest.raises(ConfigurationError, match=r"ray_address='.*': Ray cannot be reached or started there"):
+                connect(ray, given)
+    connected = SimpleNamespace(is_initialized=lambda: False, init=lambda **_: None)
+    assert connect(connected, None)
+    assert connect(connected, "auto")
