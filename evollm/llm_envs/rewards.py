@@ -18,7 +18,7 @@ from evollm.data.prompt_rows import ASKED, COLUMNS
 from evollm.data.samples import Sample
 from evollm.errors import ConfigurationError
 from evollm.processes import Processes
-from evollm.user_functions import as_list, as_number, first_failing, first_words
+from evollm.user_functions import as_list, as_number, first_failing, first_words, read_out
 
 # (prompts, completions, **columns) -> a number for each completion, or None where the function says nothing of it.
 RewardFunction: TypeAlias = Callable[..., Sequence[Any]]
@@ -124,7 +124,11 @@ class Rewards:
         asked = [copy.deepcopy(sample.extras.get(ASKED)) for sample in prompts]
         handed |= {"prompts": asked, "completions": list(answers)}
         taken = _taken_by(function, handed)
-        return function(**taken) if self.timeout is None else _within(self.timeout, lambda: function(**taken))
+
+        def call() -> Any:
+            return read_out(function(**taken))
+
+        return call() if self.timeout is None else _within(self.timeout, call)
 
 
 def _named(functions: object) -> dict[str, RewardFunction]:
@@ -158,7 +162,11 @@ def _weights_of(weights: object, names: Sequence[str]) -> tuple[float, ...]:
         weights = [weights[name] for name in names]
     if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != len(names):
         raise ConfigurationError("reward_weights", weights, fix)
-    return tuple(float(finite_number("reward_weights", weight)) for weight in weights)
+    found = tuple(float(finite_number("reward_weights", weight)) for weight in weights)
+    if not any(found):
+        fix = "are all 0, so that every reward would be 0 too: raise one of them"
+        raise ConfigurationError("reward_weights", weights, fix)
+    return found
 
 
 def _taken_by(function: RewardFunction, handed: Mapping[str, Any]) -> dict[str, Any]:
