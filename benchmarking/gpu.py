@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import statistics
 import sys
 import warnings
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 from attention_used import network_attention, population_attention, population_head
 from floor import Costs, gemm_rate
+from peaks import peak_mib
 from peft import LoraConfig
 from result_lines import append
 from steps import REPEATS, WARM, StepTimes
@@ -206,7 +206,7 @@ def run_population(agents: Sequence[DPO], batches: Sequence[Batch], setting: Set
         times.run(lambda batch, group=group: learn_together(group, batch), batches)
         every.seconds += times.seconds
         trained += [(len(group), batch) for batch in batches[WARM : WARM + len(times.seconds)]]
-    peak = _peak_mib(setting.device)
+    peak = peak_mib(setting.device.type)
     # Last, for the profiler goes on slowing the host once it has been used.
     every.fill(lambda batch: learn_together(groups[0], batch), batches[-1])
     return Ran(every, trained, len(agents), population_attention(agents[0]), peak)
@@ -227,7 +227,7 @@ def run_trl(model: Any, batches: Sequence[Batch], setting: Setting) -> Ran:
         len(batches[0]),
         times,
         warmed=lambda: _reset_peak(setting.device),
-        timed=lambda: peak.append(_peak_mib(setting.device)),
+        timed=lambda: peak.append(peak_mib(setting.device.type)),
     )
     trained = [(1, batch) for batch in batches[WARM : WARM + len(times.seconds)]]
     return Ran(times, trained, 1, network_attention(model), peak[0])
@@ -299,13 +299,6 @@ def _floor_rate(costs: Costs, setting: Setting) -> float:
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_mib(device: torch.device) -> float:
-    """Of the allocator on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _thousand_words() -> PreTrainedTokenizerFast:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 
 import numpy as np
 import psutil
+from peaks import MIB, peak_rss_mib
 from throughput import DTYPES, chosen_dtype, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -31,8 +31,6 @@ from evollm.algorithms.dpo_step import learn_together
 from evollm.data.samples import Batch
 from evollm.demo import demo_model, demo_pairs
 from evollm.models.budget import count_saved_bytes
-
-MIB = 2**20
 
 
 def measure(model_folder: str, dtype: str, agents: int, batch_size: int, budget: int) -> dict[str, float]:
@@ -45,7 +43,7 @@ def measure(model_folder: str, dtype: str, agents: int, batch_size: int, budget:
     population = DPO.population(agents, actor_network=model, lr=1e-4, gradient_checkpointing=False, token_budget=budget)
     for _ in range(2):
         learn_together(population, env.next_batch())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+    peak = peak_rss_mib()
     base = population[0].base
     # A pass as full as the budget allows, by itself.
     few = Batch(env.train_pairs)

@@ -35,7 +35,7 @@ from trl import DPOConfig, DPOTrainer
 from evollm import DPO, PreferenceGym
 from evollm.algorithms.losses import LOSSES
 from evollm.data import read_pairs
-from evollm.data.rows import ChatPair, TextPair
+from evollm.data.pairs import ChatPair, TextPair
 from evollm.data.samples import IntArray
 from evollm.demo import demo_model, demo_pairs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from floor import Costs, synchronise
+from peaks import peak_mib
 from peft import LoraConfig
 
 from evollm import DPO
@@ -85,8 +85,4 @@ def measure(agents: Sequence[DPO], batches: Sequence[Batch], *, together: bool) 
     seconds = time.perf_counter() - started
     member_pairs = len(agents) * sum(len(batch) for batch in batches)
     operations = len(agents) * sum(Costs.of(agents[0]).training(batch) for batch in batches)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Measured(member_pairs / seconds, peak, operations / seconds / 1e9)
+    return Measured(member_pairs / seconds, peak_mib(device.type), operations / seconds / 1e9)

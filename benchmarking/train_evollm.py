@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 import warnings
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from floor import Costs, gemm_rate
+from peaks import peak_rss_mib
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -110,7 +110,7 @@ def main() -> None:
     rates.append(gemm_rate(costs, 1024, device, dtype))
     rate = sum(rates) / len(rates)
     training = seconds - phases.seconds["reference"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_rss_mib()
     spent = dict(phases.seconds)
     started = time.perf_counter()
     dpo_step.evaluate_together(agents, env)

@@ -11,7 +11,7 @@ from evollm.algorithms import algorithm_named
 from evollm.config import parse_config, read_config
 from evollm.recipes import recipe_names, recipe_text
 from evollm.tuning.parameters import parameters_of
-from evollm.tuning.setup import TUNE_PARAMETERS
+from evollm.tuning.request import TUNE_PARAMETERS
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ from evollm.config import read_config
 from evollm.inspection import print_inspection
 from evollm.tuning import validate
 from evollm.tuning.parameters import parameters_of
-from evollm.tuning.setup import TUNE_PARAMETERS
+from evollm.tuning.request import TUNE_PARAMETERS
 
 Case = Callable[[], object]
 

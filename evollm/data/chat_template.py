@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from evollm.data import clock
 from evollm.data.cells import Message, UnusableRowError, is_learnt, is_learnt_in_part
+from evollm.data.pairs import ChatPair, Spans, TextPair
 from evollm.data.preference_rows import shared_length
-from evollm.data.rows import ChatPair, Spans, TextPair
 from evollm.errors import DataError
 
 if TYPE_CHECKING:

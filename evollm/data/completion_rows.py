@@ -13,17 +13,9 @@ from evollm.data.cells import (
     require_text,
     template_arguments,
 )
+from evollm.data.pairs import ChatPair, TextPair
 from evollm.data.prompts import Context, context_of, remarks_of, require_no_template, require_repeated, with_system
-from evollm.data.rows import (
-    LABELLED,
-    MIXED_KINDS,
-    NO_PROMPT_MESSAGE,
-    ChatPair,
-    DroppedRows,
-    RowFormat,
-    TextPair,
-    read_dataset,
-)
+from evollm.data.rows import LABELLED, MIXED_KINDS, NO_PROMPT_MESSAGE, DroppedRows, RowFormat, read_dataset
 from evollm.data.shapes import EXAMPLE
 
 NO_ANSWER = "no assistant message"

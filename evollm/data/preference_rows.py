@@ -15,6 +15,7 @@ from evollm.data.cells import (
     require_text,
     template_arguments,
 )
+from evollm.data.pairs import ChatPair, TextPair
 from evollm.data.prompts import (
     Context,
     context_of,
@@ -24,7 +25,7 @@ from evollm.data.prompts import (
     with_conversation,
     with_system,
 )
-from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
+from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, DroppedRows, RowFormat, read_dataset
 from evollm.data.shapes import PAIR
 
 REQUIRED_COLUMNS = ("chosen", "rejected")

@@ -10,13 +10,15 @@ import numpy as np
 
 from evollm.checks import optional_whole_number
 from evollm.data.cells import PROMPT_ROLES, Row, UnusableRowError, template_arguments
+from evollm.data.loading import NUM_PREVIEWS
+from evollm.data.pairs import ChatPair, TextPair, in_form
 from evollm.data.prompts import context_of, remarks_of, require_no_template
 from evollm.data.row_report import DataReport, PromptPreview, count_rows, form_of, template_hint, warning_about
-from evollm.data.rows import OTHERS, ChatPair, DroppedRows, RowFormat, TextPair, in_form, read_dataset, read_rows
+from evollm.data.rows import OTHERS, DroppedRows, RowFormat, read_dataset, read_rows
 from evollm.data.samples import IntArray, Sample
 from evollm.data.shapes import PROMPT
 from evollm.data.token_cache import TokenizedSplit
-from evollm.data.tokenization import NO_PROMPT, NUM_PREVIEWS, as_written, context_limit, cut_prompt, prompt_ids
+from evollm.data.tokenization import NO_PROMPT, as_written, context_limit, cut_prompt, prompt_ids
 from evollm.errors import DataError
 
 if TYPE_CHECKING:

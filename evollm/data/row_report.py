@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from evollm.data.rows import ChatPair, Rows, TextPair, in_form
+from evollm.data.pairs import ChatPair, TextPair, in_form
+from evollm.data.rows import Rows
 from evollm.data.samples import Sample
 
 if TYPE_CHECKING:

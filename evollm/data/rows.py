@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
-from evollm.data.cells import Message, Row, UnreadableCell, UnusableRowError, is_missing, without_nones
+from evollm.data.cells import Row, UnreadableCell, UnusableRowError, is_missing
 from evollm.data.columns import ColumnMapping, Layout, layout_of, mapping_of, value_of
+from evollm.data.containers import columns_of, described, rows_in
 from evollm.data.open_dataset import is_files, open_dataset
+from evollm.data.pairs import ChatPair, TextPair
 from evollm.data.samples import Sample
 from evollm.data.shapes import BAD, FIRST, GOOD, INSTRUCTION, PAIR, SECOND, TIE, Kind
 from evollm.errors import DataError, EvoLLMError
 
 DroppedRows: TypeAlias = dict[str, list[int]]
-# (start, end) of each of the assistant's turns, in characters of a completion, in order.
-Spans: TypeAlias = tuple[tuple[int, int], ...]
 
 NESTED_TOO_DEEPLY = "nested too deeply"
 NO_PROMPT_MESSAGE = "no message before the completion"
@@ -29,114 +28,6 @@ PROMPT_TWICE = "the prompt repeated in front of their sides, as other rows have 
 SPOKEN, REMARK, LABELLED = "spoken", "remark", "labelled"
 # The key of a mapping of the columns without a role, of rows that keep them.
 OTHERS = "others"
-
-
-@dataclass(frozen=True)
-class TextPair:
-    """A preference pair of strings; `prompt + chosen` and `prompt + rejected` are the two whole texts.
-
-    Attributes:
-        row: Position of the pair's row in the user's dataset.
-        prompt: The common prompt of both completions; may be empty.
-        chosen: The preferred completion.
-        rejected: The other completion; None: an example for SFT, which has one completion.
-        remarks: Irregularities of the row, for the report.
-        label: The label of a single completion, for algorithms that learn from labels; None: no label.
-        scored: For each completion the spans of the assistant's turns if the completion has other turns too, else None;
-            empty: no completion has other turns.
-        others: Values of the row's columns without a role, by name, if rows keep them.
-    """
-
-    row: int
-    prompt: str
-    chosen: str
-    rejected: str | None = None
-    scored: tuple[Spans | None, ...] = ()
-    remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
-    label: float | None = field(default=None, kw_only=True)
-    others: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
-
-    @property
-    def question(self) -> str:
-        """The prompt without surrounding whitespace."""
-        return self.prompt.strip()
-
-    @property
-    def asked(self) -> str:
-        """The prompt as the row has it."""
-        return self.prompt
-
-    @property
-    def turns(self) -> tuple[tuple[str, str], ...]:
-        """Empty, since a plain text has no roles."""
-        return ()
-
-    @property
-    def completions(self) -> tuple[str, ...]:
-        """The one or two completions, the chosen one first."""
-        return (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
-
-
-@dataclass(frozen=True)
-class ChatPair:
-    """A preference pair of chat messages; `prompt + chosen` and `prompt + rejected` are the two conversations.
-
-    Attributes:
-        row: Position of the pair's row in the user's dataset.
-        prompt: The messages before the completion, at least one.
-        chosen: The messages of the preferred completion, at least one.
-        rejected: The messages of the other completion, at least one; None: an example for SFT.
-        tools: Functions or JSON schemas of tools, passed to the chat template; None: no tools.
-        template_kwargs: Further arguments of the chat template, such as `enable_thinking`.
-        remarks: Irregularities of the row, for the report.
-        label: Like `TextPair.label`.
-        others: Like `TextPair.others`.
-        plain: For a row of strings the pair as text, used for a tokenizer without a chat template; else None.
-    """
-
-    row: int
-    prompt: Sequence[Message]
-    chosen: Sequence[Message]
-    rejected: Sequence[Message] | None = None
-    tools: Sequence[Any] | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    remarks: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
-    label: float | None = field(default=None, kw_only=True)
-    others: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
-    plain: TextPair | None = field(default=None, compare=False, kw_only=True)
-
-    @property
-    def question(self) -> str:
-        """The text of the prompt's last message, without surrounding whitespace."""
-        return str(self.prompt[-1].get("content", "")).strip()
-
-    @property
-    def asked(self) -> str | list[Message]:
-        """The prompt as the row has it: a string if it has no messages."""
-        return list(self.prompt) if self.plain is None else self.plain.prompt
-
-    @property
-    def turns(self) -> tuple[tuple[str, str], ...]:
-        """Role and text of each message in the prompt; the text of a tool call is the call as JSON."""
-        return tuple((str(message["role"]), _said(message)) for message in self.prompt)
-
-    @property
-    def completions(self) -> tuple[Sequence[Message], ...]:
-        """The one or two completions, the chosen one first."""
-        return (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
-
-
-def _said(message: Message) -> str:
-    text = str(message.get("content") or "").strip()
-    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
-    return "\n".join(part for part in (text, calls) if part)
-
-
-def in_form(pair: TextPair | ChatPair, has_template: bool) -> TextPair | ChatPair:
-    """The pair itself, or the pair as text if the row was text and the tokenizer has no chat template."""
-    if isinstance(pair, ChatPair) and pair.plain is not None and not has_template:
-        return pair.plain
-    return pair
 
 
 def _whole(sample: Sample) -> tuple[Sample, ...]:
@@ -307,13 +198,13 @@ def read_rows(dataset: object, field: str, row_format: RowFormat) -> Rows:
 
 def _read_rows(source: object, field: str, row_format: RowFormat) -> Rows:
     dataset = _opened(source, field) if isinstance(source, str | os.PathLike) else source
-    known = _columns_of(dataset, field)
+    known = columns_of(dataset, field)
     layout = None if known is None else row_format.layout(known, field)
     keeps = row_format.kind.keeps_others
     names = list(known or ()) if keeps else row_format.names if layout is None else list(layout.roles.values())
     seen: dict[str, None] = {}
     rows: list[Row] = []
-    for number, row in enumerate(_guarded(dataset, names, field, row_format.noun)):
+    for number, row in enumerate(rows_in(dataset, names, field, row_format.noun)):
         if not isinstance(row, Mapping):
             wanted = " and ".join(row_format.kind.sides or ("prompt",))
             fix = f"each row must be a mapping with columns such as {wanted}"
@@ -321,7 +212,7 @@ def _read_rows(source: object, field: str, row_format: RowFormat) -> Rows:
         seen.update(dict.fromkeys(row))
         rows.append(dict(row) if keeps else {name: row[name] for name in names if name in row})
     if not rows:
-        raise DataError(field, _describe(source), f"has no rows; hand in at least one {row_format.noun}")
+        raise DataError(field, described(source), f"has no rows; hand in at least one {row_format.noun}")
     layout = layout or row_format.layout(seen, field)
     spoken = row_format.mapping.spoken
     found = Rows([_by_role(row, layout, spoken, number, field) for number, row in enumerate(rows)], [layout])
@@ -430,83 +321,3 @@ def _repeat_loosely(prompt: Any, texts: Sequence[Any]) -> bool:
     """Whether texts begin with a prompt of several words, up to surrounding whitespace."""
     words = prompt.strip() if isinstance(prompt, str) else ""
     return len(words.split()) > 1 and all(isinstance(text, str) and text.lstrip().startswith(words) for text in texts)
-
-
-def _guarded(dataset: object, names: Sequence[str], field: str, noun: str) -> Iterator[object]:
-    """The dataset's rows; any exception of the dataset's library becomes a `DataError`."""
-    number = 0
-    try:
-        for number, row in enumerate(_iterate_rows(dataset, names, field, noun), start=1):  # noqa: B007
-            yield row
-    except EvoLLMError:
-        raise
-    except Exception as error:
-        fix = f"cannot be read beyond its first {number} rows ({type(error).__name__}: {error})"
-        raise DataError(field, _describe(dataset), fix) from error
-
-
-# ---------------------------------------------------------------------------------------------------------- containers
-
-
-def _columns_of(dataset: Any, field: str) -> list[str] | None:
-    """The names of a container's columns; None if the container does not list them.
-
-    Containers are recognised by their methods, so that pandas and pyarrow need not be imported.
-    """
-    if isinstance(dataset, Mapping):
-        if any(hasattr(value, "column_names") for value in dataset.values()):
-            splits = sorted(map(str, dataset))
-            fix = f'holds the splits {splits}; pass one of them, as in data["{splits[0]}"]'
-            raise DataError(field, _describe(dataset), fix)
-        return list(dataset)
-    if _is_data_frame(dataset):
-        return list(getattr(dataset, "columns", ()))
-    return list(getattr(dataset, "column_names", None) or ()) or None
-
-
-def _is_data_frame(dataset: object) -> bool:
-    return hasattr(dataset, "notna") and hasattr(dataset, "to_dict")
-
-
-def _iterate_rows(dataset: Any, names: Sequence[str], field: str, noun: str) -> Iterable[object]:
-    """The rows; a container that lists its columns gives only the columns in `names`."""
-    if isinstance(dataset, Mapping):
-        return _rows_of_columns(dataset, names, field, noun)
-    if _is_data_frame(dataset):
-        return map(_without_nones, dataset[list(names)].to_dict(orient="records"))
-    if getattr(dataset, "column_names", None):
-        if hasattr(dataset, "to_pylist"):
-            return map(_without_nones, dataset.select(list(names)).to_pylist())
-        return map(_without_nones, dataset.select_columns(list(names)).with_format(None))
-    try:
-        rows = iter(dataset)
-    except TypeError:
-        raise DataError(
-            field,
-            _describe(dataset),
-            "is not a dataset; pass a datasets.Dataset, rows, columns, a DataFrame, the path of a file or a hub name",
-        ) from None
-    # A stream whose column names are unknown also comes from Arrow.
-    return map(_without_nones, rows) if hasattr(dataset, "column_names") else rows
-
-
-def _without_nones(row: Row) -> Row:
-    """The row with all columns, without the None entries that Arrow adds to nested values."""
-    return {name: without_nones(value) for name, value in row.items()}
-
-
-def _rows_of_columns(table: Mapping[str, Any], names: Sequence[str], field: str, noun: str) -> Iterator[Row]:
-    columns = {name: table[name] for name in names}
-    for name, values in columns.items():
-        if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
-            raise DataError(f"{field}[{name!r}]", type(values).__name__, "a mapping must hold one list for each column")
-    lengths = {name: len(values) for name, values in columns.items()}
-    if len(set(lengths.values())) > 1:
-        fix = f"columns differ in length; give each column one value for each {noun}"
-        raise DataError(field, lengths, fix)
-    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-
-
-def _describe(dataset: object) -> str:
-    """A short name of a dataset, whose repr could print all data."""
-    return str(dataset) if isinstance(dataset, str | os.PathLike) else type(dataset).__name__

@@ -15,7 +15,7 @@ from typing import Any
 
 from evollm.data.cells import Message, UnusableRowError
 from evollm.data.chat_template import RenderedChat
-from evollm.data.rows import ChatPair
+from evollm.data.pairs import ChatPair
 
 # Keys of a message that hold the reasoning before an answer.
 REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from evollm.data.chat_template import RenderedChat
-from evollm.data.rows import DroppedRows, TextPair
+from evollm.data.pairs import TextPair
+from evollm.data.rows import DroppedRows
 from evollm.data.samples import IntArray, Sample
 from evollm.own_files import replace_bytes
 

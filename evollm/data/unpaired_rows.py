@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from evollm.data.cells import Row, UnusableRowError, is_missing
 from evollm.data.completion_rows import EXAMPLES
+from evollm.data.pairs import ChatPair, TextPair
 from evollm.data.preference_rows import PAIRS
-from evollm.data.rows import ChatPair, DroppedRows, RowFormat, TextPair, read_dataset
+from evollm.data.rows import DroppedRows, RowFormat, read_dataset
 from evollm.data.samples import LABEL, Sample
 from evollm.data.shapes import UNPAIRED as UNPAIRED_SHAPES
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from evollm.algorithms import Algorithm, algorithm_named
 from evollm.checks import boolean
 from evollm.data.mixing import check_sets, checked_weights
+from evollm.data.pairs import ChatPair, TextPair
 from evollm.data.prompt_rows import tokenize_prompts
 from evollm.data.row_report import DataReport, count_rows, form_of, template_hint, warning_about
-from evollm.data.rows import ChatPair, DroppedRows, RowFormat, Rows, TextPair, read_dataset, read_rows
+from evollm.data.rows import DroppedRows, RowFormat, Rows, read_dataset, read_rows
 from evollm.data.samples import Sample
 from evollm.data.shapes import PROMPT
 from evollm.data.token_cache import TokenizedSplit

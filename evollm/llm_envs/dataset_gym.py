@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
-from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import gymnasium
@@ -24,14 +22,17 @@ from typing_extensions import Self
 
 from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.data import clock
+from evollm.data.digests import digests_of, first_change
+from evollm.data.loading import load_pairs, load_sets
 from evollm.data.mixing import FIELD, Weights, check_sets, checked_weights, mixed_order, shares
-from evollm.data.row_report import DataReport, count_seen
+from evollm.data.row_report import DataReport
 from evollm.data.rows import RowFormat
 from evollm.data.samples import Batch, IntArray, Sample
-from evollm.data.tokenization import load_pairs, load_sets
+from evollm.data.split_warnings import warn_of_overlap, warn_of_plain_text, warn_of_templates
 from evollm.errors import ConfigurationError
 from evollm.foreign import GYM, RESET, RESET_ORDER, explains
 from evollm.llm_envs.observations import Observation, ObservationShape
+from evollm.llm_envs.position import Position, check_state
 from evollm.processes import check_processes
 
 if TYPE_CHECKING:
@@ -44,24 +45,6 @@ Load: TypeAlias = Callable[..., tuple[list[Sample], DataReport]]
 
 SPLITS = ("train", "test", "final")
 NO_PAIRS = Batch(())
-# Most digests of a split, and most tokens of a changed text to show.
-_SHARES, _SHOWN_TOKENS = 256, 40
-STATE_KEYS = frozenset({"seed", "epoch", "index", "awaiting_action", "num_pairs", "batch_size"})
-
-
-@dataclass(frozen=True)
-class _Position:
-    """A position in the batches of a split.
-
-    Attributes:
-        epoch: The current epoch, from 0.
-        index: Batches of the current epoch that were served.
-        awaiting_action: Whether the last served batch still waits for `step`.
-    """
-
-    epoch: int = 0
-    index: int = 0
-    awaiting_action: bool = False
 
 
 class DatasetGym(gymnasium.Env[Observation, FloatArray]):
@@ -145,16 +128,16 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
                 name: {"weight": weights[name], "rows": size, "drawn": drawn[name]} for name, size in sizes.items()
             }
         self._check_rows()
-        _warn_of_plain_text(self.reports["train"])
-        _warn_of_templates(self.reports)
-        _warn_of_overlap(self._pairs, self.row_format.noun)
+        warn_of_plain_text(self.reports["train"])
+        warn_of_templates(self.reports)
+        warn_of_overlap(self._pairs, self.row_format.noun)
         all_pairs = self.all_pairs
         self.longest_sequence = max(
             max(len(pair.prompt_ids), *map(len, pair.completions)) if encoder_decoder else pair.longest_sequence
             for pair in all_pairs
         )
-        self._training = _Position()
-        self._evaluation: _Position | None = None
+        self._training = Position()
+        self._evaluation: Position | None = None
         self.largest_id = max(pair.id_range[1] for pair in all_pairs)
         largest_id = max(len(tokenizer) - 1, self.largest_id)
         self._shape = ObservationShape.of(Batch(all_pairs), self.batch_size)
@@ -202,7 +185,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
     @property
     def digests(self) -> dict[str, list[str]]:
         """For each split, digests of up to 256 equal parts of the pairs in their order; see `changed_text`."""
-        return {split: [_digest_of(share) for share in _shares(pairs)] for split, pairs in self._pairs.items() if pairs}
+        return {split: digests_of(pairs) for split, pairs in self._pairs.items() if pairs}
 
     def changed_text(self, before: Mapping[str, Any]) -> str:
         """Say in words which text is the first that has changed since a run began.
@@ -210,24 +193,13 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         Args:
             before: The run's saved `config["data"]`: `digests`, and `written_at` as text.
         """
-        changed = self._first_change(before["digests"])
+        rest = f"the sets or {FIELD}" if self.sets else "the number of rows in a split"
+        noted: Mapping[str, list[str]] = before["digests"]
+        changed = first_change(self._pairs, noted, self.tokenizer.decode, self.row_format.noun) or rest
         then = before.get("written_at")
         if then == self.written_at.isoformat() or not clock.writes_time(self.tokenizer.chat_template):
             return changed
         return f"{changed}; the chat template writes the date: build the gym with written_at={then!r}"
-
-    def _first_change(self, before: Mapping[str, Any]) -> str:
-        for split, pairs in self._pairs.items():
-            then = before.get(split) or []
-            for number, share in enumerate(_shares(pairs)):
-                if number >= len(then) or then[number] != _digest_of(share):
-                    text = str(self.tokenizer.decode(share[0].token_ids[:_SHOWN_TOKENS]))
-                    many = f"one of {len(share)} {self.row_format.noun} from" if len(share) > 1 else "that of"
-                    where = f"row {share[0].row}" + (f" of {share[0].set_name}" if share[0].set_name else "")
-                    return f"{split}: the first other text is {many} {where}, which now begins {text!r}"
-            if len(then) > len(_shares(pairs)):
-                return f"{split}: there are fewer {self.row_format.noun} than then, {len(pairs)}"
-        return f"the sets or {FIELD}" if self.sets else "the number of rows in a split"
 
     def epoch_pairs(self, epoch: int) -> list[Sample]:
         """The training pairs of an epoch in their order; those of all epochs are the same without `dataset_weights`."""
@@ -272,11 +244,11 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         seed = optional_whole_number("seed", seed, 0)
         super().reset(seed=seed)
         if seed is not None:
-            self._position = _Position()
+            self._position = Position()
             if self._evaluation is None:
                 self.seed = seed
         elif self._position.index:
-            self._position = _Position(self._position.epoch + 1)
+            self._position = Position(self._position.epoch + 1)
         return self._observe_next()
 
     def step(self, action: FloatArray) -> tuple[Observation, float, bool, bool, Info]:
@@ -330,7 +302,7 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         """
         self.evaluation_pairs("test")
         before = self._evaluation
-        self._evaluation = _Position()
+        self._evaluation = Position()
         try:
             yield self
         finally:
@@ -384,9 +356,9 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
             ConfigurationError: The state lacks or adds a key, holds a value out of range, or belongs to another number
                 of pairs or another batch size.
         """
-        _check_state(state, self.state_dict(), self._num_batches("train"))
+        check_state(state, self.state_dict(), self._num_batches("train"))
         self.seed = int(state["seed"])
-        self._training = _Position(int(state["epoch"]), int(state["index"]), bool(state["awaiting_action"]))
+        self._training = Position(int(state["epoch"]), int(state["index"]), bool(state["awaiting_action"]))
 
     # ------------------------------------------------------------------------------------------------------- private
 
@@ -395,11 +367,11 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
         return "train" if self._evaluation is None else "test"
 
     @property
-    def _position(self) -> _Position:
+    def _position(self) -> Position:
         return self._training if self._evaluation is None else self._evaluation
 
     @_position.setter
-    def _position(self, position: _Position) -> None:
+    def _position(self, position: Position) -> None:
         if self._evaluation is None:
             self._training = position
         else:
@@ -425,8 +397,8 @@ class DatasetGym(gymnasium.Env[Observation, FloatArray]):
     def _serve(self, awaiting_action: bool) -> Batch:
         position = self._position
         if position.index == len(self):
-            position = _Position(position.epoch + 1)
-        self._position = _Position(position.epoch, position.index + 1, awaiting_action)
+            position = Position(position.epoch + 1)
+        self._position = Position(position.epoch, position.index + 1, awaiting_action)
         pairs, rows = self._pairs[self._split], self._rows(position.epoch, position.index)
         return Batch([pairs[row] for row in rows], self._split)
 
@@ -486,70 +458,3 @@ def _epoch_order(seed: int, epoch: int, count: int) -> IntArray:
     order = np.random.default_rng([seed, epoch]).permutation(count)
     order.flags.writeable = False
     return order
-
-
-def _check_state(state: Mapping[str, Any], present: Mapping[str, Any], num_batches: int) -> None:
-    if not isinstance(state, Mapping) or set(state) != STATE_KEYS:
-        keys = list(state) if isinstance(state, Mapping) else type(state).__name__
-        raise ConfigurationError("state", keys, f"pass what state_dict() gave; its keys are {sorted(STATE_KEYS)}")
-    for name in ("seed", "epoch", "index"):
-        whole_number(f"state[{name!r}]", state[name], 0)
-    if state["index"] > num_batches:
-        raise ConfigurationError("state['index']", state["index"], f"an epoch has {num_batches} batches")
-    if not isinstance(state["awaiting_action"], bool) or (state["awaiting_action"] and not state["index"]):
-        raise ConfigurationError("state['awaiting_action']", state["awaiting_action"], "pass what state_dict() gave")
-    for name in ("num_pairs", "batch_size"):
-        whole_number(f"state[{name!r}]", state[name], 1)
-        if state[name] != present[name]:
-            raise ConfigurationError(
-                f"state[{name!r}]",
-                state[name],
-                f"this environment has {present[name]}; build it from the same data and sizes",
-            )
-
-
-def _warn_of_plain_text(report: DataReport) -> None:
-    if report.template_hint:
-        warnings.warn(
-            "the rows are strings, which do not go through the chat template that the tokenizer has, and an instruct "
-            f"model answers in. For turns of it {report.template_hint}. For plain text set "
-            "tokenizer.chat_template = None",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _warn_of_templates(reports: Mapping[str, DataReport]) -> None:
-    found = [f"{name}: {'; '.join(remarks)}" for name, report in reports.items() if (remarks := report.remarks)]
-    if found:
-        warnings.warn(
-            f"chat rows are learnt from otherwise than they read ({'. '.join(found)}). Correct these rows, or set "
-            "tokenizer.chat_template to one that writes them out; `evollm inspect` shows what is scored",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-def _warn_of_overlap(pairs: Mapping[str, Sequence[Sample]], noun: str) -> None:
-    for first, second in combinations(SPLITS, 2):
-        count = count_seen(pairs[second], pairs[first])
-        if count:
-            warnings.warn(
-                f"{count} of {len(pairs[second])} {noun}s of {second}_dataset are in {first}_dataset too: a score on "
-                f"them says nothing about new {noun}s; split the data by prompt",
-                UserWarning,
-                stacklevel=4,
-            )
-
-
-def _shares(pairs: list[Sample]) -> list[list[Sample]]:
-    """Up to `_SHARES` consecutive parts of equal size; the last part may be smaller."""
-    size = -(-len(pairs) // _SHARES) or 1
-    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
-
-
-def _digest_of(pairs: Iterable[Sample]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for pair in pairs:
-        digest.update(pair.key)
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.data.chat_template import render_chat
-from evollm.data.rows import ChatPair
+from evollm.data.pairs import ChatPair
 from evollm.data.tokenization import context_limit
 from evollm.errors import ConfigurationError
 from evollm.models.adapters.targets import text_config

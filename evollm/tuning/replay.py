@@ -37,7 +37,8 @@ from evollm.training.state import differences
 from evollm.tuning.arguments_file import known_of, place_of, read_tune_arguments, resume_of
 from evollm.tuning.parameters import loop_of, parameters_of, taken_by
 from evollm.tuning.replayed_family import Family, FamilyExecutor, slots_of
-from evollm.tuning.setup import EVOLUTION, TUNE_PARAMETERS, make_agents, make_env, prepare_settings, request_of
+from evollm.tuning.request import EVOLUTION, TUNE_PARAMETERS, request_of
+from evollm.tuning.setup import make_agents, make_env, prepare_settings
 
 _HELD_OUT = frozenset({"test_data", "final_data"})
 

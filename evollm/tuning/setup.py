@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
-from evollm.algorithms import Algorithm, algorithm_named
+from evollm.algorithms import Algorithm
 from evollm.algorithms.saving import SavableAgent
 from evollm.checkpoints.atomic import check_unlocked
-from evollm.checkpoints.find import check_is_base, find_agent
-from evollm.checks import optional_whole_number, whole_number
+from evollm.checkpoints.find import find_agent
 from evollm.data import clock
 from evollm.data.mixing import FIELD, check_sets, checked_weights
 from evollm.errors import ConfigurationError
 from evollm.hpo import (
-    STRATEGIES,
     HyperparameterConfig,
     Mutations,
     RLParameter,
-    Search,
-    TournamentSearch,
     TournamentSelection,
 )
-from evollm.hpo.strategies import search_of, strategy_of
+from evollm.hpo.strategies import strategy_of
 from evollm.llm_envs import DatasetGym
 from evollm.models.encoder_decoder import is_encoder_decoder
 from evollm.models.loading.precision import AUTO, names_dtype
 from evollm.models.loading.pretrained import find_config, load_tokenizer
-from evollm.models.shared_base import check_plain_model
-from evollm.names import ALIASES, check_known
 from evollm.processes import check_processes
 from evollm.runs import read_config
 from evollm.training.options import RunOptions
@@ -47,27 +39,21 @@ from evollm.training.schedule import Schedule
 from evollm.tuning.from_yaml import as_objects
 from evollm.tuning.parameters import (
     Settings,
-    check_types,
     default_of,
     loop_of,
-    parameters_of,
-    strategy_parameters,
     taken_by,
 )
+from evollm.tuning.request import Request
+from evollm.tuning.searches import check_search_settings, default_search, made_search
 from evollm.tuning.splits import hold_out, hold_out_of_sets
 
 # Defaults of `tune` that differ from the agents' defaults, for every algorithm; see `Algorithm.defaults` for others.
 DEFAULTS: Settings = {"lr": 1e-4, "max_grad_norm": 1.0}
 # Further ones of a population.
-SEARCH = "racing"
 SAMPLING = "latin_hypercube"
 # Without an hp_config, evolution keeps a hyperparameter within this factor of its start value.
 SPREAD = 5.0
 GENERATIONS = 8
-# An upper bound far above useful population sizes, since every agent takes memory.
-MOST_AGENTS = 4096
-# Mutations take these as in AgileRL, and have no use for them; they are settings of agents and gym.
-_NOT_OF_SEARCH = frozenset({"accelerator", "device"})
 NUM_EPOCHS = 2
 SEED = 42
 _AS_GIVEN = {
@@ -77,102 +63,6 @@ _AS_GIVEN = {
     "model_name": "model",
     "actor_network": "model",
 }
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `tune`, which documents each field.
-
-    Attributes:
-        settings: Further keyword arguments, for the gym, the agents, the search and the loop.
-    """
-
-    model: Any
-    data: Any
-    tokenizer: Any = None
-    test_data: Any = None
-    final_data: Any = None
-    algorithm: str = "dpo"
-    population: int = 4
-    generations: int | None = None
-    start_from: Any = None
-    settings: Settings = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.model, PeftModel):
-            check_plain_model("model", self.model)
-        if not isinstance(self.model, str | os.PathLike | PreTrainedModel):
-            fix = "must be a hub name, a folder, or a loaded language model of transformers without adapters"
-            raise ConfigurationError("model", self.model, fix)
-        check_is_base("model", self.model)
-        sets = self.settings.get(FIELD) is not None
-        _check_rows("data", self.data, "must be rows, the path of a file, or a list of paths", sets)
-        for name in ("test_data", "final_data"):
-            value = getattr(self, name)
-            if value is not False:
-                fix = "must be rows, the path of a file, null for a tenth of data's rows, or false for none"
-                _check_rows(name, value, fix, sets)
-        whole_number("population", self.population, 1)
-        if self.population > MOST_AGENTS:
-            raise ConfigurationError("population", self.population, f"must be at most {MOST_AGENTS}")
-        optional_whole_number("generations", self.generations, 2)
-        if self.start_from is not None and not isinstance(self.start_from, str | os.PathLike):
-            raise ConfigurationError("start_from", self.start_from, "must be the folder of an agent, or of a run")
-        annotations = parameters_of(self.kind)
-        check_known(self.settings, [*TUNE_PARAMETERS, *annotations], ALIASES)
-        check_types(self.settings, annotations)
-        if self.population == 1:
-            for name, value in (("generations", self.generations), *self.settings.items()):
-                if name in EVOLUTION and value is not None:
-                    raise ConfigurationError(name, value, "one agent does not evolve: leave it out, or population > 1")
-
-    @property
-    def kind(self) -> Algorithm:
-        """The `Algorithm` that `algorithm` names."""
-        return algorithm_named(self.algorithm)
-
-
-def _check_rows(name: str, value: object, fix: str, sets: bool) -> None:
-    """Refuse a value that can be neither rows nor a file; with `sets`, each of a mapping's."""
-    if sets and isinstance(value, Mapping):
-        for key, rows in value.items():
-            _check_rows(f"{name}.{key}", rows, "must be rows, the path of a file, or a list of paths", False)
-        return
-    is_word = name != "data" and isinstance(value, str) and value.lower() in ("no", "none", "off", "yes", "on")
-    if is_word or isinstance(value, bool | int | float):
-        raise ConfigurationError(name, value, fix)
-    if isinstance(value, Mapping) and value and all(isinstance(path, str | os.PathLike) for path in value.values()):
-        fix = f"must be the path of a file; the others are test_data and final_data, and several sets need {FIELD}"
-        raise ConfigurationError(name, value, fix)
-
-
-# Settings that have an effect only with more than one agent.
-EVOLUTION = frozenset(
-    {
-        "generations",
-        "evo_steps",
-        "hp_config",
-        "sample_hyperparameters",
-        "sampling",
-        "tournament_size",
-        "elitism",
-        "no_mutation",
-        "crossover",
-    }
-    | {"rl_hp", "search"}
-    | {
-        name
-        for one in STRATEGIES.values()
-        for name in strategy_parameters(one).keys() - strategy_parameters(TournamentSearch).keys()
-    }
-)
-TUNE_PARAMETERS = tuple(name for name in Request.__dataclass_fields__ if name != "settings")
-
-
-def request_of(model: Any, data: Any, **arguments: Any) -> Request:
-    """The arguments of `tune` as a checked `Request`, with the defaults of `tune`."""
-    own = {name: arguments.pop(name) for name in TUNE_PARAMETERS if name in arguments}
-    return Request(model=model, data=data, **own, settings=arguments)
 
 
 @dataclass(frozen=True)
@@ -364,8 +254,8 @@ def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[
     if request.population == 1:
         return loop
     search = loop.pop("search", None)
-    search = _default_search(request.settings) if search is None else search
-    _check_search_settings(search, request.settings)
+    search = default_search(request.settings) if search is None else search
+    check_search_settings(search, request.settings)
     if evo_steps is None:
         total = Schedule.of(_options_so_far(request.kind, loop), len(env), held_out=bool(env.test_pairs)).total
         if generations is not None and generations > total:
@@ -377,37 +267,8 @@ def _loop(request: Request, settings: Settings, env: DatasetGym, began: Mapping[
         loop["tournament"] = TournamentSelection(**sizes)
         loop["mutation"] = Mutations(**taken_by(Mutations, settings))
     else:
-        loop["search"] = _search(search, settings)
+        loop["search"] = made_search(search, settings)
     return loop
-
-
-def _default_search(given: Settings) -> str:
-    """The name of the search without `search`: that whose settings are given, the first of several; else `SEARCH`."""
-    own = {name: strategy_parameters(strategy).keys() & given.keys() for name, strategy in STRATEGIES.items()}
-    own = {name: settings - {"rand_seed", *_NOT_OF_SEARCH} for name, settings in own.items()}
-    return SEARCH if own[SEARCH] or not any(own.values()) else next(name for name in own if own[name])
-
-
-def _search(search: object, settings: Settings) -> Search:
-    """The given search; if it is given by name, an instance made with the settings that its class takes."""
-    if not isinstance(search, str):
-        return search_of(search)
-    strategy = strategy_of(search)
-    found: Search = strategy(**{name: settings[name] for name in strategy_parameters(strategy) if name in settings})
-    return found
-
-
-def _check_search_settings(search: object, given: Settings) -> None:
-    """Refuse settings of searches other than `search`, since those settings would have no effect.
-
-    Raises:
-        ConfigurationError: A setting belongs to another search, or no search has the name.
-    """
-    wanted = strategy_parameters(strategy_of(search)) if isinstance(search, str) else {}
-    for other, strategy in STRATEGIES.items():
-        for setting in (strategy_parameters(strategy).keys() & given.keys()) - wanted.keys() - _NOT_OF_SEARCH:
-            fix = f"is a setting of search={other!r}, which is not the one that is asked for: leave it out"
-            raise ConfigurationError(setting, given[setting], fix)
 
 
 def _options_so_far(algorithm: Algorithm, loop: Settings) -> RunOptions:

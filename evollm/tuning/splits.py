@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from evollm.data.rows import ChatPair, RowFormat, Rows, TextPair, read_each, read_rows
+from evollm.data.pairs import ChatPair, TextPair
+from evollm.data.rows import RowFormat, Rows, read_each, read_rows
 from evollm.errors import DataError
 
 SHARE = 0.1

@@ -21,7 +21,8 @@ from evollm.runs.spent import Spent
 from evollm.tuning.arguments_file import write_tune_arguments
 from evollm.tuning.describe import describe
 from evollm.tuning.rehearsal import rehearse
-from evollm.tuning.setup import Request, Setup, request_of, set_up
+from evollm.tuning.request import Request, request_of
+from evollm.tuning.setup import Setup, set_up
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from evollm.cli import main
 from evollm.inspection.forecast import usual_pairs
 from evollm.report import write
 from evollm.tuning import rehearsal, validate
-from evollm.tuning.setup import request_of, set_up
+from evollm.tuning.request import request_of
+from evollm.tuning.setup import set_up
 
 RUN = (
     "model=model",

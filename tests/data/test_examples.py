@@ -14,7 +14,8 @@ from tokenizers_for_tests import (
 from evollm.data import load_pairs, read_examples, read_pairs
 from evollm.data.cells import EMPTY_COMPLETION, MALFORMED_MESSAGES
 from evollm.data.completion_rows import EXAMPLES, NO_ANSWER, NOT_AN_ANSWER
-from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, TextPair
+from evollm.data.pairs import ChatPair, TextPair
+from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE
 from evollm.errors import DataError
 
 

@@ -19,18 +19,11 @@ from evollm import ConfigurationError, DataError, PreferenceGym, SFTGym
 from evollm.config import parse_config
 from evollm.data import read_examples, read_pairs
 from evollm.data.completion_rows import EXAMPLES, UNKNOWN_LABEL
+from evollm.data.loading import load_pairs
+from evollm.data.pairs import ChatPair, TextPair
 from evollm.data.preference_rows import PAIRS
 from evollm.data.prompts import ENDS_WITH_ANSWER, OTHERS_IN_COMPLETION, TWO_SYSTEMS
-from evollm.data.rows import (
-    NO_SIDE_IS_BETTER,
-    PROMPT_TWICE,
-    REPEATED_PROMPT,
-    ChatPair,
-    RowFormat,
-    TextPair,
-    read_dataset,
-)
-from evollm.data.tokenization import load_pairs
+from evollm.data.rows import NO_SIDE_IS_BETTER, PROMPT_TWICE, REPEATED_PROMPT, RowFormat, read_dataset
 
 Json = dict[str, Any]
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 
 from evollm.data.cells import EMPTY_COMPLETION, INVALID_UNICODE, MALFORMED_MESSAGES, WITHOUT_ROLES
+from evollm.data.pairs import ChatPair, TextPair
 from evollm.data.preference_rows import DIFFERENT_PROMPTS, SAME_COMPLETIONS, read_pairs
-from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE, ChatPair, TextPair
+from evollm.data.rows import MIXED_KINDS, NO_PROMPT_MESSAGE
 from evollm.errors import DataError
 
 ROWS: list[dict[str, Any]] = [

@@ -24,8 +24,9 @@ from evollm.data.cells import (
     UNREADABLE_MESSAGES,
 )
 from evollm.data.completion_rows import EXAMPLES, NOT_PREFERRED, read_examples
+from evollm.data.pairs import ChatPair, TextPair
 from evollm.data.preference_rows import PAIRS, read_pairs
-from evollm.data.rows import NESTED_TOO_DEEPLY, ChatPair, RowFormat, TextPair
+from evollm.data.rows import NESTED_TOO_DEEPLY, RowFormat
 from evollm.errors import DataError
 
 # Hermes' manner of tools, and Qwen 3's switch for thinking; what a message lacks is undefined.

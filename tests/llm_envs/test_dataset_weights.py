@@ -206,7 +206,7 @@ def test_a_mixed_run_from_a_file_is_resumed_and_replayed_bit_for_bit(workplace, 
 def test_tune_holds_out_by_prompt_over_all_sets(make_model, tokenizer, tmp_path) -> None:
     shared = make_rows(10)
     data = {"a": shared, "b": [{**row, "chosen": row["chosen"] + "!"} for row in shared] + make_rows(20, 50)}
-    request = evollm.tuning.setup.request_of(
+    request = evollm.tuning.request.request_of(
         make_model(), data, tokenizer=tokenizer, dataset_weights={"a": 1, "b": 1}, verbose=False
     )
     env = evollm.tuning.setup.make_env(request, evollm.tuning.setup.prepare_settings(request))

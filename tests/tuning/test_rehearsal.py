@@ -7,7 +7,8 @@ from conftest import make_rows
 
 from evollm import ConfigurationError, tune
 from evollm.tuning import rehearsal
-from evollm.tuning.setup import request_of, set_up
+from evollm.tuning.request import request_of
+from evollm.tuning.setup import set_up
 from evollm.tuning.tune import validate
 
 

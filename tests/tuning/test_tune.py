@@ -22,9 +22,9 @@ from evollm.algorithms import ALGORITHMS
 from evollm.algorithms.agent import DEFAULT_LORA
 from evollm.cli import main
 from evollm.data.completion_rows import EXAMPLES
+from evollm.data.loading import load_pairs
 from evollm.data.preference_rows import PAIRS
 from evollm.data.rows import Rows
-from evollm.data.tokenization import load_pairs
 from evollm.errors import MissingExtraError
 from evollm.hpo import PREFERENCE_FITNESSES, STRATEGIES, ancestry
 from evollm.hpo.scores import margin_over_std
@@ -35,7 +35,8 @@ from evollm.tuning import validate
 from evollm.tuning.arguments_file import read_tune_arguments
 from evollm.tuning.from_yaml import hp_config_of, lora_config_of, model_config_of
 from evollm.tuning.parameters import loop_of, parameters_of
-from evollm.tuning.setup import TUNE_PARAMETERS, Request, request_of, set_up
+from evollm.tuning.request import TUNE_PARAMETERS, Request, request_of
+from evollm.tuning.setup import set_up
 from evollm.tuning.splits import Splits, hold_out
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
