@@ -108,6 +108,26 @@ def test_a_function_that_fails_is_named_with_the_prompt_before_any_training(toke
             make_env(tokenizer, {"mine": given})
 
 
+def test_a_column_of_some_sets_or_splits_is_given_everywhere_and_functions_are_tried_on_each(tokenizer) -> None:
+    """Not only in a batch that happens to have such a row."""
+    sets = {"sums": ROWS, "essays": [{"prompt": f"Write {number}."} for number in range(3)]}
+    mixed: dict[str, Any] = {"rows": sets, "dataset_weights": {"sums": 1, "essays": 1}}
+    seen: list[list[str | None]] = []
+
+    def tolerant(completions: list[str], answer: list[str | None]) -> list[float]:
+        seen.append(answer)
+        return [0.0 if one is None else 1.0 for one in answer]
+
+    env = make_env(tokenizer, tolerant, **mixed)
+    assert seen == [["0", "0", None, None]]
+    essays = [pair for pair in env.train_pairs if pair.set_name == "essays"]
+    assert env.rewards.of_answers(essays, ["a"] * 3).tolist() == [[0.0]] * 3
+    with pytest.raises(ConfigurationError, match=r"right raised TypeError: .* on row 0 of essays, 'Write 0.'"):
+        make_env(tokenizer, right, **mixed)
+    with pytest.raises(ConfigurationError, match=r"right raised TypeError: .* on row 0, 'Write 0.'"):
+        RewardGym(ROWS, sets["essays"], tokenizer, right, data_batch_size_per_gpu=3)
+
+
 def test_the_prompt_on_which_a_function_raises_is_found(tokenizer) -> None:
     def picky(prompts: list[str], completions: list[str], level: list[int]) -> list[float]:
         if "Question 3:" in prompts:
