@@ -142,9 +142,10 @@ def _of_rewards(samples: Sequence[Sample]) -> dict[str, float]:
         # 0 without any, as TRL has it.
         "completions/mean_terminated_length": float(lengths[ended].mean()) if ended.any() else 0.0,
     }
-    for name, column in zip(rollouts[0].names, by_function.T, strict=True):
-        found[f"rewards/{name}/mean"] = float(column.mean())
-        found[f"rewards/{name}/std"] = float(column.std(ddof=1))
+    with np.errstate(invalid="ignore"):  # inf - inf, of a function without weight
+        for name, column in zip(rollouts[0].names, by_function.T, strict=True):
+            found[f"rewards/{name}/mean"] = float(column.mean())
+            found[f"rewards/{name}/std"] = float(column.std(ddof=1))
     return found
 
 

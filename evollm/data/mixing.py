@@ -64,6 +64,20 @@ def check_sets(field: str, sets: object, weights: Weights) -> None:
             raise ConfigurationError(f"{field}.{name}", type(rows).__name__, f"has no weight: add it to {FIELD}")
 
 
+def check_names(field: str, sets: Mapping[str, object], weights: Weights) -> None:
+    """Check that held-out data are some of the sets that have weights.
+
+    Raises:
+        ConfigurationError: There is none, or another one.
+    """
+    known = ", ".join(weights)
+    if not sets:
+        raise ConfigurationError(field, {}, f"has no set: give rows, or some of the sets {known}, or None")
+    for name, rows in sets.items():
+        if name not in weights:
+            raise ConfigurationError(f"{field}.{name}", type(rows).__name__, f"is none of the sets, {known}")
+
+
 def shares(sizes: Mapping[str, int], weights: Weights) -> dict[str, int]:
     """How many rows of each set an epoch has: as many as the sets have together, divided by weight.
 

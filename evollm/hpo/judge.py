@@ -19,7 +19,7 @@ from evollm.checks import finite_number, positive_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import TIE, FloatArray
 from evollm.hpo.guards import AnswerSampling
-from evollm.user_functions import as_list, as_number, first_failing, first_words
+from evollm.user_functions import as_list, as_number, first_failing, first_words, read_out
 
 # (prompts, first, second) -> preferences for the first answers, or (prompts, completions) -> rewards; lists of equal
 # lengths, by name.
@@ -184,7 +184,7 @@ class Judge:
         if _taken_by(self.function)[1]:
             # Copies, since a function may change what it is given.
             lists["prompts"] = [copy.deepcopy(pair.prompt) for pair in pairs]
-        return self.function(**lists)
+        return read_out(self.function(**lists))
 
 
 def judge_of(value: object) -> Judge:

@@ -24,7 +24,7 @@ from evollm.checks import boolean, optional_whole_number, whole_number
 from evollm.data import clock
 from evollm.data.digests import digests_of, first_change
 from evollm.data.loading import load_pairs, load_sets
-from evollm.data.mixing import FIELD, Weights, check_sets, checked_weights, mixed_order, shares
+from evollm.data.mixing import FIELD, Weights, check_names, check_sets, checked_weights, mixed_order, shares
 from evollm.data.row_report import DataReport
 from evollm.data.rows import RowFormat
 from evollm.data.samples import Batch, IntArray, Sample
@@ -448,8 +448,11 @@ def _loaded(
     load: Load, dataset: object, weights: Weights | None, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> tuple[list[Sample], DataReport]:
     """The samples of a split and their report; with weights a mapping of names of sets is loaded as sets."""
-    if weights is not None and isinstance(dataset, Mapping) and dataset.keys() <= weights.keys():
-        return load_sets(load, dataset, tokenizer, **settings)
+    if weights is not None and isinstance(dataset, Mapping):
+        columns = dataset.keys() & set(settings["row_format"].names)
+        if not columns or dataset.keys() & weights.keys():
+            check_names(f"{settings['name']}_dataset", dataset, weights)
+            return load_sets(load, dataset, tokenizer, **settings)
     return load(dataset, tokenizer, **settings)
 
 

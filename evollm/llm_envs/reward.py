@@ -54,10 +54,11 @@ class RewardGym(DatasetGym):
 
     A reward function is plain Python, called once for the answers of all agents to a batch, with TRL's arguments by
     name: `prompts`, as the rows have them (strings, or lists of messages), `completions`, the answers as strings
-    without special tokens, and every further column of the rows as a list, such as a column `answer`. It gets those of
-    them that its signature takes, and returns a number for each completion; None says nothing of a completion and
-    counts as 0.
-    Before any training every function is called with the first prompt and two made-up answers, one of them empty. Where
+    without special tokens, and every further column of the rows as a list, such as a column `answer`; where only some
+    splits, sets or rows have a column, it holds None for the others. It gets those of them that its signature takes,
+    and returns a number for each completion; None says nothing of a completion and counts as 0.
+    Before any training every function is called with the first prompt of each split and set, and two made-up answers to
+    it, one of them empty. Where
     members are divided among processes or workers, each of these calls its own function for its own members' answers.
 
     Args:
@@ -139,11 +140,17 @@ class RewardGym(DatasetGym):
         shape = self.batch_size, _USUAL_ANSWERS, _USUAL_TOKENS
         # gymnasium's annotation of the base class says that actions are numbers per row.
         self.action_space = spaces.Box(-1, largest_id, shape, np.int64)  # type: ignore[arg-type]
+        self.rewards = self.rewards.with_columns(self.all_pairs)
         self.try_out()
 
     def try_out(self) -> None:
         """Call every reward function once; see `DatasetGym.try_out`."""
-        self.rewards.try_out(self.train_pairs[0])
+        # Splits and sets may have other columns.
+        first: dict[tuple[str, str], Sample] = {}
+        for split, pairs in self._pairs.items():
+            for one in pairs:
+                first.setdefault((split, one.set_name), one)
+        self.rewards.try_out(list(first.values()))
 
     @property
     def own_settings(self) -> dict[str, Any]:

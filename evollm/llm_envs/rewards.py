@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ from evollm.data.prompt_rows import ASKED, COLUMNS
 from evollm.data.samples import Sample
 from evollm.errors import ConfigurationError
 from evollm.processes import Processes
-from evollm.user_functions import as_list, as_number, first_failing, first_words
+from evollm.user_functions import as_list, as_number, first_failing, first_words, read_out
 
 # (prompts, completions, **columns) -> a number for each completion, or None where the function says nothing of it.
 RewardFunction: TypeAlias = Callable[..., Sequence[Any]]
@@ -33,11 +33,13 @@ class Rewards:
         functions: The functions by name.
         weights: A weight for each function, in their order.
         timeout: Most seconds of a call; None: no limit.
+        columns: The columns that functions are given, beside those of the prompts of a call.
     """
 
     functions: Mapping[str, RewardFunction]
     weights: tuple[float, ...]
     timeout: float | None = None
+    columns: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, functions: object, weights: object = None, timeout: object = None) -> Rewards:
@@ -57,6 +59,10 @@ class Rewards:
     def names(self) -> tuple[str, ...]:
         """Names of the functions."""
         return tuple(self.functions)
+
+    def with_columns(self, prompts: Iterable[Sample]) -> Rewards:
+        """A copy whose functions get the columns of all these prompts in every call, None where one lacks a column."""
+        return replace(self, columns=tuple(_columns_of(prompts)))
 
     def of_answers(self, prompts: Sequence[Sample], answers: Sequence[str]) -> NDArray[np.float64]:
         """What each function says of each answer, in one call of each function in the main process.
@@ -89,13 +95,13 @@ class Rewards:
             total: NDArray[np.float64] = (found[:, counts] * weights[counts]).sum(axis=1)
         return total
 
-    def try_out(self, prompt: Sample) -> None:
-        """Call every function once on a prompt, with an empty answer and one with words.
+    def try_out(self, prompts: Sequence[Sample]) -> None:
+        """Call every function once on prompts, with an empty answer and one with words to each.
 
         Raises:
             ConfigurationError: As of `of_answers`.
         """
-        self.of_answers([prompt, prompt], ["", "An answer."])
+        self.of_answers([one for prompt in prompts for one in (prompt, prompt)], ["", "An answer."] * len(prompts))
 
     def _column(self, name: str, prompts: Sequence[Sample], answers: Sequence[str]) -> NDArray[np.float64]:
         function = self.functions[name]
@@ -116,7 +122,7 @@ class Rewards:
         return np.array([_number(name, value, prompt) for value, prompt in zip(values, prompts, strict=True)])
 
     def _called(self, function: RewardFunction, prompts: Sequence[Sample], answers: Sequence[str]) -> Any:
-        columns = dict.fromkeys(column for sample in prompts for column in sample.extras.get(COLUMNS, {}))
+        columns = dict.fromkeys([*self.columns, *_columns_of(prompts)])
         # Copies, since a function may change what it is given.
         handed: dict[str, Any] = {
             name: [copy.deepcopy(sample.extras.get(COLUMNS, {}).get(name)) for sample in prompts] for name in columns
@@ -124,7 +130,15 @@ class Rewards:
         asked = [copy.deepcopy(sample.extras.get(ASKED)) for sample in prompts]
         handed |= {"prompts": asked, "completions": list(answers)}
         taken = _taken_by(function, handed)
-        return function(**taken) if self.timeout is None else _within(self.timeout, lambda: function(**taken))
+
+        def call() -> Any:
+            return read_out(function(**taken))
+
+        return call() if self.timeout is None else _within(self.timeout, call)
+
+
+def _columns_of(prompts: Iterable[Sample]) -> dict[str, None]:
+    return dict.fromkeys(column for sample in prompts for column in sample.extras.get(COLUMNS, {}))
 
 
 def _named(functions: object) -> dict[str, RewardFunction]:
@@ -158,7 +172,11 @@ def _weights_of(weights: object, names: Sequence[str]) -> tuple[float, ...]:
         weights = [weights[name] for name in names]
     if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != len(names):
         raise ConfigurationError("reward_weights", weights, fix)
-    return tuple(float(finite_number("reward_weights", weight)) for weight in weights)
+    found = tuple(float(finite_number("reward_weights", weight)) for weight in weights)
+    if not any(found):
+        fix = "are all 0, so that every reward would be 0 too: raise one of them"
+        raise ConfigurationError("reward_weights", weights, fix)
+    return found
 
 
 def _taken_by(function: RewardFunction, handed: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,4 +229,5 @@ def _number(name: str, value: Any, prompt: Sample) -> float:
 
 def _error(what: str, prompt: Sample, fix: str) -> ConfigurationError:
     words = first_words(prompt.extras.get(ASKED))
-    return ConfigurationError("reward_functions", what, f"on row {prompt.row}, {words!r}: {fix}")
+    where = f"row {prompt.row}" + (f" of {prompt.set_name}" if prompt.set_name else "")
+    return ConfigurationError("reward_functions", what, f"on {where}, {words!r}: {fix}")

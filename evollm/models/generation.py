@@ -101,8 +101,9 @@ def answers_to(
     the logits before it and of one number that the question's key determines: with the same key a question has the same
     answer alone and among others, up to the rounding of logits in batches of other shapes. The global random
     generators are not touched. Of the base's `generation_config` counts what ends an answer; not its `temperature`,
-    `top_k`, `top_p` and `num_beams`. What changes logits, such as `repetition_penalty`, counts for greedy answers
-    alone: sampled ones have the probabilities that the engine's log-probs say.
+    `top_k`, `top_p`, `num_beams` and other ways of decoding, nor `max_time`. What changes logits, such as
+    `repetition_penalty`, counts for greedy answers alone: sampled ones have the probabilities that the engine's
+    log-probs say.
 
     Args:
         base: The shared base.

@@ -8,7 +8,7 @@ model's own forward pass of each sequence alone, as in `evollm.models.probe`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -27,6 +27,29 @@ from evollm.models.shared_base import SharedBase
 # Ways to answer several prompts in one call, each with what is done where its trial fails.
 PADDED, TOGETHER = "padded", "together"
 _OTHERWISE = {PADDED: "only prompts of one length are answered together", TOGETHER: "prompts are answered one by one"}
+
+# Settings of transformers' `GenerationConfig` with which it searches greedily, for one answer to each prompt, until an
+# end or `max_new_tokens`, and returns token ids alone.
+_PLAIN: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": False,
+    "constraints": None,
+    "force_words_ids": None,
+    # An answer that it cut would look as if it had ended.
+    "max_time": None,
+    # Beside `max_new_tokens`, which is what counts, each call would say so.
+    "max_length": None,
+    "return_dict_in_generate": False,
+}
 
 
 class Columns(NamedTuple):
@@ -60,17 +83,12 @@ class Columns(NamedTuple):
 
 
 def greedy_search(network: Any, columns: Columns, **settings: Any) -> Any:
-    """The output of a model's `generate` for these prompts, with further arguments of it."""
-    return network.generate(
-        input_ids=columns.ids,
-        attention_mask=columns.mask,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        **settings,
-    )
+    """The output of a model's `generate` for these prompts, with further arguments of it.
+
+    Ways to decode, limits and outputs that the model's `generation_config` asks for do not count.
+    """
+    plain = {name: value for name, value in _PLAIN.items() if hasattr(network.generation_config, name)}
+    return network.generate(input_ids=columns.ids, attention_mask=columns.mask, **{**plain, **settings})
 
 
 @dataclass
@@ -181,6 +199,8 @@ def _answered(base: SharedBase, members: Sequence[str], batch: Batch) -> Tensor:
             # A token or string that ends answers would end these early.
             eos_token_id=None,
             stop_strings=None,
+            # It needs an EOS.
+            exponential_decay_length_penalty=None,
             logits_processor=LogitsProcessorList([_Forced(forced.to(base.device), columns.start)]),
             output_logits=True,
             return_dict_in_generate=True,

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from evollm.data.samples import Batch
 from evollm.models.adapters.stack import Stack
 from evollm.models.layouts import LaidOut, Layout
-from evollm.models.load_balancing import LoadBalancing, recorded, row_loads
+from evollm.models.load_balancing import LoadBalancing, RouterLogits, Span, recorded, row_loads
 from evollm.models.logprobs import TokenLogprobs
 from evollm.models.readings import LOGPROBS, DivergenceReading, LogprobReading, RecordedStates
 from evollm.models.shared_base import SharedBase
@@ -109,10 +110,10 @@ class FewSamples:
                 return
             with recorded(network) as calls:
                 values = laid.read(network, len(names), reading)
-            copies = 1 if self._counts else len(names)
-            loads = row_loads(calls, laid.spans(), self._num_rows, copies, balancing.per_token)
             if self._counts:
-                loads = pad_sequence(loads[0].split(self._counts), batch_first=True)
+                loads = _loads_of_blocks(calls, laid.spans(), self._counts, balancing.per_token)
+            else:
+                loads = row_loads(calls, laid.spans(), self._num_rows, len(names), balancing.per_token)
             yield TokenLogprobs(values, laid.pieces, loads)
 
     def _divergences(self) -> DivergenceReading:
@@ -138,3 +139,20 @@ class FewSamples:
             self.laid.passing(len(names), adapted=names[0] is not None, whole=whole),
         ):
             yield network
+
+
+def _loads_of_blocks(
+    calls: Sequence[RouterLogits], spans: Sequence[Span], counts: Sequence[int], per_token: int
+) -> Tensor:
+    """The expert loads (M, B, 2, E) of members with so many samples of their own, padded with zeros.
+
+    Of each block by itself, since a sum with weights of 0 for the others' tokens would take over their NaN.
+    """
+    ends, found = np.cumsum(counts).tolist(), []
+    for member, (count, end) in enumerate(zip(counts, ends, strict=True)):
+        start = end - count
+        own = [span._replace(row=span.row - start) for span in spans if start <= span.row < end]
+        # Blocks have equally many tokens.
+        blocks = [tuple(layer.view(len(counts), -1, layer.shape[-1])[member] for layer in call) for call in calls]
+        found.append(row_loads(blocks, own, count, 1, per_token)[0])
+    return pad_sequence(found, batch_first=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evollm.checks import boolean, located, optional_whole_number, whole_number
@@ -91,6 +91,7 @@ class RewardModel:
         self.tokenizer: Any = self._tokenizer(tokenizer, model_config)
         self._network: Any = loaded
         self._is_by_name = loaded is None
+        self.max_length = optional_whole_number("max_length", max_length, 2)
         self._model_config: dict[str, Any] = {}
         if loaded is not None:
             config: Any = loaded.config
@@ -102,9 +103,15 @@ class RewardModel:
             if config is None:  # Loading says why.
                 config = self.network.config
             _check(config, self._name)
-        known = [limit for limit in (context_limit(self.tokenizer), longest_sequence(text_config(config))) if limit]
-        self.max_length = optional_whole_number("max_length", max_length, 2) or min(known, default=None)
+        positions = longest_sequence(text_config(config))
+        if self.max_length is not None and positions is not None and self.max_length > positions:
+            fix = f"{self.__name__} has {positions} positions: lower it, or leave it out"
+            raise ConfigurationError("max_length", self.max_length, fix)
+        known = [limit for limit in (context_limit(self.tokenizer), positions) if limit]
+        self.max_length = self.max_length or min(known, default=None)
+        self._shorten()
         self._padding = self._usable_padding(config)
+        self._num_tokens: int = text_config(config).vocab_size
         if self._as_turns and not self.tokenizer.chat_template:
             fix = f"needs a chat template, which the tokenizer of {self.__name__} lacks: set tokenizer.chat_template"
             raise ConfigurationError("as_turns", True, fix)
@@ -127,7 +134,14 @@ class RewardModel:
             network: Any = load_classifier(self._name, self._model_config)
             placed = self._device is None and any(self._model_config.get(name) for name in _PLACES)
             self._network = (network if placed else network.to(self._device or default_device())).eval()
+            self._shorten()
         return self._network  # type: ignore[no-any-return]
+
+    def _shorten(self) -> None:
+        """Lower `max_length` to the learned positions that the loaded model leaves to a text."""
+        found = None if self._network is None else _positions_behind_padding(self._network)
+        if found is not None and (self.max_length is None or self.max_length > found):
+            self.max_length = found
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
         """The rewards of answers.
@@ -146,6 +160,7 @@ class RewardModel:
         """
         if len(prompts) != len(completions):
             raise ConfigurationError("prompts", len(prompts), f"must be as many as the {len(completions)} completions")
+        _ = self.network  # which may lower `max_length`
         texts = [self._ids(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
         if self.max_length is not None and any(len(ids) > self.max_length for ids in texts):
             self._warn(f"prompts with their answers are longer than max_length={self.max_length}: it reads their ends")
@@ -187,6 +202,9 @@ class RewardModel:
             ids = self.tokenizer(text.wholes[0], add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise ConfigurationError("completions", answer, "there is no token in this answer and its prompt")
+        if max(ids) >= self._num_tokens:
+            fix = f"gives token {max(ids)}, and {self.__name__} has {self._num_tokens}: pass the one that belongs to it"
+            raise ConfigurationError("tokenizer", self.tokenizer.name_or_path or type(self.tokenizer).__name__, fix)
         return tuple(ids)
 
     def _cut(self, ids: Ids) -> Ids:
@@ -236,6 +254,17 @@ def _check(config: Any, name: str) -> None:
     if config.num_labels != 1:
         kinds = ", ".join(config.architectures or ()) or type(config).__name__
         raise ConfigurationError("model", name, f"{_WHAT}; this is {kinds} with {config.num_labels} labels")
+
+
+def _positions_behind_padding(network: nn.Module) -> int | None:
+    """How many learned positions there are behind the index of padding, at which RoBERTa begins to count; else None."""
+    tables = [module for name, module in network.named_modules() if name.endswith("position_embeddings")]
+    found = [
+        table.num_embeddings - table.padding_idx - 1
+        for table in tables
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None
+    ]
+    return min(found, default=None)
 
 
 def _batches(texts: set[Ids], size: int) -> Iterator[list[Ids]]:

@@ -179,6 +179,22 @@ def test_equal_rewards_teach_nothing_and_a_reward_that_is_not_finite_leaves_out_
     assert actor_bits(agent) == actor_bits(alone)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_what_a_function_without_weight_says_is_reported_without_a_warning() -> None:
+    """It may be infinite in both directions, whose mean is NaN, and teaches nothing."""
+    agent, twin = make_agent({"beta": 0.0}), make_agent({"beta": 0.0})
+    plain, samples = make_batch(agent), []
+    for sample in plain:
+        own = sample.extras[ROLLOUT]
+        watched = np.array([[np.inf], [-np.inf], [0.0]])
+        both = replace(own, by_function=np.hstack([own.by_function, watched]), names=("points", "watched"))
+        samples.append(replace(sample, extras={ROLLOUT: both}))
+    metrics, expected = agent.learn(Batch(samples, "train")), twin.learn(plain)
+    assert np.isnan([metrics.pop("rewards/watched/mean"), metrics.pop("rewards/watched/std")]).all()
+    assert metrics == expected
+    assert actor_bits(agent) == actor_bits(twin)
+
+
 # Of one member each, beside what all have in common.
 MEMBERS: list[dict[str, Any]] = [
     {"lr": 1e-2, "beta": 0.2},

@@ -92,8 +92,12 @@ def test_an_error_of_a_judge_names_the_prompt_that_causes_it() -> None:
     def stumbles(prompts, first, second):
         return [{"long answer": 1.0, "short": 0.0, "a": 1.0, "longer": 0.0}[one] for one in first]
 
-    with pytest.raises(ConfigurationError, match=r"stumbles raised KeyError: 'abc'.*on row 7, 'Tie\?'"):
-        Judge(stumbles).win_rates(PAIRS)
+    def generates(prompts, first, second):
+        yield from stumbles(prompts, first, second)
+
+    for function in (stumbles, generates):
+        with pytest.raises(ConfigurationError, match=rf"{function.__name__} raised KeyError: 'abc'.*on row 7, 'Tie\?'"):
+            Judge(function).win_rates(PAIRS)
 
 
 def test_what_is_no_judge_is_refused() -> None:

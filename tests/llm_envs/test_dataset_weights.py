@@ -140,6 +140,13 @@ def test_weights_and_sets_are_a_part_of_the_fingerprint(make_gym) -> None:
             "dataset_weights.harmless=1e-09: gives no row of the 18",
         ),
         ({"data": make_rows(4)}, "train_dataset='list': with dataset_weights it must map names to rows"),
+        ({"test": {}}, r"test_dataset=\{\}: has no set: give rows, or some of the sets helpful, harmless, or None"),
+        (
+            {"test": {"helpful": make_rows(2, 200), "Harmless": make_rows(2, 300)}},
+            "test_dataset.Harmless='list': is none of the sets, helpful, harmless",
+        ),
+        ({"final_dataset": {"Helpful": make_rows(2, 200)}}, "final_dataset.Helpful='list': is none of the sets"),
+        ({"test": {"prompt": ["a"], "chosen": ["b"]}}, "test_dataset=.*lacks rejected"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused_by_name(make_gym, changes, message) -> None:

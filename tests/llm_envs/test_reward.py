@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -101,9 +102,30 @@ def test_a_function_that_fails_is_named_with_the_prompt_before_any_training(toke
         (lambda completions: [1.0], r"returned 1 values for 2 completions"),
         (lambda completions: "ab", r"returned str for 2 completions"),
         (lambda completions: [1.0, "2"], r"returned '2'.*a number for each"),
+        (lambda completions: {len(one) for one in completions}, r"returned set for 2 completions"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             make_env(tokenizer, {"mine": given})
+
+
+def test_a_column_of_some_sets_or_splits_is_given_everywhere_and_functions_are_tried_on_each(tokenizer) -> None:
+    """Not only in a batch that happens to have such a row."""
+    sets = {"sums": ROWS, "essays": [{"prompt": f"Write {number}."} for number in range(3)]}
+    mixed: dict[str, Any] = {"rows": sets, "dataset_weights": {"sums": 1, "essays": 1}}
+    seen: list[list[str | None]] = []
+
+    def tolerant(completions: list[str], answer: list[str | None]) -> list[float]:
+        seen.append(answer)
+        return [0.0 if one is None else 1.0 for one in answer]
+
+    env = make_env(tokenizer, tolerant, **mixed)
+    assert seen == [["0", "0", None, None]]
+    essays = [pair for pair in env.train_pairs if pair.set_name == "essays"]
+    assert env.rewards.of_answers(essays, ["a"] * 3).tolist() == [[0.0]] * 3
+    with pytest.raises(ConfigurationError, match=r"right raised TypeError: .* on row 0 of essays, 'Write 0.'"):
+        make_env(tokenizer, right, **mixed)
+    with pytest.raises(ConfigurationError, match=r"right raised TypeError: .* on row 0, 'Write 0.'"):
+        RewardGym(ROWS, sets["essays"], tokenizer, right, data_batch_size_per_gpu=3)
 
 
 def test_the_prompt_on_which_a_function_raises_is_found(tokenizer) -> None:
@@ -115,6 +137,29 @@ def test_the_prompt_on_which_a_function_raises_is_found(tokenizer) -> None:
     env = make_env(tokenizer, picky)
     with pytest.raises(ConfigurationError, match=r"picky raised KeyError: 'no entry'.* on row 3, 'Question 3:'"):
         env.rewards.of_answers(env.train_pairs, ["a"] * 5)
+
+
+def test_a_generator_runs_where_its_function_is_called(tokenizer) -> None:
+    """What it raises, also a TypeError, is named with the prompt, and the time that it takes is the function's."""
+
+    def picky(prompts: list[str], completions: list[str]) -> Iterator[float]:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            yield 1.0 if "Question 3:" not in prompt else completion + 1  # type: ignore[operator]
+
+    env = make_env(tokenizer, picky)
+    assert env.rewards.of_answers(env.train_pairs[:3], ["a"] * 3).tolist() == [[1.0]] * 3
+    with pytest.raises(ConfigurationError, match=r"picky raised TypeError: .* on row 3, 'Question 3:'"):
+        env.rewards.of_answers(env.train_pairs, ["a"] * 5)
+    never = threading.Event()
+
+    def slow(completions: list[str]) -> Iterator[float]:
+        for _ in completions:
+            never.wait()
+            yield 0.0
+
+    with pytest.raises(ConfigurationError, match=r"slow has not returned within reward_timeout=0.05 s"):
+        make_env(tokenizer, slow, reward_timeout=0.05)
+    never.set()
 
 
 def test_a_function_that_does_not_return_in_time_is_named(tokenizer) -> None:
@@ -133,6 +178,8 @@ def test_a_function_that_does_not_return_in_time_is_named(tokenizer) -> None:
 def test_none_says_nothing_and_numbers_may_be_of_any_type(tokenizer) -> None:
     env = make_env(tokenizer, [lambda completions: [None, True, np.float32(0.5)][: len(completions)]])
     assert env.rewards.of_answers(env.train_pairs[:3], ["a"] * 3).tolist() == [[0.0], [1.0], [0.5]]
+    huge = make_env(tokenizer, [lambda completions: [10**400, -(10**400)]])
+    assert huge.rewards.of_answers(huge.train_pairs[:2], ["a"] * 2).tolist() == [[np.inf], [-np.inf]]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +191,7 @@ def test_none_says_nothing_and_numbers_may_be_of_any_type(tokenizer) -> None:
         ({"functions": [brevity, brevity]}, "have equal names"),
         ({"reward_weights": [1.0, 2.0]}, r"reward_weights=\[1.0, 2.0\]: must have a number for each of"),
         ({"reward_weights": {"other": 1.0}}, "must have a number for each of"),
+        ({"reward_weights": [-0.0]}, r"reward_weights=\[-0.0\]: are all 0"),
         ({"reward_timeout": 0}, "reward_timeout=0"),
     ],
 )

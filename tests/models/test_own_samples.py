@@ -116,19 +116,28 @@ def test_an_adapter_on_the_head_and_expert_loads_are_the_members_own(passes) -> 
         torch.testing.assert_close(results[0], results[1], **exact)
 
 
-def test_a_nan_stays_with_its_member(passes) -> None:
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("make", "targets", "broken"),
+    [(lambda: make_family("llama"), None, 3), (make_experts, ["q_proj", "v_proj"], 1)],
+)
+def test_a_nan_stays_with_its_member(make, targets, broken: int, passes) -> None:
     """The others have the bits that they have beside a healthy member, also one of whom more is filled up."""
     results = []
-    for broken in (False, True):
-        agents = make_agents(make_family("llama"))
-        if broken:
+    for is_broken in (False, True):
+        agents = make_agents(make(), targets=targets, gradient_checkpointing=False)
+        if is_broken:
             with torch.no_grad():
-                agents[3].actor_parameters()[0].fill_(float("nan"))
+                agents[broken].actor_parameters()[0].fill_(float("nan"))
         passes.clear()
-        numbers_of(agents, own_batches(), PassOptions())
+        found = numbers_of(agents, own_batches(), PassOptions(balancing=agents[0].base.load_balancing))
         assert passes == [4, 4]
-        results.append([p.grad.clone() for agent in agents[:3] for p in agent.actor_parameters()])
-        assert bool(torch.cat([p.grad.flatten() for p in agents[3].actor_parameters()]).isnan().any()) == broken
+        gradients = [torch.cat([p.grad.flatten() for p in agent.actor_parameters()]) for agent in agents]
+        # Log-probs and expert loads, of one member after the other each.
+        others = found[: -sum(len(agent.actor_parameters()) for agent in agents)]
+        by_member = [[*others[number :: len(agents)], gradients[number]] for number in range(len(agents))]
+        assert bool(torch.cat([one.flatten() for one in by_member.pop(broken)]).isnan().any()) == is_broken
+        results.append(by_member)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 

@@ -172,6 +172,40 @@ def test_settings_that_look_at_prompts_do_not_see_padding(settings, pads: bool, 
     assert (len(calls) <= 4) is pads
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"return_dict_in_generate": True, "output_logits": True},
+        {"do_sample": True, "num_return_sequences": 3, "num_beams": 3},
+        {"max_time": 1e-9, "max_length": 12},
+        {"prompt_lookup_num_tokens": 3},
+        {"dola_layers": "high"},
+        {"force_words_ids": [[5]]},
+    ],
+)
+def test_what_a_base_asks_of_generate_beside_logits_and_ends_does_not_count(settings, monkeypatch, caplog) -> None:
+    """Ways to decode, limits and outputs, which would fail or cut answers without a word."""
+    agents = make_agents(make_family("llama"), [{"rank": 4, "alpha": 8}])
+    asked = asked_of(agents)
+    expected, calls = answers(agents, asked, monkeypatch)
+    Engine.of(agents[0].base).begin(agents[0].actor_adapter)
+    for name, value in settings.items():
+        setattr(agents[0].base.network.generation_config, name, value)
+    assert answers(agents, asked, monkeypatch) == (expected, calls)
+    assert "seem to have been set" not in caplog.text
+
+
+def test_a_penalty_of_length_that_needs_an_end_does_not_stop_padding(monkeypatch) -> None:
+    agents = make_agents(make_family("llama"), [{"rank": 4, "alpha": 8}])
+    asked = [question for question in asked_of(agents) if question.temperature == 0]
+    config = agents[0].base.network.generation_config
+    config.update(eos_token_id=7, exponential_decay_length_penalty=(2, 1.5))
+    found, calls = answers(agents, asked, monkeypatch)
+    assert found == alone(agents, asked)
+    assert any(len(ids) < LIMIT for ids in found)
+    assert len(calls) <= 4
+
+
 def test_answers_with_ends_are_the_same_and_verdicts_are_kept(monkeypatch) -> None:
     agents = make_agents(make_family("llama"), [{"rank": 4, "alpha": 8}])
     engine, asked = Engine.of(agents[0].base), asked_of(agents)

@@ -10,7 +10,14 @@ import pytest
 import torch
 from conftest import make_rows
 from tokenizers_for_tests import CHATML, bos_template_tokenizer, make_tokenizer
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from evollm import ConfigurationError, Judge, PreferenceGym, RewardGym, RewardModel, finetune_llm_preference, tune
 from evollm.config import read_config
@@ -132,6 +139,32 @@ def test_of_long_texts_the_end_is_read_behind_the_bos(reader, folder) -> None:
     assert RewardModel(folder, tokenizer=reader).max_length == 32
 
 
+def test_positions_that_begin_behind_the_padding_index_hold_shorter_texts(tmp_path) -> None:
+    """As RoBERTa's: of 40 positions 35 are left, also where only the weights say so."""
+    reader = make_tokenizer(pad_token="<unk>", cls_token="<s>", sep_token="</s>")
+    assert reader.pad_token_id == 4
+    config = RobertaConfig(
+        **{"vocab_size": len(reader), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "max_position_embeddings": 40, "num_labels": 1, "initializer_range": 0.2},
+        pad_token_id=reader.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = RobertaForSequenceClassification(config).eval()
+    prompt, named = "the answer " * 40, RewardModel(saved(model, reader, tmp_path / "roberta"))
+    ids = [*reader(prompt + "yes")["input_ids"], reader.eos_token_id]
+    for rewards in (named, RewardModel(model, tokenizer=reader)):
+        with pytest.warns(UserWarning, match="longer than max_length=35"):
+            assert rewards([prompt], ["yes"]) == pytest.approx([logit(model, ids[-35:])], abs=1e-5)
+
+
+def test_tokens_that_the_model_has_not_are_named(reader) -> None:
+    rewards = RewardModel(llama(reader, vocab_size=100), tokenizer=reader, as_turns=False)
+    rewards(["a"], ["b"])
+    with pytest.raises(ConfigurationError, match=r"tokenizer=.*gives token \d+, and .* has 100: pass the one that"):
+        rewards(["Which is the answer?"], ["another answer"])
+
+
 def test_what_is_no_reward_model_is_refused_before_it_is_loaded(make_model, reader, folder, tmp_path) -> None:
     two = saved(llama(reader, num_labels=2), reader, tmp_path / "two")
     with pytest.raises(ConfigurationError, match=r"two': must be a reward model.*LlamaForSequenceCl.* with 2 labels"):
@@ -146,6 +179,7 @@ def test_what_is_no_reward_model_is_refused_before_it_is_loaded(make_model, read
         ({"model": "no/such/folder"}, "no such folder"),
         ({"model": 3}, "model=3: must be a reward model"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"max_length": 257}, "max_length=257: rewards has 256 positions"),
         ({"dtype": "bf16"}, "write bfloat16"),
         ({"device": "nowhere"}, "device='nowhere': cannot be used here"),
         ({"as_turns": "yes"}, "as_turns='yes': must be True or False"),
