@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
+from probe_memory import ProbeMemory
 from quick_page import quick_page
 from tokenizers_for_tests import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,10 +28,25 @@ MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 WARM_PYTHON = pytest.StashKey[str]()
+PROBES = pytest.StashKey[ProbeMemory]()
+# Of what probes have found, in all processes of this run of the tests.
+FOUND, FOUND_BY_PROBES = pytest.StashKey[str](), "EVOLLM_FOUND_BY_PROBES"
 HERE = Path(__file__).parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if FOUND_BY_PROBES not in os.environ:
+        os.environ[FOUND_BY_PROBES] = config.stash[FOUND] = tempfile.mkdtemp(prefix="evollm-probes-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if FOUND in config.stash:
+        shutil.rmtree(os.environ.pop(FOUND_BY_PROBES))
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[PROBES] = ProbeMemory(Path(os.environ[FOUND_BY_PROBES]))
+    session.config.stash[PROBES].install()
     # Before a test has changed anything, and before libraries have started threads.
     session.config.stash[WARM_PYTHON] = install(Path(tempfile.mkdtemp(prefix="evollm-")))
 
@@ -49,6 +65,13 @@ def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Runs end with a page that is drawn at once, unless `drawn_reports` is asked for."""
     if "drawn_reports" not in request.fixturenames:
         monkeypatch.setattr("evollm.report.write.render", quick_page)
+
+
+@pytest.fixture
+def every_probe(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All probes run: what other tests have found is not taken over."""
+    with request.config.stash[PROBES].unused():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from evollm import DPO
 from evollm.models.loading import precision
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarking"
+# Two would wait for each other at every operation where tests keep all cores busy.
+ONE_THREAD = ("--threads", 1)
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def run(warm_python) -> Callable[..., str]:
 def test_throughput_reports_rates_phases_and_the_share_of_the_floor(run, model_folder, tmp_path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
-    sizes = ["--num-pairs", 8, "--rounds", 1, "--batch-size", 4, "--population", 3, "--out", tmp_path]
+    sizes = ["--num-pairs", 8, "--rounds", 1, "--batch-size", 4, "--population", 3, *ONE_THREAD, "--out", tmp_path]
     output = run("throughput.py", "--pairs", pairs, "--model", model_folder, "--without-peers", *sizes)
     assert "evollm, 3 members" in output
     assert output.splitlines()[2].endswith(", float32")
@@ -45,8 +47,8 @@ def test_throughput_reports_rates_phases_and_the_share_of_the_floor(run, model_f
 def test_throughput_gives_all_libraries_one_dtype(run, model_folder, tmp_path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
-    sizes = ["--num-pairs", 4, "--rounds", 1, "--batch-size", 4, "--epochs", 1, "--population", 2, "--out", tmp_path]
-    what = ["--pairs", pairs, "--model", model_folder, "--without-peers", "--dtype", "bfloat16"]
+    sizes = ["--num-pairs", 4, "--rounds", 1, "--batch-size", 4, "--epochs", 1, "--population", 2, *ONE_THREAD]
+    what = ["--pairs", pairs, "--model", model_folder, "--without-peers", "--dtype", "bfloat16", "--out", tmp_path]
     assert run("throughput.py", *what, *sizes).splitlines()[2].endswith(", bfloat16")
     found = json.loads((tmp_path / "throughput.json").read_text())
     assert found["dtype"] == "bfloat16"
@@ -72,7 +74,8 @@ def test_auto_is_the_dtype_that_an_agent_takes(speedup, model_folder, monkeypatc
 
 
 def test_scaling_measures_members_together_and_in_a_loop(run, model_folder, tmp_path) -> None:
-    run("scaling.py", "--model", model_folder, "--populations", 2, "--populations-only", "--out", tmp_path)
+    sizes = ["--populations", 2, "--populations-only", "--batch-size", 1, *ONE_THREAD]
+    run("scaling.py", "--model", model_folder, *sizes, "--out", tmp_path)
     results = json.loads((tmp_path / "scaling.json").read_text())["results"]
     assert [(result["members"], result["together"]) for result in results] == [(2, True), (2, False)]
     assert all(result["rate"] > 0 for result in results)
@@ -127,7 +130,7 @@ def test_rounding_shows_the_floor_and_what_swapped_adapters_would_do(run, model_
 
 
 def test_grpo_steps_times_members_together_and_one_by_one_and_measures_memory(run, model_folder) -> None:
-    sizes = ["--members", 2, "--answers", 2, "--prompt-tokens", 4, "--tokens", 3, "--repeats", 1, "--threads", 1]
+    sizes = ["--members", 2, "--answers", 2, "--prompt-tokens", 4, "--tokens", 3, "--repeats", 1, *ONE_THREAD]
     output = run("grpo_steps.py", "--model", model_folder, *sizes)
     _, sizes_of_it, one_by_one, together, times, peaks = output.splitlines()
     assert sizes_of_it.startswith("2 prompts x 2 answers, ")
@@ -137,7 +140,7 @@ def test_grpo_steps_times_members_together_and_one_by_one_and_measures_memory(ru
 
 
 def test_generation_times_members_together_and_one_by_one_and_measures_memory(run, model_folder) -> None:
-    sizes = ["--members", 2, "--prompts", 2, "--prompt-tokens", 4, "--tokens", 3, "--repeats", 1, "--threads", 1]
+    sizes = ["--members", 2, "--prompts", 2, "--prompt-tokens", 4, "--tokens", 3, "--repeats", 1, *ONE_THREAD]
     sizes += ["--prompt-tokens-spread", 3]
     output = run("generation.py", "--model", model_folder, "--temperature", 1, *sizes)
     machine, lengths, one_by_one, together, unpadded, times, times_padded, probes, peaks = output.splitlines()

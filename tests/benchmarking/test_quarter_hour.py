@@ -8,7 +8,9 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
+import gpu_quarter_hour
 import pytest
 import search
 from gpu_quarter_hour import CALLS, SEARCHES, SECONDS
@@ -149,16 +151,13 @@ def test_what_no_time_is_left_for_is_not_begun(broken_parts) -> None:
     assert status["fine"] == "not begun: no time is left"
 
 
-def test_a_call_that_is_made_again_loses_nothing_of_the_first(tmp_path) -> None:
-    program = """
-import sys
-from gpu_quarter_hour import main
-if __name__ == "__main__":
+def test_a_call_that_is_made_again_loses_nothing_of_the_first(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_quarter_hour, "run_parts", lambda parts, place, *_: place.write("found", value=place.run))
     for _ in range(2):
-        main(["call", "3", "--toy", "--seconds", "0", "--out", sys.argv[1], "--keep", sys.argv[1]])
-"""
-    assert run(program, tmp_path).returncode == 0
-    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["call-3-again-1.jsonl", "call-3.jsonl"]
+        with mock.patch.dict(os.environ):
+            gpu_quarter_hour.main(["call", "3", "--toy", "--out", str(tmp_path), "--keep", str(tmp_path)])
+    found = {path.name: [row["value"] for row in read(path)] for path in tmp_path.glob("*.jsonl")}
+    assert found == {"call-3.jsonl": ["call-3"], "call-3-again-1.jsonl": ["call-3-again-1"]}
 
 
 @pytest.fixture

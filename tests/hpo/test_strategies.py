@@ -13,8 +13,8 @@ from evollm.hpo import STRATEGIES, HyperparameterConfig, Result, RLParameter
 from evollm.hpo.search import is_taken
 
 DECISIONS = 7
-# Strategies that fit a model at every decision are tried less often.
-SLOW = {"pb2": 20, "optuna": 20}
+# Strategies that fit a model at every decision are tried less often: once with each size and share of NaN.
+SLOW = {"pb2": 12, "optuna": 12}
 # Strategies that leave the founders' hyperparameters as they are.
 FIXED = ("racing", "random", "successive_halving")
 

@@ -14,6 +14,8 @@ from evollm.algorithms.dpo_step import learn_together
 from evollm.data.samples import Batch, Completion, Sample
 from evollm.models.engine import Engine, Item
 
+pytestmark = pytest.mark.usefixtures("every_probe")
+
 
 def make_batch() -> Batch:
     """Two pairs of 8 + 5 + 3 tokens, of which one chosen token is not scored."""

@@ -20,6 +20,7 @@ from evollm.models.engine import Engine
 from evollm.models.generation import Question, answers_to
 from evollm.models.padding import PADDED, AnswerWays
 
+pytestmark = pytest.mark.usefixtures("every_probe")
 HYBRID: dict[str, Any] = {name: value for name, value in ROTARY.items() if name != "head_dim"}
 OTHERS = {
     "jamba": lambda: JambaConfig(**HYBRID, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1, num_experts=4),

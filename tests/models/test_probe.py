@@ -24,6 +24,7 @@ from evollm.models.layouts import lone_layout
 from evollm.models.logprobs import CompletionSums, TokenLogprobs
 from evollm.models.rounding import rounded_otherwise
 
+pytestmark = pytest.mark.usefixtures("every_probe")
 ROBERTA = RobertaConfig(
     vocab_size=VOCABULARY,
     hidden_size=32,
