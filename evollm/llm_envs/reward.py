@@ -58,8 +58,8 @@ class RewardGym(DatasetGym):
     splits, sets or rows have a column, it holds None for the others. It gets those of them that its signature takes,
     and returns a number for each completion; None says nothing of a completion and counts as 0.
     Before any training every function is called with the first prompt of each split and set, and two made-up answers to
-    it, one of them empty. Where
-    members are divided among processes or workers, each of these calls its own function for its own members' answers.
+    it, one of them empty. Where members are divided among processes or workers, each of these calls its own function
+    for its own members' answers.
 
     Args:
         train_dataset: Prompts to learn from; see [`evollm.data.prompt_rows.load_prompts`][] for what may be passed.
