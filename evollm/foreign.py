@@ -1,4 +1,4 @@
-"""Error messages for arguments of AgileRL that evollm lacks: they say what to write instead.
+"""Error messages for arguments of AgileRL, and of TRL's GRPO, that evollm lacks: they say what to write instead.
 
 For an argument that is not listed here Python raises its own TypeError.
 """
@@ -38,6 +38,14 @@ AGENT = {
 SFT_AGENT = AGENT | {
     "use_liger_loss": "there is one loss: leave it out",
     "use_separate_reference_adapter": "an SFT agent has no reference: leave it out",
+}
+GRPO_AGENT = AGENT | {
+    "num_generations": "the answers to a prompt are group_size",
+    "num_iterations": "the steps on the same answers are update_epochs",
+    "clip_coef": "the ratio is clipped by epsilon, and above by epsilon_high",
+    "max_output_tokens": "the most tokens of an answer are max_completion_length",
+    "max_model_len": "give the gym max_context_length, for prompts, and max_completion_length for answers",
+    "reward_funcs": "rewards are the gym's: RewardGym(..., reward_functions=...)",
 }
 GYM = {
     "objective": "the class says it, PreferenceGym or SFTGym: leave it out",

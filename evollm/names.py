@@ -41,6 +41,11 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "save_total_limit": "keep_last",
         "processing_class": "tokenizer",
         "resume": "resume_from_checkpoint",
+        "num_generations": "group_size",
+        "num_iterations": "update_epochs",
+        "reward_funcs": "reward_functions",
+        "clip_coef": "epsilon",
+        "max_output_tokens": "max_completion_length",
         "bounds": "hp_config",
         "search_space": "hp_config",
     }

@@ -12,6 +12,7 @@ from conftest import make_examples, make_rows
 import evollm
 from evollm import (
     DPO,
+    GRPO,
     SFT,
     ConfigurationError,
     HyperparameterConfig,
@@ -29,6 +30,7 @@ from evollm import (
 TABLES: list[tuple[Callable[..., Any], Mapping[str, str]]] = [
     (DPO, foreign.AGENT),
     (SFT, foreign.SFT_AGENT),
+    (GRPO, foreign.GRPO_AGENT),
     (PreferenceGym, foreign.GYM),
     (SFTGym, foreign.GYM),
     (PreferenceGym.reset, foreign.RESET),

@@ -22,7 +22,7 @@ from evollm.algorithms.vllm_answers import check_vllm
 from evollm.checks import boolean
 from evollm.data.samples import Batch
 from evollm.errors import ConfigurationError, DataError
-from evollm.foreign import AGENT, explains
+from evollm.foreign import GRPO_AGENT, explains
 from evollm.hpo.fitness import RewardEvaluation
 from evollm.hpo.scores import REWARD_FITNESSES, WIN_RATE
 from evollm.llm_envs import RewardGym
@@ -120,7 +120,7 @@ class GRPO(EvolvableAlgorithm):
     hyperparameters: GRPOHyperparameters
     settings: GRPOSettings
 
-    @explains(AGENT)
+    @explains(GRPO_AGENT)
     def __init__(
         self,
         observation_space: spaces.Space[Any] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -141,6 +142,13 @@ class RewardGym(DatasetGym):
         # gymnasium's annotation of the base class says that actions are numbers per row.
         self.action_space = spaces.Box(-1, largest_id, shape, np.int64)  # type: ignore[arg-type]
         self.rewards = self.rewards.with_columns(self.all_pairs)
+        if hidden := self.rewards.hidden_columns:
+            warnings.warn(
+                f"reward functions get prompts and answers as prompts and completions, not the columns {hidden} of the "
+                f"rows: rename these, or say columns={{'ignore': {hidden}}}",
+                UserWarning,
+                stacklevel=3,
+            )
         self.try_out()
 
     def try_out(self) -> None:

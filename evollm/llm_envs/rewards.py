@@ -22,6 +22,8 @@ from evollm.user_functions import as_list, as_number, first_failing, first_words
 
 # (prompts, completions, **columns) -> a number for each completion, or None where the function says nothing of it.
 RewardFunction: TypeAlias = Callable[..., Sequence[Any]]
+# What functions get beside columns.
+_PROMPTS, _COMPLETIONS = "prompts", "completions"
 _FIX = "must be a function, a list of functions, or a mapping of names to functions"
 
 
@@ -63,6 +65,11 @@ class Rewards:
     def with_columns(self, prompts: Iterable[Sample]) -> Rewards:
         """A copy whose functions get the columns of all these prompts in every call, None where one lacks a column."""
         return replace(self, columns=tuple(_columns_of(prompts)))
+
+    @property
+    def hidden_columns(self) -> list[str]:
+        """Columns that no function can get, since their names stand for prompts and answers."""
+        return [name for name in (_PROMPTS, _COMPLETIONS) if name in self.columns]
 
     def of_answers(self, prompts: Sequence[Sample], answers: Sequence[str]) -> NDArray[np.float64]:
         """What each function says of each answer, in one call of each function in the main process.
@@ -128,7 +135,7 @@ class Rewards:
             name: [copy.deepcopy(sample.extras.get(COLUMNS, {}).get(name)) for sample in prompts] for name in columns
         }
         asked = [copy.deepcopy(sample.extras.get(ASKED)) for sample in prompts]
-        handed |= {"prompts": asked, "completions": list(answers)}
+        handed |= {_PROMPTS: asked, _COMPLETIONS: list(answers)}
         taken = _taken_by(function, handed)
 
         def call() -> Any:

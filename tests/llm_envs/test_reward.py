@@ -128,6 +128,13 @@ def test_a_column_of_some_sets_or_splits_is_given_everywhere_and_functions_are_t
         RewardGym(ROWS, sets["essays"], tokenizer, right, data_batch_size_per_gpu=3)
 
 
+def test_a_column_that_the_names_of_prompts_and_answers_hide_is_warned_of(tokenizer) -> None:
+    rows = [row | {"completions": ["a", "b"]} for row in ROWS]
+    with pytest.warns(UserWarning, match=r"not the columns \['completions'\] of the rows: rename these"):
+        make_env(tokenizer, rows=rows)
+    make_env(tokenizer, rows=rows, columns={"ignore": ["completions"]})
+
+
 def test_the_prompt_on_which_a_function_raises_is_found(tokenizer) -> None:
     def picky(prompts: list[str], completions: list[str], level: list[int]) -> list[float]:
         if "Question 3:" in prompts:
