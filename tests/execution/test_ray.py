@@ -78,6 +78,8 @@ def two_machines(in_time) -> Iterator[Callable[[int], bool]]:
     def stop_with(process: int) -> bool:
         found = {child.pid for child in psutil.Process(raylet.process.pid).children(recursive=True)}
         if process in found:
+            # At once, as all that is on a machine: until Ray has removed the node, the process could do its step.
+            psutil.Process(process).kill()
             machines.remove_node(second, allow_graceful=False)
         return process in found
 
