@@ -1,4 +1,4 @@
-"""The names of settings: aliases from other libraries, and hints for unknown names."""
+"""The names of settings, with aliases from other libraries and hints for unknown ones, and of rows in messages."""
 
 from __future__ import annotations
 
@@ -133,3 +133,8 @@ def _hint(name: str, value: object, known: Collection[str], aliases: Mapping[str
     if isinstance(value, Mapping) and not inside and value and all(entry in known for entry in value):
         return f"write its entries by themselves, without {name} around them"
     return f"the nearest known one is {nearest_name(spelt, known, aliases)!r}"
+
+
+def row_name(row: object, set_name: str) -> str:
+    """A row of the user's data in words, such as `row 3`, or `row 3 of sums` where there are several sets."""
+    return f"row {row} of {set_name}" if set_name else f"row {row}"

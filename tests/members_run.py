@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from conftest import make_rows
 from nonfinite import break_token, marked
-from parallel_run import PAIRS_IN_A_BATCH, make_small_model
+from parallel_run import PAIRS_IN_A_BATCH, join, make_small_model
 from peft import LoraConfig
 from tokenizers_for_tests import make_tokenizer
 
@@ -56,10 +54,8 @@ class Unfit:
 
 def main() -> None:
     """Train, or resume, each of the runs, then try what cannot work."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     folder, max_steps = Path(sys.argv[1]), int(sys.argv[2])
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    accelerator = join()
     rank = accelerator.process_index
     held: dict[str, Any] = {name: train(folder, name, max_steps, accelerator) for name in RUNS}
     held["refused"] = [

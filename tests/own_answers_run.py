@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from conftest import make_rows
-from parallel_run import make_small_model
+from parallel_run import join, make_small_model
 from peft import LoraConfig
 from tokenizers_for_tests import make_tokenizer
 
@@ -52,10 +50,8 @@ def with_more_probes(worker: Worker) -> dict[str, int]:
 
 def main() -> None:
     """Train, and note what was said to runs that cannot work."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    accelerator = join()
     rank = accelerator.process_index
 
     def works_in_the_main_process(completions: list[str]) -> list[float]:

@@ -31,12 +31,16 @@ from evollm import (
 PAIRS_IN_A_BATCH = 4
 
 
-def main() -> None:
-    """Train, or resume, in plain data parallelism."""
+def join() -> Accelerator:
+    """Join the other processes on the CPU, with one thread and without warnings."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    train(Path(sys.argv[1]), int(sys.argv[2]), accelerator)
+    return Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+
+
+def main() -> None:
+    """Train, or resume, in plain data parallelism."""
+    train(Path(sys.argv[1]), int(sys.argv[2]), join())
 
 
 def make_small_model() -> LlamaForCausalLM:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from conftest import make_rows
-from parallel_run import make_small_model
+from parallel_run import join, make_small_model
 from quick_page import quick_page
 from snapshots import actor_bits
 from tokenizers_for_tests import make_tokenizer
@@ -24,11 +21,9 @@ from evollm.report import write
 
 def main() -> None:
     """Tune, and let each process write what it was given."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     write.render = quick_page
     folder, max_steps = Path(sys.argv[1]), int(sys.argv[2])
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    accelerator = join()
     result = tune(
         make_small_model(),
         make_rows(24),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from evollm.algorithms.policy_losses import SCALES, TOKEN_WEIGHTS
 from evollm.algorithms.settings import AgentSettings, Hyperparameters
@@ -47,6 +48,7 @@ class GRPOHyperparameters(Hyperparameters):
 class GRPOSettings(AgentSettings):
     """Settings that no mutation changes, equal for all GRPO agents of a population; `GRPO` documents each field."""
 
+    added: ClassVar[frozenset[str]] = AgentSettings.added | {"use_vllm", "vllm_gpu_memory_utilization"}
     loss_type: str = "dapo"
     scale_rewards: str = "group"
     max_completion_length: int = 256

@@ -24,18 +24,20 @@ from evollm.hpo.hyperparameters import HyperparameterConfig
 _LARGEST_SEED = 2**63 - 1
 # For a check that does not depend on the number of steps.
 _SOME_STEPS = 1000
-# Settings that the config.json of older runs does not have.
-_ADDED = {field.name for kind in (OptimizerSettings, LearningRateSchedule) for field in fields(kind)} | {
-    "use_vllm",
-    "vllm_gpu_memory_utilization",
-}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
 class AgentSettings(OptimizerSettings, LearningRateSchedule):
-    """Settings that no mutation changes, equal for all agents of a population; `DPO` documents each field."""
+    """Settings that no mutation changes, equal for all agents of a population; `DPO` documents each field.
 
+    Attributes:
+        added: Names of fields that the config.json of older runs does not have; a subclass adds its own.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset(
+        field.name for kind in (OptimizerSettings, LearningRateSchedule) for field in fields(kind)
+    )
     seed: int = 42
     micro_batch_size_per_gpu: int | None = None
     gradient_checkpointing: bool | None = None
@@ -73,12 +75,12 @@ class AgentSettings(OptimizerSettings, LearningRateSchedule):
         self.factor(hyperparameters.lr, 0, num_training_steps=_SOME_STEPS)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name; those of `_ADDED` only if given, so that older runs can be resumed."""
+        """The fields by name; those of `added` only if given, so that older runs can be resumed."""
         asked = asdict(self)
         return {
             field.name: asked[field.name]
             for field in fields(self)
-            if field.name not in _ADDED or asked[field.name] != field.default
+            if field.name not in self.added or asked[field.name] != field.default
         }
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from evollm.data.samples import IntArray, Sample
+from evollm.names import row_name
 
 # Most digests of a split, and most tokens of a changed text to show.
 _SHARES, _SHOWN_TOKENS = 256, 40
@@ -36,7 +37,7 @@ def first_change(
             if number >= len(then) or then[number] != _digest_of(share):
                 text = str(decode(share[0].token_ids[:_SHOWN_TOKENS]))
                 many = f"one of {len(share)} {noun} from" if len(share) > 1 else "that of"
-                where = f"row {share[0].row}" + (f" of {share[0].set_name}" if share[0].set_name else "")
+                where = row_name(share[0].row, share[0].set_name)
                 return f"{split}: the first other text is {many} {where}, which now begins {text!r}"
         if len(then) > len(shares):
             return f"{split}: there are fewer {noun} than then, {len(pairs)}"

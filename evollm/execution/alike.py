@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evollm.algorithms.agent import ACTOR
@@ -34,20 +34,18 @@ def check_alike(processes: Processes, agents: Sequence[SavableAgent], env: Datas
         "settings": config["settings"],
         "versions": [f"{name} {found}" for name, found in config["versions"].items() if name != "python"],
     }
-    same = "make them from the same files, arguments and seeds in all"
     what = {
-        "pop": f"has other agents (indices, hyperparameters or {ACTOR} adapters) than process 0: {same}",
-        "actor_network": f"has another base than process 0: {same}",
-        "env": f"has other rows, another order of them or another batch size than process 0: {same}",
-        "env.own_settings": f"has other settings of the gym, such as reward weights, than process 0: {same}",
-        "settings": f"has other settings of its agents than process 0: {same}",
-        "versions": "has other packages than process 0: install the same in all",
+        "pop": f"has other agents (indices, hyperparameters or {ACTOR} adapters)",
+        "actor_network": "has another base",
+        "env": "has other rows, another order of them or another batch size",
+        "env.own_settings": "has other settings of the gym, such as reward weights,",
+        "settings": "has other settings of its agents",
+        "versions": "has other packages",
     }
-    every = [from_bytes(data) for data in processes.of_all(to_bytes(own))]
-    for rank, theirs in enumerate(every):
-        for field, said in theirs.items():
-            if said != every[0][field]:
-                raise ConfigurationError(field, f"process {rank}", what[field])
+    for rank, field, _, _ in _differing(processes, own):
+        same = "make them from the same files, arguments and seeds in all"
+        fix = "install the same in all" if field == "versions" else same
+        raise ConfigurationError(field, f"process {rank}", f"{what[field]} than process 0: {fix}")
 
 
 def check_same_options(processes: Processes, options: Mapping[str, Any]) -> None:
@@ -60,14 +58,17 @@ def check_same_options(processes: Processes, options: Mapping[str, Any]) -> None
     Raises:
         ConfigurationError: One has another value than in the main process.
     """
-    every = [from_bytes(data) for data in processes.of_all(to_bytes(options))]
+    for rank, name, value, first in _differing(processes, options):
+        raise ConfigurationError(name, value, f"in process {rank}, and {first!r} in process 0: give all the same")
+
+
+def _differing(processes: Processes, own: Mapping[str, Any]) -> Iterator[tuple[int, str, Any, Any]]:
+    """The values that differ from the main process's: (rank, name, its value, the main process's)."""
+    every = [from_bytes(data) for data in processes.of_all(to_bytes(own))]
     for rank, theirs in enumerate(every):
-        for name in [*every[0], *theirs]:
-            first, value = every[0].get(name), theirs.get(name)
-            if value != first:
-                raise ConfigurationError(
-                    name, value, f"in process {rank}, and {first!r} in process 0: give all the same"
-                )
+        for name in dict.fromkeys([*every[0], *theirs]):
+            if theirs.get(name) != every[0].get(name):
+                yield rank, name, theirs.get(name), every[0].get(name)
 
 
 def check_functions(processes: Processes, env: DatasetGym, group: Processes) -> None:

@@ -19,6 +19,7 @@ from evollm.checks import finite_number, positive_number, whole_number
 from evollm.errors import ConfigurationError
 from evollm.hpo.fitness import TIE, FloatArray
 from evollm.hpo.guards import AnswerSampling
+from evollm.names import row_name
 from evollm.user_functions import as_list, as_number, first_failing, first_words, read_out
 
 # (prompts, first, second) -> preferences for the first answers, or (prompts, completions) -> rewards; lists of equal
@@ -218,5 +219,5 @@ def _taken_by(function: object) -> tuple[frozenset[str], bool]:
 
 def _error(what: str, pair: AnswerPair, fix: str) -> ConfigurationError:
     words = first_words(pair.prompt)
-    where = f"row {pair.row}" + (f" of {pair.set_name}" if pair.set_name else "")
+    where = row_name(pair.row, pair.set_name)
     return ConfigurationError("judge", what, f"on {where}, {words!r}: {fix}")

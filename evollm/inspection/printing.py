@@ -16,6 +16,7 @@ from evollm.data.row_report import listed
 from evollm.data.unpaired_rows import Balance
 from evollm.inspection.forecast import Forecast
 from evollm.inspection.result import Inspection, RenderedRow, SetShare
+from evollm.names import row_name
 
 MOST_CHARACTERS = 600
 UNPAIRED = (
@@ -146,7 +147,7 @@ def _repetition_line(inspection: Inspection) -> str:
 
 
 def _say_example(console: rich.console.Console, example: RenderedRow) -> None:
-    row = f"row {example.row}" + (f" of {escape(example.set_name)}" if example.set_name else "")
+    row = row_name(example.row, escape(example.set_name))
     if example.chosen is None:
         console.print(f"\n[bold]{row}[/bold], as it is answered")
         console.print(Padding(Text(_shortened(example.prompt)), (0, 0, 0, 4)), highlight=False)

@@ -17,6 +17,7 @@ from evollm.checks import finite_number, positive_number
 from evollm.data.prompt_rows import ASKED, COLUMNS
 from evollm.data.samples import Sample
 from evollm.errors import ConfigurationError
+from evollm.names import row_name
 from evollm.processes import Processes
 from evollm.user_functions import as_list, as_number, first_failing, first_words, read_out
 
@@ -236,5 +237,5 @@ def _number(name: str, value: Any, prompt: Sample) -> float:
 
 def _error(what: str, prompt: Sample, fix: str) -> ConfigurationError:
     words = first_words(prompt.extras.get(ASKED))
-    where = f"row {prompt.row}" + (f" of {prompt.set_name}" if prompt.set_name else "")
+    where = row_name(prompt.row, prompt.set_name)
     return ConfigurationError("reward_functions", what, f"on {where}, {words!r}: {fix}")
